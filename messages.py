@@ -1,0 +1,655 @@
+"""
+The vocabulary: nodes and their addresses, interventions, prompts, metrics, every request and result as a frozen dataclass, and the wire.
+The same dataclasses are the Python interface, the command line, the session file and the frames between screen and engine. Never imports torch.
+"""
+
+import dataclasses
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+
+class UserError(Exception):
+    """Input that can't be used; the message is one line that says what to do. Shown as it is, never a traceback."""
+
+
+class AddressError(UserError): ...
+
+
+class WireError(Exception):
+    """A frame that is garbage, truncated or not of this vocabulary."""
+
+
+# ------------------------------------------------------------------ nodes
+
+RESIDS = ("resid_pre", "resid_mid", "resid_post")
+PARTS = ("z", "q", "k", "v", "pattern")
+SITES = ("embed", *RESIDS, "attn", "mlp", "head", "neuron", "sae")
+LABEL = r"[A-Za-z][A-Za-z0-9_]*"
+NODE_RE = re.compile(
+    rf"^(?:(?P<embed>embed)|(?P<sl>\d+)\.(?P<sh>\d+)(?:\.(?P<sp>z|q|k|v|pattern))?|[Ll](?P<l>\d+)(?:[Hh](?P<h>\d+)(?:\.(?P<p>z|q|k|v|pattern))?"
+    rf"|\.(?P<site>resid_pre|resid_mid|resid_post|attn|mlp(?:\.n(?P<n>\d+))?|sae\.f(?P<f>\d+))))(?:@(?P<pos>\*|-?\d+|{LABEL}))?$"
+)
+
+
+@dataclass(frozen=True)
+class Node:
+    """A place in the model. `pos` None means every position; a str is a label of the prompt set; a negative int counts from the end."""
+
+    site: str
+    layer: int | None = None
+    head: int | None = None
+    part: str = "z"
+    index: int | None = None
+    pos: int | str | None = None
+
+    def __str__(self) -> str:
+        return format_node(self)
+
+
+def parse_node(text: str) -> Node:
+    """Read an address such as `L9H9`, `L9H9.q@S2`, `9.9`, `L3.mlp@-1`, `L5.resid_pre@10`, `L3.mlp.n412`, `L8.sae.f1234`, `embed`."""
+    m = NODE_RE.match(text.strip())
+    if m is None:
+        raise AddressError(
+            f"{text.strip()!r} is not a node: write L9H9, L9H9.q, 9.9, L3.mlp, L3.attn, L5.resid_pre, L3.mlp.n412 or embed, with @10, @-1, @S2 or @* for the position"
+        )
+    g = m.groupdict()
+    pos = None if g["pos"] in (None, "*") else int(g["pos"]) if re.fullmatch(r"-?\d+", g["pos"]) else g["pos"]
+    if g["embed"]:
+        return Node("embed", pos=pos)
+    if g["sl"] is not None:
+        return Node("head", int(g["sl"]), int(g["sh"]), g["sp"] or "z", pos=pos)
+    layer = int(g["l"])
+    if g["h"] is not None:
+        return Node("head", layer, int(g["h"]), g["p"] or "z", pos=pos)
+    if g["n"] is not None:
+        return Node("neuron", layer, index=int(g["n"]), pos=pos)
+    if g["f"] is not None:
+        return Node("sae", layer, index=int(g["f"]), pos=pos)
+    return Node(g["site"], layer, pos=pos)
+
+
+def format_node(node: Node) -> str:
+    """The address that `parse_node` reads back."""
+    match node.site:
+        case "embed":
+            text = "embed"
+        case "head":
+            text = f"L{node.layer}H{node.head}" + ("" if node.part == "z" else f".{node.part}")
+        case "neuron":
+            text = f"L{node.layer}.mlp.n{node.index}"
+        case "sae":
+            text = f"L{node.layer}.sae.f{node.index}"
+        case _:
+            text = f"L{node.layer}.{node.site}"
+    return text if node.pos is None else f"{text}@{node.pos}"
+
+
+# ------------------------------------------------------------------ interventions
+
+OPS = {
+    "zero": "set to zero",
+    "mean": "mean over the prompt set's corrupted prompts, position by position",
+    "mean_all": "mean over the prompt set's corrupted prompts and all their positions but the first",
+    "patch": "the value this node has in the other prompt's run",
+    "scale": "multiply by a number",
+}
+ABLATIONS = ("zero", "mean", "mean_all")
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """A node and what is done to it. `value` is the factor of `scale`. Written `L9H9@10=zero`, `L3.mlp=scale:0.5`."""
+
+    node: Node
+    op: str
+    value: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.node}={self.op}" + ("" if self.value is None else f":{self.value!r}")
+
+
+def parse_intervention(text: str) -> Intervention:
+    """Read `L9H9@10=zero` or `L9H9=scale:0.5`."""
+    address, _, op = text.partition("=")
+    op, colon, number = op.strip().partition(":")
+    if op not in OPS:
+        raise AddressError(f"{text!r} is not an intervention: write NODE=OP with OP one of {', '.join(OPS)} (scale:0.5)")
+    if (op == "scale") != bool(colon):
+        raise AddressError(f"{text!r}: scale needs a factor (L9H9=scale:0.5); the other operations take none")
+    try:
+        value = float(number) if colon else None
+    except ValueError as error:
+        raise AddressError(f"{text!r}: {number!r} is not a number") from error
+    if value is not None and not math.isfinite(value):
+        raise AddressError(f"{text!r}: the factor must be finite")
+    return Intervention(parse_node(address), op, value)
+
+
+# ------------------------------------------------------------------ prompts and metrics
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """
+    A clean text, an optional corrupted one, single-token answers and foils. `labels` name positions: (label, character offset into `clean`),
+    the token that covers the character; END, the last token, needs no label. `bos` None means what the model was trained with.
+    """
+
+    clean: str
+    corrupt: str | None = None
+    answers: tuple[str, ...] = ()
+    foils: tuple[str, ...] = ()
+    labels: tuple[tuple[str, int], ...] = ()
+    bos: bool | None = None
+
+
+def read_prompt(obj: object) -> Prompt:
+    """A prompt from one object of a prompt set: clean, corrupt, answer, foil (a string or a list of strings), labels."""
+    if not isinstance(obj, dict) or not isinstance(obj.get("clean"), str):
+        raise UserError('a prompt needs an object with at least "clean": "text"')
+    unknown = set(obj) - {"clean", "corrupt", "answer", "foil", "labels", "bos"}
+    if unknown:
+        raise UserError(f"unknown field {min(unknown)!r}: a prompt has clean, corrupt, answer, foil, labels, bos")
+    many = {k: [v] if isinstance(v := obj.get(k, []), str) else v for k in ("answer", "foil")}
+    labels = obj.get("labels", {})
+    if not all(isinstance(v, list) and all(isinstance(s, str) for s in v) for v in many.values()):
+        raise UserError("answer and foil are strings or lists of strings")
+    if not isinstance(labels, dict) or not all(
+        re.fullmatch(LABEL, k) and isinstance(v, int) and 0 <= v < len(obj["clean"]) for k, v in labels.items()
+    ):
+        raise UserError("labels map a name to a character offset inside the clean text")
+    if not isinstance(obj.get("corrupt"), str | None) or not isinstance(obj.get("bos"), bool | None):
+        raise UserError("corrupt is a string and bos is true or false")
+    return Prompt(obj["clean"], obj.get("corrupt"), tuple(many["answer"]), tuple(many["foil"]), tuple(labels.items()), obj.get("bos"))
+
+
+def read_prompt_set(path: str | Path) -> tuple[Prompt, ...]:
+    """A .jsonl prompt set, one object a line; the error names file and line."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"no prompt set at {path}: give the path of a .jsonl file with one prompt a line")
+    prompts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        if line.strip():
+            try:
+                prompts.append(read_prompt(json.loads(line)))
+            except (json.JSONDecodeError, UserError) as error:
+                raise UserError(f"{path.name} line {number}: {error}") from error
+    if not prompts:
+        raise UserError(f"{path} holds no prompt")
+    return tuple(prompts)
+
+
+METRICS = {
+    "logit_diff": "mean logit of the answers minus mean logit of the foils",
+    "prob": "probability of the answers (summed)",
+    "prob_diff": "probability of the answers minus probability of the foils (summed)",
+    "logprob": "log probability of the answers (of their summed probability), nats",
+    "rank": "rank of the best answer, 0 is the top",
+    "loss": "mean next-token cross-entropy of the prompt itself, nats",
+    "kl": "KL(unpatched clean run || this run) at the metric's position, nats",
+}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What is measured, at which position (an int, or a label such as END or S2)."""
+
+    kind: str = "logit_diff"
+    pos: int | str = "END"
+
+
+# ------------------------------------------------------------------ results
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """A tokenised text: ids, the text of each token, the index of each labelled position, and whether index 0 is a BOS token put there."""
+
+    ids: tuple[int, ...] = ()
+    texts: tuple[str, ...] = ()
+    labels: dict[str, int] = field(default_factory=dict)
+    bos: bool = False
+
+
+@dataclass(frozen=True)
+class Identity:
+    """One self-check: the largest absolute error, the tolerance it was held against, and what was compared. `ok` None means not applicable."""
+
+    name: str
+    error: float
+    tolerance: float
+    ok: bool | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is loaded. `bos` is the text of the BOS token ("" when there is none) and `default_bos` whether prompts get it unasked."""
+
+    name: str
+    architecture: str
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_model: int
+    d_head: int
+    d_mlp: int
+    d_vocab: int
+    n_ctx: int
+    n_params: int
+    dtype: str
+    device: str
+    positions: str
+    norm: str
+    parallel: bool
+    softcap: float
+    bos: str
+    default_bos: bool
+    seconds: float
+    checks: tuple[Identity, ...] = ()
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """A prompt as the model reads it. `problems` stop an analysis; `hints` are advice such as a missing leading space."""
+
+    clean: TokenRow
+    corrupt: TokenRow | None
+    answers: tuple[TokenRow, ...]
+    foils: tuple[TokenRow, ...]
+    problems: tuple[str, ...]
+    hints: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One run: its tokens, the k likeliest next tokens at each position with their probabilities and logits [seq, k], and its metric."""
+
+    tokens: TokenRow
+    top_ids: np.ndarray
+    top_probs: np.ndarray
+    top_logits: np.ndarray
+    metric: float | None
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Clean, corrupted and now (the base prompt under the interventions). `normalised` is (now - corrupted) / (clean - corrupted)."""
+
+    clean: Side
+    corrupt: Side | None
+    now: Side
+    normalised: float | None
+    warning: str
+    texts: dict[int, str]
+    convention: str
+
+
+@dataclass(frozen=True)
+class LensResult:
+    """
+    Logit lens. Rows are hook points, columns positions: top_ids and top_probs [point, seq, k]; prob (of the answers, summed), rank (of the best
+    answer), entropy and kl (KL(final || this), nats) and logit_diff [point, seq]; NaN where there is no answer. A partial result has fewer points.
+    """
+
+    tokens: TokenRow
+    points: tuple[str, ...]
+    top_ids: np.ndarray
+    top_probs: np.ndarray
+    prob: np.ndarray
+    rank: np.ndarray
+    entropy: np.ndarray
+    kl: np.ndarray
+    logit_diff: np.ndarray
+    texts: dict[int, str]
+    convention: str
+
+
+@dataclass(frozen=True)
+class AttentionResult:
+    """Patterns of every head of one layer, [head, destination, source]; for a difference the two runs' patterns are subtracted."""
+
+    tokens: TokenRow
+    layer: int
+    pattern: np.ndarray
+    which: str
+    convention: str
+
+
+@dataclass(frozen=True)
+class HeadStatsResult:
+    """Per-head statistics, each [layer, head]; NaN where the tokens hold no instance (no repeated token, say)."""
+
+    stats: dict[str, np.ndarray]
+    which: str
+    source: str
+    convention: str
+
+
+@dataclass(frozen=True)
+class IdentitiesResult:
+    rows: tuple[Identity, ...]
+    convention: str
+
+
+@dataclass(frozen=True)
+class StatusResult:
+    """Bytes: the process, the accelerator (0 without one), the activation cache and its limit; `entries` says what the cache holds."""
+
+    memory: int
+    device_memory: int
+    device_total: int
+    cache: int
+    cache_limit: int
+    entries: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    name: str
+    where: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class ModelsResult:
+    choices: tuple[ModelChoice, ...]
+
+
+@dataclass(frozen=True)
+class Progress:
+    done: int
+    total: int
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error as a result: one line for the screen; the full story is in the engine's log. `kind` is "user" or "internal"."""
+
+    message: str
+    kind: str = "internal"
+
+
+# ------------------------------------------------------------------ requests
+
+STATS = {
+    "previous": "attention to the previous token, mean over destinations after the first",
+    "duplicate": "attention to earlier copies of the destination's token, mean over destinations that have one",
+    "induction": "attention to the token after an earlier copy of the destination's token, mean over destinations that have one",
+    "first": "attention to the first token, mean over destinations after the first",
+    "entropy": "entropy of a destination's attention in nats, mean over destinations after the first",
+}
+RUNS = ("now", "clean", "corrupt")
+WHICH = (*RUNS, "clean-corrupt", "now-clean", "now-corrupt")
+
+
+@dataclass(frozen=True)
+class Load:
+    """Load a model: `zoo`, a Hugging Face folder or a hub name; `base` names the architecture when `model` holds only fine-tuned weights."""
+
+    model: str = "zoo"
+    base: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    device_map: str | None = None
+
+
+@dataclass(frozen=True)
+class Check:
+    """Tokenise a prompt, its answers and foils, and say what stops an analysis."""
+
+    prompt: Prompt
+
+
+@dataclass(frozen=True)
+class Study:
+    """What every analysis runs on: the prompt, the interventions, which prompt they act on (`base`), the metric, and the prompt set (for means)."""
+
+    prompt: Prompt
+    interventions: tuple[Intervention, ...] = ()
+    base: str = "clean"
+    metric: Metric = Metric()
+    prompt_set: tuple[Prompt, ...] = ()
+
+
+@dataclass(frozen=True)
+class Run:
+    """The k likeliest next tokens at each position, and the metric for clean, corrupted and now."""
+
+    study: Study
+    k: int = 10
+
+
+@dataclass(frozen=True)
+class Lens:
+    """Logit lens at hook points (addresses without position; empty: resid_pre of layer 0, then resid_mid and resid_post of every layer)."""
+
+    study: Study
+    which: str = "now"
+    points: tuple[str, ...] = ()
+    k: int = 10
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Attention patterns of one layer's heads, of one run or a difference of two (WHICH)."""
+
+    study: Study
+    layer: int = 0
+    which: str = "now"
+
+
+@dataclass(frozen=True)
+class HeadStats:
+    """The statistics of STATS for every head, on the prompt or on `random` repeated tokens (BOS, then 50 random tokens twice, 4 rows, fixed seed)."""
+
+    study: Study
+    which: str = "now"
+    source: str = "prompt"
+
+
+@dataclass(frozen=True)
+class Identities:
+    """The identities of the honesty panel on this model and prompt."""
+
+    study: Study
+
+
+@dataclass(frozen=True)
+class Status:
+    """Memory and what the activation cache holds."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models that can be named: the zoo, folders beside the program, what the hub cache holds, well-known names."""
+
+
+REQUESTS = {c.__name__: c for c in (Load, Check, Run, Lens, Attention, HeadStats, Identities, Status, Models)}
+RESULTS = {
+    c.__name__: c
+    for c in (
+        ModelInfo, CheckResult, RunResult, LensResult, AttentionResult, HeadStatsResult, IdentitiesResult, StatusResult, ModelsResult, Progress, Failure,
+    )
+}  # fmt: skip
+TYPES: dict[str, type] = REQUESTS | RESULTS
+
+
+# ------------------------------------------------------------------ the wire: 4-byte length, msgpack header, raw array bytes
+
+KINDS = ("ask", "cancel", "hello", "progress", "partial", "result", "error", "cancelled")
+MAX_HEADER = 64 << 20
+MAX_ARRAY = 4 << 30
+DTYPES = ("<f4", "<f8", "<f2", "<i4", "<i8", "<i2", "|u1", "|i1", "|b1")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One message. `slot` is the pane that asks: a newer request replaces an older one in the same slot. Lower `priority` runs first."""
+
+    kind: str
+    id: int = 0
+    slot: str = ""
+    priority: int = 1
+    body: object = None
+
+
+def encode(frame: Frame) -> bytes:
+    """A frame as bytes."""
+    arrays: list[np.ndarray] = []
+
+    def hook(obj: object) -> int:
+        if not isinstance(obj, np.ndarray):
+            raise NotImplementedError(f"{type(obj).__name__} does not go on the wire")
+        arrays.append(np.ascontiguousarray(obj))
+        return len(arrays) - 1
+
+    name = "" if frame.body is None else type(frame.body).__name__
+    assert name == "" or TYPES.get(name) is type(frame.body), f"{name} is not in the vocabulary"
+    body = msgspec.to_builtins(frame.body, enc_hook=hook)
+    head = msgspec.msgpack.encode([frame.kind, frame.id, frame.slot, frame.priority, name, body, [[a.dtype.str, a.shape] for a in arrays]])
+    return len(head).to_bytes(4, "big") + head + b"".join(a.tobytes() for a in arrays)
+
+
+def head_size(prefix: bytes) -> int:
+    size = int.from_bytes(prefix, "big")
+    if len(prefix) != 4 or not 0 < size <= MAX_HEADER:
+        raise WireError(f"a header of {size} bytes: this is not Loupe's wire (does the other side print to stdout?)")
+    return size
+
+
+def array_sizes(head: bytes) -> tuple[list, list[int]]:
+    """The decoded header and the byte count of each array that follows it."""
+    try:
+        fields = msgspec.msgpack.decode(head)
+        kind, ident, slot, priority, name, _, specs = fields
+        sizes = []
+        for dtype, shape in specs:
+            if dtype not in DTYPES or not all(isinstance(n, int) and n >= 0 for n in shape):
+                raise WireError(f"an array of type {dtype!r} and shape {shape!r}")
+            sizes.append(np.dtype(dtype).itemsize * math.prod(shape))
+    except (msgspec.DecodeError, ValueError, TypeError) as error:
+        raise WireError(f"a header that can't be read: {error}") from error
+    if (
+        kind not in KINDS
+        or not isinstance(ident, int)
+        or not isinstance(slot, str)
+        or not isinstance(priority, int)
+        or not isinstance(name, str)
+    ):
+        raise WireError(f"a header with kind {kind!r}, id {ident!r}")
+    if sum(sizes) > MAX_ARRAY:
+        raise WireError(f"{sum(sizes)} bytes of arrays in one frame")
+    return fields, sizes
+
+
+def build(fields: list, buffers: list[bytes]) -> Frame:
+    kind, ident, slot, priority, name, body, specs = fields
+    if name == "":
+        return Frame(kind, ident, slot, priority)
+    if name not in TYPES:
+        raise WireError(f"an unknown message {name!r}: do screen and engine have the same version?")
+    arrays = [np.frombuffer(b, dtype).reshape(shape) for b, (dtype, shape) in zip(buffers, specs)]
+
+    def hook(kind: type, obj: object) -> object:
+        if kind is not np.ndarray or not isinstance(obj, int) or not 0 <= obj < len(arrays):
+            raise ValueError(f"no array {obj!r}")
+        return arrays[obj]
+
+    try:
+        return Frame(kind, ident, slot, priority, msgspec.convert(body, TYPES[name], dec_hook=hook))
+    except (msgspec.ValidationError, ValueError) as error:
+        raise WireError(f"a {name} that can't be read: {error}") from error
+
+
+def read_frame(read: Callable[[int], bytes]) -> Frame | None:
+    """Read one frame through `read(n)`, which returns fewer than n bytes only at the end. None at a clean end of the stream."""
+
+    def exactly(n: int) -> bytes:
+        data = read(n)
+        if len(data) < n:
+            raise WireError("the stream ended in the middle of a frame")
+        return data
+
+    prefix = read(4)
+    if not prefix:
+        return None
+    if len(prefix) < 4:
+        raise WireError("the stream ended in the middle of a frame")
+    fields, sizes = array_sizes(exactly(head_size(prefix)))
+    return build(fields, [exactly(n) for n in sizes])
+
+
+async def read_frame_async(reader) -> Frame:
+    """The same from an asyncio StreamReader; raises asyncio.IncompleteReadError at the end of the stream."""
+    fields, sizes = array_sizes(await reader.readexactly(head_size(await reader.readexactly(4))))
+    return build(fields, [await reader.readexactly(n) for n in sizes])
+
+
+# ------------------------------------------------------------------ JSON, for the command line, sessions and exports
+
+
+def to_json(obj: object) -> object:
+    """Builtins that json.dumps takes: arrays as lists, NaN as None, nodes and interventions as their addresses."""
+    match obj:
+        case Node() | Intervention():
+            return str(obj)
+        case np.ndarray():
+            return to_json(obj.tolist())
+        case float():
+            return obj if math.isfinite(obj) else None
+        case dict():
+            return {str(k): to_json(v) for k, v in obj.items()}
+        case list() | tuple():
+            return [to_json(v) for v in obj]
+        case _ if dataclasses.is_dataclass(obj):
+            return {f.name: to_json(getattr(obj, f.name)) for f in dataclasses.fields(obj)}
+    return obj
+
+
+def from_json(obj: object, kind: type) -> object:
+    """The inverse of `to_json` for the dataclasses of a session (prompts, interventions, metrics)."""
+
+    def hook(kind: type, obj: object) -> object:
+        raise ValueError(f"no {kind.__name__} in JSON")
+
+    def revive(obj: object, kind: object) -> object:
+        origin, args = typing.get_origin(kind), typing.get_args(kind)
+        if kind is Node or kind is Intervention:
+            if not isinstance(obj, str):
+                raise UserError(f"expected an address, got {obj!r}")
+            return parse_node(obj) if kind is Node else parse_intervention(obj)
+        if origin in (typing.Union, types.UnionType):
+            some = [a for a in args if a is not type(None)]
+            if obj is None and len(some) < len(args) or len(some) > 1:
+                return msgspec.convert(obj, kind)
+            return revive(obj, some[0])
+        if origin is tuple and args and isinstance(obj, list):
+            return tuple(
+                revive(v, args[0] if len(args) == 2 and args[1] is ... else a)
+                for v, a in zip(obj, args if args[-1] is not ... else args[:1] * len(obj), strict=True)
+            )
+        if dataclasses.is_dataclass(kind) and isinstance(obj, dict):
+            hints = typing.get_type_hints(kind)
+            unknown = set(obj) - set(hints)
+            if unknown:
+                raise UserError(f"{kind.__name__} has no field {min(unknown)!r}")
+            return kind(**{k: revive(v, hints[k]) for k, v in obj.items()})
+        return msgspec.convert(obj, kind, dec_hook=hook)
+
+    try:
+        return revive(obj, kind)
+    except (msgspec.ValidationError, TypeError, ValueError) as error:
+        raise UserError(f"not a {getattr(kind, '__name__', kind)}: {error}") from error

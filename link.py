@@ -1,0 +1,153 @@
+"""The screen's end of the wire: starts the engine, asks, cancels, and says when it died. Never imports torch."""
+
+import asyncio
+import contextlib
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from messages import Failure, Frame, Progress, WireError, encode, read_frame_async
+from utils import ROOT
+
+
+class EngineError(Exception):
+    """A request failed; the message is the line for the screen."""
+
+
+class EngineDied(EngineError): ...
+
+
+class Superseded(Exception):
+    """A newer request took the slot, or this one was cancelled."""
+
+
+@dataclass
+class Job:
+    id: int
+    slot: str
+    request: object
+    future: asyncio.Future
+    on_partial: Callable[[object], None] | None
+    progress: Progress = Progress(0, 0)
+
+
+class Link:
+    """
+    One engine process. `ask` sends a request and awaits its result; a newer ask in the same slot replaces the older one.
+    `on_progress(job)` and `on_death(reason)` are called on the event loop.
+    """
+
+    def __init__(self, log: Path, via: str = "", on_progress: Callable = lambda job: None, on_death: Callable = lambda reason: None):
+        self.log, self.via, self.on_progress, self.on_death = log, via, on_progress, on_death
+        self.process: asyncio.subprocess.Process | None = None
+        self.reader: asyncio.Task | None = None
+        self.jobs: dict[int, Job] = {}
+        self.count = 0
+        self.stopping = False
+
+    @property
+    def alive(self) -> bool:
+        return self.process is not None and self.process.returncode is None
+
+    async def start(self) -> None:
+        command = (
+            [*shlex.split(self.via), "uv", "run", "engine.py", "serve"] if self.via else [sys.executable, str(ROOT / "engine.py"), "serve"]
+        )
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.stopping = False
+        with open(self.log, "ab") as log:
+            self.process = await asyncio.create_subprocess_exec(
+                *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=log, start_new_session=True, cwd=ROOT
+            )
+        self.reader = asyncio.create_task(self.read(self.process))
+
+    async def read(self, process: asyncio.subprocess.Process) -> None:
+        reason = ""
+        try:
+            while True:
+                self.receive(await read_frame_async(process.stdout))
+        except asyncio.IncompleteReadError:
+            code = await process.wait()
+            reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        except WireError as error:
+            reason = str(error)
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+        jobs, self.jobs = self.jobs, {}
+        for job in jobs.values():
+            if not job.future.done():
+                job.future.set_exception(EngineDied(f"the engine died ({reason})"))
+        if not self.stopping:
+            self.on_death(reason)
+
+    def receive(self, frame: Frame) -> None:
+        job = self.jobs.get(frame.id)
+        if job is None:
+            return  # an answer to a request that was replaced
+        match frame.kind:
+            case "progress":
+                job.progress = frame.body
+                self.on_progress(job)
+            case "partial":
+                if job.on_partial:
+                    job.on_partial(frame.body)
+            case "result" | "error" | "cancelled":
+                del self.jobs[frame.id]
+                if job.future.done():
+                    return
+                if frame.kind == "result":
+                    job.future.set_result(frame.body)
+                elif frame.kind == "cancelled":
+                    job.future.set_exception(Superseded())
+                else:
+                    failure = frame.body if isinstance(frame.body, Failure) else Failure("an error without a message")
+                    job.future.set_exception(EngineError(failure.message))
+
+    def send(self, frame: Frame) -> None:
+        if self.alive and not self.process.stdin.is_closing():
+            self.process.stdin.write(encode(frame))
+
+    async def ask(self, slot: str, request: object, priority: int = 1, on_partial: Callable[[object], None] | None = None) -> object:
+        """The request's result. EngineError with one line when it fails, Superseded when a newer ask took the slot."""
+        if not self.alive:
+            raise EngineDied("the engine is not running: ctrl+e starts it")
+        for old in [j for j in self.jobs.values() if slot and j.slot == slot]:
+            del self.jobs[old.id]
+            if not old.future.done():
+                old.future.set_exception(Superseded())
+        self.count += 1
+        job = self.jobs[self.count] = Job(self.count, slot, request, asyncio.get_running_loop().create_future(), on_partial)
+        self.send(Frame("ask", job.id, slot, priority, request))
+        try:
+            return await job.future
+        except asyncio.CancelledError:
+            self.cancel(job.id)
+            raise
+
+    def cancel(self, ident: int) -> None:
+        """Cancel a job between two of its chunks."""
+        if job := self.jobs.pop(ident, None):
+            self.send(Frame("cancel", ident))
+            if not job.future.done():
+                job.future.set_exception(Superseded())
+
+    async def stop(self) -> None:
+        """End the engine: EOF first, SIGKILL when it does not go."""
+        self.stopping = True
+        if self.process is None:
+            return
+        if self.process.returncode is None:
+            self.process.stdin.close()
+            try:
+                await asyncio.wait_for(self.process.wait(), 2)
+            except TimeoutError:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.process.pid, signal.SIGKILL)
+                await self.process.wait()
+        if self.reader:
+            await self.reader

@@ -1,0 +1,230 @@
+"""
+What lasts: the state of a hunt, the actions that change it, and the session file (one JSON object a line) from which undo, redo and resume work.
+
+1. `State` is immutable; `apply(state, name, args)` is the one function that changes it, and knows every kind of action.
+2. `Session.do` applies an action and appends it to the file as it happens; undo and redo are lines of the file too.
+3. Reading a file back folds its lines; what can't be read is said, what stands before it is kept, and the file itself is left as it is.
+"""
+
+import dataclasses
+import datetime
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from messages import (
+    ABLATIONS,
+    METRICS,
+    RUNS,
+    WHICH,
+    Intervention,
+    Load,
+    Metric,
+    Prompt,
+    Study,
+    UserError,
+    from_json,
+    parse_intervention,
+    to_json,
+)
+from utils import ROOT
+
+FORMAT = 1
+SESSIONS = ROOT / "sessions"
+VIEWS = {
+    "mode": ("colour", "number", "shade"),
+    "lens.stat": ("prob", "answer", "rank", "entropy", "kl", "logit_diff"),
+    "lens.points": ("mid+post", "post", "all"),
+    "attention.stat": ("induction", "previous", "duplicate", "first", "entropy", "pair"),
+    "attention.source": ("prompt", "random"),
+    "which": WHICH,
+    "ids": ("off", "on"),
+}
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything that a session restores. `views` hold what the panes show; keys and values are those of VIEWS."""
+
+    model: Load = Load()
+    prompt: Prompt = Prompt("When Mary and John went to the store, John gave a drink to", None, (" Mary",), (" John",))
+    set_path: str = ""
+    prompt_set: tuple[Prompt, ...] = ()
+    index: int = 0
+    metric: Metric = Metric()
+    base: str = "clean"
+    interventions: tuple[Intervention, ...] = ()
+    enabled: bool = True
+    ablation: str = "zero"
+    views: dict[str, str] = field(default_factory=lambda: {k: v[0] for k, v in VIEWS.items()})
+
+    @property
+    def study(self) -> Study:
+        """What analyses run on. The set travels only when a mean needs it."""
+        active = self.interventions if self.enabled else ()
+        means = any(i.op.startswith("mean") for i in active)
+        return Study(self.prompt, active, self.base, self.metric, self.prompt_set if means else ())
+
+
+def one_of(value: str, allowed: tuple[str, ...] | dict, what: str) -> str:
+    if value not in allowed:
+        raise UserError(f"{what} {value!r}: choose one of {', '.join(allowed)}")
+    return value
+
+
+def model(state: State, load: dict) -> State:
+    return dataclasses.replace(state, model=from_json(load, Load), interventions=())
+
+
+def prompt(state: State, prompt: dict) -> State:
+    return dataclasses.replace(state, prompt=from_json(prompt, Prompt))
+
+
+def open_set(state: State, path: str, prompts: list, index: int = 0) -> State:
+    prompts = from_json(prompts, tuple[Prompt, ...])
+    return go(dataclasses.replace(state, set_path=path, prompt_set=prompts), index)
+
+
+def go(state: State, index: int) -> State:
+    if not 0 <= index < len(state.prompt_set):
+        raise UserError(f"no prompt {index + 1} in a set of {len(state.prompt_set)}")
+    return dataclasses.replace(state, index=index, prompt=state.prompt_set[index])
+
+
+def metric(state: State, kind: str, pos: int | str = "END") -> State:
+    return dataclasses.replace(state, metric=Metric(one_of(kind, METRICS, "metric"), pos))
+
+
+def base(state: State, value: str) -> State:
+    return dataclasses.replace(state, base=one_of(value, RUNS[1:], "base"))
+
+
+def intervene(state: State, intervention: str) -> State:
+    """Add an intervention; one on the same node is replaced."""
+    new = parse_intervention(intervention)
+    kept = tuple(i for i in state.interventions if i.node != new.node)
+    return dataclasses.replace(state, interventions=(*kept, new), enabled=True)
+
+
+def drop(state: State, intervention: str) -> State:
+    gone = parse_intervention(intervention)
+    return dataclasses.replace(state, interventions=tuple(i for i in state.interventions if i != gone))
+
+
+def clear(state: State) -> State:
+    return dataclasses.replace(state, interventions=())
+
+
+def enable(state: State, value: bool) -> State:
+    return dataclasses.replace(state, enabled=bool(value))
+
+
+def ablation(state: State, kind: str) -> State:
+    return dataclasses.replace(state, ablation=one_of(kind, ABLATIONS, "ablation"))
+
+
+def view(state: State, name: str, value: str) -> State:
+    one_of(name, VIEWS, "view")
+    return dataclasses.replace(state, views={**state.views, name: one_of(value, VIEWS[name], name)})
+
+
+ACTIONS: dict[str, Callable[..., State]] = {
+    f.__name__: f for f in (model, prompt, open_set, go, metric, base, intervene, drop, clear, enable, ablation, view)
+}
+
+
+def apply(state: State, name: str, args: dict) -> State:
+    """The state after an action. UserError for an unknown action or arguments that do not fit it."""
+    if name not in ACTIONS:
+        raise UserError(f"unknown action {name!r}")
+    try:
+        return ACTIONS[name](state, **args)
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"action {name}: {error}") from error
+
+
+class Session:
+    """A state with its history. The file is created by the first action; `path` says where."""
+
+    def __init__(self, state: State, path: Path | None = None):
+        self.state, self.path = state, path or SESSIONS / f"{datetime.datetime.now():%Y-%m-%d-%H%M%S-%f}.jsonl"
+        self.start, self.past, self.future = state, [], []
+        self.lines: list[dict] = []
+        self.written = False
+
+    def write(self, line: dict) -> None:
+        self.lines.append(line)
+        if not self.written:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.written = True
+            with open(self.path, "x", encoding="utf-8") as f:
+                for old in ({"loupe": FORMAT, "start": to_json(self.start)}, *self.lines):
+                    f.write(json.dumps(old, ensure_ascii=False) + "\n")
+            return
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def step(self, name: str, args: dict) -> None:
+        if name in ("undo", "redo"):
+            source, target = (self.past, self.future) if name == "undo" else (self.future, self.past)
+            if not source:
+                raise UserError(f"nothing to {name}")
+            target.append((self.state, source[-1][1]))
+            self.state = source.pop()[0]
+        else:
+            new = apply(self.state, name, args)
+            self.past.append((self.state, name))
+            self.state, self.future = new, []
+
+    def do(self, name: str, **args: object) -> State:
+        """Apply an action (or `undo`, `redo`) and append it to the file."""
+        args = to_json(args)
+        self.step(name, args)
+        self.write({"t": datetime.datetime.now().isoformat(timespec="milliseconds"), "do": name, "args": args})
+        return self.state
+
+
+def read_session(path: str | Path) -> tuple[Session, str]:
+    """The session of a file, and a warning ("" when the whole file was read). A damaged file is kept; its session goes on in a new one."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"no session at {path}: give a .jsonl file of {SESSIONS.name}/")
+    lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
+    whole = lines[-1] == ""
+    lines = lines[:-1] if whole else lines
+    try:
+        head = json.loads(lines[0])
+        assert isinstance(head, dict)
+    except (json.JSONDecodeError, IndexError, AssertionError) as error:
+        raise UserError(f"{path.name} is not a session of Loupe: its first line is not the header") from error
+    if head.get("loupe") != FORMAT:
+        raise UserError(f"{path.name} is not a session of Loupe format {FORMAT}: its header says {head.get('loupe')!r}")
+    session, warning, known = Session(from_json(head.get("start"), State), path), "", set(State().views)
+    session.state = session.start = dataclasses.replace(
+        session.start, views=State().views | {k: v for k, v in session.start.views.items() if k in known}
+    )
+    for number, line in enumerate(lines[1:], 2):
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry, dict) or not isinstance(entry.get("do"), str) or not isinstance(entry.get("args"), dict):
+                raise UserError("not an action")
+            session.step(entry["do"], entry["args"])
+        except (json.JSONDecodeError, UserError) as error:
+            rest = len(lines) - number
+            warning = f"{path.name} line {number}: {error}; the {number - 2} steps before it are restored" + (
+                f", {rest} after it are not" if rest else ""
+            )
+            break
+        session.lines.append(entry)
+    session.written = not warning and whole
+    if not session.written:
+        session.path = Session(session.state).path
+    return session, warning
+
+
+def newest_session(folder: Path = SESSIONS) -> Path:
+    files = sorted(folder.glob("*.jsonl"), key=lambda p: p.stat().st_mtime)
+    if not files:
+        raise UserError(f"no session in {folder}: start with `uv run tui.py`")
+    return files[-1]

@@ -140,7 +140,7 @@ def agreement_held(a: str, b: str) -> bool:
 
 
 def successor_held(kind: str, start: int) -> bool:
-    return held(6, "successor", kind, start)
+    return held(5, "successor", kind, start) and (kind, start) != ("letter", 0)
 
 
 def acronym_held(words: list[str]) -> bool:
@@ -537,7 +537,7 @@ def build_tokenizer(folder: Path, n_docs: int = 60_000) -> PreTrainedTokenizerFa
     counts = Counter(word for _ in range(n_docs) for word, _ in byte_level.pre_tokenize_str(document(r)))
     words = {word for word, n in counts.items() if n >= 8 and word.lstrip("Ġ").isalpha() and word.isprintable()}
     lexicon = NAMES + COUNTRIES + MONTHS + WEEKDAYS + PLACES + OBJECTS + ADJECTIVES + SINGULAR + PLURAL + NUMBER_WORDS + ORDINALS
-    words |= {"Ġ" + word for word in lexicon} | set(NAMES + COUNTRIES + MONTHS + WEEKDAYS)
+    words |= {"Ġ" + word for word in lexicon + LETTERS} | set(NAMES + COUNTRIES + MONTHS + WEEKDAYS + NUMBER_WORDS + ORDINALS)
     words |= {f"{i:02d}" for i in range(100)} | {f"Ġ{i}" for i in range(100)} | {"Ġ(", "Ġ=", "'t", 'Ġ"', "Ġ'", "Ġ[", "Ġ{"}
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = [(BOS, 0.0)] + [(byte, -20.0) for byte in alphabet] + [(word, -8.0) for word in sorted(words - set(alphabet))]

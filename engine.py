@@ -1,0 +1,299 @@
+"""The process that owns the model: load, queue, cancel, memory, `serve`, and the command line. Heavy imports happen inside functions."""
+
+import atexit
+import gc
+import heapq
+import itertools
+import os
+import queue
+import resource
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from messages import (
+    Attention,
+    Check,
+    Failure,
+    Frame,
+    HeadStats,
+    Identities,
+    IdentitiesResult,
+    Lens,
+    Load,
+    ModelChoice,
+    Models,
+    ModelsResult,
+    Progress,
+    Run,
+    Status,
+    StatusResult,
+    UserError,
+    WireError,
+    encode,
+    read_frame,
+)
+from utils import ROOT, settings
+
+WELL_KNOWN = {
+    "gpt2": "124M",
+    "gpt2-medium": "355M",
+    "EleutherAI/pythia-70m": "70M",
+    "EleutherAI/pythia-160m": "162M",
+    "EleutherAI/pythia-410m": "405M",
+    "Qwen/Qwen3-0.6B": "596M",
+    "Qwen/Qwen3-1.7B": "1.7B",
+    "google/gemma-2-2b": "2.6B, gated",
+    "meta-llama/Llama-3.2-1B": "1.2B, gated",
+}
+NEEDS_MODEL = (Check, Run, Lens, Attention, HeadStats, Identities)
+
+
+def import_model() -> None:
+    """The heavy imports, without the garbage collector in the way."""
+    gc.disable()
+    import attribution  # noqa: F401
+    import honesty  # noqa: F401
+    import lens  # noqa: F401
+
+    gc.freeze()
+    gc.enable()
+    atexit.register(gc.unfreeze)
+
+
+class Engine:
+    """A model and what can be asked of it. `run` returns a request's result; `jobs` is the generator behind it, which yields progress and partial results."""
+
+    def __init__(self, model: str | Load | None = None):
+        self.model, self.loaded, self.seconds = None, None, 0.0
+        self.swap: Callable[[], None] = lambda: None
+        if model is not None:
+            self.run(Load(model) if isinstance(model, str) else model)
+
+    def run(self, request: object, show: Callable[[object], None] = lambda part: None) -> object:
+        jobs = self.jobs(request)
+        while True:
+            try:
+                show(next(jobs))
+            except StopIteration as stop:
+                self.check_hooks()
+                return stop.value
+
+    def check_hooks(self) -> None:
+        assert self.model is None or self.model.leaks() == 0, "a hook was left on the model"
+
+    def jobs(self, request: object) -> Generator:
+        if isinstance(request, NEEDS_MODEL) and self.model is None:
+            raise UserError("no model is loaded: load one first")
+        match request:
+            case Load():
+                return (yield from self.load(request))
+            case Status():
+                return self.status()
+            case Models():
+                return find_models()
+            case Check():
+                return self.model.check(request.prompt)
+        import attribution
+        import honesty
+        import lens
+        import patching
+
+        if isinstance(request, Identities):
+            rows, convention = yield from honesty.identities(self.model, request.study)
+            return IdentitiesResult(rows, convention)
+        runs = yield from patching.prepare(self.model, request.study)
+        match request:
+            case Run():
+                return (yield from lens.run(runs, request.k))
+            case Lens():
+                return (yield from lens.logit_lens(runs, request.which, request.points, request.k))
+            case Attention():
+                return (yield from attribution.attention(runs, request.layer, request.which))
+            case HeadStats():
+                return (yield from attribution.head_stats(runs, request.which, request.source))
+        raise UserError(f"{type(request).__name__} is not a request")
+
+    def load(self, request: Load) -> Generator:
+        if "model" not in sys.modules:
+            yield Progress(0, 5, "importing torch")
+            gc.disable()
+            import torch  # noqa: F401
+
+            yield Progress(1, 5, "importing TransformerLens")
+            import_model()
+        import model
+
+        megabytes = settings().get("LOUPE_CACHE_MB") or "512"
+        if not megabytes.isdigit():
+            raise UserError(f"LOUPE_CACHE_MB in .env is {megabytes!r}: write a number of megabytes")
+
+        def forget() -> None:
+            self.swap()
+            self.model = None
+            gc.collect()
+            model.tec()
+
+        self.model = yield from model.load(request, int(megabytes), forget)
+        return self.model.info
+
+    def status(self) -> StatusResult:
+        device = (0, 0)
+        if "torch" in sys.modules and (t := sys.modules["torch"]).cuda.is_available():
+            device = (t.cuda.memory_reserved(), t.cuda.mem_get_info()[1])
+        cache = self.model.cache if self.model else None
+        return StatusResult(rss(), *device, cache.size if cache else 0, cache.limit if cache else 0, cache.entries() if cache else ())
+
+
+def rss() -> int:
+    """Bytes of memory that this process holds."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith("VmRSS:"))
+
+
+def find_models() -> ModelsResult:
+    """The zoo, folders beside the program, what the hub cache holds, and well-known names."""
+    import huggingface_hub
+
+    choices = [ModelChoice("zoo", "embedded", "4 layers, no download")] if (ROOT / "zoo" / "config.json").is_file() else []
+    choices += [ModelChoice(str(p.parent), "folder") for p in sorted((ROOT / "models").glob("*/config.json"))]
+    cached = set()
+    if Path(huggingface_hub.constants.HF_HUB_CACHE).is_dir():
+        for repo in sorted(huggingface_hub.scan_cache_dir().repos, key=lambda r: r.repo_id):
+            files = {f.file_name for revision in repo.revisions for f in revision.files}
+            if repo.repo_type == "model" and "config.json" in files and any(f.endswith(".safetensors") for f in files):
+                cached.add(repo.repo_id)
+                choices.append(ModelChoice(repo.repo_id, "hub cache", f"{repo.size_on_disk / 1e9:.1f} GB"))
+    choices += [ModelChoice(n, "hub", f"{size}, needs download") for n, size in WELL_KNOWN.items() if n not in cached]
+    return ModelsResult(tuple(choices))
+
+
+# ------------------------------------------------------------------ scheduling
+
+
+@dataclass(order=True)
+class Job:
+    priority: int
+    number: int
+    ask: Frame = field(compare=False)
+    steps: Generator | None = field(default=None, compare=False)
+
+
+class Scheduler:
+    """
+    Interleaves generators: each `step` advances the waiting job of lowest priority, oldest first, to its next yield. A newer request in a
+    slot drops the older one. While a Load waits or runs, jobs that need a model wait for it.
+    """
+
+    def __init__(self, start: Callable[[object], Generator], send: Callable[[Frame], None], after: Callable[[], None] = lambda: None):
+        self.start, self.send, self.after = start, send, after
+        self.jobs: list[Job] = []
+        self.numbers = itertools.count()
+
+    def reply(self, job: Job, kind: str, body: object = None) -> None:
+        self.send(Frame(kind, job.ask.id, job.ask.slot, job.ask.priority, body))
+
+    def put(self, frame: Frame) -> None:
+        if frame.kind == "cancel":
+            self.drop(lambda job: job.ask.id == frame.id)
+        elif frame.kind == "ask":
+            if frame.slot:
+                self.drop(lambda job: job.ask.slot == frame.slot)
+            heapq.heappush(self.jobs, Job(frame.priority, next(self.numbers), frame))
+
+    def drop(self, which: Callable[[Job], bool]) -> None:
+        gone = sorted(job for job in self.jobs if which(job))
+        self.jobs = [job for job in self.jobs if not which(job)]
+        heapq.heapify(self.jobs)
+        for job in gone:
+            if job.steps is not None:
+                job.steps.close()
+            self.reply(job, "cancelled")
+
+    def drop_started(self) -> None:
+        """The model they ran on is going away."""
+        self.drop(lambda job: job.steps is not None and isinstance(job.ask.body, NEEDS_MODEL))
+
+    def next_job(self) -> Job | None:
+        loads = [job for job in self.jobs if isinstance(job.ask.body, Load)]
+        ready = [
+            job for job in self.jobs if not loads or not isinstance(job.ask.body, NEEDS_MODEL) and (job is min(loads) or job not in loads)
+        ]
+        return min(ready, default=None)
+
+    def step(self) -> bool:
+        """Advance one job by one yield; False when there is nothing to do."""
+        job = self.next_job()
+        if job is None:
+            return False
+        try:
+            if job.steps is None:
+                job.steps = self.start(job.ask.body)
+            part = next(job.steps)
+        except StopIteration as stop:
+            self.finish(job, "result", stop.value)
+        except UserError as error:
+            self.finish(job, "error", Failure(str(error), "user"))
+        except MemoryError as error:
+            self.finish(job, "error", Failure(f"out of memory: {error}", "user"))
+        except Exception as error:
+            traceback.print_exc()
+            text = " ".join(str(error).split())[:300]
+            self.finish(job, "error", Failure(f"{type(error).__name__}: {text}"))
+        else:
+            self.reply(job, "progress" if isinstance(part, Progress) else "partial", part)
+        return True
+
+    def finish(self, job: Job, kind: str, body: object) -> None:
+        self.jobs.remove(job)
+        heapq.heapify(self.jobs)
+        self.reply(job, kind, body)
+        self.after()
+
+
+# ------------------------------------------------------------------ the server
+
+
+def serve() -> None:
+    """Speak the protocol on a copy of fd 1, with fd 1 pointed at stderr so that no library's print gets into it."""
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    inbox: queue.SimpleQueue[Frame] = queue.SimpleQueue()
+
+    def send(frame: Frame) -> None:
+        out.write(encode(frame))
+        out.flush()
+
+    def read_all() -> None:
+        """Owns stdin. At its end the process goes, whatever it is doing."""
+        try:
+            while (frame := read_frame(sys.stdin.buffer.read)) is not None:
+                inbox.put(frame)
+        except WireError as error:
+            print(f"stdin: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
+
+    send(Frame("hello"))
+    threading.Thread(target=read_all, daemon=True).start()
+    engine = Engine()
+    scheduler = Scheduler(engine.jobs, send, engine.check_hooks)
+    engine.swap = scheduler.drop_started
+    while True:
+        while not scheduler.jobs or not inbox.empty():
+            scheduler.put(inbox.get())
+        scheduler.step()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["serve"]:
+        serve()
+    else:
+        from commands import main
+
+        sys.exit(main())

@@ -1,0 +1,94 @@
+"""The identities of the honesty panel: what must hold on any model, run on the loaded one and the prompt at hand."""
+
+import gc
+import math
+from collections.abc import Generator
+from dataclasses import replace
+
+import torch as t
+from torch import Tensor
+
+from messages import Identity, Intervention, Node, Progress, Study
+from model import SMALL, TOLERANCE, Model, out_of_memory, read_config, read_weights
+from patching import Runs, prepare, read_study
+from utils import show_bytes, tec
+
+STEPS = 5
+
+
+def identities(model: Model, study: Study) -> Generator[Progress, None, tuple[tuple[Identity, ...], str]]:
+    """The identities, and the words for how they were computed. A row that can't apply has ok None and says why."""
+    runs = read_study(model, study)
+    ids = t.tensor([runs.row("clean").ids])
+    yield Progress(0, STEPS, "hook points")
+    rows = list(model.self_check(ids))
+    yield Progress(1, STEPS, "patching")
+    rows.append(patch_nothing(runs, study.base))
+    rows.append((yield from patch_everything(runs, study)))
+    yield Progress(3, STEPS, "noise floor")
+    rows.append((yield from noise_floor(runs, study)))
+    yield Progress(4, STEPS, "Hugging Face's own forward pass")
+    rows.append(hugging_face(model, ids))
+    return tuple(rows), f"largest absolute error on the prompt, raw weights, {model.info.dtype}; tolerances grow with the values' size"
+
+
+def logits(model: Model, ids: Tensor, edits: list = ()) -> Tensor:
+    return model.forward(ids, edits=edits, keep=0)[0]
+
+
+def patch_nothing(runs: Runs, base: str) -> Identity:
+    """A run in which every hook point is read and none is written, against one without hooks."""
+    model, which = runs.model, "corrupt" if runs.rows["corrupt"] is not None else "clean"
+    ids = t.tensor([runs.row(which).ids])
+    read, _ = model.forward(ids, [n for n in model.lens_points() + [f"blocks.{i}.attn.hook_z" for i in range(model.info.n_layers)]], keep=0)
+    name = "patch nothing = corrupted run" if which == "corrupt" else "patch nothing = the run itself"
+    return model.identity(name, read, logits(model, ids), "every hook point read, none written")
+
+
+def patch_everything(runs: Runs, study: Study) -> Generator[Progress, None, Identity]:
+    name, model = "patch everything = clean run", runs.model
+    if runs.rows["corrupt"] is None:
+        return Identity(name, math.nan, 0.0, None, "needs a corrupted prompt")
+    clean, corrupt = (runs.row(w).ids for w in ("clean", "corrupt"))
+    if len(clean) != len(corrupt):
+        return Identity(name, math.nan, 0.0, None, f"needs prompts of equal length: clean {len(clean)} tokens, corrupted {len(corrupt)}")
+    all_of_it = (Intervention(Node("resid_pre", 0), "patch"),)
+    patched = yield from prepare(model, replace(study, interventions=all_of_it, base="corrupt"))
+    got, want = logits(model, t.tensor([corrupt]), patched.edits), logits(model, t.tensor([clean]))
+    return model.identity(name, got, want, "L0.resid_pre at all positions")
+
+
+def noise_floor(runs: Runs, study: Study) -> Generator[Progress, None, Identity]:
+    """What a patch of every head, MLP and residual point with its own value does to the logits: effects below this are noise."""
+    model = runs.model
+    sites = ("resid_pre", "attn", "mlp", "resid_post") + (() if model.parallel else ("resid_mid",))
+    nodes = [Node(s, layer) for layer in range(model.info.n_layers) for s in sites]
+    nodes += [Node("head", layer, 0, p) for layer in range(model.info.n_layers) for p in ("z", "q", "k", "v", "pattern")]
+    same = replace(study.prompt, corrupt=study.prompt.clean)
+    own = yield from prepare(model, replace(study, prompt=same, interventions=tuple(Intervention(n, "patch") for n in nodes), base="clean"))
+    ids = t.tensor([own.row("clean").ids])
+    return model.identity(
+        "noise floor: patch with its own value", logits(model, ids, own.edits), logits(model, ids), f"{len(nodes)} nodes at once"
+    )
+
+
+@t.no_grad()
+def hugging_face(model: Model, ids: Tensor) -> Identity:
+    """The same weights read afresh into Hugging Face's own class, eager attention."""
+    name, n = "forward pass = Hugging Face's own", model.info.n_params
+    tolerance = TOLERANCE[model.dtype]
+    if n > SMALL or model.device_map:
+        why = "more than 2 B parameters" if n > SMALL else "spread by a device_map"
+        return Identity(name, math.nan, tolerance, None, f"not run: a second copy of the model would be needed ({why})")
+    need = n * t.finfo(model.dtype).bits // 8
+    if model.device.type == "cuda" and (free := t.cuda.mem_get_info(model.device)[0]) < 1.2 * need:
+        return Identity(name, math.nan, tolerance, None, f"not run: needs {show_bytes(need)}, {show_bytes(free)} are free")
+    try:
+        hf = read_weights(model.folder, read_config(model.base), model.dtype, model.device, None)
+        want = hf(ids.to(model.device), use_cache=False).logits
+    except t.OutOfMemoryError as error:
+        raise out_of_memory(error) from error
+    del hf
+    gc.collect()
+    tec()
+    return model.identity(name, logits(model, ids), want)

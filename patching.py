@@ -1,0 +1,286 @@
+"""Interventions: from nodes and operations to edits on hook points, and the runs (clean, corrupted, now) that every analysis reads."""
+
+import hashlib
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
+
+import torch as t
+from torch import Tensor
+
+from messages import METRICS, OPS, RUNS, SITES, Intervention, Node, Progress, Prompt, Study, TokenRow, UserError
+from model import Edit, Model, in_chunks, write_mid
+
+BATCH = 32
+NAMES = {"clean": "the clean prompt", "corrupt": "the corrupted prompt", "now": "the prompt"}
+
+
+def hook_name(model: Model, node: Node) -> str:
+    """The hook point a node lives at; nodes outside the model are errors."""
+    i = model.info
+    if node.site not in SITES:
+        raise UserError(f"{node.site!r} is not a site: use one of {', '.join(SITES)}")
+    if node.site == "sae":
+        raise UserError(f"{node}: SAE features come later; use a head, attn, mlp, a neuron or a residual point")
+    if node.site == "embed":
+        return "hook_embed"
+    if node.layer is None or not 0 <= node.layer < i.n_layers:
+        raise UserError(f"{node}: the model has layers 0 to {i.n_layers - 1}")
+    if node.site == "head" and (node.head is None or not 0 <= node.head < i.n_heads):
+        raise UserError(f"{node}: the model has heads 0 to {i.n_heads - 1}")
+    if node.site == "neuron" and (node.index is None or not 0 <= node.index < i.d_mlp):
+        raise UserError(f"{node}: the model has neurons 0 to {i.d_mlp - 1}")
+    if node.site == "resid_mid" and model.parallel:
+        raise UserError(
+            f"{node}: {i.architecture} adds attention and MLP in parallel, so there is no resid_mid; use resid_pre or resid_post"
+        )
+    match node.site:
+        case "head":
+            name = f"blocks.{node.layer}.attn.hook_{node.part}"
+        case "neuron":
+            name = f"blocks.{node.layer}.mlp.hook_post"
+        case "attn" | "mlp":
+            name = f"blocks.{node.layer}.hook_{node.site}_out"
+        case _:
+            name = f"blocks.{node.layer}.hook_{node.site}"
+    model.point(name)
+    return name
+
+
+def find_position(pos: int | str, row: TokenRow, what: str) -> int:
+    """A position as an index: a label, an int, a negative int from the end."""
+    if isinstance(pos, str):
+        if pos not in row.labels:
+            raise UserError(f"{what} has no position labelled {pos!r}: it has {', '.join(row.labels)}")
+        return row.labels[pos]
+    n = len(row.ids)
+    if not -n <= pos < n:
+        raise UserError(f"position {pos} is outside {what}, which has {n} tokens (0 to {n - 1}, or -{n} to -1)")
+    return pos % n
+
+
+def where(model: Model, node: Node, row: TokenRow, what: str) -> tuple:
+    """The node's index into its hook point's tensor [batch, seq, ...]; for patterns [batch, head, destination, source]."""
+    pos = slice(None)
+    if node.pos is not None:
+        p = find_position(node.pos, row, what)
+        pos = slice(p, p + 1)
+    match node.site:
+        case "head" if node.part == "pattern":
+            return slice(None), node.head, pos
+        case "head":
+            grouped = node.part in ("k", "v")
+            return slice(None), pos, node.head // (model.info.n_heads // model.info.n_kv_heads) if grouped else node.head
+        case "neuron":
+            return slice(None), pos, node.index
+    return slice(None), pos
+
+
+def means(
+    model: Model, prompts: tuple[Prompt, ...], names: Iterable[str], op: str, seq: int
+) -> Generator[Progress, None, dict[str, Tensor]]:
+    """
+    Means of hook points over the corrupted prompts of a set: position by position (equal lengths needed), or over all positions but the first.
+    Kept in the cache; the set runs in batches of prompts of equal length.
+    """
+    texts = [p.corrupt for p in prompts if p.corrupt is not None]
+    if not texts:
+        raise UserError("mean ablation needs a prompt set with corrupted prompts: open one first, or ablate to zero")
+    rows = [model.row(p.corrupt, p.bos).ids for p in prompts if p.corrupt is not None]
+    if too_long := [len(r) for r in rows if not 0 < len(r) <= model.info.n_ctx]:
+        raise UserError(f"a corrupted prompt of the set has {too_long[0]} tokens and the context holds {model.info.n_ctx}")
+    if op == "mean" and (other := sorted({len(r) for r in rows} - {seq})):
+        raise UserError(
+            f"a mean position by position needs corrupted prompts as long as the prompt: it has {seq} tokens and the set has some with {other[0]};"
+            " use mean_all or a set of one template"
+        )
+    if op == "mean_all" and max(len(r) for r in rows) < 2:
+        raise UserError("mean_all leaves out the first position, and the set's corrupted prompts have no other")
+    key = set_key(rows)
+    out = {n: v for n in names if (v := model.cache.get((key, (op,), n))) is not None}
+    wanted = [n for n in dict.fromkeys(names) if n not in out]
+    if not wanted:
+        return out
+    sums, count, done = dict.fromkeys(wanted, 0.0), 0, 0
+    for length in sorted({len(r) for r in rows}):
+        same = [r for r in rows if len(r) == length]
+        if op == "mean_all" and length < 2:
+            continue
+
+        def work(start: int, stop: int, same: list = same) -> tuple[int, dict[str, Tensor]]:
+            return stop - start, model.forward(t.tensor(same[start:stop]), wanted)[1]
+
+        for part in in_chunks(len(same), BATCH, work):
+            if isinstance(part, Progress):
+                yield part
+                continue
+            n, got = part
+            for name in wanted:
+                x = got[name].float()
+                sums[name] = sums[name] + (x.sum(0, keepdim=True) if op == "mean" else x[:, 1:].sum((0, 1)))
+            count += n * (1 if op == "mean" else length - 1)
+            done += n
+            yield Progress(done, len(rows), "means over the prompt set")
+    for name in wanted:
+        out[name] = (sums[name] / count).to(model.dtype)
+        out[name] = out[name] if op == "mean" else out[name][None, None]
+        model.cache.put((key, (op,), name), out[name])
+    return out
+
+
+def edit(spot: tuple, op: str, factor: float | None, value: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """A function that returns the tensor with one spot replaced; its input stays as it was."""
+
+    def apply(x: Tensor) -> Tensor:
+        new = x.clone()
+        match op:
+            case "zero":
+                new[spot] = 0
+            case "scale":
+                new[spot] = x[spot] * factor
+            case "mean_all":
+                new[spot] = value[(slice(None), slice(None), *spot[2:])].to(x)
+            case _:
+                new[spot] = value[spot].to(x)
+        return new
+
+    return apply
+
+
+@dataclass
+class Runs:
+    """The runs of a study: clean, corrupted, and now (the base prompt under the interventions)."""
+
+    model: Model
+    study: Study
+    rows: dict[str, TokenRow | None]
+    answers: list[int]
+    foils: list[int]
+    edits: list[Edit]
+    done: tuple
+
+    def row(self, which: str) -> TokenRow:
+        row = self.rows.get(which)
+        if row is None:
+            if which in RUNS:
+                raise UserError("there is no corrupted prompt: type one first")
+            raise UserError(f"{which!r} is not a run: use one of {', '.join(RUNS)}")
+        return row
+
+    def trace(self, which: str, names: Iterable[str]) -> dict[str, Tensor]:
+        """Activations of a run, from the cache when it ran before."""
+        edits, done = (self.edits, self.done) if which == "now" else ((), ())
+        return self.model.trace(self.row(which).ids, names, edits, done)
+
+    def position(self, which: str, pos: int | str) -> int:
+        return find_position(pos, self.row(which), NAMES[which])
+
+    def pair(self, which: str) -> tuple[str, str]:
+        """The two runs of a difference, of equal length."""
+        a, _, b = which.partition("-")
+        na, nb = len(self.row(a).ids), len(self.row(b).ids)
+        if na != nb:
+            raise UserError(f"a difference needs runs of equal length: {a} has {na} tokens and {b} has {nb}")
+        return a, b
+
+    def edits_anywhere(self) -> tuple[list[Edit], list[str]]:
+        """Those interventions that make sense on any tokens (zero and scale at all positions), and what is left out."""
+        fits = [i for i in self.study.interventions if i.op in ("zero", "scale") and i.node.pos is None and i.node.site != "resid_mid"]
+        edits = [
+            (hook_name(self.model, i.node), edit(where(self.model, i.node, self.row("now"), NAMES[self.study.base]), i.op, i.value, None))
+            for i in fits
+        ]
+        return edits, [str(i) for i in self.study.interventions if i not in fits]
+
+    @property
+    def convention(self) -> str:
+        """What was done to the model, for the titles."""
+        some = self.study.interventions
+        if not some:
+            return ""
+        notes = [f"now = {self.study.base} under {', '.join(str(i) for i in some)}"]
+        parts = {i.node.part for i in some if i.node.site == "head"}
+        if parts & {"k", "v"} and self.model.info.n_kv_heads < self.model.info.n_heads:
+            notes.append("k and v are shared by a group of heads")
+        if parts & {"q", "k"} and self.model.info.positions == "rotary":
+            notes.append("q and k before the rotation")
+        notes += [f"{op} = {OPS[op]}" for op in dict.fromkeys(i.op for i in some) if op in ("mean", "mean_all", "patch")]
+        if "pattern" in parts:
+            notes.append("a pattern's position is the destination")
+        return "; ".join(notes)
+
+
+def read_study(model: Model, study: Study) -> Runs:
+    """The study's prompts as tokens, without its interventions; what stops an analysis is an error."""
+    if study.base not in ("clean", "corrupt"):
+        raise UserError(f"{study.base!r} is not a prompt to act on: use clean or corrupt")
+    if study.metric.kind not in METRICS:
+        raise UserError(f"{study.metric.kind!r} is not a metric: use one of {', '.join(METRICS)}")
+    check = model.check(study.prompt)
+    if check.problems:
+        raise UserError("; ".join(check.problems))
+    rows = {"clean": check.clean, "corrupt": check.corrupt}
+    rows["now"] = rows[study.base]
+    if rows["now"] is None:
+        raise UserError("the interventions act on the corrupted prompt, and there is none: type one first")
+    answers, foils = (list(dict.fromkeys(r.ids[0] for r in side)) for side in (check.answers, check.foils))
+    return Runs(model, study, rows, answers, foils, [], ())
+
+
+def prepare(model: Model, study: Study) -> Generator[Progress, None, Runs]:
+    """Read the study and turn its interventions into edits, in order; a write at resid_mid comes after those at the attention it is written through."""
+    runs = read_study(model, study)
+    base, row = study.base, runs.row("now")
+    other = "corrupt" if base == "clean" else "clean"
+    edits, late, done = [], [], []
+    for i in study.interventions:
+        fn, mark = yield from one_edit(runs, i, row, base, other)
+        name = hook_name(model, i.node)
+        if i.node.site == "resid_mid":
+            late += write_mid(i.node.layer, fn)
+        else:
+            edits.append((name, fn))
+        done.append(mark)
+    runs.edits, runs.done = edits + late, tuple(done)
+    return runs
+
+
+def one_edit(runs: Runs, i: Intervention, row: TokenRow, base: str, other: str) -> Generator[Progress, None, tuple[Callable, object]]:
+    """The function of one intervention, and what names it in the cache: the intervention and the tokens its value comes from."""
+    model, node = runs.model, i.node
+    name, spot = hook_name(model, node), where(model, node, row, NAMES[base])
+    match i.op:
+        case "zero":
+            return edit(spot, "zero", None, None), (str(i), spot_key(spot))
+        case "scale":
+            if i.value is None:
+                raise UserError(f"{i}: scale needs a factor, {node}=scale:0.5")
+            return edit(spot, "scale", i.value, None), (str(i), spot_key(spot))
+        case "patch":
+            source = runs.rows[other]
+            if source is None:
+                raise UserError(f"{i}: patching needs a corrupted prompt: type one first")
+            if len(source.ids) != len(row.ids):
+                raise UserError(
+                    f"{i}: patching by position needs prompts of equal length: clean has {len(runs.row('clean').ids)} tokens"
+                    f" and corrupted {len(runs.row('corrupt').ids)}"
+                )
+            value = runs.trace(other, [name])[name]
+            return edit(spot, "patch", None, value), (str(i), spot_key(spot), source.ids)
+        case "mean" | "mean_all":
+            if i.op == "mean_all" and node.part == "pattern" and node.site == "head":
+                raise UserError(f"{i}: a pattern has no mean over positions; use mean with a set of one template, or zero")
+            values = yield from means(model, runs.study.prompt_set, [name], i.op, len(row.ids))
+            return edit(spot, i.op, None, values[name]), (
+                str(i),
+                spot_key(spot),
+                set_key([model.row(p.corrupt, p.bos).ids for p in runs.study.prompt_set if p.corrupt is not None]),
+            )
+    raise UserError(f"{i.op!r} is not an operation: use one of {', '.join(OPS)}")
+
+
+def spot_key(spot: tuple) -> str:
+    return str(spot[1:])
+
+
+def set_key(rows: list[tuple[int, ...]]) -> tuple:
+    return (hashlib.sha256(repr(sorted(rows)).encode()).hexdigest(),)

@@ -285,7 +285,7 @@ class Side:
 
 @dataclass(frozen=True)
 class RunResult:
-    """Clean, corrupted and now (the base prompt under the interventions). `normalised` is (now - corrupted) / (clean - corrupted)."""
+    """Clean, corrupted and now (the base prompt under the interventions). `normalised` is (now - corrupted) / (clean - corrupted); ids of the answers."""
 
     clean: Side
     corrupt: Side | None
@@ -294,6 +294,8 @@ class RunResult:
     warning: str
     texts: dict[int, str]
     convention: str
+    answers: tuple[int, ...] = ()
+    foils: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -453,11 +455,15 @@ class Attention:
 
 @dataclass(frozen=True)
 class HeadStats:
-    """The statistics of STATS for every head, on the prompt or on `random` repeated tokens (BOS, then 50 random tokens twice, 4 rows, fixed seed)."""
+    """
+    The statistics of STATS for every head, on the prompt or on `random` repeated tokens (BOS, then 50 random tokens twice, 4 rows, fixed seed).
+    `pair` (destination, source) adds the statistic "pair": attention from one position of the prompt to another.
+    """
 
     study: Study
     which: str = "now"
     source: str = "prompt"
+    pair: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,112 @@
+"""The one table of actions: key bindings, hint line, help, palette and the README's key table are all made from it."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from messages import UserError
+
+
+@dataclass(frozen=True)
+class Action:
+    """A key that does something: `id` names it in LOUPE_KEYMAP and the app's method do_<id>; `hint` lists the panes (l, a, o) whose hint line shows it."""
+
+    id: str
+    keys: str
+    title: str
+    help: str
+    group: str
+    hint: str = ""
+
+
+TABLE = (
+    Action("pane_lens", "1", "lens", "Lens: hook points × positions", "Panes"),
+    Action("pane_attention", "2", "attention", "Attention: heads map and pattern", "Panes"),
+    Action("pane_output", "0", "output", "Output: likeliest next tokens, clean, corrupted and now", "Panes"),
+    Action("next_pane", "tab", "next pane", "Next pane", "Panes"),
+    Action("previous_pane", "shift+tab", "previous pane", "Previous pane", "Panes"),
+    Action("zoom", "+", "zoom", "This pane alone on the screen", "Panes"),
+    Action("unzoom", "_", "zoom back", "All panes that fit", "Panes"),
+    Action("back", "escape", "back", "Leave the pattern, then the zoom", "Panes"),
+    Action("left", "h,left", "left", "Position left; head left in the heads map", "Move", "lao"),
+    Action("down", "j,down", "down", "Next row: hook point, layer or destination", "Move", "lao"),
+    Action("up", "k,up", "up", "Previous row", "Move", "lao"),
+    Action("right", "l,right", "right", "Position right; head right in the heads map", "Move", "lao"),
+    Action("layer_down", "[", "layer −", "Layer before", "Move"),
+    Action("layer_up", "]", "layer +", "Layer after", "Move"),
+    Action("pos_left", "comma", "position −", "Position left", "Move", "a"),
+    Action("pos_right", ".", "position +", "Position right", "Move", "a"),
+    Action("first", "g", "first", "First row", "Move"),
+    Action("last", "G", "last", "Last row", "Move"),
+    Action("enter", "enter", "pattern", "Into the pattern of the head under the cursor: hjkl move destination and source", "Move", "a"),
+    Action("edit", "e", "edit prompt", "Edit the prompt", "Prompt", "lao"),
+    Action("edit_corrupt", "E", "edit corrupted", "Edit the corrupted prompt", "Prompt"),
+    Action("edit_answer", "t", "answer", "Answer and foil tokens", "Prompt"),
+    Action("open", "o", "open set", "Open a prompt set (.jsonl)", "Prompt"),
+    Action("previous_prompt", "(", "prompt −", "Previous prompt of the set", "Prompt"),
+    Action("next_prompt", ")", "prompt +", "Next prompt of the set", "Prompt", "o"),
+    Action("metric", "m", "metric", "Choose the metric and its position", "Prompt", "o"),
+    Action("ids", "i", "ids", "Token ids in the prompt lines, on or off", "Prompt"),
+    Action("ablate", "a", "ablate", "Ablate the node under the cursor; again to restore it", "Intervene", "la"),
+    Action("ablation", "A", "kind", "Choose the kind of ablation", "Intervene"),
+    Action("patch", "p", "patch", "Patch the node under the cursor from the other prompt; again to restore it", "Intervene", "la"),
+    Action("scale", "s", "scale", "Scale the node under the cursor by a factor", "Intervene"),
+    Action("scope", "@", "scope", "Act on all positions, or on the cursor's only", "Intervene", "la"),
+    Action("type_node", "I", "type one", "Type an intervention: L2H3@S2=zero", "Intervene"),
+    Action("base", "d", "base", "Noising or denoising: intervene on the clean or on the corrupted prompt", "Intervene"),
+    Action("enable", "x", "off/on", "Interventions off or on", "Intervene", "la"),
+    Action("clear", "X", "clear", "Clear all interventions", "Intervene"),
+    Action("undo", "u", "undo", "Undo the last action", "Intervene", "lao"),
+    Action("redo", "ctrl+r", "redo", "Redo", "Intervene"),
+    Action("view", "v", "view", "Next statistic of this pane", "View", "la"),
+    Action("mode", "V", "colour", "Colours, numbers or shades", "View", "la"),
+    Action("which", "f", "run", "Which run: now, clean, corrupted, or a difference", "View", "la"),
+    Action("source", "R", "random", "Head statistics on the prompt, or on random repeated tokens", "View"),
+    Action("points", "P", "points", "Hook points of the lens: mid and post, post, or all", "View"),
+    Action("search", "/", "search", "Find a token, or go to a node (L2H3, L1.resid_mid@S2)", "Find"),
+    Action("find_next", "n", "next", "Next match", "Find"),
+    Action("find_previous", "N", "previous", "Previous match", "Find"),
+    Action("palette", ":", "palette", "Command palette", "Loupe"),
+    Action("help", "?", "help", "Keys: filter and run", "Loupe", "lao"),
+    Action("copy", "y", "copy", "Copy or export: text, TSV, SVG, Python script, address", "Loupe"),
+    Action("honesty", "D", "honesty", "The identities, checked on this model and prompt", "Loupe"),
+    Action("models", "M", "model", "Load another model", "Loupe"),
+    Action("jobs", "J", "jobs", "Running jobs; x cancels one", "Loupe"),
+    Action("write", "w", "session", "Where this session is written", "Loupe"),
+    Action("restore", "r", "restore", "Restore another session", "Loupe"),
+    Action("restart", "ctrl+e", "restart engine", "Restart the engine; prompts and interventions are kept", "Loupe"),
+    Action("suspend", "ctrl+z", "suspend", "Suspend to the shell (fg comes back)", "Loupe"),
+    Action("interrupt", "ctrl+c", "interrupt", "Cancel running jobs", "Loupe"),
+    Action("quit", "q,ctrl+q", "quit", "Quit; the session stays on disk", "Loupe"),
+)
+
+
+def show_key(key: str) -> str:
+    return {"comma": ",", "escape": "esc", "enter": "⏎", "left": "←", "right": "→", "up": "↑", "down": "↓"}.get(key, key)
+
+
+def remapped(path: str) -> tuple[Action, ...]:
+    """The table with the keys of a LOUPE_KEYMAP file: a JSON object {action id: "key[,key]"}. ctrl+q always quits."""
+    if not path:
+        return TABLE
+    try:
+        keymap = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        assert isinstance(keymap, dict) and all(isinstance(v, str) and v for v in keymap.values())
+    except (OSError, json.JSONDecodeError, AssertionError) as error:
+        raise UserError(f'LOUPE_KEYMAP {path}: give a JSON file such as {{"pane_lens": "f1"}} ({type(error).__name__})') from error
+    if unknown := set(keymap) - {a.id for a in TABLE}:
+        raise UserError(f"LOUPE_KEYMAP {path}: no action {min(unknown)!r}; `uv run tui.py --keys` lists the ids")
+    taken = {k for keys in keymap.values() for k in keys.split(",")}
+    table = []
+    for a in TABLE:
+        keys = keymap.get(a.id) or ",".join(k for k in a.keys.split(",") if k not in taken)
+        table.append(replace(a, keys=f"{keys},ctrl+q" if a.id == "quit" and "ctrl+q" not in keys else keys))
+    return tuple(table)
+
+
+def key_table() -> str:
+    """The README's key table in Markdown."""
+    rows = ["| key | action | id |", "|---|---|---|"]
+    for a in TABLE:
+        rows.append("| " + " ".join(f"`{show_key(k)}`" for k in a.keys.split(",")) + f" | {a.help} | `{a.id}` |")
+    return "\n".join(rows) + "\n"

@@ -1,0 +1,255 @@
+"""From results to pictures: grids for the heat maps and tables, lines for everything else. Pure functions of a result and a view; no app, no torch."""
+
+import math
+
+import numpy as np
+from rich.cells import cell_len
+
+from messages import AttentionResult, HeadStatsResult, Identity, LensResult, ModelInfo, RunResult, Side, TokenRow
+from utils import show_bytes, show_count, show_number, show_token, visible
+from widgets import BAD, BOLD, CHANGED, CURSOR, CURSOR_PLAIN, DIM, GOOD, HEAD, PLAIN, WARN, Grid, Spans
+
+LENS_STATS = {
+    "prob": "probability of the top token",
+    "answer": "probability of the answer",
+    "rank": "rank of the answer (0 = top; colour: log scale)",
+    "entropy": "entropy, nats",
+    "kl": "KL(final ‖ this), nats",
+    "logit_diff": "logit difference, answer − foil",
+}
+HEAD_STATS = {
+    "induction": "attention to the token after an earlier copy",
+    "previous": "attention to the previous token",
+    "duplicate": "attention to earlier copies of the token",
+    "first": "attention to the first token",
+    "entropy": "entropy of attention, nats",
+    "pair": "attention between the cursor's two positions",
+}
+RUN_NAMES = {
+    "now": "now",
+    "clean": "clean",
+    "corrupt": "corrupted",
+    "clean-corrupt": "clean − corrupted",
+    "now-clean": "now − clean",
+    "now-corrupt": "now − corrupted",
+}
+
+
+def signed(x: float | None, digits: int = 3) -> str:
+    return "—" if x is None or math.isnan(x) else f"{x:+.{digits}f}"
+
+
+def scale(grid: Grid) -> str:
+    return f"{show_number(grid.lo, 6).strip()} … {show_number(grid.hi, 6).strip()}"
+
+
+# ------------------------------------------------------------------ lens
+
+
+def lens_values(result: LensResult, stat: str) -> np.ndarray:
+    """[point, position] of a statistic of LENS_STATS."""
+    return {"prob": result.top_probs[..., 0], "answer": result.prob}.get(stat, getattr(result, stat, None)).astype(float)
+
+
+def lens_grid(result: LensResult, stat: str, d_vocab: int) -> Grid:
+    """Hook points × positions; each cell the top token, coloured by the statistic."""
+    values = lens_values(result, stat)
+    numbers, lo, hi, sign = None, 0.0, 1.0, False
+    if stat == "rank":
+        numbers, values = values, 1 - np.log1p(values) / math.log1p(d_vocab)
+    elif stat == "entropy":
+        hi = math.log(d_vocab)
+    elif stat == "kl":
+        hi = max(float(np.nanmax(values, initial=0)), 1e-6)
+    elif stat == "logit_diff":
+        hi = max(float(np.nanmax(np.abs(values), initial=0)), 1e-6)
+        lo, sign = -hi, True
+    text = [[result.texts[i] for i in row] for row in result.top_ids[..., 0].tolist()]
+    return Grid(values, list(result.points), list(result.tokens.texts), lo, hi, text, numbers, sign, (6, 10), corner="hook point")
+
+
+def lens_cell(result: LensResult, row: int, pos: int, k: int = 5) -> Spans:
+    """One line about a cell: its top tokens and statistics."""
+    if not (row < len(result.points) and pos < len(result.tokens.texts)):
+        return []
+    tops = [
+        (show_token(result.texts[i]), p) for i, p in zip(result.top_ids[row, pos, :k].tolist(), result.top_probs[row, pos, :k].tolist())
+    ]
+    spans: Spans = [(f" {result.points[row]}@{pos} ", BOLD), (show_token(result.tokens.texts[pos]) + " → ", DIM)]
+    for token, p in tops:
+        spans += [(token, PLAIN), (f" {p:.3f}  ", DIM)]
+    return [*spans, (lens_numbers(result, row, pos), DIM)]
+
+
+def lens_numbers(result: LensResult, row: int, pos: int) -> str:
+    rank, prob, diff = (float(a[row, pos]) for a in (result.rank, result.prob, result.logit_diff))
+    answer = "" if math.isnan(prob) else f"answer p {prob:.4f} rank {rank:.0f} "
+    diff_text = "" if math.isnan(diff) else f"LD {diff:+.3f} "
+    return f"{answer}{diff_text}H {float(result.entropy[row, pos]):.3f} KL {float(result.kl[row, pos]):.4f}"
+
+
+def lens_side(result: LensResult, row: int, pos: int) -> list[Spans]:
+    """The top-k beside the table."""
+    if not (row < len(result.points) and pos < len(result.tokens.texts)):
+        return []
+    lines: list[Spans] = [[(f"{result.points[row]}@{pos}", BOLD), (" after " + show_token(result.tokens.texts[pos], 12, fill=False), DIM)]]
+    lines += [
+        [(f"{n:2} ", DIM), (show_token(result.texts[i], 16), PLAIN), (f" {p:.4f}", DIM)]
+        for n, (i, p) in enumerate(zip(result.top_ids[row, pos].tolist(), result.top_probs[row, pos].tolist()))
+    ]
+    rank, prob, diff = (float(a[row, pos]) for a in (result.rank, result.prob, result.logit_diff))
+    named = [("answer's probability", prob, 4), ("answer's rank", rank, 0), ("logit difference", diff, 3)]
+    lines.append([])
+    lines += [[(f"{name:22}", DIM), (f"{x:.{d}f}", PLAIN)] for name, x, d in named if not math.isnan(x)]
+    lines.append([("entropy, nats         ", DIM), (f"{float(result.entropy[row, pos]):.3f}", PLAIN)])
+    lines.append([("KL(final ‖ this), nats", DIM), (f"{float(result.kl[row, pos]):.4f}", PLAIN)])
+    return lines
+
+
+# ------------------------------------------------------------------ attention
+
+
+def heads_grid(result: HeadStatsResult, stat: str, marks: frozenset[tuple[int, int]]) -> Grid:
+    """Layers × heads of a statistic, with two blank columns for the whole attention and MLP output, so that the cursor can stand there."""
+    values = result.stats[stat].astype(float)
+    n_layers, n_heads = values.shape
+    values = np.concatenate([values, np.full((n_layers, 2), np.nan)], axis=1)
+    lo, hi, sign = 0.0, 1.0, False
+    if "-" in result.which:
+        hi = max(float(np.nanmax(np.abs(values), initial=0)), 1e-6)
+        lo, sign = -hi, True
+    elif stat == "entropy":
+        hi = max(float(np.nanmax(values, initial=0)), 1e-6)
+    rows, cols = [f"L{n}" for n in range(n_layers)], [*(f"H{n}" for n in range(n_heads)), "attn", "mlp"]
+    return Grid(values, rows, cols, lo, hi, signed=sign, cell=(5, 6), marks=marks, blanks=("attn", "mlp"))
+
+
+def pattern_grid(result: AttentionResult, head: int) -> Grid:
+    """Destinations × sources of one head; sources after the destination are blank, not zero."""
+    values = result.pattern[head].astype(float)
+    values[np.triu_indices(len(values), 1)] = np.nan
+    lo, hi, sign = 0.0, 1.0, False
+    if "-" in result.which:
+        hi = max(float(np.nanmax(np.abs(values), initial=0)), 1e-6)
+        lo, sign = -hi, True
+    tokens = result.tokens.texts
+    rows = [f"{n:>2} {show_token(tok, 9, fill=False)}" for n, tok in enumerate(tokens)]
+    return Grid(values, rows, list(tokens), lo, hi, signed=sign, cell=(4, 7) if len(tokens) <= 40 else (2, 4), corner="to \\ from")
+
+
+def pattern_cell(result: AttentionResult, head: int, pos: int, src: int, drilled: bool) -> Spans:
+    """One line: what the head reads at the cursor's destination."""
+    if not (head < len(result.pattern) and pos < len(result.tokens.texts)):
+        return []
+    row, tokens = result.pattern[head][pos][: pos + 1], result.tokens.texts
+    order = np.argsort(-np.abs(row), kind="stable")[:4].tolist()
+    spans: Spans = [(f" L{result.layer}H{head} ", BOLD), (f"{pos} {show_token(tokens[pos])}", PLAIN), (" attends to ", DIM)]
+    for s in order:
+        spans += [(f"{s} {show_token(tokens[s])}", PLAIN), (f" {float(row[s]):.3f}  ", DIM)]
+    if drilled and src <= pos:
+        spans += [("│ cursor ", DIM), (f"{src} {show_token(tokens[src])}", PLAIN), (f" {float(row[src]):.4f}", BOLD)]
+    return spans
+
+
+# ------------------------------------------------------------------ output
+
+
+def output_lines(result: RunResult, pos: int, k: int, wide: bool, answers: set[str], foils: set[str]) -> list[Spans]:
+    """Top-k next tokens at a position for clean, corrupted and now, side by side."""
+    sides: list[tuple[str, Side]] = [("clean", result.clean)]
+    if result.corrupt is not None:
+        sides.append(("corrupted", result.corrupt))
+    sides.append(("now", result.now))
+    w = 17 if wide else 12
+    lines: list[Spans] = [[("   ", DIM), *((set_width(name, w + 8), HEAD) for name, _ in sides)]]
+    for n in range(k):
+        spans: Spans = [(f"{n:2} ", DIM)]
+        for _, side in sides:
+            if pos >= len(side.tokens.ids) or n >= side.top_ids.shape[1]:
+                spans.append((" " * (w + 8), PLAIN))
+                continue
+            text = result.texts[int(side.top_ids[pos, n])]
+            style = GOOD if text in answers else BAD if text in foils else PLAIN
+            spans += [(show_token(text, w), style), (f" {float(side.top_probs[pos, n]):.4f} ", DIM)]
+        lines.append(spans)
+    return lines
+
+
+def set_width(text: str, width: int) -> str:
+    return text[:width].ljust(width)
+
+
+# ------------------------------------------------------------------ the top of the screen
+
+
+def model_line(info: ModelInfo | None, name: str, busy: str, memory: tuple[int, int, int]) -> Spans:
+    if info is None:
+        return [(" loupe ", HEAD), (f" {visible(name)} ", BOLD), (f" {busy}", WARN)]
+    broken = [c.name for c in info.checks if c.ok is False]
+    heads = f"{info.n_heads}H" + (f"/{info.n_kv_heads}KV" if info.n_kv_heads != info.n_heads else "")
+    text = f" {info.architecture} {info.n_layers}L×{heads} d{info.d_model} {show_count(info.n_params)} · {info.dtype} on {info.device}"
+    process, device, cache = memory
+    text += f" · {show_bytes(process)}" if process else ""
+    text += f" · GPU {show_bytes(device)}" if device else ""
+    text += f" · cache {show_bytes(cache)}" if cache else ""
+    return [
+        (" loupe ", HEAD),
+        (f" {visible(name)}", BOLD),
+        (text, DIM),
+        *([(f"  ✗ self-check: {', '.join(broken)} (D)", BAD)] if broken else []),
+    ]
+
+
+def metric_line(result: RunResult | None, kind: str, pos: str, base: str, stale: bool) -> Spans:
+    spans: Spans = [(f" {kind}@{pos}", BOLD)]
+    if result is None:
+        return [*spans, ("  clean —  corrupted —  now —", DIM), (f"  base {base}", DIM)]
+    corrupt = result.corrupt.metric if result.corrupt else None
+    spans += [("  clean ", DIM), (signed(result.clean.metric), PLAIN), ("  corrupted ", DIM), (signed(corrupt), PLAIN)]
+    spans += [("  now ", DIM), ("…" if stale else signed(result.now.metric), BOLD)]
+    if result.normalised is not None and not stale:
+        spans += [("  normalised ", DIM), (f"{result.normalised:.3f}", BOLD), (" (corrupted 0, clean 1)", DIM)]
+    spans += [(f"  base {base}", DIM)]
+    return [*spans, (f"  {result.warning}", WARN)] if result.warning else spans
+
+
+def token_line(
+    name: str, row: TokenRow | None, pos: int, width: int, other: TokenRow | None, ids: bool, colour: bool, text: str = ""
+) -> Spans:
+    """A prompt as tokens: the cursor's marked, those that differ from the other prompt coloured; a page of them when they do not fit."""
+    spans: Spans = [(f" {name:9} ", DIM)]
+    if row is None:
+        return [*spans, (visible(text)[: width - 12], DIM)]
+    shown = [f"{show_token(t)}{f':{i}' if ids else ''}" for t, i in zip(row.texts, row.ids)]
+    room, page, used, pages = max(width - 16, 8), 0, 0, [0]
+    for n, t in enumerate(shown):
+        size = cell_len(t)
+        if used + size > room and n > pages[-1]:
+            pages.append(n)
+            used = 0
+        used += size
+    page = max(n for n, p in enumerate(pages) if p <= max(0, min(pos, len(shown) - 1)))
+    first, last = pages[page], pages[page + 1] if page + 1 < len(pages) else len(shown)
+    spans.append(("‹" if first else " ", DIM))
+    for n in range(first, last):
+        differs = other is not None and (n >= len(other.ids) or other.ids[n] != row.ids[n])
+        style = (CURSOR if colour else CURSOR_PLAIN) if n == pos else CHANGED if differs else DIM if n == 0 and row.bos else PLAIN
+        spans.append((shown[n], style))
+    return [*spans, ("›" if last < len(shown) else "", DIM)]
+
+
+def identity_rows(rows: tuple[Identity, ...]) -> list[Spans]:
+    """The honesty panel: each identity with its error against its tolerance; red when broken."""
+    lines: list[Spans] = []
+    for r in rows:
+        mark, style = ("✓", GOOD) if r.ok else ("·", DIM) if r.ok is None else ("✗", BAD)
+        error = "not applicable" if r.ok is None else f"{r.error:.1e} ≤ {r.tolerance:.0e}" if r.ok else f"{r.error:.1e} > {r.tolerance:.0e}"
+        lines.append(
+            [
+                (f" {mark} ", style),
+                (f"{r.name:44}", style if r.ok is False else PLAIN),
+                (f"{error:20}", style),
+                (f" {visible(r.note)}", DIM),
+            ]
+        )
+    return lines

@@ -87,7 +87,15 @@ def random_patterns(model: Model, ids: Tensor, names: list[str], edits: list[Edi
     return found
 
 
-def head_stats(runs: Runs, which: str, source: str) -> Generator[Progress, None, HeadStatsResult]:
+def check_pair(runs: Runs, which: str, source: str, pair: tuple[int, int]) -> None:
+    n = len(runs.row(which.partition("-")[0]).ids)
+    if source == "random":
+        raise UserError("a pair of positions belongs to the prompt, not to random tokens")
+    if not all(0 <= p < n for p in pair) or pair[1] > pair[0]:
+        raise UserError(f"positions {pair[0]} and {pair[1]}: the destination comes after the source, and the prompt has {n} tokens (0 to {n - 1})")
+
+
+def head_stats(runs: Runs, which: str, source: str, pair: tuple[int, int] | None = None) -> Generator[Progress, None, HeadStatsResult]:
     """The statistics of every head, [layer, head]: of a run or a difference on the prompt, or on random repeated tokens."""
     check_which(which)
     model = runs.model
@@ -95,6 +103,8 @@ def head_stats(runs: Runs, which: str, source: str) -> Generator[Progress, None,
         raise UserError(f"{source!r} is not a source of tokens: use prompt or random")
     if source == "random" and which not in RUNS:
         raise UserError("random tokens have no clean and corrupted run to subtract: use the prompt, or one run")
+    if pair is not None:
+        check_pair(runs, which, source, pair)
     layers, note = range(model.info.n_layers), ""
     names = [pattern_name(layer) for layer in layers]
     sides = runs.pair(which) if "-" in which else (which,)
@@ -109,10 +119,10 @@ def head_stats(runs: Runs, which: str, source: str) -> Generator[Progress, None,
             note = f"{RANDOM_ROWS} rows of {ids.shape[1]} tokens" + (f", without {' '.join(left_out)}" if left_out else "")
         rows = []
         for layer, name in zip(layers, names):
-            rows.append(statistics(acts[name], ids))
+            rows.append(statistics(acts[name], ids) | ({} if pair is None else {"pair": acts[name][0, :, *pair].float().cpu().numpy()}))
             yield Progress(layer + 1, len(layers), "head statistics")
-        both.append({k: np.stack([r[k] for r in rows]) for k in STATS})
-    stats = {k: both[0][k] - both[1][k] if len(both) == 2 else both[0][k] for k in STATS}
+        both.append({k: np.stack([r[k] for r in rows]) for k in rows[0]})
+    stats = {k: both[0][k] - both[1][k] if len(both) == 2 else both[0][k] for k in both[0]}
     parts = [f"head statistics on {'the prompt' if source == 'prompt' else 'random repeated tokens'}, {which}", note]
     parts += [model.info.dtype, runs.convention if source == "prompt" else ""]
     return HeadStatsResult(stats, which, source, ", ".join(p for p in parts if p))

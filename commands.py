@@ -181,9 +181,9 @@ def plain(text: str, style: str = "") -> Text:
 
 
 def table(title: str, *columns: str) -> Table:
-    out = Table(title=plain(title, PURPLE), title_justify="left", box=None, pad_edge=False)
+    out = Table(title=plain(title, PURPLE) if title else None, title_justify="left", box=None, pad_edge=False)
     for c in columns:
-        out.add_column(plain(c, GRAY), no_wrap=True)
+        out.add_column(plain(c, GRAY), no_wrap=True, overflow="fold")
     return out
 
 
@@ -192,7 +192,8 @@ def show_run(out: Console, r: RunResult) -> None:
     for name, s in sides.items():
         if s is None or name == "now" and s is r.clean:
             continue
-        rows = table(f"{name}: {' '.join(show_token(x) for x in s.tokens.texts)}", "next token", "probability", "logit")
+        out.print(plain(f"{name}: {' '.join(show_token(x) for x in s.tokens.texts)}", PURPLE))
+        rows = table("", "next token", "probability", "logit")
         for i, p, z in zip(s.top_ids[-1].tolist(), s.top_probs[-1].tolist(), s.top_logits[-1].tolist()):
             rows.add_row(plain(show_token(r.texts[i])), f"{p:.4f}", f"{z:.3f}")
         out.print(rows)
@@ -211,9 +212,9 @@ def show_lens(out: Console, r: LensResult) -> None:
         cells = [show_number(None if v is None else float(v)) for v in (*values, r.entropy[i, -1], r.kl[i, -1], r.logit_diff[i, -1])]
         rows.add_row(point, plain(show_token(r.texts[int(r.top_ids[i, -1, 0])])), f"{r.top_probs[i, -1, 0]:.4f}", *cells)
     out.print(rows)
-    tops = table("top token at every position", "point", *(show_token(x) for x in r.tokens.texts))
+    tops = table("top token at every position", "point", *(show_token(x, 8, fill=False) for x in r.tokens.texts))
     for i, point in enumerate(r.points):
-        tops.add_row(point, *(plain(show_token(r.texts[int(j)])) for j in r.top_ids[i, :, 0]))
+        tops.add_row(point, *(plain(show_token(r.texts[int(j)], 8, fill=False)) for j in r.top_ids[i, :, 0]))
     out.print(tops)
     out.print(plain(r.convention, GRAY))
 
@@ -276,6 +277,7 @@ def main(args: list[str] | None = None) -> int:
         sys.stdout.write(json.dumps(to_json(result), ensure_ascii=False, allow_nan=False) + "\n")
     else:
         out = Console(highlight=False)
+        out.width = out.width if out.is_terminal else 10_000
         device = f"{info.dtype} on {info.device}"
         out.print(
             plain(

@@ -114,7 +114,7 @@ class Engine:
             case Attention():
                 return (yield from attribution.attention(runs, request.layer, request.which))
             case HeadStats():
-                return (yield from attribution.head_stats(runs, request.which, request.source))
+                return (yield from attribution.head_stats(runs, request.which, request.source, request.pair))
         raise UserError(f"{type(request).__name__} is not a request")
 
     def load(self, request: Load) -> Generator:

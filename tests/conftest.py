@@ -1,0 +1,117 @@
+"""Small random Hugging Face folders of five architectures, with perturbed norms and biases; the zoo; and engines on them."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from messages import Prompt  # noqa: E402
+from utils import ROOT  # noqa: E402
+
+CLEAN = "When Mary and John went to the store, John gave a drink to"
+CORRUPT = "When Mary and John went to the store, Alice gave a drink to"
+SHORT = "When Mary and John went to the store, she gave it to"
+PROMPT = Prompt(CLEAN, CORRUPT, (" Mary",), (" John",), (("IO", 5), ("S1", 14), ("S2", 38)))
+ARCHS = ("gpt2", "neox", "llama", "gemma2", "qwen3", "zoo")
+WORDS = "When Mary and John went to the store, Alice gave a drink to Mary. she it Tom Anna school milk then red green blue"
+
+
+def tokenizer(bos: bool):
+    """A byte-level BPE in which every word above is one token, with its leading space."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|bos|>", "<|eos|>"]
+    tok.train_from_iterator([WORDS] * 50, trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, special_tokens=special))
+    return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|eos|>", **({"bos_token": "<|bos|>"} if bos else {}))
+
+
+def config(arch: str, n_vocab: int):
+    import transformers as tr
+
+    small = {"vocab_size": n_vocab, "initializer_range": 0.25, "bos_token_id": 0, "eos_token_id": 1}
+    wide = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 64}
+    grouped = wide | {"num_key_value_heads": 2}
+    match arch:
+        case "gpt2":
+            return tr.GPT2Config(**small, n_embd=32, n_layer=3, n_head=4, n_positions=64)
+        case "neox":
+            return tr.GPTNeoXConfig(**small, **wide, use_parallel_residual=True, rotary_pct=0.25)
+        case "llama":
+            return tr.LlamaConfig(**small, **grouped)
+        case "gemma2":
+            return tr.Gemma2Config(**small, **grouped, head_dim=12, query_pre_attn_scalar=12, sliding_window=8, final_logit_softcapping=5.0)
+        case "qwen3":
+            return tr.Qwen3Config(**small, **grouped, head_dim=12)
+    raise AssertionError(arch)
+
+
+def build(arch: str, folder: Path) -> Path:
+    """Save a random model whose norm gains and biases are not the trivial ones."""
+    import torch as t
+    from transformers import AutoModelForCausalLM
+
+    tok = tokenizer(bos=arch != "qwen3")
+    t.manual_seed(ARCHS.index(arch))
+    hf = AutoModelForCausalLM.from_config(config(arch, len(tok) + 3))
+    with t.no_grad():
+        for name, p in hf.named_parameters():
+            if p.ndim == 1:
+                p += 0.3 * t.randn_like(p)
+    hf.save_pretrained(folder)
+    tok.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {a: build(a, root / a) for a in ARCHS if a != "zoo"} | {"zoo": ROOT / "zoo"}
+
+
+@pytest.fixture(scope="session")
+def engines(folders) -> dict:
+    """One engine a model, loaded when first asked for."""
+    from engine import Engine
+
+    class Engines(dict):
+        def __missing__(self, arch: str) -> Engine:
+            self[arch] = Engine("zoo" if arch == "zoo" else str(folders[arch]))
+            return self[arch]
+
+    return Engines()
+
+
+@pytest.fixture(scope="session")
+def references(folders) -> dict:
+    """The same weights in Hugging Face's own classes, with plain torch hooks."""
+    from reference import Reference
+
+    class References(dict):
+        def __missing__(self, arch: str) -> Reference:
+            self[arch] = Reference(folders[arch])
+            return self[arch]
+
+    return References()
+
+
+@pytest.fixture(params=ARCHS)
+def arch(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def engine(engines, arch):
+    yield engines[arch]
+    engines[arch].check_hooks()
+
+
+@pytest.fixture
+def reference(references, arch):
+    return references[arch]

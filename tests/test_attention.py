@@ -1,0 +1,159 @@
+"""Patterns against Hugging Face's output_attentions; head statistics against naive loops."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch as t
+from conftest import CLEAN, CORRUPT, PROMPT, SHORT
+
+import attribution
+from messages import STATS, Attention, HeadStats, Intervention, Node, Prompt, Study, UserError
+
+TOL = 1e-4
+REPEATS = "Mary and John went to Mary and John and the store went red red green"
+
+
+def naive(pattern: np.ndarray, ids: list[int]) -> dict[str, float]:
+    """The statistics of one head on one row, word by word as STATS says, as (sum, count)."""
+    n = len(ids)
+    out = {name: [] for name in STATS}
+    for i in range(n):
+        copies = [j for j in range(i) if ids[j] == ids[i]]
+        if copies:
+            out["duplicate"].append(sum(pattern[i][j] for j in copies))
+            out["induction"].append(sum(pattern[i][j + 1] for j in copies))
+        if i > 0:
+            out["previous"].append(pattern[i][i - 1])
+            out["first"].append(pattern[i][0])
+            out["entropy"].append(-sum(p * math.log(p) for p in pattern[i] if p > 0))
+    return out
+
+
+def expected(patterns: list[np.ndarray], rows: list[list[int]]) -> dict[str, np.ndarray]:
+    """[layer, head] from patterns of each layer [row, head, destination, source]."""
+    layers, heads = len(patterns), patterns[0].shape[1]
+    out = {name: np.full((layers, heads), np.nan) for name in STATS}
+    for layer in range(layers):
+        for h in range(heads):
+            per_row = [naive(patterns[layer][r, h].astype(float), ids) for r, ids in enumerate(rows)]
+            for name in STATS:
+                values = [v for one in per_row for v in one[name]]
+                if values:
+                    out[name][layer, h] = np.mean(values)
+    return out
+
+
+def compare(got: dict, want: dict) -> None:
+    assert list(got)[: len(STATS)] == list(STATS)
+    for name in STATS:
+        np.testing.assert_allclose(got[name], want[name], atol=TOL, err_msg=name)
+
+
+def test_patterns(engine, reference):
+    check = engine.model.check(PROMPT)
+    both = [reference.patterns([row.ids]) for row in (check.clean, check.corrupt)]
+    for layer in range(engine.model.info.n_layers):
+        for which, want in (("clean", both[0][layer][0]), ("corrupt", both[1][layer][0]), ("clean-corrupt", both[0][layer][0] - both[1][layer][0])):
+            got = engine.run(Attention(Study(PROMPT), layer, which))
+            assert got.pattern.shape == (engine.model.info.n_heads, len(check.clean.ids), len(check.clean.ids))
+            np.testing.assert_allclose(got.pattern, want, atol=TOL)
+
+
+def test_rows_sum_to_one_and_causal(engine):
+    got = engine.run(Attention(Study(PROMPT), 1))
+    np.testing.assert_allclose(got.pattern.sum(-1), 1, atol=TOL)
+    assert (got.pattern[:, *np.triu_indices(got.pattern.shape[1], 1)] == 0).all()
+
+
+@pytest.mark.parametrize("text", [CLEAN, REPEATS, CORRUPT])
+def test_statistics_on_the_prompt(engine, reference, text):
+    got = engine.run(HeadStats(Study(Prompt(text))))
+    ids = engine.model.check(Prompt(text)).clean.ids
+    compare(got.stats, expected(reference.patterns([ids]), [ids]))
+
+
+def test_statistics_on_random_repeats(engine, reference):
+    got = engine.run(HeadStats(Study(PROMPT), source="random"))
+    ids = attribution.random_repeats(engine.model)
+    model, bos = engine.model, engine.model.bos
+    n = (ids.shape[1] - (bos is not None)) // 2
+    assert ids.shape[0] == 4 and n == min(50, (model.info.n_ctx - (bos is not None)) // 2)
+    assert bos is None or (ids[:, 0] == bos).all()
+    assert (ids[:, -n:] == ids[:, -2 * n : -n]).all()
+    assert not set(ids[:, -2 * n :].ravel().tolist()) & set(model.tokenizer.all_special_ids)
+    assert (ids == attribution.random_repeats(model)).all()
+    compare(got.stats, expected(reference.patterns(ids.tolist()), ids.tolist()))
+
+
+def test_undefined_is_nan(engines):
+    engine = engines["gpt2"]
+    none = engine.run(HeadStats(Study(Prompt("When Mary and John went to the store"))))
+    assert np.isnan(none.stats["duplicate"]).all() and np.isnan(none.stats["induction"]).all()
+    assert np.isfinite(none.stats["previous"]).all()
+    one = engine.run(HeadStats(Study(Prompt("When", bos=False))))
+    assert all(np.isnan(v).all() for v in one.stats.values())
+
+
+def test_difference_of_statistics(engine):
+    a, b, d = (engine.run(HeadStats(Study(PROMPT), which)).stats for which in ("clean", "corrupt", "clean-corrupt"))
+    for name in STATS:
+        np.testing.assert_allclose(d[name], a[name] - b[name], atol=1e-6)
+
+
+def test_pair(engine, reference):
+    ids = engine.model.check(PROMPT).clean.ids
+    want = np.stack([p[0, :, 9, 3] for p in reference.patterns([ids])])
+    np.testing.assert_allclose(engine.run(HeadStats(Study(PROMPT), pair=(9, 3))).stats["pair"], want, atol=TOL)
+
+
+def test_an_unmoved_now_is_clean(engine):
+    same = engine.run(Attention(Study(PROMPT), 2, "now-clean"))
+    assert (same.pattern == 0).all()
+    moved = engine.run(Attention(Study(PROMPT, (Intervention(Node("mlp", 0), "zero"),)), 2, "now-clean"))
+    assert np.abs(moved.pattern).max() > 1e-3
+
+
+def test_interventions_on_random_tokens(engines):
+    """Those that fit any tokens apply; the others are named as left out."""
+    engine = engines["llama"]
+    do = (Intervention(Node("mlp", 0), "zero"), Intervention(Node("head", 0, 1), "patch"), Intervention(Node("attn", 0, pos=3), "zero"))
+    got = engine.run(HeadStats(Study(PROMPT, do), source="random"))
+    assert "without L0H1=patch L0.attn@3=zero" in got.convention
+    alone = engine.run(HeadStats(Study(PROMPT, do[:1]), source="random"))
+    plain = engine.run(HeadStats(Study(PROMPT), source="random"))
+    np.testing.assert_array_equal(got.stats["entropy"], alone.stats["entropy"])
+    assert np.abs(got.stats["entropy"] - plain.stats["entropy"])[1:].max() > 1e-3
+    clean = engine.run(HeadStats(Study(PROMPT, do), "clean", "random"))
+    np.testing.assert_array_equal(clean.stats["entropy"], plain.stats["entropy"])
+
+
+def test_induction_by_hand():
+    """A head that looks exactly at the token after the earlier copy scores 1, and the others 0."""
+    ids = t.tensor([[9, 1, 2, 3, 1, 2, 3]])
+    pattern = t.zeros(1, 1, 7, 7)
+    for i in range(7):
+        pattern[0, 0, i, i - 2 if i >= 4 else i] = 1
+    got = attribution.statistics(pattern, ids)
+    assert got["induction"][0] == 1 and got["duplicate"][0] == 0 and got["entropy"][0] == 0 and got["first"][0] == 0
+
+
+@pytest.mark.parametrize(
+    "ask, text",
+    [
+        (Attention(Study(PROMPT), 7), "there is no layer 7: the model has layers 0 to 2"),
+        (Attention(Study(PROMPT), 0, "corrupt-now"), "'corrupt-now' is not a run or a difference"),
+        (Attention(Study(replace(PROMPT, corrupt=SHORT)), 0, "clean-corrupt"), "clean has 15 tokens and corrupt has 14"),
+        (Attention(Study(Prompt(CLEAN)), 0, "clean-corrupt"), "there is no corrupted prompt"),
+        (HeadStats(Study(replace(PROMPT, corrupt=SHORT)), "now-corrupt"), "now has 15 tokens and corrupt has 14"),
+        (HeadStats(Study(PROMPT), "clean-corrupt", "random"), "random tokens have no clean and corrupted run"),
+        (HeadStats(Study(PROMPT), source="dreams"), "'dreams' is not a source"),
+        (HeadStats(Study(PROMPT), pair=(3, 9)), "the destination comes after the source"),
+        (HeadStats(Study(PROMPT), source="random", pair=(9, 3)), "a pair of positions belongs to the prompt"),
+    ],
+)
+def test_bad_requests(engines, ask, text):
+    with pytest.raises(UserError) as error:
+        engines["gpt2"].run(ask)
+    assert text in str(error.value)

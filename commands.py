@@ -86,9 +86,7 @@ class Options:
         env = settings()
         ask = {"dtype": self.dtype or env.get("LOUPE_DTYPE"), "device": self.device or env.get("LOUPE_DEVICE")}
         name = self.model or env.get("LOUPE_MODEL") or "zoo"
-        return Load(
-            name, self.base_model, **{k: v for k, v in ask.items() if v}, device_map=self.device_map or env.get("LOUPE_DEVICE_MAP") or None
-        )
+        return Load(name, self.base_model, **{k: v for k, v in ask.items() if v}, device_map=self.device_map or env.get("LOUPE_DEVICE_MAP") or None)
 
     def study(self) -> Study:
         prompts = read_prompt_set(self.set) if self.set else ()
@@ -220,9 +218,7 @@ def show_lens(out: Console, r: LensResult) -> None:
 
 
 def show_attention(out: Console, r: AttentionResult) -> None:
-    rows = table(
-        f"layer {r.layer}: where each head looks from the last position ({r.which})", "head", *(show_token(x) for x in r.tokens.texts)
-    )
+    rows = table(f"layer {r.layer}: where each head looks from the last position ({r.which})", "head", *(show_token(x) for x in r.tokens.texts))
     for h, p in enumerate(r.pattern[:, -1]):
         best = int(np.abs(p).argmax())
         rows.add_row(f"L{r.layer}H{h}", *(plain(f"{v:.2f}", CYAN if j == best else "") for j, v in enumerate(p.tolist())))
@@ -279,11 +275,7 @@ def main(args: list[str] | None = None) -> int:
         out = Console(highlight=False)
         out.width = out.width if out.is_terminal else 10_000
         device = f"{info.dtype} on {info.device}"
-        out.print(
-            plain(
-                f"{info.name}: {info.architecture}, {info.n_layers} layers x {info.n_heads} heads, d_model {info.d_model}, {device}", GRAY
-            )
-        )
+        out.print(plain(f"{info.name}: {info.architecture}, {info.n_layers} layers x {info.n_heads} heads, d_model {info.d_model}, {device}", GRAY))
         SHOW[type(result)](out, result)
     broken = [i for i in (*info.checks, *(result.rows if isinstance(result, IdentitiesResult) else ())) if i.ok is False]
     for i in broken:

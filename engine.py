@@ -221,9 +221,7 @@ class Scheduler:
 
     def next_job(self) -> Job | None:
         loads = [job for job in self.jobs if isinstance(job.ask.body, Load)]
-        ready = [
-            job for job in self.jobs if not loads or not isinstance(job.ask.body, NEEDS_MODEL) and (job is min(loads) or job not in loads)
-        ]
+        ready = [job for job in self.jobs if not loads or not isinstance(job.ask.body, NEEDS_MODEL) and (job is min(loads) or job not in loads)]
         return min(ready, default=None)
 
     def step(self) -> bool:

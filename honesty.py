@@ -67,9 +67,7 @@ def noise_floor(runs: Runs, study: Study) -> Generator[Progress, None, Identity]
     same = replace(study.prompt, corrupt=study.prompt.clean)
     own = yield from prepare(model, replace(study, prompt=same, interventions=tuple(Intervention(n, "patch") for n in nodes), base="clean"))
     ids = t.tensor([own.row("clean").ids])
-    return model.identity(
-        "noise floor: patch with its own value", logits(model, ids, own.edits), logits(model, ids), f"{len(nodes)} nodes at once"
-    )
+    return model.identity("noise floor: patch with its own value", logits(model, ids, own.edits), logits(model, ids), f"{len(nodes)} nodes at once")
 
 
 @t.no_grad()

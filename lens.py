@@ -206,9 +206,7 @@ def run(runs: Runs, k: int) -> Generator[Progress, None, RunResult]:
     now = (clean if runs.study.base == "clean" else corrupt) if not runs.edits else (yield from side(runs, "now", k))
     normalised, warning = None, ""
     if now.metric is None:
-        warning = f"{metric.kind} needs " + (
-            "a prompt of two tokens" if metric.kind == "loss" else "an answer" if not runs.answers else "a foil"
-        )
+        warning = f"{metric.kind} needs " + ("a prompt of two tokens" if metric.kind == "loss" else "an answer" if not runs.answers else "a foil")
     elif corrupt is None:
         warning = "no corrupted prompt: nothing to normalise by"
     else:

@@ -6,8 +6,9 @@ import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from messages import Failure, Frame, Progress, WireError, encode, read_frame_async
@@ -33,6 +34,7 @@ class Job:
     future: asyncio.Future
     on_partial: Callable[[object], None] | None
     progress: Progress = Progress(0, 0)
+    started: float = field(default_factory=time.monotonic)
 
 
 class Link:
@@ -54,9 +56,7 @@ class Link:
         return self.process is not None and self.process.returncode is None
 
     async def start(self) -> None:
-        command = (
-            [*shlex.split(self.via), "uv", "run", "engine.py", "serve"] if self.via else [sys.executable, str(ROOT / "engine.py"), "serve"]
-        )
+        command = [*shlex.split(self.via), "uv", "run", "engine.py", "serve"] if self.via else [sys.executable, str(ROOT / "engine.py"), "serve"]
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.stopping = False
         with open(self.log, "ab") as log:

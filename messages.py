@@ -164,9 +164,7 @@ def read_prompt(obj: object) -> Prompt:
     labels = obj.get("labels", {})
     if not all(isinstance(v, list) and all(isinstance(s, str) for s in v) for v in many.values()):
         raise UserError("answer and foil are strings or lists of strings")
-    if not isinstance(labels, dict) or not all(
-        re.fullmatch(LABEL, k) and isinstance(v, int) and 0 <= v < len(obj["clean"]) for k, v in labels.items()
-    ):
+    if not isinstance(labels, dict) or not all(re.fullmatch(LABEL, k) and isinstance(v, int) and 0 <= v < len(obj["clean"]) for k, v in labels.items()):
         raise UserError("labels map a name to a character offset inside the clean text")
     if not isinstance(obj.get("corrupt"), str | None) or not isinstance(obj.get("bos"), bool | None):
         raise UserError("corrupt is a string and bos is true or false")
@@ -519,7 +517,7 @@ def encode(frame: Frame) -> bytes:
     def hook(obj: object) -> int:
         if not isinstance(obj, np.ndarray):
             raise NotImplementedError(f"{type(obj).__name__} does not go on the wire")
-        arrays.append(np.ascontiguousarray(obj))
+        arrays.append(np.asarray(obj, order="C"))
         return len(arrays) - 1
 
     name = "" if frame.body is None else type(frame.body).__name__
@@ -548,13 +546,7 @@ def array_sizes(head: bytes) -> tuple[list, list[int]]:
             sizes.append(np.dtype(dtype).itemsize * math.prod(shape))
     except (msgspec.DecodeError, ValueError, TypeError) as error:
         raise WireError(f"a header that can't be read: {error}") from error
-    if (
-        kind not in KINDS
-        or not isinstance(ident, int)
-        or not isinstance(slot, str)
-        or not isinstance(priority, int)
-        or not isinstance(name, str)
-    ):
+    if kind not in KINDS or not isinstance(ident, int) or not isinstance(slot, str) or not isinstance(priority, int) or not isinstance(name, str):
         raise WireError(f"a header with kind {kind!r}, id {ident!r}")
     if sum(sizes) > MAX_ARRAY:
         raise WireError(f"{sum(sizes)} bytes of arrays in one frame")

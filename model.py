@@ -143,9 +143,7 @@ def download(name: str, patterns: list[str], token: str | bool) -> Generator[Pro
             case RepositoryNotFoundError():
                 raise UserError(f"the hub has no model {name!r} (or it is private): check the name, or put an HF_TOKEN into .env.local")
             case httpx.TransportError() | OfflineModeIsEnabled() | LocalEntryNotFoundError() | ConnectionError():
-                raise UserError(
-                    f"{name} is not in the hub cache and there is no network: give a folder, the name of a cached model, or zoo"
-                )
+                raise UserError(f"{name} is not in the hub cache and there is no network: give a folder, the name of a cached model, or zoo")
             case HfHubHTTPError() | OSError():
                 raise UserError(f"{name} can't be downloaded: {first_line(event)}")
             case _:
@@ -244,9 +242,7 @@ def pick_device(name: str) -> t.device:
     return device
 
 
-def read_weights(
-    folder: Path, config: transformers.PretrainedConfig, dtype: t.dtype, device: t.device, device_map: str | None
-) -> t.nn.Module:
+def read_weights(folder: Path, config: transformers.PretrainedConfig, dtype: t.dtype, device: t.device, device_map: str | None) -> t.nn.Module:
     """The Hugging Face model, eager attention, safetensors only; missing or misshapen weights are an error, never random numbers."""
     where = {"device_map": device_map} if device_map else {}
     try:
@@ -267,9 +263,7 @@ def read_weights(
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise UserError(f"the weights of {folder} can't be loaded: {first_line(error)}") from error
     if missing := sorted(report["missing_keys"]):
-        raise UserError(
-            f"the weights of {folder} lack {len(missing)} tensors of this architecture (first: {missing[0]}): is the base model right?"
-        )
+        raise UserError(f"the weights of {folder} lack {len(missing)} tensors of this architecture (first: {missing[0]}): is the base model right?")
     if report.get("mismatched_keys"):
         raise UserError(f"the weights of {folder} have other shapes than its config.json says: is the base model right?")
     return hf.eval()
@@ -336,8 +330,7 @@ class Cache:
             groups.setdefault((ids, done), []).append(value.nbytes)
         words = [" ".join(d[0] if isinstance(d, tuple) else d for d in done) for _, done in groups]
         return tuple(
-            f"{len(ids)} tokens, {word or 'nothing done'}: {len(n)} tensors, {show_bytes(sum(n))}"
-            for ((ids, _), n), word in zip(groups.items(), words)
+            f"{len(ids)} tokens, {word or 'nothing done'}: {len(n)} tensors, {show_bytes(sum(n))}" for ((ids, _), n), word in zip(groups.items(), words)
         )
 
 
@@ -425,9 +418,7 @@ class Model:
         return sum(len(p.fwd_hooks) for p in self.unique)
 
     @t.no_grad()
-    def forward(
-        self, ids: Tensor, names: Iterable[str] = (), edits: Iterable[Edit] = (), keep: int = 1
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, ids: Tensor, names: Iterable[str] = (), edits: Iterable[Edit] = (), keep: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
         """Run [batch, seq] ids under edits; logits of the last `keep` positions (0: all) and what passed the named points after the edits."""
         got: dict[str, Tensor] = {}
 
@@ -531,9 +522,7 @@ class Model:
         if bos and self.bos is None:
             raise UserError("this model's tokenizer has no BOS token: turn BOS off")
         if bos and starts:
-            raise UserError(
-                f"the text starts with {self.info.bos} itself, and BOS would come twice: take it out of the text or turn BOS off"
-            )
+            raise UserError(f"the text starts with {self.info.bos} itself, and BOS would come twice: take it out of the text or turn BOS off")
         add = not starts and (self.info.default_bos if bos is None else bos)
         if labels and not self.tokenizer.is_fast:
             raise UserError("labels need a fast tokenizer (tokenizer.json)")
@@ -579,9 +568,7 @@ class Model:
             if len(clean.ids) == len(corrupt.ids):
                 corrupt = replace(corrupt, labels={**clean.labels, "END": len(corrupt.ids) - 1})
             else:
-                hints.append(
-                    f"clean has {len(clean.ids)} tokens and corrupted {len(corrupt.ids)}: patching by position needs equal lengths"
-                )
+                hints.append(f"clean has {len(clean.ids)} tokens and corrupted {len(corrupt.ids)}: patching by position needs equal lengths")
         sides = []
         for what, texts in (("answer", prompt.answers), ("foil", prompt.foils)):
             rows = []
@@ -591,9 +578,7 @@ class Model:
                 advice = f"; {' ' + text!r} with a leading space is one token" if len(spaced.ids) == 1 else ""
                 if len(row.ids) != 1:
                     parts = " ".join(repr(s) for s in row.texts)
-                    problems.append(
-                        f"{what} {text!r} is {len(row.ids)} tokens ({parts}) and must be one{advice}" if text else f"an {what} is empty"
-                    )
+                    problems.append(f"{what} {text!r} is {len(row.ids)} tokens ({parts}) and must be one{advice}" if text else f"an {what} is empty")
                 elif row.ids[0] >= self.info.d_vocab:
                     problems.append(f"{what} {text!r} is token {row.ids[0]}, which the model can't predict")
                 elif advice and not prompt.clean[-1:].isspace():
@@ -638,9 +623,7 @@ class Model:
         if not self.parallel:
             rows.append(self.identity("resid_mid = resid_pre + attention", pre + attn, at("hook_resid_mid")))
         rows.append(self.identity("attention rows sum to one", pattern.sum(-1), t.ones(pattern.shape[:-1])))
-        rows.append(
-            self.identity("lens at the last point = logits", self.unembed(self.norm(a[f"blocks.{layers[-1]}.hook_resid_post"])), logits)
-        )
+        rows.append(self.identity("lens at the last point = logits", self.unembed(self.norm(a[f"blocks.{layers[-1]}.hook_resid_post"])), logits))
         rows.append(self.identity("unembedding of the final norm = logits", self.unembed(a[FINAL]), logits))
         rows.append(self.heads_check(a))
         rows += self.write_checks(ids, a)

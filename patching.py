@@ -30,9 +30,7 @@ def hook_name(model: Model, node: Node) -> str:
     if node.site == "neuron" and (node.index is None or not 0 <= node.index < i.d_mlp):
         raise UserError(f"{node}: the model has neurons 0 to {i.d_mlp - 1}")
     if node.site == "resid_mid" and model.parallel:
-        raise UserError(
-            f"{node}: {i.architecture} adds attention and MLP in parallel, so there is no resid_mid; use resid_pre or resid_post"
-        )
+        raise UserError(f"{node}: {i.architecture} adds attention and MLP in parallel, so there is no resid_mid; use resid_pre or resid_post")
     match node.site:
         case "head":
             name = f"blocks.{node.layer}.attn.hook_{node.part}"
@@ -75,9 +73,7 @@ def where(model: Model, node: Node, row: TokenRow, what: str) -> tuple:
     return slice(None), pos
 
 
-def means(
-    model: Model, prompts: tuple[Prompt, ...], names: Iterable[str], op: str, seq: int
-) -> Generator[Progress, None, dict[str, Tensor]]:
+def means(model: Model, prompts: tuple[Prompt, ...], names: Iterable[str], op: str, seq: int) -> Generator[Progress, None, dict[str, Tensor]]:
     """
     Means of hook points over the corrupted prompts of a set: position by position (equal lengths needed), or over all positions but the first.
     Kept in the cache; the set runs in batches of prompts of equal length.
@@ -185,10 +181,7 @@ class Runs:
     def edits_anywhere(self) -> tuple[list[Edit], list[str]]:
         """Those interventions that make sense on any tokens (zero and scale at all positions), and what is left out."""
         fits = [i for i in self.study.interventions if i.op in ("zero", "scale") and i.node.pos is None and i.node.site != "resid_mid"]
-        edits = [
-            (hook_name(self.model, i.node), edit(where(self.model, i.node, self.row("now"), NAMES[self.study.base]), i.op, i.value, None))
-            for i in fits
-        ]
+        edits = [(hook_name(self.model, i.node), edit(where(self.model, i.node, self.row("now"), NAMES[self.study.base]), i.op, i.value, None)) for i in fits]
         return edits, [str(i) for i in self.study.interventions if i not in fits]
 
     @property

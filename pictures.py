@@ -35,6 +35,11 @@ RUN_NAMES = {
 }
 
 
+def texts_of(row: TokenRow) -> list[str]:
+    """The tokens' texts; a BOS token that was put in front reads ⟨bos⟩."""
+    return ["⟨bos⟩", *row.texts[1:]] if row.bos else list(row.texts)
+
+
 def signed(x: float | None, digits: int = 3) -> str:
     return "—" if x is None or math.isnan(x) else f"{x:+.{digits}f}"
 
@@ -65,20 +70,18 @@ def lens_grid(result: LensResult, stat: str, d_vocab: int) -> Grid:
         hi = max(float(np.nanmax(np.abs(values), initial=0)), 1e-6)
         lo, sign = -hi, True
     text = [[result.texts[i] for i in row] for row in result.top_ids[..., 0].tolist()]
-    return Grid(values, list(result.points), list(result.tokens.texts), lo, hi, text, numbers, sign, (6, 10), corner="hook point")
+    return Grid(values, list(result.points), texts_of(result.tokens), lo, hi, text, numbers, sign, (6, 10), corner="hook point")
 
 
 def lens_cell(result: LensResult, row: int, pos: int, k: int = 5) -> Spans:
     """One line about a cell: its top tokens and statistics."""
     if not (row < len(result.points) and pos < len(result.tokens.texts)):
         return []
-    tops = [
-        (show_token(result.texts[i]), p) for i, p in zip(result.top_ids[row, pos, :k].tolist(), result.top_probs[row, pos, :k].tolist())
-    ]
-    spans: Spans = [(f" {result.points[row]}@{pos} ", BOLD), (show_token(result.tokens.texts[pos]) + " → ", DIM)]
+    tops = [(show_token(result.texts[i]), p) for i, p in zip(result.top_ids[row, pos, :k].tolist(), result.top_probs[row, pos, :k].tolist())]
+    spans: Spans = [(f" {result.points[row]}@{pos}", BOLD), (f" {lens_numbers(result, row, pos)} ", DIM), (show_token(texts_of(result.tokens)[pos]) + " → ", DIM)]
     for token, p in tops:
         spans += [(token, PLAIN), (f" {p:.3f}  ", DIM)]
-    return [*spans, (lens_numbers(result, row, pos), DIM)]
+    return spans
 
 
 def lens_numbers(result: LensResult, row: int, pos: int) -> str:
@@ -92,7 +95,7 @@ def lens_side(result: LensResult, row: int, pos: int) -> list[Spans]:
     """The top-k beside the table."""
     if not (row < len(result.points) and pos < len(result.tokens.texts)):
         return []
-    lines: list[Spans] = [[(f"{result.points[row]}@{pos}", BOLD), (" after " + show_token(result.tokens.texts[pos], 12, fill=False), DIM)]]
+    lines: list[Spans] = [[(f"{result.points[row]}@{pos}", BOLD), (" after " + show_token(texts_of(result.tokens)[pos], 12, fill=False), DIM)]]
     lines += [
         [(f"{n:2} ", DIM), (show_token(result.texts[i], 16), PLAIN), (f" {p:.4f}", DIM)]
         for n, (i, p) in enumerate(zip(result.top_ids[row, pos].tolist(), result.top_probs[row, pos].tolist()))
@@ -132,7 +135,7 @@ def pattern_grid(result: AttentionResult, head: int) -> Grid:
     if "-" in result.which:
         hi = max(float(np.nanmax(np.abs(values), initial=0)), 1e-6)
         lo, sign = -hi, True
-    tokens = result.tokens.texts
+    tokens = texts_of(result.tokens)
     rows = [f"{n:>2} {show_token(tok, 9, fill=False)}" for n, tok in enumerate(tokens)]
     return Grid(values, rows, list(tokens), lo, hi, signed=sign, cell=(4, 7) if len(tokens) <= 40 else (2, 4), corner="to \\ from")
 
@@ -141,7 +144,7 @@ def pattern_cell(result: AttentionResult, head: int, pos: int, src: int, drilled
     """One line: what the head reads at the cursor's destination."""
     if not (head < len(result.pattern) and pos < len(result.tokens.texts)):
         return []
-    row, tokens = result.pattern[head][pos][: pos + 1], result.tokens.texts
+    row, tokens = result.pattern[head][pos][: pos + 1], texts_of(result.tokens)
     order = np.argsort(-np.abs(row), kind="stable")[:4].tolist()
     spans: Spans = [(f" L{result.layer}H{head} ", BOLD), (f"{pos} {show_token(tokens[pos])}", PLAIN), (" attends to ", DIM)]
     for s in order:
@@ -159,7 +162,8 @@ def output_lines(result: RunResult, pos: int, k: int, wide: bool, answers: set[s
     sides: list[tuple[str, Side]] = [("clean", result.clean)]
     if result.corrupt is not None:
         sides.append(("corrupted", result.corrupt))
-    sides.append(("now", result.now))
+    if result.now is not result.clean and not same(result.now, result.clean):
+        sides.append(("now", result.now))
     w = 17 if wide else 12
     lines: list[Spans] = [[("   ", DIM), *((set_width(name, w + 8), HEAD) for name, _ in sides)]]
     for n in range(k):
@@ -173,6 +177,10 @@ def output_lines(result: RunResult, pos: int, k: int, wide: bool, answers: set[s
             spans += [(show_token(text, w), style), (f" {float(side.top_probs[pos, n]):.4f} ", DIM)]
         lines.append(spans)
     return lines
+
+
+def same(a: Side, b: Side) -> bool:
+    return a.tokens == b.tokens and np.array_equal(a.top_ids, b.top_ids) and np.array_equal(a.top_probs, b.top_probs)
 
 
 def set_width(text: str, width: int) -> str:
@@ -200,7 +208,7 @@ def model_line(info: ModelInfo | None, name: str, busy: str, memory: tuple[int, 
     ]
 
 
-def metric_line(result: RunResult | None, kind: str, pos: str, base: str, stale: bool) -> Spans:
+def metric_line(result: RunResult | None, kind: str, pos: str, base: str, stale: bool, width: int) -> Spans:
     spans: Spans = [(f" {kind}@{pos}", BOLD)]
     if result is None:
         return [*spans, ("  clean —  corrupted —  now —", DIM), (f"  base {base}", DIM)]
@@ -208,19 +216,17 @@ def metric_line(result: RunResult | None, kind: str, pos: str, base: str, stale:
     spans += [("  clean ", DIM), (signed(result.clean.metric), PLAIN), ("  corrupted ", DIM), (signed(corrupt), PLAIN)]
     spans += [("  now ", DIM), ("…" if stale else signed(result.now.metric), BOLD)]
     if result.normalised is not None and not stale:
-        spans += [("  normalised ", DIM), (f"{result.normalised:.3f}", BOLD), (" (corrupted 0, clean 1)", DIM)]
+        spans += [("  normalised ", DIM), (f"{result.normalised:.3f}", BOLD), (" (corrupted 0, clean 1)" if width >= 110 else "", DIM)]
     spans += [(f"  base {base}", DIM)]
     return [*spans, (f"  {result.warning}", WARN)] if result.warning else spans
 
 
-def token_line(
-    name: str, row: TokenRow | None, pos: int, width: int, other: TokenRow | None, ids: bool, colour: bool, text: str = ""
-) -> Spans:
+def token_line(name: str, row: TokenRow | None, pos: int, width: int, other: TokenRow | None, ids: bool, colour: bool, text: str = "") -> Spans:
     """A prompt as tokens: the cursor's marked, those that differ from the other prompt coloured; a page of them when they do not fit."""
     spans: Spans = [(f" {name:9} ", DIM)]
     if row is None:
         return [*spans, (visible(text)[: width - 12], DIM)]
-    shown = [f"{show_token(t)}{f':{i}' if ids else ''}" for t, i in zip(row.texts, row.ids)]
+    shown = [f"{show_token(t)}{f':{i}' if ids else ''}" for t, i in zip(texts_of(row), row.ids)]
     room, page, used, pages = max(width - 16, 8), 0, 0, [0]
     for n, t in enumerate(shown):
         size = cell_len(t)

@@ -129,9 +129,7 @@ def view(state: State, name: str, value: str) -> State:
     return dataclasses.replace(state, views={**state.views, name: one_of(value, VIEWS[name], name)})
 
 
-ACTIONS: dict[str, Callable[..., State]] = {
-    f.__name__: f for f in (model, prompt, open_set, go, metric, base, intervene, drop, clear, enable, ablation, view)
-}
+ACTIONS: dict[str, Callable[..., State]] = {f.__name__: f for f in (model, prompt, open_set, go, metric, base, intervene, drop, clear, enable, ablation, view)}
 
 
 def apply(state: State, name: str, args: dict) -> State:
@@ -177,7 +175,7 @@ class Session:
             self.past.append((self.state, name))
             self.state, self.future = new, []
 
-    def do(self, name: str, **args: object) -> State:
+    def do(self, name: str, /, **args: object) -> State:
         """Apply an action (or `undo`, `redo`) and append it to the file."""
         args = to_json(args)
         self.step(name, args)
@@ -201,9 +199,7 @@ def read_session(path: str | Path) -> tuple[Session, str]:
     if head.get("loupe") != FORMAT:
         raise UserError(f"{path.name} is not a session of Loupe format {FORMAT}: its header says {head.get('loupe')!r}")
     session, warning, known = Session(from_json(head.get("start"), State), path), "", set(State().views)
-    session.state = session.start = dataclasses.replace(
-        session.start, views=State().views | {k: v for k, v in session.start.views.items() if k in known}
-    )
+    session.state = session.start = dataclasses.replace(session.start, views=State().views | {k: v for k, v in session.start.views.items() if k in known})
     for number, line in enumerate(lines[1:], 2):
         try:
             entry = json.loads(line)
@@ -212,9 +208,7 @@ def read_session(path: str | Path) -> tuple[Session, str]:
             session.step(entry["do"], entry["args"])
         except (json.JSONDecodeError, UserError) as error:
             rest = len(lines) - number
-            warning = f"{path.name} line {number}: {error}; the {number - 2} steps before it are restored" + (
-                f", {rest} after it are not" if rest else ""
-            )
+            warning = f"{path.name} line {number}: {error}; the {number - 2} steps before it are restored" + (f", {rest} after it are not" if rest else "")
             break
         session.lines.append(entry)
     session.written = not warning and whole

@@ -29,6 +29,7 @@ RAMP = (233, 17, 18, 53, 54, 90, 126, 161, 167, 203, 209, 215, 221, 227, 229, 23
 BELOW = (233, 17, 18, 19, 25, 32, 74, 117)
 ABOVE = (233, 52, 88, 124, 160, 202, 208, 215)
 SHADES = " ·░▒▓█"
+FAINT = 0.005  # numbers that would read .00 are drawn as a dot, which keeps patterns legible and cheap to send
 
 
 def luminance(code: int) -> float:
@@ -83,9 +84,7 @@ class Lines(Widget):
             self.refresh()
             return
         changed = [y for y in range(max(len(old), len(new))) if y >= len(old) or y >= len(new) or old[y] != new[y]]
-        self.refresh(
-            *(Region(0, y - top, self.size.width, 1) for y in changed if 0 <= y - top < self.size.height)
-        ) if changed and self.size else None
+        self.refresh(*(Region(0, y - top, self.size.width, 1) for y in changed if 0 <= y - top < self.size.height)) if changed and self.size else None
 
     def render_line(self, y: int) -> Strip:
         y += self.top
@@ -99,7 +98,7 @@ class Lines(Widget):
 # ------------------------------------------------------------------ heat maps and token tables
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Grid:
     """
     A picture: values [rows, columns] (NaN is blank) on the scale lo..hi, what stands in the cells (the number unless there is `text`), labels, and
@@ -150,6 +149,7 @@ class GridView(Widget):
         self.origin = (0, 0)
         self.mode = "colour"
         self.message: Spans = []
+        self.laid = None  # what the cell widths were computed for
         self.strip = lru_cache(512)(self.draw)
 
     def show(self, grid: Grid | None, at: tuple[int, int], mode: str, message: Spans | None = None) -> None:
@@ -162,14 +162,12 @@ class GridView(Widget):
         self.layout_cells()
         self.refresh()
 
-    def on_resize(self) -> None:
-        self.layout_cells()
-
     def layout_cells(self) -> None:
         """Cell width: as wide as allowed while everything fits, else the narrowest; then the scroll origin."""
-        self.strip.cache_clear()
-        if self.grid is None or not self.size:
+        if self.grid is None or not self.size or self.laid == (self.grid, self.mode, self.size):
             return
+        self.strip.cache_clear()
+        self.laid = (self.grid, self.mode, self.size)
         g, (low, high) = self.grid, self.grid.cell
         self.label = min(max([cell_len(r) for r in g.rows] + [cell_len(g.corner)], default=0) + 1, max(self.size.width // 3, 6))
         if self.mode == "number":
@@ -198,6 +196,7 @@ class GridView(Widget):
         old, self.at = self.at, at
         if not self.size:
             return
+        self.layout_cells()
         g = self.grid
         origin = (self.page(at[0], self.origin[0], self.down, len(g.rows)), self.page(at[1], self.origin[1], self.across, len(g.cols)))
         if origin != self.origin:
@@ -209,9 +208,7 @@ class GridView(Widget):
         for r in lines:
             cells = [c for (rr, c) in (old, at) if rr == r]
             x0, x1 = (self.label + (f(cells) - self.origin[1]) * self.width for f in (min, max))
-            regions.append(
-                Region(0 if old[0] != at[0] else x0, r - self.origin[0] + 1, x1 + self.width - (0 if old[0] != at[0] else x0), 1)
-            )
+            regions.append(Region(0 if old[0] != at[0] else x0, r - self.origin[0] + 1, x1 + self.width - (0 if old[0] != at[0] else x0), 1))
         if old[1] != at[1]:
             x0, x1 = (self.label + (f(old[1], at[1]) - self.origin[1]) * self.width for f in (min, max))
             regions.append(Region(x0, 0, x1 + self.width - x0, 1))
@@ -219,9 +216,12 @@ class GridView(Widget):
         self.refresh(*(r.intersection(bounds) for r in regions))
 
     def render_line(self, y: int) -> Strip:
+        if not self.size:  # drawn before its first resize
+            return Strip.blank(self.region.width, PLAIN)
         if self.grid is None:
             text = self.message if y == self.size.height // 3 else []
             return strip_of(text).adjust_cell_length(self.size.width, PLAIN)
+        self.layout_cells()
         if y == 0:
             return self.strip(-1, self.at[1])
         row = y - 1 + self.origin[0]
@@ -248,7 +248,8 @@ class GridView(Widget):
             if self.mode == "shade":
                 style = CURSOR_PLAIN if c == cursor else BOLD if (row, c) in g.marks else PLAIN
             else:
-                style = CURSOR if c == cursor else palette[level] if level >= 0 else DIM
+                faint = level < 0 or (g.text is None and self.mode == "colour" and abs(value) < FAINT)
+                style = CURSOR if c == cursor else DIM if faint else palette[level]
                 if (row, c) in g.marks and c != cursor:
                     style += Style(underline=True, bold=True)
             spans.append((text, style))
@@ -269,6 +270,8 @@ class GridView(Widget):
         if level < 0:
             name = g.cols[col] if g.cols[col] in g.blanks else ""
             return name.center(w - 1)[: w - 1] + " "
+        if self.mode != "number" and abs(value) < FAINT:
+            return " ·".ljust(w)
         if self.mode == "shade" and w < 4:
             return (self.shade(level) * (w - 1 if w > 2 else w)).ljust(w)
         if self.mode == "colour" and w < 4:
@@ -302,9 +305,7 @@ def show_value(value: float, width: int) -> str:
 class Pane(Vertical, can_focus=True):
     """A title line (number, name, convention, scale), a body, and one line about the cell under the cursor."""
 
-    DEFAULT_CSS = (
-        "Pane { height: 1fr; width: 1fr; } Pane > Horizontal { height: 1fr; } Pane .side { width: 34; height: 1fr; padding-left: 1; }"
-    )
+    DEFAULT_CSS = "Pane { height: 1fr; width: 1fr; } Pane > Horizontal { height: 1fr; } Pane .side { width: 34; height: 1fr; padding-left: 1; }"
     number = "?"
     name_ = ""
 
@@ -353,7 +354,7 @@ class LensPane(Pane):
 
 class AttentionPane(Pane):
     number, name_ = "2", "Attention"
-    DEFAULT_CSS = "AttentionPane .pattern { width: 2fr; padding-left: 2; }"
+    DEFAULT_CSS = "AttentionPane .pattern { width: 1fr; padding-left: 1; }"
 
     def __init__(self, **kw):
         super().__init__(**kw)
@@ -446,9 +447,7 @@ class Picker(Overlay):
     ]
     DEFAULT_CSS = "Picker > .list { height: auto; }"
 
-    def __init__(
-        self, title: str, items: list[Item], chosen: Callable[[Item | None, str], None], free: bool = False, start: str = "", **kw
-    ):
+    def __init__(self, title: str, items: list[Item], chosen: Callable[[Item | None, str], None], free: bool = False, start: str = "", **kw):
         super().__init__(**kw)
         self.title, self.items, self.chosen, self.free, self.at = title, items, chosen, free, 0
         self.head, self.field, self.list = Lines(), Field(start), Lines(classes="list")

@@ -7,8 +7,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from messages import Prompt  # noqa: E402
-from utils import ROOT  # noqa: E402
+from messages import Prompt
+from utils import ROOT
 
 CLEAN = "When Mary and John went to the store, John gave a drink to"
 CORRUPT = "When Mary and John went to the store, Alice gave a drink to"
@@ -61,7 +61,7 @@ def build(arch: str, folder: Path) -> Path:
     t.manual_seed(ARCHS.index(arch))
     hf = AutoModelForCausalLM.from_config(config(arch, len(tok) + 3))
     with t.no_grad():
-        for name, p in hf.named_parameters():
+        for _, p in hf.named_parameters():
             if p.ndim == 1:
                 p += 0.3 * t.randn_like(p)
     hf.save_pretrained(folder)

@@ -1,0 +1,86 @@
+"""For tests of the screen: the app with the real engine in this process (no second import of torch), or with any other link; and what it wrote."""
+
+from textual.drivers.headless_driver import HeadlessDriver
+
+from link import EngineDied, EngineError, Superseded
+from messages import UserError
+from session import Session, State
+from tui import Loupe
+
+
+class LocalLink:
+    """Link's interface over an Engine in this process: every request goes through the wire's bytes both ways, then is answered at once."""
+
+    def __init__(self, engine):
+        self.engine, self.jobs, self.alive, self.log, self.asked = engine, {}, True, "the log", []
+        self.on_death = lambda reason: None
+
+    async def start(self):
+        self.alive = True
+
+    async def stop(self):
+        self.alive = False
+
+    def cancel(self, ident):
+        pass
+
+    async def ask(self, slot, request, priority=1, on_partial=None):
+        if not self.alive:
+            raise EngineDied("the engine is not running")
+        self.asked.append((slot, request))
+        try:
+            return over_the_wire(self.engine.run(over_the_wire(request)))
+        except UserError as error:
+            raise EngineError(str(error)) from error
+
+
+def over_the_wire(body):
+    import io
+
+    from messages import Frame, encode, read_frame
+
+    return read_frame(io.BytesIO(encode(Frame("ask", body=body))).read).body
+
+
+def make_app(engine, tmp_path, state=None, **kw) -> Loupe:
+    """An app whose session lives in tmp_path; `engine` is an Engine or a link."""
+    app = Loupe(Session(state or State(), tmp_path / "session.jsonl"), log=tmp_path / "engine.log", **kw)
+    app.link = engine if hasattr(engine, "ask") else LocalLink(engine)
+    return app
+
+
+async def press(app, pilot, *keys):
+    """Press keys, then wait until nothing is asked and everything is drawn."""
+    await pilot.press(*keys)
+    await pilot.pause()
+    await app.settle()
+    await pilot.pause()
+
+
+def screen(app) -> list[str]:
+    """The screen's lines as plain text."""
+    width, height = app.size
+    return ["".join(s.text for s in line).rstrip() for line in app.screen._compositor.render_strips(app.size)][:height]
+
+
+def shown(app) -> str:
+    return "\n".join(screen(app))
+
+
+class Wire(HeadlessDriver):
+    """A driver that paints for real and counts what is written."""
+
+    is_headless = property(lambda self: False)
+    out: list[str] = []
+
+    def write(self, data: str) -> None:
+        Wire.out.append(data)
+
+    @staticmethod
+    def take() -> int:
+        size = sum(len(s.encode()) for s in Wire.out)
+        Wire.out.clear()
+        return size
+
+
+__all__ = ["EngineDied", "LocalLink", "Superseded", "Wire", "make_app", "press", "screen", "shown"]

@@ -254,6 +254,7 @@ def read_weights(folder: Path, config: transformers.PretrainedConfig, dtype: t.d
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
+            generation_config=transformers.GenerationConfig.from_model_config(config),
             output_loading_info=True,
             **where,
         )
@@ -597,7 +598,7 @@ class Model:
         got, want = got.float(), want.float().to(got.device)
         assert got.shape == want.shape, f"{name}: {tuple(got.shape)} against {tuple(want.shape)}"
         error = (got - want).abs().max().item()
-        tolerance = TOLERANCE[self.dtype] * max(1.0, want.abs().max().item() / 32)
+        tolerance = TOLERANCE[self.dtype] * max(1.0, want.abs().max().item() / (32 if self.dtype == t.float32 else 4))
         return Identity(name, error, tolerance, error <= tolerance, note)
 
     def random_ids(self, n: int, rows: int = 1, seed: int = 0) -> Tensor:

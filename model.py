@@ -256,6 +256,7 @@ def read_weights(folder: Path, config: transformers.PretrainedConfig, dtype: t.d
             trust_remote_code=False,
             generation_config=transformers.GenerationConfig.from_model_config(config),
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, in words
             **where,
         )
         hf = hf if device_map else hf.to(device)
@@ -263,10 +264,10 @@ def read_weights(folder: Path, config: transformers.PretrainedConfig, dtype: t.d
         raise out_of_memory(error) from error
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise UserError(f"the weights of {folder} can't be loaded: {first_line(error)}") from error
+    if other := sorted(report["mismatched_keys"]):
+        raise UserError(f"the weights of {folder} have other shapes than this architecture's (first: {other[0][0]}): is the base model right?")
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"the weights of {folder} lack {len(missing)} tensors of this architecture (first: {missing[0]}): is the base model right?")
-    if report.get("mismatched_keys"):
-        raise UserError(f"the weights of {folder} have other shapes than its config.json says: is the base model right?")
     return hf.eval()
 
 

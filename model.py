@@ -1,6 +1,7 @@
 """The one wrapper around TransformerBridge: loading, tokens, hooks, the activation cache, and the load-time self-check. Raw Hugging Face weights."""
 
 import copy
+import io
 import json
 import math
 import queue
@@ -13,23 +14,22 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import httpx
 import huggingface_hub
 import torch as t
 import transformers
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HTTPError,
     HFValidationError,
     IncompleteSnapshotError,
     LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     StrictDataclassError,
 )
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources.transformers import determine_architecture_from_hf_config
 from transformer_lens.utilities.architectures import MASKED_LM_ARCHITECTURES, MULTIMODAL_ARCHITECTURES, SEQ2SEQ_ARCHITECTURES
@@ -115,13 +115,18 @@ def download(name: str, patterns: list[str], token: str | bool) -> Generator[Pro
     events: queue.SimpleQueue = queue.SimpleQueue()
 
     class Bar(tqdm):
+        """Says how many bytes there are; draws nothing."""
+
+        most = 0
+
         def __init__(self, *args, **kwargs):
-            super().__init__(*args, **(kwargs | {"disable": False, "file": open("/dev/null", "w")}))
+            super().__init__(*args, **kwargs, file=io.StringIO(), mininterval=1e9)
 
         def update(self, n=1):
             super().update(n)
-            if self.unit == "B":
-                events.put(Progress(int(self.n), int(self.total or 0), f"downloading {name}: {show_bytes(self.n)}"))
+            if self.unit == "B" and self.n > Bar.most:
+                Bar.most = int(self.n)
+                events.put(Progress(Bar.most, int(self.total or 0), f"downloading {name}: {show_bytes(self.n)}"))
 
     def fetch() -> None:
         try:
@@ -142,9 +147,11 @@ def download(name: str, patterns: list[str], token: str | bool) -> Generator[Pro
                 raise UserError(f"{name} is gated: accept its terms at huggingface.co/{name} and put your HF_TOKEN into .env.local")
             case RepositoryNotFoundError():
                 raise UserError(f"the hub has no model {name!r} (or it is private): check the name, or put an HF_TOKEN into .env.local")
-            case httpx.TransportError() | OfflineModeIsEnabled() | LocalEntryNotFoundError() | ConnectionError():
+            case HfHubHTTPError():
+                raise UserError(f"{name} can't be downloaded: {first_line(event)}")
+            case HTTPError() | LocalEntryNotFoundError() | ConnectionError():
                 raise UserError(f"{name} is not in the hub cache and there is no network: give a folder, the name of a cached model, or zoo")
-            case HfHubHTTPError() | OSError():
+            case OSError():
                 raise UserError(f"{name} can't be downloaded: {first_line(event)}")
             case _:
                 raise event

@@ -91,14 +91,14 @@ def lens_numbers(result: LensResult, row: int, pos: int) -> str:
     return f"{answer}{diff_text}H {float(result.entropy[row, pos]):.3f} KL {float(result.kl[row, pos]):.4f}"
 
 
-def lens_side(result: LensResult, row: int, pos: int) -> list[Spans]:
+def lens_side(result: LensResult, row: int, pos: int, k: int) -> list[Spans]:
     """The top-k beside the table."""
     if not (row < len(result.points) and pos < len(result.tokens.texts)):
         return []
     lines: list[Spans] = [[(f"{result.points[row]}@{pos}", BOLD), (" after " + show_token(texts_of(result.tokens)[pos], 12, fill=False), DIM)]]
     lines += [
-        [(f"{n:2} ", DIM), (show_token(result.texts[i], 16), PLAIN), (f" {p:.4f}", DIM)]
-        for n, (i, p) in enumerate(zip(result.top_ids[row, pos].tolist(), result.top_probs[row, pos].tolist()))
+        [(f"{n:2} ", DIM), (show_token(result.texts[i], 12) + f" {p:.4f}", PLAIN)]
+        for n, (i, p) in enumerate(zip(result.top_ids[row, pos, :k].tolist(), result.top_probs[row, pos, :k].tolist()))
     ]
     rank, prob, diff = (float(a[row, pos]) for a in (result.rank, result.prob, result.logit_diff))
     named = [("answer's probability", prob, 4), ("answer's rank", rank, 0), ("logit difference", diff, 3)]
@@ -137,7 +137,7 @@ def pattern_grid(result: AttentionResult, head: int) -> Grid:
         lo, sign = -hi, True
     tokens = texts_of(result.tokens)
     rows = [f"{n:>2} {show_token(tok, 9, fill=False)}" for n, tok in enumerate(tokens)]
-    return Grid(values, rows, list(tokens), lo, hi, signed=sign, cell=(4, 7) if len(tokens) <= 40 else (2, 4), corner="to \\ from")
+    return Grid(values, rows, list(tokens), lo, hi, signed=sign, cell=(4, 4) if len(tokens) <= 40 else (2, 4), corner="to \\ from")
 
 
 def pattern_cell(result: AttentionResult, head: int, pos: int, src: int, drilled: bool) -> Spans:
@@ -174,7 +174,7 @@ def output_lines(result: RunResult, pos: int, k: int, wide: bool, answers: set[s
                 continue
             text = result.texts[int(side.top_ids[pos, n])]
             style = GOOD if text in answers else BAD if text in foils else PLAIN
-            spans += [(show_token(text, w), style), (f" {float(side.top_probs[pos, n]):.4f} ", DIM)]
+            spans += [(show_token(text, w), style), (f" {float(side.top_probs[pos, n]):.4f} ", PLAIN)]
         lines.append(spans)
     return lines
 

@@ -24,6 +24,7 @@ if "SSH_CONNECTION" in os.environ:  # remote mode: fewer frames; textual reads t
 import numpy as np
 from textual import work
 from textual.app import App, ComposeResult
+from textual.binding import Binding
 from textual.containers import Horizontal, Vertical
 from textual.reactive import var
 from textual.worker import Worker, WorkerState
@@ -85,13 +86,18 @@ class Cursor:
     src: int = 0
 
 
-class Quiet(TightScreen):
+class Quiet(TightScreen, inherit_bindings=False):
     """A screen that does not repaint as a whole when the focus moves (held by the byte-budget test)."""
 
     focused = var(None)
 
 
+def bindings(table: tuple[Action, ...]) -> list[Binding]:
+    return [Binding(a.keys, f"do('{a.id}')", a.title, show=False, id=a.id) for a in table]
+
+
 class Loupe(Deeds, App):
+    BINDINGS = bindings(TABLE)
     CSS = """
     Screen { layers: base overlay; overflow: hidden; background: ansi_default; color: ansi_default; }
     #top { height: 5; } #status { height: 1; } #hint { height: 1; }
@@ -125,8 +131,8 @@ class Loupe(Deeds, App):
         self.edited: tuple[Prompt, CheckResult] | None = None
         self.slow = False
         self.first_paint = self.first_lens = 0.0
-        for a in table:
-            self._bindings.bind(a.keys, f"do('{a.id}')", a.title, show=False)
+        if table is not TABLE:
+            self.set_keymap({b.id: ",".join(c.key for c in Binding.make_bindings([b])) for b in bindings(table)})
 
     # -------------------------------------------------------------- layout and life
 
@@ -514,8 +520,8 @@ class Loupe(Deeds, App):
         beside = pane.size.width - 34 >= 14 + grid.cell[0] * len(grid.cols)
         pane.side.set_class(not beside, "hidden")
         if beside:
-            pane.side.show(pictures.lens_side(result, row, pos))
-        pane.info_line.show([pictures.lens_cell(result, row, pos, 5 if pane.size.width >= 110 else 3)])
+            pane.side.show(pictures.lens_side(result, row, pos, 5 if len(self.visible_panes()) == 3 else 10))
+        pane.info_line.show([pictures.lens_cell(result, row, pos, 0 if beside else 4)])
 
     def draw_attention(self) -> None:
         pane, views, c = self.panes["attention"], self.state.views, self.cursor
@@ -532,11 +538,12 @@ class Loupe(Deeds, App):
             pane.map.styles.width = min(5 + 5 * len(grid.cols), pane.size.width // 2)
             column = c.head if c.comp == "head" else len(grid.cols) - (2 if c.comp == "attn" else 1)
             pane.map.show(grid, (min(c.layer, len(grid.rows) - 1), column), views["mode"])
-            title += f" · {HEAD_STATS[stat]} {pictures.scale(grid)}"
+            name = HEAD_STATS[stat]
+            if stat == "pair" and self.tokens and max(c.pos, c.src) < self.length():
+                t = pictures.texts_of(self.tokens.tokens)
+                name = f"attention {c.pos} {show_token(t[c.pos])} → {c.src} {show_token(t[c.src])}"
+            title += f" · {name} {pictures.scale(grid)}"
             note = f"on {'random repeated tokens' if heads.source == 'random' else 'the prompt'}"
-            if stat == "pair" and self.tokens:
-                t = self.tokens.tokens.texts
-                note = f"{c.pos} {show_token(t[c.pos])} → {c.src} {show_token(t[c.src])}" if max(c.pos, c.src) < len(t) else ""
         pane.show_title(self.late("heads") + title, note + (" · pattern: hjkl, esc" if self.drilled else ""), focused)
         if pattern is None or pattern.layer != c.layer or self.error("attention"):
             pane.pattern.show(None, (0, 0), views["mode"], self.waiting("attention"))
@@ -560,7 +567,7 @@ class Loupe(Deeds, App):
         token = self.tokens.tokens.texts[pos] if self.tokens and pos < self.length() else ""
         pane.show_title(f"{self.late('run')}next token after {pos} {show_token(token)}", "", self.pane == "output")
         prompt = self.state.prompt
-        k = max(1, min(10, pane.size.height - 3))
+        k = max(1, min(8, pane.size.height - 3))
         pane.table.show(pictures.output_lines(run, pos, k, pane.size.width >= 84, set(prompt.answers), set(prompt.foils)))
         pane.info_line.show([[(f" {run.convention}", DIM)]])
 

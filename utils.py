@@ -35,7 +35,7 @@ def settings(root: Path = ROOT) -> dict[str, str]:
 
 # ------------------------------------------------------------------ tokens
 
-VISIBLE = {" ": "·", "\n": "⏎", "\t": "→", "\r": "␍", "\x1b": "␛", "\x7f": "␡", "\u00a0": "⍽"}
+VISIBLE = {" ": "·", "\n": "⏎", "\t": "→", "\r": "␍", "\x1b": "␛", "\x7f": "␡"}
 
 
 def visible(text: str) -> str:
@@ -47,7 +47,9 @@ def visible(text: str) -> str:
             out.append(VISIBLE[c])
         elif ord(c) < 32:
             out.append(chr(0x2400 + ord(c)))
-        elif kind in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp") or (kind in ("Mn", "Me", "Mc") and i == 0):
+        elif kind == "Zs" and c != " ":
+            out.append("⍽")
+        elif (not c.isprintable() and c != " ") or (kind in ("Mn", "Me", "Mc") and i == 0):
             out.append(f"⟨{ord(c):x}⟩")
         else:
             out.append(c)

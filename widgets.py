@@ -4,6 +4,7 @@ Widgets hold no state of the hunt: they are given a picture and draw it. Never i
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -29,7 +30,7 @@ RAMP = (233, 17, 18, 53, 54, 90, 126, 161, 167, 203, 209, 215, 221, 227, 229, 23
 BELOW = (233, 17, 18, 19, 25, 32, 74, 117)
 ABOVE = (233, 52, 88, 124, 160, 202, 208, 215)
 SHADES = " ·░▒▓█"
-FAINT = 0.005  # numbers that would read .00 are drawn as a dot, which keeps patterns legible and cheap to send
+FAINT = 0.005  # numbers that would read .00 are drawn as a dot, and the lowest level has no background: legible, and cheap to send
 
 
 def luminance(code: int) -> float:
@@ -171,10 +172,10 @@ class GridView(Widget):
         g, (low, high) = self.grid, self.grid.cell
         self.label = min(max([cell_len(r) for r in g.rows] + [cell_len(g.corner)], default=0) + 1, max(self.size.width // 3, 6))
         if self.mode == "number":
-            low = max(low, 5 if not g.signed else 6)
+            low = max(low, 7 if g.signed else 6)
             high = max(low, high)
         elif self.mode == "shade" and g.text is None:
-            low = min(low, 2)
+            low, high = min(low, 2), high + 1
         room = self.size.width - self.label
         self.width = max(low, min(high, room // max(len(g.cols), 1)))
         self.across = max(1, room // self.width)
@@ -241,14 +242,14 @@ class GridView(Widget):
         marked = cursor >= 0
         spans = [(set_cell_size(g.rows[row], self.label - 1) + " ", BOLD if marked else DIM)]
         levels, values = self.levels()[row], g.shown[row]
-        palette = SIGNED if g.signed else HEATS
+        palette, middle = (SIGNED, (len(BELOW) - 1, len(BELOW))) if g.signed else (HEATS, (0,))
         for c in cols:
             level, value = int(levels[c]), float(values[c])
             text = self.cell_text(row, c, level, value, w)
             if self.mode == "shade":
                 style = CURSOR_PLAIN if c == cursor else BOLD if (row, c) in g.marks else PLAIN
             else:
-                faint = level < 0 or (g.text is None and self.mode == "colour" and abs(value) < FAINT)
+                faint = level < 0 or (g.text is None and level in middle)
                 style = CURSOR if c == cursor else DIM if faint else palette[level]
                 if (row, c) in g.marks and c != cursor:
                     style += Style(underline=True, bold=True)
@@ -382,20 +383,18 @@ class OutputPane(Pane):
 # ------------------------------------------------------------------ overlays: a picker, an editor, a panel
 
 
+ESCAPES = {"\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
+UNESCAPE = re.compile(r"\\(?:([ntr\\])|u\{([0-9a-fA-F]{1,6})\})")
+
+
 def escape_line(text: str) -> str:
-    """A text in one editable line: newline as \\n, tab as \\t, backslash doubled."""
-    return text.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
+    """A text in one editable line: newline as \\n, tab as \\t, what can't be printed as \\u{1b}, backslash doubled."""
+    return "".join(ESCAPES.get(c) or (c if c.isprintable() else f"\\u{{{ord(c):x}}}") for c in text)
 
 
 def unescape_line(text: str) -> str:
-    out, it = [], iter(text)
-    for c in it:
-        if c == "\\":
-            d = next(it, "")
-            out.append({"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}.get(d, "\\" + d))
-        else:
-            out.append(c)
-    return "".join(out)
+    names = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+    return UNESCAPE.sub(lambda m: names[m[1]] if m[1] else chr(int(m[2], 16)) if int(m[2], 16) < 0x110000 else m[0], text)
 
 
 class Field(Input):

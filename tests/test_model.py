@@ -2,14 +2,15 @@
 
 import json
 import shutil
+import threading
+import urllib.parse
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import httpx
 import numpy as np
 import pytest
 import torch as t
 from conftest import ARCHS, CLEAN, CORRUPT, PROMPT, SHORT
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
 import model as m
@@ -176,59 +177,80 @@ def test_an_unusable_model_leaves_the_loaded_one(folders, tmp_path):
     assert engine.run(Check(PROMPT)).problems == ()
 
 
+class Hub(BaseHTTPRequestHandler):
+    """A hub on this machine with one model (`have/model`), one gated (`gated/model`), and nothing else."""
+
+    folder = None
+    sha = "0123456789abcdef0123456789abcdef01234567"
+
+    def answer(self, status: int, body: bytes = b"{}", **headers: str) -> None:
+        self.send_response(status)
+        for k, v in ({"Content-Length": str(len(body)), "Content-Type": "application/json"} | {k.replace("_", "-"): v for k, v in headers.items()}).items():
+            self.send_header(k, v)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        path = urllib.parse.unquote(urllib.parse.urlparse(self.path).path)
+        if "have/model" not in path:
+            gated = "gated/model" in path
+            return self.answer(403 if gated else 404, X_Error_Code="GatedRepo" if gated else "RepoNotFound")
+        files = [f for f in sorted(self.folder.iterdir()) if f.is_file()]
+        if "/tree/" in path:
+            rows = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "1" * 40} for f in files]
+            return self.answer(200, json.dumps(rows).encode())
+        if "/resolve/" in path:
+            name = path.rpartition("/")[2]
+            return self.answer(200, (self.folder / name).read_bytes(), X_Repo_Commit=self.sha, ETag=f'"{name}"')
+        self.answer(200, json.dumps({"id": "have/model", "sha": self.sha, "siblings": [{"rfilename": f.name} for f in files]}).encode())
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args) -> None: ...
+
+
 @pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A hub that answers as told, and an empty cache."""
+def hub(monkeypatch, tmp_path, folders):
+    """That hub, and an empty cache. Returns a function that takes the network away."""
+    monkeypatch.setattr(Hub, "folder", folders["gpt2"])
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    real, here = m.huggingface_hub.snapshot_download, f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(m.huggingface_hub, "snapshot_download", lambda name, **k: real(name, cache_dir=tmp_path, endpoint=here, **k))
+    monkeypatch.setattr(m.huggingface_hub.constants, "ENDPOINT", here)
 
-    def set_answer(error: Exception) -> None:
-        def model_info(self, name, **kwargs):
-            raise error
+    def cut() -> None:
+        server.shutdown()
+        server.server_close()
 
-        monkeypatch.setattr(m.huggingface_hub.HfApi, "model_info", model_info)
-
-    real = m.huggingface_hub.snapshot_download
-    monkeypatch.setattr(m.huggingface_hub, "snapshot_download", lambda name, **k: real(name, cache_dir=tmp_path, **k))
-    return set_answer
-
-
-def response(status: int) -> httpx.Response:
-    return httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co/api/models/x/y"))
+    yield cut
+    cut()
 
 
 def test_hub_names(hub):
-    hub(httpx.ConnectError("[Errno -3] Temporary failure in name resolution"))
-    assert "is not in the hub cache and there is no network" in failure(Load("gpt2"))
-    hub(httpx.ReadTimeout("timed out"))
-    assert "there is no network" in failure(Load("EleutherAI/pythia-70m"))
-    hub(RepositoryNotFoundError("401 Client Error", response=response(404)))
     assert "the hub has no model 'openai/gpt9'" in (text := failure(Load("openai/gpt9"))) and "HF_TOKEN" in text
-    hub(GatedRepoError("403", response=response(403)))
-    assert "google/gemma-2-2b is gated: accept its terms" in (text := failure(Load("google/gemma-2-2b"))) and ".env.local" in text
-    assert "nor" in (text := failure(Load("a--b..c"))) or "hub" in text
+    assert "gated/model is gated: accept its terms" in (text := failure(Load("gated/model"))) and ".env.local" in text
+    assert "neither a folder nor a hub name" in failure(Load("a--b..c"))
     assert "no folder at" in failure(Load("what is this?"))
+    hub()
+    assert "gpt2 is not in the hub cache and there is no network" in failure(Load("gpt2"))
 
 
-def test_download_reports_progress(hub, monkeypatch, folders):
-    """A name that the hub has: progress while it comes, then it loads like any folder."""
-    real = m.huggingface_hub.snapshot_download
-
-    def snapshot(name, tqdm_class=None, local_files_only=False, **kwargs):
-        if local_files_only:
-            return real(name, local_files_only=True, **kwargs)
-        bar = tqdm_class(total=2_000_000, unit="B")
-        bar.update(500_000)
-        bar.update(1_500_000)
-        bar.close()
-        return str(folders["gpt2"])
-
-    monkeypatch.setattr(m.huggingface_hub, "snapshot_download", snapshot)
-    monkeypatch.setattr(m.huggingface_hub.HfApi, "model_info", lambda self, name, **k: None)
+def test_download_then_no_network(hub, engines):
+    """Progress while it comes; then it loads from the cache, with the hub gone."""
     seen = []
     engine = Engine()
-    engine.run(Load("someone/model"), seen.append)
-    lines = [(p.done, p.total, p.text) for p in seen if "downloading" in p.text]
-    assert lines == [(500_000, 2_000_000, "downloading someone/model: 500 kB"), (2_000_000, 2_000_000, "downloading someone/model: 2.0 MB")]
-    assert engine.model.info.name == "someone/model"
+    engine.run(Load("have/model"), seen.append)
+    done = [(p.done, p.total) for p in seen if p.text.startswith("downloading have/model: ")]
+    assert done and done == sorted(done) and done[-1][0] == done[-1][1] > 100_000
+    hub()
+    again = Engine("have/model")
+    assert again.model.info.name == "have/model"
+    want = engines["gpt2"].run(Run(Study(PROMPT))).clean.top_logits
+    for one in (engine, again):
+        np.testing.assert_array_equal(one.run(Run(Study(PROMPT))).clean.top_logits, want)
 
 
 # ------------------------------------------------------------------ tokens

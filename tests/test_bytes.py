@@ -1,0 +1,70 @@
+"""What goes to the terminal: idle nothing, a cursor move at most 1.2 KB, a pane switch at most 8 KB at 120×36 in 256 colours, a full screen at most 35 KB."""
+
+import pytest
+from textual.geometry import Size
+from textual.strip import Strip
+from rich.segment import Segment
+from rich.style import Style
+from ui import Wire, make_app, press
+
+from tight import Difference, TightCompositor, cells_of, changes
+from tui import first_state
+
+MOVES = {"1": "hhlkjk", "0": "hhl", "2": "hlkj"}
+
+
+async def cost(app, pilot, *keys) -> int:
+    Wire.take()
+    await press(app, pilot, *keys)
+    for _ in range(4):
+        await pilot.pause()
+    return Wire.take()
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 36), (200, 50)])
+async def test_byte_budgets(engines, tmp_path, monkeypatch, size):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("COLORTERM", raising=False)
+    app = make_app(engines["zoo"], tmp_path, first_state({}), driver_class=Wire)
+    async with app.run_test(size=size, headless=False) as pilot:
+        await press(app, pilot)
+        await cost(app, pilot)
+        assert app.console.color_system == "256"
+        for pane, moves in MOVES.items():
+            switch = await cost(app, pilot, pane)
+            assert switch <= 8_000, f"switch to pane {pane}: {switch} bytes"
+            assert await cost(app, pilot) == 0, "idle"
+            for key in moves:
+                move = await cost(app, pilot, key)
+                assert move <= 1_200, f"pane {pane}, key {key}: {move} bytes"
+        await press(app, pilot, "enter")
+        for key in "hkjl":
+            move = await cost(app, pilot, key)
+            assert move <= 1_200, f"pattern, key {key}: {move} bytes"
+        Wire.take()
+        app.screen.forget()
+        assert 1_000 < await cost(app, pilot) <= 35_000, "a full screen"
+        assert await cost(app, pilot) == 0
+
+
+def test_the_difference_restores_the_screen():
+    """Played on a small terminal of cells, the differences give the same picture as the whole."""
+    red, plain = Style(color="red"), None
+    first = cells_of(Strip([Segment("hello 日本 x", red)]))
+    second = cells_of(Strip([Segment("hello 語本 y", red)]))
+    assert len(first) == 12 and first[7] == ("", red)
+    assert changes(first, second) == [(6, 12)] or changes(first, second) == [(6, 8), (11, 12)]
+    assert changes(first, first) == []
+    owner = TightCompositor()
+    size = Size(12, 1)
+    from rich.console import Console
+
+    console = Console(color_system="256", force_terminal=True)
+    full = Difference(owner, [(0, 0, first)], size).render_segments(console)
+    assert "hello 日本 x" in full and full.startswith("\x1b[1;1H") and full.endswith("\x1b[0m")
+    assert Difference(owner, [(0, 0, first)], size).render_segments(console) == ""
+    part = Difference(owner, [(0, 0, second)], size).render_segments(console)
+    assert "hello" not in part and "語" in part
+    owner.forget()
+    assert "hello" in Difference(owner, [(0, 0, second)], size).render_segments(console)
+    assert cells_of(Strip([Segment("e\u0301x", plain)])) == [("e\u0301", None), ("x", None)]

@@ -1,0 +1,339 @@
+"""The hunt by keyboard, at three sizes, with the real engine in this process; bad input; undo, resume and a killed engine."""
+
+import asyncio
+import dataclasses
+import os
+import signal
+
+import pytest
+from ui import LocalLink, make_app, press, screen, shown
+
+from link import Link
+from messages import Lens, Load, Node, Prompt, Run, Study, parse_intervention
+from session import State, read_session
+from tui import Loupe, first_state
+from widgets import Editor, Overlay, Panel, Picker
+
+SIZES = [(80, 24), (120, 36), (200, 50)]
+PAIR = Prompt("When Mary and John went to the store, John gave a drink to", "When Mary and John went to the store, Alice gave a drink to", (" Mary",), (" John",))
+
+
+def now(app: Loupe) -> float:
+    return app.have["run"][1].now.metric
+
+
+@pytest.fixture
+def zoo(engines):
+    return engines["zoo"]
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_the_hunt(zoo, tmp_path, size):
+    """Read the lens, see which head attends from the end to the answer, ablate it, undo, patch it from the corrupted prompt."""
+    app = make_app(zoo, tmp_path, State(prompt=PAIR))
+    async with app.run_test(size=size) as pilot:
+        await press(app, pilot)
+        assert app.cursor.pos == 14 and "·Mary" in shown(app) and "L3.resid_post@14" in shown(app)
+        clean = now(app)
+        reference = zoo.run(Run(Study(PAIR)))
+        assert clean == pytest.approx(reference.clean.metric) and f"clean {clean:+.3f}" in shown(app)
+        table = zoo.run(Lens(Study(PAIR)))
+        top = table.texts[int(table.top_ids[-1, -1, 0])].strip()
+        assert top in "".join(screen(app)[5:])
+
+        await press(app, pilot, "2")
+        assert app.pane == "attention" and "Attention" in shown(app)
+        await press(app, pilot, "g", "l", "j")
+        assert app.node() == Node("head", 1, 1)
+        await press(app, pilot, "enter")
+        while app.cursor.src != 2:
+            await press(app, pilot, "h" if app.cursor.src > 2 else "l")
+        assert "2 ·Mary" in shown(app)
+        await press(app, pilot, "escape")
+        app.act("view", name="attention.stat", value="pair")
+        await press(app, pilot)
+        assert "14 ·to → 2 ·Mary" in shown(app)
+
+        await press(app, pilot, "a")
+        study = Study(PAIR, (parse_intervention("L1H1=zero"),))
+        ablated = zoo.run(Run(study)).now.metric
+        assert app.state.study == study and now(app) == pytest.approx(ablated) and ablated != pytest.approx(clean)
+        assert "L1H1=zero" in shown(app) and f"now {ablated:+.3f}" in shown(app)
+        await press(app, pilot, "u")
+        assert now(app) == pytest.approx(clean) and "no interventions" in shown(app)
+        await press(app, pilot, "p")
+        patched = zoo.run(Run(Study(PAIR, (parse_intervention("L1H1=patch"),))))
+        assert now(app) == pytest.approx(patched.now.metric) and "L1H1=patch" in shown(app)
+        assert patched.normalised == pytest.approx((patched.now.metric - reference.corrupt.metric) / (clean - reference.corrupt.metric))
+        await press(app, pilot, "x")
+        assert now(app) == pytest.approx(clean)
+        await press(app, pilot, "x", "X", "u")
+        assert now(app) == pytest.approx(patched.now.metric)
+
+
+async def test_panes_by_size(zoo, tmp_path):
+    app = make_app(zoo, tmp_path)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await press(app, pilot)
+        for size, count in (((80, 24), 1), ((120, 36), 2), ((200, 50), 3), ((20, 5), 1), ((120, 36), 2)):
+            await pilot.resize_terminal(*size)
+            await press(app, pilot)
+            assert len(app.visible_panes()) == count
+            assert all(len(line) <= size[0] for line in screen(app))
+        await press(app, pilot, "2", "+")
+        assert app.visible_panes() == ["attention"]
+        await press(app, pilot, "escape")
+        assert app.visible_panes() == ["lens", "attention"]
+        await press(app, pilot, "tab")
+        assert app.pane == "output" and "Output" in shown(app)
+
+
+async def test_every_key_has_an_action_and_every_view_draws(zoo, tmp_path):
+    app = make_app(zoo, tmp_path, first_state({}))
+    for action in app.table:
+        assert callable(getattr(app, f"do_{action.id}"))
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot)
+        for pane in "12":
+            await press(app, pilot, pane)
+            for key in ("v", "f", "V"):  # statistics, runs, modes
+                seen = set()
+                for _ in range(7):
+                    await press(app, pilot, key)
+                    seen.add(shown(app))
+                    if not (key == "f" and "random" in app.state.views["attention.source"]):
+                        assert "computing" not in shown(app) and not app.error("lens") and not app.error("attention")
+                assert len(seen) >= 2
+        await press(app, pilot, "R")
+        assert "random" in shown(app)
+        for _ in range(3):
+            await press(app, pilot, "P")
+        await press(app, pilot, "i")
+        assert f":{app.have['run'][1].clean.tokens.ids[-1]}" in shown(app)
+
+
+async def test_the_editor_shows_tokens_and_refuses_what_cannot_work(zoo, tmp_path):
+    app = make_app(zoo, tmp_path, State(prompt=PAIR))
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot, "e")
+        editor = app.query_one(Editor)
+        editor.fields[0].value = ""
+        await press(app, pilot, "enter")
+        assert app.query(Editor) and "empty prompt" in shown(app)
+        editor.fields[0].value = "When Mary and John went"
+        await press(app, pilot)
+        assert "6 tokens" in shown(app)
+        editor.fields[2].value = "Mary Ann"
+        await press(app, pilot, "enter")
+        assert app.query(Editor), "an answer of several tokens is refused and nothing typed is lost"
+        assert editor.fields[0].value == "When Mary and John went"
+        editor.fields[2].value = "Qzxv"
+        await press(app, pilot)
+        assert "tokens" in shown(app)
+        editor.fields[2].value = " Mary"
+        await press(app, pilot, "enter")
+        await press(app, pilot)
+        assert not app.query(Editor) and app.state.prompt.clean == "When Mary and John went" and "now" in shown(app)
+        await press(app, pilot, "u")
+        assert app.state.prompt == PAIR
+        long = "a " * 400
+        await press(app, pilot, "e")
+        app.query_one(Editor).fields[0].value = long
+        await press(app, pilot, "enter")
+        assert app.query(Editor) and "context" in shown(app)
+        await press(app, pilot, "escape")
+        assert app.state.prompt == PAIR
+
+
+async def test_unequal_lengths_are_allowed_until_something_is_patched(zoo, tmp_path):
+    app = make_app(zoo, tmp_path, State(prompt=dataclasses.replace(PAIR, corrupt="When Mary went to")))
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot)
+        assert "clean" in shown(app) and not app.error("run")
+        await press(app, pilot, "2", "p")
+        assert "15" in app.error("run") and "5" in app.error("run") and app.error("run") in shown(app).replace("  ", " ")[:4000]
+        await press(app, pilot, "u")
+        assert not app.error("run")
+
+
+async def test_messages_say_what_to_do(zoo, tmp_path):
+    app = make_app(zoo, tmp_path, State(prompt=dataclasses.replace(PAIR, corrupt=None)))
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot)
+        for key, words in (("p", "no corrupted prompt"), ("u", "nothing to undo"), (")", "no prompt set"), ("x", "no interventions"), ("n", "/ searches")):
+            await press(app, pilot, key)
+            assert words in shown(app)
+        app.act("ablation", kind="mean")
+        await press(app, pilot, "a")
+        assert "prompt set" in shown(app)
+        await press(app, pilot, "ctrl+c")
+        assert "q quits" in shown(app)
+
+
+async def test_prompt_sets_and_mean_ablation(zoo, tmp_path):
+    app = make_app(zoo, tmp_path, State(prompt=PAIR))
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot, "o")
+        for c in "ioi_abba":
+            await pilot.press(c)
+        await press(app, pilot, "enter")
+        assert "ioi_abba 1/" in shown(app) and not app.query(Overlay)
+        await press(app, pilot, ")")
+        assert app.state.index == 1 and app.state.prompt == app.state.prompt_set[1]
+        await press(app, pilot, "(", "(")
+        assert app.state.index == len(app.state.prompt_set) - 1
+        await press(app, pilot, "A")
+        await press(app, pilot, "m", "e", "a", "n", "enter")
+        assert app.state.ablation == "mean"
+        await press(app, pilot, "2", "a")
+        assert "=mean" in shown(app) and not app.error("run")
+        bad = tmp_path / "bad.jsonl"
+        bad.write_text('{"clean": "a"}\n{"clean": 3}\n')
+        app.guard(lambda: app.open_file(bad))
+        await press(app, pilot)
+        assert "bad.jsonl line 2" in shown(app)
+
+
+async def test_search_help_palette_copy(zoo, tmp_path, monkeypatch):
+    import actions
+
+    monkeypatch.setattr(actions, "EXPORTS", actions.ROOT / "exports" / "of-tests")
+    app = make_app(zoo, tmp_path, first_state({}))
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot)
+        await press(app, pilot, "/")
+        await press(app, pilot)
+        app.query_one(Editor).fields[0].value = "L2H3@S2"
+        await press(app, pilot, "enter")
+        assert (app.cursor.layer, app.cursor.head, app.cursor.comp, app.cursor.pos) == (2, 3, "head", 10)
+        await press(app, pilot, "/")
+        app.query_one(Editor).fields[0].value = "L99H3"
+        await press(app, pilot, "enter")
+        assert "not in this model" in shown(app)
+        await press(app, pilot, "escape")
+        await press(app, pilot, "0", "/")
+        app.query_one(Editor).fields[0].value = "john"
+        await press(app, pilot, "enter")
+        first = app.cursor.pos
+        await press(app, pilot, "n")
+        assert app.cursor.pos != first
+        await press(app, pilot, "N")
+        assert app.cursor.pos == first
+        await press(app, pilot, "?")
+        assert app.query_one(Picker) and "filter" in shown(app)
+        for c in "heads map":
+            await pilot.press("space" if c == " " else c)
+        await press(app, pilot, "enter")
+        assert app.pane == "attention"
+        await press(app, pilot, "1", ":")
+        for c in "lens.stat=kl":
+            await pilot.press({".": "full_stop", "=": "equals_sign"}.get(c, c))
+        await press(app, pilot, "enter")
+        assert app.state.views["lens.stat"] == "kl"
+        copied = []
+        monkeypatch.setattr(app, "copy_to_clipboard", copied.append)
+        try:
+            for kind in ("text", "tsv", "node", "prompt", "python", "svg"):
+                await press(app, pilot, "y")
+                for c in kind:
+                    await pilot.press(c)
+                await press(app, pilot, "enter")
+                await press(app, pilot)
+            files = {f.suffix: f.read_text() for f in actions.EXPORTS.iterdir()}
+            assert len(copied) == 5 and "hook point\t" in files[".tsv"] and "<svg" in files[".svg"] and "TransformerBridge" in files[".py"]
+            assert "Lens" in copied[0] and copied[2].strip() == str(app.node())
+        finally:
+            for f in actions.EXPORTS.iterdir():
+                f.unlink()
+            actions.EXPORTS.rmdir()
+
+
+async def test_honesty_panel(zoo, tmp_path):
+    app = make_app(zoo, tmp_path, State(prompt=PAIR))
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot)
+        await press(app, pilot, "D")
+        await press(app, pilot)
+        assert app.query_one(Panel) and "all hold" in shown(app) and "✗" not in shown(app)
+        await press(app, pilot, "escape")
+        assert not app.query(Panel)
+        await press(app, pilot, "J")
+        assert "no jobs" in shown(app)
+
+
+async def test_hostile_tokens_are_harmless(zoo, tmp_path):
+    text = "[/INST] [red]x\x1b[31m 日本語 👩‍👩‍👧 a\x00b\n\t[link=http://x]"
+    app = make_app(zoo, tmp_path, State(prompt=Prompt(text, text + "!", (" Mary",))))
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot)
+        for key in ("2", "0", "1", "e", "escape", "i", "V", "V", "D", "escape"):
+            await press(app, pilot, key)
+            assert not [c for c in shown(app).replace("\n", "") if not c.isprintable()]
+        assert "[/INST]" in "".join(t for t in app.have["run"][1].clean.tokens.texts) and not app.error("run")
+
+
+async def test_no_color_starts_with_shades(zoo, tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    app = make_app(zoo, tmp_path, State(prompt=PAIR))
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot, "2")
+        assert app.state.views["mode"] == "shade" and any(c in shown(app) for c in "░▒▓█")
+
+
+async def test_keymap(zoo, tmp_path):
+    from actions import remapped
+    from messages import UserError
+
+    path = tmp_path / "keys.json"
+    path.write_text('{"ablate": "z", "quit": "Q"}')
+    table = {a.id: a.keys for a in remapped(str(path))}
+    assert table["ablate"] == "z" and table["quit"] == "Q,ctrl+q"
+    app = make_app(zoo, tmp_path, State(prompt=PAIR), table=remapped(str(path)))
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot, "2", "z")
+        assert len(app.state.interventions) == 1
+    for text, words in (("[1]", "JSON"), ('{"nonsense": "z"}', "nonsense"), ("{", "JSON")):
+        path.write_text(text)
+        with pytest.raises(UserError, match=words):
+            remapped(str(path))
+
+
+async def test_a_failed_load_keeps_everything(zoo, tmp_path):
+    class Broken(LocalLink):
+        async def ask(self, slot, request, priority=1, on_partial=None):
+            if isinstance(request, Load) and request.model != "zoo":
+                request = Load(str(tmp_path / "no-such-model"))
+            return await super().ask(slot, request, priority, on_partial)
+
+    app = make_app(Broken(zoo), tmp_path, State(prompt=PAIR))
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot, "2", "a")
+        app.act("model", load=Load("nowhere"))
+        await press(app, pilot)
+        assert app.info is None and "u goes back" in shown(app)
+        await press(app, pilot, "u")
+        assert app.info is not None and len(app.state.interventions) == 1 and "L3H0=zero" in shown(app)
+
+
+async def test_a_killed_engine_is_said_and_restarted_on_a_key(tmp_path):
+    """The real process: the UI says that it died, and ctrl+e brings back model, prompt and interventions. Then resume after the UI itself is gone."""
+    app = Loupe(__import__("session").Session(State(prompt=PAIR), tmp_path / "session.jsonl"), log=tmp_path / "engine.log")
+    assert isinstance(app.link, Link)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot)
+        await press(app, pilot, "2", "a")
+        before = now(app)
+        assert app.info and len(app.state.interventions) == 1
+        died = asyncio.Event()
+        said, app.link.on_death = app.link.on_death, lambda reason: (said(reason), died.set())
+        os.kill(app.link.process.pid, signal.SIGKILL)
+        await asyncio.wait_for(died.wait(), 30)
+        await press(app, pilot)
+        assert "the engine died (killed by SIGKILL): ctrl+e restarts it" in shown(app)
+        await press(app, pilot, "ctrl+e")
+        await press(app, pilot)
+        assert app.info and now(app) == before and "L3H0=zero" in shown(app)
+        engine = app.link.process
+    assert engine.returncode == 0
+    session, warning = read_session(tmp_path / "session.jsonl")
+    assert not warning and session.state == app.state

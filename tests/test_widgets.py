@@ -1,0 +1,113 @@
+"""Pictures as plain text, ramps, token display; and that the screen side never imports the model side."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.cells import cell_len
+
+from actions import TABLE, key_table
+from messages import AttentionResult, HeadStatsResult, Identity, LensResult, TokenRow
+from pictures import heads_grid, identity_rows, lens_cell, lens_grid, pattern_grid, token_line
+from utils import ROOT, show_number, show_token, visible
+from widgets import ABOVE, BELOW, RAMP, GridView, escape_line, luminance, show_value, unescape_line
+
+
+def test_the_screen_side_never_imports_the_model_side():
+    code = "import tui, widgets, messages, sys; print([m for m in ('torch', 'transformer_lens', 'sae_lens', 'transformers') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    assert out.strip() == "[]"
+
+
+@pytest.mark.parametrize("ramp", [RAMP, BELOW, ABOVE])
+def test_ramps_are_exact_xterm_colours_of_rising_luminance(ramp):
+    assert len(ramp) <= 16 and all(16 <= c <= 255 for c in ramp)
+    lums = [luminance(c) for c in ramp]
+    assert lums == sorted(lums) and len(set(lums)) == len(lums)
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.text(max_size=20), st.integers(1, 12))
+def test_tokens_fit_and_never_escape(text, width):
+    shown = show_token(text, width)
+    assert cell_len(shown) == width
+    assert all(c.isprintable() for c in visible(text)) and "\x1b" not in visible(text)
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.text(max_size=30))
+def test_a_text_survives_the_editor(text):
+    assert unescape_line(escape_line(text)) == text and "\n" not in escape_line(text)
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.floats(-1e4, 1e4), st.integers(5, 9))
+def test_numbers_fit(x, width):
+    assert len(show_number(x, width)) == width and len(show_value(x, width)) == width
+
+
+def view(grid, mode, size, at=(0, 0)) -> list[str]:
+    """A grid as the widget would draw it, without an app."""
+    widget = GridView()
+    widget.__dict__["_size"] = None
+    type(widget).size, saved = property(lambda self: size), type(widget).size
+    try:
+        widget.grid, widget.mode, widget.at = grid, mode, at
+        widget.layout_cells()
+        return [widget.strip(r, at[1] if r in (-1, at[0]) else -1).text.rstrip() for r in range(-1, len(grid.rows))]
+    finally:
+        type(widget).size = saved
+
+
+TOKENS = TokenRow((0, 5, 6), ("<|bos|>", " Mary", "\n"), {"END": 2}, True)
+
+
+def test_golden_pattern():
+    from textual.geometry import Size
+
+    pattern = np.array([[[1, 0, 0], [0.25, 0.75, 0], [0.004, 0.1, 0.896]]], "f4")
+    grid = pattern_grid(AttentionResult(TOKENS, 0, pattern, "now", ""), 0)
+    assert view(grid, "colour", Size(40, 8)) == ["to \\ from ⟨b… ·M… ⏎", " 0 ⟨bos⟩  1.0", " 1 ·Mary  .25 .75", " 2 ⏎       ·  .10 .90"]
+    assert view(grid, "shade", Size(40, 8)) == ["to \\ from ⟨bo… ·Ma… ⏎", " 0 ⟨bos⟩  █1.0", " 1 ·Mary  ·.25 ▓.75", " 2 ⏎       ·    .10 █.90"]
+    assert view(grid, "number", Size(40, 8)) == ["to \\ from ⟨bos⟩ ·Mary ⏎", " 0 ⟨bos⟩  1.000", " 1 ·Mary   .250  .750", " 2 ⏎       .004  .100  .896"]
+
+
+def test_golden_lens_and_heads():
+    from textual.geometry import Size
+
+    nan = np.full((2, 3), np.nan, "f4")
+    result = LensResult(
+        TOKENS, ("L0.resid_pre", "L0.resid_post"), np.array([[[1, 2]] * 3, [[2, 1]] * 3], "i4"), np.full((2, 3, 2), 0.5, "f4"),
+        nan, nan, np.ones((2, 3), "f4"), np.zeros((2, 3), "f4"), nan, {1: " a", 2: "[/INST]"}, "",
+    )  # fmt: skip
+    grid = lens_grid(result, "prob", 100)
+    assert view(grid, "colour", Size(60, 5)) == [
+        "hook point    ⟨bos⟩     ·Mary     ⏎",
+        "L0.resid_pre  ·a        ·a        ·a",
+        "L0.resid_post [/INST]   [/INST]   [/INST]",
+    ]
+    line = "".join(t for t, _ in lens_cell(result, 1, 1))
+    assert line.startswith(" L0.resid_post@1 H 1.000 KL 0.0000") and "[/INST] 0.500" in line and "nan" not in line
+    heads = heads_grid(HeadStatsResult({"first": np.array([[0.5, np.nan], [0.25, 1]], "f4")}, "now", "prompt", ""), "first", frozenset())
+    assert view(heads, "colour", Size(40, 4)) == ["   H0    H1    attn  mlp", "L0  .500        attn  mlp", "L1  .250 1.000  attn  mlp"]
+    assert grid.tsv().splitlines()[1] == "L0.resid_pre\t0.5\t0.5\t0.5"
+
+
+def test_token_lines_page_and_mark():
+    row = TokenRow(tuple(range(30)), tuple(f" w{n}" for n in range(30)), {}, False)
+    text = "".join(t for t, _ in token_line("clean", row, 29, 60, None, False, True))
+    assert "·w29" in text and "·w0·" not in text and text.startswith(" clean     ‹") and cell_len(text) <= 60
+
+
+def test_identities_are_red_when_broken():
+    rows = identity_rows((Identity("a", 0.5, 1e-4, False, "[x]"), Identity("b", 0, 1e-4, True), Identity("c", 0, 0, None)))
+    assert ["".join(t for t, _ in r).split()[0] for r in rows] == ["✗", "✓", "·"] and "5.0e-01 > 1e-04" in "".join(t for t, _ in rows[0])
+
+
+def test_the_table_has_no_clash_and_the_readme_its_keys():
+    keys = [k for a in TABLE for k in a.keys.split(",")]
+    assert len(keys) == len(set(keys)) and len({a.id for a in TABLE}) == len(TABLE)
+    assert key_table() in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -218,8 +218,9 @@ def hub(monkeypatch, tmp_path, folders):
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     real, here = m.huggingface_hub.snapshot_download, f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(m.huggingface_hub, "snapshot_download", lambda name, **k: real(name, cache_dir=tmp_path, endpoint=here, **k))
+    monkeypatch.setattr(m.huggingface_hub, "snapshot_download", lambda name, **k: real(name, cache_dir=tmp_path, **k))
     monkeypatch.setattr(m.huggingface_hub.constants, "ENDPOINT", here)
+    monkeypatch.setattr(m.huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", here + "/{repo_id}/resolve/{revision}/{filename}")
 
     def cut() -> None:
         server.shutdown()

@@ -23,7 +23,7 @@ def pattern_name(layer: int) -> str:
     return f"blocks.{layer}.attn.hook_pattern"
 
 
-def attention(runs: Runs, layer: int, which: str) -> Generator[Progress, None, AttentionResult]:
+def attention(runs: Runs, layer: int, which: str) -> AttentionResult:
     """Patterns of one layer's heads, [head, destination, source], of a run or a difference."""
     check_which(which)
     model = runs.model
@@ -37,7 +37,6 @@ def attention(runs: Runs, layer: int, which: str) -> Generator[Progress, None, A
     pattern = patterns[0] - patterns[1] if len(patterns) == 2 else patterns[0]
     parts = [f"attention after the softmax, [destination, source], of query heads, {which}", model.info.dtype, runs.convention]
     return AttentionResult(runs.row(sides[0]), layer, pattern, which, ", ".join(p for p in parts if p))
-    yield
 
 
 @t.no_grad()

@@ -83,9 +83,24 @@ class Engine:
                 return stop.value
 
     def check_hooks(self) -> None:
-        assert self.model is None or self.model.leaks() == 0, "a hook was left on the model"
+        left = self.model.leaks() if self.model else 0
+        if left:
+            self.model.remove_hooks()
+        assert left == 0, f"{left} hooks were left on the model"
 
     def jobs(self, request: object) -> Generator:
+        """What a request does, step by step. Out of memory frees what it can and is an error in words."""
+        try:
+            return (yield from self.answer(request))
+        except getattr(sys.modules.get("torch"), "OutOfMemoryError", ()) as error:
+            from model import out_of_memory, tec
+
+            if self.model:
+                self.model.cache.clear()
+            tec()
+            raise out_of_memory(error) from error
+
+    def answer(self, request: object) -> Generator:
         if isinstance(request, NEEDS_MODEL) and self.model is None:
             raise UserError("no model is loaded: load one first")
         match request:
@@ -112,7 +127,7 @@ class Engine:
             case Lens():
                 return (yield from lens.logit_lens(runs, request.which, request.points, request.k))
             case Attention():
-                return (yield from attribution.attention(runs, request.layer, request.which))
+                return attribution.attention(runs, request.layer, request.which)
             case HeadStats():
                 return (yield from attribution.head_stats(runs, request.which, request.source, request.pair))
         raise UserError(f"{type(request).__name__} is not a request")
@@ -176,6 +191,12 @@ def find_models() -> ModelsResult:
 # ------------------------------------------------------------------ scheduling
 
 
+def internal(error: Exception) -> Failure:
+    """The whole story to the log, one line to the screen."""
+    traceback.print_exception(error)
+    return Failure(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+
 @dataclass(order=True)
 class Job:
     priority: int
@@ -237,12 +258,8 @@ class Scheduler:
             self.finish(job, "result", stop.value)
         except UserError as error:
             self.finish(job, "error", Failure(str(error), "user"))
-        except MemoryError as error:
-            self.finish(job, "error", Failure(f"out of memory: {error}", "user"))
         except Exception as error:
-            traceback.print_exc()
-            text = " ".join(str(error).split())[:300]
-            self.finish(job, "error", Failure(f"{type(error).__name__}: {text}"))
+            self.finish(job, "error", internal(error))
         else:
             self.reply(job, "progress" if isinstance(part, Progress) else "partial", part)
         return True
@@ -250,8 +267,11 @@ class Scheduler:
     def finish(self, job: Job, kind: str, body: object) -> None:
         self.jobs.remove(job)
         heapq.heapify(self.jobs)
+        try:
+            self.after()
+        except AssertionError as error:
+            kind, body = "error", internal(error)
         self.reply(job, kind, body)
-        self.after()
 
 
 # ------------------------------------------------------------------ the server

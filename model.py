@@ -426,6 +426,10 @@ class Model:
     def leaks(self) -> int:
         return sum(len(p.fwd_hooks) for p in self.unique)
 
+    def remove_hooks(self) -> None:
+        for point in self.unique:
+            point.remove_hooks()
+
     @t.no_grad()
     def forward(self, ids: Tensor, names: Iterable[str] = (), edits: Iterable[Edit] = (), keep: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
         """Run [batch, seq] ids under edits; logits of the last `keep` positions (0: all) and what passed the named points after the edits."""

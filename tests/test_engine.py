@@ -117,6 +117,35 @@ def test_errors_are_results(capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_a_leaked_hook_is_an_error_and_goes(engines, capsys):
+    engine, sent = engines["gpt2"], []
+    scheduler = Scheduler(engine.jobs, sent.append, engine.check_hooks)
+    engine.model.points["blocks.0.hook_resid_pre"].add_hook(lambda x, hook: None)
+    for i in (1, 2):
+        scheduler.put(Frame("ask", i, body=Check(PROMPT)))
+    while scheduler.step():
+        pass
+    assert [f.kind for f in sent] == ["error", "result"] and "1 hooks were left" in sent[0].body.message
+    assert engine.model.leaks() == 0 and "AssertionError" in capsys.readouterr().err
+
+
+def test_out_of_memory_is_an_error_in_words(folders, monkeypatch):
+    import torch as t
+
+    engine = Engine(str(folders["gpt2"]))
+    engine.run(Run(Study(PROMPT)))
+    with monkeypatch.context() as patch:
+
+        def never(self, x):
+            raise t.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.00 GiB. GPU 0 has 1.00 GiB free.")
+
+        patch.setattr(type(engine.model), "unembed", never)
+        for ask in (Run(Study(PROMPT)), Lens(Study(PROMPT)), Identities(Study(PROMPT))):
+            with pytest.raises(UserError, match="out of memory: .*7.00 GiB.*1.00 GiB free"):
+                engine.run(ask)
+    assert engine.run(Run(Study(PROMPT))).clean.metric is not None
+
+
 def test_requests_wait_for_a_load():
     """What needs a model waits while one loads, whatever its priority; what needs none does not."""
     desk = Desk()

@@ -602,9 +602,12 @@ class Deeds:
         except EngineError as error:
             panel.replace([[(f" {visible(str(error))}", BAD)]])
             return
-        rows = pictures.identity_rows((*found.rows, *self.info.checks))
-        bad = sum(r.ok is False for r in (*found.rows, *self.info.checks))
-        head: Spans = [(f" {bad} broken" if bad else " all hold", BAD if bad else GOOD), (f"  {found.convention}", DIM)]
+        at_load = self.info.checks
+        bad = [r for r in (*found.rows, *at_load) if r.ok is False]
+        head: Spans = [(f" {len(bad)} broken" if bad else " all hold", BAD if bad else GOOD), (f"  {found.convention}", DIM)]
+        rows = pictures.identity_rows(found.rows)
+        rows.append([(f" at load, on random tokens: {sum(r.ok is True for r in at_load)} of {sum(r.ok is not None for r in at_load)} identities held", DIM)])
+        rows += pictures.identity_rows(tuple(r for r in at_load if r.ok is False))
         panel.replace([head, *rows])
 
     def do_jobs(self) -> None:

@@ -78,7 +78,9 @@ def lens_cell(result: LensResult, row: int, pos: int, k: int = 5) -> Spans:
     if not (row < len(result.points) and pos < len(result.tokens.texts)):
         return []
     tops = [(show_token(result.texts[i]), p) for i, p in zip(result.top_ids[row, pos, :k].tolist(), result.top_probs[row, pos, :k].tolist())]
-    spans: Spans = [(f" {result.points[row]}@{pos}", BOLD), (f" {lens_numbers(result, row, pos)} ", DIM), (show_token(texts_of(result.tokens)[pos]) + " → ", DIM)]
+    spans: Spans = [(f" {result.points[row]}@{pos}", BOLD), (f" {lens_numbers(result, row, pos)} ", DIM)]
+    if tops:
+        spans.append((show_token(texts_of(result.tokens)[pos]) + " → ", DIM))
     for token, p in tops:
         spans += [(token, PLAIN), (f" {p:.3f}  ", DIM)]
     return spans
@@ -253,7 +255,7 @@ def identity_rows(rows: tuple[Identity, ...]) -> list[Spans]:
         lines.append(
             [
                 (f" {mark} ", style),
-                (f"{r.name:44}", style if r.ok is False else PLAIN),
+                (f"{r.name:50}", style if r.ok is False else PLAIN),
                 (f"{error:20}", style),
                 (f" {visible(r.note)}", DIM),
             ]

@@ -9,8 +9,7 @@ from functools import lru_cache
 
 from rich.cells import cell_len
 from rich.color import ColorSystem
-from rich.console import Console
-from rich.segment import Segment
+from rich.console import Console, ConsoleOptions
 from rich.style import Style
 from textual._compositor import ChopsUpdate, Compositor, CompositorUpdate, LayoutUpdate
 from textual.geometry import Region, Size
@@ -56,11 +55,11 @@ def cells_of(strip: Strip) -> list[Cell]:
 class Difference(CompositorUpdate):
     """An update that is reduced to what differs at the moment it is written."""
 
-    def __init__(self, owner: "TightCompositor", lines: list[tuple[int, int, list[Cell]]], size: Size):
-        self.owner, self.lines, self.size = owner, lines, size
+    def __init__(self, owner: "TightCompositor", lines: list[tuple[int, int, list[Cell]]], size: Size, whole: CompositorUpdate | None = None):
+        self.owner, self.lines, self.size, self.whole = owner, lines, size, whole
 
-    def __rich_console__(self, console: Console, options: object):
-        yield Segment(self.render_segments(console))
+    def __rich_console__(self, console: Console, options: ConsoleOptions):
+        yield from self.whole.__rich_console__(console, options)  # a screenshot, not the terminal
 
     def render_segments(self, console: Console) -> str:
         """The escape sequences, given console's colour system."""
@@ -157,16 +156,14 @@ class TightCompositor(Compositor):
                 if strip is not None and x < x2 and end > x1:
                     first, last = max(x, x1), min(end, x2)
                     lines.append((y, first, cells_of(strip.crop(first - x, last - x))))
-        return Difference(self, lines, self.size)
+        return Difference(self, lines, self.size, update)
 
     def render_full_update(self, simplify: bool = False) -> CompositorUpdate:
         update = super().render_full_update(simplify)
-        if simplify:  # a screenshot
-            return update
         assert isinstance(update, LayoutUpdate)
         region: Region = update.region
         lines = [(y, region.x, cells_of(Strip.join(line).crop(0, region.width))) for y, line in enumerate(update.strips, region.y)]
-        return Difference(self, lines, self.size)
+        return Difference(self, lines, self.size, update)
 
 
 class TightScreen(Screen):

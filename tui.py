@@ -579,7 +579,7 @@ class Loupe(Deeds, App):
         self.query_one("#left").set_class(not {"lens", "attention"} & set(shown), "hidden")
         right = self.query_one("#right")
         right.set_class("output" not in shown, "hidden")
-        right.styles.width = "1fr" if shown == ["output"] or len(shown) == 2 else 60
+        right.styles.width = "1fr" if shown == ["output"] or len(shown) == 2 else 66
         self.query_one("#top").styles.height = 5 if self.size.height >= 12 else 2
         if not self.query(Overlay):
             self.panes[self.pane].focus()

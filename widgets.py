@@ -132,8 +132,8 @@ class Grid:
         return self.values if self.numbers is None else self.numbers
 
     def tsv(self) -> str:
-        head = "\t".join([self.corner, *self.cols])
-        body = ("\t".join([r, *("" if math.isnan(v) else f"{v:.6g}" for v in row)]) for r, row in zip(self.rows, self.shown.tolist()))
+        head = "\t".join([self.corner, *(visible(c) for c in self.cols)])
+        body = ("\t".join([visible(r).strip(), *("" if math.isnan(v) else f"{v:.6g}" for v in row)]) for r, row in zip(self.rows, self.shown.tolist()))
         return "\n".join([head, *body]) + "\n"
 
 

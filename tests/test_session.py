@@ -12,7 +12,9 @@ from session import VIEWS, Session, State, apply, newest_session, read_session
 ACTIONS = st.one_of(
     st.tuples(st.just("intervene"), st.fixed_dictionaries({"intervention": st.sampled_from(["L0H1=zero", "L2.mlp@-1=scale:0.5", "L1.resid_mid@S2=patch"])})),
     st.tuples(st.just("drop"), st.just({"intervention": "L0H1=zero"})),
-    st.tuples(st.just("prompt"), st.fixed_dictionaries({"prompt": st.builds(Prompt, st.text(min_size=1, max_size=8), st.none() | st.text(max_size=8)).map(to_json)})),
+    st.tuples(
+        st.just("prompt"), st.fixed_dictionaries({"prompt": st.builds(Prompt, st.text(min_size=1, max_size=8), st.none() | st.text(max_size=8)).map(to_json)})
+    ),
     st.tuples(st.just("open_set"), st.just({"path": "a.jsonl", "prompts": to_json([Prompt("a"), Prompt("b")]), "index": 0})),
     st.tuples(st.just("go"), st.fixed_dictionaries({"index": st.integers(-1, 2)})),
     st.tuples(st.just("metric"), st.just({"kind": "prob", "pos": -2})),

@@ -15,7 +15,9 @@ from tui import Loupe, first_state
 from widgets import Editor, Overlay, Panel, Picker
 
 SIZES = [(80, 24), (120, 36), (200, 50)]
-PAIR = Prompt("When Mary and John went to the store, John gave a drink to", "When Mary and John went to the store, Alice gave a drink to", (" Mary",), (" John",))
+PAIR = Prompt(
+    "When Mary and John went to the store, John gave a drink to", "When Mary and John went to the store, Alice gave a drink to", (" Mary",), (" John",)
+)
 
 
 def now(app: Loupe) -> float:

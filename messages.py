@@ -4,207 +4,39 @@ The same dataclasses are the Python interface, the command line, the session fil
 """
 
 import dataclasses
-import json
 import math
-import re
 import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import msgspec
 import numpy as np
 
-
-class UserError(Exception):
-    """Input that can't be used; the message is one line that says what to do. Shown as it is, never a traceback."""
-
-
-class AddressError(UserError): ...
+from grammar import (  # noqa: F401  (the whole vocabulary is imported from here)
+    ABLATIONS,
+    LABEL,
+    METRICS,
+    OPS,
+    PARTS,
+    RESIDS,
+    SITES,
+    AddressError,
+    Intervention,
+    Metric,
+    Node,
+    Prompt,
+    UserError,
+    format_node,
+    parse_intervention,
+    parse_node,
+    read_prompt,
+    read_prompt_set,
+)
 
 
 class WireError(Exception):
     """A frame that is garbage, truncated or not of this vocabulary."""
-
-
-# ------------------------------------------------------------------ nodes
-
-RESIDS = ("resid_pre", "resid_mid", "resid_post")
-PARTS = ("z", "q", "k", "v", "pattern")
-SITES = ("embed", *RESIDS, "attn", "mlp", "head", "neuron", "sae")
-LABEL = r"[A-Za-z][A-Za-z0-9_]*"
-NODE_RE = re.compile(
-    rf"^(?:(?P<embed>embed)|(?P<sl>\d+)\.(?P<sh>\d+)(?:\.(?P<sp>z|q|k|v|pattern))?|[Ll](?P<l>\d+)(?:[Hh](?P<h>\d+)(?:\.(?P<p>z|q|k|v|pattern))?"
-    rf"|\.(?P<site>resid_pre|resid_mid|resid_post|attn|mlp(?:\.n(?P<n>\d+))?|sae\.f(?P<f>\d+))))(?:@(?P<pos>\*|-?\d+|{LABEL}))?$"
-)
-
-
-@dataclass(frozen=True)
-class Node:
-    """A place in the model. `pos` None means every position; a str is a label of the prompt set; a negative int counts from the end."""
-
-    site: str
-    layer: int | None = None
-    head: int | None = None
-    part: str = "z"
-    index: int | None = None
-    pos: int | str | None = None
-
-    def __str__(self) -> str:
-        return format_node(self)
-
-
-def parse_node(text: str) -> Node:
-    """Read an address such as `L9H9`, `L9H9.q@S2`, `9.9`, `L3.mlp@-1`, `L5.resid_pre@10`, `L3.mlp.n412`, `L8.sae.f1234`, `embed`."""
-    m = NODE_RE.match(text.strip())
-    if m is None:
-        raise AddressError(
-            f"{text.strip()!r} is not a node: write L9H9, L9H9.q, 9.9, L3.mlp, L3.attn, L5.resid_pre, L3.mlp.n412 or embed, with @10, @-1, @S2 or @* for the position"
-        )
-    g = m.groupdict()
-    pos = None if g["pos"] in (None, "*") else int(g["pos"]) if re.fullmatch(r"-?\d+", g["pos"]) else g["pos"]
-    if g["embed"]:
-        return Node("embed", pos=pos)
-    if g["sl"] is not None:
-        return Node("head", int(g["sl"]), int(g["sh"]), g["sp"] or "z", pos=pos)
-    layer = int(g["l"])
-    if g["h"] is not None:
-        return Node("head", layer, int(g["h"]), g["p"] or "z", pos=pos)
-    if g["n"] is not None:
-        return Node("neuron", layer, index=int(g["n"]), pos=pos)
-    if g["f"] is not None:
-        return Node("sae", layer, index=int(g["f"]), pos=pos)
-    return Node(g["site"], layer, pos=pos)
-
-
-def format_node(node: Node) -> str:
-    """The address that `parse_node` reads back."""
-    match node.site:
-        case "embed":
-            text = "embed"
-        case "head":
-            text = f"L{node.layer}H{node.head}" + ("" if node.part == "z" else f".{node.part}")
-        case "neuron":
-            text = f"L{node.layer}.mlp.n{node.index}"
-        case "sae":
-            text = f"L{node.layer}.sae.f{node.index}"
-        case _:
-            text = f"L{node.layer}.{node.site}"
-    return text if node.pos is None else f"{text}@{node.pos}"
-
-
-# ------------------------------------------------------------------ interventions
-
-OPS = {
-    "zero": "set to zero",
-    "mean": "mean over the prompt set's corrupted prompts, position by position",
-    "mean_all": "mean over the prompt set's corrupted prompts and all their positions but the first",
-    "patch": "the value this node has in the other prompt's run",
-    "scale": "multiply by a number",
-}
-ABLATIONS = ("zero", "mean", "mean_all")
-
-
-@dataclass(frozen=True)
-class Intervention:
-    """A node and what is done to it. `value` is the factor of `scale`. Written `L9H9@10=zero`, `L3.mlp=scale:0.5`."""
-
-    node: Node
-    op: str
-    value: float | None = None
-
-    def __str__(self) -> str:
-        return f"{self.node}={self.op}" + ("" if self.value is None else f":{self.value!r}")
-
-
-def parse_intervention(text: str) -> Intervention:
-    """Read `L9H9@10=zero` or `L9H9=scale:0.5`."""
-    address, _, op = text.partition("=")
-    op, colon, number = op.strip().partition(":")
-    if op not in OPS:
-        raise AddressError(f"{text!r} is not an intervention: write NODE=OP with OP one of {', '.join(OPS)} (scale:0.5)")
-    if (op == "scale") != bool(colon):
-        raise AddressError(f"{text!r}: scale needs a factor (L9H9=scale:0.5); the other operations take none")
-    try:
-        value = float(number) if colon else None
-    except ValueError as error:
-        raise AddressError(f"{text!r}: {number!r} is not a number") from error
-    if value is not None and not math.isfinite(value):
-        raise AddressError(f"{text!r}: the factor must be finite")
-    return Intervention(parse_node(address), op, value)
-
-
-# ------------------------------------------------------------------ prompts and metrics
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """
-    A clean text, an optional corrupted one, single-token answers and foils. `labels` name positions: (label, character offset into `clean`),
-    the token that covers the character; END, the last token, needs no label. `bos` None means what the model was trained with.
-    """
-
-    clean: str
-    corrupt: str | None = None
-    answers: tuple[str, ...] = ()
-    foils: tuple[str, ...] = ()
-    labels: tuple[tuple[str, int], ...] = ()
-    bos: bool | None = None
-
-
-def read_prompt(obj: object) -> Prompt:
-    """A prompt from one object of a prompt set: clean, corrupt, answer, foil (a string or a list of strings), labels."""
-    if not isinstance(obj, dict) or not isinstance(obj.get("clean"), str):
-        raise UserError('a prompt needs an object with at least "clean": "text"')
-    unknown = set(obj) - {"clean", "corrupt", "answer", "foil", "labels", "bos"}
-    if unknown:
-        raise UserError(f"unknown field {min(unknown)!r}: a prompt has clean, corrupt, answer, foil, labels, bos")
-    many = {k: [v] if isinstance(v := obj.get(k, []), str) else v for k in ("answer", "foil")}
-    labels = obj.get("labels", {})
-    if not all(isinstance(v, list) and all(isinstance(s, str) for s in v) for v in many.values()):
-        raise UserError("answer and foil are strings or lists of strings")
-    if not isinstance(labels, dict) or not all(re.fullmatch(LABEL, k) and isinstance(v, int) and 0 <= v < len(obj["clean"]) for k, v in labels.items()):
-        raise UserError("labels map a name to a character offset inside the clean text")
-    if not isinstance(obj.get("corrupt"), str | None) or not isinstance(obj.get("bos"), bool | None):
-        raise UserError("corrupt is a string and bos is true or false")
-    return Prompt(obj["clean"], obj.get("corrupt"), tuple(many["answer"]), tuple(many["foil"]), tuple(labels.items()), obj.get("bos"))
-
-
-def read_prompt_set(path: str | Path) -> tuple[Prompt, ...]:
-    """A .jsonl prompt set, one object a line; the error names file and line."""
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise UserError(f"no prompt set at {path}: give the path of a .jsonl file with one prompt a line")
-    prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        if line.strip():
-            try:
-                prompts.append(read_prompt(json.loads(line)))
-            except (json.JSONDecodeError, UserError) as error:
-                raise UserError(f"{path.name} line {number}: {error}") from error
-    if not prompts:
-        raise UserError(f"{path} holds no prompt")
-    return tuple(prompts)
-
-
-METRICS = {
-    "logit_diff": "mean logit of the answers minus mean logit of the foils",
-    "prob": "probability of the answers (summed)",
-    "prob_diff": "probability of the answers minus probability of the foils (summed)",
-    "logprob": "log probability of the answers (of their summed probability), nats",
-    "rank": "rank of the best answer, 0 is the top",
-    "loss": "mean next-token cross-entropy of the prompt itself, nats",
-    "kl": "KL(unpatched clean run || this run) at the metric's position, nats",
-}
-
-
-@dataclass(frozen=True)
-class Metric:
-    """What is measured, at which position (an int, or a label such as END or S2)."""
-
-    kind: str = "logit_diff"
-    pos: int | str = "END"
 
 
 # ------------------------------------------------------------------ results

@@ -168,7 +168,7 @@ class Loupe(Deeds, App):
 
     def on_resize(self) -> None:
         if self.is_mounted:
-            self.arrange()
+            self.call_after_refresh(self.arrange)
 
     @property
     def state(self) -> State:

@@ -82,6 +82,7 @@ async def test_panes_by_size(zoo, tmp_path):
             await press(app, pilot)
             assert len(app.visible_panes()) == count
             assert all(len(line) <= size[0] for line in screen(app))
+            assert ("no interventions" in shown(app)) == (size[1] >= 12), "the top has its five lines again"
         await press(app, pilot, "2", "+")
         assert app.visible_panes() == ["attention"]
         await press(app, pilot, "escape")

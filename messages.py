@@ -131,8 +131,11 @@ class RunResult:
 @dataclass(frozen=True)
 class LensResult:
     """
-    Logit lens. Rows are hook points, columns positions: top_ids and top_probs [point, seq, k]; prob (of the answers, summed), rank (of the best
+    A lens. Rows are points, columns positions: top_ids and top_probs [point, seq, k]; prob (of the answers, summed), rank (of the best
     answer), entropy and kl (KL(final || this), nats) and logit_diff [point, seq]; NaN where there is no answer. A partial result has fewer points.
+    kl_pair: KL(clean || corrupted) at the point, NaN without a corrupted prompt of equal length. up and down [point, seq, 3]: the tokens whose log
+    probability rose and fell most against the residual row before it in the table, and by how much (NaN in the first row); of a component, the
+    tokens it writes most for and against, direct logits minus their mean over the vocabulary. `positions` are the columns: indices into `tokens`.
     """
 
     tokens: TokenRow
@@ -146,17 +149,55 @@ class LensResult:
     logit_diff: np.ndarray
     texts: dict[int, str]
     convention: str
+    kl_pair: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    up_ids: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 3), np.int32))
+    up_values: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 3), np.float32))
+    down_ids: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 3), np.int32))
+    down_values: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 3), np.float32))
+    positions: tuple[int, ...] = ()
+    kind: str = "logit"
+
+
+@dataclass(frozen=True)
+class TuneLensResult:
+    """A fitted tuned lens: KL(final || lens) of the logit lens (before) and of the tuned lens (after) on held-out text, nats, one a row of `points`."""
+
+    folder: str
+    points: tuple[str, ...]
+    before: np.ndarray
+    after: np.ndarray
+    losses: np.ndarray
+    steps: int
+    held_out: int
+    seconds: float
+    convention: str
+
+
+@dataclass(frozen=True)
+class FitJacobianResult:
+    """A fitted Jacobian lens: the file, the prompts averaged over, and the mean relative change of its matrices by the last prompt."""
+
+    file: str
+    layers: tuple[int, ...]
+    prompts: int
+    change: float
+    seconds: float
+    convention: str
 
 
 @dataclass(frozen=True)
 class AttentionResult:
-    """Patterns of every head of one layer, [head, destination, source]; for a difference the two runs' patterns are subtracted."""
+    """
+    Patterns of every head of one layer, [head, destination, source]; for a difference the two runs' patterns are subtracted. Weighted: each cell
+    times the norm of what the source's value writes, || v W_O ||, so that rows do not sum to one.
+    """
 
     tokens: TokenRow
     layer: int
     pattern: np.ndarray
     which: str
     convention: str
+    weighted: bool = False
 
 
 @dataclass(frozen=True)
@@ -214,6 +255,152 @@ class Failure:
     kind: str = "internal"
 
 
+# ------------------------------------------------------------------ results: attribution of logits, attention over a set
+
+
+@dataclass(frozen=True)
+class AttributionCells:
+    """
+    What every component adds to the logit (difference), in logits: token embedding, position embedding (None: the model has none), heads
+    [layer, head], mlps [layer], attention output biases [layer], the final norm's bias, the unembedding's bias, and what interventions wrote
+    into the residual stream itself. Their sum is the logit.
+    """
+
+    embed: float
+    position: float | None
+    heads: np.ndarray
+    mlps: np.ndarray
+    attn_bias: np.ndarray
+    norm_bias: float
+    unembed_bias: float
+    interventions: float = 0.0
+
+    @property
+    def total(self) -> float:
+        arrays = (self.heads, self.mlps, self.attn_bias)
+        return (
+            self.embed + (self.position or 0.0) + sum(float(a.sum(dtype=np.float64)) for a in arrays) + self.norm_bias + self.unembed_bias + self.interventions
+        )
+
+    def rows(self) -> list[tuple[str, float]]:
+        """Every cell by its name: addresses where the cell is a node, else what it is."""
+        out = [("embed", self.embed)] + ([] if self.position is None else [("position", self.position)])
+        for layer, heads in enumerate(self.heads.tolist()):
+            out += [(f"L{layer}H{h}", v) for h, v in enumerate(heads)]
+            out += [(f"L{layer}.b_O", float(self.attn_bias[layer])), (f"L{layer}.mlp", float(self.mlps[layer]))]
+        return [*out, ("final norm's bias", self.norm_bias), ("b_U", self.unembed_bias), ("interventions", self.interventions)]
+
+
+@dataclass(frozen=True)
+class AttributionResult:
+    """
+    Direct logit attribution at position `pos` (an index). `total` is the sum of the cells, `logit` the model's own logit (difference) before a
+    soft cap, `capped` after it (None: no cap), `error` |total - logit|. For a difference of runs everything is subtracted.
+    """
+
+    tokens: TokenRow
+    which: str
+    pos: int
+    cells: AttributionCells
+    total: float
+    logit: float
+    capped: float | None
+    error: float
+    answers: tuple[int, ...]
+    foils: tuple[int, ...]
+    convention: str
+
+
+@dataclass(frozen=True)
+class AttributionSourcesResult:
+    """
+    A head's row by source position: `sources` [seq] are pattern x value through W_O into the direction, `pattern` [seq] the head's attention from
+    `pos`. `total` is the head's row of AttributionResult; `interventions` what a write to z itself changed (total = sources + interventions).
+    """
+
+    tokens: TokenRow
+    which: str
+    layer: int
+    head: int
+    kv_head: int
+    pos: int
+    sources: np.ndarray
+    pattern: np.ndarray
+    interventions: float
+    total: float
+    error: float
+    convention: str
+
+
+@dataclass(frozen=True)
+class AttributionNeuronsResult:
+    """
+    An MLP's row by neuron: `index`, `activation` and `contribution` [n], the top k by contribution and then the bottom k, in descending order.
+    `rest` sums the neurons that are not shown, `bias` is b_out's row; total (the MLP's row) = contribution + rest + bias + interventions.
+    """
+
+    tokens: TokenRow
+    which: str
+    layer: int
+    pos: int
+    index: np.ndarray
+    activation: np.ndarray
+    contribution: np.ndarray
+    rest: float
+    bias: float
+    interventions: float
+    total: float
+    error: float
+    convention: str
+
+
+@dataclass(frozen=True)
+class AttributionSetResult:
+    """
+    Attribution over the prompt set: mean and (population) standard deviation of every cell. `prompts` [n] are the indices into the set of the
+    prompts used (those with answers), `totals` and `logits` [n] each one's own sum and logit (difference), `capped` [n] after a soft cap (empty:
+    none). `worst` is the index into the set of the prompt with the lowest logit; `error` the largest |total - logit|.
+    """
+
+    which: str
+    mean: AttributionCells
+    std: AttributionCells
+    prompts: np.ndarray
+    totals: np.ndarray
+    logits: np.ndarray
+    capped: np.ndarray
+    worst: int
+    error: float
+    convention: str
+
+
+@dataclass(frozen=True)
+class AttentionSetResult:
+    """
+    Mean attention over the prompt set between labelled positions, [layer, head, destination label, source label], and its (population) standard
+    deviation; a cell counts the prompts [destination, source] in which the source is not after the destination, NaN where there is none.
+    """
+
+    which: str
+    labels: tuple[str, ...]
+    mean: np.ndarray
+    std: np.ndarray
+    counts: np.ndarray
+    prompts: np.ndarray
+    convention: str
+
+
+@dataclass(frozen=True)
+class DetectResult:
+    """How well each head's pattern matches the wanted one, [layer, head]: scores of transformer_lens.head_detector. `cells` (destination, source)."""
+
+    tokens: TokenRow
+    which: str
+    scores: np.ndarray
+    cells: tuple[tuple[int, int], ...]
+    convention: str
+
+
 # ------------------------------------------------------------------ requests
 
 STATS = {
@@ -224,6 +411,11 @@ STATS = {
     "entropy": "entropy of a destination's attention in nats, mean over destinations after the first",
 }
 RUNS = ("now", "clean", "corrupt")
+LENSES = {
+    "logit": "the final norm and the unembedding on the stream as it is",
+    "tuned": "an affine translator a layer, fitted to the final logits",
+    "jacobian": "the average Jacobian from a layer to the last one",
+}
 WHICH = (*RUNS, "clean-corrupt", "now-clean", "now-corrupt")
 
 
@@ -266,21 +458,56 @@ class Run:
 
 @dataclass(frozen=True)
 class Lens:
-    """Logit lens at hook points (addresses without position; empty: resid_pre of layer 0, then resid_mid and resid_post of every layer)."""
+    """
+    A lens at points (addresses without position): residual points, and L3.attn, L3.mlp, L2H3 for what a component writes (logit lens only). Empty:
+    resid_pre of layer 0, then resid_mid and resid_post of every layer, as far as the kind reads them. `artefact` is the file or folder (or hub
+    name) of a tuned or Jacobian lens. `positions` limits the columns (negative from the end; empty: all); `pair` False leaves kl_pair NaN.
+    """
 
     study: Study
     which: str = "now"
     points: tuple[str, ...] = ()
     k: int = 10
+    kind: str = "logit"
+    artefact: str = ""
+    positions: tuple[int, ...] = ()
+    pair: bool = True
+
+
+@dataclass(frozen=True)
+class TuneLens:
+    """Fit a tuned lens to the loaded model on a text file ("": zoo/corpus.txt) and write it into the folder `out`; `resume` goes on from its checkpoint."""
+
+    text: str = ""
+    out: str = "exports/tuned_lens"
+    steps: int = 250
+    batch: int = 8
+    length: int = 64
+    lr: float = 0.001
+    seed: int = 0
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class FitJacobian:
+    """Fit a Jacobian lens on pieces of a text file ("": zoo/corpus.txt), `length` tokens each, and write it to the file `out`."""
+
+    text: str = ""
+    out: str = "exports/jacobian_lens.pt"
+    prompts: int = 16
+    length: int = 64
+    skip: int = 16
+    seed: int = 0
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Attention patterns of one layer's heads, of one run or a difference of two (WHICH)."""
+    """Attention patterns of one layer's heads, of one run or a difference of two (WHICH); `weighted`: times the norm of the value's output."""
 
     study: Study
     layer: int = 0
     which: str = "now"
+    weighted: bool = False
 
 
 @dataclass(frozen=True)
@@ -313,6 +540,83 @@ class Models:
     """The models that can be named: the zoo, folders beside the program, what the hub cache holds, well-known names."""
 
 
+# ------------------------------------------------------------------ requests: attribution of logits, attention over a set
+
+DETECTORS = {
+    "previous_token_head": "attention to the previous token",
+    "duplicate_token_head": "attention to earlier copies of the destination's token",
+    "induction_head": "attention to the token after an earlier copy of the destination's token",
+}
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Direct logit attribution of the metric's direction (answers minus foils, or the answers alone) at `pos` (None: the metric's position)."""
+
+    study: Study
+    which: str = "now"
+    pos: int | str | None = None
+
+
+@dataclass(frozen=True)
+class AttributionSources:
+    """A head's row of Attribution by source position."""
+
+    study: Study
+    which: str = "now"
+    layer: int = 0
+    head: int = 0
+    pos: int | str | None = None
+
+
+@dataclass(frozen=True)
+class AttributionNeurons:
+    """An MLP's row of Attribution by neuron: the top k and the bottom k."""
+
+    study: Study
+    which: str = "now"
+    layer: int = 0
+    pos: int | str | None = None
+    k: int = 10
+
+
+@dataclass(frozen=True)
+class AttributionSet:
+    """Attribution over the prompts of `study.prompt_set` that have answers; each under the study's interventions for "now"."""
+
+    study: Study
+    which: str = "now"
+    pos: int | str | None = None
+
+
+@dataclass(frozen=True)
+class AttentionSet:
+    """Mean attention between labelled positions over `study.prompt_set`; `labels` empty: every label that all its prompts have."""
+
+    study: Study
+    which: str = "now"
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Detect:
+    """
+    Score heads against a pattern: one of DETECTORS, or `cells` (destination, source), as transformer_lens.head_detector does. "mul": the part of
+    the attention that lies in the cells; "abs": 1 - mean absolute difference to the pattern of ones in the cells.
+    """
+
+    study: Study
+    which: str = "now"
+    pattern: str = "previous_token_head"
+    cells: tuple[tuple[int, int], ...] = ()
+    exclude_bos: bool = False
+    exclude_current_token: bool = False
+    error_measure: str = "mul"
+
+
+ATTRIBUTION_REQUESTS = (Attribution, AttributionSources, AttributionNeurons, AttributionSet, AttentionSet, Detect)
+ATTRIBUTION_RESULTS = (AttributionResult, AttributionSourcesResult, AttributionNeuronsResult, AttributionSetResult, AttentionSetResult, DetectResult)
+
 REQUESTS = {c.__name__: c for c in (Load, Check, Run, Lens, Attention, HeadStats, Identities, Status, Models)}
 RESULTS = {
     c.__name__: c
@@ -320,6 +624,10 @@ RESULTS = {
         ModelInfo, CheckResult, RunResult, LensResult, AttentionResult, HeadStatsResult, IdentitiesResult, StatusResult, ModelsResult, Progress, Failure,
     )
 }  # fmt: skip
+REQUESTS |= {c.__name__: c for c in ATTRIBUTION_REQUESTS}
+RESULTS |= {c.__name__: c for c in ATTRIBUTION_RESULTS}
+REQUESTS |= {c.__name__: c for c in (TuneLens, FitJacobian)}
+RESULTS |= {c.__name__: c for c in (TuneLensResult, FitJacobianResult)}
 TYPES: dict[str, type] = REQUESTS | RESULTS
 
 

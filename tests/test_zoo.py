@@ -18,6 +18,14 @@ TASKS = list(make_prompts.BUILDERS)
 SHIPPED = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    n = t.get_num_threads()
+    t.set_num_threads(1)
+    yield
+    t.set_num_threads(n)
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return AutoTokenizer.from_pretrained(ZOO, local_files_only=True)

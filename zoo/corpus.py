@@ -214,6 +214,17 @@ EITHER_ACTS = [
     "{X} met {Y} and they offered a {O} to",
     "{X} and {Y} decided to give the {O} to",
 ]
+# the giver first, the two names after it: the latest names are the two candidates, again only the repetition helps
+FIRSTS = [
+    "{S} had a {O}.",
+    "{S} bought a {O}.",
+    "{S} wanted to give a {O} to a friend.",
+    "{S} found a {O} and kept it.",
+    "The {O} was with {S}.",
+    "{X} and {Y} had a {O}.",
+    "{X} took the {O} from {Y}.",
+]
+PASSIVE_ACTS = ["the {O} was given to", "the {O} was handed to", "the {O} was sold to", "the {O} went to", "it was passed to", "the {O} was shown to"]
 # a name of the opening once more before the act; {R} is the receiver or the giver
 MIDDLES = ["{R} was very {J}.", "{R} liked the {P}.", "{R} sat down.", "{R} bought a {O2}.", "Later {R} was {J}."]
 MIDDLES_COMMA = ["{R} was {J}, so", "{R} liked it, and", "{R} sat down, and then", "{R} was {J} and"]
@@ -227,7 +238,7 @@ def ioi_slots(r: random.Random, a: str, b: str) -> dict[str, str]:
 
 def gen_ioi(r: random.Random) -> str:
     u = r.random()
-    bank = ACTS if u < 0.55 else DISTRACTOR_ACTS if u < 0.70 else EITHER_ACTS
+    bank = ACTS if u < 0.40 else DISTRACTOR_ACTS if u < 0.54 else EITHER_ACTS if u < 0.78 else PASSIVE_ACTS
     while True:
         opening, act = r.choice(OPENINGS), r.choice(bank)
         if not template_held(opening, act):
@@ -236,8 +247,12 @@ def gen_ioi(r: random.Random) -> str:
     slots = ioi_slots(r, a, b)
     giver, receiver = (a, b) if r.random() < 0.5 else (b, a)
     x, y = (giver, d) if r.random() < 0.5 else (d, giver)
-    middle = ""
+    first = middle = ""
     v = r.random()
+    if bank is PASSIVE_ACTS:
+        first = r.choice(FIRSTS) + " "
+        first += filler_sentence(r) + " " if r.random() < 0.2 else ""
+        act = upper_first(act) if opening.endswith(".") else act
     if bank is ACTS and v < 0.10:
         giver = d  # a giver from outside: the receiver is either name
     elif bank is EITHER_ACTS and v < 0.35 and opening in TWO_NAMES:
@@ -245,14 +260,14 @@ def gen_ioi(r: random.Random) -> str:
         r.shuffle(names)
         opening = opening.replace("{A} and {B}", f"{names[0]}, {names[1]} and {names[2]}")
         receiver, x, y = r.sample(names, 3)
-    elif bank is not EITHER_ACTS and v < 0.25:
+    elif bank in (ACTS, DISTRACTOR_ACTS) and v < 0.20:
         repeated = giver if r.random() < 0.3 else receiver
         middle = " " + r.choice(MIDDLES if opening.endswith(".") else MIDDLES_COMMA).replace("{R}", repeated)
         if opening.endswith(".") and not act.startswith("{D}") and r.random() < 0.4:
             act = "Then " + act
     elif opening.endswith(".") and v > 0.90:
         middle = " " + filler_sentence(r)
-    text = opening + middle + " " + act + " {IO}" + r.choice(ENDINGS)
+    text = first + opening + middle + " " + act + " {IO}" + r.choice(ENDINGS)
     return text.format(**slots, S=giver, D=d, X=x, Y=y, IO=receiver)
 
 
@@ -511,7 +526,7 @@ GENERATORS = {
     "story": gen_story,
     "words": gen_words,
 }
-MIX = dict(zip(GENERATORS, (26, 12, 8, 7, 8, 12, 7, 5, 4, 7, 3, 4)))
+MIX = dict(zip(GENERATORS, (36, 12, 8, 7, 8, 12, 7, 5, 4, 7, 3, 4)))
 SENTENCES = ["ioi", "greater_than", "fact", "pronoun", "agreement", "filler", "story", "acronym"]
 
 

@@ -109,8 +109,7 @@ def agreement_prompts(r: random.Random) -> list[Prompt]:
             plural, preposition = len(prompts) % 2, r.choice(c.PREPOSITIONS)
             attractor = b if plural else c.NOUNS[b]
             clean, corrupt = (f"The {(a, c.NOUNS[a])[i]} {preposition} the {attractor}" for i in (plural, 1 - plural))
-            labels = {"subject": 4, "attractor": len(clean) - len(attractor)}
-            prompts.append(Prompt(clean, corrupt, (" is", " are")[plural], (" are", " is")[plural], labels))
+            prompts.append(Prompt(clean, corrupt, (" is", " are")[plural], (" are", " is")[plural], {"subject": 4}))
     return prompts
 
 
@@ -135,7 +134,7 @@ def successor_prompts(r: random.Random) -> list[Prompt]:
             others = [s for s in range(len(items)) if s != start and c.list_slice(kind, s, 4)]
             clean, corrupt = (c.list_slice(kind, s, 4) for s in (start, r.choice(others)))
             text = " " + " ".join(clean[:3])
-            labels = {"first": 1, "second": 2 + len(clean[0]), "last": len(text) - len(clean[2])}
+            labels = {"first": 1, "second": 2 + len(clean[0])}
             prompts.append(Prompt(text, " " + " ".join(corrupt[:3]), " " + clean[3], " " + corrupt[3], labels))
     r.shuffle(prompts)
     return prompts[:N_PROMPTS]
@@ -222,6 +221,4 @@ if __name__ == "__main__":
         length = check(tokenizer, prompts)
         lines = [json.dumps(vars(prompt)) for prompt in prompts]
         (HERE / "prompts" / f"{task}.jsonl").write_text("\n".join(lines) + "\n")
-        print(
-            f"{green}{task:15}{cyan}{len(prompts):3} prompts of {length} tokens{endc}  {gray}{prompts[0].clean!r} -> {prompts[0].answer!r:.20}{endc}"
-        )
+        print(f"{green}{task:15}{cyan}{len(prompts):3} prompts of {length} tokens{endc}  {gray}{prompts[0].clean!r} -> {prompts[0].answer!r:.20}{endc}")

@@ -40,8 +40,8 @@ class TrainingConfig:
     d_mlp: int = 512
     last_mlp: bool = False
     tied: bool = False
-    tokens: float = 9e6
-    hold: float = 0.5
+    tokens: float = 12e6
+    hold: float = 0.6
     warmup: int = 100
     batch_tokens: int = 4096
     long_share: float = 0.25
@@ -49,11 +49,16 @@ class TrainingConfig:
     muon_lr: float = 0.02
     weight_decay: float = 0.05
     answer_weight: float = 3.0
+    name_weight: float = 4.0
     repeat_share: float = 0.2
-    first_weight: float = 0.1
-    corpus_tokens: float = 10e6
+    first_weight: float = 0.02
+    short_repeats: float = 0.25
+    head_dropout: float = 0.1
+    dropout_from: float = 0.35
+    init: Path | None = None
+    corpus_tokens: float = 11e6
     bf16: bool = True
-    eval_every: float = 0.6e6
+    eval_every: float = 1e6
     export_only: bool = False
 
     def asdict(self) -> dict:
@@ -67,7 +72,7 @@ class Block(nn.Module):
     def __init__(self, cfg: TrainingConfig, has_mlp: bool):
         super().__init__()
         d = cfg.d_model
-        self.n_head = cfg.n_head
+        self.n_head, self.head_dropout = cfg.n_head, 0.0
         self.ln_1, self.ln_2 = nn.LayerNorm(d), nn.LayerNorm(d)
         self.q, self.k, self.v, self.o = (nn.Linear(d, d) for _ in range(4))
         self.has_mlp = has_mlp
@@ -80,6 +85,9 @@ class Block(nn.Module):
         q, k, v = (w(normed).view(batch, seq, self.n_head, -1).transpose(1, 2).float() for w in (self.q, self.k, self.v))
         with t.autocast("cpu", enabled=False):  # torch's bf16 attention on CPU is several times slower than its fp32 one
             z = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            if self.training and self.head_dropout:  # whole heads of a row: no head may be the only one to do a job
+                keep = 1 - self.head_dropout
+                z = z * t.bernoulli(t.full((batch, self.n_head, 1, 1), keep)) / keep
         x = x + self.o(z.transpose(1, 2).reshape(batch, seq, d))
         if self.has_mlp:
             x = x + self.proj(F.gelu(self.fc(self.ln_2(x)), approximate="tanh"))
@@ -180,7 +188,7 @@ def export(model: GPT2, cfg: TrainingConfig, folder: Path) -> None:
 def load_rows(cfg: TrainingConfig, tokenizer: PreTrainedTokenizerFast) -> dict[int, np.ndarray]:
     rows = {}
     for length, share in ((c.N_CTX // 2, 1 - cfg.long_share), (c.N_CTX, cfg.long_share)):
-        path = HERE / f"runs/rows_{length}.npy"
+        path = cfg.folder / f"rows_{length}.npy" if cfg.folder != HERE else HERE / f"runs/rows_{length}.npy"
         if not path.exists():
             np.save(path, c.build_rows(tokenizer, int(cfg.corpus_tokens * share), length, c.TRAIN_SEED + length))
         rows[length] = np.load(path)
@@ -190,13 +198,13 @@ def load_rows(cfg: TrainingConfig, tokenizer: PreTrainedTokenizerFast) -> dict[i
 class AnswerWeights:
     """The tokens that a task turns on weigh more: a name after " to", a pronoun, the second year."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, weight: float):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, weight: float, name_weight: float):
         def mask(words: list[str]) -> Tensor:
             result = t.zeros(len(tokenizer), dtype=t.bool)
             result[[tokenizer.encode(word)[0] for word in words]] = True
             return result
 
-        self.weight = weight
+        self.weight, self.name_weight = weight, name_weight
         self.to = tokenizer.encode(" to")[0]
         self.names = mask([" " + name for name in c.NAMES])
         self.pronouns = mask([" he", " she", " his", " her"])
@@ -205,14 +213,13 @@ class AnswerWeights:
 
     def __call__(self, ids: Tensor) -> Tensor:
         before, target = ids[:, :-1], ids[:, 1:]
-        hit = (self.names[target] & (before == self.to)) | self.pronouns[target]
+        hit = self.pronouns[target]
         hit[:, 1:] |= self.years[target[:, 1:]] & self.centuries[before[:, 1:]] & (before[:, :-1] == self.to)
-        return t.where(hit, self.weight, 1.0)
+        received = self.names[target] & (before == self.to)
+        return t.where(received, self.name_weight, t.where(hit, self.weight, 1.0))
 
 
-def repeated_rows(
-    n: int, length: int, longest: int, vocab_size: int, rng: np.random.Generator, first_weight: float
-) -> tuple[Tensor, Tensor]:
+def repeated_rows(n: int, length: int, longest: int, vocab_size: int, rng: np.random.Generator, first_weight: float) -> tuple[Tensor, Tensor]:
     """Rows of a random token string repeated until the row is full; its first, unpredictable occurrence counts little."""
     ids, weights = t.zeros(n, length, dtype=t.long), t.ones(n, length - 1)
     for i in range(n):
@@ -249,11 +256,13 @@ def train(cfg: TrainingConfig) -> None:
     vocab_size = len(tokenizer)
     rows = load_rows(cfg, tokenizer)
     model = GPT2(cfg, vocab_size)
+    if cfg.init:
+        model.load_state_dict(t.load(cfg.init / "checkpoint.pt")["state"])
     n_params = sum(p.numel() for p in model.parameters())
     print(f"{purple}=== seed {cfg.seed}: {cyan}{n_params / 1e6:.2f}M params, vocabulary {vocab_size}{purple} ==={endc}", flush=True)
     optimizers = make_optimizers(model, cfg)
     peak = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    weigh = AnswerWeights(tokenizer, cfg.answer_weight)
+    weigh = AnswerWeights(tokenizer, cfg.answer_weight, cfg.name_weight)
     order = {length: iter(()) for length in rows}
     log = open(cfg.out / "log.jsonl", "w")
     log.write(json.dumps(cfg.asdict()) + "\n")
@@ -262,7 +271,7 @@ def train(cfg: TrainingConfig) -> None:
 
     def report() -> None:
         model.eval()
-        figures = {key: round(value, 4) for key, value in behaviour(model, tokenizer, n=150).items()}
+        figures = {key: round(value, 4) for key, value in behaviour(model, tokenizer, n=100).items()}
         model.train()
         times = {"seconds": round(time.time() - start), "cpu_seconds": round(time.process_time() - cpu_start)}
         log.write(json.dumps({"tokens": tokens, "loss": round(running, 4), **times, **figures}) + "\n")
@@ -280,6 +289,8 @@ def train(cfg: TrainingConfig) -> None:
                 for group, lr in zip(optimizer.param_groups, lrs):
                     group["lr"] = lr * scale
 
+            for block in model.blocks:
+                block.head_dropout = cfg.head_dropout if progress >= cfg.dropout_from else 0.0
             length = c.N_CTX if rng.random() < cfg.long_share else c.N_CTX // 2
             n_rows = cfg.batch_tokens // length
             n_repeat = round(n_rows * cfg.repeat_share)
@@ -288,7 +299,7 @@ def train(cfg: TrainingConfig) -> None:
                 order[length] = iter(rng.permutation(len(rows[length])).tolist())
                 picked = list(zip(range(n_rows - n_repeat), order[length]))
             ids = t.from_numpy(rows[length][[i for _, i in picked]].astype(np.int64))
-            longest = 24 if progress < 0.1 else length // 2
+            longest = 24 if progress < cfg.short_repeats else length // 2
             repeats, repeat_weights = repeated_rows(n_repeat, length, longest, vocab_size, rng, cfg.first_weight)
             ids, weights = t.cat([ids, repeats]), t.cat([weigh(ids), repeat_weights])
 
@@ -320,8 +331,9 @@ if __name__ == "__main__":
         train(cfg)
     else:
         saved = t.load(cfg.out / "checkpoint.pt")
-        fields = {key: value for key, value in saved["cfg"].items() if key not in ("out", "folder")}
+        fields = {key: value for key, value in saved["cfg"].items() if key not in ("out", "folder", "init")}
         model = GPT2(TrainingConfig(**fields), saved["state"]["wte.weight"].shape[0])
         model.load_state_dict(saved["state"])
         export(model, TrainingConfig(**fields), cfg.folder)
+        AutoTokenizer.from_pretrained(cfg.out / "model").save_pretrained(cfg.folder)
         print(f"{green}Exported {cfg.out} to {cfg.folder}{endc}")

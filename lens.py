@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Generator
+from dataclasses import replace
 
 import numpy as np
 import torch as t
@@ -34,23 +35,27 @@ def rows_at_once(model: Model) -> int:
     return max(1, VOCAB_BYTES // (4 * model.info.d_vocab))
 
 
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Row by row, without a temporary of the rows' size."""
+    return t.bmm(a[:, None], b[:, :, None])[:, 0, 0]
+
+
 @t.no_grad()
-def statistics(logits: Tensor, final: Tensor | None, answers: list[int], foils: list[int], k: int) -> dict[str, Tensor]:
-    """Of fp32 logits [..., vocab]; `final` the log probabilities that KL(final || this) is taken against."""
-    logp = t.log_softmax(logits, -1)
-    p = logp.exp()
-    top = p.topk(min(k, p.shape[-1]), -1)
-    out = {"top_ids": top.indices, "top_probs": top.values, "top_logits": logits.gather(-1, top.indices)}
-    nan = t.full(logits.shape[:-1], math.nan, device=logits.device)
-    out |= dict.fromkeys(("prob", "rank", "logit_diff", "kl"), nan)
-    out["entropy"] = t.special.entr(p).sum(-1)
+def statistics(logits: Tensor, final: Tensor, answers: list[int], foils: list[int], k: int) -> dict[str, Tensor]:
+    """Of fp32 logits [rows, vocab]; `final` are the log probabilities [positions, vocab] that KL(final || this) is taken against, again and again."""
+    top, nan = logits.topk(min(k, logits.shape[-1]), -1), t.full(logits.shape[:-1], math.nan, device=logits.device)
+    logp = logits.log_softmax(-1)
+    out = {"top_ids": top.indices, "top_probs": logp.gather(-1, top.indices).exp()}
+    out |= dict.fromkeys(("prob", "rank", "logit_diff"), nan)
     if answers:
-        out["prob"] = p[..., answers].sum(-1)
-        out["rank"] = (logits > logits[..., answers].amax(-1, keepdim=True)).sum(-1).float()
+        out["prob"] = logp[:, answers].exp().sum(-1)
+        out["rank"] = (logits > logits[:, answers].amax(-1, keepdim=True)).sum(-1, dtype=t.int32).float()
     if answers and foils:
-        out["logit_diff"] = logits[..., answers].mean(-1) - logits[..., foils].mean(-1)
-    if final is not None:
-        out["kl"] = (final.exp() * (final - logp)).sum(-1)
+        out["logit_diff"] = logits[:, answers].mean(-1) - logits[:, foils].mean(-1)
+    del logits
+    out["entropy"] = -dot(logp.exp(), logp)
+    p = final.exp()
+    out["kl"] = (dot(p, final).repeat(len(logp) // len(final)) - t.cat([dot(p, part) for part in logp.split(len(final))])).clamp(min=0)
     return out
 
 
@@ -87,10 +92,10 @@ def logit_lens(runs: Runs, which: str, points: tuple[str, ...], k: int) -> Gener
     whole = model.log_probs(last) if seq <= rows_at_once(model) else None
 
     def work(start: int, stop: int) -> dict[str, np.ndarray]:
-        logits = model.unembed(model.norm(flat[start:stop]))
-        places = t.arange(start, stop, device=logits.device) % seq
-        final = whole[places] if whole is not None else model.log_probs(last[places])
-        return {n: v.cpu().numpy() for n, v in statistics(logits, final, runs.answers, runs.foils, k).items()}
+        places = t.arange(start, stop, device=last.device) % seq
+        aligned = whole is not None and start % seq == 0 and stop % seq == 0
+        final = whole if aligned else model.log_probs(last[places])
+        return {n: v.cpu().numpy() for n, v in statistics(model.unembed(model.norm(flat[start:stop])), final, runs.answers, runs.foils, k).items()}
 
     parts, shown, convention = [], 0, lens_convention(runs)
     size = rows_at_once(model)
@@ -131,21 +136,15 @@ def logit_lens(runs: Runs, which: str, points: tuple[str, ...], k: int) -> Gener
 # ------------------------------------------------------------------ the run and its metric
 
 
-@t.no_grad()
-def measure(runs: Runs, which: str) -> float | None:
-    """The metric of a run; None when it needs answers (or foils) that the prompt does not have."""
-    model, kind = runs.model, runs.study.metric.kind
-    row, last = runs.row(which), runs.trace(which, [FINAL])[FINAL][0]
+def measure(kind: str, row: Tensor, clean: Tensor, nll: np.ndarray, answers: list[int], foils: list[int]) -> float | None:
+    """The metric from a run's logits at the metric's position; None when it needs answers (or foils) that the prompt does not have."""
     if kind == "loss":
-        return loss(model, last, row.ids)
-    pos = runs.position(which, runs.study.metric.pos)
-    logits = model.unembed(last[pos : pos + 1])[0].double()
+        return float(nll.mean()) if len(nll) else None
+    logits = row.double()
     logp = logits.log_softmax(-1)
-    answers, foils = runs.answers, runs.foils
     if kind == "kl":
-        clean = runs.trace("clean", [FINAL])[FINAL][0][runs.position("clean", runs.study.metric.pos)][None]
-        final = model.unembed(clean)[0].double().log_softmax(-1)
-        return (final.exp() * (final - logp)).sum().item()
+        final = clean.double().log_softmax(-1)
+        return max(0.0, (final.exp() * (final - logp)).sum().item())
     if not answers or (kind in ("logit_diff", "prob_diff") and not foils):
         return None
     match kind:
@@ -162,27 +161,27 @@ def measure(runs: Runs, which: str) -> float | None:
     raise AssertionError(kind)
 
 
-def loss(model: Model, last: Tensor, ids: tuple[int, ...]) -> float | None:
-    """Mean cross-entropy of tokens 1... given those before; None for a prompt of one token."""
-    if len(ids) < 2:
-        return None
-    target, size, total = t.tensor(ids[1:], device=last.device), rows_at_once(model), 0.0
-    for i in range(0, len(target), size):
-        logp = model.log_probs(last[i : min(i + size, len(target))])
-        total -= logp.gather(-1, target[i : i + size, None]).double().sum().item()
-    return total / len(target)
-
-
 def side(runs: Runs, which: str, k: int) -> Generator[Progress, None, Side]:
-    model, row = runs.model, runs.row(which)
+    """One run's top tokens and metric, each row of logits made once; remembered, so that a key does not make clean and corrupted again."""
+    model, row, metric = runs.model, runs.row(which), runs.study.metric
+    pos = 0 if metric.kind == "loss" else runs.position(which, metric.pos)
+    done = runs.done if which == "now" else ()
+    key = (row.ids, done, k, metric.kind, pos, tuple(runs.answers), tuple(runs.foils), runs.row("clean").ids if metric.kind == "kl" else None)
+    if key in model.cache.sides:
+        return replace(model.cache.sides[key], tokens=row)
     last = runs.trace(which, [FINAL])[FINAL][0]
+    target = t.tensor([*row.ids[1:], 0], device=last.device)
+    clean = last[:1]
+    if metric.kind == "kl":
+        clean = runs.trace("clean", [FINAL])[FINAL][0][runs.position("clean", metric.pos)][None]
 
     @t.no_grad()
-    def work(start: int, stop: int) -> list[np.ndarray]:
+    def work(start: int, stop: int) -> tuple[list[np.ndarray], Tensor | None]:
         logits = model.unembed(last[start:stop])
-        top = logits.topk(min(k, logits.shape[-1]), -1)
-        probs = (top.values - logits.logsumexp(-1, keepdim=True)).exp()
-        return [top.indices.int().cpu().numpy(), probs.cpu().numpy(), top.values.cpu().numpy()]
+        top, lse = logits.topk(min(k, logits.shape[-1]), -1), logits.logsumexp(-1, keepdim=True)
+        nll = lse - logits.gather(-1, target[start:stop, None])
+        arrays = [x.cpu().numpy() for x in (top.indices.int(), (top.values - lse).exp(), top.values, nll[:, 0].double())]
+        return arrays, logits[pos - start].clone() if start <= pos < stop else None
 
     parts = []
     for part in in_chunks(len(row.ids), rows_at_once(model), work):
@@ -190,10 +189,15 @@ def side(runs: Runs, which: str, k: int) -> Generator[Progress, None, Side]:
             yield part
         else:
             parts.append(part)
-    ids, probs, logits = (np.concatenate(p) for p in zip(*parts))
+    ids, probs, logits, nll = (np.concatenate(p) for p in zip(*(arrays for arrays, _ in parts)))
     if not np.isfinite(logits).all():
         raise UserError(f"the logits of the {which} run are not finite: load the model in float32")
-    return Side(row, ids, probs, logits, measure(runs, which))
+    at = next(x for _, x in parts if x is not None)
+    value = measure(metric.kind, at, model.unembed(clean)[0] if metric.kind == "kl" else at, nll[:-1], runs.answers, runs.foils)
+    if len(model.cache.sides) >= 64:
+        model.cache.sides.pop(next(iter(model.cache.sides)))
+    model.cache.sides[key] = Side(row, ids, probs, logits, value)
+    return model.cache.sides[key]
 
 
 def run(runs: Runs, k: int) -> Generator[Progress, None, RunResult]:

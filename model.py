@@ -34,7 +34,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources.transformers import determine_architecture_from_hf_config
 from transformer_lens.utilities.architectures import MASKED_LM_ARCHITECTURES, MULTIMODAL_ARCHITECTURES, SEQ2SEQ_ARCHITECTURES
 
-from messages import CheckResult, Identity, Load, ModelInfo, Progress, Prompt, TokenRow, UserError
+from messages import CheckResult, Identity, Load, ModelInfo, Progress, Prompt, Side, TokenRow, UserError
 from utils import ROOT, settings, show_bytes, tec
 
 transformers.utils.logging.disable_progress_bar()
@@ -312,6 +312,7 @@ class Cache:
     def __init__(self, limit: int):
         self.limit, self.size = limit, 0
         self.items: OrderedDict[tuple, Tensor] = OrderedDict()
+        self.sides: dict[tuple, Side] = {}  # a few finished sides of runs, small
 
     def get(self, key: tuple) -> Tensor | None:
         if key in self.items:
@@ -331,6 +332,7 @@ class Cache:
 
     def clear(self) -> None:
         self.items.clear()
+        self.sides.clear()
         self.size = 0
 
     def entries(self) -> tuple[str, ...]:

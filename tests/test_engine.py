@@ -133,7 +133,6 @@ def test_out_of_memory_is_an_error_in_words(folders, monkeypatch):
     import torch as t
 
     engine = Engine(str(folders["gpt2"]))
-    engine.run(Run(Study(PROMPT)))
     with monkeypatch.context() as patch:
 
         def never(self, x):

@@ -1,5 +1,6 @@
 """From results to pictures: grids for the heat maps and tables, lines for everything else. Pure functions of a result and a view; no app, no torch."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -78,12 +79,10 @@ def lens_cell(result: LensResult, row: int, pos: int, k: int = 5) -> Spans:
     if not (row < len(result.points) and pos < len(result.tokens.texts)):
         return []
     tops = [(show_token(result.texts[i]), p) for i, p in zip(result.top_ids[row, pos, :k].tolist(), result.top_probs[row, pos, :k].tolist())]
-    spans: Spans = [(f" {result.points[row]}@{pos}", BOLD), (f" {lens_numbers(result, row, pos)} ", DIM)]
+    spans: Spans = [(f" {result.points[row]}@{pos}", BOLD), (f" {lens_numbers(result, row, pos)} ", PLAIN)]
     if tops:
-        spans.append((show_token(texts_of(result.tokens)[pos]) + " → ", DIM))
-    for token, p in tops:
-        spans += [(token, PLAIN), (f" {p:.3f}  ", DIM)]
-    return spans
+        spans.append((show_token(texts_of(result.tokens)[pos]) + " → ", PLAIN))
+    return [*spans, ("  ".join(f"{token} {p:.3f}" for token, p in tops), PLAIN)]
 
 
 def lens_numbers(result: LensResult, row: int, pos: int) -> str:
@@ -139,7 +138,7 @@ def pattern_grid(result: AttentionResult, head: int) -> Grid:
         lo, sign = -hi, True
     tokens = texts_of(result.tokens)
     rows = [f"{n:>2} {show_token(tok, 9, fill=False)}" for n, tok in enumerate(tokens)]
-    return Grid(values, rows, list(tokens), lo, hi, signed=sign, cell=(4, 4) if len(tokens) <= 40 else (2, 4), corner="to \\ from")
+    return Grid(values, rows, list(tokens), lo, hi, signed=sign, cell=(4, 4) if len(tokens) <= 40 else (2, 4), faint=(hi - lo) / 16, corner="to \\ from")
 
 
 def pattern_cell(result: AttentionResult, head: int, pos: int, src: int, drilled: bool) -> Spans:
@@ -148,11 +147,10 @@ def pattern_cell(result: AttentionResult, head: int, pos: int, src: int, drilled
         return []
     row, tokens = result.pattern[head][pos][: pos + 1], texts_of(result.tokens)
     order = np.argsort(-np.abs(row), kind="stable")[:4].tolist()
-    spans: Spans = [(f" L{result.layer}H{head} ", BOLD), (f"{pos} {show_token(tokens[pos])}", PLAIN), (" attends to ", DIM)]
-    for s in order:
-        spans += [(f"{s} {show_token(tokens[s])}", PLAIN), (f" {float(row[s]):.3f}  ", DIM)]
+    read = "  ".join(f"{s} {show_token(tokens[s])} {float(row[s]):.3f}" for s in order)
+    spans: Spans = [(f" L{result.layer}H{head} ", BOLD), (f"{pos} {show_token(tokens[pos])} attends to {read}", PLAIN)]
     if drilled and src <= pos:
-        spans += [("│ cursor ", DIM), (f"{src} {show_token(tokens[src])}", PLAIN), (f" {float(row[src]):.4f}", BOLD)]
+        spans += [("  │ cursor ", DIM), (f"{src} {show_token(tokens[src])}", PLAIN), (f" {float(row[src]):.4f}", BOLD)]
     return spans
 
 
@@ -261,3 +259,12 @@ def identity_rows(rows: tuple[Identity, ...]) -> list[Spans]:
             ]
         )
     return lines
+
+
+def joined(parts: list[LensResult]) -> LensResult:
+    """The rows that have come so far as one table."""
+    arrays = {
+        f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(LensResult) if isinstance(getattr(parts[0], f.name), np.ndarray)
+    }
+    texts = {k: v for p in parts for k, v in p.texts.items()}
+    return dataclasses.replace(parts[0], points=tuple(x for p in parts for x in p.points), texts=texts, **arrays)

@@ -17,7 +17,7 @@ from textual.screen import Screen
 from textual.strip import Strip
 
 Cell = tuple[str, Style | None]  # text of one column; "" is the right half of a wide character
-GAP = 8  # equal cells between two differing ones that are cheaper to write than to jump over
+GAP = 4  # equal cells of one style between two differing ones are cheaper to write than to jump over
 
 
 @lru_cache(4096)
@@ -120,7 +120,7 @@ def changes(old: list[Cell | None], new: list[Cell]) -> list[tuple[int, int]]:
     runs: list[list[int]] = []
     for n, (a, b) in enumerate(zip(old, new)):
         if a != b:
-            if runs and n - runs[-1][1] < GAP:
+            if runs and len(gap := new[runs[-1][1] : n]) <= GAP and all(c[1] == new[runs[-1][1] - 1][1] for c in gap):
                 runs[-1][1] = n + 1
             else:
                 runs.append([n, n + 1])

@@ -21,22 +21,20 @@ if "SSH_CONNECTION" in os.environ:  # remote mode: fewer frames; textual reads t
     os.environ.setdefault("TEXTUAL_FPS", "15")
     os.environ.setdefault("TEXTUAL_ANIMATIONS", "none")
 
-import numpy as np
 from textual import work
 from textual.app import App, ComposeResult
 from textual.binding import Binding
-from textual.containers import Horizontal, Vertical
+from textual.containers import Container
+from textual.geometry import Region
 from textual.reactive import var
 from textual.worker import Worker, WorkerState
 
 import pictures
-from actions import PANES, TABLE, Action, Deeds, key_table, remapped, show_key
+from actions import TABLE, Action, key_table, remapped, show_key
+from deeds import Deeds
 from link import EngineDied, EngineError, Job, Link, Superseded
 from messages import (
-    Attention,
     CheckResult,
-    HeadStats,
-    Lens,
     LensResult,
     Load,
     ModelInfo,
@@ -46,10 +44,10 @@ from messages import (
     RunResult,
     Status,
     UserError,
-    parse_node,
     read_prompt_set,
 )
-from pictures import HEAD_STATS, LENS_STATS, RUN_NAMES
+from pictures import RUN_NAMES
+from panes import PANES, Pane
 from session import Session, State, newest_session, read_session
 from utils import ROOT, settings, show_token, visible
 from tight import TightScreen
@@ -60,18 +58,13 @@ from widgets import (
     GOOD,
     PLAIN,
     WARN,
-    AttentionPane,
     Grid,
     Lines,
-    LensPane,
-    OutputPane,
     Overlay,
-    Pane,
     Spans,
 )
 
 LOG = ROOT / "logs" / "engine.log"
-SITES_OF = {"attn": "attn", "mlp": "mlp"}
 
 
 @dataclass(frozen=True)
@@ -101,7 +94,7 @@ class Loupe(Deeds, App):
     CSS = """
     Screen { layers: base overlay; overflow: hidden; background: ansi_default; color: ansi_default; }
     #top { height: 5; } #status { height: 1; } #hint { height: 1; }
-    #body { height: 1fr; } #left { width: 1fr; } #right { width: 46; padding-left: 2; }
+    #body { height: 1fr; }
     Field { width: 1fr; background: ansi_default; border: none; height: 1; padding: 0; }
     .hidden { display: none; }
     """
@@ -117,16 +110,17 @@ class Loupe(Deeds, App):
         self.busy = "starting the engine…"
         self.cursor = Cursor()
         self.at_end = True
-        self.pane, self.recent = "lens", ["lens", "attention", "output"]
+        self.pane, self.recent = "lens", ["lens", "attention", "output", *(p for p in PANES if p not in ("lens", "attention", "output"))]
         self.zoomed = self.drilled = False
-        self.scopes = {"lens": "here", "attention": "all"}
+        self.scopes = {p.key: p.scope for p in PANES.values()}
+        self.places: dict[str, Region] = {}
         self.wanted: dict[str, object] = {}
         self.have: dict[str, tuple[object, object]] = {}  # slot -> (request, result or error line)
         self.answers: dict[object, object] = {}  # request -> result, the newest 64
         self.grids: dict[str, tuple[tuple, Grid]] = {}
         self.status: Spans = [(note, WARN)] if note else []
         self.memory = (0, 0, 0)
-        self.matches: list[tuple[int, int]] = []
+        self.matches: list[dict] = []
         self.needle = ""
         self.edited: tuple[Prompt, CheckResult] | None = None
         self.slow = False
@@ -141,14 +135,10 @@ class Loupe(Deeds, App):
 
     def compose(self) -> ComposeResult:
         self.top, self.status_line, self.hint_line = Lines(id="top"), Lines(id="status"), Lines(id="hint")
-        self.panes: dict[str, Pane] = {"lens": LensPane(), "attention": AttentionPane(), "output": OutputPane()}
+        self.panes: dict[str, Pane] = {key: pane() for key, pane in PANES.items()}
         yield self.top
-        with Horizontal(id="body"):
-            with Vertical(id="left"):
-                yield self.panes["lens"]
-                yield self.panes["attention"]
-            with Vertical(id="right"):
-                yield self.panes["output"]
+        with Container(id="body"):
+            yield from self.panes.values()
         yield self.status_line
         yield self.hint_line
 
@@ -241,33 +231,18 @@ class Loupe(Deeds, App):
         shown = self.recent[:n]
         return [p for p in PANES if p in shown]
 
-    def wants(self) -> dict[str, object]:
-        study, views, shown = self.state.study, self.state.views, self.visible_panes()
-        which, wants = views["which"], {"run": Run(study)}
-        if "lens" in shown:
-            wants["lens"] = Lens(study, which if which in RUN_NAMES and "-" not in which else "now", self.lens_points())
-        if "attention" in shown:
-            wants["attention"] = Attention(study, self.cursor.layer, which)
-            pair = (self.cursor.pos, self.cursor.src) if views["attention.stat"] == "pair" else None
-            wants["heads"] = HeadStats(study, which, "prompt" if pair else views["attention.source"], pair)
-        return wants
-
-    def lens_points(self) -> tuple[str, ...]:
-        kind, n, mid = self.state.views["lens.points"], self.info.n_layers, not self.info.parallel
-        if kind == "all":
-            return tuple(f"L{i}.{s}" for i in range(n) for s in ("resid_pre", "resid_mid", "resid_post") if mid or s != "resid_mid")
-        sites = ("resid_mid", "resid_post") if kind == "mid+post" and mid else ("resid_post",)
-        return ("L0.resid_pre", *(f"L{i}.{s}" for i in range(n) for s in sites))
-
     def refresh_wants(self) -> None:
         """Ask for what the visible panes lack, draw what is there."""
         if self.loaded != self.state.model and self.link.alive:
             self.load(self.state.model)
             return
         if self.info is None:
+            self.wanted = {}
             self.draw()
             return
-        self.wanted = self.wants()
+        self.wanted = {"run": Run(self.state.study)}
+        for name in self.visible_panes():
+            self.wanted |= self.panes[name].wants(self)
         for slot, request in self.wanted.items():
             if request in self.answers:
                 self.have[slot] = (request, self.answers[request])
@@ -288,15 +263,17 @@ class Loupe(Deeds, App):
         self.run_worker(partial(self.answer, slot, request), group=slot, exclusive=True, exit_on_error=True)
 
     async def answer(self, slot: str, request: object) -> None:
-        partial: list[LensResult] = []
+        parts: list[LensResult] = []
 
         def on_partial(part: object) -> None:
             if isinstance(part, LensResult) and self.wanted.get(slot) == request:
-                partial.append(part)
+                parts.append(part)
+                self.have[slot] = (None, pictures.joined(parts))
+                self.draw()
 
         slow = self.set_timer(0.2, lambda: self.mark_slow())
         try:
-            result = await self.link.ask(slot, request, 1 if slot in ("lens", "heads") else 0, on_partial)
+            result = await self.link.ask(slot, request, 0 if slot in ("run", "attention") else 1, on_partial)
         except Superseded:
             return
         except EngineError as error:
@@ -346,6 +323,7 @@ class Loupe(Deeds, App):
         return self.have.get(slot, (None,))[0] != self.wanted.get(slot)
 
     def result(self, slot: str, kind: type) -> object | None:
+        """What a pane draws: the slot's result, unless its request failed."""
         got = self.have.get(slot, (None, None))[1]
         return got if isinstance(got, kind) else None
 
@@ -391,43 +369,15 @@ class Loupe(Deeds, App):
         if self.cursor == old:
             return
         self.at_end = self.cursor.pos == self.length() - 1
-        if self.cursor.layer != old.layer or (self.state.views["attention.stat"] == "pair" and (self.cursor.pos, self.cursor.src) != (old.pos, old.src)):
-            self.refresh_wants()
-        else:
-            self.draw()
+        self.refresh_wants()
 
     def node(self) -> Node:
-        """The node that an action acts on: in the lens a point of the residual stream, elsewhere the head, attention or MLP output."""
-        c = self.cursor
-        kind = "lens" if self.pane == "lens" else "attention"
-        pos = c.pos if self.scopes[kind] == "here" else None
-        if kind == "lens":
-            return Node(c.point, c.layer, pos=pos)
-        return Node("head", c.layer, c.head, pos=pos) if c.comp == "head" else Node(c.comp, c.layer, pos=pos)
-
-    def lens_row(self, result: LensResult) -> int:
-        name = f"L{self.cursor.layer}.{self.cursor.point}"
-        if name in result.points:
-            return result.points.index(name)
-        return next((n for n, p in enumerate(result.points) if p.startswith(f"L{self.cursor.layer}.")), 0)
+        """The node that an action acts on: the current pane's, at all positions or at the cursor's."""
+        return self.panes[self.pane].node(self, self.cursor.pos if self.scopes[self.pane] == "here" else None)
 
     def step(self, rows: int, cols: int) -> None:
-        if self.info is None:
-            return
-        c, n = self.cursor, self.length()
-        if self.pane == "lens" or self.pane == "output":
-            points = self.lens_points()
-            name = f"L{c.layer}.{c.point}"
-            at = points.index(name) if name in points else 0
-            row = parse_node(points[max(0, min(at + rows, len(points) - 1))])
-            self.move(layer=row.layer, point=row.site, pos=max(0, min(c.pos + cols, n - 1)))
-        elif self.drilled:
-            self.move(pos=max(0, min(c.pos + rows, n - 1)), src=max(0, min(c.src + cols, n - 1)))
-        else:
-            columns = [("head", h) for h in range(self.info.n_heads)] + [("attn", c.head), ("mlp", c.head)]
-            at = next((i for i, (k, h) in enumerate(columns) if k == c.comp and (k != "head" or h == c.head)), 0)
-            comp, head = columns[max(0, min(at + cols, len(columns) - 1))]
-            self.move(layer=max(0, min(c.layer + rows, self.info.n_layers - 1)), comp=comp, head=head)
+        if self.info is not None:
+            self.panes[self.pane].step(self, rows, cols)
 
     # -------------------------------------------------------------- drawing
 
@@ -435,9 +385,9 @@ class Loupe(Deeds, App):
         if not self.is_mounted or not hasattr(self, "panes"):
             return
         self.draw_top()
-        shown = self.visible_panes()
-        for name in shown:
-            {"lens": self.draw_lens, "attention": self.draw_attention, "output": self.draw_output}[name]()
+        for name in self.visible_panes():
+            self.panes[name].paint(self)
+        self.place()
         self.draw_hint()
         self.slow = self.slow and any(self.stale(s) for s in self.wanted)
 
@@ -449,9 +399,9 @@ class Loupe(Deeds, App):
         if not hasattr(self, "hint_line"):
             return
         self.status_line.show([self.status])
-        letter = self.pane[0]
+        letter = self.panes[self.pane].number
         hints: Spans = [(f" {self.node()!s:18}" if self.info else " ", BOLD), (" ?", BOLD), (" help ", DIM)]
-        shown = {a.keys.split(",")[0]: a for a in self.table if letter in a.hint and a.group != "Move" or a.id == "enter" and letter == "a"}
+        shown = {a.keys.split(",")[0]: a for a in self.table if letter in a.hint and (a.group != "Move" or a.id == "enter")}
         for key, a in shown.items():
             hints += [(f" {show_key(key)}", BOLD), (f" {a.title} ", DIM)]
         hints += [(" hjkl", BOLD), (" move ", DIM)]
@@ -500,91 +450,39 @@ class Loupe(Deeds, App):
         now = f"now ({len(s.interventions)} on {RUN_NAMES[s.base]})" if s.interventions and s.enabled else f"now = {RUN_NAMES[s.base]}"
         return RUN_NAMES[which].replace("now", now)
 
-    def late(self, slot: str) -> str:
-        return "⟳ " if self.slow and self.stale(slot) and self.info else ""
-
-    def draw_lens(self) -> None:
-        pane, views = self.panes["lens"], self.state.views
-        result, stat = self.result("lens", LensResult), views["lens.stat"]
-        which = views["which"] if "-" not in views["which"] else "now"
-        if result is None or self.error("lens"):
-            pane.show_title(self.run_name(which), "", self.pane == "lens")
-            pane.table.show(None, (0, 0), views["mode"], self.waiting("lens"))
-            pane.side.show([])
-            pane.info_line.show([])
-            return
-        grid = self.picture("lens", (id(result), stat), lambda: pictures.lens_grid(result, stat, self.info.d_vocab if self.info else 2))
-        pane.show_title(f"{self.late('lens')}{self.run_name(which)} · {LENS_STATS[stat]} {pictures.scale(grid)}", result.convention, self.pane == "lens")
-        row, pos = self.lens_row(result), max(0, min(self.cursor.pos, len(result.tokens.texts) - 1))
-        pane.table.show(grid, (row, pos), views["mode"])
-        beside = pane.size.width - 34 >= 14 + grid.cell[0] * len(grid.cols)
-        pane.side.set_class(not beside, "hidden")
-        if beside:
-            pane.side.show(pictures.lens_side(result, row, pos, 5 if len(self.visible_panes()) == 3 else 10))
-        pane.info_line.show([pictures.lens_cell(result, row, pos, 0 if beside else 4)])
-
-    def draw_attention(self) -> None:
-        pane, views, c = self.panes["attention"], self.state.views, self.cursor
-        from messages import AttentionResult, HeadStatsResult
-
-        heads, pattern = self.result("heads", HeadStatsResult), self.result("attention", AttentionResult)
-        stat, focused = views["attention.stat"], self.pane == "attention"
-        marks = frozenset((i.node.layer, i.node.head) for i in self.state.interventions if i.node.site == "head" and self.state.enabled)
-        title, note = self.run_name(views["which"]), ""
-        if heads is None or stat not in heads.stats or self.error("heads"):
-            pane.map.show(None, (0, 0), views["mode"], self.waiting("heads"))
-        else:
-            grid = self.picture("heads", (id(heads), stat, marks), lambda: pictures.heads_grid(heads, stat, marks))
-            pane.map.styles.width = min(5 + 5 * len(grid.cols), pane.size.width // 2)
-            column = c.head if c.comp == "head" else len(grid.cols) - (2 if c.comp == "attn" else 1)
-            pane.map.show(grid, (min(c.layer, len(grid.rows) - 1), column), views["mode"])
-            name = HEAD_STATS[stat]
-            if stat == "pair" and self.tokens and max(c.pos, c.src) < self.length():
-                t = pictures.texts_of(self.tokens.tokens)
-                name = f"attention {c.pos} {show_token(t[c.pos])} → {c.src} {show_token(t[c.src])}"
-            title += f" · {name} {pictures.scale(grid)}"
-            note = f"on {'random repeated tokens' if heads.source == 'random' else 'the prompt'}"
-        pane.show_title(self.late("heads") + title, note + (" · pattern: hjkl, esc" if self.drilled else ""), focused)
-        if pattern is None or pattern.layer != c.layer or self.error("attention"):
-            pane.pattern.show(None, (0, 0), views["mode"], self.waiting("attention"))
-            pane.info_line.show([])
-            return
-        grid = self.picture("pattern", (id(pattern), c.head), lambda: pictures.pattern_grid(pattern, c.head))
-        pos = max(0, min(c.pos, len(grid.rows) - 1))
-        row = np.nan_to_num(np.abs(grid.values[pos]), nan=-1.0)
-        src = c.src if self.drilled or stat == "pair" else int(row.argmax())
-        pane.pattern.show(grid, (pos, min(src, len(grid.cols) - 1)), views["mode"])
-        pane.info_line.show([pictures.pattern_cell(pattern, c.head, pos, src, self.drilled)])
-
-    def draw_output(self) -> None:
-        pane, run = self.panes["output"], self.result("run", RunResult)
-        pos = self.cursor.pos
-        if run is None or self.error("run"):
-            pane.show_title("", "", self.pane == "output")
-            pane.table.show([self.waiting("run")])
-            pane.info_line.show([])
-            return
-        token = self.tokens.tokens.texts[pos] if self.tokens and pos < self.length() else ""
-        pane.show_title(f"{self.late('run')}next token after {pos} {show_token(token)}", "", self.pane == "output")
-        prompt = self.state.prompt
-        k = max(1, min(8, pane.size.height - 3))
-        pane.table.show(pictures.output_lines(run, pos, k, pane.size.width >= 84, set(prompt.answers), set(prompt.foils)))
-        pane.info_line.show([[(f" {run.convention}", DIM)]])
+    def late(self, slots: tuple[str, ...]) -> str:
+        """Said in a title when what is drawn is not what the state asks for."""
+        if not any(self.stale(s) for s in slots):
+            return ""
+        return "NOT CURRENT (no engine) · " if self.info is None and self.have else "⟳ " if self.slow else ""
 
     def arrange(self) -> None:
-        """Show the panes that fit and put the focus on the current one."""
+        """Show the panes that fit, in their places, and put the focus on the current one."""
         shown = self.visible_panes()
         for name, pane in self.panes.items():
             pane.set_class(name not in shown, "hidden")
-        self.query_one("#left").set_class(not {"lens", "attention"} & set(shown), "hidden")
-        right = self.query_one("#right")
-        right.set_class("output" not in shown, "hidden")
-        right.styles.width = "1fr" if shown == ["output"] or len(shown) == 2 else 66
         self.query_one("#top").styles.height = 5 if self.size.height >= 12 else 2
         if not self.query(Overlay):
             self.panes[self.pane].focus()
         self.refresh_wants()
         self.call_after_refresh(self.draw)
+
+    def place(self) -> None:
+        """One pane fills the body; two are stacked, each as high as it can use; a third that is narrow stands on the right."""
+        shown, w, h = self.visible_panes(), self.size.width, max(self.size.height - (7 if self.size.height >= 12 else 4), 1)
+        right = [p for p in shown if not self.panes[p].wide][-1:] or shown[2:] if len(shown) == 3 else []
+        stack, left = [p for p in shown if p not in right], w - 68 if right else w
+        first = h
+        if len(stack) == 2:
+            a, b = (self.panes[p].height_needed() for p in stack)
+            first = a if a + b <= h else h - b if b < h // 2 else min(a, h // 2)
+        places = {stack[0]: Region(0, 0, left, first)} | {p: Region(0, first, left, h - first) for p in stack[1:]}
+        places |= {p: Region(left + 2, 0, w - left - 2, h) for p in right}
+        for name, r in places.items():
+            if self.places.get(name) != r:
+                pane = self.panes[name]
+                pane.styles.offset, pane.styles.width, pane.styles.height = r.offset, r.width, r.height
+        self.places = {**self.places, **places}
 
     def show_pane(self, name: str) -> None:
         before = self.visible_panes()

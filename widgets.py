@@ -103,7 +103,7 @@ class Lines(Widget):
 class Grid:
     """
     A picture: values [rows, columns] (NaN is blank) on the scale lo..hi, what stands in the cells (the number unless there is `text`), labels, and
-    how wide a cell may be; `blanks` are columns that show their name. `numbers` are shown when they differ from what is coloured (ranks on a log scale). `signed` draws outward from zero.
+    how wide a cell may be; numbers under `faint` are dots; `blanks` are columns that show their name. `numbers` are shown when they differ from what is coloured (ranks on a log scale). `signed` draws outward from zero.
     """
 
     values: np.ndarray
@@ -115,6 +115,7 @@ class Grid:
     numbers: np.ndarray | None = None
     signed: bool = False
     cell: tuple[int, int] = (4, 9)
+    faint: float = FAINT
     corner: str = ""
     blanks: tuple[str, ...] = ()
     marks: frozenset[tuple[int, int]] = field(default_factory=frozenset)
@@ -237,10 +238,10 @@ class GridView(Widget):
         if row < 0:
             corner = (f"{self.origin[1]}–{cols[-1]}/{len(g.cols)}" if more else g.corner) if cols else ""
             spans = [(set_cell_size(corner, self.label), DIM)]
-            spans += [(show_token(g.cols[c], w - 1) + " ", BOLD if c == cursor else DIM) for c in cols]
+            spans += [(show_token(g.cols[c], w - 1) + " ", BOLD if c == cursor else PLAIN) for c in cols]
             return strip_of(spans).adjust_cell_length(self.size.width, PLAIN)
         marked = cursor >= 0
-        spans = [(set_cell_size(g.rows[row], self.label - 1) + " ", BOLD if marked else DIM)]
+        spans = [(set_cell_size(g.rows[row], self.label - 1) + " ", BOLD if marked else PLAIN)]
         levels, values = self.levels()[row], g.shown[row]
         palette, middle = (SIGNED, (len(BELOW) - 1, len(BELOW))) if g.signed else (HEATS, (0,))
         for c in cols:
@@ -250,7 +251,7 @@ class GridView(Widget):
                 style = CURSOR_PLAIN if c == cursor else BOLD if (row, c) in g.marks else PLAIN
             else:
                 faint = level < 0 or (g.text is None and level in middle)
-                style = CURSOR if c == cursor else DIM if faint else palette[level]
+                style = CURSOR if c == cursor else PLAIN if faint else palette[level]
                 if (row, c) in g.marks and c != cursor:
                     style += Style(underline=True, bold=True)
             spans.append((text, style))
@@ -271,7 +272,7 @@ class GridView(Widget):
         if level < 0:
             name = g.cols[col] if g.cols[col] in g.blanks else ""
             return name.center(w - 1)[: w - 1] + " "
-        if self.mode != "number" and abs(value) < FAINT:
+        if self.mode != "number" and abs(value) < g.faint:
             return " ·".ljust(w)
         if self.mode == "shade" and w < 4:
             return (self.shade(level) * (w - 1 if w > 2 else w)).ljust(w)
@@ -298,86 +299,6 @@ def show_value(value: float, width: int) -> str:
         if len(short) <= width:
             return short.rjust(width)
     return show_number(value, width)
-
-
-# ------------------------------------------------------------------ panes
-
-
-class Pane(Vertical, can_focus=True):
-    """A title line (number, name, convention, scale), a body, and one line about the cell under the cursor."""
-
-    DEFAULT_CSS = "Pane { height: 1fr; width: 1fr; } Pane > Horizontal { height: 1fr; } Pane .side { width: 34; height: 1fr; padding-left: 1; }"
-    number = "?"
-    name_ = ""
-
-    def __init__(self, **kw):
-        super().__init__(**kw)
-        self.title_line, self.info_line = Lines(), Lines()
-
-    def body(self) -> Widget:
-        raise NotImplementedError
-
-    def compose(self) -> ComposeResult:
-        yield self.title_line
-        yield self.body()
-        yield self.info_line
-
-    def show_title(self, title: str, note: str, focused: bool) -> None:
-        self.title_line.show([[(f" {self.number} {self.name_} ", FOCUS if focused else HEAD), (f" {title}", BOLD), (f"  {note}", DIM)]])
-
-    def as_text(self) -> str:
-        """The pane as it stands on the screen."""
-        lines = []
-        for child in self.walk_children(Widget):
-            if isinstance(child, Lines):
-                lines.append(child.text())
-            elif isinstance(child, GridView) and child.size:
-                lines += [s.text.rstrip() for s in child.render_lines(Region(0, 0, *child.size))]
-        return "\n".join(line for line in lines if line.strip()) + "\n"
-
-    def grids(self) -> dict[str, Grid]:
-        return {}
-
-
-class LensPane(Pane):
-    number, name_ = "1", "Lens"
-
-    def __init__(self, **kw):
-        super().__init__(**kw)
-        self.table, self.side = GridView(), Lines(classes="side")
-
-    def body(self) -> Widget:
-        return Horizontal(self.table, self.side)
-
-    def grids(self) -> dict[str, Grid]:
-        return {"lens": self.table.grid} if self.table.grid else {}
-
-
-class AttentionPane(Pane):
-    number, name_ = "2", "Attention"
-    DEFAULT_CSS = "AttentionPane .pattern { width: 1fr; padding-left: 1; }"
-
-    def __init__(self, **kw):
-        super().__init__(**kw)
-        self.map, self.pattern = GridView(), GridView(classes="pattern")
-
-    def body(self) -> Widget:
-        return Horizontal(self.map, self.pattern)
-
-    def grids(self) -> dict[str, Grid]:
-        return {n: v.grid for n, v in (("heads", self.map), ("pattern", self.pattern)) if v.grid}
-
-
-class OutputPane(Pane):
-    number, name_ = "0", "Output"
-    DEFAULT_CSS = "OutputPane > Lines.table { height: 1fr; }"
-
-    def __init__(self, **kw):
-        super().__init__(**kw)
-        self.table = Lines(classes="table")
-
-    def body(self) -> Widget:
-        return self.table
 
 
 # ------------------------------------------------------------------ overlays: a picker, an editor, a panel

@@ -198,9 +198,9 @@ async def test_prompt_sets_and_mean_ablation(zoo, tmp_path):
 
 
 async def test_search_help_palette_copy(zoo, tmp_path, monkeypatch):
-    import actions
+    import deeds
 
-    monkeypatch.setattr(actions, "EXPORTS", actions.ROOT / "exports" / "of-tests")
+    monkeypatch.setattr(deeds, "EXPORTS", deeds.ROOT / "exports" / "of-tests")
     app = make_app(zoo, tmp_path, first_state({}))
     async with app.run_test(size=(120, 36)) as pilot:
         await press(app, pilot)
@@ -242,13 +242,13 @@ async def test_search_help_palette_copy(zoo, tmp_path, monkeypatch):
                     await pilot.press(c)
                 await press(app, pilot, "enter")
                 await press(app, pilot)
-            files = {f.suffix: f.read_text() for f in actions.EXPORTS.iterdir()}
+            files = {f.suffix: f.read_text() for f in deeds.EXPORTS.iterdir()}
             assert len(copied) == 5 and "hook point\t" in files[".tsv"] and "<svg" in files[".svg"] and "TransformerBridge" in files[".py"]
             assert "Lens" in copied[0] and copied[2].strip() == str(app.node())
         finally:
-            for f in actions.EXPORTS.iterdir():
+            for f in deeds.EXPORTS.iterdir():
                 f.unlink()
-            actions.EXPORTS.rmdir()
+            deeds.EXPORTS.rmdir()
 
 
 async def test_honesty_panel(zoo, tmp_path):

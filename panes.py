@@ -1,0 +1,272 @@
+"""
+The panes: what each asks of the engine, how it draws the answer, and what its keys move. A pane keeps no state of the hunt; the app gives it the state,
+the cursor and the results. A new pane is a class in PANES: number, name, `wants`, `paint`, `step`, `node`, and the view that `v` turns.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from textual.app import ComposeResult
+from textual.containers import Horizontal, Vertical
+from textual.geometry import Region
+from textual.widget import Widget
+
+import pictures
+from messages import Attention, AttentionResult, HeadStats, HeadStatsResult, Lens, LensResult, Node, RunResult, UserError, parse_node
+from pictures import HEAD_STATS, LENS_STATS
+from session import VIEWS
+from utils import show_token
+from widgets import BOLD, DIM, FOCUS, HEAD, Grid, GridView, Lines
+
+if TYPE_CHECKING:
+    from tui import Loupe
+
+
+class Pane(Vertical, can_focus=True):
+    """A title line (number, name, convention, scale), a body, and one line about the cell under the cursor."""
+
+    DEFAULT_CSS = """
+    Pane { position: absolute; width: 100%; height: 100%; } Pane > Horizontal { height: 1fr; } Pane > Lines.table { height: 1fr; }
+    Pane .side { width: 34; height: 1fr; padding-left: 1; } Pane .second { width: 1fr; padding-left: 1; }
+    """
+    number, key, label, wide = "?", "", "", True
+    view = ""  # the name in VIEWS that `v` turns
+    scope = "all"  # whether actions act on all positions or the cursor's ("here")
+
+    def __init__(self, **kw):
+        super().__init__(**kw)
+        self.title_line, self.info_line = Lines(), Lines()
+
+    def body(self) -> Widget:
+        raise NotImplementedError
+
+    def compose(self) -> ComposeResult:
+        yield self.title_line
+        yield self.body()
+        yield self.info_line
+
+    def wants(self, app: "Loupe") -> dict[str, object]:
+        """The requests whose results this pane draws, by slot."""
+        return {}
+
+    def paint(self, app: "Loupe") -> None:
+        """Draw from app.results; cheap, called at every change."""
+
+    def step(self, app: "Loupe", rows: int, cols: int) -> None:
+        """Move the cursor."""
+
+    def node(self, app: "Loupe", pos: int | None) -> Node:
+        """The node under the cursor, that actions act on."""
+        c = app.cursor
+        return Node("head", c.layer, c.head, pos=pos) if c.comp == "head" else Node(c.comp, c.layer, pos=pos)
+
+    def stats(self, app: "Loupe") -> tuple[str, ...]:
+        """The values that `v` turns through."""
+        return VIEWS[self.view]
+
+    def enter(self, app: "Loupe") -> None:
+        """Drill in, where there is something to drill into."""
+
+    def find(self, app: "Loupe", needle: str) -> list[dict]:
+        """Where a text occurs, each as arguments of app.move."""
+        texts = app.tokens.tokens.texts if app.tokens else ()
+        return [{"pos": n} for n, text in enumerate(texts) if needle.lower() in text.lower()]
+
+    def grids(self) -> dict[str, Grid]:
+        """The numbers behind the picture, for export."""
+        return {}
+
+    def height_needed(self) -> int:
+        """Lines that the pane can use."""
+        return 4 + max([len(g.rows) for g in self.grids().values()], default=8)
+
+    def show_title(self, app: "Loupe", slots: tuple[str, ...], title: str, note: str) -> None:
+        late = app.late(slots)
+        focused = app.pane == self.key
+        self.title_line.show([[(f" {self.number} {self.label} ", FOCUS if focused else HEAD), (f" {late}{title}", BOLD), (f"  {note}", DIM)]])
+
+    def as_text(self) -> str:
+        """The pane as it stands on the screen."""
+        lines = []
+        for child in self.walk_children(Widget):
+            if isinstance(child, Lines):
+                lines.append(child.text())
+            elif isinstance(child, GridView) and child.size:
+                lines += [s.text.rstrip() for s in child.render_lines(Region(0, 0, *child.size))]
+        return "\n".join(line for line in lines if line.strip()) + "\n"
+
+
+def clip(n: int, size: int) -> int:
+    return max(0, min(n, size - 1))
+
+
+class LensPane(Pane):
+    number, key, label, view, scope = "1", "lens", "Lens", "lens.stat", "here"
+
+    def __init__(self, **kw):
+        super().__init__(**kw)
+        self.table, self.side = GridView(), Lines(classes="side")
+
+    def body(self) -> Widget:
+        return Horizontal(self.table, self.side)
+
+    def grids(self) -> dict[str, Grid]:
+        return {"lens": self.table.grid} if self.table.grid else {}
+
+    def points(self, app: "Loupe") -> tuple[str, ...]:
+        kind, n, mid = app.state.views["lens.points"], app.info.n_layers, not app.info.parallel
+        if kind == "all":
+            return tuple(f"L{i}.{s}" for i in range(n) for s in ("resid_pre", "resid_mid", "resid_post") if mid or s != "resid_mid")
+        sites = ("resid_mid", "resid_post") if kind == "mid+post" and mid else ("resid_post",)
+        return ("L0.resid_pre", *(f"L{i}.{s}" for i in range(n) for s in sites))
+
+    def which(self, app: "Loupe") -> str:
+        """The lens shows one run; where a difference is chosen, now."""
+        return app.state.views["which"] if "-" not in app.state.views["which"] else "now"
+
+    def wants(self, app: "Loupe") -> dict[str, object]:
+        return {"lens": Lens(app.state.study, self.which(app), self.points(app))}
+
+    def row(self, app: "Loupe", points: tuple[str, ...]) -> int:
+        name = f"L{app.cursor.layer}.{app.cursor.point}"
+        if name in points:
+            return points.index(name)
+        return next((n for n, p in enumerate(points) if p.startswith(f"L{app.cursor.layer}.")), 0)
+
+    def step(self, app: "Loupe", rows: int, cols: int) -> None:
+        points = self.points(app)
+        node = parse_node(points[clip(self.row(app, points) + rows, len(points))])
+        app.move(layer=node.layer, point=node.site, pos=clip(app.cursor.pos + cols, app.length()))
+
+    def node(self, app: "Loupe", pos: int | None) -> Node:
+        return Node(app.cursor.point, app.cursor.layer, pos=pos)
+
+    def stats(self, app: "Loupe") -> tuple[str, ...]:
+        return VIEWS[self.view] if app.state.prompt.answers else ("prob", "entropy", "kl")
+
+    def find(self, app: "Loupe", needle: str) -> list[dict]:
+        lens = app.result("lens", LensResult)
+        if lens is None:
+            return []
+        cells = [(parse_node(p), c, i) for p, row in zip(lens.points, lens.top_ids[..., 0].tolist()) for c, i in enumerate(row)]
+        return [{"layer": node.layer, "point": node.site, "pos": c} for node, c, i in cells if needle.lower() in lens.texts[i].lower()]
+
+    def paint(self, app: "Loupe") -> None:
+        views, result = app.state.views, app.result("lens", LensResult)
+        stat, name = views["lens.stat"], app.run_name(self.which(app))
+        if result is None:
+            self.show_title(app, ("lens",), name, "")
+            self.table.show(None, (0, 0), views["mode"], app.waiting("lens"))
+            self.side.show([])
+            self.info_line.show([])
+            return
+        grid = app.picture("lens", (id(result), stat), lambda: pictures.lens_grid(result, stat, app.info.d_vocab if app.info else 2))
+        self.show_title(app, ("lens",), f"{name} · {LENS_STATS[stat]} {pictures.scale(grid)}", result.convention)
+        row, pos = self.row(app, result.points), clip(app.cursor.pos, len(result.tokens.texts))
+        self.table.show(grid, (row, pos), views["mode"])
+        beside = self.size.width - 34 >= 14 + grid.cell[0] * len(grid.cols)
+        self.side.set_class(not beside, "hidden")
+        if beside:
+            self.side.show(pictures.lens_side(result, row, pos, 5 if len(app.visible_panes()) == 3 else 10))
+        self.info_line.show([pictures.lens_cell(result, row, pos, 0 if beside else 4)])
+
+
+class AttentionPane(Pane):
+    number, key, label, view = "2", "attention", "Attention", "attention.stat"
+
+    def __init__(self, **kw):
+        super().__init__(**kw)
+        self.map, self.pattern = GridView(), GridView(classes="second")
+
+    def body(self) -> Widget:
+        return Horizontal(self.map, self.pattern)
+
+    def grids(self) -> dict[str, Grid]:
+        return {n: v.grid for n, v in (("heads", self.map), ("pattern", self.pattern)) if v.grid}
+
+    def wants(self, app: "Loupe") -> dict[str, object]:
+        study, views, c = app.state.study, app.state.views, app.cursor
+        pair = (c.pos, c.src) if views["attention.stat"] == "pair" else None
+        source = "prompt" if pair or "-" in views["which"] else views["attention.source"]
+        return {"attention": Attention(study, c.layer, views["which"]), "heads": HeadStats(study, views["which"], source, pair)}
+
+    def step(self, app: "Loupe", rows: int, cols: int) -> None:
+        c, n = app.cursor, app.length()
+        if app.drilled:
+            app.move(pos=clip(c.pos + rows, n), src=clip(c.src + cols, n))
+            return
+        columns = [("head", h) for h in range(app.info.n_heads)] + [("attn", c.head), ("mlp", c.head)]
+        at = next((i for i, (k, h) in enumerate(columns) if k == c.comp and (k != "head" or h == c.head)), 0)
+        comp, head = columns[clip(at + cols, len(columns))]
+        app.move(layer=clip(c.layer + rows, app.info.n_layers), comp=comp, head=head)
+
+    def enter(self, app: "Loupe") -> None:
+        """Into the pattern and out of it; the source is where the head looks most."""
+        if self.pattern.grid is not None:
+            app.drilled = not app.drilled
+            app.move(src=self.pattern.at[1])
+            app.draw()
+
+    def paint(self, app: "Loupe") -> None:
+        views, c, state = app.state.views, app.cursor, app.state
+        heads, pattern = app.result("heads", HeadStatsResult), app.result("attention", AttentionResult)
+        stat = views["attention.stat"]
+        marks = frozenset((i.node.layer, i.node.head) for i in state.interventions if i.node.site == "head" and state.enabled)
+        title, note = app.run_name(views["which"]), ""
+        if heads is None or stat not in heads.stats:
+            self.map.show(None, (0, 0), views["mode"], app.waiting("heads"))
+        else:
+            grid = app.picture("heads", (id(heads), stat, marks), lambda: pictures.heads_grid(heads, stat, marks))
+            self.map.styles.width = min(5 + 5 * len(grid.cols), self.size.width // 2)
+            column = c.head if c.comp == "head" else len(grid.cols) - (2 if c.comp == "attn" else 1)
+            self.map.show(grid, (clip(c.layer, len(grid.rows)), column), views["mode"])
+            name = HEAD_STATS[stat]
+            if stat == "pair" and app.tokens and max(c.pos, c.src) < app.length():
+                t = pictures.texts_of(app.tokens.tokens)
+                name = f"attention {c.pos} {show_token(t[c.pos])} → {c.src} {show_token(t[c.src])}"
+            title += f" · {name} {pictures.scale(grid)}"
+            note = f"on {'random repeated tokens' if heads.source == 'random' else 'the prompt'}"
+        self.show_title(app, ("heads", "attention"), title, note + (" · pattern: hjkl, esc" if app.drilled else ""))
+        if pattern is None or pattern.layer != c.layer:
+            self.pattern.show(None, (0, 0), views["mode"], app.waiting("attention"))
+            self.info_line.show([])
+            return
+        grid = app.picture("pattern", (id(pattern), c.head), lambda: pictures.pattern_grid(pattern, c.head))
+        pos = clip(c.pos, len(grid.rows))
+        row = np.nan_to_num(np.abs(grid.values[pos]), nan=-1.0)
+        src = c.src if app.drilled or stat == "pair" else int(row.argmax())
+        self.pattern.show(grid, (pos, clip(src, len(grid.cols))), views["mode"])
+        self.info_line.show([pictures.pattern_cell(pattern, c.head, pos, src, app.drilled)])
+
+
+class OutputPane(Pane):
+    number, key, label, wide = "0", "output", "Output", False
+
+    def __init__(self, **kw):
+        super().__init__(**kw)
+        self.table = Lines(classes="table")
+
+    def body(self) -> Widget:
+        return self.table
+
+    def step(self, app: "Loupe", rows: int, cols: int) -> None:
+        app.move(layer=clip(app.cursor.layer + rows, app.info.n_layers), pos=clip(app.cursor.pos + cols, app.length()))
+
+    def stats(self, app: "Loupe") -> tuple[str, ...]:
+        raise UserError("the output has one view")
+
+    def paint(self, app: "Loupe") -> None:
+        run, pos = app.result("run", RunResult), app.cursor.pos
+        if run is None:
+            self.show_title(app, ("run",), "", "")
+            self.table.show([app.waiting("run")])
+            self.info_line.show([])
+            return
+        token = pictures.texts_of(app.tokens.tokens)[pos] if app.tokens and pos < app.length() else ""
+        self.show_title(app, ("run",), f"next token after {pos} {show_token(token)}", "")
+        prompt, k = app.state.prompt, max(1, min(8, self.size.height - 3))
+        self.table.show(pictures.output_lines(run, pos, k, self.size.width >= 84, set(prompt.answers), set(prompt.foils)))
+        self.info_line.show([[(f" {run.convention}", DIM)]])
+
+
+PANES: dict[str, type[Pane]] = {p.key: p for p in (LensPane, AttentionPane, OutputPane)}

@@ -11,6 +11,7 @@ import pictures
 from export import EXPORTS, python_script
 from link import EngineError, Superseded
 from messages import (
+    AttributionSetResult,
     ABLATIONS,
     METRICS,
     OPS,
@@ -63,6 +64,12 @@ class Deeds:
 
     def do_pane_attention(self) -> None:
         self.show_pane("attention")
+
+    def do_pane_attribution(self) -> None:
+        self.show_pane("attribution")
+
+    def do_pane_weights(self) -> None:
+        self.show_pane("weights")
 
     def do_pane_output(self) -> None:
         self.show_pane("output")
@@ -375,6 +382,12 @@ class Deeds:
         self.turn("lens.points")
 
     # -------------------------------------------------------------- finding
+
+    def do_worst(self) -> None:
+        result = self.result("attribution", AttributionSetResult)
+        if result is None:
+            raise UserError("the worst prompt is known after v has turned the attribution pane to the prompt set")
+        self.act("go", index=result.worst)
 
     def do_search(self) -> None:
         def accept(values: list[str]) -> str:

@@ -3,6 +3,7 @@ The panes: what each asks of the engine, how it draws the answer, and what its k
 the cursor and the results. A new pane is a class in PANES: number, name, `wants`, `paint`, `step`, `node`, and the view that `v` turns.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +13,33 @@ from textual.geometry import Region
 from textual.widget import Widget
 
 import pictures
-from messages import Attention, AttentionResult, HeadStats, HeadStatsResult, Lens, LensResult, Node, RunResult, UserError, parse_node
+import readings
+from messages import (
+    Attention,
+    AttentionResult,
+    Attribution,
+    AttributionNeurons,
+    AttributionNeuronsResult,
+    AttributionResult,
+    AttributionSet,
+    AttributionSetResult,
+    AttributionSources,
+    AttributionSourcesResult,
+    Composition,
+    CompositionResult,
+    HeadStats,
+    HeadStatsResult,
+    HeadWeights,
+    HeadWeightsResult,
+    Lens,
+    LensResult,
+    Node,
+    RunResult,
+    Singular,
+    SingularResult,
+    UserError,
+    parse_node,
+)
 from pictures import HEAD_STATS, LENS_STATS
 from session import VIEWS
 from utils import show_token
@@ -27,7 +54,7 @@ class Pane(Vertical, can_focus=True):
 
     DEFAULT_CSS = """
     Pane { position: absolute; width: 100%; height: 100%; } Pane > Horizontal { height: 1fr; } Pane > Lines.table { height: 1fr; }
-    Pane .side { width: 34; height: 1fr; padding-left: 1; } Pane .second { width: 1fr; padding-left: 1; }
+    Pane .side { width: 34; height: 1fr; padding-left: 1; } Pane .second { width: 1fr; height: 1fr; padding-left: 1; }
     """
     number, key, label, wide = "?", "", "", True
     view = ""  # the name in VIEWS that `v` turns
@@ -98,6 +125,15 @@ class Pane(Vertical, can_focus=True):
 
 def clip(n: int, size: int) -> int:
     return max(0, min(n, size - 1))
+
+
+def step_component(app: "Loupe", rows: int, cols: int) -> None:
+    """Through layers and, across, the heads, the attention output and the MLP."""
+    c = app.cursor
+    columns = [("head", h) for h in range(app.info.n_heads)] + [("attn", c.head), ("mlp", c.head)]
+    at = next((i for i, (k, h) in enumerate(columns) if k == c.comp and (k != "head" or h == c.head)), 0)
+    comp, head = columns[clip(at + cols, len(columns))]
+    app.move(layer=clip(c.layer + rows, app.info.n_layers), comp=comp, head=head)
 
 
 class LensPane(Pane):
@@ -195,10 +231,7 @@ class AttentionPane(Pane):
         if app.drilled:
             app.move(pos=clip(c.pos + rows, n), src=clip(c.src + cols, n))
             return
-        columns = [("head", h) for h in range(app.info.n_heads)] + [("attn", c.head), ("mlp", c.head)]
-        at = next((i for i, (k, h) in enumerate(columns) if k == c.comp and (k != "head" or h == c.head)), 0)
-        comp, head = columns[clip(at + cols, len(columns))]
-        app.move(layer=clip(c.layer + rows, app.info.n_layers), comp=comp, head=head)
+        step_component(app, rows, cols)
 
     def enter(self, app: "Loupe") -> None:
         """Into the pattern and out of it; the source is where the head looks most."""
@@ -269,4 +302,126 @@ class OutputPane(Pane):
         self.info_line.show([[(f" {run.convention}", DIM)]])
 
 
-PANES: dict[str, type[Pane]] = {p.key: p for p in (LensPane, AttentionPane, OutputPane)}
+class AttributionPane(Pane):
+    number, key, label, view = "3", "attribution", "Attribution", "attribution.view"
+
+    def __init__(self, **kw):
+        super().__init__(**kw)
+        self.map, self.side = GridView(), Lines(classes="second")
+
+    def body(self) -> Widget:
+        return Horizontal(self.map, self.side)
+
+    def grids(self) -> dict[str, Grid]:
+        return {"attribution": self.map.grid} if self.map.grid else {}
+
+    def wants(self, app: "Loupe") -> dict[str, object]:
+        state, c, which = app.state, app.cursor, app.state.views["which"]
+        view = state.views["attribution.view"]
+        if view == "set":
+            return {"attribution": AttributionSet(replace(state.study, prompt_set=state.prompt_set), which)}
+        wants = {"attribution": Attribution(state.study, which, c.pos)}
+        if view == "drill":
+            if c.comp == "mlp":
+                wants["drill"] = AttributionNeurons(state.study, which, c.layer, c.pos)
+            elif c.comp == "head":
+                wants["drill"] = AttributionSources(state.study, which, c.layer, c.head, c.pos)
+        return wants
+
+    def step(self, app: "Loupe", rows: int, cols: int) -> None:
+        step_component(app, rows, cols)
+
+    def enter(self, app: "Loupe") -> None:
+        app.act("view", name=self.view, value="ranked" if app.state.views[self.view] == "drill" else "drill")
+
+    def paint(self, app: "Loupe") -> None:
+        views, c = app.state.views, app.cursor
+        result = app.result("attribution", (AttributionResult, AttributionSetResult))
+        name = app.run_name(views["which"])
+        if result is None:
+            self.show_title(app, ("attribution",), name, "")
+            self.map.show(None, (0, 0), views["mode"], app.waiting("attribution"))
+            self.side.show([])
+            self.info_line.show([])
+            return
+        whole = isinstance(result, AttributionSetResult)
+        cells = result.mean if whole else result.cells
+        grid = app.picture("attribution", (id(result),), lambda: readings.cells_grid(cells))
+        self.map.styles.width = min(5 + 7 * len(grid.cols), self.size.width * 3 // 5)
+        column = c.head if c.comp == "head" else len(grid.cols) - (2 if c.comp == "attn" else 1)
+        self.map.show(grid, (clip(c.layer, len(grid.rows)), column), views["mode"])
+        n = max(2, self.size.height - 4)
+        drill = app.result("drill", (AttributionSourcesResult, AttributionNeuronsResult)) if views[self.view] == "drill" else None
+        if isinstance(drill, AttributionSourcesResult) and c.comp == "head":
+            self.side.show(readings.source_lines(drill, n - 3))
+        elif isinstance(drill, AttributionNeuronsResult) and c.comp == "mlp":
+            self.side.show(readings.neuron_lines(drill, n - 6))
+        elif views[self.view] == "drill" and c.comp != "attn":
+            self.side.show([app.waiting("drill")])
+        else:
+            self.side.show(readings.ranked_lines(cells, result.std if whole else None, n))
+        if whole:
+            self.show_title(app, ("attribution",), f"{name} · mean over the prompt set {pictures.scale(grid)}", "direct logit attribution, frozen final scale")
+            self.info_line.show([readings.set_line(result)])
+        else:
+            place = f"{result.pos} {show_token(pictures.texts_of(result.tokens)[result.pos])}"
+            self.show_title(app, ("attribution",), f"{name} · direct logits at {place} {pictures.scale(grid)}", result.convention)
+            self.info_line.show([readings.sum_line(result.total, result.logit, result.capped, result.error, result.convention)])
+
+
+class WeightsPane(Pane):
+    number, key, label, view = "7", "weights", "Weights", "weights.view"
+
+    def __init__(self, **kw):
+        super().__init__(**kw)
+        self.map, self.table = GridView(), Lines(classes="second")
+
+    def body(self) -> Widget:
+        return Horizontal(self.map, self.table)
+
+    def grids(self) -> dict[str, Grid]:
+        return {"composition": self.map.grid} if self.map.grid else {}
+
+    def height_needed(self) -> int:
+        return 24
+
+    def wants(self, app: "Loupe") -> dict[str, object]:
+        c, view = app.cursor, app.state.views[self.view]
+        if view in ("ov", "qk"):
+            return {"weights": HeadWeights(c.layer, c.head, 40, int(app.state.views["weights.distance"]))}
+        if view.startswith("composition"):
+            return {"weights": Composition(c.layer, c.head)}
+        return {"weights": Singular(c.layer, None if view.startswith("mlp") else c.head, view.removesuffix(" directions"))}
+
+    def step(self, app: "Loupe", rows: int, cols: int) -> None:
+        c = app.cursor
+        app.move(layer=clip(c.layer + rows, app.info.n_layers), head=clip(c.head + cols, app.info.n_heads), comp="head")
+
+    def paint(self, app: "Loupe") -> None:
+        views, c = app.state.views, app.cursor
+        view, n, w = views[self.view], max(2, self.size.height - 3), self.size.width - 2
+        kind = CompositionResult if view.startswith("composition") else HeadWeightsResult if view in ("ov", "qk") else SingularResult
+        result = app.result("weights", kind)
+        name = f"L{c.layer} {view}" if view.startswith("mlp") else f"L{c.layer}H{c.head} {view}"
+        self.map.set_class(not view.startswith("composition"), "hidden")
+        if result is None or (result.layer, result.head) != (c.layer, None if view.startswith("mlp") else c.head):
+            self.show_title(app, ("weights",), name, "")
+            self.table.show([app.waiting("weights")])
+            self.map.show(None, (0, 0), views["mode"])
+            self.info_line.show([])
+            return
+        convention = getattr(result, f"{view}_convention", result.convention)
+        self.show_title(app, ("weights",), name, convention)
+        self.info_line.show([[(f" {convention}", DIM)]])
+        if isinstance(result, CompositionResult):
+            part = view.removeprefix("composition ")
+            grid = app.picture("weights", (id(result), part), lambda: readings.composition_grid(result, part))
+            self.map.show(grid, (c.layer, c.head), views["mode"])
+            self.table.show([[(f"{part.upper()}-composition of L{c.layer}H{c.head}", BOLD)], [("earlier layers: it reads what they wrote", DIM)],
+                             [("later layers: they read what it wrote", DIM)], [(f"random heads: {result.baseline:.3f} ± {result.spread:.3f}", BOLD)]])  # fmt: skip
+        else:
+            lines = {"ov": readings.ov_lines, "qk": readings.qk_lines}.get(view, readings.singular_lines)
+            self.table.show(lines(result, n, w))
+
+
+PANES: dict[str, type[Pane]] = {p.key: p for p in (LensPane, AttentionPane, AttributionPane, WeightsPane, OutputPane)}

@@ -38,6 +38,9 @@ VIEWS = {
     "lens.points": ("mid+post", "post", "all"),
     "attention.stat": ("induction", "previous", "duplicate", "first", "entropy", "pair"),
     "attention.source": ("prompt", "random"),
+    "attribution.view": ("ranked", "drill", "set"),
+    "weights.view": ("ov", "qk", "composition q", "composition k", "composition v", "OV directions", "QK directions", "mlp_out", "mlp_in"),
+    "weights.distance": ("0", "1", "2", "4", "8", "16"),
     "which": WHICH,
     "ids": ("off", "on"),
 }

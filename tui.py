@@ -322,7 +322,7 @@ class Loupe(Deeds, App):
     def stale(self, slot: str) -> bool:
         return self.have.get(slot, (None,))[0] != self.wanted.get(slot)
 
-    def result(self, slot: str, kind: type) -> object | None:
+    def result(self, slot: str, kind: type | tuple[type, ...]) -> object | None:
         """What a pane draws: the slot's result, unless its request failed."""
         got = self.have.get(slot, (None, None))[1]
         return got if isinstance(got, kind) else None

@@ -32,6 +32,8 @@ class LocalLink:
             return over_the_wire(self.engine.run(over_the_wire(request)))
         except UserError as error:
             raise EngineError(str(error)) from error
+        except Exception as error:  # as the server answers
+            raise EngineError(f"{type(error).__name__}: {error}") from error
 
 
 def over_the_wire(body):

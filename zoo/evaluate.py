@@ -433,7 +433,7 @@ TARGETS = {  # figure: (sense, target, what it is)
 REPORTED = {
     "ioi_logit_difference": "IOI logit difference",
     "ioi_top1": "IOI top-1",
-    "ioi_third_name_either": "IOI with a third name that only the repetition tells from S2",
+    "ioi_third_name_either": "IOI with a third name in either order with S2",
     "pronouns": "pronouns, logit difference > 0",
     "brackets": "closing bracket, right one of three",
     "docstring": "docstring argument, top-1",

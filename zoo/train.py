@@ -1,12 +1,13 @@
 """Train the zoo model on one CPU core and export it as a GPT-2 folder.
 
-uv run zoo/train.py --seed 1 --out zoo/runs/s1
-uv run zoo/train.py --export-only --out zoo/runs/s1 --folder zoo
+uv run zoo/train.py --seed 2 --out zoo/runs/s2                  train; the finished folder is zoo/runs/s2/model
+uv run zoo/train.py --export-only --out zoo/runs/s2 --folder x  write the folder of an unfinished run's last checkpoint
 """
 
 import math
 import json
 import time
+import zlib
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,6 @@ class TrainingConfig:
     d_model: int = 128
     d_mlp: int = 512
     last_mlp: bool = False
-    tied: bool = False
     tokens: float = 12e6
     hold: float = 0.6
     warmup: int = 100
@@ -108,8 +108,6 @@ class GPT2(nn.Module):
                 nn.init.normal_(p, 0, 1 / math.sqrt(p.shape[1] * (2 * cfg.n_layer if writes else 1)))
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-        if cfg.tied:
-            self.head.weight = self.wte.weight
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.wte(ids) + self.wpe.weight[: ids.shape[1]]
@@ -186,10 +184,12 @@ def export(model: GPT2, cfg: TrainingConfig, folder: Path) -> None:
 
 
 def load_rows(cfg: TrainingConfig, tokenizer: PreTrainedTokenizerFast) -> dict[int, np.ndarray]:
-    rows = {}
+    """Rows of both lengths, built once per tokenizer and corpus.py."""
+    rows, key = {}, zlib.crc32(tokenizer.backend_tokenizer.to_str().encode() + (HERE / "corpus.py").read_bytes())
     for length, share in ((c.N_CTX // 2, 1 - cfg.long_share), (c.N_CTX, cfg.long_share)):
-        path = cfg.folder / f"rows_{length}.npy" if cfg.folder != HERE else HERE / f"runs/rows_{length}.npy"
+        path = HERE / f"runs/rows_{length}_{key:08x}.npy"
         if not path.exists():
+            (HERE / "runs").mkdir(exist_ok=True)
             np.save(path, c.build_rows(tokenizer, int(cfg.corpus_tokens * share), length, c.TRAIN_SEED + length))
         rows[length] = np.load(path)
     return rows
@@ -237,7 +237,7 @@ def make_optimizers(model: GPT2, cfg: TrainingConfig) -> list[t.optim.Optimizer]
     """Muon for the matrices inside the blocks, AdamW for the rest."""
     hidden = [p for p in model.blocks.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() == 1]
-    embeddings = list({id(p): p for p in (model.wte.weight, model.wpe.weight, model.head.weight)}.values())
+    embeddings = [model.wte.weight, model.wpe.weight, model.head.weight]
     groups = [{"params": embeddings, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [
         t.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.97), fused=True),
@@ -331,9 +331,9 @@ if __name__ == "__main__":
         train(cfg)
     else:
         saved = t.load(cfg.out / "checkpoint.pt")
-        fields = {key: value for key, value in saved["cfg"].items() if key not in ("out", "folder", "init")}
+        fields = {key: value for key, value in saved["cfg"].items() if key not in ("out", "folder", "init")}  # all but the paths
         model = GPT2(TrainingConfig(**fields), saved["state"]["wte.weight"].shape[0])
         model.load_state_dict(saved["state"])
         export(model, TrainingConfig(**fields), cfg.folder)
-        AutoTokenizer.from_pretrained(cfg.out / "model").save_pretrained(cfg.folder)
+        AutoTokenizer.from_pretrained(HERE).save_pretrained(cfg.folder)
         print(f"{green}Exported {cfg.out} to {cfg.folder}{endc}")

@@ -1,6 +1,7 @@
 """The command line of engine.py: every analysis from a shell, as a table or as JSON."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,6 +18,21 @@ from engine import Engine, serve
 from messages import (
     Attention,
     AttentionResult,
+    FitJacobian,
+    FitJacobianResult,
+    AttentionSet,
+    AttentionSetResult,
+    Attribution,
+    AttributionCells,
+    AttributionNeurons,
+    AttributionNeuronsResult,
+    AttributionResult,
+    AttributionSet,
+    AttributionSetResult,
+    AttributionSources,
+    AttributionSourcesResult,
+    Detect,
+    DetectResult,
     HeadStats,
     HeadStatsResult,
     Identities,
@@ -30,8 +46,11 @@ from messages import (
     Run,
     RunResult,
     Study,
+    TuneLens,
+    TuneLensResult,
     UserError,
     parse_intervention,
+    parse_node,
     read_prompt_set,
     to_json,
 )
@@ -109,14 +128,55 @@ class RunCommand(Options):
 
 @dataclass
 class LensCommand(Options):
-    """Logit lens at hook points x positions."""
+    """Logit, tuned or Jacobian lens at points x positions; L3.attn, L3.mlp and L2H3 are points too."""
 
     which: str = "now"
     points: tuple[str, ...] = ()
     k: int = 5
+    kind: str = "logit"
+    """logit, tuned or jacobian"""
+    artefact: str = ""
+    """folder or file of a tuned or Jacobian lens, or its hub name; unset, the one beside the model or under its name on the hub"""
+    positions: tuple[int, ...] = ()
+    """limit the columns"""
 
     def request(self) -> Lens:
-        return Lens(self.study(), self.which, self.points, self.k)
+        return Lens(self.study(), self.which, self.points, self.k, self.kind, self.artefact, self.positions)
+
+
+@dataclass
+class TuneLensCommand(Options):
+    """Fit a tuned lens: an affine map a layer, from the identity, to KL(final || lens). Interrupted, it leaves a checkpoint."""
+
+    text: str = ""
+    """a text file; unset, the zoo's corpus"""
+    out: str = TuneLens.out
+    steps: int = TuneLens.steps
+    batch: int = TuneLens.batch
+    length: int = TuneLens.length
+    lr: float = TuneLens.lr
+    seed: int = TuneLens.seed
+    resume: bool = False
+
+    def request(self) -> TuneLens:
+        return TuneLens(self.text, self.out, self.steps, self.batch, self.length, self.lr, self.seed, self.resume)
+
+
+@dataclass
+class FitJacobianCommand(Options):
+    """Fit a Jacobian lens with TransformerLens's own tool."""
+
+    text: str = ""
+    """a text file; unset, the zoo's corpus"""
+    out: str = FitJacobian.out
+    prompts: int = FitJacobian.prompts
+    length: int = FitJacobian.length
+    skip: int = FitJacobian.skip
+    """positions at the start of every prompt that are left out"""
+    seed: int = FitJacobian.seed
+
+    def request(self) -> FitJacobian:
+        return FitJacobian(self.text, self.out, self.prompts, self.length, self.skip, self.seed)
 
 
 @dataclass
@@ -125,9 +185,59 @@ class AttentionCommand(Options):
 
     layer: int = 0
     which: str = "now"
+    weighted: bool = False
+    """times the norm of what the source's value writes"""
+    mean: bool = False
+    """instead: the mean over --set between labelled positions, every layer"""
 
-    def request(self) -> Attention:
-        return Attention(self.study(), self.layer, self.which)
+    def request(self) -> Attention | AttentionSet:
+        return AttentionSet(self.study(), self.which) if self.mean else Attention(self.study(), self.layer, self.which, self.weighted)
+
+
+@dataclass
+class AttributionCommand(Options):
+    """Direct logit attribution at the metric's position: every component, or one of them taken apart (--by)."""
+
+    which: str = "now"
+    by: str | None = None
+    """a head (L9H9: by source position) or an MLP (L3.mlp: by neuron)"""
+    mean: bool = False
+    """mean and standard deviation over --set"""
+    k: int = 10
+    """neurons shown at each end"""
+
+    def request(self) -> Attribution | AttributionSources | AttributionNeurons | AttributionSet:
+        study = self.study()
+        if self.by is None:
+            return AttributionSet(study, self.which) if self.mean else Attribution(study, self.which)
+        node = parse_node(self.by)
+        if self.mean or node.site not in ("head", "mlp") or node.part != "z":
+            raise UserError("--by takes a head (L9H9) or an MLP (L3.mlp) apart, of one prompt")
+        if node.site == "head":
+            return AttributionSources(study, self.which, node.layer, node.head, node.pos)
+        return AttributionNeurons(study, self.which, node.layer, node.pos, self.k)
+
+
+@dataclass
+class DetectCommand(Options):
+    """Score every head against an attention pattern, as transformer_lens.head_detector does."""
+
+    which: str = "now"
+    pattern: str = "previous_token_head"
+    """previous_token_head, duplicate_token_head or induction_head"""
+    cells: tuple[str, ...] = ()
+    """instead of a pattern: destination,source pairs such as 14,2"""
+    exclude_bos: bool = False
+    exclude_current_token: bool = False
+    error_measure: str = "mul"
+    """mul or abs"""
+
+    def request(self) -> Detect:
+        pairs = [re.fullmatch(r"(\d+),(\d+)", c) for c in self.cells]
+        if not all(pairs):
+            raise UserError("--cells takes destination,source pairs of positions such as 14,2")
+        cells = tuple((int(p[1]), int(p[2])) for p in pairs)
+        return Detect(self.study(), self.which, self.pattern, cells, self.exclude_bos, self.exclude_current_token, self.error_measure)
 
 
 @dataclass
@@ -163,8 +273,12 @@ class ServeCommand:
 COMMANDS = {
     "run": RunCommand,
     "lens": LensCommand,
+    "tune-lens": TuneLensCommand,
+    "fit-jacobian": FitJacobianCommand,
     "attention": AttentionCommand,
     "heads": HeadsCommand,
+    "attribution": AttributionCommand,
+    "detect": DetectCommand,
     "check": CheckCommand,
     "serve": ServeCommand,
 }
@@ -203,17 +317,39 @@ def show_run(out: Console, r: RunResult) -> None:
 
 
 def show_lens(out: Console, r: LensResult) -> None:
-    answers = not np.isnan(r.prob).all()
-    rows = table("the last position", "point", "top token", "probability", "answer", "rank", "entropy", "KL", "logit diff")
+    answers, pair = not np.isnan(r.prob).all(), not np.isnan(r.kl_pair).all()
+    place = f"position {r.positions[-1]} ({show_token(r.tokens.texts[r.positions[-1]])})"
+    extra = ["KL clean || corrupted"] * pair
+    rows = table(place, "point", "top token", "probability", "answer", "rank", "entropy", "KL", "logit diff", *extra, "promoted", "suppressed")
     for i, point in enumerate(r.points):
         values = [r.prob[i, -1], r.rank[i, -1]] if answers else [None, None]
         cells = [show_number(None if v is None else float(v)) for v in (*values, r.entropy[i, -1], r.kl[i, -1], r.logit_diff[i, -1])]
-        rows.add_row(point, plain(show_token(r.texts[int(r.top_ids[i, -1, 0])])), f"{r.top_probs[i, -1, 0]:.4f}", *cells)
+        cells += [show_number(float(r.kl_pair[i, -1]))] * pair
+        moved = [moved_tokens(r, ids[i, -1], values[i, -1]) for ids, values in ((r.up_ids, r.up_values), (r.down_ids, r.down_values))]
+        rows.add_row(point, plain(show_token(r.texts[int(r.top_ids[i, -1, 0])])), f"{r.top_probs[i, -1, 0]:.4f}", *cells, *moved)
     out.print(rows)
-    tops = table("top token at every position", "point", *(show_token(x, 8, fill=False) for x in r.tokens.texts))
+    tops = table("top token at every position", "point", *(show_token(r.tokens.texts[p], 8, fill=False) for p in r.positions))
     for i, point in enumerate(r.points):
         tops.add_row(point, *(plain(show_token(r.texts[int(j)], 8, fill=False)) for j in r.top_ids[i, :, 0]))
     out.print(tops)
+    out.print(plain(r.convention, GRAY))
+
+
+def moved_tokens(r: LensResult, ids: np.ndarray, values: np.ndarray) -> Text:
+    return plain("  ".join(f"{show_token(r.texts[i], 8, fill=False)} {v:+.2f}" for i, v in zip(ids.tolist(), values.tolist()) if np.isfinite(v)), GRAY)
+
+
+def show_tuned(out: Console, r: TuneLensResult) -> None:
+    rows = table(f"tuned lens in {r.folder}, {r.steps} steps, {r.seconds:.0f} s", "point", "KL logit lens", "KL tuned lens")
+    for point, before, after in zip(r.points, r.before.tolist(), r.after.tolist()):
+        rows.add_row(point, f"{before:.4f}", plain(f"{after:.4f}", GREEN if after < before else RED))
+    out.print(rows)
+    out.print(plain(r.convention, GRAY))
+
+
+def show_jacobian(out: Console, r: FitJacobianResult) -> None:
+    layers = f"layers {r.layers[0]} to {r.layers[-1]}"
+    out.print(plain(f"Jacobian lens in {r.file}: {layers}, {r.prompts} prompts, changed by {r.change:.4f} with the last, {r.seconds:.0f} s", CYAN))
     out.print(plain(r.convention, GRAY))
 
 
@@ -236,6 +372,76 @@ def show_heads(out: Console, r: HeadStatsResult) -> None:
     out.print(plain(r.convention, GRAY))
 
 
+def show_cells(out: Console, cells: AttributionCells, spread: AttributionCells | None = None) -> None:
+    """Heads as layers x heads, then the other cells as rows; with the spread behind a +-."""
+    word = lambda a, b: show_number(float(a), 4) + ("" if spread is None else f" +-{float(b):.3f}")  # noqa: E731
+    other = spread or cells
+    heads = table("heads", "layer", *(f"H{h}" for h in range(cells.heads.shape[1])), "b_O", "MLP")
+    for layer, row in enumerate(cells.heads):
+        ends = (word(cells.attn_bias[layer], other.attn_bias[layer]), word(cells.mlps[layer], other.mlps[layer]))
+        heads.add_row(f"L{layer}", *(word(a, b) for a, b in zip(row, other.heads[layer])), *ends)
+    out.print(heads)
+    rest = table("the rest", "part", "logit")
+    for (name, value), (_, s) in zip(cells.rows(), other.rows()):
+        if not re.match(r"L\d", name):
+            rest.add_row(plain(name), word(value, s))
+    out.print(rest)
+
+
+def show_attribution(out: Console, r: AttributionResult) -> None:
+    out.print(plain(f"{' '.join(show_token(x) for x in r.tokens.texts)}  at {r.pos}", PURPLE))
+    show_cells(out, r.cells)
+    capped = "" if r.capped is None else f"  after the cap {r.capped:.4f}"
+    out.print(plain(f"sum {r.total:.4f}  logit {r.logit:.4f}  error {r.error:.1e}{capped}", CYAN))
+    out.print(plain(r.convention, GRAY))
+
+
+def show_sources(out: Console, r: AttributionSourcesResult) -> None:
+    rows = table(f"L{r.layer}H{r.head} at {r.pos}, by source", "", "token", "attention", "logit")
+    for j, (x, p, v) in enumerate(zip(r.tokens.texts, r.pattern.tolist(), r.sources.tolist())):
+        rows.add_row(str(j), plain(show_token(x)), f"{p:.3f}", show_number(v, 4))
+    out.print(rows)
+    out.print(plain(f"sum {r.total:.4f}  error {r.error:.1e}  interventions {r.interventions:.4f}", CYAN))
+    out.print(plain(r.convention, GRAY))
+
+
+def show_neurons(out: Console, r: AttributionNeuronsResult) -> None:
+    rows = table(f"L{r.layer}.mlp at {r.pos}, by neuron", "neuron", "activation", "logit")
+    for i, a, v in zip(r.index.tolist(), r.activation.tolist(), r.contribution.tolist()):
+        rows.add_row(f"L{r.layer}.mlp.n{i}", show_number(a, 4), show_number(v, 4))
+    out.print(rows)
+    out.print(plain(f"the other neurons {r.rest:.4f}  b_out {r.bias:.4f}  interventions {r.interventions:.4f}  sum {r.total:.4f}  error {r.error:.1e}", CYAN))
+    out.print(plain(r.convention, GRAY))
+
+
+def show_attribution_set(out: Console, r: AttributionSetResult) -> None:
+    show_cells(out, r.mean, r.std)
+    rows = table("prompts", "prompt", "sum", "logit")
+    for i, a, b in zip(r.prompts.tolist(), r.totals.tolist(), r.logits.tolist()):
+        rows.add_row(plain(str(i + 1), YELLOW if i == r.worst else ""), f"{a:.4f}", f"{b:.4f}")
+    out.print(rows)
+    out.print(plain(f"mean {r.logits.mean():.4f}  worst prompt {r.worst + 1}  error {r.error:.1e}", CYAN))
+    out.print(plain(r.convention, GRAY))
+
+
+def show_attention_set(out: Console, r: AttentionSetResult) -> None:
+    spots = [(i, j) for i in range(len(r.labels)) for j in range(len(r.labels)) if r.counts[i, j]]
+    rows = table("mean attention", "head", *(f"{r.labels[i]} to {r.labels[j]}" for i, j in spots))
+    for layer, heads in enumerate(r.mean):
+        for h, cells in enumerate(heads):
+            rows.add_row(f"L{layer}H{h}", *(f"{cells[i, j]:.3f}" for i, j in spots))
+    out.print(rows)
+    out.print(plain(r.convention, GRAY))
+
+
+def show_detect(out: Console, r: DetectResult) -> None:
+    rows = table("scores", "layer", *(f"H{h}" for h in range(r.scores.shape[1])))
+    for layer, values in enumerate(r.scores):
+        rows.add_row(f"L{layer}", *(show_number(float(v), 4) for v in values))
+    out.print(rows)
+    out.print(plain(r.convention, GRAY))
+
+
 def show_identities(out: Console, r: IdentitiesResult) -> None:
     rows = table("identities", "", "identity", "error", "tolerance", "")
     for i in r.rows:
@@ -248,7 +454,15 @@ def show_identities(out: Console, r: IdentitiesResult) -> None:
 SHOW: dict[type, Callable] = {
     RunResult: show_run,
     LensResult: show_lens,
+    TuneLensResult: show_tuned,
+    FitJacobianResult: show_jacobian,
     AttentionResult: show_attention,
+    AttentionSetResult: show_attention_set,
+    AttributionResult: show_attribution,
+    AttributionSourcesResult: show_sources,
+    AttributionNeuronsResult: show_neurons,
+    AttributionSetResult: show_attribution_set,
+    DetectResult: show_detect,
     HeadStatsResult: show_heads,
     IdentitiesResult: show_identities,
 }

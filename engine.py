@@ -17,9 +17,11 @@ from pathlib import Path
 from messages import (
     Attention,
     Check,
+    Composition,
     Failure,
     Frame,
     HeadStats,
+    HeadWeights,
     Identities,
     IdentitiesResult,
     Lens,
@@ -29,6 +31,7 @@ from messages import (
     ModelsResult,
     Progress,
     Run,
+    Singular,
     Status,
     StatusResult,
     UserError,
@@ -49,7 +52,7 @@ WELL_KNOWN = {
     "google/gemma-2-2b": "2.6B, gated",
     "meta-llama/Llama-3.2-1B": "1.2B, gated",
 }
-NEEDS_MODEL = (Check, Run, Lens, Attention, HeadStats, Identities)
+NEEDS_MODEL = (Check, Run, Lens, Attention, HeadStats, Identities, HeadWeights, Composition, Singular)
 
 
 def import_model() -> None:
@@ -58,6 +61,7 @@ def import_model() -> None:
     import attribution  # noqa: F401
     import honesty  # noqa: F401
     import lens  # noqa: F401
+    import weights  # noqa: F401
 
     gc.freeze()
     gc.enable()
@@ -116,10 +120,13 @@ class Engine:
         import honesty
         import lens
         import patching
+        import weights
 
         if isinstance(request, Identities):
             rows, convention = yield from honesty.identities(self.model, request.study)
             return IdentitiesResult(rows, convention)
+        if isinstance(request, HeadWeights | Composition | Singular):
+            return (yield from weights.answer(self.model, request))
         runs = yield from patching.prepare(self.model, request.study)
         match request:
             case Run():

@@ -1,34 +1,50 @@
-"""Logit lens, and the run itself: what the model predicts at every position, at hook points and at the end, with its metric."""
+"""The lens: what the model would predict at every point and position; and the run itself, with its metric."""
 
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import replace
 
 import numpy as np
 import torch as t
 from torch import Tensor
 
-from messages import LensResult, Progress, RunResult, Side, UserError, parse_node
+from messages import LENSES, LensResult, Node, Progress, RunResult, Side, UserError, parse_node
 from model import FINAL, Model, in_chunks
-from patching import Runs, hook_name
+from patching import Runs, find_position, hook_name
+from tuned import Translators, read_translators
 
-VOCAB_BYTES = 64 << 20
+VOCAB_BYTES = 64 << 20  # no vocabulary-sized tensor is larger
+CHUNK_BYTES = 16 << 20  # and this is how much of several points goes at once
+SCALE = "ln_final.hook_scale"
+BLOCK = 64
+MOST = 3
 STATS = ("prob", "rank", "entropy", "kl", "logit_diff")
+CELLS = ("top_ids", "top_probs", *STATS, "kl_pair", "up_ids", "up_values", "down_ids", "down_values")
 
 
-def default_points(model: Model) -> list[str]:
-    """resid_pre of layer 0, then resid_mid (where there is one) and resid_post of every layer."""
-    sites = ("resid_post",) if model.parallel else ("resid_mid", "resid_post")
-    return ["L0.resid_pre", *(f"L{layer}.{s}" for layer in range(model.info.n_layers) for s in sites)]
+def default_points(model: Model, lens: Translators | None) -> list[str]:
+    """resid_pre of layer 0, then resid_mid (where there is one) and resid_post of every layer; of those, what the lens reads."""
+    sites = ("resid_post",) if model.parallel or lens else ("resid_mid", "resid_post")
+    points = ["L0.resid_pre", *(f"L{layer}.{s}" for layer in range(model.info.n_layers) for s in sites)]
+    return points if lens is None else [p for p in points if lens.reads(parse_node(p))]
 
 
-def lens_points(model: Model, points: tuple[str, ...]) -> dict[str, str]:
-    """Hook names of the points, by their addresses."""
-    nodes = [parse_node(p) for p in points or default_points(model)]
+def lens_points(model: Model, points: tuple[str, ...], lens: Translators | None) -> list[Node]:
+    nodes = [parse_node(p) for p in points or default_points(model, lens)]
     for node in nodes:
-        if not node.site.startswith("resid_") or node.pos is not None:
-            raise UserError(f"{node}: the lens reads resid_pre, resid_mid and resid_post, at every position (write no @)")
-    return {str(n): hook_name(model, n) for n in nodes}
+        part = node.site in ("attn", "mlp") or node.site == "head" and node.part == "z"
+        if not (node.site.startswith("resid_") or part) or node.pos is not None:
+            raise UserError(
+                f"{node}: the lens reads resid_pre, resid_mid and resid_post, and what L3.attn, L3.mlp or L2H3 writes, at every position (write no @)"
+            )
+        hook_name(model, node)
+        if lens is not None and not lens.reads(node):
+            raise UserError(f"{node}: {lens.what}")
+    return nodes
+
+
+def is_component(node: Node) -> bool:
+    return not node.site.startswith("resid_")
 
 
 def rows_at_once(model: Model) -> int:
@@ -40,97 +56,267 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return t.bmm(a[:, None], b[:, :, None])[:, 0, 0]
 
 
+def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """
+    The k largest of each row [rows, n], sorted: values and indices. The rows are cut into n / BLOCK interleaved groups; the k largest lie in the
+    groups with the k largest maxima, so that only those are looked at closely. Several times faster than topk on a vocabulary.
+    """
+    rows, n = x.shape
+    groups = n // BLOCK
+    if groups < 4 * k:
+        return x.topk(k, -1)
+    head = x[:, : groups * BLOCK].view(rows, BLOCK, groups)
+    best = head.amax(1).topk(k, -1).indices
+    ids = (best[:, :, None] + groups * t.arange(BLOCK, device=x.device)).flatten(1)
+    tail = t.arange(groups * BLOCK, n, device=x.device).expand(rows, -1)
+    ids = t.cat([ids, tail], -1)
+    top = x.gather(-1, ids).topk(k, -1)
+    return top.values, ids.gather(-1, top.indices)
+
+
+# ------------------------------------------------------------------ what a point's logits are made of
+
+
+def frozen_norm(norm: t.nn.Module, scale: Tensor, x: Tensor, model: Model) -> Tensor:
+    """A norm as the linear map it is with its scale frozen, without its bias. LayerNorm takes the mean off first."""
+    weight = norm.weight + 1 if getattr(model.cfg, "rmsnorm_uses_offset", False) else norm.weight
+    x = x if model.cfg.uses_rms_norm else x - x.mean(-1, keepdim=True)
+    return (x / scale * weight).to(x.dtype)
+
+
+def has_norm(model: Model) -> None:
+    if not hasattr(model.bridge, "ln_final") or FINAL not in model.points:
+        raise UserError(f"{model.info.architecture} has no final norm that Loupe knows: there is no lens on it")
+
+
+def names_of(model: Model, nodes: list[Node]) -> list[str]:
+    """The hook points that the nodes are read from."""
+    names = [hook_name(model, n) for n in nodes]
+    if any(is_component(n) for n in nodes):
+        model.point(SCALE)
+        names.append(SCALE)
+    names += [f"blocks.{n.layer}.ln1_post.hook_scale" for n in nodes if n.site == "head" and hasattr(model.bridge.blocks[n.layer], "ln1_post")]
+    return list(dict.fromkeys([*names, FINAL]))
+
+
+class Reader:
+    """The logits of points on one run, a few points and positions at a time."""
+
+    def __init__(self, runs: Runs, which: str, nodes: list[Node], lens: Translators | None):
+        self.model, self.nodes, self.lens = runs.model, nodes, lens
+        self.acts = runs.trace(which, names_of(runs.model, nodes))
+
+    def act(self, name: str, places: Tensor) -> Tensor:
+        x = self.acts[name][0]
+        return x[places.to(x.device)]
+
+    @t.no_grad()
+    def normed(self, node: Node, places: Tensor) -> Tensor:
+        """What the unembedding gets [place, d_model]: the stream through the final norm, or a component through the frozen one."""
+        model = self.model
+        x = self.act(hook_name(model, node), places)
+        if not is_component(node):
+            x = x.to(model.final_device)
+            return model.norm(x if self.lens is None else self.lens.translate(node, x).to(x.dtype))
+        if node.site == "head":
+            x = self.written(node, x, places)
+        x, scale = x.to(model.final_device), self.act(SCALE, places).to(model.final_device)
+        return frozen_norm(model.bridge.ln_final, scale, x, model)
+
+    def written(self, node: Node, z: Tensor, places: Tensor) -> Tensor:
+        """What one head adds to the stream, without b_O; through the frozen norm that some models put after attention."""
+        block = self.model.bridge.blocks[node.layer]
+        alone = t.zeros_like(z)
+        alone[:, node.head] = z[:, node.head]
+        out = (block.attn.o(alone.flatten(1)[None]) - block.attn.o(t.zeros_like(alone[:1]).flatten(1)[None]))[0]
+        if hasattr(block, "ln1_post"):
+            scale = self.act(f"blocks.{node.layer}.ln1_post.hook_scale", places)
+            out = frozen_norm(block.ln1_post, scale, out, self.model)
+        return out
+
+    @t.no_grad()
+    def logits(self, start: int, stop: int, places: Tensor) -> Tensor:
+        """fp32 [points x places, vocab]; a component's without b_U and before the soft cap."""
+        model, nodes = self.model, self.nodes[start:stop]
+        normed = t.cat([self.normed(n, places) for n in nodes])
+        if not any(is_component(n) for n in nodes):
+            return model.unembed(normed)
+        zero = model.bridge.unembed(t.zeros_like(normed[:1])).float()
+        direct = (model.bridge.unembed(normed).float() - zero) * model.logit_scale
+        for i, node in enumerate(nodes):
+            if not is_component(node):
+                rows = slice(i * len(places), (i + 1) * len(places))
+                direct[rows] = model.unembed(normed[rows])
+        return direct
+
+
+# ------------------------------------------------------------------ statistics
+
+
 @t.no_grad()
-def statistics(logits: Tensor, final: Tensor, answers: list[int], foils: list[int], k: int) -> dict[str, Tensor]:
-    """Of fp32 logits [rows, vocab]; `final` are the log probabilities [positions, vocab] that KL(final || this) is taken against, again and again."""
-    top, nan = logits.topk(min(k, logits.shape[-1]), -1), t.full(logits.shape[:-1], math.nan, device=logits.device)
-    logp = logits.log_softmax(-1)
-    out = {"top_ids": top.indices, "top_probs": logp.gather(-1, top.indices).exp()}
-    out |= dict.fromkeys(("prob", "rank", "logit_diff"), nan)
+def statistics(z: Tensor, final: tuple[Tensor, Tensor], answers: list[int], foils: list[int], k: int) -> dict[str, Tensor]:
+    """
+    Of fp32 logits [points x places, vocab]; their largest is taken off them in place. `final` holds the probabilities [places, vocab] that
+    KL(final || this) is taken against, and their negative entropy. One pass over the vocabulary for each line, and one exponential.
+    """
+    values, ids = largest(z, min(k, z.shape[-1]))
+    diff = z[:, answers].mean(-1) - z[:, foils].mean(-1) if answers and foils else None
+    z -= values[:, :1]
+    p = z.exp()
+    total = p.sum(-1)
+    lse, nan = total.log(), t.full(total.shape, math.nan, device=z.device)
+    out = {"top_ids": ids.int(), "top_probs": (values - values[:, :1] - lse[:, None]).exp()}
+    out |= {"prob": nan, "rank": nan, "logit_diff": nan if diff is None else diff, "lse": lse}
+    out["entropy"] = (lse - dot(p, z) / total).clamp(min=0)
     if answers:
-        out["prob"] = logp[:, answers].exp().sum(-1)
-        out["rank"] = (logits > logits[:, answers].amax(-1, keepdim=True)).sum(-1, dtype=t.int32).float()
-    if answers and foils:
-        out["logit_diff"] = logits[:, answers].mean(-1) - logits[:, foils].mean(-1)
-    del logits
-    out["entropy"] = -dot(logp.exp(), logp)
-    p = final.exp()
-    out["kl"] = (dot(p, final).repeat(len(logp) // len(final)) - t.cat([dot(p, part) for part in logp.split(len(final))])).clamp(min=0)
+        out["prob"] = p[:, answers].sum(-1) / total
+        out["rank"] = (z > z[:, answers].amax(-1, keepdim=True)).sum(-1, dtype=t.int32).float()
+    q, negative = final
+    del p
+    out["kl"] = (t.cat([negative - dot(q, part) for part in z.split(len(q))]) + lse).clamp(min=0)
     return out
+
+
+@t.no_grad()
+def pair_kl(a: Tensor, b: Tensor) -> Tensor:
+    """KL(softmax a || softmax b), row by row, of logits whose largest is about 0."""
+    p = a.softmax(-1)
+    return (dot(p, a) - dot(p, b) - a.logsumexp(-1) + b.logsumexp(-1)).clamp(min=0)
 
 
 def texts(model: Model, ids: np.ndarray) -> dict[int, str]:
     return {i: model.token_text(i) for i in np.unique(ids).tolist()}
 
 
-def lens_convention(runs: Runs) -> str:
+def lens_convention(runs: Runs, nodes: list[Node], lens: Translators | None) -> str:
+    """What matters first: it is a pane's title."""
     model = runs.model
+    parts, resids = [n for n in nodes if is_component(n)], [n for n in nodes if not is_component(n)]
     cap = f"soft cap {model.softcap:g}" if model.softcap else "no soft cap"
-    last = "KL(this run's final distribution || point's)"
-    mid = "no resid_mid (parallel block)" if model.parallel else ""
-    parts = [
-        "logit lens: final norm recomputed at each point, raw weights, no tuned lens",
-        cap,
-        last,
-        model.info.dtype,
-        mid,
-        runs.convention,
-    ]
-    return ", ".join(p for p in parts if p)
+    norm = "final norm recomputed" if resids else "final norm's scale frozen"
+    first = [*([lens.name] if lens else []), norm, "raw weights", model.info.dtype, cap]
+    rest = ["KL(this run's final distribution || point's)"]
+    if parts:
+        capped = ", before the soft cap" if model.softcap else ""
+        rest.append(f"components: direct logits, final norm's scale frozen, no biases{capped}; probabilities as if these were all the logits")
+        if any(n.site == "head" for n in parts) and any(hasattr(model.bridge.blocks[n.layer], "ln1_post") for n in parts):
+            rest.append("heads through the norm after attention, its scale frozen")
+    rest += [lens.convention if lens else "", "no resid_mid (parallel block)" if model.parallel and resids else "", runs.convention]
+    return " · ".join(first) + " · " + ", ".join(p for p in rest if p)
 
 
-def logit_lens(runs: Runs, which: str, points: tuple[str, ...], k: int) -> Generator[Progress | LensResult, None, LensResult]:
-    """The lens at points × positions, a chunk of rows at a time: vocabulary-sized tensors stay under VOCAB_BYTES each."""
-    model, row = runs.model, runs.row(which)
-    if k < 1:
+# ------------------------------------------------------------------ the table
+
+
+def others(runs: Runs, which: str, pair: bool) -> tuple[str, ...]:
+    """The runs to read for KL(clean || corrupted), beside `which`."""
+    rows = runs.rows
+    if not pair or rows["corrupt"] is None or len(rows["corrupt"].ids) != len(rows["clean"].ids):
+        return ()
+    now = runs.study.base if which == "now" and not runs.edits else which
+    return tuple(r for r in ("clean", "corrupt") if r != now)
+
+
+def final_of(model: Model, last: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities and negative entropies of the run's own predictions."""
+    logp = model.log_probs(last)
+    p = logp.exp()
+    return p, dot(p, logp)
+
+
+def read_lens(runs: Runs, ask) -> Generator[Progress | LensResult, None, LensResult]:
+    """
+    The lens at points x positions. Every position's points go one after the other, a few at a time, so that what a point promoted is a difference
+    of two rows at hand; a long prompt goes in stretches of positions. Vocabulary-sized tensors stay under VOCAB_BYTES each.
+    """
+    model, which = runs.model, ask.which
+    row = runs.row(which)
+    if ask.k < 1:
         raise UserError("k must be at least 1")
-    names = lens_points(model, points)
-    acts = runs.trace(which, [*dict.fromkeys(names.values()), FINAL])
-    seq, addresses = len(row.ids), list(names)
-    stack = t.stack([acts[n][0].to(model.final_device) for n in names.values()])
-    flat, last = stack.flatten(0, 1), acts[FINAL][0]
-    whole = model.log_probs(last) if seq <= rows_at_once(model) else None
+    if ask.kind not in LENSES:
+        raise UserError(f"{ask.kind!r} is not a lens: use {', '.join(LENSES)}")
+    has_norm(model)
+    lens = None if ask.kind == "logit" else (yield from read_translators(model, ask.kind, ask.artefact))
+    nodes = lens_points(model, ask.points, lens)
+    what = "the prompt" if which == "now" else f"the {which} prompt"
+    places = list(dict.fromkeys(find_position(p, row, what) for p in ask.positions)) or list(range(len(row.ids)))
+    with_pair, convention = others(runs, which, ask.pair), lens_convention(runs, nodes, lens)
+    readers = {r: Reader(runs, r, nodes, lens) for r in dict.fromkeys((which, *with_pair))}
+    block = min(rows_at_once(model), len(places))
+    table: list[dict[str, np.ndarray]] = []  # one for every stretch of positions, [point, place, ...]
 
-    def work(start: int, stop: int) -> dict[str, np.ndarray]:
-        places = t.arange(start, stop, device=last.device) % seq
-        aligned = whole is not None and start % seq == 0 and stop % seq == 0
-        final = whole if aligned else model.log_probs(last[places])
-        return {n: v.cpu().numpy() for n, v in statistics(model.unembed(model.norm(flat[start:stop])), final, runs.answers, runs.foils, k).items()}
+    def result(cells: dict[str, np.ndarray], first: int) -> LensResult:
+        used = np.concatenate([cells[n].ravel() for n in ("top_ids", "up_ids", "down_ids")])
+        names = tuple(str(n) for n in nodes[first : first + len(cells["entropy"])])
+        return LensResult(row, names, texts=texts(model, used), convention=convention, positions=tuple(places), kind=ask.kind, **cells)
 
-    parts, shown, convention = [], 0, lens_convention(runs)
-    size = rows_at_once(model)
-    size = size if size < seq else size // seq * seq
-
-    def result(first: int, stop: int, merged: dict[str, np.ndarray]) -> LensResult:
-        cut = {n: v[first * seq : stop * seq].reshape(stop - first, seq, *v.shape[1:]) for n, v in merged.items()}
-        ids = cut["top_ids"].astype(np.int32)
-        return LensResult(
-            row,
-            tuple(addresses[first:stop]),
-            ids,
-            cut["top_probs"],
-            *(cut[s].astype(np.float32) for s in STATS),
-            texts(model, ids),
-            convention,
-        )
-
-    for part in in_chunks(len(flat), size, work):
-        if isinstance(part, Progress):
-            yield part
-            continue
-        parts.append(part)
-        ready = sum(len(p["entropy"]) for p in parts) // seq
-        if shown < ready < len(addresses):
-            merged = {n: np.concatenate([p[n] for p in parts]) for n in parts[0]}
-            yield result(shown, ready, merged)
+    for begin in range(0, len(places), block):
+        here = t.tensor(places[begin : begin + block])
+        work, groups = stretch(runs, which, readers, nodes, here, ask.k), []
+        shown = 0
+        for part in in_chunks(len(nodes), max(1, min(CHUNK_BYTES, VOCAB_BYTES) // (4 * model.info.d_vocab * len(here))), work):
+            if isinstance(part, Progress):
+                yield part
+                continue
+            groups.append(part)
+            ready = sum(len(g["entropy"]) for g in groups)
+            if ready == len(nodes):
+                break
+            if block == len(places):
+                yield result(part, shown)
+            else:
+                yield Progress(begin * len(nodes) + ready * len(here), len(places) * len(nodes), f"{ask.kind} lens")
             shown = ready
-        elif ready < len(addresses):
-            yield Progress(sum(len(p["entropy"]) for p in parts), len(flat), "logit lens")
-    merged = {n: np.concatenate([p[n] for p in parts]) for n in parts[0]}
-    out = result(0, len(addresses), merged)
+        table.append({n: np.concatenate([g[n] for g in groups]) for n in CELLS})
+    out = result({n: np.concatenate([part[n] for part in table], 1) for n in CELLS}, 0)
     if not np.isfinite(out.entropy).all() or not np.isfinite(out.kl).all():
         raise UserError("the lens gave numbers that are not finite: load the model in float32")
     return out
+
+
+def stretch(runs: Runs, which: str, readers: dict[str, Reader], nodes: list[Node], places: Tensor, k: int) -> Callable[[int, int], dict[str, np.ndarray]]:
+    """A function that reads points [start, stop) at some positions; points must come in order, since each is compared with the one before."""
+    reader, n = readers[which], len(places)
+    final = final_of(runs.model, reader.act(FINAL, places))
+    before: dict[str, Tensor] = {}  # centred logits and log normaliser of the residual row before
+
+    def work(start: int, stop: int) -> dict[str, np.ndarray]:
+        z = reader.logits(start, stop, places)
+        out = statistics(z, final, runs.answers, runs.foils, k)
+        lse, previous = out.pop("lse"), before.get("z")
+        logs, change = before.get("lse"), t.empty_like(z)
+        offset = t.zeros_like(lse)
+        for i, node in enumerate(nodes[start:stop]):
+            rows = slice(i * n, (i + 1) * n)
+            if is_component(node):
+                t.sub(z[rows], z[rows].mean(-1, keepdim=True), out=change[rows])
+                continue
+            if previous is None:
+                change[rows], offset[rows] = 0, math.nan
+            else:
+                t.sub(z[rows], previous, out=change[rows])
+                offset[rows] = logs - lse[rows]
+            previous, logs = z[rows], lse[rows]
+        most = min(MOST, z.shape[-1])
+        up, out["up_ids"] = largest(change, most)
+        down, out["down_ids"] = largest(change.neg_(), most)
+        out["up_values"], out["down_values"] = up + offset[:, None], offset[:, None] - down
+        del change
+        out["kl_pair"] = pair(start, stop, z)
+        if previous is not None:
+            before.update(z=previous, lse=logs)
+        cells = {name: v.cpu().numpy() for name, v in out.items()}
+        cells = {name: v.astype(np.int32 if name.endswith("ids") else np.float32, copy=False) for name, v in cells.items()}
+        return {name: v.reshape(stop - start, n, *v.shape[1:]) for name, v in cells.items()}
+
+    def pair(start: int, stop: int, z: Tensor) -> Tensor:
+        if len(readers) == 1:
+            return t.full((len(z),), math.nan)
+        rest = {r: readers[r].logits(start, stop, places) for r in readers if r != which}
+        rest = {r: x - x.amax(-1, keepdim=True) for r, x in rest.items()}
+        return pair_kl(rest.get("clean", z), rest.get("corrupt", z))
+
+    return work
 
 
 # ------------------------------------------------------------------ the run and its metric

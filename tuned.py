@@ -1,0 +1,401 @@
+"""Tuned and Jacobian lenses: published artefacts read and checked against the model, and both fitted here."""
+
+import hashlib
+import json
+import os
+import pickle
+import time
+import warnings
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import huggingface_hub
+import numpy as np
+import torch as t
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from messages import FitJacobian, FitJacobianResult, Node, Progress, TuneLens, TuneLensResult, UserError
+from model import FINAL, Model, first_line, is_hub_name
+from utils import ROOT, settings
+
+SPACE = "AlignmentResearch/tuned-lens"
+CHECKPOINT = "checkpoint.safetensors"
+SAVE_EVERY = 50
+HELD_OUT = 64
+ROW_BYTES = 32 << 20
+BROKEN = (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, pickle.UnpicklingError, SafetensorError)
+READ: WeakKeyDictionary[Model, dict] = WeakKeyDictionary()
+
+
+@dataclass
+class Translators:
+    """
+    Affine maps from the stream at a depth to the last layer's, before the final norm. Depth i is the input of block i, which is the output of block
+    i - 1; the output of the last block is read as it is. `maps` holds (W, b) by depth: h + W h + b, or W h when `whole`.
+    """
+
+    name: str
+    what: str
+    convention: str
+    maps: dict[int, tuple[Tensor, Tensor | None]]
+    n_layers: int
+    whole: bool = False
+
+    def depth(self, node: Node) -> int:
+        return node.layer + (node.site == "resid_post")
+
+    def reads(self, node: Node) -> bool:
+        return node.site in ("resid_pre", "resid_post") and (self.depth(node) in self.maps or self.depth(node) == self.n_layers)
+
+    @t.no_grad()
+    def translate(self, node: Node, h: Tensor) -> Tensor:
+        if self.depth(node) == self.n_layers:
+            return h
+        weight, bias = (None if x is None else x.to(h.device) for x in self.maps[self.depth(node)])
+        out = h.float() @ weight.T
+        out = out if self.whole else h.float() + out
+        return out if bias is None else out + bias
+
+
+def unembed_hash(model: Model) -> str:
+    """As the tuned-lens package makes it: sha256 of how numpy prints the unembedding [vocab, d_model] with one digit, its corners only."""
+    weight = model.bridge.original_model.get_output_embeddings().weight.detach()
+    corners = weight.cpu() if weight.dtype != t.bfloat16 else weight.float().cpu()
+    with np.printoptions(threshold=1000, edgeitems=3, linewidth=75, suppress=False):
+        return hashlib.sha256(np.array_str(corners.numpy(), precision=1).encode()).hexdigest()
+
+
+def is_this_model(model: Model, what: str, name: str | None, its_hash: str | None) -> None:
+    """By the hash of the unembedding where there is one, else by the last part of the model's name."""
+    if its_hash:
+        if its_hash != unembed_hash(model):
+            raise UserError(f"{what} is for another model{f' ({name})' if name else ''}: its hash of the unembedding is not {model.info.name}'s")
+    elif name and Path(name).name not in (Path(model.info.name).name, model.folder.resolve().name, model.base.resolve().name):
+        raise UserError(f"{what} is for {name}, and the model is {model.info.name}: load that model, or give its own lens")
+
+
+def read_translators(model: Model, kind: str, artefact: str) -> Generator[Progress, None, Translators]:
+    """Read an artefact, or give the one read before when its file is still the same."""
+    file = yield from (find_tuned if kind == "tuned" else find_jacobian)(model, artefact)
+    key = (kind, str(file), file.stat().st_mtime_ns)
+    known = READ.setdefault(model, {})
+    if key not in known:
+        known.clear()
+        known[key] = read_tuned(model, file) if kind == "tuned" else read_jacobian(model, file)
+    return known[key]
+
+
+def fetch(model: Model, name: str, **where) -> Path:
+    """A hub file, from the cache when it is there."""
+    try:
+        try:
+            return Path(huggingface_hub.hf_hub_download(**where, local_files_only=True))
+        except LocalEntryNotFoundError:
+            return Path(huggingface_hub.hf_hub_download(**where, etag_timeout=10, token=settings().get("HF_TOKEN") or False))
+    except (EntryNotFoundError, HFValidationError, HfHubHTTPError, HTTPError, OSError) as error:
+        missing = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+        why = "the hub has none" if missing else "it is not in the hub cache and can't be downloaded"
+        raise UserError(f"no lens for {name}: {why}; give the artefact's folder, or fit one (uv run engine.py tune-lens)") from error
+
+
+# ------------------------------------------------------------------ the tuned lens: reading
+
+
+def find_tuned(model: Model, artefact: str) -> Generator[Progress, None, Path]:
+    """The file of parameters: in the folder named, beside the model, or in the tuned lens' hub space under the model's name."""
+    path = Path(artefact).expanduser() if artefact else model.folder / "tuned_lens"
+    path = path.parent if path.is_file() else path
+    if path.is_dir():
+        files = [path / n for n in ("params.safetensors", "params.pt") if (path / n).is_file()]
+        if not files or not (path / "config.json").is_file():
+            raise UserError(f"{path} is not a tuned lens: it needs config.json and params.pt (or params.safetensors)")
+        return files[0]
+    name = artefact or model.info.name
+    if not is_hub_name(name) or name == "zoo":
+        raise UserError(f"no tuned lens at {path}: give its folder, or fit one (uv run engine.py tune-lens --model {model.info.name})")
+    where = {"repo_id": SPACE, "repo_type": "space", "subfolder": f"lens/{name}"}
+    yield Progress(0, 0, f"looking for the tuned lens of {name}")
+    fetch(model, name, filename="config.json", **where)
+    return fetch(model, name, filename="params.pt", **where)
+
+
+def read_tuned(model: Model, file: Path) -> Translators:
+    folder, info = file.parent, model.info
+    what = f"the tuned lens {folder}"
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        size = {n: int(config[n]) for n in ("d_model", "num_hidden_layers")}
+        name, its_hash = config.get("base_model_name_or_path"), config.get("unembed_hash")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{what} has a config.json that can't be read ({type(error).__name__}: {first_line(error)})") from error
+    if config.get("lens_type", "linear_tuned_lens") != "linear_tuned_lens":
+        raise UserError(f"{what} is of type {config['lens_type']!r}: Loupe reads linear tuned lenses")
+    if size != {"d_model": info.d_model, "num_hidden_layers": info.n_layers}:
+        raise UserError(
+            f"{what} is for another model: it has {size['num_hidden_layers']} layers of width {size['d_model']},"
+            f" and {info.name} has {info.n_layers} of width {info.d_model}"
+        )
+    is_this_model(model, what, name, its_hash)
+    try:
+        state = load_file(file) if file.suffix == ".safetensors" else t.load(file, map_location="cpu", weights_only=True)
+        state = {k.removeprefix("layer_translators."): v.float() for k, v in state.items()}
+    except BROKEN as error:
+        raise UserError(f"{file} is truncated or not a tuned lens ({first_line(error)}): copy or download it again") from error
+    wanted = {f"{i}.weight": (info.d_model, info.d_model) for i in range(info.n_layers)}
+    if config.get("bias", True):
+        wanted |= {f"{i}.bias": (info.d_model,) for i in range(info.n_layers)}
+    wrong = [k for k, shape in wanted.items() if k not in state or tuple(state[k].shape) != shape or not state[k].isfinite().all()]
+    if wrong:
+        raise UserError(f"{file} lacks {wrong[0]} of the right shape, or it is not finite: copy or download it again")
+    maps = {i: (state[f"{i}.weight"].to(model.final_device), state.get(f"{i}.bias")) for i in range(info.n_layers)}
+    reads = "a tuned lens reads resid_pre and resid_post (what stands between blocks), not the middle of one or a component"
+    note = f"h + W h + b before the final norm, from {folder}"
+    return Translators("tuned lens", reads, note, maps, info.n_layers)
+
+
+# ------------------------------------------------------------------ the tuned lens: fitting
+
+
+def windows(model: Model, file: Path, length: int, seed: int) -> Tensor:
+    """A text file as rows of `length` tokens, BOS first where the model wants it, in a random order; a shuffle by `seed`."""
+    if not file.is_file():
+        raise UserError(f"no text at {file}: give a text file")
+    if not 2 <= length <= model.info.n_ctx:
+        raise UserError(f"length must be 2 to {model.info.n_ctx}, the model's context")
+    ids = model.encode(file.read_text(encoding="utf-8", errors="replace"))[0]
+    ids = [i for i in ids if i < model.n_embed]
+    bos = [model.bos] * (model.info.default_bos and model.bos is not None)
+    own = length - len(bos)
+    rows = [bos + ids[i : i + own] for i in range(0, len(ids) - own + 1, own)]
+    if len(rows) < 4:
+        raise UserError(f"{file} has {len(ids)} tokens: a fit needs at least {4 * own}")
+    return t.tensor(rows)[t.randperm(len(rows), generator=t.Generator().manual_seed(seed))]
+
+
+def corpus(text: str) -> Path:
+    return Path(text).expanduser() if text else ROOT / "zoo" / "corpus.txt"
+
+
+def log_probs(model: Model, h: Tensor) -> Tensor:
+    """The model's own read-out of a stream [rows, d_model], with gradients."""
+    logits = model.bridge.unembed(model.bridge.ln_final(h.to(model.dtype))).float() * model.logit_scale
+    logits = logits if not model.softcap else model.softcap * t.tanh(logits / model.softcap)
+    return logits.log_softmax(-1)
+
+
+def stream_names(model: Model) -> list[str]:
+    return [f"blocks.{i}.hook_resid_pre" for i in range(model.info.n_layers)]
+
+
+def kl_by_layer(model: Model, ids: Tensor, weight: Tensor | None, bias: Tensor | None, backward: bool = False) -> Tensor:
+    """Mean KL(final || lens) at every depth [layer], a stretch of rows at a time; with `backward`, gradients of their mean are left on the parameters."""
+    names = stream_names(model)
+    acts = model.forward(ids, [*names, FINAL])[1]
+    last = acts[FINAL].flatten(0, 1)
+    stream = [acts[n].flatten(0, 1).to(model.final_device) for n in names]
+    total = t.zeros(len(names))
+    size = max(1, ROW_BYTES // (4 * model.info.d_vocab))
+    for begin in range(0, len(last), size):
+        rows = slice(begin, begin + size)
+        final = model.log_probs(last[rows])
+        p = final.exp()
+        for i, h in enumerate(stream):
+            with t.set_grad_enabled(backward):
+                x = h[rows].float()
+                x = x if weight is None else x + x @ weight[i].T + bias[i]
+                kl = (p * (final - log_probs(model, x))).sum() / len(last)
+                if backward:
+                    (kl / len(names)).backward()
+            total[i] += kl.detach().cpu()
+    return total
+
+
+def save(out: Path, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Whole or not at all."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, out / f".{name}", metadata)
+        os.replace(out / f".{name}", out / name)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{out / name} can't be written: {first_line(error)}") from error
+
+
+def restore(out: Path, recipe: str, params: list[t.nn.Parameter], optimiser: t.optim.Optimizer) -> tuple[int, list[float]]:
+    """Parameters, optimiser and losses from the checkpoint, which must have been made with the same recipe."""
+    file = out / CHECKPOINT
+    if not file.is_file():
+        raise UserError(f"nothing to resume: {out} has no {CHECKPOINT}. Start without resume")
+    try:
+        with safe_open(file, "pt") as h:
+            theirs, got = h.metadata()["recipe"], {k: h.get_tensor(k) for k in h.keys()}
+        if theirs != recipe:
+            raise UserError(f"the checkpoint in {out} was made with other settings ({theirs}): give the same, or start without resume")
+        for i, p in enumerate(params):
+            p.data.copy_(got[f"param.{i}"])
+            moments = {n: got[f"{n}.{i}"].to(p.device) for n in ("exp_avg", "exp_avg_sq")}
+            optimiser.state[p] = {"step": got["step"].float().clone(), **moments}
+        return int(got["step"]), got["losses"].tolist()
+    except BROKEN as error:
+        raise UserError(f"{file} is truncated or not a checkpoint ({first_line(error)}): start without resume") from error
+
+
+def tune(model: Model, ask: TuneLens) -> Generator[Progress, None, TuneLensResult]:
+    """
+    Fit translators h + W h + b, from W = 0 and b = 0, to KL(final || lens), all layers at once, by Adam with a rate that falls linearly to 0. A tenth
+    of the text is held out. A cancelled fit leaves a checkpoint; every step's batch follows from the seed, so that a resumed fit is the same fit.
+    """
+    if min(ask.steps, ask.batch) < 1 or not 0 < ask.lr < 1:
+        raise UserError("steps and batch must be at least 1, and the learning rate between 0 and 1")
+    if FINAL not in model.points:
+        raise UserError(f"{model.info.architecture} has no final norm that Loupe knows: there is no lens on it")
+    [model.point(n) for n in stream_names(model)]
+    start, file, out, info = time.time(), corpus(ask.text), Path(ask.out).expanduser(), model.info
+    rows = windows(model, file, ask.length, ask.seed)
+    held, rows = rows[: min(HELD_OUT, max(1, len(rows) // 10))], rows[min(HELD_OUT, max(1, len(rows) // 10)) :]
+    text_hash = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    recipe = f"steps {ask.steps}, batch {ask.batch}, length {ask.length}, lr {ask.lr:g}, seed {ask.seed}, text {text_hash}, model {unembed_hash(model)[:16]}"
+    device = model.final_device
+    weight = t.nn.Parameter(t.zeros(info.n_layers, info.d_model, info.d_model, device=device))
+    bias = t.nn.Parameter(t.zeros(info.n_layers, info.d_model, device=device))
+    optimiser = t.optim.Adam([weight, bias], lr=ask.lr)
+    step, losses = restore(out, recipe, [weight, bias], optimiser) if ask.resume else (0, [])
+
+    def keep() -> None:
+        state = {f"param.{i}": p for i, p in enumerate((weight, bias))} | {"step": t.tensor(step), "losses": t.tensor(losses, dtype=t.float64)}
+        state |= {f"{n}.{i}": optimiser.state[p][n] for i, p in enumerate((weight, bias)) for n in ("exp_avg", "exp_avg_sq") if step}
+        save(out, CHECKPOINT, state, {"recipe": recipe})
+
+    per_epoch = max(1, len(rows) // ask.batch)
+    try:
+        while step < ask.steps:
+            yield Progress(step, ask.steps, f"tuned lens: {f'KL {losses[-1]:.4f} nats' if losses else 'starting'}")
+            epoch, place = divmod(step, per_epoch)
+            order = t.randperm(len(rows), generator=t.Generator().manual_seed(ask.seed * 1_000_003 + epoch))
+            optimiser.param_groups[0]["lr"] = ask.lr * (1 - step / ask.steps)
+            optimiser.zero_grad(set_to_none=True)
+            loss = kl_by_layer(model, rows[order[place * ask.batch : (place + 1) * ask.batch]], weight, bias, backward=True).mean().item()
+            if not np.isfinite(loss):
+                raise UserError("the fit's KL is not finite: load the model in float32 or lower the learning rate")
+            t.nn.utils.clip_grad_norm_([weight, bias], 1.0)
+            optimiser.step()
+            step, losses = step + 1, [*losses, loss]
+            if step % SAVE_EVERY == 0 and step < ask.steps:
+                keep()
+    except GeneratorExit:
+        if step:
+            keep()
+        raise
+    before, after = t.zeros(info.n_layers), t.zeros(info.n_layers)
+    for i in range(0, len(held), ask.batch):
+        yield Progress(i, len(held), "tuned lens: KL on held-out text")
+        some = held[i : i + ask.batch]
+        before += kl_by_layer(model, some, None, None) * len(some) / len(held)
+        after += kl_by_layer(model, some, weight.detach(), bias.detach()) * len(some) / len(held)
+    config = {
+        "base_model_name_or_path": info.name,
+        "d_model": info.d_model,
+        "num_hidden_layers": info.n_layers,
+        "bias": True,
+        "base_model_revision": None,
+        "unembed_hash": unembed_hash(model),
+        "lens_type": "linear_tuned_lens",
+        "kl_before": [round(v, 5) for v in before.tolist()],
+        "kl_after": [round(v, 5) for v in after.tolist()],
+        "held_out_tokens": held.numel(),
+        "text": file.name if file.is_relative_to(ROOT) else str(file),
+        "text_sha256": text_hash,
+        "fit": {"steps": ask.steps, "batch": ask.batch, "length": ask.length, "lr": ask.lr, "seed": ask.seed, "optimiser": "Adam, linear decay"},
+    }
+    save(out, "params.safetensors", {f"{i}.weight": weight[i] for i in range(info.n_layers)} | {f"{i}.bias": bias[i] for i in range(info.n_layers)})
+    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    (out / CHECKPOINT).unlink(missing_ok=True)
+    points = tuple(f"L{i}.resid_pre" for i in range(info.n_layers))
+    note = f"mean KL(final || lens) in nats on {held.numel()} held-out tokens of {file.name} · {recipe} · raw weights · {info.dtype}"
+    curves = (x.numpy().astype(np.float32) for x in (before, after))
+    return TuneLensResult(str(out), points, *curves, np.array(losses, np.float32), step, held.numel(), time.time() - start, note)
+
+
+# ------------------------------------------------------------------ the Jacobian lens, through TransformerLens's own tool
+
+
+def find_jacobian(model: Model, artefact: str) -> Generator[Progress, None, Path]:
+    from transformer_lens.tools.analysis import jacobian_lens
+
+    path = Path(artefact).expanduser() if artefact else model.folder / "jacobian_lens.pt"
+    if path.is_file():
+        return path
+    if path.is_dir():
+        files = sorted(path.glob("*.pt"))
+        if len(files) != 1:
+            raise UserError(f"{path} holds {len(files)} .pt files: give the one that is the Jacobian lens")
+        return files[0]
+    name = artefact or model.info.name
+    entry = jacobian_lens._resolve_registry_entry(name)
+    if entry is None:
+        raise UserError(f"no Jacobian lens at {path}, and none is published for {name}: give its .pt file, or fit one (uv run engine.py fit-jacobian)")
+    yield Progress(0, 0, f"looking for the Jacobian lens of {name}")
+    return fetch(model, name, repo_id=entry[0], filename=entry[1])
+
+
+def read_jacobian(model: Model, file: Path) -> Translators:
+    from transformer_lens.tools.analysis.jacobian_lens import JacobianLens
+
+    what = f"the Jacobian lens {file}"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            lens = JacobianLens.load(str(file))
+    except BROKEN as error:
+        raise UserError(f"{file} is truncated or not a Jacobian lens ({first_line(error)}): copy or download it again") from error
+    skip = lens.metadata.get("skip_first_positions", 16)
+    is_this_model(model, what, lens.metadata.pop("model_name", None), lens.metadata.get("unembed_hash"))
+    try:
+        lens.validate_model(model.bridge)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{what} does not fit {model.info.name}: {first_line(error)}") from error
+    if not all(m.isfinite().all() for m in lens.jacobians.values()):
+        raise UserError(f"{file} holds numbers that are not finite: copy or download it again")
+    maps = {layer + 1: (m.to(model.final_device), None) for layer, m in lens.jacobians.items()}
+    reads = f"a Jacobian lens reads block outputs (L0.resid_post on) and no component; this one has layers {lens.source_layers[0]} to {lens.source_layers[-1]}"
+    note = f"J h before the final norm, mean over {lens.n_prompts} prompts, fitted without the first {skip} positions and the last (read them with care)"
+    return Translators("Jacobian lens", reads, note, maps, model.info.n_layers, whole=True)
+
+
+def fit_jacobian(model: Model, ask: FitJacobian) -> Generator[Progress, None, FitJacobianResult]:
+    """TransformerLens's fit, a prompt at a time so that it can be cancelled between two; the mean is merged by its own function."""
+    from transformer_lens.tools.analysis.jacobian_lens import JacobianLens
+
+    start, file, out = time.time(), corpus(ask.text), Path(ask.out).expanduser()
+    if ask.prompts < 1 or not 0 <= ask.skip < ask.length - 2:
+        raise UserError("a fit needs at least one prompt, and length must be larger than skip + 2")
+    if model.info.n_layers < 2:
+        raise UserError("a Jacobian lens needs a model of at least two layers")
+    rows = windows(model, file, ask.length, ask.seed)[: ask.prompts].tolist()
+    known = {"unembed_hash": unembed_hash(model), "seed": ask.seed}
+    lens, change = None, float("inf")
+    for i, row in enumerate(rows):
+        yield Progress(i, len(rows), f"Jacobian lens: {f'changed by {change:.3f}' if i > 1 else 'prompt by prompt'}")
+        text = model.tokenizer.decode(row[row[:1] == [model.bos] :], clean_up_tokenization_spaces=False)
+        settings_ = {"corpus": file.name, "dim_batch": min(32, model.info.d_model), "max_seq_len": ask.length, "skip_first_positions": ask.skip}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                one = JacobianLens.fit(model.bridge, [text], show_progress=False, metadata=dict(known), **settings_)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"TransformerLens can't fit a Jacobian lens to {model.info.name}: {first_line(error)}") from error
+        merged = one if lens is None else JacobianLens.merge([lens, one])
+        if lens is not None:
+            change = float(np.mean([((merged.jacobians[n] - m).norm() / m.norm()).item() for n, m in lens.jacobians.items()]))
+        lens = merged
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lens.save(str(out), dtype=t.float32)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{out} can't be written: {first_line(error)}") from error
+    note = f"mean over {lens.n_prompts} prompts of {ask.length} tokens of {file.name}, first {ask.skip} positions and the last left out · raw weights · {model.info.dtype}"
+    return FitJacobianResult(str(out), tuple(lens.source_layers), lens.n_prompts, change if np.isfinite(change) else 0.0, time.time() - start, note)

@@ -1,15 +1,29 @@
-"""Attention: the patterns of a layer, and a few statistics of every head."""
+"""Attention: the patterns of a layer, statistics and pattern detectors of every head, means over the prompt set."""
 
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from dataclasses import replace
 
 import numpy as np
 import torch as t
 from torch import Tensor
 
-from messages import RUNS, STATS, WHICH, AttentionResult, HeadStatsResult, Progress, UserError
-from model import Edit, Model
-from patching import Runs
+from messages import (
+    DETECTORS,
+    RUNS,
+    STATS,
+    WHICH,
+    AttentionResult,
+    AttentionSetResult,
+    DetectResult,
+    HeadStatsResult,
+    Progress,
+    Prompt,
+    Study,
+    UserError,
+)
+from model import Edit, Model, in_chunks
+from patching import BATCH, Runs, prepare, read_study
 
 RANDOM_ROWS, RANDOM_LENGTH = 4, 50
 
@@ -23,20 +37,49 @@ def pattern_name(layer: int) -> str:
     return f"blocks.{layer}.attn.hook_pattern"
 
 
-def attention(runs: Runs, layer: int, which: str) -> AttentionResult:
-    """Patterns of one layer's heads, [head, destination, source], of a run or a difference."""
-    check_which(which)
-    model = runs.model
+def check_layer(model: Model, layer: int) -> None:
     if not 0 <= layer < model.info.n_layers:
         raise UserError(f"there is no layer {layer}: the model has layers 0 to {model.info.n_layers - 1}")
+
+
+def kv_head(model: Model, head: int) -> int:
+    """The key/value head that a query head reads."""
+    return head // (model.info.n_heads // model.info.n_kv_heads)
+
+
+def subtract(sides: list[dict]) -> dict:
+    """The first, or the first minus the second."""
+    return sides[0] if len(sides) == 1 else {k: sides[0][k] - sides[1][k] for k in sides[0]}
+
+
+@t.no_grad()
+def value_norms(model: Model, layer: int, v: Tensor) -> Tensor:
+    """|| v W_O || of every head and position, [head, seq], from values [seq, kv head, d_head] (b_V inside, b_O and later norms not)."""
+    w = model.bridge.blocks[layer].attn.W_O.float()
+    rows = []
+    for h in range(model.info.n_heads):
+        rows.append((v[:, kv_head(model, h)].float() @ w[h]).norm(dim=-1))
+    return t.stack(rows)
+
+
+def attention(runs: Runs, layer: int, which: str, weighted: bool = False) -> AttentionResult:
+    """Patterns of one layer's heads, [head, destination, source], of a run or a difference; weighted by the norms of what the values write."""
+    check_which(which)
+    model = runs.model
+    check_layer(model, layer)
     sides = runs.pair(which) if "-" in which else (which,)
-    name = pattern_name(layer)
-    patterns = [runs.trace(s, [name])[name][0].float().cpu().numpy() for s in sides]
+    name, value = pattern_name(layer), f"blocks.{layer}.attn.hook_v"
+    patterns = []
+    for s in sides:
+        acts = runs.trace(s, [name, value] if weighted else [name])
+        pattern = acts[name][0].float()
+        patterns.append((pattern * value_norms(model, layer, acts[value][0])[:, None] if weighted else pattern).cpu().numpy())
     if not all(np.isfinite(p).all() for p in patterns):
         raise UserError("the attention patterns are not finite: load the model in float32")
     pattern = patterns[0] - patterns[1] if len(patterns) == 2 else patterns[0]
-    parts = [f"attention after the softmax, [destination, source], of query heads, {which}", model.info.dtype, runs.convention]
-    return AttentionResult(runs.row(sides[0]), layer, pattern, which, ", ".join(p for p in parts if p))
+    what = "attention x || v W_O || (b_V inside, b_O not" + (", values of kv groups)" if model.info.n_kv_heads < model.info.n_heads else ")")
+    parts = [f"{what if weighted else 'attention after the softmax'}, [destination, source], of query heads, {which}", model.info.dtype, runs.convention]
+    return AttentionResult(runs.row(sides[0]), layer, pattern, which, ", ".join(p for p in parts if p), weighted)
 
 
 @t.no_grad()
@@ -125,3 +168,177 @@ def head_stats(runs: Runs, which: str, source: str, pair: tuple[int, int] | None
     parts = [f"head statistics on {'the prompt' if source == 'prompt' else 'random repeated tokens'}, {which}", note]
     parts += [model.info.dtype, runs.convention if source == "prompt" else ""]
     return HeadStatsResult(stats, which, source, ", ".join(p for p in parts if p))
+
+
+# ------------------------------------------------------------------ pattern detectors
+
+
+def wanted(ids: tuple[int, ...], pattern: str, cells: tuple[tuple[int, int], ...]) -> Tensor:
+    """The detection pattern, ones in the wanted cells, [destination, source]."""
+    n = len(ids)
+    if cells:
+        for cell in cells:
+            if len(cell) != 2 or not 0 <= cell[1] <= cell[0] < n:
+                raise UserError(f"cell {tuple(cell)}: write (destination, source) with the source not after the destination, positions 0 to {n - 1}")
+        out = t.zeros(n, n)
+        out[tuple(t.tensor(cells).T)] = 1
+        return out
+    if pattern not in DETECTORS:
+        raise UserError(f"{pattern!r} is not a detector: use one of {', '.join(DETECTORS)}, or give cells")
+    kind = {"previous_token_head": "previous", "duplicate_token_head": "duplicate", "induction_head": "induction"}[pattern]
+    return masks(t.tensor([ids]))[kind][0].float()
+
+
+def detector_scores(pattern: Tensor, want: Tensor, exclude_bos: bool, exclude_current_token: bool, error_measure: str) -> Tensor:
+    """transformer_lens.head_detector's score of patterns [head, destination, source]; NaN where everything a head attends to is excluded."""
+    keep = t.ones_like(want)
+    if exclude_bos:
+        keep[:, 0] = 0
+    if exclude_current_token:
+        keep.fill_diagonal_(0)
+    if error_measure == "mul":
+        kept = pattern * keep
+        return (kept * want).sum((1, 2)) / kept.sum((1, 2))
+    return 1 - ((pattern - want).abs() * keep).sum((1, 2)) / len(want)
+
+
+def detect(
+    runs: Runs, which: str, pattern: str, cells: tuple[tuple[int, int], ...], exclude_bos: bool, exclude_current_token: bool, error_measure: str
+) -> DetectResult:
+    """How well every head's attention matches a pattern, [layer, head]."""
+    check_which(which)
+    if error_measure not in ("mul", "abs"):
+        raise UserError(f"{error_measure!r} is not a measure: use mul or abs")
+    model = runs.model
+    sides = runs.pair(which) if "-" in which else (which,)
+    hooks, scores, found = [pattern_name(layer) for layer in range(model.info.n_layers)], [], []
+    for s in sides:
+        want, acts = wanted(runs.row(s).ids, pattern, cells), runs.trace(s, hooks)
+        found.append(want)
+        rows = [detector_scores(acts[n][0].double().cpu(), want.double(), exclude_bos, exclude_current_token, error_measure) for n in hooks]
+        scores.append(t.stack(rows).numpy())
+    if np.isinf(np.stack(scores)).any():
+        raise UserError("the attention patterns are not finite: load the model in float32")
+    out = scores[0] - scores[1] if len(scores) == 2 else scores[0]
+    what = f"attention in {len(cells)} given cells" if cells else DETECTORS[pattern]
+    measure = "part of all attention that lies there" if error_measure == "mul" else "1 - mean absolute difference per destination"
+    left_out = [w for w, on in (("first token", exclude_bos), ("current token", exclude_current_token)) if on]
+    parts = [
+        f"{what}, {which}",
+        f"{error_measure}: {measure}",
+        f"without the {' and the '.join(left_out)}" if left_out else "",
+        model.info.dtype,
+        runs.convention,
+    ]
+    spots = tuple((int(i), int(j)) for i, j in found[0].nonzero().tolist())
+    return DetectResult(runs.row(sides[0]), which, out.astype(np.float32), spots, ", ".join(p for p in parts if p))
+
+
+# ------------------------------------------------------------------ the prompt set
+
+
+def read_set(study: Study) -> list[tuple[int, Prompt]]:
+    """The prompts of the set, with their indices."""
+    if not study.prompt_set:
+        raise UserError("there is no prompt set: open one first")
+    return list(enumerate(study.prompt_set))
+
+
+Work = Callable[[list[Runs], str, Tensor, list[Edit]], list[dict[str, np.ndarray]]]
+
+
+def over_set(
+    model: Model, study: Study, members: list[tuple[int, Prompt]], which: str, work: Work, text: str
+) -> Generator[Progress, None, list[dict[str, np.ndarray]]]:
+    """
+    work(runs, side, ids [batch, seq], edits) of every member, one dict a prompt, in the order of `members`; subtracted for a difference. Runs in
+    batches of prompts of equal length; under interventions, whose values differ from prompt to prompt, one prompt at a time.
+    """
+    sides, done = which.split("-"), 0
+    order: list[list[dict | None]] = [[None] * len(members) for _ in sides]
+    everyone: list[Runs] = []
+    for i, prompt in members:
+        try:
+            runs = read_study(model, replace(study, prompt=prompt, interventions=()))
+            _ = runs.pair(which) if "-" in which else runs.row(which)
+        except UserError as error:
+            raise UserError(f"prompt {i + 1} of the set: {error}") from error
+        everyone.append(runs)
+    for place, side in enumerate(sides):
+        if side == "now" and study.interventions:
+            for j, (i, prompt) in enumerate(members):
+                try:
+                    runs = yield from prepare(model, replace(study, prompt=prompt))
+                    order[place][j] = work([runs], side, t.tensor([runs.row(side).ids]), runs.edits)[0]
+                except UserError as error:
+                    raise UserError(f"prompt {i + 1} of the set: {error}") from error
+                done += 1
+                yield Progress(done, len(members) * len(sides), text)
+            continue
+        for length in sorted({len(r.row(side).ids) for r in everyone}):
+            same = [j for j, r in enumerate(everyone) if len(r.row(side).ids) == length]
+
+            def batch(start: int, stop: int, same: list[int] = same, side: str = side) -> tuple[list[int], list[dict]]:
+                these = same[start:stop]
+                return these, work([everyone[j] for j in these], side, t.tensor([everyone[j].row(side).ids for j in these]), [])
+
+            for part in in_chunks(len(same), BATCH, batch):
+                if isinstance(part, Progress):
+                    yield part
+                    continue
+                for j, value in zip(*part):
+                    order[place][j] = value
+                done += len(part[0])
+                yield Progress(done, len(members) * len(sides), text)
+    return [subtract([side[j] for side in order]) for j in range(len(members))]
+
+
+def attention_set(model: Model, study: Study, which: str, labels: tuple[str, ...] = ()) -> Generator[Progress, None, AttentionSetResult]:
+    """Mean attention between labelled positions over the prompt set, [layer, head, destination label, source label]."""
+    check_which(which)
+    members = read_set(study)
+    names = labels or common_labels(model, study, members, which)
+    hooks = [pattern_name(layer) for layer in range(model.info.n_layers)]
+
+    def work(group: list[Runs], side: str, ids: Tensor, edits: list[Edit]) -> list[dict[str, np.ndarray]]:
+        spots = t.tensor([[r.position(side, n) for n in names] for r in group])
+        rows, got = t.arange(len(group))[:, None, None], []
+
+        def grab(x: Tensor) -> None:
+            where = [i.to(x.device) for i in (rows, spots[:, :, None], spots[:, None, :])]
+            got.append(x.detach()[where[0], :, where[1], where[2]].float().permute(0, 3, 1, 2).cpu())
+
+        model.forward(ids, edits=[*edits, *((n, grab) for n in hooks)])
+        cells = t.stack(got, 1).double()
+        for j, spot in enumerate(spots):
+            cells[j][:, :, spot[:, None] < spot[None, :]] = math.nan
+        return [{"cells": c.numpy()} for c in cells]
+
+    found = yield from over_set(model, study, members, which, work, "attention over the prompt set")
+    cells = np.stack([row["cells"] for row in found])
+    counts = (~np.isnan(cells[:, 0, 0])).sum(0)
+    if np.isinf(cells).any() or (np.isnan(cells).all((1, 2)) != np.isnan(cells).any((1, 2))).any():
+        raise UserError("the attention patterns are not finite: load the model in float32")
+    safe = np.maximum(counts, 1)
+    mean = np.where(counts > 0, np.nansum(cells, 0) / safe, math.nan)
+    std = np.where(counts > 0, np.sqrt(np.nansum((cells - mean) ** 2, 0) / safe), math.nan)
+    done = f"now = {study.base} under {', '.join(str(i) for i in study.interventions)}" if "now" in which and study.interventions else ""
+    parts = [f"mean attention after the softmax over {len(members)} prompts of the set, [destination, source] labels, {which}", model.info.dtype, done]
+    used = np.array([i for i, _ in members], np.int32)
+    words = ", ".join(p for p in parts if p)
+    return AttentionSetResult(which, tuple(names), mean.astype(np.float32), std.astype(np.float32), counts.astype(np.int32), used, words)
+
+
+def common_labels(model: Model, study: Study, members: list[tuple[int, Prompt]], which: str) -> tuple[str, ...]:
+    """The labels that every prompt of the set has in the runs that are read, in the first prompt's order of positions."""
+    rows = []
+    for i, prompt in members:
+        try:
+            runs = read_study(model, replace(study, prompt=prompt, interventions=()))
+            rows += [runs.row(s) for s in which.split("-")]
+        except UserError as error:
+            raise UserError(f"prompt {i + 1} of the set: {error}") from error
+    shared = [n for n in sorted(rows[0].labels, key=rows[0].labels.get) if all(n in r.labels for r in rows)]
+    if len(shared) < 2:
+        raise UserError('the prompts of the set share no label but END: give them labels, such as "labels": {"S2": 38}')
+    return tuple(shared)

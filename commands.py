@@ -53,6 +53,13 @@ from messages import (
     parse_node,
     read_prompt_set,
     to_json,
+    Composition,
+    CompositionResult,
+    HeadWeights,
+    HeadWeightsResult,
+    SINGULAR,
+    Singular,
+    SingularResult,
 )
 from utils import settings, show_number, show_token
 
@@ -266,6 +273,37 @@ class CheckCommand(Options):
 
 
 @dataclass
+class WeightsCommand(Options):
+    """What a head's or an MLP's weights say, without a prompt."""
+
+    head: str = "L0H0"
+    """a head such as L2H3; for the views of an MLP, L2.mlp"""
+    view: str = "tokens"
+    """tokens (OV and QK pairs, copying score), composition, or singular directions of OV, QK, mlp_in, mlp_gate, mlp_out"""
+    k: int = 10
+    r: int = 5
+    """number of singular directions"""
+    distance: int = 0
+    """destination minus source position, for rotary models"""
+    mlp0: bool = False
+    """take embedding plus MLP 0 of it for a token's vector"""
+
+    def request(self) -> HeadWeights | Composition | Singular:
+        node = parse_node(self.head)
+        wanted = "mlp" if self.view.startswith("mlp") else "head"
+        if node.site != wanted or self.view not in ("tokens", "composition", *SINGULAR):
+            raise UserError(
+                f"{self.head}, view {self.view}: write --head L2H3 with view tokens, composition, OV or QK, --head L2.mlp with {', '.join(n for n in SINGULAR if 'mlp' in n)}"
+            )
+        match self.view:
+            case "tokens":
+                return HeadWeights(node.layer, node.head, self.k, self.distance, self.mlp0)
+            case "composition":
+                return Composition(node.layer, node.head)
+        return Singular(node.layer, node.head, self.view, self.r, self.k)
+
+
+@dataclass
 class ServeCommand:
     """Answer requests on stdin and stdout, for tui.py."""
 
@@ -280,6 +318,7 @@ COMMANDS = {
     "attribution": AttributionCommand,
     "detect": DetectCommand,
     "check": CheckCommand,
+    "weights": WeightsCommand,
     "serve": ServeCommand,
 }
 
@@ -374,7 +413,7 @@ def show_heads(out: Console, r: HeadStatsResult) -> None:
 
 def show_cells(out: Console, cells: AttributionCells, spread: AttributionCells | None = None) -> None:
     """Heads as layers x heads, then the other cells as rows; with the spread behind a +-."""
-    word = lambda a, b: show_number(float(a), 4) + ("" if spread is None else f" +-{float(b):.3f}")  # noqa: E731
+    word = lambda a, b: show_number(float(a), 6) + ("" if spread is None else f" +-{float(b):.3f}")  # noqa: E731
     other = spread or cells
     heads = table("heads", "layer", *(f"H{h}" for h in range(cells.heads.shape[1])), "b_O", "MLP")
     for layer, row in enumerate(cells.heads):
@@ -399,7 +438,7 @@ def show_attribution(out: Console, r: AttributionResult) -> None:
 def show_sources(out: Console, r: AttributionSourcesResult) -> None:
     rows = table(f"L{r.layer}H{r.head} at {r.pos}, by source", "", "token", "attention", "logit")
     for j, (x, p, v) in enumerate(zip(r.tokens.texts, r.pattern.tolist(), r.sources.tolist())):
-        rows.add_row(str(j), plain(show_token(x)), f"{p:.3f}", show_number(v, 4))
+        rows.add_row(str(j), plain(show_token(x)), f"{p:.3f}", show_number(v))
     out.print(rows)
     out.print(plain(f"sum {r.total:.4f}  error {r.error:.1e}  interventions {r.interventions:.4f}", CYAN))
     out.print(plain(r.convention, GRAY))
@@ -408,7 +447,7 @@ def show_sources(out: Console, r: AttributionSourcesResult) -> None:
 def show_neurons(out: Console, r: AttributionNeuronsResult) -> None:
     rows = table(f"L{r.layer}.mlp at {r.pos}, by neuron", "neuron", "activation", "logit")
     for i, a, v in zip(r.index.tolist(), r.activation.tolist(), r.contribution.tolist()):
-        rows.add_row(f"L{r.layer}.mlp.n{i}", show_number(a, 4), show_number(v, 4))
+        rows.add_row(f"L{r.layer}.mlp.n{i}", show_number(a), show_number(v))
     out.print(rows)
     out.print(plain(f"the other neurons {r.rest:.4f}  b_out {r.bias:.4f}  interventions {r.interventions:.4f}  sum {r.total:.4f}  error {r.error:.1e}", CYAN))
     out.print(plain(r.convention, GRAY))
@@ -437,7 +476,7 @@ def show_attention_set(out: Console, r: AttentionSetResult) -> None:
 def show_detect(out: Console, r: DetectResult) -> None:
     rows = table("scores", "layer", *(f"H{h}" for h in range(r.scores.shape[1])))
     for layer, values in enumerate(r.scores):
-        rows.add_row(f"L{layer}", *(show_number(float(v), 4) for v in values))
+        rows.add_row(f"L{layer}", *(show_number(float(v)) for v in values))
     out.print(rows)
     out.print(plain(r.convention, GRAY))
 
@@ -448,6 +487,52 @@ def show_identities(out: Console, r: IdentitiesResult) -> None:
         mark, style = {True: ("ok", GREEN), False: ("BROKEN", RED), None: ("n/a", GRAY)}[i.ok]
         rows.add_row(plain(mark, style), plain(i.name), show_number(i.error, 7), show_number(i.tolerance, 7), plain(i.note, GRAY))
     out.print(rows)
+    out.print(plain(r.convention, GRAY))
+
+
+def show_weights(out: Console, r: HeadWeightsResult) -> None:
+    kv = "" if r.kv_head == r.head else f", key/value head {r.kv_head}"
+    out.print(plain(f"L{r.layer}H{r.head}{kv}: copying {r.copying:.3f}  negative copying {r.anti_copying:.3f}  (of {r.sampled} tokens)", CYAN))
+    out.print(plain(f"positivity of OV's eigenvalues {r.positivity:.3f}", CYAN))
+    for title, columns, pairs in (
+        ("OV, most written", ("attended to", "written"), r.ov_top),
+        ("OV, most suppressed", ("attended to", "suppressed"), r.ov_bottom),
+        (f"QK at distance {r.distance}, highest", ("destination", "source"), r.qk_top),
+        (f"QK at distance {r.distance}, lowest", ("destination", "source"), r.qk_bottom),
+    ):
+        rows = table(title, *columns, "score")
+        for (a, b), score in zip(pairs.ids.tolist(), pairs.scores.tolist()):
+            rows.add_row(plain(show_token(r.texts[a])), plain(show_token(r.texts[b])), show_number(score))
+        out.print(rows)
+    if len(r.position):
+        rows = table("QK of positions, highest mean score", "source is back by", "score")
+        for i in np.argsort(-r.position)[:5].tolist():
+            rows.add_row(str(i), show_number(float(r.position[i])))
+        out.print(rows)
+    for text in (r.convention, r.ov_convention, r.qk_convention, f"off the model's own scores and values by at most {r.error:.1e}"):
+        out.print(plain(text, GRAY))
+
+
+def show_composition(out: Console, r: CompositionResult) -> None:
+    for name, scores in (("Q", r.q), ("K", r.k), ("V", r.v)):
+        rows = table(
+            f"{name} composition of L{r.layer}H{r.head} (earlier layers write to it, later ones read it)", "layer", *(f"H{h}" for h in range(scores.shape[1]))
+        )
+        for layer, row in enumerate(scores.tolist()):
+            rows.add_row(f"L{layer}", *(plain(show_number(v), CYAN if v > r.baseline + 3 * r.spread else "") for v in row))
+        out.print(rows)
+    out.print(plain(f"random heads {r.baseline:.4f} ± {r.spread:.4f}", CYAN))
+    out.print(plain(r.convention, GRAY))
+
+
+def show_singular(out: Console, r: SingularResult) -> None:
+    for i, (value, share) in enumerate(zip(r.values.tolist(), r.share.tolist())):
+        rows = table(f"{r.which} {i}: singular value {value:.3f}, {share:.1%} of the square", "", "")
+        for side in r.sides:
+            name = lambda j, side=side: f"n{j}" if side.name == "neurons" else show_token(r.texts[j])  # noqa: E731
+            for mark, ids in (("+", side.top_ids[i]), ("−", side.bottom_ids[i])):
+                rows.add_row(plain(f"{side.name} {mark}"), plain("  ".join(name(j) for j in ids.tolist())))
+        out.print(rows)
     out.print(plain(r.convention, GRAY))
 
 
@@ -465,6 +550,9 @@ SHOW: dict[type, Callable] = {
     DetectResult: show_detect,
     HeadStatsResult: show_heads,
     IdentitiesResult: show_identities,
+    HeadWeightsResult: show_weights,
+    CompositionResult: show_composition,
+    SingularResult: show_singular,
 }
 
 

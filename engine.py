@@ -15,8 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from messages import (
+    ATTRIBUTION_REQUESTS,
     Attention,
+    AttentionSet,
+    Attribution,
+    AttributionNeurons,
+    AttributionSet,
+    AttributionSources,
     Check,
+    Detect,
     Composition,
     Failure,
     Frame,
@@ -52,7 +59,7 @@ WELL_KNOWN = {
     "google/gemma-2-2b": "2.6B, gated",
     "meta-llama/Llama-3.2-1B": "1.2B, gated",
 }
-NEEDS_MODEL = (Check, Run, Lens, Attention, HeadStats, Identities, HeadWeights, Composition, Singular)
+NEEDS_MODEL = (*ATTRIBUTION_REQUESTS, Check, Run, Lens, Attention, HeadStats, Identities, HeadWeights, Composition, Singular)
 
 
 def import_model() -> None:
@@ -61,6 +68,7 @@ def import_model() -> None:
     import attribution  # noqa: F401
     import honesty  # noqa: F401
     import lens  # noqa: F401
+    import logits  # noqa: F401
     import weights  # noqa: F401
 
     gc.freeze()
@@ -119,6 +127,7 @@ class Engine:
         import attribution
         import honesty
         import lens
+        import logits
         import patching
         import weights
 
@@ -127,6 +136,11 @@ class Engine:
             return IdentitiesResult(rows, convention)
         if isinstance(request, HeadWeights | Composition | Singular):
             return (yield from weights.answer(self.model, request))
+        match request:
+            case AttributionSet():
+                return (yield from logits.attribution_set(self.model, request.study, request.which, request.pos))
+            case AttentionSet():
+                return (yield from attribution.attention_set(self.model, request.study, request.which, request.labels))
         runs = yield from patching.prepare(self.model, request.study)
         match request:
             case Run():
@@ -134,7 +148,16 @@ class Engine:
             case Lens():
                 return (yield from lens.logit_lens(runs, request.which, request.points, request.k))
             case Attention():
-                return attribution.attention(runs, request.layer, request.which)
+                return attribution.attention(runs, request.layer, request.which, request.weighted)
+            case Detect():
+                how = (request.exclude_bos, request.exclude_current_token, request.error_measure)
+                return attribution.detect(runs, request.which, request.pattern, request.cells, *how)
+            case Attribution():
+                return logits.attribution(runs, request.which, request.pos)
+            case AttributionSources():
+                return logits.sources(runs, request.which, request.layer, request.head, request.pos)
+            case AttributionNeurons():
+                return logits.neurons(runs, request.which, request.layer, request.pos, request.k)
             case HeadStats():
                 return (yield from attribution.head_stats(runs, request.which, request.source, request.pair))
         raise UserError(f"{type(request).__name__} is not a request")

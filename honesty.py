@@ -8,8 +8,9 @@ from dataclasses import replace
 import torch as t
 from torch import Tensor
 
-from messages import Identity, Intervention, Node, Progress, Study
-from model import SMALL, TOLERANCE, Model, out_of_memory, read_config, read_weights
+from logits import attribution
+from messages import Identity, Intervention, Node, Progress, Study, UserError
+from model import FINAL, SMALL, TOLERANCE, Model, out_of_memory, read_config, read_weights
 from patching import Runs, prepare, read_study
 from utils import show_bytes, tec
 
@@ -22,6 +23,7 @@ def identities(model: Model, study: Study) -> Generator[Progress, None, tuple[tu
     ids = t.tensor([runs.row("clean").ids])
     yield Progress(0, STEPS, "hook points")
     rows = list(model.self_check(ids))
+    rows.append(attribution_sums(runs))
     yield Progress(1, STEPS, "patching")
     rows.append(patch_nothing(runs, study.base))
     rows.append((yield from patch_everything(runs, study)))
@@ -34,6 +36,22 @@ def identities(model: Model, study: Study) -> Generator[Progress, None, tuple[tu
 
 def logits(model: Model, ids: Tensor, edits: list = ()) -> Tensor:
     return model.forward(ids, edits=edits, keep=0)[0]
+
+
+def attribution_sums(runs: Runs) -> Identity:
+    """The cells of direct logit attribution, added up, against the model's own logit (difference) at the metric's position."""
+    name, note = "attribution sums to the metric's logit", "before the soft cap" if runs.model.softcap else ""
+    try:
+        if not runs.answers:
+            last = runs.trace("clean", [FINAL])[FINAL][0, -1:]
+            runs, note = (
+                replace(runs, answers=[int(runs.model.unembed(last)[0].argmax())], foils=[]),
+                f"no answer given: of the likeliest token; {note}".rstrip("; "),
+            )
+        got = attribution(runs, "clean")
+    except UserError as error:
+        return Identity(name, math.nan, 0.0, None, str(error))
+    return runs.model.identity(name, t.tensor([got.total]), t.tensor([got.logit]), note)
 
 
 def patch_nothing(runs: Runs, base: str) -> Identity:

@@ -23,9 +23,10 @@ from messages import (
     AttributionSet,
     AttributionSources,
     Check,
-    Detect,
     Composition,
+    Detect,
     Failure,
+    FitJacobian,
     Frame,
     HeadStats,
     HeadWeights,
@@ -41,6 +42,7 @@ from messages import (
     Singular,
     Status,
     StatusResult,
+    TuneLens,
     UserError,
     WireError,
     encode,
@@ -59,7 +61,7 @@ WELL_KNOWN = {
     "google/gemma-2-2b": "2.6B, gated",
     "meta-llama/Llama-3.2-1B": "1.2B, gated",
 }
-NEEDS_MODEL = (*ATTRIBUTION_REQUESTS, Check, Run, Lens, Attention, HeadStats, Identities, HeadWeights, Composition, Singular)
+NEEDS_MODEL = (*ATTRIBUTION_REQUESTS, TuneLens, FitJacobian, Check, Run, Lens, Attention, HeadStats, Identities, HeadWeights, Composition, Singular)
 
 
 def import_model() -> None:
@@ -68,8 +70,8 @@ def import_model() -> None:
     import attribution  # noqa: F401
     import honesty  # noqa: F401
     import lens  # noqa: F401
-    import logits  # noqa: F401
     import weights  # noqa: F401
+    import logits  # noqa: F401
 
     gc.freeze()
     gc.enable()
@@ -124,6 +126,10 @@ class Engine:
                 return find_models()
             case Check():
                 return self.model.check(request.prompt)
+            case TuneLens() | FitJacobian():
+                import tuned
+
+                return (yield from (tuned.tune if isinstance(request, TuneLens) else tuned.fit_jacobian)(self.model, request))
         import attribution
         import honesty
         import lens
@@ -134,19 +140,19 @@ class Engine:
         if isinstance(request, Identities):
             rows, convention = yield from honesty.identities(self.model, request.study)
             return IdentitiesResult(rows, convention)
-        if isinstance(request, HeadWeights | Composition | Singular):
-            return (yield from weights.answer(self.model, request))
         match request:
             case AttributionSet():
                 return (yield from logits.attribution_set(self.model, request.study, request.which, request.pos))
             case AttentionSet():
                 return (yield from attribution.attention_set(self.model, request.study, request.which, request.labels))
+        if isinstance(request, HeadWeights | Composition | Singular):
+            return (yield from weights.answer(self.model, request))
         runs = yield from patching.prepare(self.model, request.study)
         match request:
             case Run():
                 return (yield from lens.run(runs, request.k))
             case Lens():
-                return (yield from lens.logit_lens(runs, request.which, request.points, request.k))
+                return (yield from lens.read_lens(runs, request))
             case Attention():
                 return attribution.attention(runs, request.layer, request.which, request.weighted)
             case Detect():

@@ -2,9 +2,12 @@
 
 import contextlib
 import json
+import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from textual import work
 
 import pictures
@@ -13,22 +16,27 @@ from link import EngineError, Superseded
 from messages import (
     AttributionSetResult,
     ABLATIONS,
+    DETECTORS,
     METRICS,
     OPS,
     WHICH,
     Check,
     CheckResult,
+    Detect,
+    HeadStatsResult,
     Identities,
     Intervention,
     Load,
     Models,
     Prompt,
     RunResult,
+    TuneLens,
     UserError,
     parse_intervention,
     parse_node,
     read_prompt_set,
 )
+from pictures import HEAD_STATS, LENS_STATS, RUN_NAMES
 from session import SESSIONS, VIEWS, read_session
 from utils import ROOT, show_token, visible
 from widgets import BAD, BOLD, DIM, GOOD, PLAIN, WARN, Editor, Item, Overlay, Panel, Picker, Spans
@@ -381,7 +389,121 @@ class Deeds:
     def do_points(self) -> None:
         self.turn("lens.points")
 
+    def do_weighted(self) -> None:
+        self.turn("attention.weighted")
+
+    def do_multiples(self) -> None:
+        self.turn("attention.layer")
+
+    def do_lens_kind(self) -> None:
+        folders = [f.parent for root in (ROOT / "zoo", ROOT / "exports") for f in root.glob("*/config.json")]
+        files = list((ROOT / "exports").glob("*.pt"))
+        items = [Item("logit", "the model's own norm and unembedding at every point", "", "")]
+        items += [Item("tuned", str(f.relative_to(ROOT)), "tuned lens", str(f)) for f in folders] + [
+            Item("jacobian", str(f.relative_to(ROOT)), "Jacobian lens", str(f)) for f in files
+        ]
+
+        def chosen(item: Item | None, typed: str) -> None:
+            kind, _, artefact = typed.strip().partition(" ") if item is None else (item.key, "", item.value)
+            self.guard(lambda: self.act("lens", kind=kind, artefact=artefact.strip()))
+
+        self.mount(Picker("lens (or type: tuned FOLDER, jacobian FILE; F fits a tuned lens)", items, chosen, free=True))
+
+    def do_fit(self) -> None:
+        self.ready()
+        name = re.sub(r"\W+", "-", self.info.name).strip("-")
+
+        def accept(values: list[str]) -> str:
+            text, out, steps = values
+            if not steps.isdigit() or int(steps) < 1:
+                return "steps is a number"
+            self.fit(TuneLens(text, out, int(steps), resume=(Path(out) / "checkpoint.safetensors").exists()))
+            return ""
+
+        fields = [("text file", ""), ("folder", str(ROOT / "exports" / f"tuned-lens-{name}")), ("steps", "250")]
+        self.mount(Editor("fit a tuned lens", fields, accept, 0, 1, "text file empty: the zoo's corpus · enter starts, J shows and cancels · esc"))
+
+    @work(group="fit", exclusive=True)
+    async def fit(self, request: TuneLens) -> None:
+        try:
+            done = await self.link.ask("fit", request, 2)
+        except Superseded:
+            self.say("the fit was cancelled; F again goes on from its checkpoint", WARN)
+            return
+        except EngineError as error:
+            self.say(str(error), BAD)
+            return
+        self.act("lens", kind="tuned", artefact=done.folder)
+        self.say(
+            f"tuned lens in {done.folder}: mean KL on held-out text {done.before[:-1].mean():.3f} → {done.after[:-1].mean():.3f} nats in {done.seconds:.0f} s",
+            GOOD,
+        )
+
+    @work(group="chart", exclusive=True)
+    async def do_chart(self) -> None:
+        if self.info is None:
+            self.say(f"no model yet: {self.busy}", BAD)
+            return
+        stat, pos, lines, lens = self.state.views["lens.stat"], self.cursor.pos, {}, self.panes["lens"]
+        wanted = lens.wants(self)["lens"]
+        runs = [r for r in ("clean", "corrupt", "now") if (r != "corrupt" or self.state.prompt.corrupt) and (r != "now" or self.state.study.interventions)]
+        try:
+            for which in runs:
+                result = await self.link.ask("chart", replace(wanted, which=which, positions=(pos,)), 0)
+                lines[RUN_NAMES[which]] = pictures.lens_values(result, stat)[:, 0].tolist()
+        except Superseded:
+            return
+        except EngineError as error:
+            self.say(str(error), BAD)
+            return
+        rows = pictures.chart(f"{LENS_STATS[stat]} at {pos}", list(result.points), lines, self.size.width - 2, max(8, self.size.height * 3 // 5))
+        self.mount(Panel("over depth", rows, f"{result.convention} · esc"))
+
     # -------------------------------------------------------------- finding
+
+    def do_ranked(self) -> None:
+        result, stat = self.result("heads", HeadStatsResult), self.state.views["attention.stat"]
+        if result is None or stat not in result.stats:
+            raise UserError("the heads map has no numbers yet")
+        self.rank(f"heads by {HEAD_STATS[stat]}", result.stats[stat])
+
+    def rank(self, title: str, scores: np.ndarray) -> None:
+        """Heads by score, to filter and go to."""
+        order = [divmod(int(i), scores.shape[1]) for i in np.argsort(-np.abs(np.nan_to_num(scores)), axis=None, kind="stable")]
+        items = [Item(f"L{x}H{h}", f"{scores[x, h]:+.4f}", "", (x, h)) for x, h in order]
+
+        def chosen(item: Item | None, typed: str) -> None:
+            if item is not None:
+                self.move(layer=item.value[0], head=item.value[1], comp="head")
+
+        self.mount(Picker(title, items, chosen))
+
+    def do_detect(self) -> None:
+        self.ready()
+
+        def accept(values: list[str]) -> str:
+            pattern, measure = values[0].strip(), values[1].strip()
+            cells = re.findall(r"(\d+)\s*>\s*(\d+)", pattern)
+            if not cells and pattern not in DETECTORS:
+                return f"give cells such as 14>2 10>4, or one of {', '.join(DETECTORS)}"
+            which = self.state.views["which"]
+            cells = tuple((int(a), int(b)) for a, b in cells)
+            self.detect(Detect(self.state.study, which, pattern if not cells else "cells", cells, error_measure=measure))
+            return ""
+
+        fields = [("pattern", f"{self.cursor.pos}>{self.cursor.src}"), ("measure", "mul")]
+        self.mount(Editor("detector", fields, accept, 0, 1, f"cells destination>source, or {', '.join(DETECTORS)}; measure mul or abs · enter · esc"))
+
+    @work(group="detect", exclusive=True)
+    async def detect(self, request: Detect) -> None:
+        try:
+            found = await self.link.ask("detect", request, 0)
+        except Superseded:
+            return
+        except EngineError as error:
+            self.say(str(error), BAD)
+            return
+        self.rank(f"heads by {found.convention}", found.scores)
 
     def do_worst(self) -> None:
         result = self.result("attribution", AttributionSetResult)

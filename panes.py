@@ -153,6 +153,10 @@ class LensPane(Pane):
         kind, n, mid = app.state.views["lens.points"], app.info.n_layers, not app.info.parallel
         if kind == "all":
             return tuple(f"L{i}.{s}" for i in range(n) for s in ("resid_pre", "resid_mid", "resid_post") if mid or s != "resid_mid")
+        if kind == "components":
+            return tuple(f"L{i}.{s}" for i in range(n) for s in ("attn", "mlp"))
+        if kind == "heads":
+            return tuple(f"L{i}H{h}" for i in range(n) for h in range(app.info.n_heads))
         sites = ("resid_mid", "resid_post") if kind == "mid+post" and mid else ("resid_post",)
         return ("L0.resid_pre", *(f"L{i}.{s}" for i in range(n) for s in sites))
 
@@ -161,35 +165,53 @@ class LensPane(Pane):
         return app.state.views["which"] if "-" not in app.state.views["which"] else "now"
 
     def wants(self, app: "Loupe") -> dict[str, object]:
-        return {"lens": Lens(app.state.study, self.which(app), self.points(app))}
+        state, points = app.state, self.points(app)
+        if state.lens != "logit":
+            points = tuple(p for p in points if p.endswith("resid_post") or p == "L0.resid_pre")
+        pair = state.views["lens.stat"] == "kl_pair"
+        return {"lens": Lens(state.study, self.which(app), points, kind=state.lens, artefact=state.artefact, pair=pair)}
 
     def row(self, app: "Loupe", points: tuple[str, ...]) -> int:
-        name = f"L{app.cursor.layer}.{app.cursor.point}"
-        if name in points:
-            return points.index(name)
+        c = app.cursor
+        for name in (f"L{c.layer}.{c.point}", f"L{c.layer}H{c.head}", f"L{c.layer}.{c.comp}"):
+            if name in points:
+                return points.index(name)
         return next((n for n, p in enumerate(points) if p.startswith(f"L{app.cursor.layer}.")), 0)
 
     def step(self, app: "Loupe", rows: int, cols: int) -> None:
-        points = self.points(app)
+        points = self.shown(app)
         node = parse_node(points[clip(self.row(app, points) + rows, len(points))])
-        app.move(layer=node.layer, point=node.site, pos=clip(app.cursor.pos + cols, app.length()))
+        app.move(**self.place_of(node), pos=clip(app.cursor.pos + cols, app.length()))
+
+    @staticmethod
+    def place_of(node: Node) -> dict:
+        """A row's node as arguments of app.move."""
+        if node.site.startswith("resid"):
+            return {"layer": node.layer, "point": node.site}
+        return {"layer": node.layer, "comp": node.site} | ({"head": node.head} if node.site == "head" else {})
+
+    def shown(self, app: "Loupe") -> tuple[str, ...]:
+        result = app.result("lens", LensResult)
+        return result.points if result else self.points(app)
 
     def node(self, app: "Loupe", pos: int | None) -> Node:
-        return Node(app.cursor.point, app.cursor.layer, pos=pos)
+        points = self.shown(app)
+        return replace(parse_node(points[self.row(app, points)]), pos=pos)
 
     def stats(self, app: "Loupe") -> tuple[str, ...]:
-        return VIEWS[self.view] if app.state.prompt.answers else ("prob", "entropy", "kl")
+        stats = VIEWS[self.view] if app.state.prompt.answers else ("prob", "entropy", "kl", "kl_pair", "promoted", "suppressed")
+        return stats if app.state.prompt.corrupt else tuple(s for s in stats if s != "kl_pair")
 
     def find(self, app: "Loupe", needle: str) -> list[dict]:
         lens = app.result("lens", LensResult)
         if lens is None:
             return []
         cells = [(parse_node(p), c, i) for p, row in zip(lens.points, lens.top_ids[..., 0].tolist()) for c, i in enumerate(row)]
-        return [{"layer": node.layer, "point": node.site, "pos": c} for node, c, i in cells if needle.lower() in lens.texts[i].lower()]
+        return [self.place_of(node) | {"pos": c} for node, c, i in cells if needle.lower() in lens.texts[i].lower()]
 
     def paint(self, app: "Loupe") -> None:
         views, result = app.state.views, app.result("lens", LensResult)
-        stat, name = views["lens.stat"], app.run_name(self.which(app))
+        stat, name = views["lens.stat"], f"{app.run_name(self.which(app))} · {pictures.LENS_KINDS[app.state.lens]}"
         if result is None:
             self.show_title(app, ("lens",), name, "")
             self.table.show(None, (0, 0), views["mode"], app.waiting("lens"))
@@ -212,10 +234,10 @@ class AttentionPane(Pane):
 
     def __init__(self, **kw):
         super().__init__(**kw)
-        self.map, self.pattern = GridView(), GridView(classes="second")
+        self.map, self.pattern, self.many = GridView(), GridView(classes="second"), Lines(classes="second")
 
     def body(self) -> Widget:
-        return Horizontal(self.map, self.pattern)
+        return Horizontal(self.map, self.pattern, self.many)
 
     def grids(self) -> dict[str, Grid]:
         return {n: v.grid for n, v in (("heads", self.map), ("pattern", self.pattern)) if v.grid}
@@ -224,7 +246,10 @@ class AttentionPane(Pane):
         study, views, c = app.state.study, app.state.views, app.cursor
         pair = (c.pos, c.src) if views["attention.stat"] == "pair" else None
         source = "prompt" if pair or "-" in views["which"] else views["attention.source"]
-        return {"attention": Attention(study, c.layer, views["which"]), "heads": HeadStats(study, views["which"], source, pair)}
+        return {
+            "attention": Attention(study, c.layer, views["which"], views["attention.weighted"] == "on"),
+            "heads": HeadStats(study, views["which"], source, pair),
+        }
 
     def step(self, app: "Loupe", rows: int, cols: int) -> None:
         c, n = app.cursor, app.length()
@@ -259,10 +284,18 @@ class AttentionPane(Pane):
                 name = f"attention {c.pos} {show_token(t[c.pos])} → {c.src} {show_token(t[c.src])}"
             title += f" · {name} {pictures.scale(grid)}"
             note = f"on {'random repeated tokens' if heads.source == 'random' else 'the prompt'}"
-        self.show_title(app, ("heads", "attention"), title, note + (" · pattern: hjkl, esc" if app.drilled else ""))
+        many = views["attention.layer"] == "all heads"
+        self.pattern.set_class(many, "hidden")
+        self.many.set_class(not many, "hidden")
+        weighted = " · pattern × ‖value written‖" if views["attention.weighted"] == "on" else ""
+        self.show_title(app, ("heads", "attention"), title, note + weighted + (" · pattern: hjkl, esc" if app.drilled else ""))
         if pattern is None or pattern.layer != c.layer:
             self.pattern.show(None, (0, 0), views["mode"], app.waiting("attention"))
             self.info_line.show([])
+            return
+        if views["attention.layer"] == "all heads":
+            self.many.show(pictures.small_patterns(pattern, c.head, self.pattern.size.width or self.many.size.width, self.size.height - 3, views["mode"]))
+            self.info_line.show([pictures.pattern_cell(pattern, c.head, clip(c.pos, len(pattern.tokens.ids)), 0, False)])
             return
         grid = app.picture("pattern", (id(pattern), c.head), lambda: pictures.pattern_grid(pattern, c.head))
         pos = clip(c.pos, len(grid.rows))

@@ -2,13 +2,17 @@
 
 import dataclasses
 import math
+from functools import lru_cache
 
 import numpy as np
 from rich.cells import cell_len
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
 
 from messages import AttentionResult, HeadStatsResult, Identity, LensResult, ModelInfo, RunResult, Side, TokenRow
 from utils import show_bytes, show_count, show_number, show_token, visible
-from widgets import BAD, BOLD, CHANGED, CURSOR, CURSOR_PLAIN, DIM, GOOD, HEAD, PLAIN, WARN, Grid, Spans
+from widgets import ABOVE, BAD, BELOW, BOLD, CHANGED, CURSOR, CURSOR_PLAIN, DIM, GOOD, HEAD, PLAIN, RAMP, SHADES, WARN, Grid, Spans
 
 LENS_STATS = {
     "prob": "probability of the top token",
@@ -17,7 +21,11 @@ LENS_STATS = {
     "entropy": "entropy, nats",
     "kl": "KL(final ‖ this), nats",
     "logit_diff": "logit difference, answer − foil",
+    "kl_pair": "KL(clean ‖ corrupted), nats",
+    "promoted": "token promoted most against the row before, log probability",
+    "suppressed": "token suppressed most against the row before, log probability",
 }
+LENS_KINDS = {"logit": "logit lens", "tuned": "tuned lens", "jacobian": "Jacobian lens"}
 HEAD_STATS = {
     "induction": "attention to the token after an earlier copy",
     "previous": "attention to the previous token",
@@ -54,7 +62,16 @@ def scale(grid: Grid) -> str:
 
 def lens_values(result: LensResult, stat: str) -> np.ndarray:
     """[point, position] of a statistic of LENS_STATS."""
-    return {"prob": result.top_probs[..., 0], "answer": result.prob}.get(stat, getattr(result, stat, None)).astype(float)
+    match stat:
+        case "prob":
+            values = result.top_probs[..., 0]
+        case "answer":
+            values = result.prob
+        case "promoted" | "suppressed":
+            values = (result.up_values if stat == "promoted" else result.down_values)[..., 0]
+        case _:
+            values = getattr(result, stat)
+    return values.astype(float)
 
 
 def lens_grid(result: LensResult, stat: str, d_vocab: int) -> Grid:
@@ -65,12 +82,15 @@ def lens_grid(result: LensResult, stat: str, d_vocab: int) -> Grid:
         numbers, values = values, 1 - np.log1p(values) / math.log1p(d_vocab)
     elif stat == "entropy":
         hi = math.log(d_vocab)
-    elif stat == "kl":
+    elif stat in ("kl", "kl_pair"):
         hi = max(float(np.nanmax(values, initial=0)), 1e-6)
-    elif stat == "logit_diff":
+    elif stat in ("logit_diff", "promoted", "suppressed"):
         hi = max(float(np.nanmax(np.abs(values), initial=0)), 1e-6)
         lo, sign = -hi, True
-    text = [[result.texts[i] for i in row] for row in result.top_ids[..., 0].tolist()]
+    ids = {"promoted": result.up_ids, "suppressed": result.down_ids}.get(stat, result.top_ids)[..., 0]
+    text = [
+        ["" if math.isnan(v) and stat in ("promoted", "suppressed") else result.texts[i] for i, v in zip(*row)] for row in zip(ids.tolist(), values.tolist())
+    ]
     return Grid(values, list(result.points), texts_of(result.tokens), lo, hi, text, numbers, sign, (6, 10), corner="hook point")
 
 
@@ -90,6 +110,27 @@ def lens_numbers(result: LensResult, row: int, pos: int) -> str:
     answer = "" if math.isnan(prob) else f"answer p {prob:.4f} rank {rank:.0f} "
     diff_text = "" if math.isnan(diff) else f"LD {diff:+.3f} "
     return f"{answer}{diff_text}H {float(result.entropy[row, pos]):.3f} KL {float(result.kl[row, pos]):.4f}"
+
+
+def chart(title: str, points: list[str], lines: dict[str, list[float]], width: int, height: int) -> list[Spans]:
+    """A line chart over depth by plotext, one line a run; gaps where there is no number."""
+    import plotext
+
+    plot = plotext.figure
+    plot.clear()
+    plot.theme("simple")
+    plot.plot_size(width, height)
+    plot.title(title)
+    for (name, ys), marker in zip(lines.items(), ("braille", "•", "x")):
+        xs = [n for n, y in enumerate(ys) if not math.isnan(y)]
+        signal = plot.signal(xs, [ys[n] for n in xs], marker=marker)
+        signal.lines()
+        signal.label(name)
+        plot.draw(signal)
+    step = max(1, -(-len(points) * 15 // width))
+    plot.ruler("x").ticks(list(range(0, len(points), step)), points[::step])
+    ansi = plot.build().string()
+    return [[(s.text, s.style or PLAIN) for s in Text.from_ansi(line).render(Console())] for line in ansi.split("\n")]
 
 
 def lens_side(result: LensResult, row: int, pos: int, k: int) -> list[Spans]:
@@ -139,6 +180,63 @@ def pattern_grid(result: AttentionResult, head: int) -> Grid:
     tokens = texts_of(result.tokens)
     rows = [f"{n:>2} {show_token(tok, 9, fill=False)}" for n, tok in enumerate(tokens)]
     return Grid(values, rows, list(tokens), lo, hi, signed=sign, cell=(4, 4) if len(tokens) <= 40 else (2, 4), faint=(hi - lo) / 16, corner="to \\ from")
+
+
+def small_patterns(result: AttentionResult, head: int, width: int, height: int, mode: str) -> list[Spans]:
+    """Every head's pattern of a layer, two destinations a line by half blocks (shades without colour), wrapped to the width; pooled when long."""
+    n_heads, seq, _ = result.pattern.shape
+    top = max(float(np.abs(result.pattern).max(initial=0)), 1e-6)
+    signed_ = "-" in result.which
+    across = max(1, width // (min(seq, 24) + 2))
+    down = -(-n_heads // across)
+    lines_each = max(2, height // down - 1)
+    pool = max(1, -(-seq // min(width // across - 2, 2 * lines_each)))
+    size = -(-seq // pool)
+    blocks: list[list[Spans]] = []
+    for h in range(n_heads):
+        values = np.zeros((size * pool, size * pool), np.float32)
+        values[:seq, :seq] = result.pattern[h]
+        cells = values.reshape(size, pool, size, pool)
+        cells = np.take_along_axis(
+            cells.transpose(0, 2, 1, 3).reshape(size, size, -1), np.abs(cells.transpose(0, 2, 1, 3).reshape(size, size, -1)).argmax(-1)[..., None], -1
+        )[..., 0]
+        block: list[Spans] = [[(f"H{h}".ljust(size + 2), CURSOR_PLAIN if h == head else BOLD)]]
+        for y in range(0, size, 2):
+            spans: Spans = []
+            for x in range(size):
+                pair = [float(cells[r, x]) / top if r < size and x <= r else math.nan for r in (y, y + 1)]
+                spans.append(half_block(pair, signed_, mode))
+            block.append([*spans, ("  ", PLAIN)])
+        blocks.append(block)
+    out: list[Spans] = []
+    for start in range(0, n_heads, across):
+        group = blocks[start : start + across]
+        out += [[span for block in group for span in block[y]] for y in range(len(group[0]))]
+    return out
+
+
+def half_block(pair: list[float], signed_: bool, mode: str) -> tuple[str, Style]:
+    """Two cells above each other in one character."""
+    if mode == "shade":
+        value = max((abs(v) for v in pair if not math.isnan(v)), default=math.nan)
+        return (" " if math.isnan(value) else SHADES[min(int(value * len(SHADES)), len(SHADES) - 1)]), PLAIN
+    codes = [None if math.isnan(v) else heat_code(v, signed_) for v in pair]
+    if codes[0] is None and codes[1] is None:
+        return " ", PLAIN
+    return "▀" if codes[0] is not None else "▄", half_style(*codes)
+
+
+def heat_code(value: float, signed_: bool) -> int:
+    if not signed_:
+        return RAMP[min(int(value * len(RAMP)), len(RAMP) - 1)]
+    ramp = ABOVE if value >= 0 else BELOW
+    return ramp[min(int(abs(value) * len(ramp)), len(ramp) - 1)]
+
+
+@lru_cache(1024)
+def half_style(above: int | None, below: int | None) -> Style:
+    front, back = (above, below) if above is not None else (below, None)
+    return Style(color=f"color({front})", bgcolor=None if back is None else f"color({back})")
 
 
 def pattern_cell(result: AttentionResult, head: int, pos: int, src: int, drilled: bool) -> Spans:

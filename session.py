@@ -34,10 +34,12 @@ FORMAT = 1
 SESSIONS = ROOT / "sessions"
 VIEWS = {
     "mode": ("colour", "number", "shade"),
-    "lens.stat": ("prob", "answer", "rank", "entropy", "kl", "logit_diff"),
-    "lens.points": ("mid+post", "post", "all"),
+    "lens.stat": ("prob", "answer", "rank", "entropy", "kl", "logit_diff", "kl_pair", "promoted", "suppressed"),
+    "lens.points": ("mid+post", "post", "all", "components", "heads"),
     "attention.stat": ("induction", "previous", "duplicate", "first", "entropy", "pair"),
     "attention.source": ("prompt", "random"),
+    "attention.weighted": ("off", "on"),
+    "attention.layer": ("one head", "all heads"),
     "attribution.view": ("ranked", "drill", "set"),
     "weights.view": ("ov", "qk", "composition q", "composition k", "composition v", "OV directions", "QK directions", "mlp_out", "mlp_in"),
     "weights.distance": ("0", "1", "2", "4", "8", "16"),
@@ -60,6 +62,8 @@ class State:
     interventions: tuple[Intervention, ...] = ()
     enabled: bool = True
     ablation: str = "zero"
+    lens: str = "logit"
+    artefact: str = ""
     views: dict[str, str] = field(default_factory=lambda: {k: v[0] for k, v in VIEWS.items()})
 
     @property
@@ -127,12 +131,18 @@ def ablation(state: State, kind: str) -> State:
     return dataclasses.replace(state, ablation=one_of(kind, ABLATIONS, "ablation"))
 
 
+def lens(state: State, kind: str, artefact: str = "") -> State:
+    return dataclasses.replace(state, lens=one_of(kind, ("logit", "tuned", "jacobian"), "lens"), artefact=artefact)
+
+
 def view(state: State, name: str, value: str) -> State:
     one_of(name, VIEWS, "view")
     return dataclasses.replace(state, views={**state.views, name: one_of(value, VIEWS[name], name)})
 
 
-ACTIONS: dict[str, Callable[..., State]] = {f.__name__: f for f in (model, prompt, open_set, go, metric, base, intervene, drop, clear, enable, ablation, view)}
+ACTIONS: dict[str, Callable[..., State]] = {
+    f.__name__: f for f in (model, prompt, open_set, go, metric, base, intervene, drop, clear, enable, ablation, lens, view)
+}
 
 
 def apply(state: State, name: str, args: dict) -> State:

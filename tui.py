@@ -462,7 +462,7 @@ class Loupe(Deeds, App):
         for name, pane in self.panes.items():
             pane.set_class(name not in shown, "hidden")
         self.query_one("#top").styles.height = 5 if self.size.height >= 12 else 2
-        if not self.query(Overlay):
+        if all(o.closing for o in self.query(Overlay)):
             self.panes[self.pane].focus()
         self.refresh_wants()
         self.call_after_refresh(self.draw)
@@ -497,7 +497,8 @@ class Loupe(Deeds, App):
             self.draw()
 
     def on_overlay_closed(self) -> None:
-        self.panes[self.pane].focus()
+        open_ones = [o for o in self.query(Overlay) if not o.closing]
+        open_ones[-1].take_focus() if open_ones else self.panes[self.pane].focus()
 
 
 def first_state(values: dict[str, str]) -> State:

@@ -343,9 +343,17 @@ class Overlay(Vertical):
     class Closed(Message):
         pass
 
+    closing = False
+
     def action_close(self) -> None:
+        self.closing = True
         self.remove()
         self.post_message(self.Closed())
+
+    def take_focus(self) -> None:
+        """Focus what takes the keys here."""
+        fields = self.query(Field)
+        (fields.first() if fields else self).focus()
 
 
 @dataclass(frozen=True)

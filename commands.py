@@ -505,7 +505,7 @@ def show_weights(out: Console, r: HeadWeightsResult) -> None:
             rows.add_row(plain(show_token(r.texts[a])), plain(show_token(r.texts[b])), show_number(score))
         out.print(rows)
     if len(r.position):
-        rows = table("QK of positions, highest mean score", "source is back by", "score")
+        rows = table("QK of positions", "source is back by", "highest mean score")
         for i in np.argsort(-r.position)[:5].tolist():
             rows.add_row(str(i), show_number(float(r.position[i])))
         out.print(rows)
@@ -514,10 +514,9 @@ def show_weights(out: Console, r: HeadWeightsResult) -> None:
 
 
 def show_composition(out: Console, r: CompositionResult) -> None:
+    out.print(plain(f"L{r.layer}H{r.head}: reads from heads of earlier layers, is read by heads of later ones", CYAN))
     for name, scores in (("Q", r.q), ("K", r.k), ("V", r.v)):
-        rows = table(
-            f"{name} composition of L{r.layer}H{r.head} (earlier layers write to it, later ones read it)", "layer", *(f"H{h}" for h in range(scores.shape[1]))
-        )
+        rows = table(f"{name} composition", "layer", *(f"H{h}" for h in range(scores.shape[1])))
         for layer, row in enumerate(scores.tolist()):
             rows.add_row(f"L{layer}", *(plain(show_number(v), CYAN if v > r.baseline + 3 * r.spread else "") for v in row))
         out.print(rows)
@@ -527,7 +526,8 @@ def show_composition(out: Console, r: CompositionResult) -> None:
 
 def show_singular(out: Console, r: SingularResult) -> None:
     for i, (value, share) in enumerate(zip(r.values.tolist(), r.share.tolist())):
-        rows = table(f"{r.which} {i}: singular value {value:.3f}, {share:.1%} of the square", "", "")
+        out.print(plain(f"{r.which} {i}: singular value {value:.3f}, {share:.1%} of the squared norm", PURPLE))
+        rows = table("", "", "")
         for side in r.sides:
             name = lambda j, side=side: f"n{j}" if side.name == "neurons" else show_token(r.texts[j])  # noqa: E731
             for mark, ids in (("+", side.top_ids[i]), ("−", side.bottom_ids[i])):

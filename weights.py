@@ -85,11 +85,13 @@ def read_gain(model: Model, owner: object, name: str) -> Gain:
 
 
 class Tokens:
-    """The vectors of tokens as they enter block 0, without position; with `mlp0`, plus what MLP 0 makes of them. Only tokens the tokenizer knows."""
+    """The vectors of tokens as they enter block 0, without position; with `mlp0`, plus what MLP 0 makes of them. Tokens the tokenizer knows, no special ones."""
 
     def __init__(self, model: Model, mlp0: bool = False):
         self.model, self.mlp0 = model, mlp0
-        self.n = min(model.n_embed, model.info.d_vocab, len(model.tokenizer))
+        special = set(model.tokenizer.all_special_ids)
+        self.ids = t.tensor([i for i in range(min(model.n_embed, model.info.d_vocab, len(model.tokenizer))) if i not in special])
+        self.n = len(self.ids)
         self.block = model.bridge.blocks[0]
         if mlp0 and "mlp" not in self.block._modules:
             raise UserError(f"{model.info.architecture} has no MLP 0: turn mlp0 off")
@@ -132,11 +134,12 @@ class Tokens:
             yield start, min(start + size, self.n)
 
     def vectors(self, start: int, stop: int) -> Tensor:
-        return self(t.arange(start, stop))
+        return self(self.ids[start:stop])
 
     def unembed(self, start: int, stop: int) -> Tensor:
         """fp32 [d_model, token]."""
-        return self.model.bridge.W_U[:, start:stop].to(self.model.final_device).float() * self.model.logit_scale
+        table = self.model.bridge.W_U
+        return table[:, self.ids[start:stop].to(table.device)].to(self.model.final_device).float() * self.model.logit_scale
 
 
 class Layer:
@@ -317,6 +320,13 @@ def extremes(a: Tensor, b: Tensor, k: int, text: str) -> Generator[Progress, Non
     return Pairs(ids[0], best[0][0].cpu().numpy()), Pairs(ids[1], -best[1][0].cpu().numpy())
 
 
+def pairs(tokens: Tokens, a: Tensor, b: Tensor, k: int, text: str) -> Generator[Progress, None, tuple[Pairs, Pairs]]:
+    """`extremes` in token ids."""
+    ids = tokens.ids.int().numpy()
+    best, worst = yield from extremes(a, b, k, text)
+    return Pairs(ids[best.ids], best.scores), Pairs(ids[worst.ids], worst.scores)
+
+
 def no_pairs() -> Pairs:
     return Pairs(np.zeros((0, 2), np.int32), np.zeros(0, np.float32))
 
@@ -356,30 +366,29 @@ def eigenvalues(v: Tensor, w: Tensor) -> tuple[np.ndarray, float]:
 def copying(head: Head, tokens: Tokens, w: Tensor) -> Generator[Progress, None, tuple[float, float, int]]:
     """Fractions of tokens whose own logit is among the highest and among the lowest of what the head writes when it attends to them alone."""
     model, final = head.model, read_gain(head.model, head.model.bridge, "ln_final")
-    special = t.tensor(sorted({i for i in model.tokenizer.all_special_ids if i < tokens.n}), dtype=t.long)
-    usual = t.ones(tokens.n, dtype=t.bool).index_fill(0, special, False).nonzero()[:, 0]
-    ids = usual[t.randperm(len(usual), generator=t.Generator().manual_seed(0))[:SAMPLE]].to(w.device)
-    v, written = head.values(tokens(ids.cpu())), head.written()
+    chosen = t.randperm(tokens.n, generator=t.Generator().manual_seed(0))[:SAMPLE]
+    v, written = head.values(tokens(tokens.ids[chosen])), head.written()
+    chosen = chosen.to(w.device)
     lin = v @ written
     exact = final(head.layer.post(v @ head.layer.o[head.index])) - final.bias
     v = v * ((exact * lin).sum(-1, keepdim=True) / (lin * lin).sum(-1, keepdim=True).clamp_min(1e-30))
     b_u = model.bridge.unembed.b_U
     b_u = 0.0 if b_u is None else b_u.to(w.device).float() * model.logit_scale
     size = max(1, CHUNK_BYTES // (4 * model.info.d_model))
-    constant = t.zeros(tokens.n, device=w.device) + (b_u[: tokens.n] if isinstance(b_u, Tensor) else b_u)
+    constant = t.zeros(tokens.n, device=w.device) + (b_u[tokens.ids.to(w.device)] if isinstance(b_u, Tensor) else b_u)
     if isinstance(final.bias, Tensor):
         for i in range(0, tokens.n, size):
             constant[i : i + size] += final.bias @ tokens.unembed(i, min(i + size, tokens.n))
-    own = (v * w[ids]).sum(-1) + constant[ids]
-    above, below = t.zeros(len(ids), device=w.device), t.zeros(len(ids), device=w.device)
-    size = max(1, CHUNK_BYTES // (4 * len(ids)))
+    own = (v * w[chosen]).sum(-1) + constant[chosen]
+    above, below = t.zeros(len(chosen), device=w.device), t.zeros(len(chosen), device=w.device)
+    size = max(1, CHUNK_BYTES // (4 * len(chosen)))
     for i in range(0, tokens.n, size):
         logits = v @ w[i : i + size].T + constant[i : i + size]
-        other = t.arange(i, i + logits.shape[1], device=w.device) != ids[:, None]
+        other = t.arange(i, i + logits.shape[1], device=w.device) != chosen[:, None]
         above += ((logits > own[:, None]) & other).sum(-1)
         below += ((logits < own[:, None]) & other).sum(-1)
         yield Progress(min(i + size, tokens.n), tokens.n, "copying score")
-    return (above < NEAR_TOP).float().mean().item(), (below < NEAR_TOP).float().mean().item(), len(ids)
+    return (above < NEAR_TOP).float().mean().item(), (below < NEAR_TOP).float().mean().item(), len(chosen)
 
 
 @t.no_grad()
@@ -420,7 +429,7 @@ def words(model: Model, *ids: np.ndarray) -> dict[int, str]:
 
 def token_words(tokens: Tokens, layer: Layer) -> str:
     what = "embedding + MLP 0 of it" if tokens.mlp0 else "embedding"
-    return f"a token's vector is its {what}, without position{'' if layer.norm is NOTHING else ', norm recomputed on it'}, {tokens.n} tokens"
+    return f"a token's vector is its {what}, without position{'' if layer.norm is NOTHING else ', norm recomputed on it'}, all {tokens.n} tokens that are not special"
 
 
 def head_weights(model: Model, ask: HeadWeights) -> Generator[Progress | HeadWeightsResult, None, HeadWeightsResult]:
@@ -446,9 +455,9 @@ def head_weights(model: Model, ask: HeadWeights) -> Generator[Progress | HeadWei
 
     none = no_pairs(), no_pairs()
     yield result(none, none)
-    ov = yield from extremes(m["v"], m["w"], ask.k, "OV pairs")
+    ov = yield from pairs(tokens, m["v"], m["w"], ask.k, "OV pairs")
     yield result(ov, none)
-    qk = yield from extremes(m["q"], m["k"], ask.k, "QK pairs")
+    qk = yield from pairs(tokens, m["q"], m["k"], ask.k, "QK pairs")
     return result(ov, qk)
 
 
@@ -636,9 +645,10 @@ def singular(model: Model, ask: Singular) -> Generator[Progress, None, SingularR
     out = []
     for n, (top, bottom) in best.items():
         pick = lambda a, b: t.where(flip, a, b).cpu().numpy()  # noqa: E731
-        ids = pick(bottom[1], top[1]).astype(np.int32), pick(top[1], bottom[1]).astype(np.int32)
+        ids = [x.astype(np.int32) for x in (pick(bottom[1], top[1]), pick(top[1], bottom[1]))]
+        ids = ids if n == "neurons" else [tokens.ids.int().numpy()[x] for x in ids]
         out.append(Readout(n, ids[0], pick(bottom[0], top[0]), ids[1], -pick(top[0], bottom[0])))
-    said += f", reading sides: tokens' embeddings, norm recomputed, times the direction, writing sides: final gain folded, scale left out, {tokens.n} tokens"
+    said += f", reading sides: tokens' embeddings, norm recomputed, times the direction, writing sides: final gain folded, scale left out, all {tokens.n} tokens that are not special"
     said += ", signs: the first side's largest entry is positive"
     texts = words(model, *(x for side in out if side.name != "neurons" for x in (side.top_ids, side.bottom_ids)))
     share = (s[:r].double().square() / (whole or math.nan)).float()

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch as t
 from conftest import CLEAN, PROMPT, SHORT
 from reference import log_softmax
 
 import lens
-from messages import METRICS, Lens, Metric, Prompt, Run, Study, UserError
+from messages import METRICS, Lens, Metric, Prompt, Run, Study, UserError, parse_intervention
 
 TOL = 1e-4
 
@@ -116,10 +117,11 @@ def test_chunks_give_the_same_numbers(engine, monkeypatch, rows):
     monkeypatch.setattr(lens, "VOCAB_BYTES", 4 * engine.model.info.d_vocab * rows)
     parts = []
     again = engine.run(Lens(Study(PROMPT)), lambda part: parts.append(part))
-    for name in ("top_probs", *lens.STATS):
-        np.testing.assert_allclose(getattr(again, name), getattr(whole, name), rtol=1e-5, atol=1e-5)
+    for name in ("top_probs", *lens.STATS, "kl_pair", "up_values", "down_values"):
+        np.testing.assert_allclose(getattr(again, name), getattr(whole, name), atol=1e-5, rtol=1e-5)
     seen = [p for part in parts if hasattr(part, "points") for p in part.points]
-    assert seen and seen == list(whole.points)[: len(seen)]
+    assert seen == list(whole.points)[: len(seen)] and bool(seen) == (rows >= len(whole.positions))
+    assert again.points == whole.points and again.positions == whole.positions
 
 
 def test_chosen_points(engine):
@@ -130,11 +132,128 @@ def test_chosen_points(engine):
     np.testing.assert_allclose(some.entropy, whole.entropy[rows], atol=1e-5)
 
 
+def direct_logits(reference, node: str, ids) -> np.ndarray:
+    """What a component adds to the final logits, in double: Hugging Face's modules, the final norm's scale frozen, no biases, no soft cap."""
+    layer = int(node[1])
+    final = reference.read(ids, ("resid_post", len(reference.blocks) - 1)).double().numpy()[0]
+    eps = getattr(reference.norm, "eps", None) or getattr(reference.norm, "variance_epsilon", 0)
+
+    def frozen(norm, x: np.ndarray, c: np.ndarray, centre: bool) -> np.ndarray:
+        weight = norm.weight.detach().double().numpy() + (reference.arch == "gemma2")
+        if centre:
+            x, c = (v - v.mean(-1, keepdims=True) for v in (x, c))
+        return c / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * weight
+
+    if "H" in node:
+        head = int(node[3:])
+        z, out = reference.read(ids, ("z", layer)).double(), reference.attn(layer)
+        module = out.c_proj if reference.arch == "gpt2" else out.dense if reference.arch == "gpt_neox" else out.o_proj
+        weight = module.weight.detach().double().numpy()
+        weight = weight if reference.arch == "gpt2" else weight.T
+        part = reference.columns("z", head)
+        c = z.numpy()[0][:, part] @ weight[part]
+        if reference.arch == "gemma2":
+            c = frozen(reference.blocks[layer].post_attention_layernorm, z.numpy()[0] @ weight, c, centre=False)
+    else:
+        c = reference.read(ids, (node[3:], layer)).double().numpy()[0]
+    return frozen(reference.norm, final, c, centre=reference.arch in ("gpt2", "gpt_neox")) @ reference.unembed.T
+
+
+@pytest.mark.parametrize("node", ["L0.attn", "L1.mlp", "L2.attn", "L0H1", "L2H3"])
+def test_components(engine, reference, node):
+    """A component's direct logits and their statistics, among residual rows."""
+    got = engine.run(Lens(Study(PROMPT), "clean", points=("L0.resid_pre", node, "L1.resid_post"), k=4))
+    assert got.points == ("L0.resid_pre", node, "L1.resid_post")
+    z = direct_logits(reference, node, got.tokens.ids)
+    final = reference.run([got.tokens.ids])[0][0].astype(np.float64)
+    check = engine.model.check(PROMPT)
+    answers, foils = [check.answers[0].ids[0]], [check.foils[0].ids[0]]
+    for name, values in expected(z[None], final, answers, foils).items():
+        np.testing.assert_allclose(getattr(got, name)[1], values[0], atol=TOL, err_msg=name)
+    centred = z - z.mean(-1, keepdims=True)
+    np.testing.assert_allclose(got.up_values[1], -np.sort(-centred, -1)[:, :3], atol=TOL)
+    np.testing.assert_allclose(np.take_along_axis(centred, got.up_ids[1].astype(int), -1), got.up_values[1], atol=TOL)
+    np.testing.assert_allclose(np.take_along_axis(centred, got.down_ids[1].astype(int), -1), got.down_values[1], atol=TOL)
+    np.testing.assert_allclose(got.down_values[1], np.sort(centred, -1)[:, :3], atol=TOL)
+
+
+def test_components_sum_to_the_logits(engine, reference):
+    """Embeddings, attentions, MLPs and the biases make the logit difference before the soft cap."""
+    i = engine.model.info
+    names = tuple(f"L{layer}.{s}" for layer in range(i.n_layers) for s in ("attn", "mlp"))
+    got = engine.run(Lens(Study(PROMPT), "clean", points=names))
+    ids, check = got.tokens.ids, engine.model.check(PROMPT)
+    answer, foil = check.answers[0].ids[0], check.foils[0].ids[0]
+    final = reference.read(ids, ("resid_post", i.n_layers - 1))
+    start = reference.read(ids, ("resid_pre", 0))
+    with t.no_grad():
+        normed = (reference.norm(final) - reference.norm(t.zeros_like(final))).double().numpy()[0] @ reference.unembed.T
+    centred = (lambda x: x - x.mean(-1, keepdim=True)) if i.norm == "LN" else (lambda x: x)
+    whole = normed[:, answer] - normed[:, foil]
+    direction = (reference.unembed[answer] - reference.unembed[foil])[None]
+    weight = reference.norm.weight.detach().double().numpy() + (reference.arch == "gemma2")
+    eps = getattr(reference.norm, "eps", None) or getattr(reference.norm, "variance_epsilon", 0)
+    scale = (centred(final).double() ** 2).mean(-1, keepdim=True).add(eps).sqrt().numpy()[0]
+    embedded = (centred(start).double().numpy()[0] / scale * weight * direction).sum(-1)
+    np.testing.assert_allclose(got.logit_diff.sum(0, dtype=np.float64) + embedded, whole, atol=5 * TOL)
+
+
+@pytest.mark.parametrize("which", ["clean", "corrupt", "now"])
+def test_pair_and_promoted(engine, reference, which):
+    got = engine.run(Lens(Study(PROMPT), which))
+    spots, check = points(reference), engine.model.check(PROMPT)
+    logp = {}
+    for name, row in (("clean", check.clean), ("corrupt", check.corrupt)):
+        acts = reference.run([row.ids], read=spots)[1]
+        logp[name] = log_softmax(np.stack([reference.logits(acts[s])[0] for s in spots]))
+    clean, corrupt = logp["clean"], logp["corrupt"]
+    np.testing.assert_allclose(got.kl_pair, (np.exp(clean) * (clean - corrupt)).sum(-1), atol=TOL)
+    change = np.diff(logp["corrupt" if which == "corrupt" else "clean"], axis=0)
+    assert np.isnan(got.up_values[0]).all() and np.isnan(got.down_values[0]).all()
+    np.testing.assert_allclose(got.up_values[1:], -np.sort(-change, -1)[..., :3], atol=TOL)
+    np.testing.assert_allclose(got.down_values[1:], np.sort(change, -1)[..., :3], atol=TOL)
+    for ids, values in ((got.up_ids, got.up_values), (got.down_ids, got.down_values)):
+        np.testing.assert_allclose(np.take_along_axis(change, ids[1:].astype(int), -1), values[1:], atol=TOL)
+        assert set(got.texts) >= set(ids.ravel().tolist())
+
+
+def test_pair_under_interventions_and_without_a_pair(engines):
+    engine = engines["llama"]
+    plain = engine.run(Lens(Study(PROMPT)))
+    edited = engine.run(Lens(Study(PROMPT, (parse_intervention("L1.mlp=zero"),))))
+    np.testing.assert_allclose(edited.kl_pair, plain.kl_pair, atol=1e-5)
+    assert not np.allclose(edited.entropy, plain.entropy)
+    for ask in (Lens(Study(Prompt(CLEAN))), Lens(Study(replace(PROMPT, corrupt=SHORT))), Lens(Study(PROMPT), pair=False)):
+        assert np.isnan(engine.run(ask).kl_pair).all()
+    assert engine.run(Lens(Study(PROMPT, base="corrupt"))).kl_pair == pytest.approx(plain.kl_pair, abs=1e-5)
+
+
+def test_positions(engine):
+    whole = engine.run(Lens(Study(PROMPT)))
+    some = engine.run(Lens(Study(PROMPT), positions=(-1, 3, -1)))
+    assert some.positions == (len(whole.tokens.ids) - 1, 3) and whole.positions == tuple(range(len(whole.tokens.ids)))
+    assert some.tokens == whole.tokens
+    for name in lens.CELLS:
+        if not name.endswith("ids"):
+            np.testing.assert_allclose(getattr(some, name), getattr(whole, name)[:, list(some.positions)], atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("n", [3, 200, 1000, 2049])
+@pytest.mark.parametrize("k", [1, 3])
+def test_largest_is_topk(n, k):
+    x = t.randn(5, n, generator=t.Generator().manual_seed(n))
+    values, ids = lens.largest(x, k)
+    want = x.topk(k, -1)
+    assert t.equal(values, want.values) and t.equal(ids, want.indices)
+
+
 def test_convention(engines):
     assert "soft cap 5" in engines["gemma2"].run(Lens(Study(PROMPT))).convention
     assert "no resid_mid" in engines["neox"].run(Lens(Study(PROMPT))).convention
     text = engines["gpt2"].run(Lens(Study(PROMPT))).convention
-    assert "final norm recomputed at each point, raw weights" in text and "no soft cap" in text
+    assert text.startswith("final norm recomputed · raw weights · float32 · no soft cap")
+    parts = engines["gemma2"].run(Lens(Study(PROMPT), points=("L1.mlp", "L1H1"))).convention
+    assert parts.startswith("final norm's scale frozen") and "before the soft cap" in parts and "the norm after attention" in parts
 
 
 @pytest.mark.parametrize(
@@ -143,7 +262,11 @@ def test_convention(engines):
         (Lens(Study(PROMPT), "clean-corrupt"), "'clean-corrupt' is not a run"),
         (Lens(Study(Prompt(CLEAN)), "corrupt"), "there is no corrupted prompt"),
         (Lens(Study(PROMPT), points=("L9.resid_post",)), "layers 0 to 2"),
-        (Lens(Study(PROMPT), points=("L1H1",)), "the lens reads resid_pre"),
+        (Lens(Study(PROMPT), points=("L1H1.q",)), "the lens reads resid_pre"),
+        (Lens(Study(PROMPT), points=("L1.mlp.n3",)), "the lens reads resid_pre"),
+        (Lens(Study(PROMPT), points=("L1H7",)), "heads 0 to 3"),
+        (Lens(Study(PROMPT), positions=(99,)), "position 99 is outside"),
+        (Lens(Study(PROMPT), kind="magic"), "'magic' is not a lens"),
         (Lens(Study(PROMPT), points=("L1.resid_mid@3",)), "at every position"),
         (Lens(Study(PROMPT), k=0), "k must be at least 1"),
         (Run(Study(PROMPT, metric=Metric("luck"))), "'luck' is not a metric"),

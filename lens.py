@@ -52,8 +52,8 @@ def rows_at_once(model: Model) -> int:
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Row by row, without a temporary of the rows' size."""
-    return t.bmm(a[:, None], b[:, :, None])[:, 0, 0]
+    """Row by row. A matrix product is not used: it adds up 50 000 numbers one after the other, and entropies came out wrong by 0.004 nats."""
+    return t.linalg.vecdot(a, b)
 
 
 def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -180,8 +180,9 @@ def statistics(z: Tensor, final: tuple[Tensor, Tensor], answers: list[int], foil
 @t.no_grad()
 def pair_kl(a: Tensor, b: Tensor) -> Tensor:
     """KL(softmax a || softmax b), row by row, of logits whose largest is about 0."""
-    p = a.softmax(-1)
-    return (dot(p, a) - dot(p, b) - a.logsumexp(-1) + b.logsumexp(-1)).clamp(min=0)
+    p = a.exp()
+    total = p.sum(-1)
+    return ((dot(p, a) - dot(p, b)) / total - total.log() + b.exp().sum(-1).log()).clamp(min=0)
 
 
 def texts(model: Model, ids: np.ndarray) -> dict[int, str]:

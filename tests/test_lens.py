@@ -238,6 +238,22 @@ def test_positions(engine):
             np.testing.assert_allclose(getattr(some, name), getattr(whole, name)[:, list(some.positions)], atol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.01, 1.0, 5.0])
+def test_statistics_of_a_large_vocabulary(scale):
+    """Sums over 50 000 tokens keep their digits."""
+    rng = t.Generator().manual_seed(0)
+    z, q, other = (scale * t.randn(3, 50_257, generator=rng) - 90 for _ in range(3))
+    want = expected(z.double().numpy()[None], q.double().numpy(), [7, 11], [13])
+    logp, corrupt = log_softmax(z.double().numpy()), log_softmax(other.double().numpy())
+    final = q.log_softmax(-1)
+    a, b = (x - x.amax(-1, keepdim=True) for x in (z, other))
+    np.testing.assert_allclose(lens.pair_kl(a, b), (np.exp(logp) * (logp - corrupt)).sum(-1), atol=3e-5)
+    got = lens.statistics(z.clone(), (final.exp(), lens.dot(final.exp(), final)), [7, 11], [13], 5)
+    for name, values in want.items():
+        np.testing.assert_allclose(got[name], values[0], atol=3e-5, rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose(got["top_probs"], -np.sort(-np.exp(logp), -1)[:, :5], atol=1e-6)
+
+
 @pytest.mark.parametrize("n", [3, 200, 1000, 2049])
 @pytest.mark.parametrize("k", [1, 3])
 def test_largest_is_topk(n, k):

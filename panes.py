@@ -225,8 +225,8 @@ class LensPane(Pane):
         beside = self.size.width - 34 >= 14 + grid.cell[0] * len(grid.cols)
         self.side.set_class(not beside, "hidden")
         if beside:
-            self.side.show(pictures.lens_side(result, row, pos, 5 if len(app.visible_panes()) == 3 else 10))
-        self.info_line.show([pictures.lens_cell(result, row, pos, 0 if beside else 4)])
+            self.side.show(pictures.lens_side(result, row, pos, 3 if len(app.visible_panes()) == 3 else 10))
+        self.info_line.show([pictures.lens_cell(result, row, pos, 0 if beside or len(app.visible_panes()) == 3 else 4)])
 
 
 class AttentionPane(Pane):

@@ -250,7 +250,7 @@ class GridView(Widget):
             if self.mode == "shade":
                 style = CURSOR_PLAIN if c == cursor else BOLD if (row, c) in g.marks else PLAIN
             else:
-                faint = level < 0 or (g.text is None and level in middle)
+                faint = level < 0 or (g.text is None and self.mode == "colour" and (level in middle or abs(value) < g.faint))
                 style = CURSOR if c == cursor else PLAIN if faint else palette[level]
                 if (row, c) in g.marks and c != cursor:
                     style += Style(underline=True, bold=True)

@@ -88,6 +88,8 @@ async def test_panes_by_size(zoo, tmp_path):
         await press(app, pilot, "escape")
         assert app.visible_panes() == ["lens", "attention"]
         await press(app, pilot, "tab")
+        assert app.pane == "attribution" and "Attribution" in shown(app)
+        await press(app, pilot, "shift+tab", "0")
         assert app.pane == "output" and "Output" in shown(app)
 
 

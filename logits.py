@@ -131,6 +131,14 @@ def names(model: Model, sites: set[tuple[str, int]]) -> list[str]:
     return list(dict.fromkeys(out))
 
 
+def drill_names(model: Model, seq: int) -> list[str]:
+    """What the drill downs will ask for next, read in the same pass when that is small against the cache."""
+    i = model.info
+    need = i.n_layers * seq * (i.n_kv_heads * i.d_head + i.d_mlp) * t.finfo(model.dtype).bits // 8
+    some = [f"blocks.{layer}.{x}" for layer in range(i.n_layers) for x in ("attn.hook_v", "mlp.hook_post", "ln2_post.hook_scale")]
+    return [n for n in some if n in model.points] if need <= model.cache.limit // 16 else []
+
+
 def at(x: Tensor, pos: Tensor) -> Tensor:
     """One position of each row of [batch, seq, ...]."""
     return x.expand(len(pos), *x.shape[1:])[t.arange(len(pos), device=x.device), pos.to(x.device)]
@@ -191,7 +199,9 @@ def one(runs: Runs, which: str, pos: int) -> dict[str, np.ndarray]:
     """Cells and logits of one run of the study, a batch of one."""
     model, sites = runs.model, edited(runs, which)
     where = t.tensor([pos])
-    acts = {n: at(x, where) for n, x in runs.trace(which, names(model, sites)).items()}
+    wanted = names(model, sites)
+    found = runs.trace(which, [*wanted, *drill_names(model, len(runs.row(which).ids))])
+    acts = {n: at(found[n], where) for n in wanted}
     u, bias = direction(model, runs.answers, runs.foils)
     cells = split(model, acts, u[None], t.tensor([bias], dtype=t.float64), sites, lambda site, layer: factor(runs, which, site, layer, pos))
     return cells | true_logits(model, acts[FINAL], [(runs.answers, runs.foils)])

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch as t
 from conftest import CLEAN, CORRUPT, PROMPT, SHORT
+from transformer_lens import head_detector
 
 import attribution
-from messages import STATS, Attention, HeadStats, Intervention, Node, Prompt, Study, UserError
+from messages import DETECTORS, STATS, Attention, AttentionSet, Detect, HeadStats, Intervention, Node, Prompt, Study, UserError
 
 TOL = 1e-4
 REPEATS = "Mary and John went to Mary and John and the store went red red green"
@@ -108,6 +109,110 @@ def test_pair(engine, reference):
     np.testing.assert_allclose(engine.run(HeadStats(Study(PROMPT), pair=(9, 3))).stats["pair"], want, atol=TOL)
 
 
+# ------------------------------------------------------------------ weighted patterns, detectors, means over the prompt set
+
+
+@pytest.mark.parametrize("which", ["clean", "clean-corrupt"])
+def test_weighted_patterns(engine, reference, which):
+    """Pattern x || v W_O ||, the value of the kv head that the query head reads, from Hugging Face's modules."""
+    check, ref = engine.model.check(PROMPT), reference
+
+    def want(ids: tuple, layer: int, head: int) -> np.ndarray:
+        w = ref.place("z", layer)[0].weight.detach().double().numpy()
+        w = (w if ref.arch == "gpt2" else w.T)[ref.columns("z", head)]
+        v = ref.read(ids, ("v", layer))[0].double().numpy()[:, ref.columns("v", head)]
+        return ref.patterns([ids])[layer][0, head] * np.linalg.norm(v @ w, axis=-1)
+
+    for layer in range(engine.model.info.n_layers):
+        got = engine.run(Attention(Study(PROMPT), layer, which, weighted=True))
+        assert got.weighted and "|| v W_O ||" in got.convention
+        for head in range(engine.model.info.n_heads):
+            sides = [want(getattr(check, s).ids, layer, head) for s in which.split("-")]
+            np.testing.assert_allclose(got.pattern[head], sides[0] - sides[1] if len(sides) == 2 else sides[0], atol=TOL)
+    assert not engine.run(Attention(Study(PROMPT))).weighted
+
+
+@pytest.mark.parametrize("measure", ["mul", "abs"])
+@pytest.mark.parametrize("bos, current", [(False, False), (True, False), (False, True), (True, True)])
+def test_detectors_equal_transformer_lens(engine, measure, bos, current):
+    """Its "abs" is rounded to three digits; ours is not. On one prompt: on several it would forget the exclusions."""
+    bridge, model = engine.model.bridge, engine.model
+    ids = t.tensor([model.check(Prompt(REPEATS)).clean.ids])
+    with t.no_grad():
+        _, cache = bridge.run_with_cache(ids, remove_batch_dim=True)
+    tolerance = 1e-5 if measure == "mul" else 5.1e-4
+    cells = ((9, 4), (12, 0), (3, 3), (7, 5))
+    tensor = t.zeros(ids.shape[1], ids.shape[1])
+    for i, j in cells:
+        tensor[i, j] = 1
+    how = {"exclude_bos": bos, "exclude_current_token": current, "error_measure": measure}
+    monkey = bridge.to_tokens
+    bridge.to_tokens = lambda seq: ids
+    try:
+        for name in DETECTORS:
+            theirs = head_detector.detect_head(bridge, REPEATS, name, cache=cache, **how)
+            got = engine.run(Detect(Study(Prompt(REPEATS)), pattern=name, **how))
+            np.testing.assert_allclose(got.scores, theirs.numpy(), atol=tolerance)
+            table = getattr(head_detector, f"get_{name}_detection_pattern")(ids)
+            assert set(got.cells) == {(int(i), int(j)) for i, j in table.nonzero().tolist()}
+        theirs = head_detector.detect_head(bridge, REPEATS, tensor, cache=cache, **how)
+    finally:
+        bridge.to_tokens = monkey
+    got = engine.run(Detect(Study(Prompt(REPEATS)), cells=cells, **how))
+    np.testing.assert_allclose(got.scores, theirs.numpy(), atol=tolerance)
+    assert set(got.cells) == set(cells)
+
+
+def test_detector_of_a_difference(engine):
+    a, b, d = (engine.run(Detect(Study(PROMPT), w, "induction_head", error_measure="abs")).scores for w in ("clean", "corrupt", "clean-corrupt"))
+    np.testing.assert_allclose(d, a - b, atol=1e-6)
+
+
+SHORTER = Prompt(SHORT, None, labels=(("S2", 38), ("IO", 5)))
+FAR = Prompt("the red milk then " + CLEAN, None, labels=(("IO", 23), ("S2", 56), ("S1", 32)))
+
+
+def test_mean_between_labels(engine, reference):
+    """By loops over Hugging Face's patterns; a cell whose source comes after the destination is blank, and counted where it does not."""
+    swapped = replace(PROMPT, labels=(("IO", 14), ("S1", 5), ("S2", 38)))
+    prompts = (PROMPT, SHORTER, FAR, swapped)
+    got = engine.run(AttentionSet(Study(PROMPT, prompt_set=prompts), "clean"))
+    assert got.labels == ("IO", "S2", "END") and got.prompts.tolist() == [0, 1, 2, 3]
+    check_means(engine, reference, got, prompts)
+    got = engine.run(AttentionSet(Study(PROMPT, prompt_set=(PROMPT, FAR, swapped)), "clean", ("S1", "IO", "END")))
+    check_means(engine, reference, got, (PROMPT, FAR, swapped))
+    assert got.counts[0, 1] == 2 and got.counts[1, 0] == 1 and got.counts[2].tolist() == [3, 3, 3] and got.counts[0, 2] == 0
+    assert np.isnan(got.mean[:, :, 0, 2]).all()
+
+
+def check_means(engine, reference, got, prompts: tuple[Prompt, ...]) -> None:
+    rows = [engine.model.check(p).clean for p in prompts]
+    patterns = [reference.patterns([r.ids]) for r in rows]
+    for i, a in enumerate(got.labels):
+        for j, b in enumerate(got.labels):
+            spots = [(p, r.labels[a], r.labels[b]) for p, r in zip(patterns, rows) if r.labels[a] >= r.labels[b]]
+            assert got.counts[i, j] == len(spots)
+            for layer in range(len(patterns[0])):
+                values = np.array([p[layer][0, :, dest, src] for p, dest, src in spots])
+                if spots:
+                    np.testing.assert_allclose(got.mean[layer, :, i, j], values.mean(0), atol=TOL)
+                    np.testing.assert_allclose(got.std[layer, :, i, j], values.std(0), atol=TOL)
+
+
+def test_mean_of_a_difference_and_under_interventions(engine):
+    other = replace(PROMPT, clean=CORRUPT, corrupt=CLEAN)
+    do = (Intervention(Node("head", 0, 1), "patch"), Intervention(Node("attn", 0, pos="S2"), "zero"))
+    study = Study(PROMPT, do, prompt_set=(PROMPT, other))
+    got = engine.run(AttentionSet(study, "now-clean"))
+    for layer in range(engine.model.info.n_layers):
+        single = [engine.run(Attention(replace(study, prompt=p), layer, "now-clean")) for p in study.prompt_set]
+        for i, a in enumerate(got.labels):
+            for j, b in enumerate(got.labels[: i + 1]):
+                want = np.mean([s.pattern[:, s.tokens.labels[a], s.tokens.labels[b]] for s in single], 0)
+                np.testing.assert_allclose(got.mean[layer, :, i, j], want, atol=1e-5)
+    assert np.nanmax(np.abs(got.mean[1:])) > 1e-3
+
+
 def test_an_unmoved_now_is_clean(engine):
     same = engine.run(Attention(Study(PROMPT), 2, "now-clean"))
     assert (same.pattern == 0).all()
@@ -149,6 +254,16 @@ def test_induction_by_hand():
         (HeadStats(Study(replace(PROMPT, corrupt=SHORT)), "now-corrupt"), "now has 15 tokens and corrupt has 14"),
         (HeadStats(Study(PROMPT), "clean-corrupt", "random"), "random tokens have no clean and corrupted run"),
         (HeadStats(Study(PROMPT), source="dreams"), "'dreams' is not a source"),
+        (Attention(Study(PROMPT), 3, weighted=True), "there is no layer 3"),
+        (Detect(Study(PROMPT), pattern="name_mover"), "'name_mover' is not a detector: use one of previous_token_head"),
+        (Detect(Study(PROMPT), cells=((3, 9),)), "cell (3, 9): write (destination, source)"),
+        (Detect(Study(PROMPT), cells=((15, 9),)), "positions 0 to 14"),
+        (Detect(Study(PROMPT), error_measure="div"), "'div' is not a measure"),
+        (Detect(Study(PROMPT), "now-then"), "'now-then' is not a run"),
+        (AttentionSet(Study(PROMPT)), "there is no prompt set"),
+        (AttentionSet(Study(PROMPT, prompt_set=(PROMPT, Prompt(CLEAN)))), "share no label but END"),
+        (AttentionSet(Study(PROMPT, prompt_set=(PROMPT, SHORTER)), labels=("S1", "S2")), "the prompt has no position labelled 'S1'"),
+        (AttentionSet(Study(PROMPT, prompt_set=(PROMPT, Prompt("")))), "prompt 2 of the set: the clean prompt is empty"),
         (HeadStats(Study(PROMPT), pair=(3, 9)), "the destination comes after the source"),
         (HeadStats(Study(PROMPT), source="random", pair=(9, 3)), "a pair of positions belongs to the prompt"),
     ],

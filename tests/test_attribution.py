@@ -159,13 +159,13 @@ def test_unembedding_bias(engines):
     engine = engines["neox"]
     bridge, check = engine.model.bridge, engine.model.check(PROMPT)
     inner = bridge.unembed.original_component
-    assert inner.bias is None
-    inner.bias = t.nn.Parameter(t.linspace(-2, 2, inner.weight.shape[0]), requires_grad=False)
+    assert (inner.bias == 0).all()  # the Bridge's own
+    inner.bias.copy_(t.linspace(-2, 2, inner.weight.shape[0]))
     try:
         got = engine.run(Attribution(STUDY))
         want = inner.bias[check.answers[0].ids[0]] - inner.bias[check.foils[0].ids[0]]
     finally:
-        inner.bias = None
+        inner.bias.zero_()
     assert got.cells.unembed_bias == pytest.approx(want.item(), abs=1e-6) and abs(want) > 0.01
     assert got.error < TOL
 
@@ -334,8 +334,8 @@ def test_drill_downs_of_a_difference(engine):
 @pytest.mark.parametrize("name", ["gpt2", "neox", "llama", "qwen3"])
 def test_equal_to_transformer_lens(engines, folders, name):
     """
-    Its direct_logit_attribution needs compatibility mode: value biases folded into b_O (so that its heads lack b_V W_O, which ours hold and which
-    every head adds once, its attention rows summing to one), W_U folded with the final norm and centred (which a logit difference does not see),
+    Its direct_logit_attribution needs compatibility mode: value biases, with what ln1's bias adds to them, folded into b_O (so that its heads lack
+    (b_V + b_ln1 W_V) W_O, which ours hold and which every head adds once, its attention rows summing to one), W_U folded with the final norm and centred (which a logit difference does not see),
     the final norm's bias in b_U, of which it says nothing. Gemma-2 is left out: it has no heads behind a norm after attention.
     """
     engine, folder = engines[name], folders[name]
@@ -357,7 +357,7 @@ def test_equal_to_transformer_lens(engines, folders, name):
         attn = raw.blocks[layer].attn
         folded = np.zeros(info.n_heads)
         if attn.b_V is not None:
-            b_v = attn.b_V.reshape(info.n_kv_heads, info.d_head)[t.arange(info.n_heads) * info.n_kv_heads // info.n_heads]
+            b_v = attn.b_V.reshape(info.n_heads, info.d_head) + t.einsum("m,hme->he", raw.blocks[layer].ln1.bias, attn.W_V)
             folded = t.einsum("he,hem,m->h", b_v, attn.W_O, direction).numpy()
         assert (np.abs(folded).max() > 1e-3) == (name in ("gpt2", "neox"))
         for head in range(info.n_heads):

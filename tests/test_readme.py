@@ -1,0 +1,67 @@
+"""What the README tells a stranger is what they will see: the tour's numbers, the Python example, the commands."""
+
+import contextlib
+import io
+import re
+
+import pytest
+
+from messages import Attribution, HeadStats, Lens, Run, Study, parse_intervention, read_prompt_set
+from utils import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SET = read_prompt_set(ROOT / "zoo" / "prompts" / "ioi_abba.jsonl")
+
+
+@pytest.mark.parametrize(
+    "done, shown",
+    [
+        ("", "now +8.836"),
+        ("L1H0=zero", "*rises* to +10.444"),
+        ("L3H3=zero", "`L3H3`: +2.944"),
+        ("L3H3=zero L3H2=zero", "too: -1.655"),
+        ("L3H3=patch", "`L3H3` gives +0.515"),
+        ("L3H3=patch L3H2=patch", "-4.247, normalised -0.006"),
+        ("L0H3=patch", "gives +1.502"),
+    ],
+)
+def test_the_tours_logit_differences(engines, done, shown):
+    assert shown in README
+    run = engines["zoo"].run(Run(Study(SET[0], tuple(parse_intervention(d) for d in done.split()))))
+    numbers = [float(x) for x in re.findall(r"[+-]\d+\.\d+", shown)]
+    assert numbers[0] == pytest.approx(run.now.metric, abs=6e-4)
+    if len(numbers) == 2:
+        assert numbers[1] == pytest.approx(run.normalised, abs=6e-4)
+
+
+def test_the_tours_readings(engines):
+    zoo, study = engines["zoo"], Study(SET[0])
+    corrupt = zoo.run(Run(study)).corrupt.metric
+    assert f"corrupted {corrupt:+.3f}" in README
+    lens = zoo.run(Lens(study))
+    tops = {p: [(lens.texts[int(i)], float(q)) for i, q in zip(lens.top_ids[r, -1], lens.top_probs[r, -1])] for r, p in enumerate(lens.points)}
+    assert tops["L2.resid_mid"][0][0] == " John" and [t for t, _ in tops["L2.resid_post"][:2]] == [" Mary", " John"]
+    assert f"({tops['L2.resid_post'][0][1]:.2f} to {tops['L2.resid_post'][1][1]:.2f})" in README
+    assert tops["L3.resid_post"][0] == (" Mary", pytest.approx(0.998, abs=6e-4))
+    pair = zoo.run(HeadStats(study, pair=(14, 2))).stats["pair"]
+    for (layer, head), text in (((1, 0), ".97"), ((1, 3), ".93"), ((2, 3), ".52")):
+        assert f"{pair[layer, head]:.2f}"[1:] == text and f"`L{layer}H{head}` {text}" in README
+    direct = zoo.run(Attribution(study))
+    assert f"`L3H2` {direct.cells.heads[3, 2]:+.3f} and `L3H3` {direct.cells.heads[3, 3]:+.3f}" in README and f"{direct.total:+.4f}" in README
+
+
+def test_the_python_example(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile(code, "README.md", "exec"), {})
+    assert out.getvalue().strip() == "L3.resid_post  Paris" and "# L3.resid_post  Paris" in code
+
+
+def test_every_file_it_names_exists():
+    for name in re.findall(r"`(\w+\.(?:py|svg))`", README):
+        assert (ROOT / name).exists(), name
+    table = README[README.index("| file |") :]
+    for path in ROOT.glob("*.py"):
+        assert f"`{path.name}`" in table, f"{path.name} is not in the README's table of rooms"

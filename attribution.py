@@ -244,15 +244,16 @@ def read_set(study: Study) -> list[tuple[int, Prompt]]:
     return list(enumerate(study.prompt_set))
 
 
+Check = Callable[[Runs, str], object]
 Work = Callable[[list[Runs], str, Tensor, list[Edit]], list[dict[str, np.ndarray]]]
 
 
 def over_set(
-    model: Model, study: Study, members: list[tuple[int, Prompt]], which: str, work: Work, text: str
+    model: Model, study: Study, members: list[tuple[int, Prompt]], which: str, check: Check, work: Work, text: str
 ) -> Generator[Progress, None, list[dict[str, np.ndarray]]]:
     """
     work(runs, side, ids [batch, seq], edits) of every member, one dict a prompt, in the order of `members`; subtracted for a difference. Runs in
-    batches of prompts of equal length; under interventions, whose values differ from prompt to prompt, one prompt at a time.
+    batches of prompts of equal length, after `check` of each; under interventions, whose values differ from prompt to prompt, one prompt at a time.
     """
     sides, done = which.split("-"), 0
     order: list[list[dict | None]] = [[None] * len(members) for _ in sides]
@@ -260,7 +261,8 @@ def over_set(
     for i, prompt in members:
         try:
             runs = read_study(model, replace(study, prompt=prompt, interventions=()))
-            _ = runs.pair(which) if "-" in which else runs.row(which)
+            for side in runs.pair(which) if "-" in which else (which,):
+                check(runs, side)
         except UserError as error:
             raise UserError(f"prompt {i + 1} of the set: {error}") from error
         everyone.append(runs)
@@ -314,7 +316,8 @@ def attention_set(model: Model, study: Study, which: str, labels: tuple[str, ...
             cells[j][:, :, spot[:, None] < spot[None, :]] = math.nan
         return [{"cells": c.numpy()} for c in cells]
 
-    found = yield from over_set(model, study, members, which, work, "attention over the prompt set")
+    check = lambda r, side: [r.position(side, n) for n in names]  # noqa: E731
+    found = yield from over_set(model, study, members, which, check, work, "attention over the prompt set")
     cells = np.stack([row["cells"] for row in found])
     counts = (~np.isnan(cells[:, 0, 0])).sum(0)
     if np.isinf(cells).any() or (np.isnan(cells).all((1, 2)) != np.isnan(cells).any((1, 2))).any():

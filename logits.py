@@ -54,9 +54,9 @@ def check_hooks(model: Model) -> None:
 def direction(model: Model, answers: list[int], foils: list[int]) -> tuple[Tensor, float]:
     """Mean unembedding of the answers minus that of the foils [d_model], and the same of the unembedding's bias."""
     w, b = model.bridge.W_U, model.bridge.b_U
-    u, bias = w[:, answers].float().mean(1), b[answers].double().mean().item()
+    u, bias = w[:, answers].float().mean(1), b[answers].cpu().double().mean().item()
     if foils:
-        u, bias = u - w[:, foils].float().mean(1), bias - b[foils].double().mean().item()
+        u, bias = u - w[:, foils].float().mean(1), bias - b[foils].cpu().double().mean().item()
     return u * model.logit_scale, bias * model.logit_scale
 
 
@@ -64,7 +64,7 @@ def pull_back(model: Model, norm: t.nn.Module, scale: Tensor, u: Tensor) -> tupl
     """A direction [batch, d_model] behind a norm as one in front of it, at a frozen scale [batch, 1]; and what the norm's bias adds [batch]."""
     inner, u = norm.original_component, u.to(scale.device)
     weight, bias = getattr(inner, "weight", None), getattr(inner, "bias", None)
-    constant = t.zeros(len(u), dtype=t.float64, device=u.device) if bias is None else (u * bias.float()).sum(-1, dtype=t.float64)
+    constant = t.zeros(len(u), dtype=t.float64) if bias is None else dot(u, bias.float())
     if weight is not None:
         u = u * (weight.float() + (1.0 if getattr(model.cfg, "rmsnorm_uses_offset", False) else 0.0))
     if not norm.uses_rms_norm:
@@ -82,11 +82,11 @@ def post_norm(model: Model, layer: int, part: str) -> tuple[t.nn.Module, str] | 
 def inner_direction(model: Model, layer: int, part: str, acts: dict[str, Tensor], d: Tensor) -> tuple[Tensor, Tensor]:
     """The direction at the output of W_O or W_out, in front of a norm that follows it; and that norm's constant."""
     post = post_norm(model, layer, part)
-    return (d, t.zeros(len(d), dtype=t.float64, device=d.device)) if post is None else pull_back(model, post[0], acts[post[1]], d)
+    return (d, t.zeros(len(d), dtype=t.float64)) if post is None else pull_back(model, post[0], acts[post[1]], d)
 
 
 def dot(x: Tensor, d: Tensor) -> Tensor:
-    return (x.float() * d.to(x.device)).sum(-1, dtype=t.float64).cpu()
+    return (x.float() * d.to(x.device)).cpu().double().sum(-1)
 
 
 # ------------------------------------------------------------------ the split
@@ -162,7 +162,7 @@ def split(model: Model, acts: dict[str, Tensor], u: Tensor, bias: Tensor, sites:
         projected = t.einsum("hem,bm->bhe", attn.W_O.float(), o)
         heads.append(keep * dot(z, projected))
         b_o = attn.b_O
-        biases.append(keep * (constant.cpu() + (0.0 if b_o is None else dot(b_o.expand(n, -1), o))))
+        biases.append(keep * (constant + (0.0 if b_o is None else dot(b_o.expand(n, -1), o))))
         mlps.append(dot(acts[f"blocks.{layer}.hook_mlp_out"], d))
         if ("attn", layer) in sites or ("resid_mid", layer) in sites:
             written += dot(acts[f"blocks.{layer}.hook_attn_out"], d) - heads[-1].sum(-1) - biases[-1]
@@ -177,7 +177,7 @@ def split(model: Model, acts: dict[str, Tensor], u: Tensor, bias: Tensor, sites:
             before = sum(dot(acts[f"{block}.hook_{x}"], d) for x in ("resid_pre", "attn_out", "mlp_out"))
             written += dot(acts[f"{block}.hook_resid_post"], d) - before
     out = {"embed": embed, "position": position, "heads": t.stack(heads, 1), "mlps": t.stack(mlps, 1), "attn_bias": t.stack(biases, 1)}
-    out |= {"norm_bias": norm_bias.cpu(), "unembed_bias": bias, "interventions": written}
+    out |= {"norm_bias": norm_bias, "unembed_bias": bias, "interventions": written}
     return {k: v.double().numpy() for k, v in out.items()}
 
 
@@ -189,7 +189,7 @@ def total(cells: dict[str, np.ndarray]) -> np.ndarray:
 @t.no_grad()
 def true_logits(model: Model, last: Tensor, who: list[tuple[list[int], list[int]]]) -> dict[str, np.ndarray]:
     """The model's own logit (difference) of each row [batch, d_model] behind the final norm: before the soft cap, and after it."""
-    raw = model.bridge.unembed(last.to(model.final_device)).double().cpu() * model.logit_scale
+    raw = model.bridge.unembed(last.to(model.final_device)).cpu().double() * model.logit_scale
     out = {"logit": raw} | ({"capped": model.softcap * t.tanh(raw / model.softcap)} if model.softcap else {})
     diff = lambda row, a, f: (row[a].mean() - (row[f].mean() if f else 0.0)).item()  # noqa: E731
     return {k: np.array([diff(row, *w) for row, w in zip(x, who)]) for k, x in out.items()}
@@ -276,12 +276,12 @@ def head_sources(runs: Runs, which: str, layer: int, head: int, pos: int) -> dic
     pattern = acts[pattern_name(layer)][0, head, pos].float()
     projected = model.bridge.blocks[layer].attn.W_O[head].float() @ d.to(z.device)
     keep = factor(runs, which, "attn", layer, pos)
-    sources, whole = keep * (pattern * (v @ projected)).double(), keep * (z * projected).sum(dtype=t.float64)
+    sources, whole = keep * (pattern * (v @ projected)).cpu().double(), keep * dot(z, projected)
     moved = which == "now" and any(
         i.node.site == "head" and i.node.part == "z" and (i.node.layer, i.node.head) == (layer, head) for i in runs.study.interventions
     )
     written = whole - sources.sum() if moved else t.zeros((), dtype=t.float64)
-    return {"sources": sources.cpu().numpy(), "pattern": pattern.cpu().numpy(), "total": whole.item(), "interventions": written.item()}
+    return {"sources": sources.numpy(), "pattern": pattern.cpu().numpy(), "total": whole.item(), "interventions": written.item()}
 
 
 def sources(runs: Runs, which: str, layer: int, head: int, pos: int | str | None = None) -> AttributionSourcesResult:
@@ -310,15 +310,15 @@ def neuron_parts(runs: Runs, which: str, layer: int, pos: int) -> dict[str, np.n
     acts, d, constant = frozen(runs, which, pos, layer, "mlp", [f"{block}.mlp.hook_post", f"{block}.hook_mlp_out"])
     post = acts[f"{block}.mlp.hook_post"][0, pos].float()
     inner, keep = d.to(post.device), factor(runs, which, "mlp", layer, pos)
-    contribution = keep * (post * (mlp.W_out.float() @ inner)).double()
+    contribution = keep * (post * (mlp.W_out.float() @ inner)).cpu().double()
     b_out = getattr(mlp.out, "bias", None)
-    bias = keep * (constant + (0.0 if b_out is None else (b_out.float() * inner).sum(dtype=t.float64).item()))
+    bias = keep * (constant + (0.0 if b_out is None else dot(b_out, inner).item()))
     u, _ = direction(model, runs.answers, runs.foils)
     behind, _ = pull_back(model, model.bridge.ln_final, acts[SCALE][0, pos][None], u[None])
     whole = dot(acts[f"{block}.hook_mlp_out"][0, pos][None], behind).item()
     moved = which == "now" and any((i.node.site, i.node.layer) == ("mlp", layer) for i in runs.study.interventions)
     written = whole - contribution.sum().item() - bias if moved else 0.0
-    return {"activation": post.cpu().numpy(), "contribution": contribution.cpu().numpy(), "bias": bias, "total": whole, "interventions": written}
+    return {"activation": post.cpu().numpy(), "contribution": contribution.numpy(), "bias": bias, "total": whole, "interventions": written}
 
 
 def neurons(runs: Runs, which: str, layer: int, pos: int | str | None = None, k: int = 10) -> AttributionNeuronsResult:
@@ -368,7 +368,8 @@ def attribution_set(model: Model, study: Study, which: str, pos: int | str | Non
         cells |= true_logits(model, got[FINAL], [(r.answers, r.foils) for r in group])
         return [{k: v[j] for k, v in cells.items()} for j in range(len(group))]
 
-    found = yield from over_set(model, study, members, which, work, "attribution over the prompt set")
+    check = lambda r, side: r.position(side, named)  # noqa: E731
+    found = yield from over_set(model, study, members, which, check, work, "attribution over the prompt set")
     stacked = {k: np.stack([row[k] for row in found]) for k in found[0]}
     finite("the attribution", *stacked.values())
     totals, logits, used = total(stacked), stacked["logit"], np.array([i for i, _ in members], np.int32)

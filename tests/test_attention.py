@@ -146,7 +146,7 @@ def test_detectors_equal_transformer_lens(engine, measure, bos, current):
     for i, j in cells:
         tensor[i, j] = 1
     how = {"exclude_bos": bos, "exclude_current_token": current, "error_measure": measure}
-    monkey = bridge.to_tokens
+    own = bridge.to_tokens
     bridge.to_tokens = lambda seq: ids
     try:
         for name in DETECTORS:
@@ -157,7 +157,7 @@ def test_detectors_equal_transformer_lens(engine, measure, bos, current):
             assert set(got.cells) == {(int(i), int(j)) for i, j in table.nonzero().tolist()}
         theirs = head_detector.detect_head(bridge, REPEATS, tensor, cache=cache, **how)
     finally:
-        bridge.to_tokens = monkey
+        bridge.to_tokens = own
     got = engine.run(Detect(Study(Prompt(REPEATS)), cells=cells, **how))
     np.testing.assert_allclose(got.scores, theirs.numpy(), atol=tolerance)
     assert set(got.cells) == set(cells)
@@ -262,7 +262,7 @@ def test_induction_by_hand():
         (Detect(Study(PROMPT), "now-then"), "'now-then' is not a run"),
         (AttentionSet(Study(PROMPT)), "there is no prompt set"),
         (AttentionSet(Study(PROMPT, prompt_set=(PROMPT, Prompt(CLEAN)))), "share no label but END"),
-        (AttentionSet(Study(PROMPT, prompt_set=(PROMPT, SHORTER)), labels=("S1", "S2")), "the prompt has no position labelled 'S1'"),
+        (AttentionSet(Study(PROMPT, prompt_set=(PROMPT, SHORTER)), labels=("S1", "S2")), "prompt 2 of the set: the prompt has no position labelled 'S1'"),
         (AttentionSet(Study(PROMPT, prompt_set=(PROMPT, Prompt("")))), "prompt 2 of the set: the clean prompt is empty"),
         (HeadStats(Study(PROMPT), pair=(3, 9)), "the destination comes after the source"),
         (HeadStats(Study(PROMPT), source="random", pair=(9, 3)), "a pair of positions belongs to the prompt"),

@@ -1,5 +1,6 @@
 """Attribution against an independent computation: Hugging Face's modules, numpy in double, and norms applied to vectors instead of directions."""
 
+import io
 import json
 from dataclasses import replace
 
@@ -14,17 +15,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import commands
 from messages import (
     WHICH,
+    AttentionSet,
     Attribution,
     AttributionNeurons,
     AttributionSet,
     AttributionSources,
+    Detect,
+    Frame,
     Identities,
     Metric,
     Prompt,
     Run,
     Study,
     UserError,
+    encode,
     parse_intervention,
+    read_frame,
+    to_json,
 )
 
 TOL = 1e-4
@@ -408,6 +415,27 @@ def test_set_at_a_label(engines):
 # ------------------------------------------------------------------ words, honesty, command line, bad input
 
 
+def test_on_the_wire(engines):
+    """Every request and its result go through the frames and JSON unchanged."""
+    study = replace(STUDY, prompt_set=SET[:2])
+    asks = (Attribution(study, "clean", "S2"), AttributionSources(study, head=2), AttributionNeurons(study, k=3), AttributionSet(study), AttentionSet(study))
+    for ask in (*asks, Detect(study, cells=((9, 3), (14, 0)))):
+        for body in (ask, engines["gemma2"].run(ask)):
+            back = read_frame(io.BytesIO(encode(Frame("result", 1, body=body))).read).body
+            assert type(back) is type(body) and json.dumps(to_json(back)) == json.dumps(to_json(body), allow_nan=False)
+
+
+def test_half_precision(folders):
+    """bfloat16: the sum is off by its rounding, which the error says."""
+    from engine import Engine
+    from messages import Load
+
+    engine = Engine(Load(str(folders["gpt2"]), dtype="bfloat16"))
+    got = engine.run(Attribution(STUDY))
+    assert 0 < got.error < 0.1 and "bfloat16" in got.convention
+    assert engine.run(AttributionSet(replace(STUDY, prompt_set=SET))).error < 0.1
+
+
 def test_conventions(engines):
     words = {name: engines[name].run(Attribution(STUDY)).convention for name in ("gpt2", "neox", "llama", "gemma2")}
     assert "LayerNorm, centred on the fly" in words["gpt2"] and "RMSNorm without centring" in words["llama"]
@@ -483,7 +511,10 @@ def test_command_line(capsys, folders):
         (AttributionSet(STUDY), "there is no prompt set: open one first"),
         (AttributionSet(replace(STUDY, prompt_set=(Prompt(CLEAN),))), "no prompt of the set has an answer"),
         (AttributionSet(replace(STUDY, prompt_set=(PROMPT, replace(PROMPT, answers=(" zebra",))))), "prompt 2 of the set: answer ' zebra'"),
-        (AttributionSet(replace(STUDY, prompt_set=(PROMPT, Prompt(SHORT, None, (" Mary",)))), pos="S2"), "has no position labelled 'S2'"),
+        (
+            AttributionSet(replace(STUDY, prompt_set=(PROMPT, Prompt(SHORT, None, (" Mary",)))), pos="S2"),
+            "prompt 2 of the set: the prompt has no position labelled 'S2'",
+        ),
         (AttributionSet(replace(STUDY, prompt_set=(PROMPT,)), "dreams"), "'dreams' is not a run"),
     ],
 )
@@ -491,6 +522,14 @@ def test_bad_requests(engines, ask, text):
     with pytest.raises(UserError) as error:
         engines["gpt2"].run(ask)
     assert text in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_answer_outside_the_vocabulary(engines, monkeypatch):
+    engine = engines["qwen3"]
+    answer = engine.model.check(PROMPT).answers[0].ids[0]
+    monkeypatch.setattr(engine.model, "info", replace(engine.model.info, d_vocab=answer))
+    with pytest.raises(UserError, match=f"answer ' Mary' is token {answer}, which the model can't predict"):
+        engine.run(Attribution(STUDY))
 
 
 @pytest.mark.parametrize(

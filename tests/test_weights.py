@@ -8,6 +8,7 @@ import pytest
 import torch as t
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import matrices
 import weights
 from messages import Composition, Frame, HeadWeights, HeadWeightsResult, Load, Progress, Singular, UserError, encode, read_frame
 from reference import Reference
@@ -193,11 +194,11 @@ def test_copying_scores(engine, plain):
 def test_a_head_made_to_copy(engines, monkeypatch):
     """An unembedding that reads back what the head writes: it copies; with the sign turned it does the opposite."""
     engine = engines["llama"]
-    head, tokens = weights.Head(engine.model, LAYER, HEAD), weights.Tokens(engine.model)
+    head, tokens = matrices.Head(engine.model, LAYER, HEAD), matrices.Tokens(engine.model)
     v, written = head.values(tokens(tokens.ids)), head.written()
     for sign, want in ((1, 0), (-1, 1)):
         table = sign * t.linalg.pinv(written) @ v.T
-        monkeypatch.setattr(weights.Tokens, "unembed", lambda self, a, b, table=table: table[:, a:b])
+        monkeypatch.setattr(matrices.Tokens, "unembed", lambda self, a, b, table=table: table[:, a:b])
         scores = drain(weights.copying(head, tokens, (written @ table).T))[-1]
         assert scores[want] > 0.2 and scores[1 - want] == 0
 
@@ -291,6 +292,7 @@ def test_chunks_make_no_difference(engines, monkeypatch):
     asks = HeadWeights(LAYER, HEAD, 6, 3), Singular(LAYER, HEAD, "OV", 3, 5)
     whole = [engine.run(a) for a in asks]
     monkeypatch.setattr(weights, "CHUNK_BYTES", 4 * 32 * 50)
+    monkeypatch.setattr(matrices, "CHUNK_BYTES", 4 * 32 * 50)
     parts = [engine.run(a) for a in asks]
     for n in ("ov_top", "ov_bottom", "qk_top", "qk_bottom"):
         np.testing.assert_allclose(getattr(parts[0], n).scores, getattr(whole[0], n).scores, rtol=1e-4)
@@ -407,7 +409,7 @@ def test_composition_and_singular_values_equal_transformer_lens(engines, process
 
 def test_scores_do_not_depend_on_the_basis_of_the_head_space(engine):
     model = engine.model
-    one, two = (weights.Layer(model, i).folded for i in (0, LAYER))
+    one, two = (matrices.Layer(model, i).folded for i in (0, LAYER))
     turn = t.linalg.qr(t.randn(model.info.d_head, model.info.d_head, generator=t.Generator().manual_seed(1)))[0]
     turned = lambda f: (f[0] @ turn, f[1] @ turn, f[2] @ turn, turn.T @ f[3])  # noqa: E731
     this = tuple(x[HEAD][None] for x in two)
@@ -454,9 +456,36 @@ def test_bfloat16_weights_are_read_in_float32(folders, engines):
 
 
 def test_an_architecture_read_wrongly_is_refused(engines, monkeypatch):
-    monkeypatch.setattr(weights.Head, "rotate", lambda self, x, end: x)
+    monkeypatch.setattr(matrices.Head, "rotate", lambda self, x, end: x)
     with pytest.raises(UserError, match="off the model's own"):
         engines["llama"].run(HeadWeights(LAYER, HEAD, 3, 5))
+
+
+def test_other_kinds_of_attention(tmp_path):
+    """ALiBi; a model without scale whose attention is Hugging Face's own; embeddings scaled outside the embedding; rotary in pairs, which is refused."""
+    import transformers as tr
+    from conftest import tokenizer
+    from engine import Engine
+
+    tok = tokenizer(bos=True)
+    small = {"vocab_size": len(tok), "initializer_range": 0.25, "bos_token_id": 0, "eos_token_id": 1}
+    configs = {
+        "ALiBi": tr.BloomConfig(**small, hidden_size=32, n_layer=2, n_head=4),
+        "scale 1": tr.GPTNeoConfig(**small, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], max_position_embeddings=64),
+        "scale 0.2": tr.GraniteConfig(**small, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, embedding_multiplier=6.0, attention_multiplier=0.2),
+        "": tr.GPTJConfig(**small, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4),
+    }
+    for i, (words, config) in enumerate(configs.items()):
+        t.manual_seed(i)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / str(i))
+        tok.save_pretrained(tmp_path / str(i))
+        engine = Engine(str(tmp_path / str(i)))
+        if words:
+            r = engine.run(HeadWeights(1, 1, 3, 4))
+            assert words in r.qk_convention and r.error < 1e-4
+        else:
+            with pytest.raises(UserError, match="off the model's own"):
+                engine.run(HeadWeights(1, 1, 3, 4))
 
 
 @pytest.mark.parametrize(

@@ -476,7 +476,7 @@ def test_drill_downs_need_no_second_pass(engines, monkeypatch):
     engine.run(Attribution(STUDY, pos=3))
 
 
-def test_command_line(capsys, folders):
+def test_command_line(capsys, folders, tmp_path):
     options = ["--model", str(folders["llama"]), "--clean", CLEAN, "--corrupt", CORRUPT, "--answer", " Mary", "--foil", " John"]
 
     def run(*args: str) -> str:
@@ -488,6 +488,16 @@ def test_command_line(capsys, folders):
     table = run("attribution")
     assert "b_O" in table and "final norm's bias" in table and "error" in table
     assert "attention" in run("attribution", "--by", "L1H2") and "L2.mlp.n" in run("attribution", "--by", "L2.mlp", "--k", "2")
+    file = tmp_path / "set.jsonl"
+    file.write_text(json.dumps({"clean": CLEAN, "answer": " Mary", "foil": " John", "labels": {"IO": 5, "S2": 38}}) + "\n")
+    mean = run("attribution", "--mean", "--set", str(file))
+    assert "worst prompt 1" in mean and "+-" in mean
+    assert "END to IO" in run("attention", "--mean", "--set", str(file))
+    assert json.loads(run("attention", "--weighted", "--json"))["weighted"] is True
+    assert json.loads(run("detect", "--cells", "14,2", "9,4", "--json"))["cells"] == [[9, 4], [14, 2]]
+    assert "attention to the previous token" in run("detect")
+    assert commands.main(["detect", "--cells", "14", *options]) == 2
+    assert "destination,source pairs" in capsys.readouterr().err
     assert commands.main(["attribution", "--by", "embed", *options]) == 2
     assert "--by takes a head" in capsys.readouterr().err
 

@@ -46,6 +46,7 @@ DTYPES = {"float32": t.float32, "bfloat16": t.bfloat16, "float16": t.float16}
 STORED = {"F32": t.float32, "BF16": t.bfloat16, "F16": t.float16}
 TOLERANCE = {t.float32: 1e-4, t.bfloat16: 5e-2, t.float16: 5e-3}
 SMALL = 2_000_000_000
+STRETCH = 1024
 TINY = 20_000_000  # below this a second thread costs more than it brings
 CORES = t.get_num_threads()
 POSITIONS = {"standard": "learned"}
@@ -480,8 +481,25 @@ class Model:
     @t.no_grad()
     def unembed(self, x: Tensor) -> Tensor:
         """fp32 logits [..., vocab] of normed rows [..., d_model]: W_U, b_U, the soft cap where the model has one."""
-        logits = self.bridge.unembed(x).float() * self.logit_scale
-        return logits if not self.softcap else self.softcap * t.tanh(logits / self.softcap)
+        logits = self.scores(x)
+        return logits if not self.softcap else logits.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    @t.no_grad()
+    def scores(self, x: Tensor) -> Tensor:
+        """fp32 logits before the soft cap. A CPU takes a stretch of the vocabulary at a time: for few rows that is nearly twice as fast."""
+        head = getattr(self.bridge.unembed, "original_component", None)
+        if x.device.type != "cpu" or type(head) is not t.nn.Linear or head.weight.dtype != t.float32:
+            logits = self.bridge.unembed(x).float()
+            return logits if self.logit_scale == 1 else logits * self.logit_scale
+        rows, weight, size = x.flatten(0, -2), head.weight, STRETCH * t.get_num_threads()
+        logits = rows.new_empty(len(rows), len(weight))
+        for i in range(0, len(weight), size):
+            t.mm(rows, weight[i : i + size].T, out=logits[:, i : i + size])
+        if head.bias is not None:
+            logits += head.bias
+        if self.logit_scale != 1:
+            logits *= self.logit_scale
+        return logits.view(*x.shape[:-1], -1)
 
     @t.no_grad()
     def log_probs(self, x: Tensor) -> Tensor:

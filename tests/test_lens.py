@@ -261,6 +261,9 @@ def test_largest_is_topk(n, k):
     values, ids = lens.largest(x, k)
     want = x.topk(k, -1)
     assert t.equal(values, want.values) and t.equal(ids, want.indices)
+    values, ids = lens.largest(x, k, False)
+    want = x.topk(k, -1, False)
+    assert t.equal(values, want.values) and t.equal(ids, want.indices)
 
 
 def test_convention(engines):

@@ -11,7 +11,7 @@ from matrices import CHUNK_BYTES, NOTHING, Gain, Head, Layer, Tokens, read_gain
 from messages import SINGULAR, Composition, CompositionResult, HeadWeights, HeadWeightsResult, Pairs, Progress, Readout, Singular, SingularResult, UserError
 from model import Model
 
-SAMPLE = 2048  # tokens the copying score is taken over
+SAMPLE = 1024  # tokens the copying score is taken over
 NEAR_TOP = 5
 RANDOM_HEADS = 32
 LAST_COPY = "copying: own logit among the 5 highest of final norm (recomputed) of what the head writes for a token, unembedded, with the head's biases"
@@ -38,9 +38,12 @@ def extremes(a: Tensor, b: Tensor, k: int, text: str) -> Generator[Progress, Non
             if (long_a[i] * long_b[j]).item() <= floor:
                 break
             cells = a[i : i + side] @ b[j : j + side].T
-            for n, sign in enumerate((1, -1)):
+            lowest, highest = cells.aminmax()
+            for n, (sign, reach) in enumerate(((1, highest), (-1, -lowest))):
                 scores, ids = best[n]
-                cells *= sign
+                if len(scores) == k and reach <= scores[-1]:
+                    continue
+                cells = cells if sign == 1 else -cells
                 found = cells.flatten().topk(min(k, cells.numel())) if len(scores) < k else None
                 where = found.indices if found else (cells > scores[-1]).flatten().nonzero()[:, 0]
                 scores = t.cat([scores, cells.flatten()[where]])
@@ -113,13 +116,14 @@ def copying(head: Head, tokens: Tokens, w: Tensor) -> Generator[Progress, None, 
         for i in range(0, tokens.n, size):
             constant[i : i + size] += final.bias @ tokens.unembed(i, min(i + size, tokens.n))
     own = (v * w[chosen]).sum(-1) + constant[chosen]
-    above, below = t.zeros(len(chosen), device=w.device), t.zeros(len(chosen), device=w.device)
+    above, below = (t.zeros(len(chosen), dtype=t.long, device=w.device) for _ in range(2))
     size = max(1, CHUNK_BYTES // (4 * len(chosen)))
     for i in range(0, tokens.n, size):
         logits = v @ w[i : i + size].T + constant[i : i + size]
-        other = t.arange(i, i + logits.shape[1], device=w.device) != chosen[:, None]
-        above += ((logits > own[:, None]) & other).sum(-1)
-        below += ((logits < own[:, None]) & other).sum(-1)
+        here = ((chosen >= i) & (chosen < i + logits.shape[1])).nonzero()[:, 0]
+        logits[here, chosen[here] - i] = own[here]  # so that rounding does not rank a token against itself
+        above += (logits > own[:, None]).sum(-1)
+        below += (logits < own[:, None]).sum(-1)
         yield Progress(min(i + size, tokens.n), tokens.n, "copying score")
     return (above < NEAR_TOP).float().mean().item(), (below < NEAR_TOP).float().mean().item(), len(chosen)
 

@@ -176,7 +176,9 @@ def test_distance_does_nothing_without_rotation_and_something_with_it(engine, ar
     assert np.array_equal(near, far) == (arch not in ROTARY)
 
 
-def test_copying_scores(engine, plain):
+def test_copying_scores(engine, plain, monkeypatch):
+    assert engine.run(HeadWeights(LAYER, HEAD, 1)).sampled == min(weights.SAMPLE, len(plain.ids))
+    monkeypatch.setattr(weights, "SAMPLE", 10_000)
     for mlp0 in (False, True):
         r = engine.run(HeadWeights(LAYER, HEAD, 1, 0, mlp0))
         x = plain.effective() if mlp0 else plain.embed

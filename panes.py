@@ -244,7 +244,7 @@ class AttentionPane(Pane):
 
     def wants(self, app: "Loupe") -> dict[str, object]:
         study, views, c = app.state.study, app.state.views, app.cursor
-        pair = (c.pos, c.src) if views["attention.stat"] == "pair" else None
+        pair = (c.pos, c.src) if views["attention.stat"] == "pair" and app.length() else None
         source = "prompt" if pair or "-" in views["which"] else views["attention.source"]
         return {
             "attention": Attention(study, c.layer, views["which"], views["attention.weighted"] == "on"),
@@ -287,8 +287,8 @@ class AttentionPane(Pane):
         many = views["attention.layer"] == "all heads"
         self.pattern.set_class(many, "hidden")
         self.many.set_class(not many, "hidden")
-        weighted = " · pattern × ‖value written‖" if views["attention.weighted"] == "on" else ""
-        self.show_title(app, ("heads", "attention"), title, note + weighted + (" · pattern: hjkl, esc" if app.drilled else ""))
+        weighted = "pattern × ‖value written‖ · " if views["attention.weighted"] == "on" else ""
+        self.show_title(app, ("heads", "attention"), title, ("pattern: hjkl, esc · " if app.drilled else "") + weighted + note)
         if pattern is None or pattern.layer != c.layer:
             self.pattern.show(None, (0, 0), views["mode"], app.waiting("attention"))
             self.info_line.show([])
@@ -353,6 +353,8 @@ class AttributionPane(Pane):
         view = state.views["attribution.view"]
         if view == "set":
             return {"attribution": AttributionSet(replace(state.study, prompt_set=state.prompt_set), which)}
+        if not app.length():
+            return {}  # until the run says how long the prompt is
         wants = {"attribution": Attribution(state.study, which, c.pos)}
         if view == "drill":
             if c.comp == "mlp":

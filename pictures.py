@@ -54,7 +54,7 @@ def signed(x: float | None, digits: int = 3) -> str:
 
 
 def scale(grid: Grid) -> str:
-    return f"{show_number(grid.lo, 6).strip()} … {show_number(grid.hi, 6).strip()}"
+    return f"{grid.lo:.3g} … {grid.hi:.3g}"
 
 
 # ------------------------------------------------------------------ lens

@@ -360,7 +360,7 @@ class Loupe(Deeds, App):
             pos=max(pos, 0),
             src=min(c.src, max(pos, 0)),
         )
-        if before.layer != self.cursor.layer:
+        if before != self.cursor:
             self.refresh_wants()
 
     def move(self, **where: object) -> None:
@@ -471,7 +471,7 @@ class Loupe(Deeds, App):
         """One pane fills the body; two are stacked, each as high as it can use; a third that is narrow stands on the right."""
         shown, w, h = self.visible_panes(), self.size.width, max(self.size.height - (7 if self.size.height >= 12 else 4), 1)
         right = [p for p in shown if not self.panes[p].wide][-1:] or shown[2:] if len(shown) == 3 else []
-        stack, left = [p for p in shown if p not in right], w - 68 if right else w
+        stack, left = [p for p in shown if p not in right], w - 78 if right else w
         first = h
         if len(stack) == 2:
             a, b = (self.panes[p].height_needed() for p in stack)

@@ -1,0 +1,112 @@
+"""Attribution, weights, and the further views of lens and attention, on the screen, against the engine's own answers."""
+
+import numpy as np
+import pytest
+from ui import make_app, press, shown
+
+from messages import Attribution, AttributionSet, Composition, Detect, HeadWeights, Study
+from tui import first_state
+from widgets import Panel, Picker
+
+
+@pytest.fixture
+def zoo(engines):
+    return engines["zoo"]
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 36), (200, 50)])
+async def test_attribution(zoo, tmp_path, size):
+    state = first_state({})
+    app = make_app(zoo, tmp_path, state)
+    async with app.run_test(size=size) as pilot:
+        await press(app, pilot, "3")
+        direct = zoo.run(Attribution(Study(state.prompt)))
+        assert f"sum {direct.total:+.4f}" in shown(app) and f"model {direct.logit:+.4f}" in shown(app)
+        name, value = max(direct.cells.rows(), key=lambda r: abs(r[1]))
+        assert f"{value:+.3f}" in shown(app) and name in shown(app)
+        while app.cursor.head != 3:
+            await press(app, pilot, "l")
+        await press(app, pilot, "enter")
+        assert app.state.views["attribution.view"] == "drill" and "by source" in shown(app) and "10 ·John" in shown(app)
+        while app.cursor.comp != "mlp":
+            await press(app, pilot, "l")
+        await press(app, pilot, "k")
+        assert "by neuron" in shown(app)
+        await press(app, pilot, "v")
+        whole = zoo.run(AttributionSet(Study(state.prompt, prompt_set=state.prompt_set)))
+        assert f"{len(state.prompt_set)} prompts" in shown(app) and f"{whole.logits.mean():+.3f}" in shown(app)
+        await press(app, pilot, "W")
+        assert app.state.index == whole.worst
+        await press(app, pilot, "v", "h")
+        here = app.cursor
+        await press(app, pilot, "comma")
+        assert app.cursor.pos == here.pos - 1 and "ranked" == app.state.views["attribution.view"]
+
+
+async def test_weights(zoo, tmp_path):
+    app = make_app(zoo, tmp_path, first_state({}))
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot, "7")
+        for expected in ("copying", "destination → source", "Q-composition", "K-composition", "V-composition", "OV", "QK", "mlp_out", "mlp_in"):
+            assert expected in shown(app) and not app.error("weights")
+            await press(app, pilot, "v")
+        head = zoo.run(HeadWeights(app.cursor.layer, app.cursor.head, 40))
+        assert f"copying {head.copying:.2f}" in shown(app)
+        await press(app, pilot, "v", "v", "g")
+        assert app.cursor.layer == 0
+        comp = zoo.run(Composition(0, app.cursor.head))
+        assert f"{comp.baseline:.3f} ± {comp.spread:.3f}" in shown(app)
+
+
+async def test_more_of_the_lens(zoo, tmp_path):
+    app = make_app(zoo, tmp_path, first_state({}))
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot)
+        await press(app, pilot, "L")
+        assert app.query_one(Panel) and "clean" in shown(app) and "corrupted" in shown(app)
+        await press(app, pilot, "escape")
+        for stat in ("kl_pair", "promoted", "suppressed"):
+            app.act("view", name="lens.stat", value=stat)
+            await press(app, pilot)
+            assert not app.error("lens")
+        app.act("view", name="lens.points", value="components")
+        await press(app, pilot, "k")
+        assert "L3.attn" in shown(app) and app.node().site in ("attn", "mlp")
+        app.act("view", name="lens.points", value="heads")
+        await press(app, pilot, "g", "j")
+        assert app.node().site == "head" and (app.cursor.layer, app.cursor.head) == (0, 1)
+        app.act("lens", kind="tuned", artefact=str(tmp_path / "none"))
+        await press(app, pilot)
+        assert app.error("lens") and "u" in app.error("lens")
+        await press(app, pilot, "u")
+        assert not app.error("lens")
+        await press(app, pilot, "K")
+        assert app.query_one(Picker)
+        await press(app, pilot, "escape")
+
+
+async def test_more_of_attention(zoo, tmp_path):
+    state = first_state({})
+    app = make_app(zoo, tmp_path, state)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot, "2", "O")
+        assert "▀" in shown(app) and "H3" in shown(app)
+        await press(app, pilot, "V", "V", "O", "Z")
+        assert "‖value written‖" in shown(app)
+        await press(app, pilot, "Z", "H")
+        stats = app.have["heads"][1].stats["induction"]
+        best = divmod(int(np.abs(np.nan_to_num(stats)).argmax()), stats.shape[1])
+        await press(app, pilot, "enter")
+        assert (app.cursor.layer, app.cursor.head) == best
+        await press(app, pilot, "C")
+        app.query_one("Editor").fields[0].value = "14>2"
+        await press(app, pilot, "enter")
+        await press(app, pilot)
+        scores = zoo.run(Detect(state.study, "now", "cells", ((14, 2),))).scores
+        best = divmod(int(np.abs(scores).argmax()), scores.shape[1])
+        await press(app, pilot, "enter")
+        assert (app.cursor.layer, app.cursor.head) == best
+        await press(app, pilot, "C")
+        app.query_one("Editor").fields[0].value = "nonsense"
+        await press(app, pilot, "enter")
+        assert "previous_token_head" in shown(app)

@@ -512,7 +512,7 @@ class Model:
 
     @property
     def final_device(self) -> t.device:
-        return next(self.bridge.ln_final.parameters()).device
+        return self.bridge.W_U.device
 
     # ---------------------------------------------------------------- tokens
 

@@ -11,7 +11,7 @@ from rich.style import Style
 from rich.text import Text
 
 from messages import AttentionResult, HeadStatsResult, Identity, LensResult, ModelInfo, RunResult, Side, TokenRow
-from utils import show_bytes, show_count, show_number, show_token, visible
+from utils import show_bytes, show_count, show_token, visible
 from widgets import ABOVE, BAD, BELOW, BOLD, CHANGED, CURSOR, CURSOR_PLAIN, DIM, GOOD, HEAD, PLAIN, RAMP, SHADES, WARN, Grid, Spans
 
 LENS_STATS = {

@@ -14,6 +14,7 @@ import pictures
 from export import EXPORTS, python_script
 from link import EngineError, Superseded
 from messages import (
+    AttentionSet,
     AttributionSetResult,
     ABLATIONS,
     DETECTORS,
@@ -130,7 +131,7 @@ class Deeds:
         self.do_layer_up(-1)
 
     def do_pos_right(self, by: int = 1) -> None:
-        self.move(pos=max(0, min(self.cursor.pos + by, self.length() - 1)))
+        self.panes[self.pane].across(self, by)
 
     def do_pos_left(self) -> None:
         self.do_pos_right(-1)
@@ -477,6 +478,33 @@ class Deeds:
                 self.move(layer=item.value[0], head=item.value[1], comp="head")
 
         self.mount(Picker(title, items, chosen))
+
+    def do_reading(self) -> None:
+        self.turn("attention.read")
+
+    @work(group="labels", exclusive=True)
+    async def do_labels(self) -> None:
+        if self.info is None or not self.state.prompt_set:
+            self.say("mean attention between labels needs a prompt set with labels: o opens one", BAD)
+            return
+        which = self.state.views["which"]
+        try:
+            found = await self.link.ask("labels", AttentionSet(replace(self.state.study, prompt_set=self.state.prompt_set), which), 1)
+        except Superseded:
+            return
+        except EngineError as error:
+            self.say(str(error), BAD)
+            return
+        cells = [(x, h, d, s) for x, h, d, s in np.ndindex(*found.mean.shape) if np.isfinite(found.mean[x, h, d, s])]
+        cells.sort(key=lambda c: -abs(float(found.mean[c])))
+        names = found.labels
+        items = [Item(f"L{x}H{h}", f"{names[d]} → {names[s]}  {found.mean[x, h, d, s]:+.3f} ± {found.std[x, h, d, s]:.3f}", "", (x, h)) for x, h, d, s in cells]
+
+        def chosen(item: Item | None, typed: str) -> None:
+            if item is not None:
+                self.move(layer=item.value[0], head=item.value[1], comp="head")
+
+        self.mount(Picker(f"mean attention over {len(found.prompts)} prompts, {RUN_NAMES[which]}", items, chosen))
 
     def do_detect(self) -> None:
         self.ready()

@@ -82,6 +82,10 @@ class Pane(Vertical, can_focus=True):
     def step(self, app: "Loupe", rows: int, cols: int) -> None:
         """Move the cursor."""
 
+    def across(self, app: "Loupe", by: int) -> None:
+        """What , and . do: the position."""
+        app.move(pos=clip(app.cursor.pos + by, app.length()))
+
     def node(self, app: "Loupe", pos: int | None) -> Node:
         """The node under the cursor, that actions act on."""
         c = app.cursor
@@ -258,6 +262,14 @@ class AttentionPane(Pane):
             return
         step_component(app, rows, cols)
 
+    def reading(self, app: "Loupe") -> np.ndarray | None:
+        """The head's attention from the cursor's position, or to it, over the positions; None when that is off."""
+        way, pattern, c = app.state.views["attention.read"], app.result("attention", AttentionResult), app.cursor
+        if way == "off" or pattern is None or pattern.layer != c.layer or c.pos >= len(pattern.tokens.ids):
+            return None
+        values = pattern.pattern[c.head]
+        return values[c.pos] if way == "from" else values[:, c.pos]
+
     def enter(self, app: "Loupe") -> None:
         """Into the pattern and out of it; the source is where the head looks most."""
         if self.pattern.grid is not None:
@@ -427,6 +439,11 @@ class WeightsPane(Pane):
         if view.startswith("composition"):
             return {"weights": Composition(c.layer, c.head)}
         return {"weights": Singular(c.layer, None if view.startswith("mlp") else c.head, view.removesuffix(" directions"))}
+
+    def across(self, app: "Loupe", by: int) -> None:
+        """The distance at which a rotary model's queries and keys are compared."""
+        distances, now = VIEWS["weights.distance"], app.state.views["weights.distance"]
+        app.act("view", name="weights.distance", value=distances[clip(distances.index(now) + by, len(distances))])
 
     def step(self, app: "Loupe", rows: int, cols: int) -> None:
         c = app.cursor

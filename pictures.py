@@ -12,7 +12,7 @@ from rich.text import Text
 
 from messages import AttentionResult, HeadStatsResult, Identity, LensResult, ModelInfo, RunResult, Side, TokenRow
 from utils import show_bytes, show_count, show_token, visible
-from widgets import ABOVE, BAD, BELOW, BOLD, CHANGED, CURSOR, CURSOR_PLAIN, DIM, GOOD, HEAD, PLAIN, RAMP, SHADES, WARN, Grid, Spans
+from widgets import ABOVE, BAD, BELOW, BOLD, CHANGED, CURSOR, CURSOR_PLAIN, DIM, GOOD, HEAD, PLAIN, RAMP, SHADES, WARN, Grid, Spans, on
 
 LENS_STATS = {
     "prob": "probability of the top token",
@@ -34,6 +34,7 @@ HEAD_STATS = {
     "entropy": "entropy of attention, nats",
     "pair": "attention between the cursor's two positions",
 }
+UNDERLINE = Style(underline=True)
 RUN_NAMES = {
     "now": "now",
     "clean": "clean",
@@ -319,8 +320,13 @@ def metric_line(result: RunResult | None, kind: str, pos: str, base: str, stale:
     return [*spans, (f"  {result.warning}", WARN)] if result.warning else spans
 
 
-def token_line(name: str, row: TokenRow | None, pos: int, width: int, other: TokenRow | None, ids: bool, colour: bool, text: str = "") -> Spans:
-    """A prompt as tokens: the cursor's marked, those that differ from the other prompt coloured; a page of them when they do not fit."""
+def token_line(
+    name: str, row: TokenRow | None, pos: int, width: int, other: TokenRow | None, ids: bool, colour: bool, text: str = "", heat: np.ndarray | None = None
+) -> Spans:
+    """
+    A prompt as tokens: the cursor's marked, those that differ from the other prompt coloured, or all coloured by `heat` (underlined where there is no
+    colour); a page of them when they do not fit.
+    """
     spans: Spans = [(f" {name:9} ", DIM)]
     if row is None:
         return [*spans, (visible(text)[: width - 12], DIM)]
@@ -338,6 +344,8 @@ def token_line(name: str, row: TokenRow | None, pos: int, width: int, other: Tok
     for n in range(first, last):
         differs = other is not None and (n >= len(other.ids) or other.ids[n] != row.ids[n])
         style = (CURSOR if colour else CURSOR_PLAIN) if n == pos else CHANGED if differs else DIM if n == 0 and row.bos else PLAIN
+        if heat is not None and n != pos and n < len(heat) and abs(float(heat[n])) >= 0.05:
+            style = on(heat_code(min(abs(float(heat[n])), 1.0), bool((heat < 0).any()))) if colour else UNDERLINE
         spans.append((shown[n], style))
     return [*spans, ("›" if last < len(shown) else "", DIM)]
 

@@ -40,6 +40,7 @@ VIEWS = {
     "attention.source": ("prompt", "random"),
     "attention.weighted": ("off", "on"),
     "attention.layer": ("one head", "all heads"),
+    "attention.read": ("off", "from", "to"),
     "attribution.view": ("ranked", "drill", "set"),
     "weights.view": ("ov", "qk", "composition q", "composition k", "composition v", "OV directions", "QK directions", "mlp_out", "mlp_in"),
     "weights.distance": ("0", "1", "2", "4", "8", "16"),

@@ -418,8 +418,12 @@ class Loupe(Deeds, App):
         lines.append([(f" {visible(error)}", BAD)] if error else metric)
         ids = s.views["ids"] == "on"
         clean, corrupt = (run.clean.tokens, run.corrupt.tokens if run.corrupt else None) if run else (None, None)
-        lines.append(pictures.token_line("clean", clean, c.pos, w, None, ids, colour, s.prompt.clean))
-        lines.append(pictures.token_line("corrupted", corrupt, c.pos, w, clean, ids, colour, s.prompt.corrupt or "none: E types one, o opens a prompt set"))
+        heat = self.panes["attention"].reading(self) if "attention" in self.visible_panes() else None
+        on_corrupt = (s.views["which"].split("-")[0] == "corrupt") or (s.views["which"].startswith("now") and s.base == "corrupt")
+        heats = (None, heat) if on_corrupt else (heat, None)
+        lines.append(pictures.token_line("clean", clean, c.pos, w, None, ids, colour, s.prompt.clean, heats[0]))
+        other = s.prompt.corrupt or "none: E types one, o opens a prompt set"
+        lines.append(pictures.token_line("corrupted", corrupt, c.pos, w, clean, ids, colour, other, heats[1]))
         label = [k for k, v in (clean.labels if clean else {}).items() if v == c.pos]
         state: Spans = [(" " + ("off " if not s.enabled and s.interventions else ""), WARN)]
         state += [(" ".join(str(i) for i in s.interventions) or "no interventions", (BOLD if s.enabled else DIM) if s.interventions else DIM)]

@@ -29,7 +29,7 @@ from utils import show_number, show_token, visible
 RAMP = (233, 17, 18, 53, 54, 90, 126, 161, 167, 203, 209, 215, 221, 227, 229, 230)
 BELOW = (233, 17, 18, 19, 25, 32, 74, 117)
 ABOVE = (233, 52, 88, 124, 160, 202, 208, 215)
-SHADES = " ·░▒▓█"
+SHADES = " ░▒▓█"
 FAINT = 0.005  # numbers that would read .00 are drawn as a dot, and the lowest level has no background: legible, and cheap to send
 
 

@@ -14,7 +14,8 @@ from patching import Runs, find_position, hook_name
 from tuned import Translators, read_translators
 
 VOCAB_BYTES = 64 << 20  # no vocabulary-sized tensor is larger
-CHUNK_BYTES = 16 << 20  # and this is how much of several points goes at once
+CHUNK_BYTES = 16 << 20  # this is how much of several points is made at once
+PIECE_BYTES = 2 << 20  # and read at once, on a CPU, so that it stays in the processor's cache
 SCALE = "ln_final.hook_scale"
 BLOCK = 64
 MOST = 3
@@ -156,8 +157,8 @@ class Reader:
 @t.no_grad()
 def statistics(z: Tensor, final: tuple[Tensor, Tensor], answers: list[int], foils: list[int], k: int) -> dict[str, Tensor]:
     """
-    Of fp32 logits [points x places, vocab]; their largest is taken off them in place. `final` holds the probabilities [places, vocab] that
-    KL(final || this) is taken against, and their negative entropy. One pass over the vocabulary for each line, and one exponential.
+    Of fp32 logits [rows, vocab]; their largest is taken off them in place. `final` holds the probabilities that KL(final || this) is taken
+    against, and their negative entropy. One pass over the vocabulary for each line, and one exponential.
     """
     values, ids = largest(z, min(k, z.shape[-1]))
     diff = z[:, answers].mean(-1) - z[:, foils].mean(-1) if answers and foils else None
@@ -173,13 +174,29 @@ def statistics(z: Tensor, final: tuple[Tensor, Tensor], answers: list[int], foil
         out["rank"] = (z > z[:, answers].amax(-1, keepdim=True)).sum(-1, dtype=t.int32).float()
     q, negative = final
     del p
-    out["kl"] = (t.cat([negative - dot(q, part) for part in z.split(len(q))]) + lse).clamp(min=0)
+    out["kl"] = (negative - dot(q, z) + lse).clamp(min=0)
     return out
 
 
 @t.no_grad()
+def promoted(z: Tensor, lse: Tensor, before: tuple[Tensor, Tensor] | None, component: bool) -> dict[str, Tensor]:
+    """The tokens that rose and fell most against the row before (centred logits and log normaliser), or that a component writes most for and against."""
+    most = min(MOST, z.shape[-1])
+    if component:
+        change, offset = z - z.mean(-1, keepdim=True), t.zeros_like(lse)
+    elif before is None:
+        ids, nan = t.zeros(len(z), most, dtype=t.int32, device=z.device), t.full((len(z), most), math.nan, device=z.device)
+        return {"up_ids": ids, "up_values": nan, "down_ids": ids, "down_values": nan}
+    else:
+        change, offset = z - before[0], before[1] - lse
+    (up, up_ids), (down, down_ids) = largest(change, most), largest(change, most, False)
+    return {"up_ids": up_ids, "up_values": up + offset[:, None], "down_ids": down_ids, "down_values": down + offset[:, None]}
+
+
+@t.no_grad()
 def pair_kl(a: Tensor, b: Tensor) -> Tensor:
-    """KL(softmax a || softmax b), row by row, of logits whose largest is about 0."""
+    """KL(softmax a || softmax b), row by row."""
+    a, b = (x - x.amax(-1, keepdim=True) for x in (a, b))
     p = a.exp()
     total = p.sum(-1)
     return ((dot(p, a) - dot(p, b)) / total - total.log() + b.exp().sum(-1).log()).clamp(min=0)
@@ -279,43 +296,31 @@ def stretch(runs: Runs, which: str, readers: dict[str, Reader], nodes: list[Node
     """A function that reads points [start, stop) at some positions; points must come in order, since each is compared with the one before."""
     reader, n = readers[which], len(places)
     final = final_of(runs.model, reader.act(FINAL, places))
-    before: dict[str, Tensor] = {}  # centred logits and log normaliser of the residual row before
+    size = n if places.device.type != "cpu" else max(1, PIECE_BYTES // (4 * runs.model.info.d_vocab))
+    before: list[tuple[Tensor, Tensor]] = []  # centred logits and log normaliser of the residual row before
 
     def work(start: int, stop: int) -> dict[str, np.ndarray]:
         z = reader.logits(start, stop, places)
-        out = statistics(z, final, runs.answers, runs.foils, k)
-        lse, previous = out.pop("lse"), before.get("z")
-        logs, change = before.get("lse"), t.empty_like(z)
-        offset = t.zeros_like(lse)
+        pair = {r: x.logits(start, stop, places) for r, x in readers.items() if r != which}
+        parts, previous = [], before[0] if before else None
         for i, node in enumerate(nodes[start:stop]):
-            rows = slice(i * n, (i + 1) * n)
-            if is_component(node):
-                t.sub(z[rows], z[rows].mean(-1, keepdim=True), out=change[rows])
-                continue
-            if previous is None:
-                change[rows], offset[rows] = 0, math.nan
-            else:
-                t.sub(z[rows], previous, out=change[rows])
-                offset[rows] = logs - lse[rows]
-            previous, logs = z[rows], lse[rows]
-        most = min(MOST, z.shape[-1])
-        up, out["up_ids"] = largest(change, most)
-        down, out["down_ids"] = largest(change, most, False)
-        out["up_values"], out["down_values"] = up + offset[:, None], down + offset[:, None]
-        del change
-        out["kl_pair"] = pair(start, stop, z)
-        if previous is not None:
-            before.update(z=previous, lse=logs)
-        cells = {name: v.cpu().numpy() for name, v in out.items()}
+            lse = []
+            for first in range(0, n, size):
+                there = slice(first, min(first + size, n))
+                here = slice(i * n + there.start, i * n + there.stop)
+                out = statistics(z[here], (final[0][there], final[1][there]), runs.answers, runs.foils, k)
+                lse.append(out.pop("lse"))
+                earlier = None if previous is None else (previous[0][there], previous[1][there])
+                out |= promoted(z[here], lse[-1], earlier, is_component(node))
+                sides = {r: x[here] for r, x in pair.items()}
+                out["kl_pair"] = pair_kl(sides.get("clean", z[here]), sides.get("corrupt", z[here])) if pair else t.full((len(lse[-1]),), math.nan)
+                parts.append(out)
+            if not is_component(node):
+                previous = z[i * n : (i + 1) * n], t.cat(lse)
+        before[:] = [previous] if previous is not None else []
+        cells = {name: t.cat([part[name] for part in parts]).cpu().numpy() for name in CELLS}
         cells = {name: v.astype(np.int32 if name.endswith("ids") else np.float32, copy=False) for name, v in cells.items()}
         return {name: v.reshape(stop - start, n, *v.shape[1:]) for name, v in cells.items()}
-
-    def pair(start: int, stop: int, z: Tensor) -> Tensor:
-        if len(readers) == 1:
-            return t.full((len(z),), math.nan)
-        rest = {r: readers[r].logits(start, stop, places) for r in readers if r != which}
-        rest = {r: x - x.amax(-1, keepdim=True) for r, x in rest.items()}
-        return pair_kl(rest.get("clean", z), rest.get("corrupt", z))
 
     return work
 

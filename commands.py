@@ -33,6 +33,7 @@ from messages import (
     AttributionSourcesResult,
     Detect,
     DetectResult,
+    Estimate,
     HeadStats,
     HeadStatsResult,
     Identities,
@@ -46,6 +47,8 @@ from messages import (
     Run,
     RunResult,
     Study,
+    Sweep,
+    SweepResult,
     TuneLens,
     TuneLensResult,
     UserError,
@@ -153,7 +156,7 @@ class LensCommand(Options):
 
 @dataclass
 class TuneLensCommand(Options):
-    """Fit a tuned lens: an affine map a layer, from the identity, to KL(final || lens). Interrupted, it leaves a checkpoint."""
+    """Fit a tuned lens: an affine map a layer, from the identity, to KL(final || lens). Interrupted, it resumes from its last checkpoint (every 50 steps)."""
 
     text: str = ""
     """a text file; unset, the zoo's corpus"""
@@ -304,6 +307,47 @@ class WeightsCommand(Options):
 
 
 @dataclass
+class SweepCommand(Options):
+    """Patch or ablate one cell after the other; or estimate it by gradients."""
+
+    kind: str = Sweep.kind
+    """resid_pre, resid_mid, resid_post, attn, mlp, attn_mlp (by position); z, q, k, v, pattern, nodes; z_pos, cells, neurons, pairs, cumulative"""
+    op: str = Sweep.op
+    """patch, zero, mean, mean_all, resample, noise"""
+    direction: str = Sweep.direction
+    """denoise (clean values into the corrupted run) or noise (the reverse)"""
+    effect: str = Sweep.effect
+    """total or direct"""
+    estimate: str = ""
+    """instead of patching: atp or ig"""
+    node: str = ""
+    """the head of cells (L2H3), the MLP of neurons (L3.mlp)"""
+    nodes: tuple[str, ...] = ()
+    """those of pairs and cumulative; unset, the k largest"""
+    k: int = Sweep.k
+    mean: bool = False
+    """over --set, with statistics"""
+    noise: float = Sweep.noise
+    """standard deviations of the embedding"""
+    seed: int = 0
+    chunk_mb: int = 0
+    """bound of the activations at once; unset, LOUPE_SWEEP_MB of .env"""
+    plain: bool = False
+    """whole forward passes under hooks"""
+
+    def request(self) -> Sweep | Estimate:
+        study = self.study()
+        if self.estimate:
+            if self.op != "patch" or self.effect != "total":
+                raise UserError("--estimate is of patching and its total effect")
+            return Estimate(study, self.kind, self.estimate, self.direction, node=self.node, over_set=self.mean)
+        return Sweep(
+            study, self.kind, self.op, self.direction, self.effect, self.node, self.nodes, self.k, self.mean, self.noise, self.seed,
+            chunk_mb=self.chunk_mb, plain=self.plain,
+        )  # fmt: skip
+
+
+@dataclass
 class ServeCommand:
     """Answer requests on stdin and stdout, for tui.py."""
 
@@ -319,6 +363,7 @@ COMMANDS = {
     "detect": DetectCommand,
     "check": CheckCommand,
     "weights": WeightsCommand,
+    "sweep": SweepCommand,
     "serve": ServeCommand,
 }
 
@@ -536,6 +581,33 @@ def show_singular(out: Console, r: SingularResult) -> None:
     out.print(plain(r.convention, GRAY))
 
 
+def show_sweep(out: Console, r: SweepResult) -> None:
+    """Normalised values, the metric where there are none; the largest effects in words."""
+    raw = bool(np.isnan(r.normalised).all())
+    shown = r.values if raw else r.normalised
+    if len(r.cols) <= 128:
+        by_position = len(r.cols) == len(r.tokens.texts) and r.cols[0] == "0"
+        heads = (f"{c} {show_token(x, 6, fill=False)}" for c, x in zip(r.cols, r.tokens.texts)) if by_position else r.cols
+        rows = table("metric" if raw else "normalised metric", "", *heads)
+        for name, values in zip(r.rows, shown.tolist()):
+            rows.add_row(name, *(show_number(v) for v in values))
+        out.print(rows)
+    effect = np.abs(r.values - r.base)
+    order = [i for i in np.argsort(-np.where(np.isnan(effect), -1.0, effect), axis=None, kind="stable")[:10].tolist() if not np.isnan(effect.flat[i])]
+    names = [r.address(*divmod(i, len(r.cols))) or f"{r.rows[i // len(r.cols)]}, {r.cols[i % len(r.cols)]}" for i in order]
+    stats = [("std", r.std), ("low", r.low), ("high", r.high), ("p", r.p)] if r.p.size else []
+    rows = table("largest effects", "node", "metric", "normalised", "change", *(name for name, _ in stats))
+    for name, i in zip(names, order):
+        cells = [r.values.flat[i], r.normalised.flat[i], r.values.flat[i] - r.base, *(x.flat[i] for _, x in stats)]
+        rows.add_row(plain(name), *(show_number(float(v), 8) for v in cells))
+    out.print(rows)
+    corrupt = "" if r.corrupt is None else f"  corrupted {r.corrupt:.4f}"
+    out.print(plain(f"base run {r.base:.4f}  clean {r.clean:.4f}{corrupt}  {r.mechanism}", CYAN))
+    if r.warning:
+        out.print(plain(r.warning, YELLOW))
+    out.print(plain(r.convention, GRAY))
+
+
 SHOW: dict[type, Callable] = {
     RunResult: show_run,
     LensResult: show_lens,
@@ -553,6 +625,7 @@ SHOW: dict[type, Callable] = {
     HeadWeightsResult: show_weights,
     CompositionResult: show_composition,
     SingularResult: show_singular,
+    SweepResult: show_sweep,
 }
 
 
@@ -567,7 +640,7 @@ def main(args: list[str] | None = None) -> int:
         request = command.request()
         engine = Engine()
         info = engine.run(command.load(), show)
-        result = engine.run(request)
+        result = engine.run(request, show) if isinstance(request, TuneLens | FitJacobian) else engine.run(request)
     except UserError as error:
         errors.print(plain(str(error), RED), soft_wrap=True)
         return 2

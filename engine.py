@@ -25,6 +25,7 @@ from messages import (
     Check,
     Composition,
     Detect,
+    Estimate,
     Failure,
     FitJacobian,
     Frame,
@@ -42,6 +43,7 @@ from messages import (
     Singular,
     Status,
     StatusResult,
+    Sweep,
     TuneLens,
     UserError,
     WireError,
@@ -61,7 +63,22 @@ WELL_KNOWN = {
     "google/gemma-2-2b": "2.6B, gated",
     "meta-llama/Llama-3.2-1B": "1.2B, gated",
 }
-NEEDS_MODEL = (*ATTRIBUTION_REQUESTS, TuneLens, FitJacobian, Check, Run, Lens, Attention, HeadStats, Identities, HeadWeights, Composition, Singular)
+NEEDS_MODEL = (
+    *ATTRIBUTION_REQUESTS,
+    TuneLens,
+    FitJacobian,
+    Check,
+    Run,
+    Lens,
+    Attention,
+    HeadStats,
+    Identities,
+    HeadWeights,
+    Composition,
+    Singular,
+    Sweep,
+    Estimate,
+)
 
 
 def import_model() -> None:
@@ -70,6 +87,7 @@ def import_model() -> None:
     import attribution  # noqa: F401
     import honesty  # noqa: F401
     import lens  # noqa: F401
+    import sweeps  # noqa: F401
     import weights  # noqa: F401
     import logits  # noqa: F401
 
@@ -147,6 +165,11 @@ class Engine:
                 return (yield from attribution.attention_set(self.model, request.study, request.which, request.labels))
         if isinstance(request, HeadWeights | Composition | Singular):
             return (yield from weights.answer(self.model, request))
+        if isinstance(request, Sweep | Estimate):
+            import estimates
+            import sweeps
+
+            return (yield from (sweeps.sweep if isinstance(request, Sweep) else estimates.estimate)(self.model, request))
         runs = yield from patching.prepare(self.model, request.study)
         match request:
             case Run():

@@ -1,0 +1,170 @@
+"""
+A sweep's table without a forward pass a cell: by gradients (attribution patching, integrated gradients), and the direct effects.
+
+Gradients are read at zeros that are added at every hook point (LIBRARIES: values kept by retain_grad are lost where the Bridge converts a tensor).
+"""
+
+from collections.abc import Generator, Iterable
+from contextlib import ExitStack
+
+import numpy as np
+import torch as t
+from torch import Tensor
+
+from lens import frozen_norm
+from messages import ESTIMATES, Estimate, Progress, Sweep, SweepResult, UserError
+from model import FINAL, Edit
+from resume import Base, Score, Spot, Variant
+from sweeps import Board, Plan, bases, read_plan, reads
+
+SCALE = "ln_final.hook_scale"
+FIRST = "blocks.0.hook_resid_pre"
+
+
+# ------------------------------------------------------------------ gradients
+
+
+def estimate(model, ask: Estimate) -> Generator[Progress | SweepResult, None, SweepResult]:
+    """The whole table at once: two runs and one backward pass (`atp`), or `steps` of them (`ig`)."""
+    if ask.method not in ESTIMATES:
+        raise UserError(f"{ask.method!r} is not an estimate: use one of {', '.join(ESTIMATES)}")
+    if ask.steps < 1:
+        raise UserError("steps must be at least 1")
+    if ask.study.metric.kind == "rank":
+        raise UserError("a rank has no gradient: use logit_diff, prob, logprob, kl or loss, or run the sweep itself")
+    if ask.kind in ("pairs", "cumulative"):
+        raise UserError(f"{ask.kind}: gradients say nothing of several nodes at once; run the sweep itself")
+    if any(i.node.site == "resid_mid" for i in ask.study.interventions):
+        raise UserError("gradients do not pass an intervention at resid_mid: take it off, or run the sweep itself")
+    plan = read_plan(model, Sweep(ask.study, ask.kind, "patch", ask.direction, node=ask.node, over_set=ask.over_set))
+    board = Board(plan, ask.method)
+    for part in bases(plan):
+        if isinstance(part, Progress):
+            yield part
+            continue
+        members, base, sides = part
+        board.begin(members, base, sides)
+        runs = [plan.runs[i] for i in members]
+        total, fractions = {}, [None] if ask.method == "atp" else [(i + 0.5) / ask.steps for i in range(ask.steps)]
+        for done, fraction in enumerate(fractions):
+            path = None if fraction is None else between(base, t.tensor([r.row(plan.other).ids for r in runs]), fraction)
+            for name, g in gradients(base, {s.name for s in plan.spots}, path).items():
+                total[name] = total.get(name, 0.0) + g / len(fractions)
+            yield Progress(done + 1, len(fractions), f"{ask.method}: gradients")
+        found = [sides[0] + sum(linear(plan, base, s, total[s.name]) for s in v.spots) for v in board.waiting]
+        if found:
+            board.fill(board.waiting, np.stack(found))
+    return board.result(True)
+
+
+def between(base: Base, other: Tensor, fraction: float) -> Tensor:
+    """The input of block 0, some way from the base run's to the source run's."""
+    own = base.resid[0]
+    return own + fraction * (base.model.forward(other, [FIRST])[1][FIRST].to(own) - own)
+
+
+def gradients(base: Base, names: Iterable[str], path: Tensor | None) -> dict[str, Tensor]:
+    """The metric's gradient at hook points [prompt, ...] of the base run; along a path, of the run whose block 0 gets `path`."""
+    model, leaves, kept = base.model, {}, {}
+
+    def leaf(name: str) -> Edit:
+        def add(x: Tensor) -> Tensor:
+            leaves[name] = t.zeros_like(x).requires_grad_(True)
+            return x + leaves[name]
+
+        return name, add
+
+    last = f"blocks.{base.n - 1}.hook_resid_post"
+    begin = [] if path is None else [(FIRST, lambda x: path)]
+    with ExitStack() as stack:
+        stack.enter_context(t.enable_grad())
+        stack.enter_context(model.hooks([*begin, *base.edits, *(leaf(n) for n in names), (last, lambda x: kept.__setitem__("end", x))]))
+        model.bridge(base.ids.to(model.device), use_cache=False, logits_to_keep=1)
+        value = metric(base.score, kept["end"]).sum()
+        # a point that the metric does not see (the last block's keys, say, of one token) has no gradient
+        found = t.autograd.grad(value, list(leaves.values()), allow_unused=True)
+    return {name: t.zeros_like(x) if g is None else g for (name, x), g in zip(leaves.items(), found)}
+
+
+def metric(score: Score, x: Tensor) -> Tensor:
+    """The metric [prompt] of the stream after the last block, differentiable."""
+    model, b = score.model, len(score.group)
+    logits = lambda rows: soft(model, model.bridge.unembed(model.bridge.ln_final(rows.to(model.final_device))))  # noqa: E731
+    if score.kind == "loss":
+        rows = [logits(x[j, :-1]).log_softmax(-1) for j in range(b)]
+        return t.stack([-r.gather(-1, t.tensor(ids[1:], device=r.device)[:, None]).mean() for r, ids in zip(rows, score.ids)])
+    rows = x[t.arange(b, device=x.device), score.places]
+    if score.kind == "logit_diff":
+        return score.diff(model.bridge.ln_final(rows.to(model.final_device))[None])[0]
+    logp = logits(rows).double().log_softmax(-1)
+    out = []
+    for j, r in enumerate(score.group):
+        right, wrong = logp[j, r.answers], logp[j, r.foils]
+        match score.kind:
+            case "prob":
+                out.append(right.exp().sum())
+            case "prob_diff":
+                out.append(right.exp().sum() - wrong.exp().sum())
+            case "logprob":
+                out.append(right.logsumexp(0))
+            case "kl":
+                clean = model.unembed(score.clean[j : j + 1])[0].double().log_softmax(-1)
+                out.append((clean.exp() * (clean - logp[j])).sum())
+    return t.stack(out)
+
+
+def soft(model, logits: Tensor) -> Tensor:
+    logits = logits.float() * model.logit_scale
+    return model.softcap * t.tanh(logits / model.softcap) if model.softcap else logits
+
+
+def linear(plan: Plan, base: Base, spot: Spot, gradient: Tensor) -> np.ndarray:
+    """(new value - base value) . gradient at a spot [prompt]."""
+    index = (slice(None), *spot.index(0, base.per_kv))
+    change = base.source[spot.key][index] - base.acts[reads(plan.model, spot)][index]
+    return (change.double() * gradient[index].double()).flatten(1).sum(1).cpu().numpy()
+
+
+# ------------------------------------------------------------------ direct effects
+
+
+def direct_names(plan: Plan) -> tuple[str, ...]:
+    """The hook points that direct effects are read from; what has no direct effect of its own is refused."""
+    sites = {(s.node.site, s.node.part) for s in plan.spots}
+    if any(site not in ("attn", "mlp") and (site, part) != ("head", "z") for site, part in sites) or plan.ask.kind in ("pairs", "cumulative"):
+        raise UserError("a direct effect is that of one head (z), attention or MLP output: use attn, mlp, attn_mlp, z, z_pos or nodes")
+    if plan.ask.study.metric.kind == "loss":
+        raise UserError("a direct effect is read at one position, and loss has none: use another metric")
+    plan.model.point(SCALE)
+    return (FINAL, SCALE, *(f"blocks.{n}.ln1_post.hook_scale" for n, b in enumerate(plan.model.bridge.blocks) if hasattr(b, "ln1_post")))
+
+
+@t.no_grad()
+def direct(base: Base, variants: list[Variant]) -> Generator[tuple[list[Variant], np.ndarray]]:
+    """The metric when only the final norm, its scale frozen, sees what changed: the base run's normed row plus the change behind that frozen norm."""
+    model, rows = base.model, t.arange(len(base.ids))
+    places = t.tensor(base.score.places)
+    at = lambda x: x[rows, places]  # noqa: E731
+    for layer in sorted({v.layer for v in variants}):
+        mine = [v for v in variants if v.layer == layer]
+        change = t.stack([written(base, v.spots[0], at) for v in mine]).to(model.final_device)
+        scale = at(base.acts[SCALE]).to(model.final_device)
+        normed = at(base.acts[FINAL]).to(model.final_device) + frozen_norm(model.bridge.ln_final, scale, change, model)
+        base.at_once = max(base.at_once, len(mine))
+        yield mine, base.score.of_normed(normed)
+
+
+def written(base: Base, spot: Spot, at) -> Tensor:
+    """What a changed node adds to the stream at the metric's positions [prompt, d_model]."""
+    node, block = spot.node, base.model.bridge.blocks[spot.node.layer]
+    x = at(base.source[spot.key]) - at(base.acts[spot.name])
+    if node.site == "head":
+        alone = t.zeros_like(x)
+        alone[:, node.head] = x[:, node.head]
+        alone = t.cat([alone, t.zeros_like(alone[:1])]).flatten(1)[None]
+        out = block.attn.o(alone)[0]
+        x = out[:-1] - out[-1]
+        if hasattr(block, "ln1_post"):
+            x = frozen_norm(block.ln1_post, at(base.acts[f"blocks.{node.layer}.ln1_post.hook_scale"]), x, base.model)
+    here = t.tensor([node.pos is None or node.pos == p for p in base.score.places], device=x.device)
+    return x * here[:, None]

@@ -1,0 +1,496 @@
+"""
+Many changed runs of one model at the price of a few: what sweeps run on. No model maths of its own, the Bridge's blocks do all of it.
+
+1. A `Base` is one run of a few prompts of equal length, kept: every block's input, the keys and values, the hook points that will be changed.
+2. A `Variant` is that run with other values (`Source`) at some spots. Variants are the batch.
+3. A wave passes over the blocks once. A variant joins at the first block it changes, as the kept residual stream; positions before its first change
+   come from the kept keys and values; after the last block only the metric's position is read.
+4. Where one position of one block's output changes, the block runs on that single token (its attention is overwritten), and the variant joins after it.
+Between two blocks no hook is on the model, so that a wave is a generator that others may interrupt.
+"""
+
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch as t
+from torch import Tensor
+from transformers import DynamicCache
+
+from lens import measure, rows_at_once
+from messages import Node, Progress, UserError
+from model import FINAL, Edit, Model, out_of_memory
+from patching import Runs, hook_name
+from utils import tec
+
+TRIED: WeakKeyDictionary[Model, dict[bool, str]] = WeakKeyDictionary()  # why a model's runs can't be resumed, with and without interventions
+ROWWISE = ("attn", "resid_mid", "head", "neuron")  # one position of these changes the block's output at that position only
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A node with its position as an index (None: all), the hook point it is written at, and of a pattern optionally one source position."""
+
+    node: Node
+    name: str
+    source: int | None = None
+
+    @property
+    def key(self) -> tuple:
+        return self.node.layer, self.node.site, self.node.part
+
+    def index(self, start: int, group: int) -> tuple:
+        """Into [position, ...] behind the batch, of a tensor that begins at `start`; a pattern is [head, destination, source]."""
+        n = self.node
+        pos = slice(None) if n.pos is None else n.pos - start
+        match n.site:
+            case "head" if n.part == "pattern":
+                return n.head, pos, slice(None) if self.source is None else self.source
+            case "head":
+                return pos, n.head // group if n.part in ("k", "v") else n.head
+            case "neuron":
+                return pos, n.index
+        return (pos,)
+
+
+def make_spot(model: Model, node: Node, source: int | None = None) -> Spot:
+    """resid_mid is written through the attention's output: the hook of its name does not reach the skip connection."""
+    name = hook_name(model, node)
+    return Spot(node, f"blocks.{node.layer}.hook_attn_out" if node.site == "resid_mid" else name, source)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A cell and the spots that are changed for it."""
+
+    cell: int
+    spots: tuple[Spot, ...]
+
+    @property
+    def first(self) -> int:
+        return min(s.node.pos or 0 for s in self.spots) if self.spots else 0
+
+    @property
+    def layer(self) -> int:
+        return min((s.node.layer for s in self.spots), default=0)
+
+
+class Prefix:
+    """Stands in for Hugging Face's cache of keys and values in one block: those of the prefix, for every row of the batch."""
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        self.keys, self.values = keys, values
+
+    def update(self, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+        return self.join(self.keys, keys), self.join(self.values, values)
+
+    def join(self, old: Tensor, new: Tensor) -> Tensor:
+        b, h, p, d = old.shape
+        out = new.new_empty(len(new), h, p + new.shape[2], d)
+        out[:, :, :p].view(-1, b, h, p, d).copy_(old)
+        out[:, :, p:] = new
+        return out
+
+    def get_seq_length(self, *_) -> int:
+        return self.keys.shape[2]
+
+
+# ------------------------------------------------------------------ the metric
+
+
+class Score:
+    """The metric of runs that differ in what reaches the final norm; of a logit difference only the answers' and foils' logits are made."""
+
+    def __init__(self, group: list[Runs], clean: Tensor | None = None, which: str = "now"):
+        runs = self.runs = group[0]
+        self.model, self.group, self.kind = runs.model, group, runs.study.metric.kind
+        self.whole = self.kind == "loss"
+        self.ids = [r.row(which).ids for r in group]
+        self.places = [len(ids) - 1 if self.whole else r.position(which, r.study.metric.pos) for r, ids in zip(group, self.ids)]
+        self.base: np.ndarray | None = None  # the metric of the unchanged run [prompt]
+        self.clean = clean  # [prompt, d_model] normed, for KL
+        self.nll: Tensor | None = None  # of the base run's own tokens [prompt, seq - 1]
+        if self.kind == "logit_diff":
+            tokens = sorted({i for r in group for i in (*r.answers, *r.foils)})
+            self.weights = t.zeros(len(group), len(tokens), dtype=t.float64)
+            for row, r in zip(self.weights, group):
+                row[[tokens.index(i) for i in r.answers]] += 1 / len(r.answers)
+                row[[tokens.index(i) for i in r.foils]] -= 1 / len(r.foils)
+            self.columns = self.model.bridge.W_U[:, tokens].contiguous()
+            self.bias = self.model.bridge.b_U[tokens].float()
+
+    def diff(self, normed: Tensor) -> Tensor:
+        """Logit difference [variant, prompt] of normed rows [variant, prompt, d_model]; differentiable."""
+        model = self.model
+        logits = ((normed @ self.columns.to(normed.device)).float() + self.bias.to(normed.device)) * model.logit_scale
+        logits = model.softcap * t.tanh(logits / model.softcap) if model.softcap else logits
+        return (logits.double() * self.weights.to(logits.device)).sum(-1)
+
+    @t.no_grad()
+    def of(self, x: Tensor, start: int) -> np.ndarray:
+        """[variant, prompt] of the stream after the last block, [variant x prompt, seq from start, d_model]."""
+        model, b = self.model, len(self.group)
+        x = x.view(-1, b, *x.shape[1:])
+        if self.whole:
+            return self.losses(x, start)
+        out = self.of_normed(model.norm(x[:, t.arange(b, device=x.device), [max(0, p - start) for p in self.places]]))
+        for j, place in enumerate(self.places):
+            if place < start:  # nothing before `start` changes
+                out[:, j] = self.base[j]
+        return out
+
+    def of_normed(self, normed: Tensor) -> np.ndarray:
+        """[variant, prompt] of normed rows at the metric's positions."""
+        model = self.model
+        if self.kind == "logit_diff":
+            return self.diff(normed).cpu().numpy()
+        out = np.zeros(normed.shape[:2])
+        for j, r in enumerate(self.group):
+            clean = model.unembed(self.clean[j : j + 1])[0] if self.kind == "kl" else None
+            for i in range(0, len(normed), size := rows_at_once(model)):
+                for k, row in enumerate(model.unembed(normed[i : i + size, j])):
+                    out[i + k, j] = measure(self.kind, row, row if clean is None else clean, np.zeros(0), r.answers, r.foils)
+        return out
+
+    def losses(self, x: Tensor, start: int) -> np.ndarray:
+        model, out = self.model, np.zeros(x.shape[:2])
+        for j, ids in enumerate(self.ids):
+            target = t.tensor(ids[start + 1 :], device=x.device)
+            known = 0.0 if not start else self.nll[j, :start].sum().item()
+            flat = x[:, j, : len(target)].flatten(0, 1)
+            found = [self.tokens(flat[i : i + rows_at_once(model)], target, i) for i in range(0, len(flat), rows_at_once(model))]
+            nll = t.cat(found).view(len(x), -1) if found else t.zeros(len(x), 0)
+            out[:, j] = ((nll.sum(1) + known) / (len(ids) - 1)).cpu().numpy()
+        return out
+
+    def tokens(self, x: Tensor, target: Tensor, first: int) -> Tensor:
+        logits = self.model.unembed(self.model.norm(x)).double()
+        right = target[(first + t.arange(len(x), device=x.device)) % len(target)]
+        return logits.logsumexp(-1) - logits.gather(-1, right[:, None])[:, 0]
+
+
+# ------------------------------------------------------------------ the base run
+
+
+class Base:
+    """
+    The run that variants change: `resid` the input of every block, and the last block's output; `acts` what passed the named hook points, after the
+    study's interventions. Nothing changes before `shared`. `source` gives every spot's new values. `reason` says why variants have to be whole forward passes ("": they need not).
+    """
+
+    def __init__(self, group: list[Runs], names: Iterable[str], limit: int, plain: bool = False, shared: int = 0):
+        runs = group[0]
+        self.model, self.group, self.limit, self.shared = runs.model, group, limit, shared
+        self.n, self.edits = self.model.info.n_layers, runs.edits
+        assert not self.edits or len(group) == 1 and shared == 0, "interventions differ from prompt to prompt"
+        self.ids = t.tensor([r.row("now").ids for r in group])
+        self.per_kv = self.model.info.n_heads // self.model.info.n_kv_heads
+        self.source: dict[tuple, Tensor] = {}
+        self.score: Score | None = None
+        self.called: dict[int, list] = {}
+        self.reason = "asked for" if plain else ""
+        self.at_once = 0
+        self.run(names)
+
+    @t.no_grad()
+    def run(self, names: Iterable[str]) -> None:
+        self.resid: list = [None] * (self.n + 1)
+        acts: dict[str, Tensor] = {}
+        enter = [(f"blocks.{i}.hook_resid_pre", lambda x, i=i: self.resid.__setitem__(i, x.detach())) for i in range(self.n)]
+        last = f"blocks.{self.n - 1}.hook_resid_post"
+        catch = [(n, lambda x, n=n: acts.__setitem__(n, x.detach())) for n in dict.fromkeys((*names, FINAL, last))]
+        kept = None if self.reason else DynamicCache()
+        with self.model.hooks([*enter, *self.edits, *catch]):
+            self.model.bridge(
+                self.ids.to(self.model.device), logits_to_keep=1, use_cache=kept is not None, **({} if kept is None else {"past_key_values": kept})
+            )
+        self.acts, self.resid[-1] = acts, acts[last]
+        self.kept = [] if kept is None else [(layer.keys, layer.values) for layer in kept.layers]
+
+    def begin(self, score: Score) -> np.ndarray:
+        """The metric of the base run itself [prompt]; decides whether the fast way gives this model's own numbers."""
+        self.score = score
+        self.stop = self.ids.shape[1] if score.whole or self.edits else max(score.places) + 1
+        if score.whole:
+            n = self.ids.shape[1] - 1
+            score.nll = t.stack([score.tokens(x[:-1], ids[1:].to(x.device), 0) for x, ids in zip(self.resid[-1], self.ids)]) if n else None
+        value = score.base = score.of(self.resid[-1], 0)[0]
+        if not np.isfinite(value).all():
+            raise UserError("the metric of the unchanged run is not finite: does the model hold NaN? Try float32")
+        if not self.reason:
+            known = TRIED.setdefault(self.model, {})
+            if bool(self.edits) not in known:
+                known[bool(self.edits)] = self.trial()
+            self.reason = known[bool(self.edits)]
+        return value
+
+    def trial(self) -> str:
+        """Resume an unchanged run from the middle and from a prefix: why that does not give the same stream, or ''."""
+        start, layer = self.stop // 2 if not self.edits else 0, self.n // 2
+        try:
+            x = self.resid[layer][:, start : self.stop]
+            for i in range(layer, self.n):
+                x = self.step(i, x, start, [])
+        except (TypeError, AttributeError, KeyError, IndexError, ValueError, RuntimeError, NotImplementedError) as error:
+            if isinstance(error, t.OutOfMemoryError):
+                raise
+            return f"{self.model.info.architecture}'s blocks can't be run one by one ({type(error).__name__})"
+        rows = range(len(self.ids))
+        got = t.stack([x[j, self.score.places[j] - start] for j in rows]) if min(self.score.places) >= start else x[:, -1]
+        want = t.stack([self.resid[-1][j, self.score.places[j]] for j in rows]) if min(self.score.places) >= start else self.resid[-1][:, self.stop - 1]
+        same = self.model.identity("resume", got, want)
+        return "" if same.ok else f"resumed runs of {self.model.info.architecture} are off by {same.error:.1g}"
+
+    # ---------------------------------------------------------------- one block
+
+    def calls(self, start: int, length: int) -> list[tuple[tuple, dict, object]]:
+        """What Hugging Face's model hands each block for one row of tokens from `start`: masks, positions, and the cache that stands for the prefix."""
+        if (start, length) not in self.called:
+            seen: dict[int, tuple] = {}
+
+            def record(layer: int) -> Callable:
+                def forward(*args, **kwargs):
+                    hidden = args[0] if args else kwargs["hidden_states"]
+                    seen[layer] = (args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"})
+                    return hidden
+
+                return forward
+
+            blocks, cache, more = list(self.model.bridge.blocks), None, {"use_cache": False}
+            if start:
+                cache = DynamicCache()
+                for i, (keys, values) in enumerate(self.kept):
+                    cache.update(keys[:1, :, :start], values[:1, :, :start], i)
+                more = {"use_cache": True, "past_key_values": cache}
+            try:
+                for i, block in enumerate(blocks):
+                    block.__dict__["forward"] = record(i)
+                self.model.bridge(self.ids[:1, start : start + length].to(self.model.device), logits_to_keep=1, **more)
+            finally:
+                for block in blocks:
+                    block.__dict__.pop("forward", None)
+            self.called[start, length] = [(*seen[i], cache) for i in range(self.n)]
+        return self.called[start, length]
+
+    @t.no_grad()
+    def step(self, layer: int, x: Tensor, start: int, edits: list[Edit]) -> Tensor:
+        """One block on [rows, positions from start, d_model], rows being variants x prompts."""
+        args, kwargs, cache = self.calls(start, x.shape[1])[layer]
+        if cache is not None:
+            prefix = Prefix(*(kv[:, :, :start] for kv in self.kept[layer]))
+            args = tuple(prefix if a is cache else a for a in args)
+            kwargs = {k: prefix if a is cache else a for k, a in kwargs.items()}
+        ours = [e for e in self.edits if e[0].startswith(f"blocks.{layer}.")]
+        block = self.model.bridge.blocks[layer]
+        short = layer == self.n - 1 and x.shape[1] > 1 and start + x.shape[1] == self.stop and not self.edits and not self.score.whole
+        short = short and len(set(self.score.places)) == 1 and not any("mlp" in name for name, _ in edits)
+        with self.model.hooks([*ours, *edits]), last_row(block.mlp, short):
+            out = block(x, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def write(self, rows: list[tuple[int, Spot]], n: int, start: int) -> list[Edit]:
+        """Edits that give some variants' rows (of n) their new values. What resid_mid lacks is added to the attention's output."""
+        by_name: dict[str, list] = {}
+        for i, spot in rows:
+            by_name.setdefault(spot.name, []).append((i, spot))
+        before: dict[str, Tensor] = {}
+
+        def edit(mine: list) -> Callable[[Tensor], Tensor]:
+            def apply(x: Tensor) -> Tensor:
+                x = x.clone(memory_format=t.contiguous_format)
+                y = x.view(n, len(self.ids), *x.shape[1:])
+                for i, spot in mine:
+                    index = (slice(None), *spot.index(start, self.per_kv))
+                    new = self.values(spot, start)[index].to(x)
+                    y[i][index] = new - before[spot.name].view(y.shape)[i][index] if spot.node.site == "resid_mid" else new
+                return x
+
+            return apply
+
+        mid = {s.name for _, s in rows if s.node.site == "resid_mid"}
+        catch = [(name.replace("attn_out", "resid_pre"), lambda x, name=name: before.__setitem__(name, x)) for name in mid]
+        return [*catch, *((name, edit(mine)) for name, mine in by_name.items())]
+
+    def values(self, spot: Spot, start: int) -> Tensor:
+        """New values [prompt, positions from start to stop, ...]."""
+        x = self.source[spot.key]
+        return x[:, :, start : self.stop, : self.stop] if spot.node.part == "pattern" and spot.node.site == "head" else x[:, start : self.stop]
+
+    # ---------------------------------------------------------------- a wave
+
+    def enters(self, v: Variant) -> int:
+        """The block a variant joins at."""
+        return v.layer + bool(self.moves(v)) if v.spots else self.n
+
+    def moves(self, v: Variant) -> bool | None:
+        """Whether what a variant changes is known as a new residual stream: after its block (True), before it (False), or not (None)."""
+        if len(v.spots) != 1 or self.edits:
+            return None if v.spots else True
+        site, pos = v.spots[0].node.site, v.spots[0].node.pos
+        if site == "resid_pre":
+            return False
+        one = pos is not None and site in ROWWISE and (site != "head" or v.spots[0].node.part == "z")
+        return True if one or site in ("resid_post", "mlp") or site == "attn" and self.model.parallel else None
+
+    def join(self, variants: list[Variant], layer: int, start: int) -> Tensor:
+        """The rows of variants that join at a block: the kept stream, changed where the change is known as such."""
+        x = self.resid[layer][:, start : self.stop]
+        x = x.expand(len(variants), *x.shape).clone()
+        single = [(i, v.spots[0]) for i, v in enumerate(variants) if v.spots and self.moves(v) is not None and self.runs_alone(v.spots[0])]
+        for i, v in enumerate(variants):
+            if not v.spots or self.moves(v) is None or self.runs_alone(v.spots[0]):
+                continue
+            spot = v.spots[0]
+            index = (slice(None), *spot.index(start, self.per_kv))
+            new = self.values(spot, start)[index].to(x)
+            if spot.node.site in ("mlp", "attn"):
+                new = x[i][index] + new - self.acts[spot.name][:, start : self.stop][index]
+            x[i][index] = new
+        if single:
+            for (i, spot), rows in zip(single, self.alone(single)):
+                x[i, :, spot.node.pos - start] = rows
+        return x.flatten(0, 1)
+
+    def runs_alone(self, spot: Spot) -> bool:
+        return spot.node.site in ROWWISE and not (spot.node.site == "attn" and self.model.parallel)
+
+    def alone(self, rows: list[tuple[int, Spot]]) -> Tensor:
+        """A block on single tokens, one a variant: what it puts out at the changed position [variant, prompt, d_model]."""
+        spots = [s for _, s in rows]
+        layer, b = spots[0].node.layer, len(self.ids)
+        assert all(s.node.layer == layer for s in spots)
+        places = [s.node.pos for s in spots]
+        pick = lambda x: x[:, places].transpose(0, 1).flatten(0, 1)[:, None]  # noqa: E731  [variant x prompt, 1, ...]
+        zs = {s.name for s in spots if s.node.site == "head"}
+        assert not zs or len({s.name for s in spots}) == 1
+        frozen = zs or {f"blocks.{layer}.hook_attn_out"}
+        fixed = [(name, lambda x, name=name: pick(self.acts[name]).reshape(x.shape)) for name in frozen]
+        by_name: dict[str, list] = {}
+        for i, s in enumerate(spots):
+            by_name.setdefault(s.name, []).append((i, s))
+        inputs = pick(self.resid[layer])
+
+        def edit(mine: list) -> Callable[[Tensor], Tensor]:
+            def apply(x: Tensor) -> Tensor:
+                x = x.clone(memory_format=t.contiguous_format)
+                y, before = x.view(len(spots), b, *x.shape[1:]), inputs.view(len(spots), b, *inputs.shape[1:])
+                for i, s in mine:
+                    tail = s.index(0, self.per_kv)[1:]
+                    new = self.source[s.key][(slice(None), s.node.pos, *tail)].to(x)
+                    y[(i, slice(None), 0, *tail)] = new - before[i, :, 0] if s.node.site == "resid_mid" else new
+                return x
+
+            return apply
+
+        edits = [*fixed, *((name, edit(mine)) for name, mine in by_name.items())]
+        return self.step(layer, inputs, 0, edits).view(len(spots), b, -1)
+
+    def wave(self, variants: list[Variant], start: int) -> Generator[None, None, np.ndarray]:
+        """Metrics [variant, prompt] of variants that change nothing before `start`; pauses after every block."""
+        order = sorted(range(len(variants)), key=lambda i: self.enters(variants[i]))
+        waiting, rows, x = [variants[i] for i in order], [], None
+        for layer in range(self.enters(waiting[0]), self.n + 1):
+            new = [v for v in waiting[len(rows) :] if self.enters(v) == layer]
+            if new:
+                joined = self.join(new, layer, start)
+                x, rows = joined if x is None else t.cat([x, joined]), rows + new
+            if layer < self.n:
+                changed = [(i, s) for i, v in enumerate(rows) if self.moves(v) is None for s in v.spots if s.node.layer == layer]
+                x = self.step(layer, x, start, self.write(changed, len(rows), start))
+                yield
+        out = np.empty((len(variants), len(self.ids)))
+        out[order] = self.score.of(x, start)
+        return out
+
+    def whole(self, variants: list[Variant]) -> np.ndarray:
+        """The same by whole forward passes under hooks."""
+        last = f"blocks.{self.n - 1}.hook_resid_post"
+        stop, self.stop = self.stop, self.ids.shape[1]
+        changed = [(i, s) for i, v in enumerate(variants) for s in v.spots]
+        _, got = self.model.forward(self.ids.repeat(len(variants), 1), [last], [*self.edits, *self.write(changed, len(variants), 0)])
+        self.stop = stop
+        return self.score.of(got[last], 0)
+
+    # ---------------------------------------------------------------- all of them
+
+    def room(self, length: int) -> int:
+        """How many variants of so many positions fit into the limit of bytes."""
+        i = self.model.info
+        token = t.finfo(self.model.dtype).bits // 8 * (12 * i.d_model + 3 * i.d_mlp + 3 * i.n_heads * self.stop)
+        return max(1, self.limit // (token * length * len(self.ids)))
+
+    def all(self, variants: list[Variant]) -> Generator[Progress | tuple[list[Variant], np.ndarray]]:
+        """Every variant's metric [variant, prompt], in waves: late positions and late layers first, since they are the cheapest."""
+        if self.reason or self.edits or not variants:  # interventions count positions from 0
+            groups = [(0, variants)]
+        else:
+            groups = position_groups(variants, self.shared, len(self.ids))
+        begun = False
+        for start, group in groups:
+            size, i = self.room(self.ids.shape[1] if self.reason else self.stop - start), 0
+            group = sorted(group, key=lambda v: -(v.layer if self.reason else self.enters(v)))
+            while i < len(group):
+                part = group[i : i + size]
+                if not begun and not self.reason:
+                    part = [v for v in part if self.enters(v) >= self.n - max(1, self.n // 6)] or part[:1]
+                try:
+                    found = self.whole(part) if self.reason else (yield from self.paused(part, start))
+                except t.OutOfMemoryError as error:
+                    tec()
+                    if len(part) == 1:
+                        raise out_of_memory(error) from error
+                    size = max(1, len(part) // 2)
+                    yield Progress(0, 0, f"out of memory: {size} at a time now")
+                    continue
+                self.at_once, begun = max(self.at_once, len(part)), True
+                yield part, found
+                i += len(part)
+
+    def paused(self, part: list[Variant], start: int) -> Generator[Progress, None, np.ndarray]:
+        wave = self.wave(part, start)
+        while True:
+            try:
+                next(wave)
+            except StopIteration as stop:
+                return stop.value
+            yield Progress(0, 0)
+
+
+def position_groups(variants: list[Variant], shared: int, prompts: int) -> list[tuple[int, list[Variant]]]:
+    """
+    Variants by first changed position, in groups that start at their earliest: more groups save rows, and each costs a pass over the weights
+    (worth about 80 rows). Late ones first.
+    """
+    by_first: dict[int, list[Variant]] = {}
+    for v in variants:
+        by_first.setdefault(max(shared, v.first), []).append(v)
+    firsts = sorted(by_first)
+    n = len(firsts)
+    wanted = max(1, min(n, round(n * (len(variants) * prompts / max(1, n) / 320) ** 0.5)))
+    parts = [p.tolist() for p in np.array_split(firsts, wanted)]
+    return [(p[0], [v for f in p for v in by_first[f]]) for p in reversed(parts)]
+
+
+@contextmanager
+def last_row(mlp: t.nn.Module, on: bool) -> Generator:
+    """In the last block only the last position's MLP is ever read."""
+    if not on:
+        yield
+        return
+    whole = type(mlp).forward.__get__(mlp)
+
+    def forward(x: Tensor, *args, **kwargs):
+        out = whole(x[:, -1:], *args, **kwargs)
+        if not isinstance(out, Tensor):
+            return whole(x, *args, **kwargs)
+        full = out.new_zeros(*x.shape[:2], out.shape[-1])
+        full[:, -1:] = out
+        return full
+
+    mlp.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        mlp.__dict__.pop("forward", None)

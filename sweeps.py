@@ -1,0 +1,494 @@
+"""
+Sweeps: the metric under one change a cell, over one prompt or a set.
+
+1. `lay_out` turns a kind into a table: row and column labels, and for each cell the spots that change.
+2. `Plan` reads the study; `bases` runs the base prompts and finds every spot's new values (from the other prompt, a mean, zero, ...).
+3. `sweep` lets resume.py run the variants, fills the table as they come, and ends with statistics over the prompts.
+"""
+
+import math
+import zlib
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch as t
+from torch import Tensor
+
+from messages import METRICS, SWEEP_OPS, SWEEPS, Node, Progress, Prompt, Study, Sweep, SweepResult, TokenRow, UserError, parse_node
+from model import FINAL, Model
+from patching import Runs, find_position, hook_name, means, prepare, read_study
+from resume import Base, Score, Spot, Variant, make_spot
+from utils import settings
+
+CHUNK_MB = 128
+BATCH = 32
+FLIPS = 4096
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16, 2.145, 2.131, 2.12, 2.11, 2.101, 2.093, 2.086)
+
+
+# ------------------------------------------------------------------ cells
+
+
+@dataclass
+class Layout:
+    """A table: labels, what each cell changes (missing: no such cell), and the cells' addresses where each is one node."""
+
+    rows: tuple[str, ...]
+    cols: tuple[str, ...]
+    cells: dict[tuple[int, int], tuple[Spot, ...]]
+    nodes: tuple[str, ...] = ()
+
+
+def one_each(model: Model, rows: list[str], cols: list[str], node: Callable[[int, int], Node]) -> Layout:
+    """A table in which every cell is one node."""
+    nodes = {(r, c): node(r, c) for r in range(len(rows)) for c in range(len(cols))}
+    return Layout(tuple(rows), tuple(cols), {rc: (make_spot(model, n),) for rc, n in nodes.items()}, tuple(str(n) for n in nodes.values()))
+
+
+def lay_out(model: Model, ask: Sweep, row: TokenRow) -> Layout:
+    info, seq = model.info, len(row.ids)
+    layers, places = [f"L{i}" for i in range(info.n_layers)], [str(i) for i in range(seq)]
+    match ask.kind:
+        case "resid_pre" | "resid_mid" | "resid_post" | "attn" | "mlp":
+            return one_each(model, layers, places, lambda r, c: Node(ask.kind, r, pos=c))
+        case "attn_mlp":
+            rows = [f"{layer}.{site}" for layer in layers for site in ("attn", "mlp")]
+            return one_each(model, rows, places, lambda r, c: Node(("attn", "mlp")[r % 2], r // 2, pos=c))
+        case "z" | "q" | "pattern":
+            heads = [f"H{h}" for h in range(info.n_heads)]
+            return one_each(model, layers, heads, lambda r, c: Node("head", r, c, ask.kind))
+        case "k" | "v":
+            per = info.n_heads // info.n_kv_heads
+            heads = [f"H{h}" if per == 1 else f"H{h}-{h + per - 1}" for h in range(0, info.n_heads, per)]
+            return one_each(model, layers, heads, lambda r, c: Node("head", r, c * per, ask.kind))
+        case "nodes":
+            cols = [*(f"H{h}" for h in range(info.n_heads)), "MLP"]
+            return one_each(model, layers, cols, lambda r, c: Node("mlp", r) if c == info.n_heads else Node("head", r, c))
+        case "z_pos":
+            rows = [f"L{layer}H{h}" for layer in range(info.n_layers) for h in range(info.n_heads)]
+            return one_each(model, rows, places, lambda r, c: Node("head", r // info.n_heads, r % info.n_heads, pos=c))
+        case "cells":
+            node = one_node(ask, "head", "L2H3")
+            spots = {(d, s): (make_spot(model, replace(node, part="pattern", pos=d), s),) for d in range(seq) for s in range(d + 1)}
+            return Layout(tuple(places), tuple(places), spots)
+        case "neurons":
+            node = one_node(ask, "mlp", "L3.mlp")
+            pos = None if node.pos is None else find_position(node.pos, row, "the prompt")
+            neurons = [f"n{i}" for i in range(info.d_mlp)]
+            return one_each(model, [f"L{node.layer}.mlp"], neurons, lambda r, c: Node("neuron", node.layer, index=c, pos=pos))
+        case "pairs" | "cumulative":
+            spots = [make_spot(model, some_node(a, row)) for a in ask.nodes]
+            names = tuple(ask.nodes)
+            if ask.kind == "cumulative":
+                return Layout(("together",), ("nothing", *(f"+ {a}" for a in names)), {(0, i): tuple(spots[:i]) for i in range(len(spots) + 1)})
+            cells = {(i, j): tuple(spots[k] for k in sorted({i, j})) for i in range(len(spots)) for j in range(len(spots))}
+            return Layout(names, names, cells)
+    raise AssertionError(ask.kind)
+
+
+def one_node(ask: Sweep, site: str, example: str) -> Node:
+    node = parse_node(ask.node) if ask.node else None
+    if node is None or node.site != site:
+        raise UserError(f"the sweep {ask.kind!r} needs one {'head' if site == 'head' else 'MLP'}, such as {example}")
+    return node
+
+
+def some_node(address: str, row: TokenRow) -> Node:
+    node = parse_node(address)
+    if node.site == "embed":
+        raise UserError(f"{address}: use L0.resid_pre, what comes in at layer 0")
+    return node if node.pos is None else replace(node, pos=find_position(node.pos, row, "the prompt"))
+
+
+# ------------------------------------------------------------------ what is asked for
+
+
+@dataclass
+class Plan:
+    """The prompts of a sweep (with their indices into the set), which run is changed and where new values come from, and the table."""
+
+    model: Model
+    ask: Sweep
+    members: list[tuple[int, Prompt]]
+    runs: list[Runs]
+    side: str
+    other: str
+    layout: Layout
+    limit: int
+
+    @property
+    def study(self) -> Study:
+        return replace(self.ask.study, base=self.side)
+
+    @property
+    def spots(self) -> list[Spot]:
+        return list(dict.fromkeys(s for spots in self.layout.cells.values() for s in spots))
+
+    @property
+    def seq(self) -> int:
+        return len(self.runs[0].row(self.side).ids)
+
+
+def check(ask: Sweep) -> None:
+    for what, value, known in (("a sweep", ask.kind, SWEEPS), ("an operation of a sweep", ask.op, SWEEP_OPS)):
+        if value not in known:
+            raise UserError(f"{value!r} is not {what}: use one of {', '.join(known)}")
+    if ask.direction not in ("denoise", "noise"):
+        raise UserError(f"{ask.direction!r} is not a direction: use denoise (clean values into the corrupted run) or noise (the reverse)")
+    if ask.effect not in ("total", "direct"):
+        raise UserError(f"{ask.effect!r} is not an effect: use total or direct")
+    if not math.isfinite(ask.noise) or ask.noise <= 0:
+        raise UserError("noise is a positive number of the embedding's standard deviations")
+    if ask.k < 1:
+        raise UserError("k must be at least 1")
+
+
+def read_plan(model: Model, ask: Sweep) -> Plan:
+    """Everything that can be refused is refused here."""
+    check(ask)
+    study = ask.study
+    members = list(enumerate(study.prompt_set)) if ask.over_set else [(0, study.prompt)]
+    if not members:
+        raise UserError("there is no prompt set: open one first")
+    side = study.base if ask.op != "patch" else {"denoise": "corrupt", "noise": "clean"}[ask.direction]
+    other = "corrupt" if side == "clean" else "clean"
+    runs = []
+    for i, prompt in members:
+        try:
+            runs.append(read_member(model, replace(study, prompt=prompt, base=side, interventions=()), ask.op == "patch"))
+        except UserError as error:
+            raise UserError(f"prompt {i + 1} of the set: {error}" if ask.over_set else str(error)) from error
+    check_lengths(runs, side, ask)
+    layout = lay_out(model, ask, runs[0].row(side))
+    if bad := [rc for rc in ask.only if rc not in layout.cells]:
+        raise UserError(f"there is no cell {bad[0]}: the table has {len(layout.rows)} rows and {len(layout.cols)} columns")
+    if ask.only:
+        layout.cells = {rc: layout.cells[rc] for rc in dict.fromkeys(ask.only)}
+    return Plan(model, ask, members, runs, side, other, layout, chunk_bytes(model, ask.chunk_mb))
+
+
+def read_member(model: Model, study: Study, patch: bool) -> Runs:
+    if study.prompt.corrupt is None and (patch or study.base == "corrupt"):
+        raise UserError("there is no corrupted prompt, and patching needs one: type one first")
+    runs, kind = read_study(model, study), study.metric.kind
+    if kind not in ("kl", "loss") and not runs.answers:
+        raise UserError(f"there is no answer, and {kind} needs one: give one, with its leading space")
+    if kind in ("logit_diff", "prob_diff") and not runs.foils:
+        raise UserError(f"there is no foil, and {kind} needs one: give one, or use the metric logprob")
+    if kind == "loss" and len(runs.row("now").ids) < 2:
+        raise UserError("loss needs a prompt of two tokens")
+    if kind != "loss":
+        runs.position("now", study.metric.pos)
+    return runs
+
+
+def check_lengths(runs: list[Runs], side: str, ask: Sweep) -> None:
+    """Patching goes by position, so clean and corrupted, and all prompts of a set, have to be of one length."""
+    both = [tuple(None if r.rows[w] is None else len(r.rows[w].ids) for w in ("clean", "corrupt")) for r in runs]
+    for i, (clean, corrupt) in enumerate(both):
+        if ask.op == "patch" and clean != corrupt:
+            which = f"prompt {i + 1} of the set: " if ask.over_set else ""
+            raise UserError(f"{which}patching by position needs prompts of equal length: clean has {clean} tokens and corrupted {corrupt}")
+    counts: dict[int, int] = {}
+    for r in runs:
+        n = len(r.row(side).ids)
+        counts[n] = counts.get(n, 0) + 1
+    if len(counts) > 1:
+        words = ", ".join(f"{count} with {n} tokens" for n, count in sorted(counts.items()))
+        raise UserError(f"a sweep over a set needs prompts of equal length, and it has {words}: use a set of one template")
+
+
+def chunk_bytes(model: Model, megabytes: int) -> int:
+    """Bytes of activations at once: asked for, or LOUPE_SWEEP_MB of .env, or a third of what an accelerator has free."""
+    if not megabytes:
+        text = settings().get("LOUPE_SWEEP_MB") or "0"
+        if not text.isdigit():
+            raise UserError(f"LOUPE_SWEEP_MB in .env is {text!r}: write a number of megabytes")
+        megabytes = int(text)
+    if megabytes:
+        return megabytes << 20
+    return t.cuda.mem_get_info(model.device)[0] // 3 if model.device.type == "cuda" else CHUNK_MB << 20
+
+
+# ------------------------------------------------------------------ base runs and new values
+
+
+def reads(model: Model, spot: Spot) -> str:
+    """The hook point whose values say what a spot holds."""
+    return hook_name(model, spot.node)
+
+
+def bases(plan: Plan, more: tuple[str, ...] = ()) -> Generator[Progress | tuple]:
+    """
+    For a few prompts at a time: their indices, the base run with every spot's new values, the metric of base, clean and corrupted [prompt] each
+    (corrupted NaN where there is none), and the source run's activations. Under interventions, whose values differ from prompt to prompt, one by one.
+    """
+    model, ask, n = plan.model, plan.ask, len(plan.runs)
+    last = f"blocks.{model.info.n_layers - 1}.hook_resid_post"
+    names = list(dict.fromkeys(name for s in plan.spots for name in {reads(model, s), s.name}))
+    bytes_each = sum(model.info.d_model for _ in names) * plan.seq * 8
+    size = 1 if plan.study.interventions else max(1, min(BATCH, plan.limit // max(1, bytes_each), room(plan)))
+    for begin in range(0, n, size):
+        group = plan.runs[begin : begin + size]
+        if plan.study.interventions:
+            group = [(yield from prepare(model, replace(plan.study, prompt=plan.members[begin][1])))]
+        tensor = lambda which, group=group: t.tensor([r.row(which).ids for r in group])  # noqa: E731
+        shared = 0
+        if ask.op == "patch" and not plan.study.interventions:
+            differ = (tensor("clean") != tensor("corrupt")).any(0).nonzero()
+            shared = int(differ[0]) if len(differ) else plan.seq
+        base = Base(group, [*names, *more, *([FINAL] if ask.study.metric.kind == "kl" else [])], plan.limit, ask.plain, shared)
+        acts = {plan.side: {**base.acts, last: base.resid[-1]}} if not base.edits else {}
+        for which in ("clean", "corrupt"):
+            if which not in acts and all(r.rows[which] is not None for r in group):
+                acts[which] = model.forward(tensor(which), [last, FINAL, *(names if which == plan.other and ask.op == "patch" else [])])[1]
+        clean = None
+        if ask.study.metric.kind == "kl":
+            clean = t.stack([x[r.position("clean", r.study.metric.pos)] for r, x in zip(group, acts["clean"][FINAL])])
+        sides = {which: Score(group, clean, which).of(a[last], 0)[0] for which, a in acts.items()}
+        if not all(np.isfinite(v).all() for v in sides.values()):
+            raise UserError("the metric of the clean or corrupted run is not finite: does the model hold NaN? Try float32")
+        value = base.begin(Score(group, clean))
+        yield from new_values(plan, base, acts.get(plan.other, {}), list(range(begin, begin + len(group))))
+        missing = np.full(len(group), math.nan)
+        yield list(range(begin, begin + len(group))), base, (value, sides.get("clean", missing), sides.get("corrupt", missing))
+
+
+def room(plan: Plan) -> int:
+    """Prompts at once such that some 8 variants of all of them fit into a chunk."""
+    i = plan.model.info
+    return max(1, plan.limit // (8 * 4 * plan.seq * (12 * i.d_model + 3 * i.d_mlp + 3 * i.n_heads * plan.seq)))
+
+
+def new_values(plan: Plan, base: Base, other: dict[str, Tensor], indices: list[int]) -> Generator[Progress]:
+    """Fill base.source: for every node that some spot is part of, its new values [prompt, ...]."""
+    model, ask = plan.model, plan.ask
+    hooks = {s.key: reads(model, s) for s in plan.spots}
+    if ask.op in ("mean", "mean_all"):
+        if ask.op == "mean_all" and any(name.endswith("pattern") for name in hooks.values()):
+            raise UserError("a pattern has no mean over positions; use mean with a set of one template, or zero")
+        other = yield from means(model, ask.study.prompt_set, list(hooks.values()), ask.op, plan.seq)
+    elif ask.op == "resample":
+        _, other = model.forward(t.tensor([others(plan, i) for i in indices]), list(hooks.values()))
+    deviation = noise_scale(model) * ask.noise if ask.op == "noise" else 0.0
+    for key, name in hooks.items():
+        own = base.acts[name]
+        match ask.op:
+            case "zero":
+                x = t.zeros_like(own)
+            case "noise":
+                x = own + deviation * t.stack([gaussian(own.shape[1:], (ask.seed, plan.members[i][0], key)) for i in indices]).to(own)
+            case _:
+                x = other[name].expand_as(own)
+        base.source[key] = x
+
+
+def others(plan: Plan, i: int) -> tuple[int, ...]:
+    """The corrupted prompt of the set that a prompt's values are resampled from: not its own, drawn with the seed."""
+    model, index = plan.model, plan.members[i][0]
+    own = plan.members[i][1]
+    rows = [model.row(p.corrupt, p.bos).ids for p in plan.ask.study.prompt_set if p.corrupt is not None and p != own]
+    rows = [r for r in rows if len(r) == plan.seq and r != plan.runs[i].row(plan.side).ids]
+    if not rows:
+        raise UserError(f"resample ablation needs a prompt set with another corrupted prompt of {plan.seq} tokens: open one, or ablate to zero")
+    return rows[np.random.default_rng((plan.ask.seed, index)).integers(len(rows))]
+
+
+def gaussian(shape: tuple[int, ...], key: tuple) -> Tensor:
+    return t.randn(shape, generator=t.Generator().manual_seed(zlib.crc32(repr(key).encode())))
+
+
+@t.no_grad()
+def noise_scale(model: Model) -> float:
+    """The standard deviation of token embeddings, over (at most) 4096 random tokens."""
+    return model.bridge.embed(model.random_ids(4096).to(model.device)).float().std().item()
+
+
+# ------------------------------------------------------------------ the sweep
+
+
+def sweep(model: Model, ask: Sweep) -> Generator[Progress | SweepResult, None, SweepResult]:
+    """Progress and partial results as cells come in; then the result, with statistics over the prompts."""
+    if ask.kind in ("pairs", "cumulative") and not ask.nodes:
+        check(ask)
+        ask = replace(ask, nodes=(yield from largest(model, ask)))
+    plan = read_plan(model, ask)
+    if ask.effect == "direct":
+        from estimates import direct, direct_names
+
+        more, run = direct_names(plan), direct
+    else:
+        more, run = (), lambda base, variants: base.all(variants)
+    board = Board(plan)
+    for part in bases(plan, more):
+        if isinstance(part, Progress):
+            yield part
+            continue
+        members, base, sides = part
+        board.begin(members, base, sides)
+        yield board.result(False)
+        for step in run(base, board.waiting):
+            if isinstance(step, Progress):
+                yield replace(step, done=board.done, total=board.total, text=step.text or f"{ask.kind}: {board.done} of {board.total}")
+                continue
+            board.fill(*step)
+            if board.done < board.total:
+                yield board.result(False)
+    return board.result(True)
+
+
+def largest(model: Model, ask: Sweep) -> Generator[Progress | SweepResult, None, tuple[str, ...]]:
+    """The k nodes of the largest effect, heads and MLPs, the largest first."""
+    singles = sweep(model, replace(ask, kind="nodes", only=()))
+    while True:
+        try:
+            part = next(singles)
+        except StopIteration as stop:
+            found = stop.value
+            break
+        if isinstance(part, Progress):
+            yield part
+    order = np.argsort(-np.abs(found.values - found.base), axis=None, kind="stable")[: ask.k]
+    return tuple(found.nodes[i] for i in order.tolist())
+
+
+class Board:
+    """The table as it fills: every prompt's metric in every cell."""
+
+    def __init__(self, plan: Plan, method: str = "truth"):
+        self.plan, self.method, layout = plan, method, plan.layout
+        self.shape = len(layout.rows), len(layout.cols)
+        self.cells = [r * self.shape[1] + c for r, c in layout.cells]
+        n = len(plan.runs)
+        self.values = np.full((n, self.shape[0] * self.shape[1]), math.nan)
+        self.sides = np.full((3, n), math.nan)  # base, clean, corrupted
+        self.total, self.done, self.at_once, self.reason = n * len(self.cells), 0, 0, ""
+        self.members, self.base = [], None
+
+    def begin(self, members: list[int], base: Base, sides: tuple[np.ndarray, ...]) -> None:
+        """Cells before the first token that differs, or after the metric's position, are the base run."""
+        self.members, self.base, self.reason = members, base, base.reason
+        self.sides[:, members] = sides
+        self.waiting = []
+        for cell, spots in zip(self.cells, self.plan.layout.cells.values()):
+            variant = Variant(cell, tuple(s for s in spots if s.node.pos is None or base.shared <= s.node.pos < base.stop))
+            if variant.spots and max(variant.first, base.shared) < base.stop:
+                self.waiting.append(variant)
+            else:
+                self.values[members, cell] = sides[0]
+                self.done += len(members)
+
+    def fill(self, variants: list[Variant], found: np.ndarray) -> None:
+        if not np.isfinite(found).all():
+            raise UserError("a changed run gave numbers that are not finite: load the model in float32")
+        self.values[np.ix_(self.members, [v.cell for v in variants])] = found.T
+        self.done += found.size
+        self.at_once = max(self.at_once, self.base.at_once)
+
+    def result(self, whole: bool) -> SweepResult:
+        """Means over the prompts that are done; the rest with the whole table."""
+        plan, ask, layout = self.plan, self.plan.ask, self.plan.layout
+        known = ~np.isnan(self.sides[0])
+        base, clean, corrupt = (float(s[known].mean()) for s in self.sides)
+        some = ~np.isnan(self.values)
+        count = some.sum(0)
+        with np.errstate(invalid="ignore"):
+            mean = np.where(some, self.values, 0.0).sum(0) / count
+        normalised, warning = normalise(mean, base, self.sides[:, known])
+        table = lambda x: np.asarray(x, np.float32).reshape(self.shape)  # noqa: E731
+        empty, stats, every = np.zeros((0, 0), np.float32), {}, np.zeros((0, *self.shape), np.float32)
+        if whole and ask.over_set:
+            stats = {k: table(v) for k, v in statistics(self.values, self.sides[0], ask.seed).items()}
+            every = self.values.astype(np.float32).reshape(-1, *self.shape)
+        stats = {k: stats.get(k, empty) for k in ("std", "low", "high", "p")}
+        return SweepResult(
+            ask.kind, ask.op, ask.direction, ask.effect, self.method, layout.rows, layout.cols, layout.nodes, plan.runs[0].row(plan.side),
+            table(mean), table(normalised), base, clean, None if math.isnan(corrupt) else corrupt, self.done, self.total, **stats, per_prompt=every,
+            prompts=tuple(i for i, _ in plan.members) if ask.over_set else (), mechanism=mechanism(plan, self.reason, self.method), at_once=self.at_once,
+            warning=warning, convention=convention(plan, self.method),
+        )  # fmt: skip
+
+
+def normalise(mean: np.ndarray, base: float, sides: np.ndarray) -> tuple[np.ndarray, str]:
+    """(mean - corrupted) / (clean - corrupted), a ratio of means; without a corrupted prompt mean / base. NaN, and why, where that says nothing."""
+    clean, corrupt = sides[1], sides[2]
+    if np.isnan(corrupt).any():
+        if abs(base) < 1e-6:
+            return np.full(mean.shape, math.nan), "the base run's metric is 0: not normalised"
+        return mean / base, "no corrupted prompt: normalised as a share of the base run's metric"
+    gaps = clean - corrupt
+    gap, size = gaps.mean(), max(abs(clean.mean()), abs(corrupt.mean()))
+    if abs(gap) < 1e-3 * size or gap == 0:
+        return np.full(mean.shape, math.nan), f"clean and corrupted differ by {gap:.2g} only: not normalised"
+    small = int((np.abs(gaps) < 0.1 * abs(gap)).sum())
+    words = f"{small} of {len(gaps)} prompts have a clean - corrupted below a tenth of the mean" if small else ""
+    if abs(gap) < 0.05 * size:
+        words = f"clean and corrupted differ by {gap:.2g} only: normalised values are large and noisy"
+    return (mean - corrupt.mean()) / gap, words
+
+
+def statistics(values: np.ndarray, base: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """
+    Of values [prompt, cell]: standard deviation (n - 1), the mean's 95 % confidence interval (Student's t), and the p-value of value - base by sign
+    flips: all of them for up to 12 prompts, else FLIPS drawn with the seed.
+    """
+    n = len(values)
+    mean = values.mean(0)
+    if n < 2:
+        nan = np.full(mean.shape, math.nan)
+        return {"std": nan, "low": nan, "high": nan, "p": nan}
+    std = values.std(0, ddof=1)
+    df = n - 1
+    quantile = T95[df - 1] if df <= len(T95) else 1.959964 + 2.3723 / df + 2.823 / df**2
+    half = quantile * std / math.sqrt(n)
+    effect = values - base[:, None]
+    if n <= 12:
+        signs = 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
+    else:
+        signs = np.concatenate([np.ones((1, n)), np.random.default_rng(seed).choice((-1.0, 1.0), (FLIPS, n))])
+    real = np.abs(effect.sum(0))
+    hits = sum((np.abs(part @ effect) >= real * (1 - 1e-9) - 1e-12).sum(0) for part in np.array_split(signs, 16))
+    return {"std": std, "low": mean - half, "high": mean + half, "p": np.where(np.isnan(mean), math.nan, hits / len(signs))}
+
+
+# ------------------------------------------------------------------ words
+
+
+def mechanism(plan: Plan, reason: str, method: str) -> str:
+    if method != "truth":
+        return "gradients"
+    if plan.ask.effect == "direct":
+        return "direct effect, no forward pass a cell"
+    return f"whole forward passes under hooks: {reason}" if reason else "resumed at the changed layer"
+
+
+def convention(plan: Plan, method: str) -> str:
+    """What matters first: it is a pane's title."""
+    ask, model = plan.ask, plan.model
+    metric = ask.study.metric
+    assert metric.kind in METRICS
+    if ask.op == "patch":
+        what = {"denoise": "denoise: clean values into the corrupted run", "noise": "noise: corrupted values into the clean run"}[ask.direction]
+    else:
+        run = "corrupted" if plan.side == "corrupt" else "clean"
+        amount = f" of {ask.noise:g} embedding standard deviations, seed {ask.seed}" if ask.op == "noise" else ""
+        seed = f", seed {ask.seed}" if ask.op == "resample" else ""
+        what = f"{run} run, {ask.op}: {SWEEP_OPS[ask.op]}{amount}{seed}"
+    place = "" if metric.kind == "loss" else f" at {metric.pos}"
+    parts = [SWEEPS[ask.kind], what, f"{metric.kind}{place}"]
+    parts.append("normalised: corrupted = 0, clean = 1" if plan.runs[0].rows["corrupt"] is not None else "normalised: share of the base run's metric")
+    if ask.effect == "direct":
+        parts.append("direct effect: later attention, MLPs and norm scales as in the base run")
+    elif method == "truth":
+        parts.append("total effect: everything after the node recomputed")
+    if ask.over_set:
+        parts.append(f"mean over {len(plan.runs)} prompts, ratio of means")
+    if ask.kind == "q" or ask.kind == "k":
+        parts += ["before the rotation"] * (model.info.positions == "rotary")
+    if ask.kind in ("k", "v") and model.info.n_kv_heads < model.info.n_heads:
+        parts.append("a column is a group of heads that share keys and values")
+    parts.append(f"raw weights, {model.info.dtype}")
+    if plan.study.interventions:
+        parts.append(f"base run under {', '.join(str(i) for i in plan.study.interventions)}")
+    return " · ".join(parts)

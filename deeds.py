@@ -77,6 +77,9 @@ class Deeds:
     def do_pane_attribution(self) -> None:
         self.show_pane("attribution")
 
+    def do_pane_patching(self) -> None:
+        self.show_pane("patching")
+
     def do_pane_weights(self) -> None:
         self.show_pane("weights")
 
@@ -385,13 +388,28 @@ class Deeds:
         self.turn("which", tuple(k for k in kinds if "-" not in k) if self.pane == "lens" else kinds)
 
     def do_source(self) -> None:
-        self.turn("attention.source")
+        self.turn("patching.over" if self.pane == "patching" else "attention.source")
 
     def do_points(self) -> None:
-        self.turn("lens.points")
+        self.turn("patching.show" if self.pane == "patching" else "lens.points")
+
+    def do_sweep(self) -> None:
+        self.ready()
+        if self.pane != "patching":
+            raise UserError("sweeps live in pane 4: 4 goes there, v chooses what is swept, S runs it")
+        request = self.panes["patching"].request(self)
+        if request.op == "patch" and self.state.prompt.corrupt is None:
+            raise UserError("patching takes values from the other prompt, and there is no corrupted prompt: E types one, o opens a set")
+        if request.over_set and not self.state.prompt_set:
+            raise UserError("no prompt set is open: o opens one, R goes back to the prompt")
+        self.started.add(request)
+        self.refresh_wants()
+
+    def do_operation(self) -> None:
+        self.turn("patching.op")
 
     def do_weighted(self) -> None:
-        self.turn("attention.weighted")
+        self.turn("patching.effect" if self.pane == "patching" else "attention.weighted")
 
     def do_multiples(self) -> None:
         self.turn("attention.layer")
@@ -463,10 +481,23 @@ class Deeds:
     # -------------------------------------------------------------- finding
 
     def do_ranked(self) -> None:
+        if self.pane == "patching":
+            self.rank_cells()
+            return
         result, stat = self.result("heads", HeadStatsResult), self.state.views["attention.stat"]
         if result is None or stat not in result.stats:
             raise UserError("the heads map has no numbers yet")
         self.rank(f"heads by {HEAD_STATS[stat]}", result.stats[stat])
+
+    def rank_cells(self) -> None:
+        pane, grid = self.panes["patching"], self.panes["patching"].table.grid
+        result = next((r for r in pane.shown(self) if r), None)
+        if result is None or grid is None:
+            raise UserError("nothing has been swept yet: S runs the sweep")
+        cells = [(int(r), int(c)) for r, c in np.argwhere(np.isfinite(grid.values))]
+        cells.sort(key=lambda rc: -abs(float(grid.values[rc])))
+        items = [Item(result.address(r, c) or f"{result.rows[r]} × {result.cols[c]}", f"{float(grid.values[r, c]):+.4f}", "", (r, c)) for r, c in cells[:2000]]
+        self.mount(Picker(f"cells by {self.state.views['patching.show']}", items, lambda item, typed: item and pane.go(self, result, *item.value)))
 
     def rank(self, title: str, scores: np.ndarray) -> None:
         """Heads by score, to filter and go to."""

@@ -27,16 +27,20 @@ from messages import (
     AttributionSourcesResult,
     Composition,
     CompositionResult,
+    Estimate,
     HeadStats,
     HeadStatsResult,
     HeadWeights,
     HeadWeightsResult,
+    Intervention,
     Lens,
     LensResult,
     Node,
     RunResult,
     Singular,
     SingularResult,
+    Sweep,
+    SweepResult,
     UserError,
     parse_node,
 )
@@ -416,6 +420,119 @@ class AttributionPane(Pane):
             self.info_line.show([readings.sum_line(result.total, result.logit, result.capped, result.error, result.convention)])
 
 
+class PatchingPane(Pane):
+    number, key, label, view = "4", "patching", "Patching", "patching.kind"
+
+    def __init__(self, **kw):
+        super().__init__(**kw)
+        self.table = GridView()
+        self.cell = (0, 0)  # for cells that are not one node
+
+    def body(self) -> Widget:
+        return self.table
+
+    def grids(self) -> dict[str, Grid]:
+        return {"patching": self.table.grid} if self.table.grid else {}
+
+    def request(self, app: "Loupe") -> Sweep:
+        """The sweep that S runs: interventions act on the base prompt, so the base says which way."""
+        state, views, c = app.state, app.state.views, app.cursor
+        kind, op = views["patching.kind"], views["patching.op"]
+        over = views["patching.over"] == "set"
+        needs_set = over or op in ("mean", "mean_all", "resample")
+        study = replace(state.study, prompt_set=state.prompt_set if needs_set else ())
+        node = f"L{c.layer}H{c.head}" if kind == "cells" else f"L{c.layer}.mlp" if kind == "neurons" else ""
+        direction = "noise" if state.base == "clean" else "denoise"
+        return Sweep(study, kind, op, direction, views["patching.effect"], node, over_set=over)
+
+    def wants(self, app: "Loupe") -> dict[str, object]:
+        request = self.request(app)
+        wants: dict[str, object] = {"sweep": request} if request in app.started else {}
+        if request.op == "patch" and request.effect == "total" and request.kind not in ("pairs", "cumulative") and app.state.prompt.corrupt is not None:
+            wants["estimate"] = Estimate(
+                request.study, request.kind, app.state.views["patching.estimate"], request.direction, node=request.node, over_set=request.over_set
+            )
+        return wants
+
+    def shown(self, app: "Loupe") -> tuple[SweepResult | None, SweepResult | None]:
+        """Truth and estimate, where they belong to what is asked for."""
+        kind = app.state.views["patching.kind"]
+        truth, estimate = (r if (r := app.result(s, SweepResult)) and r.kind == kind and s in app.wanted else None for s in ("sweep", "estimate"))
+        return truth, estimate
+
+    def at(self, app: "Loupe", result: SweepResult) -> tuple[int, int]:
+        """The cell of the shared cursor."""
+        c, group = app.cursor, len(result.nodes) // max(1, len(result.rows))
+        for n, address in enumerate(result.nodes):
+            node = parse_node(address)
+            head = node.head is None or node.head == c.head
+            site = node.site in (c.point, c.comp) if not node.site.startswith("resid") else True
+            if node.layer == c.layer and head and site and (node.pos is None or node.pos == c.pos):
+                return divmod(n, group)
+        return clip(self.cell[0], len(result.rows)), clip(self.cell[1], len(result.cols))
+
+    def step(self, app: "Loupe", rows: int, cols: int) -> None:
+        result = next((r for r in self.shown(app) if r), None)
+        if result is None:
+            return
+        r, c = self.at(app, result)
+        self.go(app, result, clip(r + rows, len(result.rows)), clip(c + cols, len(result.cols)))
+
+    def go(self, app: "Loupe", result: SweepResult, row: int, col: int) -> None:
+        self.cell = (row, col)
+        address = result.address(row, col)
+        if not address:
+            app.draw()
+            return
+        node = parse_node(address)
+        where = {"pos": node.pos} if isinstance(node.pos, int) else {}
+        app.move(**where, **LensPane.place_of(node)) if node.site not in ("neuron", "embed") else app.draw()
+
+    def node(self, app: "Loupe", pos: int | None) -> Node:
+        result = next((r for r in self.shown(app) if r), None)
+        if result is not None and (address := result.address(*self.at(app, result))):
+            return parse_node(address)
+        return super().node(app, pos)
+
+    def enter(self, app: "Loupe") -> None:
+        """The cell's node becomes an intervention."""
+        op = app.state.views["patching.op"]
+        if op in ("resample", "noise"):
+            raise UserError(f"{op} is an operation of sweeps: a and p make interventions of this node")
+        app.toggle(Intervention(self.node(app, None), op))
+
+    def paint(self, app: "Loupe") -> None:
+        views = app.state.views
+        truth, estimate = self.shown(app)
+        request = self.request(app)
+        names = {"denoise": "denoising: clean into corrupted", "noise": "noising: corrupted into clean"}
+        what = (
+            names[request.direction]
+            if request.op == "patch"
+            else f"{request.op} ablation of the {'clean' if request.direction == 'noise' else 'corrupted'} run"
+        )
+        title = (
+            f"{request.kind} · {what} · {views['patching.show']}"
+            + (" over the set" if request.over_set else "")
+            + (" · direct" if request.effect == "direct" else "")
+        )
+        result = truth or estimate
+        if result is None:
+            self.show_title(app, ("sweep", "estimate"), title, "")
+            message = app.waiting("sweep") if "sweep" in app.wanted else app.waiting("estimate") if "estimate" in app.wanted else [("  S runs the sweep", DIM)]
+            self.table.show(None, (0, 0), views["mode"], message)
+            self.info_line.show([])
+            return
+        grid = app.picture("sweep", (id(truth), id(estimate), views["patching.show"]), lambda: readings.sweep_grid(truth, estimate, views["patching.show"]))
+        done = f"truth {truth.done}/{truth.total}" if truth else "estimate: S runs the truth"
+        self.show_title(
+            app, ("sweep", "estimate"), f"{title} {pictures.scale(grid)}", f"{done} · {result.warning + ' · ' if result.warning else ''}{result.convention}"
+        )
+        row, col = self.at(app, result)
+        self.table.show(grid, (row, col), views["mode"])
+        self.info_line.show([readings.sweep_cell(truth, estimate, row, col)])
+
+
 class WeightsPane(Pane):
     number, key, label, view = "7", "weights", "Weights", "weights.view"
 
@@ -476,4 +593,4 @@ class WeightsPane(Pane):
             self.table.show(lines(result, n, w))
 
 
-PANES: dict[str, type[Pane]] = {p.key: p for p in (LensPane, AttentionPane, AttributionPane, WeightsPane, OutputPane)}
+PANES: dict[str, type[Pane]] = {p.key: p for p in (LensPane, AttentionPane, AttributionPane, PatchingPane, WeightsPane, OutputPane)}

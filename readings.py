@@ -12,6 +12,7 @@ from messages import (
     HeadWeightsResult,
     Pairs,
     SingularResult,
+    SweepResult,
 )
 from pictures import signed, texts_of
 from utils import show_token
@@ -98,6 +99,60 @@ def set_line(result: AttributionSetResult) -> Spans:
         ),
         (result.convention, DIM),
     ]
+
+
+# ------------------------------------------------------------------ patching
+
+
+def change(result: SweepResult) -> np.ndarray:
+    """What each cell does to the metric: in units of clean minus corrupted where there is such a gap, else raw."""
+    if np.isfinite(result.normalised).any():
+        gap = result.clean - (result.corrupt if result.corrupt is not None else 0.0)
+        untouched = (result.base - (result.corrupt if result.corrupt is not None else 0.0)) / gap if gap else 0.0
+        return result.normalised.astype(float) - untouched
+    return result.values.astype(float) - result.base
+
+
+def sweep_grid(truth: SweepResult | None, estimate: SweepResult | None, show: str) -> Grid:
+    """Rows and columns of a sweep: the truth where it is known, the estimate elsewhere; marked where the two disagree."""
+    result = truth or estimate
+    true, guess = (change(r) if r is not None else np.full(result.values.shape, np.nan) for r in (truth, estimate))
+    blank = np.full(true.shape, np.nan)
+    spread, p = (getattr(truth, n).astype(float) if truth is not None and getattr(truth, n).size else blank for n in ("std", "p"))
+    both = {"effect": np.where(np.isfinite(true), true, guess), "estimate": guess, "disagreement": guess - true, "spread": spread, "p": p}
+    values = (np.where(np.isfinite(true), truth.values, np.nan) if truth else estimate.values).astype(float) if show == "metric" else both[show]
+    if show == "p":
+        lo, hi, sign = 0.0, 1.0, False
+    else:
+        hi = max(float(np.nanmax(np.abs(values), initial=0)), 1e-6)
+        lo, sign = (0.0, False) if show == "spread" else (-hi, True)
+    far = np.argwhere(np.abs(guess - true) > np.maximum(0.1, 0.3 * np.abs(true))).tolist() if show in ("effect", "estimate", "disagreement") else []
+    cell = (5, 7) if len(result.cols) > 24 else (6, 8)
+    texts, places = texts_of(result.tokens), tuple(map(str, range(len(result.tokens.ids))))
+    rows, cols = (texts if names == places else list(names) for names in (result.rows, result.cols))
+    return Grid(values, rows, cols, lo, hi, signed=sign, cell=cell, marks=frozenset(map(tuple, far)))
+
+
+def sweep_cell(truth: SweepResult | None, estimate: SweepResult | None, row: int, col: int) -> Spans:
+    """One line about a cell: its node, the metric under it, effect, estimate, spread."""
+    result = truth or estimate
+    if row >= len(result.rows) or col >= len(result.cols):
+        return []
+    name = result.address(row, col) or f"{result.rows[row]} × {result.cols[col]}"
+    spans: Spans = [(f" {name} ", BOLD)]
+    if truth is not None and np.isfinite(truth.values[row, col]):
+        spans.append((f"metric {float(truth.values[row, col]):+.4f}", PLAIN))
+        if truth.std.size:
+            spans.append(
+                (
+                    f" ± {float(truth.std[row, col]):.3f} (95 % {float(truth.low[row, col]):+.3f} … {float(truth.high[row, col]):+.3f}, p {float(truth.p[row, col]):.3f})",
+                    PLAIN,
+                )
+            )
+        spans.append((f" (untouched {truth.base:+.4f})  effect {change(truth)[row, col]:+.3f}", PLAIN))
+    if estimate is not None:
+        spans.append((f"  estimate {change(estimate)[row, col]:+.3f}", DIM))
+    return [*spans, (f"  {result.mechanism}", DIM)]
 
 
 # ------------------------------------------------------------------ weights

@@ -121,6 +121,7 @@ class Loupe(Deeds, App):
         self.status: Spans = [(note, WARN)] if note else []
         self.memory = (0, 0, 0)
         self.matches: list[dict] = []
+        self.started: set[object] = set()  # sweeps that were asked for
         self.needle = ""
         self.edited: tuple[Prompt, CheckResult] | None = None
         self.slow = False
@@ -264,11 +265,17 @@ class Loupe(Deeds, App):
 
     async def answer(self, slot: str, request: object) -> None:
         parts: list[LensResult] = []
+        drawn = [0.0]
 
         def on_partial(part: object) -> None:
-            if isinstance(part, LensResult) and self.wanted.get(slot) == request:
+            if self.wanted.get(slot) != request:
+                return
+            if isinstance(part, LensResult):
                 parts.append(part)
-                self.have[slot] = (None, pictures.joined(parts))
+                part = pictures.joined(parts)
+            self.have[slot] = (None, part)
+            if time.monotonic() - drawn[0] > 0.3:  # at most a few pictures a second over the wire to the terminal
+                drawn[0] = time.monotonic()
                 self.draw()
 
         slow = self.set_timer(0.2, lambda: self.mark_slow())

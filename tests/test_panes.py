@@ -1,10 +1,12 @@
 """Attribution, weights, and the further views of lens and attention, on the screen, against the engine's own answers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from ui import make_app, press, shown
 
-from messages import Attribution, AttributionSet, Composition, Detect, HeadWeights, Study
+from messages import Attribution, AttributionSet, Composition, Detect, HeadWeights, Run, Study, Sweep, parse_intervention
 from tui import first_state
 from widgets import Panel, Picker
 
@@ -110,3 +112,55 @@ async def test_more_of_attention(zoo, tmp_path):
         app.query_one("Editor").fields[0].value = "nonsense"
         await press(app, pilot, "enter")
         assert "previous_token_head" in shown(app)
+
+
+async def test_patching(zoo, tmp_path):
+    state = first_state({})
+    app = make_app(zoo, tmp_path, state)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot, "4")
+        assert "noising" in shown(app) and "estimate: S runs the truth" in shown(app)
+        await press(app, pilot, "S")
+        truth = zoo.run(Sweep(Study(state.prompt), "z", "patch", "noise"))
+        assert f"truth {truth.total}/{truth.total}" in shown(app)
+        row, col = divmod(int(np.abs(truth.normalised - 1).argmax()), truth.values.shape[1])
+        await press(app, pilot, "H", "enter")
+        assert (app.cursor.layer, app.cursor.head) == (row, col)
+        assert f"metric {truth.values[row, col]:+.4f}" in shown(app)
+        patched = zoo.run(Run(Study(state.prompt, (parse_intervention(f"L{row}H{col}=patch"),))))
+        assert patched.now.metric == pytest.approx(float(truth.values[row, col]), abs=1e-4)
+        await press(app, pilot, "enter")
+        assert str(app.state.interventions[0]) == f"L{row}H{col}=patch" and app.have["run"][1].now.metric == pytest.approx(patched.now.metric)
+        await press(app, pilot, "u", "d")
+        assert "denoising" in shown(app) and "estimate: S runs the truth" in shown(app)
+        for key in ("P", "P", "P", "P", "P", "P", "Z", "Z"):
+            await press(app, pilot, key)
+            assert not app.error("sweep") and not app.error("estimate")
+        app.act("view", name="patching.kind", value="resid_pre")
+        await press(app, pilot, "S", "l", "j", "h")
+        truth = zoo.run(Sweep(Study(state.prompt), "resid_pre"))
+        row, pos = app.cursor.layer, app.cursor.pos
+        assert f"metric {truth.values[row, pos]:+.4f}" in shown(app) and "·Mary" in shown(app)
+        await press(app, pilot, "R", "S")
+        assert "over the set" in shown(app) and f"/{truth.total * len(state.prompt_set)}" in shown(app) and "95 %" in shown(app)
+        app.act("view", name="patching.op", value="mean")
+        await press(app, pilot, "S")
+        assert "mean ablation" in shown(app) and not app.error("sweep")
+        for kind in ("cells", "neurons", "nodes", "z_pos", "pairs", "cumulative"):
+            app.act("view", name="patching.op", value="zero")
+            app.act("view", name="patching.over", value="prompt")
+            app.act("view", name="patching.kind", value=kind)
+            await press(app, pilot, "S", "j", "l")
+            assert not app.error("sweep") and "truth" in shown(app), kind
+
+
+async def test_patching_says_what_is_missing(zoo, tmp_path):
+    state = first_state({})
+    app = make_app(zoo, tmp_path, replace(state, prompt=replace(state.prompt, corrupt=None), prompt_set=(), set_path=""))
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot, "S")
+        assert "sweeps live in pane 4" in shown(app)
+        await press(app, pilot, "4", "S")
+        assert "no corrupted prompt" in shown(app)
+        await press(app, pilot, "b", "R", "S")
+        assert "no prompt set is open" in shown(app)

@@ -1,48 +1,30 @@
 """What the keys do: an action `x` of the table in actions.py is the method `do_x` of Deeds, which the app inherits."""
 
 import contextlib
-import json
-import re
-import time
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 from textual import work
 
 import pictures
-from export import EXPORTS, python_script
 from link import EngineError, Superseded
 from messages import (
-    AttentionSet,
     AttributionSetResult,
     ABLATIONS,
-    DETECTORS,
     METRICS,
     OPS,
     WHICH,
     Check,
     CheckResult,
-    Detect,
-    HeadStatsResult,
-    Identities,
     Intervention,
-    Load,
-    Models,
     Prompt,
-    RunResult,
-    TuneLens,
     UserError,
     parse_intervention,
     parse_node,
     read_prompt_set,
 )
-from pictures import HEAD_STATS, LENS_STATS, RUN_NAMES
-from session import SESSIONS, VIEWS, read_session
+from session import VIEWS
 from utils import ROOT, show_token, visible
-from widgets import BAD, BOLD, DIM, GOOD, PLAIN, WARN, Editor, Item, Overlay, Panel, Picker, Spans
-
-from actions import Action, show_key
+from widgets import BAD, DIM, GOOD, PLAIN, WARN, Editor, Item, Picker, Spans
 
 
 class Deeds:
@@ -414,155 +396,7 @@ class Deeds:
     def do_multiples(self) -> None:
         self.turn("attention.layer")
 
-    def do_lens_kind(self) -> None:
-        folders = [f.parent for root in (ROOT / "zoo", ROOT / "exports") for f in root.glob("*/config.json")]
-        files = list((ROOT / "exports").glob("*.pt"))
-        items = [Item("logit", "the model's own norm and unembedding at every point", "", "")]
-        items += [Item("tuned", str(f.relative_to(ROOT)), "tuned lens", str(f)) for f in folders] + [
-            Item("jacobian", str(f.relative_to(ROOT)), "Jacobian lens", str(f)) for f in files
-        ]
-
-        def chosen(item: Item | None, typed: str) -> None:
-            kind, _, artefact = typed.strip().partition(" ") if item is None else (item.key, "", item.value)
-            self.guard(lambda: self.act("lens", kind=kind, artefact=artefact.strip()))
-
-        self.mount(Picker("lens (or type: tuned FOLDER, jacobian FILE; F fits a tuned lens)", items, chosen, free=True))
-
-    def do_fit(self) -> None:
-        self.ready()
-        name = re.sub(r"\W+", "-", self.info.name).strip("-")
-
-        def accept(values: list[str]) -> str:
-            text, out, steps = values
-            if not steps.isdigit() or int(steps) < 1:
-                return "steps is a number"
-            self.fit(TuneLens(text, out, int(steps), resume=(Path(out) / "checkpoint.safetensors").exists()))
-            return ""
-
-        fields = [("text file", ""), ("folder", str(ROOT / "exports" / f"tuned-lens-{name}")), ("steps", "250")]
-        self.mount(Editor("fit a tuned lens", fields, accept, 0, 1, "text file empty: the zoo's corpus · enter starts, J shows and cancels · esc"))
-
-    @work(group="fit", exclusive=True)
-    async def fit(self, request: TuneLens) -> None:
-        try:
-            done = await self.link.ask("fit", request, 2)
-        except Superseded:
-            self.say("the fit was cancelled; F again goes on from its checkpoint", WARN)
-            return
-        except EngineError as error:
-            self.say(str(error), BAD)
-            return
-        self.act("lens", kind="tuned", artefact=done.folder)
-        self.say(
-            f"tuned lens in {done.folder}: mean KL on held-out text {done.before[:-1].mean():.3f} → {done.after[:-1].mean():.3f} nats in {done.seconds:.0f} s",
-            GOOD,
-        )
-
-    @work(group="chart", exclusive=True)
-    async def do_chart(self) -> None:
-        if self.info is None:
-            self.say(f"no model yet: {self.busy}", BAD)
-            return
-        stat, pos, lines, lens = self.state.views["lens.stat"], self.cursor.pos, {}, self.panes["lens"]
-        wanted = lens.wants(self)["lens"]
-        runs = [r for r in ("clean", "corrupt", "now") if (r != "corrupt" or self.state.prompt.corrupt) and (r != "now" or self.state.study.interventions)]
-        try:
-            for which in runs:
-                result = await self.link.ask("chart", replace(wanted, which=which, positions=(pos,)), 0)
-                lines[RUN_NAMES[which]] = pictures.lens_values(result, stat)[:, 0].tolist()
-        except Superseded:
-            return
-        except EngineError as error:
-            self.say(str(error), BAD)
-            return
-        rows = pictures.chart(f"{LENS_STATS[stat]} at {pos}", list(result.points), lines, self.size.width - 2, max(8, self.size.height * 3 // 5))
-        self.mount(Panel("over depth", rows, f"{result.convention} · esc"))
-
     # -------------------------------------------------------------- finding
-
-    def do_ranked(self) -> None:
-        if self.pane == "patching":
-            self.rank_cells()
-            return
-        result, stat = self.result("heads", HeadStatsResult), self.state.views["attention.stat"]
-        if result is None or stat not in result.stats:
-            raise UserError("the heads map has no numbers yet")
-        self.rank(f"heads by {HEAD_STATS[stat]}", result.stats[stat])
-
-    def rank_cells(self) -> None:
-        pane, grid = self.panes["patching"], self.panes["patching"].table.grid
-        result = next((r for r in pane.shown(self) if r), None)
-        if result is None or grid is None:
-            raise UserError("nothing has been swept yet: S runs the sweep")
-        cells = [(int(r), int(c)) for r, c in np.argwhere(np.isfinite(grid.values))]
-        cells.sort(key=lambda rc: -abs(float(grid.values[rc])))
-        items = [Item(result.address(r, c) or f"{result.rows[r]} × {result.cols[c]}", f"{float(grid.values[r, c]):+.4f}", "", (r, c)) for r, c in cells[:2000]]
-        self.mount(Picker(f"cells by {self.state.views['patching.show']}", items, lambda item, typed: item and pane.go(self, result, *item.value)))
-
-    def rank(self, title: str, scores: np.ndarray) -> None:
-        """Heads by score, to filter and go to."""
-        order = [divmod(int(i), scores.shape[1]) for i in np.argsort(-np.abs(np.nan_to_num(scores)), axis=None, kind="stable")]
-        items = [Item(f"L{x}H{h}", f"{scores[x, h]:+.4f}", "", (x, h)) for x, h in order]
-
-        def chosen(item: Item | None, typed: str) -> None:
-            if item is not None:
-                self.move(layer=item.value[0], head=item.value[1], comp="head")
-
-        self.mount(Picker(title, items, chosen))
-
-    def do_reading(self) -> None:
-        self.turn("attention.read")
-
-    @work(group="labels", exclusive=True)
-    async def do_labels(self) -> None:
-        if self.info is None or not self.state.prompt_set:
-            self.say("mean attention between labels needs a prompt set with labels: o opens one", BAD)
-            return
-        which = self.state.views["which"]
-        try:
-            found = await self.link.ask("labels", AttentionSet(replace(self.state.study, prompt_set=self.state.prompt_set), which), 1)
-        except Superseded:
-            return
-        except EngineError as error:
-            self.say(str(error), BAD)
-            return
-        cells = [(x, h, d, s) for x, h, d, s in np.ndindex(*found.mean.shape) if np.isfinite(found.mean[x, h, d, s])]
-        cells.sort(key=lambda c: -abs(float(found.mean[c])))
-        names = found.labels
-        items = [Item(f"L{x}H{h}", f"{names[d]} → {names[s]}  {found.mean[x, h, d, s]:+.3f} ± {found.std[x, h, d, s]:.3f}", "", (x, h)) for x, h, d, s in cells]
-
-        def chosen(item: Item | None, typed: str) -> None:
-            if item is not None:
-                self.move(layer=item.value[0], head=item.value[1], comp="head")
-
-        self.mount(Picker(f"mean attention over {len(found.prompts)} prompts, {RUN_NAMES[which]}", items, chosen))
-
-    def do_detect(self) -> None:
-        self.ready()
-
-        def accept(values: list[str]) -> str:
-            pattern, measure = values[0].strip(), values[1].strip()
-            cells = re.findall(r"(\d+)\s*>\s*(\d+)", pattern)
-            if not cells and pattern not in DETECTORS:
-                return f"give cells such as 14>2 10>4, or one of {', '.join(DETECTORS)}"
-            which = self.state.views["which"]
-            cells = tuple((int(a), int(b)) for a, b in cells)
-            self.detect(Detect(self.state.study, which, pattern if not cells else "cells", cells, error_measure=measure))
-            return ""
-
-        fields = [("pattern", f"{self.cursor.pos}>{self.cursor.src}"), ("measure", "mul")]
-        self.mount(Editor("detector", fields, accept, 0, 1, f"cells destination>source, or {', '.join(DETECTORS)}; measure mul or abs · enter · esc"))
-
-    @work(group="detect", exclusive=True)
-    async def detect(self, request: Detect) -> None:
-        try:
-            found = await self.link.ask("detect", request, 0)
-        except Superseded:
-            return
-        except EngineError as error:
-            self.say(str(error), BAD)
-            return
-        self.rank(f"heads by {found.convention}", found.scores)
 
     def do_worst(self) -> None:
         result = self.result("attribution", AttributionSetResult)
@@ -614,187 +448,3 @@ class Deeds:
 
     def do_find_previous(self) -> None:
         self.do_find_next(-1)
-
-    # -------------------------------------------------------------- lists
-
-    def do_help(self) -> None:
-        items = [Item(" ".join(show_key(k) for k in a.keys.split(",")), a.help, a.group, a) for a in self.table]
-        self.mount(Picker("keys", items, lambda item, typed: item and self.action_do(item.value.id)))
-
-    def do_palette(self) -> None:
-        items = [Item(a.id, a.help, " ".join(show_key(k) for k in a.keys.split(",")), a) for a in self.table]
-        views = [Item(f"{n}={v}", "view", "", (n, v)) for n, values in VIEWS.items() for v in values]
-
-        def chosen(item: Item | None, typed: str) -> None:
-            if item is None:
-                return
-            self.action_do(item.value.id) if isinstance(item.value, Action) else self.guard(lambda: self.act("view", name=item.value[0], value=item.value[1]))
-
-        self.mount(Picker("command", items + views, chosen))
-
-    @work(group="models", exclusive=True)
-    async def do_models(self) -> None:
-        items = [Item("zoo", "the embedded model", "")]
-        with contextlib.suppress(Superseded, EngineError):
-            found = await self.link.ask("models", Models(), 0)
-            items = [Item(c.name, c.where, c.note, c.name) for c in found.choices]
-
-        def chosen(item: Item | None, typed: str) -> None:
-            words = [item.key] if item else typed.split()
-            options = dict(w.partition("=")[::2] for w in words[1:])
-            old = self.state.model
-            unknown = set(options) - {"base", "dtype", "device", "device_map"}
-            if unknown:
-                self.say(f"{min(unknown)}=: a model takes base=, dtype=, device=, device_map=", BAD)
-                return
-            load = Load(
-                words[0],
-                options.get("base"),
-                options.get("dtype", old.dtype),
-                options.get("device", old.device),
-                options.get("device_map", old.device_map),
-            )
-            self.guard(lambda: self.act("model", load=load))
-
-        self.mount(Picker("model (or type a folder or hub name, then dtype=bfloat16 base=gpt2 …)", items, chosen, free=True))
-
-    @work(group="identities", exclusive=True)
-    async def do_honesty(self) -> None:
-        if self.info is None:
-            self.say(f"no model yet: {self.busy}", BAD)
-            return
-        panel = Panel("honesty", [[(" checking the identities on this model and prompt…", DIM)]], "esc closes")
-        await self.mount(panel)
-        try:
-            found = await self.link.ask("identities", Identities(self.state.study), 1)
-        except Superseded:
-            return
-        except EngineError as error:
-            panel.replace([[(f" {visible(str(error))}", BAD)]])
-            return
-        at_load = self.info.checks
-        bad = [r for r in (*found.rows, *at_load) if r.ok is False]
-        head: Spans = [(f" {len(bad)} broken" if bad else " all hold", BAD if bad else GOOD), (f"  {found.convention}", DIM)]
-        rows = pictures.identity_rows(found.rows)
-        rows.append([(f" at load, on random tokens: {sum(r.ok is True for r in at_load)} of {sum(r.ok is not None for r in at_load)} identities held", DIM)])
-        rows += pictures.identity_rows(tuple(r for r in at_load if r.ok is False))
-        panel.replace([head, *rows])
-
-    def do_jobs(self) -> None:
-        jobs = list(self.link.jobs.values())
-        rows = [
-            [
-                (f" {j.slot:12}", BOLD),
-                (f"{type(j.request).__name__:12}", PLAIN),
-                (f" {j.progress.done}/{j.progress.total} {j.progress.text}", DIM),
-            ]
-            for j in jobs
-        ]
-
-        def cancel(at: int) -> None:
-            if jobs:
-                self.link.cancel(jobs[at].id)
-                panel.rows.pop(at)
-                jobs.pop(at)
-                panel.replace(panel.rows or [[(" no jobs", DIM)]])
-
-        panel = Panel("jobs", rows or [[(" no jobs are running", DIM)]], "x cancels · esc closes", bool(rows), {"x": cancel})
-        self.mount(panel)
-
-    def do_write(self) -> None:
-        path = self.session.path
-        self.say(
-            f"this session is {path}: {len(self.session.lines)} actions, written as they happen; uv run tui.py --resume opens it again"
-            if self.session.written
-            else "nothing has been done yet: the first action starts the session file"
-        )
-
-    def do_restore(self) -> None:
-        files = sorted(SESSIONS.glob("*.jsonl"), key=lambda p: -p.stat().st_mtime)[:200]
-        items = [Item(f.stem, f"{max(f.read_bytes().count(b'\n') - 1, 0)} actions", "", f) for f in files]
-
-        def chosen(item: Item | None, typed: str) -> None:
-            self.guard(lambda: self.restore(item.value if item else Path(typed)))
-
-        self.mount(Picker("restore a session", items, chosen, free=True))
-
-    def restore(self, path: Path) -> None:
-        self.session, warning = read_session(path)
-        self.at_end = True
-        self.say(warning or f"restored {path.name}: {len(self.session.past)} steps back", WARN if warning else GOOD)
-        self.refresh_wants()
-
-    def do_restart(self) -> None:
-        self.busy = "starting the engine…"
-        self.say("restarting the engine; model, prompts and interventions are kept")
-        self.have.clear()
-        self.run_engine()
-
-    def do_redraw(self) -> None:
-        self.screen.forget()
-
-    def do_suspend(self) -> None:
-        self.action_suspend_process()
-
-    def do_interrupt(self) -> None:
-        jobs = [j for j in self.link.jobs.values() if j.slot != "load"]
-        for job in jobs:
-            self.link.cancel(job.id)
-        self.say(f"cancelled {len(jobs)} jobs" if jobs else "nothing is running; q quits")
-
-    def do_quit(self) -> None:
-        self.exit()
-
-    # -------------------------------------------------------------- out
-
-    def do_copy(self) -> None:
-        pane, name = self.panes[self.pane], self.pane
-        if any(self.stale(s) for s in self.wanted):
-            raise UserError("the screen is still computing: copy when it is done")
-        node, s = self.node(), self.state
-        choices = [
-            Item("text", "this pane as text", ".txt", lambda: pane.as_text()),
-            *(Item("tsv" if len(pane.grids()) == 1 else f"tsv {n}", f"{n}: every number, tab-separated", ".tsv", g.tsv) for n, g in pane.grids().items()),
-            Item(
-                "python",
-                "a script that uses TransformerLens alone and prints the metric",
-                ".py",
-                lambda: python_script(s, self.info, self.result("run", RunResult)),
-            ),
-            Item("svg", "the screen as a picture", ".svg", lambda: self.export_screenshot(title="loupe")),
-            Item("node", f"the address {node}", ".txt", lambda: f"{node}\n"),
-            Item("prompt", "the prompt as a line of a prompt set", ".jsonl", lambda: self.prompt_line()),
-        ]
-        self.mount(Picker("copy", choices, lambda item, typed: item and self.guard(lambda: self.export(name, item))))
-
-    def prompt_line(self) -> str:
-        p = self.state.prompt
-        return (
-            json.dumps(
-                {
-                    "clean": p.clean,
-                    "corrupt": p.corrupt,
-                    "answer": list(p.answers),
-                    "foil": list(p.foils),
-                    "labels": dict(p.labels),
-                    **({} if p.bos is None else {"bos": p.bos}),
-                },
-                ensure_ascii=False,
-            )
-            + "\n"
-        )
-
-    def export(self, name: str, item: Item) -> None:
-        if item.key == "svg" and self.query(Overlay):
-            self.call_after_refresh(self.export, name, item)  # the picture without the menu
-            return
-        text = item.value()
-        path = EXPORTS / f"{time.strftime('%Y-%m-%d-%H%M%S')}-{name}-{item.key.replace(' ', '-')}{item.note}"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{path} can't be written: {error.strerror}") from error
-        if item.key != "svg":
-            self.copy_to_clipboard(text)
-        self.say(f"{'written' if item.key == 'svg' else 'copied; also'} {path.relative_to(ROOT)} ({len(text.splitlines())} lines)", GOOD)

@@ -6,6 +6,7 @@ Many changed runs of one model at the price of a few: what sweeps run on. No mod
 3. A wave passes over the blocks once. A variant joins at the first block it changes, as the kept residual stream; positions before its first change
    come from the kept keys and values; after the last block only the metric's position is read.
 4. Where one position of one block's output changes, the block runs on that single token (its attention is overwritten), and the variant joins after it.
+5. Such variants differ in length, so that many are packed into one row: a mask lets each see the kept run before it, and itself.
 Between two blocks no hook is on the model, so that a wave is a generator that others may interrupt.
 """
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch as t
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.activations import NewGELUActivation
 
 from lens import measure, rows_at_once
 from messages import Node, Progress, UserError
@@ -25,7 +27,9 @@ from model import FINAL, Edit, Model, out_of_memory
 from patching import Runs, hook_name
 from utils import tec
 
-TRIED: WeakKeyDictionary[Model, dict[bool, str]] = WeakKeyDictionary()  # why a model's runs can't be resumed, with and without interventions
+TRIED: WeakKeyDictionary[Model, dict[object, str]] = WeakKeyDictionary()  # why a model's runs can't be resumed, with and without interventions
+PACK = 160  # tokens of a packed row
+PIECE = 8e9  # FLOPs of a block between two pauses, on a CPU's thread
 ROWWISE = ("attn", "resid_mid", "head", "neuron")  # one position of these changes the block's output at that position only
 
 
@@ -189,7 +193,8 @@ class Base:
         self.per_kv = self.model.info.n_heads // self.model.info.n_kv_heads
         self.source: dict[tuple, Tensor] = {}
         self.score: Score | None = None
-        self.called: dict[int, list] = {}
+        self.called: dict[tuple, list] = {}
+        self.slow = [[m for m in b.modules() if isinstance(m, NewGELUActivation)] for b in self.model.bridge.blocks]
         self.reason = "asked for" if plain else ""
         self.at_once = 0
         self.run(names)
@@ -243,11 +248,35 @@ class Base:
         same = self.model.identity("resume", got, want)
         return "" if same.ok else f"resumed runs of {self.model.info.architecture} are off by {same.error:.1g}"
 
+    @property
+    def packs(self) -> bool:
+        """Whether variants of several lengths can share a row: every mask is the model's to give, and a packed run equals the kept one."""
+        if self.edits or self.score.whole or set(self.score.places) != {self.stop - 1}:
+            return False
+        known = TRIED[self.model]
+        if "packed" not in known:
+            known["packed"] = self.trial_packed()
+        return not known["packed"]
+
+    def trial_packed(self) -> str:
+        firsts, x = (self.stop // 2, self.stop - 1), None
+        tokens = t.cat([t.arange(p, self.stop) for p in firsts])
+        try:
+            for i in range(self.n // 2, self.n):
+                x = self.step(i, self.resid[i][:, tokens] if x is None else x, 0, [], firsts)
+        except (TypeError, AttributeError, KeyError, IndexError, ValueError, RuntimeError, NotImplementedError) as error:
+            if isinstance(error, t.OutOfMemoryError):
+                raise
+            return type(error).__name__
+        want = self.resid[-1][:, self.stop - 1]
+        ends = [len(tokens) - 2, len(tokens) - 1]
+        return "" if all(self.model.identity("packed", x[:, e], want).ok for e in ends) else "off"
+
     # ---------------------------------------------------------------- one block
 
-    def calls(self, start: int, length: int) -> list[tuple[tuple, dict, object]]:
+    def calls(self, start: int, length: int, kept: bool) -> list[tuple[tuple, dict, object]]:
         """What Hugging Face's model hands each block for one row of tokens from `start`: masks, positions, and the cache that stands for the prefix."""
-        if (start, length) not in self.called:
+        if (start, length, kept) not in self.called:
             seen: dict[int, tuple] = {}
 
             def record(layer: int) -> Callable:
@@ -258,37 +287,75 @@ class Base:
 
                 return forward
 
-            blocks, cache, more = list(self.model.bridge.blocks), None, {"use_cache": False}
-            if start:
-                cache = DynamicCache()
-                for i, (keys, values) in enumerate(self.kept):
-                    cache.update(keys[:1, :, :start], values[:1, :, :start], i)
-                more = {"use_cache": True, "past_key_values": cache}
+            blocks, cache = list(self.model.bridge.blocks), DynamicCache() if kept else None
+            for i, (keys, values) in enumerate(self.kept if start else []):
+                cache.update(keys[:1, :, :start], values[:1, :, :start], i)
             try:
                 for i, block in enumerate(blocks):
                     block.__dict__["forward"] = record(i)
-                self.model.bridge(self.ids[:1, start : start + length].to(self.model.device), logits_to_keep=1, **more)
+                more = {"past_key_values": cache} if kept else {}
+                self.model.bridge(self.ids[:1, start : start + length].to(self.model.device), logits_to_keep=1, use_cache=kept, **more)
             finally:
                 for block in blocks:
                     block.__dict__.pop("forward", None)
-            self.called[start, length] = [(*seen[i], cache) for i in range(self.n)]
-        return self.called[start, length]
+            self.called[start, length, kept] = [(*seen[i], cache) for i in range(self.n)]
+        return self.called[start, length, kept]
+
+    def packed_calls(self, firsts: tuple[int, ...]) -> list[tuple[tuple, dict, object]]:
+        """The same for a row of segments, each from its first position to `stop`, behind the keys of the whole kept run."""
+        if firsts not in self.called:
+            stop = self.stop
+            places = t.cat([t.arange(p, stop) for p in firsts]).to(self.model.device)
+            segment = t.cat([t.full((stop - p,), i) for i, p in enumerate(firsts)]).to(self.model.device)
+            begins = t.tensor(firsts, device=self.model.device)[segment]
+
+            def change(x: object) -> object:
+                if isinstance(x, tuple):
+                    return tuple(change(a) for a in x)
+                if not isinstance(x, Tensor):
+                    return x
+                if x.shape[-2:] == (stop, stop) and x.ndim == 4:
+                    never = False if x.dtype == t.bool else t.finfo(x.dtype).min
+                    before = x[..., places, :].masked_fill(t.arange(stop, device=x.device) >= begins[:, None], never)
+                    own = x[..., places[:, None], places].masked_fill(segment[:, None] != segment, never)
+                    return t.cat([before, own], -1)
+                assert x.ndim >= 2 and x.shape[1] == stop
+                return x[:, places]
+
+            rest = lambda x, cache: x if x is cache else change(x)  # noqa: E731
+            full = self.calls(0, stop, True)
+            self.called[firsts] = [(tuple(rest(a, c) for a in args), {k: rest(a, c) for k, a in kwargs.items()}, c) for args, kwargs, c in full]
+        return self.called[firsts]
 
     @t.no_grad()
-    def step(self, layer: int, x: Tensor, start: int, edits: list[Edit]) -> Tensor:
-        """One block on [rows, positions from start, d_model], rows being variants x prompts."""
-        args, kwargs, cache = self.calls(start, x.shape[1])[layer]
+    def step(self, layer: int, x: Tensor, start: int, edits: list[Edit], firsts: tuple[int, ...] = ()) -> Tensor:
+        """One block on [rows, positions from start, d_model], rows being variants x prompts; on packed rows of segments from `firsts`."""
+        args, kwargs, cache = (self.packed_calls(firsts) if firsts else self.calls(start, x.shape[1], start > 0))[layer]
         if cache is not None:
-            prefix = Prefix(*(kv[:, :, :start] for kv in self.kept[layer]))
+            prefix = Prefix(*(kv[:, :, : self.stop if firsts else start] for kv in self.kept[layer]))
             args = tuple(prefix if a is cache else a for a in args)
             kwargs = {k: prefix if a is cache else a for k, a in kwargs.items()}
         ours = [e for e in self.edits if e[0].startswith(f"blocks.{layer}.")]
         block = self.model.bridge.blocks[layer]
-        short = layer == self.n - 1 and x.shape[1] > 1 and start + x.shape[1] == self.stop and not self.edits and not self.score.whole
-        short = short and len(set(self.score.places)) == 1 and not any("mlp" in name for name, _ in edits)
-        with self.model.hooks([*ours, *edits]), last_row(block.mlp, short):
+        ends = (np.cumsum([self.stop - p for p in firsts]) - 1).tolist() if firsts else [x.shape[1] - 1]
+        short = layer == self.n - 1 and x.shape[1] > len(ends) and (bool(firsts) or start + x.shape[1] == self.stop)
+        short = short and not self.edits and not self.score.whole and len(set(self.score.places)) == 1 and not any("mlp" in name for name, _ in edits)
+        with self.model.hooks([*ours, *edits]), last_rows(block.mlp, ends if short else []), fused(self.slow[layer]):
             out = block(x, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
+
+    def steps(self, layer: int, x: Tensor, rows: list[Variant], start: int, firsts: tuple[int, ...] = ()) -> Generator[None, None, Tensor]:
+        """The same in pieces, with a pause after each; edits of this block for the variants that have some."""
+        i, b = self.model.info, len(self.ids)
+        device, out = self.model.device.type, []
+        flops = 2 * i.d_model * (4 * i.d_model + 3 * i.d_mlp) * b * x.shape[1]
+        per = max(1, int((PIECE * t.get_num_threads() if device == "cpu" else 1e3 * PIECE) / flops))
+        for a in range(0, len(x) // b, per):
+            piece = x[a * b : (a + per) * b]
+            changed = [(j, s) for j, v in enumerate(rows[a : a + per]) if self.moves(v) is None for s in v.spots if s.node.layer == layer]
+            out.append(self.step(layer, piece, start, self.write(changed, len(piece) // b, start), firsts))
+            yield
+        return out[0] if len(out) == 1 else t.cat(out)
 
     def write(self, rows: list[tuple[int, Spot]], n: int, start: int) -> list[Edit]:
         """Edits that give some variants' rows (of n) their new values. What resid_mid lacks is added to the attention's output."""
@@ -397,12 +464,51 @@ class Base:
                 joined = self.join(new, layer, start)
                 x, rows = joined if x is None else t.cat([x, joined]), rows + new
             if layer < self.n:
-                changed = [(i, s) for i, v in enumerate(rows) if self.moves(v) is None for s in v.spots if s.node.layer == layer]
-                x = self.step(layer, x, start, self.write(changed, len(rows), start))
-                yield
+                x = yield from self.steps(layer, x, rows, start)
         out = np.empty((len(variants), len(self.ids)))
         out[order] = self.score.of(x, start)
         return out
+
+    def packed(self, variants: list[Variant]) -> Generator[None, None, np.ndarray]:
+        """The same for variants that are known as a new row of the stream at one position: a packed row holds one for every position, where there is one."""
+        b, firsts = len(self.ids), tuple(sorted({v.first for v in variants}))
+        tokens = t.cat([t.arange(p, self.stop) for p in firsts])
+        begins = dict(zip(firsts, np.cumsum([0, *(self.stop - p for p in firsts)]).tolist()))
+        ends = [begins[p] + self.stop - p - 1 for p in firsts]
+        place: dict[int, tuple[int, int]] = {}  # of a variant: its packed row and its segment
+        n, x = 0, None
+        for layer in range(min(self.enters(v) for v in variants), self.n + 1):
+            new = [(i, v) for i, v in enumerate(variants) if self.enters(v) == layer]
+            if new:
+                full = dict.fromkeys(firsts, 0)
+                for i, v in new:
+                    place[i] = (n + full[v.first], firsts.index(v.first))
+                    full[v.first] += 1
+                count = max(full.values())
+                joined = self.resid[layer][:, tokens].expand(count, b, len(tokens), -1).clone()
+                for (i, v), row in zip(new, self.moved([v for _, v in new], layer)):
+                    joined[place[i][0] - n, :, begins[v.first]] = row
+                x, n = joined.flatten(0, 1) if x is None else t.cat([x, joined.flatten(0, 1)]), n + count
+            if layer < self.n:
+                x = yield from self.steps(layer, x, [], 0, firsts)
+        last = x.view(n, b, len(tokens), -1)[:, :, ends].transpose(1, 2)
+        picked = t.stack([last[place[i]] for i in range(len(variants))])
+        return self.score.of(picked.flatten(0, 1)[:, None], self.stop - 1)
+
+    def moved(self, variants: list[Variant], layer: int) -> list[Tensor]:
+        """The new row [prompt, d_model] of each variant's position in the stream that enters a block."""
+        alone: dict[int, list] = {}
+        for i, v in enumerate(variants):
+            if self.runs_alone(v.spots[0]):
+                alone.setdefault(v.layer, []).append((i, v.spots[0]))
+        rows = {i: row for some in alone.values() for (i, _), row in zip(some, self.alone(some))}
+        for i, v in enumerate(variants):
+            if i not in rows:
+                spot = v.spots[0]
+                new = self.source[spot.key][:, v.first]
+                add = spot.node.site in ("mlp", "attn")
+                rows[i] = self.resid[layer][:, v.first] + new - self.acts[spot.name][:, v.first] if add else new
+        return [rows[i].to(self.resid[layer]) for i in range(len(variants))]
 
     def whole(self, variants: list[Variant]) -> np.ndarray:
         """The same by whole forward passes under hooks."""
@@ -424,19 +530,23 @@ class Base:
     def all(self, variants: list[Variant]) -> Generator[Progress | tuple[list[Variant], np.ndarray]]:
         """Every variant's metric [variant, prompt], in waves: late positions and late layers first, since they are the cheapest."""
         if self.reason or self.edits or not variants:  # interventions count positions from 0
-            groups = [(0, variants)]
+            groups = [(0, variants, False)] if variants else []
         else:
-            groups = position_groups(variants, self.shared, len(self.ids))
+            some = [v for v in variants if self.packs and self.moves(v) is not None and v.spots[0].node.pos is not None]
+            packed = set(some)
+            rest = [v for v in variants if v not in packed]
+            groups = [*pack_groups(some, self.stop), *((a, g, False) for a, g in position_groups(rest, self.shared, len(self.ids)))]
         begun = False
-        for start, group in groups:
-            size, i = self.room(self.ids.shape[1] if self.reason else self.stop - start), 0
+        for start, group, pack in groups:
+            length = self.ids.shape[1] if self.reason else self.stop - start
+            size, i = self.room(length), 0
             group = sorted(group, key=lambda v: -(v.layer if self.reason else self.enters(v)))
             while i < len(group):
                 part = group[i : i + size]
                 if not begun and not self.reason:
-                    part = [v for v in part if self.enters(v) >= self.n - max(1, self.n // 6)] or part[:1]
+                    part = [v for v in part if self.enters(v) >= self.n - max(1, self.n // 12)] or part[:1]
                 try:
-                    found = self.whole(part) if self.reason else (yield from self.paused(part, start))
+                    found = self.whole(part) if self.reason else (yield from self.paused(self.packed(part) if pack else self.wave(part, start)))
                 except t.OutOfMemoryError as error:
                     tec()
                     if len(part) == 1:
@@ -448,14 +558,24 @@ class Base:
                 yield part, found
                 i += len(part)
 
-    def paused(self, part: list[Variant], start: int) -> Generator[Progress, None, np.ndarray]:
-        wave = self.wave(part, start)
+    def paused(self, wave: Generator) -> Generator[Progress, None, np.ndarray]:
         while True:
             try:
                 next(wave)
             except StopIteration as stop:
                 return stop.value
             yield Progress(0, 0)
+
+
+def pack_groups(variants: list[Variant], stop: int) -> list[tuple[int, list[Variant], bool]]:
+    """Variants of neighbouring positions whose segments make up a packed row; late ones first."""
+    groups: list[list[int]] = []
+    for p in sorted({v.first for v in variants}, reverse=True):
+        if groups and sum(stop - q for q in groups[-1]) + stop - p <= PACK:
+            groups[-1].append(p)
+        else:
+            groups.append([p])
+    return [(min(g), [v for v in variants if v.first in g], True) for g in groups]
 
 
 def position_groups(variants: list[Variant], shared: int, prompts: int) -> list[tuple[int, list[Variant]]]:
@@ -470,23 +590,23 @@ def position_groups(variants: list[Variant], shared: int, prompts: int) -> list[
     n = len(firsts)
     wanted = max(1, min(n, round(n * (len(variants) * prompts / max(1, n) / 320) ** 0.5)))
     parts = [p.tolist() for p in np.array_split(firsts, wanted)]
-    return [(p[0], [v for f in p for v in by_first[f]]) for p in reversed(parts)]
+    return [(p[0], [v for f in p for v in by_first[f]]) for p in reversed(parts) if p]
 
 
 @contextmanager
-def last_row(mlp: t.nn.Module, on: bool) -> Generator:
-    """In the last block only the last position's MLP is ever read."""
-    if not on:
+def last_rows(mlp: t.nn.Module, rows: list[int]) -> Generator:
+    """In the last block only the MLP of the positions that are read in the end is run; empty: of all."""
+    if not rows:
         yield
         return
     whole = type(mlp).forward.__get__(mlp)
 
     def forward(x: Tensor, *args, **kwargs):
-        out = whole(x[:, -1:], *args, **kwargs)
+        out = whole(x[:, rows], *args, **kwargs)
         if not isinstance(out, Tensor):
             return whole(x, *args, **kwargs)
         full = out.new_zeros(*x.shape[:2], out.shape[-1])
-        full[:, -1:] = out
+        full[:, rows] = out
         return full
 
     mlp.__dict__["forward"] = forward
@@ -494,3 +614,15 @@ def last_row(mlp: t.nn.Module, on: bool) -> Generator:
         yield
     finally:
         mlp.__dict__.pop("forward", None)
+
+
+@contextmanager
+def fused(slow: list[t.nn.Module]) -> Generator:
+    """Hugging Face's GPT-2 writes its activation as eight operations; torch has it as one."""
+    for m in slow:
+        m.__dict__["forward"] = lambda x: t.nn.functional.gelu(x, approximate="tanh")
+    try:
+        yield
+    finally:
+        for m in slow:
+            m.__dict__.pop("forward", None)

@@ -48,6 +48,7 @@ from messages import (
 )
 from pictures import RUN_NAMES
 from panes import PANES, Pane
+from quests import Quests
 from session import Session, State, newest_session, read_session
 from utils import ROOT, settings, show_token, visible
 from tight import TightScreen
@@ -89,7 +90,7 @@ def bindings(table: tuple[Action, ...]) -> list[Binding]:
     return [Binding(a.keys, f"do('{a.id}')", a.title, show=False, id=a.id) for a in table]
 
 
-class Loupe(Deeds, App):
+class Loupe(Deeds, Quests, App):
     BINDINGS = bindings(TABLE)
     CSS = """
     Screen { layers: base overlay; overflow: hidden; background: ansi_default; color: ansi_default; }

@@ -200,9 +200,9 @@ async def test_prompt_sets_and_mean_ablation(zoo, tmp_path):
 
 
 async def test_search_help_palette_copy(zoo, tmp_path, monkeypatch):
-    import deeds
+    import quests
 
-    monkeypatch.setattr(deeds, "EXPORTS", deeds.ROOT / "exports" / "of-tests")
+    monkeypatch.setattr(quests, "EXPORTS", quests.ROOT / "exports" / "of-tests")
     app = make_app(zoo, tmp_path, first_state({}))
     async with app.run_test(size=(120, 36)) as pilot:
         await press(app, pilot)
@@ -244,13 +244,13 @@ async def test_search_help_palette_copy(zoo, tmp_path, monkeypatch):
                     await pilot.press(c)
                 await press(app, pilot, "enter")
                 await press(app, pilot)
-            files = {f.suffix: f.read_text() for f in deeds.EXPORTS.iterdir()}
+            files = {f.suffix: f.read_text() for f in quests.EXPORTS.iterdir()}
             assert len(copied) == 5 and "hook point\t" in files[".tsv"] and "<svg" in files[".svg"] and "TransformerBridge" in files[".py"]
             assert "Lens" in copied[0] and copied[2].strip() == str(app.node())
         finally:
-            for f in deeds.EXPORTS.iterdir():
+            for f in quests.EXPORTS.iterdir():
                 f.unlink()
-            deeds.EXPORTS.rmdir()
+            quests.EXPORTS.rmdir()
 
 
 async def test_honesty_panel(zoo, tmp_path):

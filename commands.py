@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+import published
 from engine import Engine, serve
 from messages import (
     Attention,
@@ -263,7 +264,7 @@ class HeadsCommand(Options):
 
 @dataclass
 class CheckCommand(Options):
-    """The identities on a model; exits with 1 when one is broken."""
+    """The identities on a model, and of gpt2 the published figures; exits with 1 when one is off."""
 
     name: Annotated[str, tyro.conf.Positional] = ""
     corrupt: str | None = "When Mary and John went to the store, Alice gave a drink to"
@@ -641,6 +642,8 @@ def main(args: list[str] | None = None) -> int:
         engine = Engine()
         info = engine.run(command.load(), show)
         result = engine.run(request, show) if isinstance(request, TuneLens | FitJacobian) else engine.run(request)
+        if isinstance(result, IdentitiesResult):
+            result = replace(result, rows=result.rows + published.rows(engine, info, show))
     except UserError as error:
         errors.print(plain(str(error), RED), soft_wrap=True)
         return 2

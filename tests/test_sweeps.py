@@ -252,21 +252,20 @@ def test_random_nodes_and_chunks(engines, references, data):
 
 def test_out_of_memory_halves_the_chunk(engines, monkeypatch):
     engine = engines["gpt2"]
-    want, rows, words = sweep(engine, "z_pos").values, [], []
+    want, words = sweep(engine, "z_pos").values, []
     step = resume.Base.step
 
-    def limited(self, layer, x, start, edits):
-        if len(x) > 7:
+    def limited(self, layer, x, *more):
+        if x.shape[1] > 1 and x.shape[:2].numel() > 30:
             raise t.OutOfMemoryError("fake: tried to allocate")
-        rows.append(len(x))
-        return step(self, layer, x, start, edits)
+        return step(self, layer, x, *more)
 
     monkeypatch.setattr(resume.Base, "step", limited)
     got = engine.run(Sweep(STUDY, "z_pos"), lambda part: words.append(part.text) if isinstance(part, Progress) else None)
     np.testing.assert_allclose(got.values, want, atol=TOL)
-    assert max(rows) <= 7 and got.at_once <= 7 and any("out of memory" in w for w in words)
+    assert got.at_once < 30 and any("out of memory" in w for w in words)
 
-    def never(self, layer, x, start, edits):
+    def never(self, layer, x, *more):
         raise t.OutOfMemoryError("fake: tried to allocate")
 
     monkeypatch.setattr(resume.Base, "step", never)

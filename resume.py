@@ -81,6 +81,10 @@ class Variant:
         return min((s.node.layer for s in self.spots), default=0)
 
 
+class Recorded(Exception):
+    """Every block has been called: the rest of the forward pass is not needed."""
+
+
 class Prefix:
     """Stands in for Hugging Face's cache of keys and values in one block: those of the prefix, for every row of the batch."""
 
@@ -184,7 +188,7 @@ class Base:
     study's interventions. Nothing changes before `shared`. `source` gives every spot's new values. `reason` says why variants have to be whole forward passes ("": they need not).
     """
 
-    def __init__(self, group: list[Runs], names: Iterable[str], limit: int, plain: bool = False, shared: int = 0):
+    def __init__(self, group: list[Runs], names: Iterable[str], limit: int, plain: bool = False, shared: int = 0, beside: Tensor | None = None):
         runs = group[0]
         self.model, self.group, self.limit, self.shared = runs.model, group, limit, shared
         self.n, self.edits = self.model.info.n_layers, runs.edits
@@ -197,10 +201,13 @@ class Base:
         self.slow = [[m for m in b.modules() if isinstance(m, NewGELUActivation)] for b in self.model.bridge.blocks]
         self.reason = "asked for" if plain else ""
         self.at_once = 0
-        self.run(names)
+        self.run(names, beside)
 
     @t.no_grad()
-    def run(self, names: Iterable[str]) -> None:
+    def run(self, names: Iterable[str], beside: Tensor | None) -> None:
+        """`beside` are the other prompts [prompt, seq], in the same forward pass: self.beside holds what passed the hook points there."""
+        n = len(self.ids)
+        ids = (self.ids if beside is None else t.cat([self.ids, beside])).to(self.model.device)
         self.resid: list = [None] * (self.n + 1)
         acts: dict[str, Tensor] = {}
         enter = [(f"blocks.{i}.hook_resid_pre", lambda x, i=i: self.resid.__setitem__(i, x.detach())) for i in range(self.n)]
@@ -208,11 +215,11 @@ class Base:
         catch = [(n, lambda x, n=n: acts.__setitem__(n, x.detach())) for n in dict.fromkeys((*names, FINAL, last))]
         kept = None if self.reason else DynamicCache()
         with self.model.hooks([*enter, *self.edits, *catch]):
-            self.model.bridge(
-                self.ids.to(self.model.device), logits_to_keep=1, use_cache=kept is not None, **({} if kept is None else {"past_key_values": kept})
-            )
-        self.acts, self.resid[-1] = acts, acts[last]
-        self.kept = [] if kept is None else [(layer.keys, layer.values) for layer in kept.layers]
+            self.model.bridge(ids, logits_to_keep=1, use_cache=kept is not None, **({} if kept is None else {"past_key_values": kept}))
+        self.acts = {name: x[:n] for name, x in acts.items()}
+        self.beside = {name: x[n:] for name, x in acts.items()}
+        self.resid = [*(x[:n] for x in self.resid[:-1]), self.acts[last]]
+        self.kept = [] if kept is None else [(layer.keys[:n], layer.values[:n]) for layer in kept.layers]
 
     def begin(self, score: Score) -> np.ndarray:
         """The metric of the base run itself [prompt]; decides whether the fast way gives this model's own numbers."""
@@ -283,6 +290,8 @@ class Base:
                 def forward(*args, **kwargs):
                     hidden = args[0] if args else kwargs["hidden_states"]
                     seen[layer] = (args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"})
+                    if layer == self.n - 1:
+                        raise Recorded
                     return hidden
 
                 return forward
@@ -295,6 +304,8 @@ class Base:
                     block.__dict__["forward"] = record(i)
                 more = {"past_key_values": cache} if kept else {}
                 self.model.bridge(self.ids[:1, start : start + length].to(self.model.device), logits_to_keep=1, use_cache=kept, **more)
+            except Recorded:
+                pass
             finally:
                 for block in blocks:
                     block.__dict__.pop("forward", None)

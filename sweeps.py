@@ -238,8 +238,11 @@ def bases(plan: Plan, more: tuple[str, ...] = ()) -> Generator[Progress | tuple]
         if ask.op == "patch" and not plan.study.interventions:
             differ = (tensor("clean") != tensor("corrupt")).any(0).nonzero()
             shared = int(differ[0]) if len(differ) else plan.seq
-        base = Base(group, [*names, *more, *([FINAL] if ask.study.metric.kind == "kl" else [])], plan.limit, ask.plain, shared)
-        acts = {plan.side: {**base.acts, last: base.resid[-1]}} if not base.edits else {}
+        both = all(r.rows[w] is not None for r in group for w in ("clean", "corrupt")) and not plan.study.interventions
+        both = both and tensor("clean").shape == tensor("corrupt").shape
+        wanted = [*names, *more, *([FINAL] if ask.study.metric.kind == "kl" else [])]
+        base = Base(group, wanted, plan.limit, ask.plain, shared, tensor(plan.other) if both else None)
+        acts = ({} if base.edits else {plan.side: base.acts}) | ({plan.other: base.beside} if both else {})
         for which in ("clean", "corrupt"):
             if which not in acts and all(r.rows[which] is not None for r in group):
                 acts[which] = model.forward(tensor(which), [last, FINAL, *(names if which == plan.other and ask.op == "patch" else [])])[1]

@@ -17,6 +17,7 @@ from messages import (
     CheckResult,
     Intervention,
     Prompt,
+    RunResult,
     UserError,
     parse_intervention,
     parse_node,
@@ -24,7 +25,7 @@ from messages import (
 )
 from session import VIEWS
 from utils import ROOT, show_token, visible
-from widgets import BAD, DIM, GOOD, PLAIN, WARN, Editor, Item, Picker, Spans
+from widgets import BAD, DIM, GOOD, PLAIN, WARN, Editor, Overlay, Item, Picker, Spans
 
 
 class Deeds:
@@ -33,20 +34,27 @@ class Deeds:
     # -------------------------------------------------------------- actions
 
     def action_do(self, name: str) -> None:
+        self.say("")
         try:
             getattr(self, f"do_{name}")()
         except UserError as error:
             self.say(str(error), BAD)
 
+    def open(self, overlay: Overlay) -> None:
+        """Show an overlay; it has the focus at once."""
+        self.mount(overlay)
+        self.screen.set_focus(overlay)
+
     def action_noop(self) -> None: ...
 
     def act(self, name: str, /, **args: object) -> None:
         """Change the state through the session, then show it."""
+        before = self.state.prompt
         try:
             self.session.do(name, **args)
         except OSError as error:
             raise UserError(f"the session can't be written to {self.session.path}: {error.strerror}; free space or permissions, then repeat") from error
-        if name in ("prompt", "go", "open_set"):
+        if self.state.prompt != before:
             self.at_end, self.matches = True, []
         self.refresh_wants()
 
@@ -131,7 +139,7 @@ class Deeds:
         p = self.state.prompt
         fields = [("clean", p.clean), ("corrupted", p.corrupt or ""), ("answer", "|".join(p.answers)), ("foil", "|".join(p.foils))]
         self.edited = None
-        self.mount(
+        self.open(
             Editor(
                 "prompt",
                 fields,
@@ -207,7 +215,7 @@ class Deeds:
         def chosen(item: Item | None, typed: str) -> None:
             self.guard(lambda: self.open_file(item.value if item else Path(typed)))
 
-        self.mount(Picker("prompt set", items, chosen, free=True))
+        self.open(Picker("prompt set", items, chosen, free=True))
 
     def guard(self, what) -> None:
         try:
@@ -236,7 +244,7 @@ class Deeds:
             pos = int(pos) if pos.lstrip("-").isdigit() else pos
             self.guard(lambda: self.act("metric", kind=item.key if item and not pos else kind, pos=pos or "END"))
 
-        self.mount(Picker("metric (type kind@position for another position: prob@-2, logit_diff@S2)", items, chosen, free=True))
+        self.open(Picker("metric (type kind@position for another position: prob@-2, logit_diff@S2)", items, chosen, free=True))
 
     def do_ids(self) -> None:
         self.turn("ids")
@@ -248,29 +256,52 @@ class Deeds:
             self.act("drop", intervention=new)
             self.say(f"restored {new.node}", GOOD)
         else:
-            self.act("intervene", intervention=new)
-            self.say(f"{new}: {OPS[new.op]}", GOOD)
+            self.intervene(new)
 
     def ready(self) -> None:
         if self.info is None:
-            raise UserError(f"no model yet: {self.busy}")
+            raise UserError(f"no model yet: {self.busy}" + ("" if self.link.alive else ": ctrl+e restarts the engine"))
+
+    def intervene(self, new: Intervention) -> None:
+        """Add an intervention that this model and prompt can take; else a UserError, and nothing changes."""
+        node, i = new.node, self.info
+        if node.site == "sae":
+            raise UserError(f"{node}: SAE features can't be changed yet")
+        if node.layer is not None and node.layer >= i.n_layers or (node.head or 0) >= i.n_heads or (node.site == "neuron" and node.index >= i.d_mlp):
+            raise UserError(f"{node} is not in this model: it has {i.n_layers} layers, {i.n_heads} heads, {i.d_mlp} neurons")
+        if node.site == "resid_mid" and i.parallel:
+            raise UserError(f"{node}: attention and MLP are parallel in this model, so there is no resid_mid")
+        run = self.result("run", RunResult)
+        if run is not None:
+            row, n = run.now.tokens, len(run.now.tokens.ids)
+            if isinstance(node.pos, int) and not -n <= node.pos < n:
+                raise UserError(f"{node}: the prompt has {n} tokens, 0 to {n - 1}")
+            if isinstance(node.pos, str) and node.pos not in row.labels:
+                raise UserError(f"{node}: the prompt's labels are {', '.join(row.labels)}")
+            if new.op == "patch" and run.corrupt is not None and len(run.corrupt.tokens.ids) != len(run.clean.tokens.ids):
+                a, b = len(run.clean.tokens.ids), len(run.corrupt.tokens.ids)
+                raise UserError(f"patching is position by position, and clean has {a} tokens, corrupted {b}: make them equal with e or E")
+        if new.op == "patch" and self.state.prompt.corrupt is None:
+            raise UserError("patching takes the value from the other prompt, and there is no corrupted prompt: E types one, o opens a set")
+        if new.op.startswith("mean") and not self.state.prompt_set:
+            raise UserError("mean ablation averages over the corrupted prompts of a prompt set: o opens one, A chooses another kind")
+        self.act("intervene", intervention=new)
+        if new.op.startswith("mean") and self.state.prompt not in self.state.prompt_set:
+            self.say(f"{new}: the mean is over {Path(self.state.set_path).stem}, a set that this prompt is not from", WARN)
+        else:
+            self.say(f"{new}: {OPS[new.op]}", GOOD)
 
     def do_ablate(self) -> None:
         self.ready()
-        kind = self.state.ablation
-        if kind.startswith("mean") and not self.state.prompt_set:
-            raise UserError("mean ablation averages over the corrupted prompts of a prompt set: o opens one, A chooses another kind")
-        self.toggle(Intervention(self.node(), kind))
+        self.toggle(Intervention(self.node(), self.state.ablation))
 
     def do_patch(self) -> None:
         self.ready()
-        if self.state.prompt.corrupt is None:
-            raise UserError("patching takes the value from the other prompt, and there is no corrupted prompt: E types one, o opens a set")
         self.toggle(Intervention(self.node(), "patch"))
 
     def do_ablation(self) -> None:
         items = [Item(k, OPS[k]) for k in ABLATIONS]
-        self.mount(
+        self.open(
             Picker(
                 f"kind of ablation (now {self.state.ablation})",
                 items,
@@ -284,26 +315,26 @@ class Deeds:
 
         def accept(values: list[str]) -> str:
             try:
-                self.act("intervene", intervention=parse_intervention(f"{node}=scale:{values[0]}"))
+                self.intervene(parse_intervention(f"{node}=scale:{values[0]}"))
             except UserError as error:
                 return str(error)
             return ""
 
-        self.mount(Editor(f"scale {node}", [("factor", "2.0")], accept, 0, 1, "enter · esc"))
+        self.open(Editor(f"scale {node}", [("factor", "2.0")], accept, 0, 1, "enter · esc"))
 
     def do_type_node(self) -> None:
         self.ready()
 
         def accept(values: list[str]) -> str:
             try:
-                for text in values[0].split():
-                    self.act("intervene", intervention=parse_intervention(text))
+                for new in [parse_intervention(text) for text in values[0].split()]:
+                    self.intervene(new)
             except UserError as error:
                 return str(error)
             return ""
 
         node = self.node()
-        self.mount(
+        self.open(
             Editor(
                 "interventions",
                 [("node=op", f"{node}={self.state.ablation}")],
@@ -311,6 +342,7 @@ class Deeds:
                 0,
                 1,
                 "L2H3@S2=zero 1.2.q=patch L3.mlp=scale:0.5 · enter · esc",
+                True,
             )
         )
 
@@ -411,7 +443,7 @@ class Deeds:
             except UserError as error:
                 return str(error)
 
-        self.mount(Editor("find", [("find", self.needle)], accept, 0, 1, "a token, or a node such as L2H3 or L1.resid_mid@S2 · enter · esc"))
+        self.open(Editor("find", [("find", self.needle)], accept, 0, 1, "a token, or a node such as L2H3 or L1.resid_mid@S2 · enter · esc", True))
 
     def find(self, needle: str) -> str:
         self.ready()
@@ -421,16 +453,20 @@ class Deeds:
             node = parse_node(needle)
             if node.layer is None or node.layer >= self.info.n_layers or (node.head or 0) >= self.info.n_heads:
                 return f"{needle} is not in this model: {self.info.n_layers} layers, {self.info.n_heads} heads"
-            labels = self.tokens.tokens.labels if self.tokens else {}
-            pos = (
-                labels.get(node.pos, self.cursor.pos)
-                if isinstance(node.pos, str)
-                else self.cursor.pos
-                if node.pos is None
-                else node.pos % max(self.length(), 1)
-            )
-            where = {"point": node.site} if node.site.startswith("resid") else {"comp": node.site if node.site in ("attn", "mlp") else "head"}
+            row, n = (self.tokens.tokens, self.length()) if self.tokens else (None, 0)
+            if isinstance(node.pos, str) and (row is None or node.pos not in row.labels):
+                return f"the prompt's labels are {', '.join(row.labels) if row else 'not known yet'}"
+            if isinstance(node.pos, int) and not -n <= node.pos < n:
+                return f"the prompt has {n} tokens, 0 to {n - 1}"
+            resid = node.site.startswith("resid")
+            if resid != (self.pane == "lens"):
+                self.show_pane("lens" if resid else self.pane if self.pane in ("attention", "attribution") else "attention")
+            if node.pos is not None:
+                self.scopes[self.pane] = "here"
+            pos = row.labels[node.pos] if isinstance(node.pos, str) else self.cursor.pos if node.pos is None else node.pos % n
+            where = {"point": node.site} if resid else {"comp": node.site if node.site in ("attn", "mlp") else "head"}
             self.move(layer=node.layer, pos=pos, **where, **({"head": node.head} if node.head is not None else {}))
+            self.say(f"a, p and s act on {self.node()}")
             return ""
         self.needle, self.matches = needle, self.panes[self.pane].find(self, needle)
         if not self.matches:

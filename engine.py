@@ -203,7 +203,7 @@ class Engine:
 
         megabytes = settings().get("LOUPE_CACHE_MB") or "512"
         if not megabytes.isdigit():
-            raise UserError(f"LOUPE_CACHE_MB in .env is {megabytes!r}: write a number of megabytes")
+            raise UserError(f"LOUPE_CACHE_MB in .env (or .env.local) is {megabytes!r}: write a number of megabytes")
 
         def forget() -> None:
             self.swap()
@@ -211,7 +211,10 @@ class Engine:
             gc.collect()
             model.tec()
 
+        if self.model is not None and self.loaded == request:
+            return self.model.info
         self.model = yield from model.load(request, int(megabytes), forget)
+        self.loaded = request
         return self.model.info
 
     def status(self) -> StatusResult:

@@ -411,6 +411,8 @@ def run(runs: Runs, k: int) -> Generator[Progress, None, RunResult]:
             warning = f"clean and corrupted differ by {gap:.2g} only: not normalised"
         else:
             normalised = (now.metric - corrupt.metric) / gap
+            if abs(gap) < 0.05 * max(abs(clean.metric), abs(corrupt.metric)):
+                warning = f"small denominator: clean and corrupted differ by {gap:+.3g} only"
     sides = [s for s in (clean, corrupt, now) if s is not None]
     words = texts(runs.model, np.concatenate([s.top_ids.ravel() for s in sides]))
     place = "" if metric.kind == "loss" else f" at {metric.pos}"

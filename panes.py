@@ -4,6 +4,7 @@ the cursor and the results. A new pane is a class in PANES: number, name, `wants
 """
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -177,7 +178,7 @@ class LensPane(Pane):
         if state.lens != "logit":
             points = tuple(p for p in points if p.endswith("resid_post") or p == "L0.resid_pre")
         pair = state.views["lens.stat"] == "kl_pair"
-        return {"lens": Lens(state.study, self.which(app), points, kind=state.lens, artefact=state.artefact, pair=pair)}
+        return {"lens": Lens(app.study, self.which(app), points, kind=state.lens, artefact=state.artefact, pair=pair)}
 
     def row(self, app: "Loupe", points: tuple[str, ...]) -> int:
         c = app.cursor
@@ -219,7 +220,10 @@ class LensPane(Pane):
 
     def paint(self, app: "Loupe") -> None:
         views, result = app.state.views, app.result("lens", LensResult)
-        stat, name = views["lens.stat"], f"{app.run_name(self.which(app))} · {pictures.LENS_KINDS[app.state.lens]}"
+        stat, name = (
+            views["lens.stat"],
+            f"{app.run_name(self.which(app))} · {pictures.LENS_KINDS[app.state.lens]}{' ' + Path(app.state.artefact).name if app.state.artefact else ''}",
+        )
         if result is None:
             self.show_title(app, ("lens",), name, "")
             self.table.show(None, (0, 0), views["mode"], app.waiting("lens"))
@@ -251,8 +255,8 @@ class AttentionPane(Pane):
         return {n: v.grid for n, v in (("heads", self.map), ("pattern", self.pattern)) if v.grid}
 
     def wants(self, app: "Loupe") -> dict[str, object]:
-        study, views, c = app.state.study, app.state.views, app.cursor
-        pair = (c.pos, c.src) if views["attention.stat"] == "pair" and app.length() else None
+        study, views, c = app.study, app.state.views, app.cursor
+        pair = (c.pos, c.src) if views["attention.stat"] == "pair" and app.counted() else None
         source = "prompt" if pair or "-" in views["which"] else views["attention.source"]
         return {
             "attention": Attention(study, c.layer, views["which"], views["attention.weighted"] == "on"),
@@ -368,15 +372,15 @@ class AttributionPane(Pane):
         state, c, which = app.state, app.cursor, app.state.views["which"]
         view = state.views["attribution.view"]
         if view == "set":
-            return {"attribution": AttributionSet(replace(state.study, prompt_set=state.prompt_set), which)}
-        if not app.length():
+            return {"attribution": AttributionSet(replace(app.study, prompt_set=state.prompt_set), which)}
+        if not app.counted():
             return {}  # until the run says how long the prompt is
-        wants = {"attribution": Attribution(state.study, which, c.pos)}
+        wants = {"attribution": Attribution(app.study, which, c.pos)}
         if view == "drill":
             if c.comp == "mlp":
-                wants["drill"] = AttributionNeurons(state.study, which, c.layer, c.pos)
+                wants["drill"] = AttributionNeurons(app.study, which, c.layer, c.pos)
             elif c.comp == "head":
-                wants["drill"] = AttributionSources(state.study, which, c.layer, c.head, c.pos)
+                wants["drill"] = AttributionSources(app.study, which, c.layer, c.head, c.pos)
         return wants
 
     def step(self, app: "Loupe", rows: int, cols: int) -> None:
@@ -440,7 +444,7 @@ class PatchingPane(Pane):
         kind, op = views["patching.kind"], views["patching.op"]
         over = views["patching.over"] == "set"
         needs_set = over or op in ("mean", "mean_all", "resample")
-        study = replace(state.study, prompt_set=state.prompt_set if needs_set else ())
+        study = replace(app.study, prompt_set=state.prompt_set if needs_set else ())
         node = f"L{c.layer}H{c.head}" if kind == "cells" else f"L{c.layer}.mlp" if kind == "neurons" else ""
         direction = "noise" if state.base == "clean" else "denoise"
         return Sweep(study, kind, op, direction, views["patching.effect"], node, over_set=over)

@@ -55,6 +55,8 @@ def signed(x: float | None, digits: int = 3) -> str:
 
 
 def scale(grid: Grid) -> str:
+    if grid.numbers is not None and np.isfinite(grid.numbers).any():  # what is coloured is not what is shown
+        return f"{np.nanmin(grid.numbers):.0f} … {np.nanmax(grid.numbers):.0f}"
     return f"{grid.lo:.3g} … {grid.hi:.3g}"
 
 
@@ -340,6 +342,8 @@ def token_line(
         used += size
     page = max(n for n, p in enumerate(pages) if p <= max(0, min(pos, len(shown) - 1)))
     first, last = pages[page], pages[page + 1] if page + 1 < len(pages) else len(shown)
+    while last == len(shown) and first > 0 and sum(cell_len(t) for t in shown[first - 1 :]) <= room:
+        first -= 1  # the last page is filled from the right
     spans.append(("‹" if first else " ", DIM))
     for n in range(first, last):
         differs = other is not None and (n >= len(other.ids) or other.ids[n] != row.ids[n])

@@ -50,7 +50,7 @@ class Quests:
             kind, _, artefact = typed.strip().partition(" ") if item is None else (item.key, "", item.value)
             self.guard(lambda: self.act("lens", kind=kind, artefact=artefact.strip()))
 
-        self.mount(Picker("lens (or type: tuned FOLDER, jacobian FILE; F fits a tuned lens)", items, chosen, free=True))
+        self.open(Picker("lens (or type: tuned FOLDER, jacobian FILE; F fits a tuned lens)", items, chosen, free=True))
 
     def do_fit(self) -> None:
         self.ready()
@@ -59,12 +59,12 @@ class Quests:
         def accept(values: list[str]) -> str:
             text, out, steps = values
             if not steps.isdigit() or int(steps) < 1:
-                return "steps is a number"
+                return "steps: a positive whole number"
             self.fit(TuneLens(text, out, int(steps), resume=(Path(out) / "checkpoint.safetensors").exists()))
             return ""
 
         fields = [("text file", ""), ("folder", str(ROOT / "exports" / f"tuned-lens-{name}")), ("steps", "250")]
-        self.mount(Editor("fit a tuned lens", fields, accept, 0, 1, "text file empty: the zoo's corpus · enter starts, J shows and cancels · esc"))
+        self.open(Editor("fit a tuned lens", fields, accept, 0, 1, "text file empty: the zoo's corpus · enter starts, J shows and cancels · esc"))
 
     @work(group="fit", exclusive=True)
     async def fit(self, request: TuneLens) -> None:
@@ -100,7 +100,7 @@ class Quests:
             self.say(str(error), BAD)
             return
         rows = pictures.chart(f"{LENS_STATS[stat]} at {pos}", list(result.points), lines, self.size.width - 2, max(8, self.size.height * 3 // 5))
-        self.mount(Panel("over depth", rows, f"{result.convention} · esc"))
+        self.open(Panel("over depth", rows, f"{result.convention} · esc"))
 
     def do_ranked(self) -> None:
         if self.pane == "patching":
@@ -119,7 +119,7 @@ class Quests:
         cells = [(int(r), int(c)) for r, c in np.argwhere(np.isfinite(grid.values))]
         cells.sort(key=lambda rc: -abs(float(grid.values[rc])))
         items = [Item(result.address(r, c) or f"{result.rows[r]} × {result.cols[c]}", f"{float(grid.values[r, c]):+.4f}", "", (r, c)) for r, c in cells[:2000]]
-        self.mount(Picker(f"cells by {self.state.views['patching.show']}", items, lambda item, typed: item and pane.go(self, result, *item.value)))
+        self.open(Picker(f"cells by {self.state.views['patching.show']}", items, lambda item, typed: item and pane.go(self, result, *item.value)))
 
     def rank(self, title: str, scores: np.ndarray) -> None:
         """Heads by score, to filter and go to."""
@@ -130,7 +130,7 @@ class Quests:
             if item is not None:
                 self.move(layer=item.value[0], head=item.value[1], comp="head")
 
-        self.mount(Picker(title, items, chosen))
+        self.open(Picker(title, items, chosen))
 
     def do_reading(self) -> None:
         self.turn("attention.read")
@@ -157,7 +157,7 @@ class Quests:
             if item is not None:
                 self.move(layer=item.value[0], head=item.value[1], comp="head")
 
-        self.mount(Picker(f"mean attention over {len(found.prompts)} prompts, {RUN_NAMES[which]}", items, chosen))
+        self.open(Picker(f"mean attention over {len(found.prompts)} prompts, {RUN_NAMES[which]}", items, chosen))
 
     def do_detect(self) -> None:
         self.ready()
@@ -173,7 +173,7 @@ class Quests:
             return ""
 
         fields = [("pattern", f"{self.cursor.pos}>{self.cursor.src}"), ("measure", "mul")]
-        self.mount(Editor("detector", fields, accept, 0, 1, f"cells destination>source, or {', '.join(DETECTORS)}; measure mul or abs · enter · esc"))
+        self.open(Editor("detector", fields, accept, 0, 1, f"cells destination>source, or {', '.join(DETECTORS)}; measure mul or abs · enter · esc"))
 
     @work(group="detect", exclusive=True)
     async def detect(self, request: Detect) -> None:
@@ -190,7 +190,7 @@ class Quests:
 
     def do_help(self) -> None:
         items = [Item(" ".join(show_key(k) for k in a.keys.split(",")), a.help, a.group, a) for a in self.table]
-        self.mount(Picker("keys", items, lambda item, typed: item and self.action_do(item.value.id)))
+        self.open(Picker("keys", items, lambda item, typed: item and self.action_do(item.value.id)))
 
     def do_palette(self) -> None:
         items = [Item(a.id, a.help, " ".join(show_key(k) for k in a.keys.split(",")), a) for a in self.table]
@@ -201,15 +201,9 @@ class Quests:
                 return
             self.action_do(item.value.id) if isinstance(item.value, Action) else self.guard(lambda: self.act("view", name=item.value[0], value=item.value[1]))
 
-        self.mount(Picker("command", items + views, chosen))
+        self.open(Picker("command", items + views, chosen))
 
-    @work(group="models", exclusive=True)
-    async def do_models(self) -> None:
-        items = [Item("zoo", "the embedded model", "")]
-        with contextlib.suppress(Superseded, EngineError):
-            found = await self.link.ask("models", Models(), 0)
-            items = [Item(c.name, c.where, c.note, c.name) for c in found.choices]
-
+    def do_models(self) -> None:
         def chosen(item: Item | None, typed: str) -> None:
             words = [item.key] if item else typed.split()
             options = dict(w.partition("=")[::2] for w in words[1:])
@@ -227,7 +221,18 @@ class Quests:
             )
             self.guard(lambda: self.act("model", load=load))
 
-        self.mount(Picker("model (or type a folder or hub name, then dtype=bfloat16 base=gpt2 …)", items, chosen, free=True))
+        start = [Item("zoo", "the embedded model", "")]
+        picker = Picker("model (or type a folder or hub name, then dtype=bfloat16 base=gpt2 …)", start, chosen, free=True)
+        self.open(picker)
+        self.fill_models(picker)
+
+    @work(group="models", exclusive=True)
+    async def fill_models(self, picker: Picker) -> None:
+        with contextlib.suppress(Superseded, EngineError):
+            found = await self.link.ask("models", Models(), 0)
+            picker.items = [Item(c.name, c.where, c.note, c.name) for c in found.choices]
+            if picker.is_mounted and not picker.closing:
+                picker.draw()
 
     @work(group="identities", exclusive=True)
     async def do_honesty(self) -> None:
@@ -235,7 +240,7 @@ class Quests:
             self.say(f"no model yet: {self.busy}", BAD)
             return
         panel = Panel("honesty", [[(" checking the identities on this model and prompt…", DIM)]], "esc closes")
-        await self.mount(panel)
+        self.open(panel)
         try:
             found = await self.link.ask("identities", Identities(self.state.study), 1)
         except Superseded:
@@ -270,7 +275,7 @@ class Quests:
                 panel.replace(panel.rows or [[(" no jobs", DIM)]])
 
         panel = Panel("jobs", rows or [[(" no jobs are running", DIM)]], "x cancels · esc closes", bool(rows), {"x": cancel})
-        self.mount(panel)
+        self.open(panel)
 
     def do_write(self) -> None:
         path = self.session.path
@@ -287,7 +292,7 @@ class Quests:
         def chosen(item: Item | None, typed: str) -> None:
             self.guard(lambda: self.restore(item.value if item else Path(typed)))
 
-        self.mount(Picker("restore a session", items, chosen, free=True))
+        self.open(Picker("restore a session", items, chosen, free=True))
 
     def restore(self, path: Path) -> None:
         self.session, warning = read_session(path)
@@ -336,7 +341,7 @@ class Quests:
             Item("node", f"the address {node}", ".txt", lambda: f"{node}\n"),
             Item("prompt", "the prompt as a line of a prompt set", ".jsonl", lambda: self.prompt_line()),
         ]
-        self.mount(Picker("copy", choices, lambda item, typed: item and self.guard(lambda: self.export(name, item))))
+        self.open(Picker("copy", choices, lambda item, typed: item and self.guard(lambda: self.export(name, item))))
 
     def prompt_line(self) -> str:
         p = self.state.prompt

@@ -16,7 +16,7 @@ from messages import (
 )
 from pictures import signed, texts_of
 from utils import show_token
-from widgets import BAD, BOLD, DIM, GOOD, HEAD, PLAIN, Grid, Spans
+from widgets import BAD, BOLD, DIM, GOOD, HEAD, NEGATIVE, PLAIN, POSITIVE, Grid, Spans
 
 # ------------------------------------------------------------------ attribution
 
@@ -35,7 +35,7 @@ def ranked_lines(cells: AttributionCells, std: AttributionCells | None, n: int) 
     rows = sorted(cells.rows(), key=lambda r: -abs(r[1]))[:n]
     head: Spans = [(f"{'component':18}{'logits':>9}" + ("      ±" if std else ""), DIM)]
     return [head] + [
-        [(f"{name:18}", PLAIN), (f"{value:+9.3f}", GOOD if value > 0 else BAD), (f" {spread[name]:6.3f}" if std else "", DIM)] for name, value in rows
+        [(f"{name:18}", PLAIN), (f"{value:+9.3f}", POSITIVE if value > 0 else NEGATIVE), (f" {spread[name]:6.3f}" if std else "", DIM)] for name, value in rows
     ]
 
 
@@ -67,7 +67,7 @@ def source_lines(result: AttributionSourcesResult, n: int) -> list[Spans]:
         lines.append(
             [
                 (f"{s:2} {show_token(texts[s], 10)} ", PLAIN),
-                (f"{value:+8.3f}", GOOD if value > 0 else BAD),
+                (f"{value:+8.3f}", POSITIVE if value > 0 else NEGATIVE),
                 (f"  {float(result.pattern[s]):.3f} {bar(value, top, 8)}", DIM),
             ]
         )
@@ -82,7 +82,7 @@ def neuron_lines(result: AttributionNeuronsResult, n: int) -> list[Spans]:
     rows = list(zip(result.index.tolist(), result.contribution.tolist(), result.activation.tolist()))
     half = max(1, n // 2)
     for index, value, activation in rows[:half] + rows[-half:]:
-        lines.append([(f"n{index:<13}", PLAIN), (f"{value:+8.3f}", GOOD if value > 0 else BAD), (f"  {activation:+.3f}", DIM)])
+        lines.append([(f"n{index:<13}", PLAIN), (f"{value:+8.3f}", POSITIVE if value > 0 else NEGATIVE), (f"  {activation:+.3f}", DIM)])
     for name, value in (("the others", result.rest), ("b_out", result.bias), ("interventions", result.interventions)):
         if value:
             lines.append([(f"{name:14}{value:+8.3f}", DIM)])

@@ -12,11 +12,13 @@ import contextlib
 import os
 import signal
 import sys
+import textwrap
 import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+os.environ.setdefault("ESCDELAY", "30")  # ms in which esc and a key are one; the default of 100 joins what was typed one after the other
 if "SSH_CONNECTION" in os.environ:  # remote mode: fewer frames; textual reads these when it is imported
     os.environ.setdefault("TEXTUAL_FPS", "15")
     os.environ.setdefault("TEXTUAL_ANIMATIONS", "none")
@@ -34,6 +36,7 @@ from actions import TABLE, Action, key_table, remapped, show_key
 from deeds import Deeds
 from link import EngineDied, EngineError, Job, Link, Superseded
 from messages import (
+    Check,
     CheckResult,
     LensResult,
     Load,
@@ -43,6 +46,7 @@ from messages import (
     Run,
     RunResult,
     Status,
+    Study,
     UserError,
     read_prompt_set,
 )
@@ -87,7 +91,8 @@ class Quiet(TightScreen, inherit_bindings=False):
 
 
 def bindings(table: tuple[Action, ...]) -> list[Binding]:
-    return [Binding(a.keys, f"do('{a.id}')", a.title, show=False, id=a.id) for a in table]
+    """Priority, so that keys that come in a burst are taken in order; check_action lets them through to an open overlay."""
+    return [Binding(a.keys, f"do('{a.id}')", a.title, show=False, id=a.id, priority=True) for a in table]
 
 
 class Loupe(Deeds, Quests, App):
@@ -121,6 +126,8 @@ class Loupe(Deeds, Quests, App):
         self.grids: dict[str, tuple[tuple, Grid]] = {}
         self.status: Spans = [(note, WARN)] if note else []
         self.memory = (0, 0, 0)
+        self.failed = self.progress_of = ""
+        self.said_lines = 1
         self.matches: list[dict] = []
         self.started: set[object] = set()  # sweeps that were asked for
         self.needle = ""
@@ -162,6 +169,10 @@ class Loupe(Deeds, Quests, App):
         if self.is_mounted:
             self.call_after_refresh(self.arrange)
 
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """While an overlay is open its keys are text, not commands."""
+        return not (action == "do" and self.is_mounted and any(not o.closing for o in self.query(Overlay)))
+
     @property
     def state(self) -> State:
         return self.session.state
@@ -193,6 +204,7 @@ class Loupe(Deeds, Quests, App):
             self.draw_top()
         elif p.total > 1 and time.monotonic() - job.started > 0.4:
             self.say(f"{p.text or job.slot} {p.done}/{p.total}", DIM)
+            self.progress_of = job.slot
 
     @work(group="load", exclusive=True)
     async def load(self, request: Load) -> None:
@@ -205,9 +217,13 @@ class Loupe(Deeds, Quests, App):
         except Superseded:
             return
         except EngineError as error:
-            self.busy = "not loaded: M chooses a model, u goes back"
+            self.busy = "not loaded: M chooses a model"
+            if self.link.alive and self.session.past and self.session.past[-1][1] == "model" and not isinstance(error, EngineDied):
+                self.session.do("undo")  # back to the model before, which the engine still has
+                self.refresh_wants()
             self.say(str(error), BAD)
             self.draw()
+            self.failed = str(error)
             return
         broken = [c.name for c in self.info.checks if c.ok is False]
         line = f"loaded {self.info.name} in {self.info.seconds:.1f} s"
@@ -217,6 +233,9 @@ class Loupe(Deeds, Quests, App):
             else f"{line}; self-check passed ({sum(c.ok is True for c in self.info.checks)} identities)",
             BAD if broken else GOOD,
         )
+        if self.failed:
+            self.say(f"{self.info.name} stays: {self.failed}", BAD)
+            self.failed = ""
         if self.cursor == Cursor():
             self.cursor = Cursor(layer=self.info.n_layers - 1)
         self.clamp()
@@ -242,16 +261,28 @@ class Loupe(Deeds, Quests, App):
             self.wanted = {}
             self.draw()
             return
-        self.wanted = {"run": Run(self.state.study)}
+        self.wanted = {"check": Check(self.state.prompt), "run": Run(self.study)}
         for name in self.visible_panes():
             self.wanted |= self.panes[name].wants(self)
+        known = False
         for slot, request in self.wanted.items():
             if request in self.answers:
+                known = known or (slot == "run" and self.have.get(slot, (None,))[0] != request)
                 self.have[slot] = (request, self.answers[request])
                 self.cancel_group(slot)
             elif self.have.get(slot, (None,))[0] != request and self.asking.get(slot) != request:
                 self.ask(slot, request)
+        if known:
+            self.clamp()
         self.draw()
+
+    @property
+    def study(self) -> Study:
+        """The state's study; without answers that are not single tokens in this model, so that everything else still runs (the top line says so)."""
+        study, check = self.state.study, self.answers.get(Check(self.state.prompt))
+        if isinstance(check, CheckResult) and any(len(r.ids) != 1 for r in (*check.answers, *check.foils)):
+            return replace(study, prompt=replace(study.prompt, answers=(), foils=()))
+        return study
 
     @property
     def asking(self) -> dict[str, object]:
@@ -281,7 +312,7 @@ class Loupe(Deeds, Quests, App):
 
         slow = self.set_timer(0.2, lambda: self.mark_slow())
         try:
-            result = await self.link.ask(slot, request, 0 if slot in ("run", "attention") else 1, on_partial)
+            result = await self.link.ask(slot, request, 0 if slot in ("check", "run", "attention") else 1, on_partial)
         except Superseded:
             return
         except EngineError as error:
@@ -291,6 +322,8 @@ class Loupe(Deeds, Quests, App):
         finally:
             slow.stop()
         self.have[slot] = (request, result)
+        if self.progress_of == slot:
+            self.say("")
         if not isinstance(result, str):
             self.answers[request] = result
             while len(self.answers) > 64:
@@ -299,6 +332,8 @@ class Loupe(Deeds, Quests, App):
             self.first_lens = time.monotonic()
         if isinstance(result, RunResult):
             self.clamp()
+        if isinstance(result, CheckResult):
+            self.refresh_wants()
         self.draw()
         if not self.link.jobs:
             self.poll_memory()
@@ -352,6 +387,13 @@ class Loupe(Deeds, Quests, App):
     def length(self) -> int:
         return len(self.tokens.tokens.ids) if self.tokens else 0
 
+    def counted(self) -> bool:
+        """Whether the tokens at hand are those of the prompt in the state, so that positions can be asked for."""
+        request = self.have.get("run", (None,))[0]
+        return (
+            bool(self.length()) and isinstance(request, Run) and request.study.prompt.clean == self.state.prompt.clean and request.study.base == self.state.base
+        )
+
     def clamp(self) -> None:
         """Keep the cursor inside the model and the prompt; at the end it stays at the end."""
         if self.info is None:
@@ -400,13 +442,20 @@ class Loupe(Deeds, Quests, App):
         self.slow = self.slow and any(self.stale(s) for s in self.wanted)
 
     def say(self, text: str, style=PLAIN) -> None:
+        self.progress_of = ""
         self.status = [(f" {visible(text)}", style)]
         self.draw_hint()
 
     def draw_hint(self) -> None:
         if not hasattr(self, "hint_line"):
             return
-        self.status_line.show([self.status])
+        text, style = self.status[0] if self.status else ("", PLAIN)
+        lines = textwrap.wrap(text.strip(), max(self.size.width - 2, 10))[: 3 if self.size.height >= 20 else 1] or [""]
+        if len(lines) != self.said_lines:
+            self.said_lines = len(lines)
+            self.status_line.styles.height = len(lines)
+            self.place()
+        self.status_line.show([[(f" {line}", style)] for line in lines])
         letter = self.panes[self.pane].number
         hints: Spans = [(f" {self.node()!s:18}" if self.info else " ", BOLD), (" ?", BOLD), (" help ", DIM)]
         shown = {a.keys.split(",")[0]: a for a in self.table if letter in a.hint and (a.group != "Move" or a.id == "enter")}
@@ -423,6 +472,9 @@ class Loupe(Deeds, Quests, App):
         error = self.error("run")
         lines = [pictures.model_line(self.info, s.model.model, self.busy, self.memory)]
         metric = pictures.metric_line(run, s.metric.kind, str(s.metric.pos), RUN_NAMES[s.base], self.stale("run"), w)
+        dropped = self.state.prompt.answers and not self.study.prompt.answers
+        if dropped:
+            metric = [(f" {s.metric.kind} —  an answer or foil is not one token in this model: t edits them", WARN)]
         lines.append([(f" {visible(error)}", BAD)] if error else metric)
         ids = s.views["ids"] == "on"
         clean, corrupt = (run.clean.tokens, run.corrupt.tokens if run.corrupt else None) if run else (None, None)
@@ -436,7 +488,8 @@ class Loupe(Deeds, Quests, App):
         state: Spans = [(" " + ("off " if not s.enabled and s.interventions else ""), WARN)]
         state += [(" ".join(str(i) for i in s.interventions) or "no interventions", (BOLD if s.enabled else DIM) if s.interventions else DIM)]
         if s.set_path:
-            state.append((f"  set {Path(s.set_path).stem} {s.index + 1}/{len(s.prompt_set)}", DIM))
+            edited = s.prompt != s.prompt_set[s.index]
+            state.append((f"  set {Path(s.set_path).stem} {s.index + 1}/{len(s.prompt_set)}{' (edited)' if edited else ''}", WARN if edited else DIM))
         state.append(
             (
                 f"  answer {' '.join(show_token(a) for a in s.prompt.answers[:3]) or '—'} foil {' '.join(show_token(a) for a in s.prompt.foils[:3]) or '—'}",
@@ -481,7 +534,7 @@ class Loupe(Deeds, Quests, App):
 
     def place(self) -> None:
         """One pane fills the body; two are stacked, each as high as it can use; a third that is narrow stands on the right."""
-        shown, w, h = self.visible_panes(), self.size.width, max(self.size.height - (7 if self.size.height >= 12 else 4), 1)
+        shown, w, h = self.visible_panes(), self.size.width, max(self.size.height - (6 if self.size.height >= 12 else 3) - self.said_lines, 1)
         right = [p for p in shown if not self.panes[p].wide][-1:] or shown[2:] if len(shown) == 3 else []
         stack, left = [p for p in shown if p not in right], w - 78 if right else w
         first = h

@@ -53,6 +53,8 @@ GOOD = Style(color="color(114)")
 WARN = Style(color="color(221)")
 BAD = Style(color="color(203)", bold=True)
 CHANGED = Style(color="color(215)")
+POSITIVE = Style(color="color(208)")  # as in the signed maps: warm is above zero, cold below
+NEGATIVE = Style(color="color(74)")
 CURSOR = Style(color="color(16)", bgcolor="color(214)", bold=True)
 CURSOR_PLAIN = Style(reverse=True, bold=True)
 FOCUS = Style(color="color(16)", bgcolor="color(117)", bold=True)
@@ -333,27 +335,38 @@ class Field(Input):
         event.prevent_default()
 
 
-class Overlay(Vertical):
-    """What opens over the lower part of the screen and takes the keys until esc."""
+class Overlay(Vertical, can_focus=True):
+    """
+    What opens over the lower part of the screen and takes the keys until esc. It has the focus from the moment it is mounted, and what is typed
+    before its field is there goes into the field, so that a burst of keys never runs as commands.
+    """
 
     DEFAULT_CSS = "Overlay { dock: bottom; height: auto; max-height: 80%; layer: overlay; background: ansi_default; border-top: solid ansi_bright_blue; }"
     BINDINGS = [Binding("escape", "close", show=False)]
+    closing = False
 
     @dataclass
     class Closed(Message):
         pass
-
-    closing = False
 
     def action_close(self) -> None:
         self.closing = True
         self.remove()
         self.post_message(self.Closed())
 
+    def first_field(self) -> "Field | None":
+        return None
+
     def take_focus(self) -> None:
         """Focus what takes the keys here."""
-        fields = self.query(Field)
-        (fields.first() if fields else self).focus()
+        self.screen.set_focus(self.first_field() or self)
+
+    def on_key(self, event: events.Key) -> None:
+        field = self.first_field()
+        if field is not None and event.is_printable:  # typed before the field had the focus
+            field.insert_text_at_cursor(event.character)
+            event.stop()
+            event.prevent_default()
 
 
 @dataclass(frozen=True)
@@ -385,8 +398,11 @@ class Picker(Overlay):
         yield self.field
         yield self.list
 
+    def first_field(self) -> Field:
+        return self.field
+
     def on_mount(self) -> None:
-        self.field.focus()
+        self.take_focus()
         self.draw()
 
     def matching(self) -> list[Item]:
@@ -401,14 +417,15 @@ class Picker(Overlay):
         height = max(3, min(len(self.items), self.app.size.height * 3 // 5 - 3))
         top = GridView.page(self.at, 0, height, len(found))
         wide = max([cell_len(i.key) for i in self.items], default=0) + 2
-        name = max([cell_len(i.label) for i in self.items], default=0) + 2
+        note = max([cell_len(i.note) for i in self.items], default=0)
+        name = max(12, min(max([cell_len(visible(i.label)) for i in self.items], default=0) + 2, self.app.size.width - wide - note - 2))
         rows = []
         for n, i in enumerate(found):
             style = CURSOR_PLAIN if n == self.at else PLAIN
             rows.append(
                 [
                     (" " + set_cell_size(i.key, wide), style or HEAD),
-                    (set_cell_size(visible(i.label), min(name, 46)), style),
+                    (set_cell_size(visible(i.label), name), style),
                     (visible(i.note), DIM if n != self.at else style),
                 ]
             )
@@ -459,10 +476,11 @@ class Editor(Overlay):
         focus: int = 0,
         preview: int = 0,
         hint: str = "",
+        select: bool = False,
         **kw,
     ):
         super().__init__(**kw)
-        self.title, self.names, self.accept, self.start, self.rows, self.hint = title, [n for n, _ in fields], accept, focus, preview, hint
+        self.title, self.names, self.accept, self.start, self.rows, self.hint, self.select = title, [n for n, _ in fields], accept, focus, preview, hint, select
         self.fields = [Field(escape_line(v)) for _, v in fields]
         self.head, self.preview, self.ids = Lines(), Lines(classes="preview"), False
 
@@ -477,8 +495,13 @@ class Editor(Overlay):
     def on_mount(self) -> None:
         self.preview.styles.height = self.rows
         self.head.show([[(f" {self.title} ", HEAD), (f" {self.hint}", DIM)]])
-        self.fields[self.start].focus()
+        self.take_focus()
+        if self.select:
+            self.first_field().action_select_all()
         self.post_message(self.Changed(self.values()))
+
+    def first_field(self) -> Field:
+        return self.fields[self.start]
 
     def values(self) -> list[str]:
         return [unescape_line(f.value) for f in self.fields]
@@ -504,8 +527,8 @@ class Editor(Overlay):
         self.post_message(self.Changed(self.values()))
 
 
-class Panel(Overlay, can_focus=True):
-    """Lines to read; j and k scroll or select, `keys` maps further keys to functions of the selected line's number."""
+class Panel(Overlay):
+    """Lines to read; j and k scroll or select, `keys` maps further keys to functions of the selected line's number; any other key closes it and acts."""
 
     DEFAULT_CSS = "Panel > .list { height: auto; }"
 
@@ -527,7 +550,7 @@ class Panel(Overlay, can_focus=True):
         yield self.list
 
     def on_mount(self) -> None:
-        self.focus()
+        self.take_focus()
         self.draw()
 
     def replace(self, rows: list[Spans]) -> None:
@@ -551,10 +574,10 @@ class Panel(Overlay, can_focus=True):
             self.draw()
         elif name in self.keys:
             self.keys[name](self.at)
-        elif name != "escape":
-            if name == "q":
-                self.action_close()
+        elif name in ("q", "escape"):
+            self.action_close()
         else:
-            return
+            self.action_close()
+            self.app.post_message(events.Key(event.key, event.character))
         event.stop()
         event.prevent_default()

@@ -158,6 +158,7 @@ async def test_patching_says_what_is_missing(zoo, tmp_path):
     state = first_state({})
     app = make_app(zoo, tmp_path, replace(state, prompt=replace(state.prompt, corrupt=None), prompt_set=(), set_path=""))
     async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot)
         await press(app, pilot, "S")
         assert "sweeps live in pane 4" in shown(app)
         await press(app, pilot, "4", "S")

@@ -22,7 +22,7 @@ SET = read_prompt_set(ROOT / "zoo" / "prompts" / "ioi_abba.jsonl")
         ("L3H3=zero L3H2=zero", "too: -1.655"),
         ("L3H3=patch", "`L3H3` gives +0.515"),
         ("L3H3=patch L3H2=patch", "-4.247, normalised -0.006"),
-        ("L0H3=patch", "gives +1.502"),
+        ("L0H3@S2=patch", "gives +1.503"),
     ],
 )
 def test_the_tours_logit_differences(engines, done, shown):

@@ -1,9 +1,9 @@
-"""The address grammar: nodes, interventions, prompts and prompt sets, metrics; parsed and formatted in one place. Never imports torch."""
+"""The address grammar: nodes, interventions, prompts and prompt sets, metrics, studies; parsed and formatted in one place. Never imports torch."""
 
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -191,3 +191,27 @@ class Metric:
 
     kind: str = "logit_diff"
     pos: int | str = "END"
+
+
+# ------------------------------------------------------------------ what analyses run on and speak of
+
+
+@dataclass(frozen=True)
+class Study:
+    """What every analysis runs on: the prompt, the interventions, which prompt they act on (`base`), the metric, and the prompt set (for means)."""
+
+    prompt: Prompt
+    interventions: tuple[Intervention, ...] = ()
+    base: str = "clean"
+    metric: Metric = Metric()
+    prompt_set: tuple[Prompt, ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """A tokenised text: ids, the text of each token, the index of each labelled position, and whether index 0 is a BOS token put there."""
+
+    ids: tuple[int, ...] = ()
+    texts: tuple[str, ...] = ()
+    labels: dict[str, int] = field(default_factory=dict)
+    bos: bool = False

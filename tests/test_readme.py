@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from messages import Attribution, HeadStats, Lens, Run, Study, parse_intervention, read_prompt_set
+from messages import Attribution, HeadStats, Lens, Run, Study, Sweep, parse_intervention, read_prompt_set
 from utils import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -48,6 +48,15 @@ def test_the_tours_readings(engines):
         assert f"{pair[layer, head]:.2f}"[1:] == text and f"`L{layer}H{head}` {text}" in README
     direct = zoo.run(Attribution(study))
     assert f"`L3H2` {direct.cells.heads[3, 2]:+.3f} and `L3H3` {direct.cells.heads[3, 3]:+.3f}" in README and f"{direct.total:+.4f}" in README
+
+
+def test_the_tours_sweep(engines):
+    zoo, study = engines["zoo"], Study(SET[0])
+    effect = zoo.run(Sweep(study, "z", "patch", "noise")).normalised - 1
+    for layer, head in ((3, 3), (3, 2), (0, 1), (0, 3)):
+        assert f"`L{layer}H{head}` {effect[layer, head]:+.3f}" in README
+        effect[layer, head] = 0
+    assert abs(effect).max() < 0.05
 
 
 def test_the_python_example(monkeypatch):

@@ -1,5 +1,5 @@
 """
-The lens and attention against what they must cost: ratios in one run on a random model of GPT-2 small's shape, 64 tokens, one thread.
+The lens, attention and attribution against what they must cost: ratios in one run on a random model of GPT-2 small's shape, 64 tokens, one thread.
 
 `uv run benchmarks/reading.py`; the last line is one JSON object. Ratios of processor time, medians of interleaved runs.
 """
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import cyan, endc, gray, green, red, yellow
 
-TARGETS = {"lens_one_position": 1.2, "lens_table": 1.5, "lens_memory_mb": 200.0, "lens_memory_with_pair_mb": 200.0, "attention_layer": 1.1}
+TARGETS = {"lens_one_position": 1.2, "lens_table": 1.5, "lens_memory_mb": 200.0, "lens_memory_with_pair_mb": 200.0, "attention_layer": 1.1, "attribution": 1.2}
 N = 64
 WORDS = " the of and to in a is that for it as was with be by on not he his at".split(" ")[1:]
 
@@ -76,7 +76,7 @@ def interleaved(runs: int, *sides: Callable[[], object]) -> list[float]:
 def measure(folder: str, runs: int) -> dict[str, float]:
     import torch as t
 
-    from messages import Attention, Lens
+    from messages import Attention, Attribution, Lens
 
     engine = engine_on(folder)
     model, ask = engine.model, study(engine)
@@ -99,7 +99,8 @@ def measure(folder: str, runs: int) -> dict[str, float]:
     x = t.randn(1024, 768)
     w = model.bridge.original_model.get_output_embeddings().weight.detach()
     multiply = lambda: t.nn.functional.linear(x[:512], w[:8192])  # noqa: E731
-    base, lens_one, attention, full, square = interleaved(runs, forward, fresh(one), fresh(Attention(ask, 5)), lambda: engine.run(table), multiply)
+    sides = (forward, fresh(one), fresh(Attention(ask, 5)), fresh(Attribution(ask)), lambda: engine.run(table), multiply)
+    base, lens_one, attention, attribution, full, square = interleaved(runs, *sides)
     rate = 2 * 512 * 768 * 8192 / square
     flops = 2 * N * points * 768 * model.info.d_vocab
     paired = Lens(study(engine, corrupt=True))
@@ -112,6 +113,7 @@ def measure(folder: str, runs: int) -> dict[str, float]:
         "lens_one_position": lens_one / base,
         "lens_table": full / (flops / rate),
         "attention_layer": attention / base,
+        "attribution": attribution / base,
         "matmul_gflops": rate / 1e9,
         "lens_table_s": full,
         "lens_table_first_rows": seen[0] / full,

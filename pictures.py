@@ -182,7 +182,7 @@ def pattern_grid(result: AttentionResult, head: int) -> Grid:
         lo, sign = -hi, True
     tokens = texts_of(result.tokens)
     rows = [f"{n:>2} {show_token(tok, 9, fill=False)}" for n, tok in enumerate(tokens)]
-    return Grid(values, rows, list(tokens), lo, hi, signed=sign, cell=(4, 4) if len(tokens) <= 40 else (2, 4), faint=(hi - lo) / 10, corner="to \\ from")
+    return Grid(values, rows, list(tokens), lo, hi, signed=sign, cell=(4, 4) if len(tokens) <= 40 else (2, 4), faint=(hi - lo) * 0.15, corner="to \\ from")
 
 
 def small_patterns(result: AttentionResult, head: int, width: int, height: int, mode: str) -> list[Spans]:
@@ -247,7 +247,7 @@ def pattern_cell(result: AttentionResult, head: int, pos: int, src: int, drilled
     if not (head < len(result.pattern) and pos < len(result.tokens.texts)):
         return []
     row, tokens = result.pattern[head][pos][: pos + 1], texts_of(result.tokens)
-    order = np.argsort(-np.abs(row), kind="stable")[:4].tolist()
+    order = np.argsort(-np.abs(row), kind="stable")[:3].tolist()
     read = "  ".join(f"{s} {show_token(tokens[s])} {float(row[s]):.3f}" for s in order)
     spans: Spans = [(f" L{result.layer}H{head} ", BOLD), (f"{pos} {show_token(tokens[pos])} attends to {read}", PLAIN)]
     if drilled and src <= pos:

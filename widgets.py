@@ -42,7 +42,7 @@ def luminance(code: int) -> float:
 
 
 def on(code: int) -> Style:
-    return Style(color="color(231)" if luminance(code) < 0.18 else "color(16)", bgcolor=f"color({code})")
+    return Style(color="bright_white" if luminance(code) < 0.18 else "color(16)", bgcolor=f"color({code})")  # short codes: there is one a cell
 
 
 PLAIN = Style()

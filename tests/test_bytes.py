@@ -10,7 +10,7 @@ from ui import Wire, make_app, press
 from tight import Difference, TightCompositor, cells_of, changes
 from tui import first_state
 
-MOVES = {"1": "hhlkjk", "0": "hhl", "2": "hlkj"}
+MOVES = {"1": "hhlkjk", "0": "hhl", "2": "hlkj", "3": "hlh", "4": "hljk"}
 
 
 async def cost(app, pilot, *keys) -> int:
@@ -37,7 +37,7 @@ async def test_byte_budgets(engines, tmp_path, monkeypatch, size):
             for key in moves:
                 move = await cost(app, pilot, key)
                 assert move <= 1_200, f"pane {pane}, key {key}: {move} bytes"
-        await press(app, pilot, "enter")
+        await press(app, pilot, "1", "0", "2", "enter")
         for key in "hkjl":
             move = await cost(app, pilot, key)
             assert move <= 1_200, f"pattern, key {key}: {move} bytes"

@@ -70,8 +70,8 @@ def test_golden_pattern():
 
     pattern = np.array([[[1, 0, 0], [0.25, 0.75, 0], [0.004, 0.1, 0.896]]], "f4")
     grid = pattern_grid(AttentionResult(TOKENS, 0, pattern, "now", ""), 0)
-    assert view(grid, "colour", Size(40, 8)) == ["to \\ from ⟨b… ·M… ⏎", " 0 ⟨bos⟩  1.0", " 1 ·Mary  .25 .75", " 2 ⏎       ·  .10 .90"]
-    assert view(grid, "shade", Size(40, 8)) == ["to \\ from ⟨bo… ·Ma… ⏎", " 0 ⟨bos⟩  █1.0", " 1 ·Mary  ░.25 █.75", " 2 ⏎       ·    .10 █.90"]
+    assert view(grid, "colour", Size(40, 8)) == ["to \\ from ⟨b… ·M… ⏎", " 0 ⟨bos⟩  1.0", " 1 ·Mary  .25 .75", " 2 ⏎       ·   ·  .90"]
+    assert view(grid, "shade", Size(40, 8)) == ["to \\ from ⟨bo… ·Ma… ⏎", " 0 ⟨bos⟩  █1.0", " 1 ·Mary  ░.25 █.75", " 2 ⏎       ·    ·   █.90"]
     assert view(grid, "number", Size(40, 8)) == ["to \\ from ⟨bos⟩ ·Mary ⏎", " 0 ⟨bos⟩  1.000", " 1 ·Mary   .250  .750", " 2 ⏎       .004  .100  .896"]
 
 

@@ -459,10 +459,8 @@ class PatchingPane(Pane):
         return wants
 
     def shown(self, app: "Loupe") -> tuple[SweepResult | None, SweepResult | None]:
-        """Truth and estimate, where they belong to what is asked for."""
-        kind = app.state.views["patching.kind"]
-        truth, estimate = (r if (r := app.result(s, SweepResult)) and r.kind == kind and s in app.wanted else None for s in ("sweep", "estimate"))
-        return truth, estimate
+        """Truth and estimate of what is asked for now; those of another direction or prompt are not shown under this one's title."""
+        return app.fresh("sweep", SweepResult), app.fresh("estimate", SweepResult)
 
     def at(self, app: "Loupe", result: SweepResult) -> tuple[int, int]:
         """The cell of the shared cursor."""
@@ -521,6 +519,8 @@ class PatchingPane(Pane):
             + (" · direct" if request.effect == "direct" else "")
         )
         result = truth or estimate
+        if result is not None and not np.isfinite(result.normalised).any() and views["patching.show"] not in ("metric", "p"):
+            title += " (raw metric)"
         if result is None:
             self.show_title(app, ("sweep", "estimate"), title, "")
             message = app.waiting("sweep") if "sweep" in app.wanted else app.waiting("estimate") if "estimate" in app.wanted else [("  S runs the sweep", DIM)]

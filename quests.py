@@ -219,6 +219,9 @@ class Quests:
                 options.get("device", old.device),
                 options.get("device_map", old.device_map),
             )
+            if load == old and self.info is not None:
+                self.say(f"{load.model} is loaded already: ctrl+e restarts the engine, which reads its weights from disk again", WARN)
+                return
             self.guard(lambda: self.act("model", load=load))
 
         start = [Item("zoo", "the embedded model", "")]

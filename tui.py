@@ -305,7 +305,7 @@ class Loupe(Deeds, Quests, App):
             if isinstance(part, LensResult):
                 parts.append(part)
                 part = pictures.joined(parts)
-            self.have[slot] = (None, part)
+            self.have[slot] = (("partial", request), part)
             if time.monotonic() - drawn[0] > 0.3:  # at most a few pictures a second over the wire to the terminal
                 drawn[0] = time.monotonic()
                 self.draw()
@@ -369,6 +369,11 @@ class Loupe(Deeds, Quests, App):
         """What a pane draws: the slot's result, unless its request failed."""
         got = self.have.get(slot, (None, None))[1]
         return got if isinstance(got, kind) else None
+
+    def fresh(self, slot: str, kind: type) -> object | None:
+        """The slot's result, whole or in part, only if it answers what is asked for now."""
+        wanted, got = self.wanted.get(slot), self.have.get(slot, (None, None))[0]
+        return self.result(slot, kind) if wanted is not None and got in (wanted, ("partial", wanted)) else None
 
     def error(self, slot: str) -> str:
         got = self.have.get(slot, (None, None))
@@ -519,7 +524,7 @@ class Loupe(Deeds, Quests, App):
         """Said in a title when what is drawn is not what the state asks for."""
         if not any(self.stale(s) for s in slots):
             return ""
-        return "NOT CURRENT (no engine) · " if self.info is None and self.have else "⟳ " if self.slow else ""
+        return "NOT CURRENT (no engine) · " if self.info is None and self.have else "⟳ computing, below is what was before · " if self.slow else ""
 
     def arrange(self) -> None:
         """Show the panes that fit, in their places, and put the focus on the current one."""

@@ -50,7 +50,9 @@ from messages import (
     encode,
     read_frame,
 )
+from sparse import FEATURE_REQUESTS, TrainSae
 from utils import ROOT, settings
+from wiring import CIRCUIT_REQUESTS, Compare, Discover, PathPatch, Score
 
 WELL_KNOWN = {
     "gpt2": "124M",
@@ -78,6 +80,8 @@ NEEDS_MODEL = (
     Singular,
     Sweep,
     Estimate,
+    *CIRCUIT_REQUESTS,
+    *FEATURE_REQUESTS,
 )
 
 
@@ -170,6 +174,27 @@ class Engine:
             import sweeps
 
             return (yield from (sweeps.sweep if isinstance(request, Sweep) else estimates.estimate)(self.model, request))
+        match request:
+            case PathPatch():
+                import paths
+
+                return (yield from paths.path_patch(self.model, request))
+            case Score() | Compare():
+                import circuits
+
+                return (yield from circuits.answer(self.model, request))
+            case Discover():
+                import discovery
+
+                return (yield from discovery.discover(self.model, request))
+            case TrainSae():
+                import training
+
+                return (yield from training.train(self.model, request))
+        if isinstance(request, FEATURE_REQUESTS):
+            import features
+
+            return (yield from features.answer(self.model, request))
         runs = yield from patching.prepare(self.model, request.study)
         match request:
             case Run():

@@ -198,13 +198,18 @@ class Metric:
 
 @dataclass(frozen=True)
 class Study:
-    """What every analysis runs on: the prompt, the interventions, which prompt they act on (`base`), the metric, and the prompt set (for means)."""
+    """
+    What every analysis runs on: the prompt, the interventions, which prompt they act on (`base`), the metric, and the prompt set (for means). `saes`
+    are the sources of the SAEs that feature nodes speak of, one a layer; `sae_error`: their error term is kept when a feature is changed.
+    """
 
     prompt: Prompt
     interventions: tuple[Intervention, ...] = ()
     base: str = "clean"
     metric: Metric = Metric()
     prompt_set: tuple[Prompt, ...] = ()
+    saes: tuple[str, ...] = ()
+    sae_error: bool = True
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,8 @@ from grammar import (  # noqa: F401  (the whole vocabulary is imported from here
     read_prompt,
     read_prompt_set,
 )
+from sparse import FEATURE_REQUESTS, FEATURE_RESULTS
+from wiring import CIRCUIT_REQUESTS, CIRCUIT_RESULTS
 
 
 class WireError(Exception):
@@ -413,6 +415,7 @@ REQUESTS = {
     for c in (
         Load, Check, Run, Lens, TuneLens, FitJacobian, Attention, HeadStats, Identities, Status, Models,
         *ATTRIBUTION_REQUESTS, HeadWeights, Composition, Singular, Sweep, Estimate,
+        *CIRCUIT_REQUESTS, *FEATURE_REQUESTS,
     )
 }  # fmt: skip
 RESULTS = {
@@ -420,6 +423,7 @@ RESULTS = {
     for c in (
         ModelInfo, CheckResult, RunResult, LensResult, TuneLensResult, FitJacobianResult, AttentionResult, HeadStatsResult, IdentitiesResult,
         StatusResult, ModelsResult, Progress, Failure, *ATTRIBUTION_RESULTS, HeadWeightsResult, CompositionResult, SingularResult, SweepResult,
+        *CIRCUIT_RESULTS, *FEATURE_RESULTS,
     )
 }  # fmt: skip
 TYPES: dict[str, type] = REQUESTS | RESULTS

@@ -36,6 +36,15 @@ class Job:
     progress: Progress = Progress(0, 0)
     started: float = field(default_factory=time.monotonic)
 
+    @property
+    def left(self) -> str:
+        """Time left at the pace so far, in words; "" while there is nothing to judge by."""
+        p, taken = self.progress, time.monotonic() - self.started
+        if not 0 < p.done < p.total or taken < 0.5:
+            return ""
+        seconds = taken * (p.total - p.done) / p.done
+        return f"{seconds:.0f} s left" if seconds < 100 else f"{seconds / 60:.0f} min left"
+
 
 class Link:
     """
@@ -94,6 +103,8 @@ class Link:
                 job.progress = frame.body
                 self.on_progress(job)
             case "partial":
+                if getattr(frame.body, "total", 0):
+                    job.progress = Progress(frame.body.done, frame.body.total, job.progress.text)
                 if job.on_partial:
                     job.on_partial(frame.body)
             case "result" | "error" | "cancelled":

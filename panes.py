@@ -460,7 +460,9 @@ class PatchingPane(Pane):
 
     def shown(self, app: "Loupe") -> tuple[SweepResult | None, SweepResult | None]:
         """Truth and estimate of what is asked for now; those of another direction or prompt are not shown under this one's title."""
-        return app.fresh("sweep", SweepResult), app.fresh("estimate", SweepResult)
+        request, (asked, got) = self.request(app), app.have.get("sweep", (None, None))
+        truth = got if asked in (request, ("partial", request)) and isinstance(got, SweepResult) else None
+        return truth, app.fresh("estimate", SweepResult)
 
     def at(self, app: "Loupe", result: SweepResult) -> tuple[int, int]:
         """The cell of the shared cursor."""
@@ -529,6 +531,8 @@ class PatchingPane(Pane):
             return
         grid = app.picture("sweep", (id(truth), id(estimate), views["patching.show"]), lambda: readings.sweep_grid(truth, estimate, views["patching.show"]))
         done = f"truth {truth.done}/{truth.total}" if truth else "estimate: S runs the truth"
+        if truth and truth.done < truth.total:  # first in the title, where it is seen
+            title, done = f"{done}{app.left('sweep') if 'sweep' in app.wanted else ', cancelled: S runs it again'} · {title}", "truth"
         self.show_title(
             app, ("sweep", "estimate"), f"{title} {pictures.scale(grid)}", f"{done} · {result.warning + ' · ' if result.warning else ''}{result.convention}"
         )

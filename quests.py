@@ -260,25 +260,21 @@ class Quests:
         panel.replace([head, *rows])
 
     def do_jobs(self) -> None:
-        jobs = list(self.link.jobs.values())
-        rows = [
-            [
-                (f" {j.slot:12}", BOLD),
-                (f"{type(j.request).__name__:12}", PLAIN),
-                (f" {j.progress.done}/{j.progress.total} {j.progress.text}", DIM),
-            ]
-            for j in jobs
-        ]
+        jobs: list = []
+
+        def rows() -> list[Spans]:
+            jobs[:] = self.link.jobs.values()
+            lines = [(j.slot, type(j.request).__name__, f" {j.progress.done}/{j.progress.total} {j.progress.text} {j.left}".rstrip()) for j in jobs]
+            return [[(f" {slot:12}", BOLD), (f"{kind:12}", PLAIN), (text, DIM)] for slot, kind, text in lines] or [[(" no jobs are running", DIM)]]
 
         def cancel(at: int) -> None:
-            if jobs:
-                self.link.cancel(jobs[at].id)
-                panel.rows.pop(at)
-                jobs.pop(at)
-                panel.replace(panel.rows or [[(" no jobs", DIM)]])
+            if at < len(jobs):
+                self.cancel(jobs[at])
+                panel.replace(rows())
 
-        panel = Panel("jobs", rows or [[(" no jobs are running", DIM)]], "x cancels · esc closes", bool(rows), {"x": cancel})
+        panel = Panel("jobs", rows(), "x cancels · esc closes", bool(jobs), {"x": cancel})
         self.open(panel)
+        panel.set_interval(1, lambda: panel.replace(rows()))
 
     def do_write(self) -> None:
         path = self.session.path
@@ -315,10 +311,17 @@ class Quests:
     def do_suspend(self) -> None:
         self.action_suspend_process()
 
+    def cancel(self, job) -> None:
+        """A sweep that was cancelled does not start again by itself; what it found stays."""
+        self.link.cancel(job.id)
+        if job.request in self.started:
+            self.started.discard(job.request)
+            self.refresh_wants()
+
     def do_interrupt(self) -> None:
         jobs = [j for j in self.link.jobs.values() if j.slot != "load"]
         for job in jobs:
-            self.link.cancel(job.id)
+            self.cancel(job)
         self.say(f"cancelled {len(jobs)} jobs" if jobs else "nothing is running; q quits")
 
     def do_quit(self) -> None:

@@ -203,7 +203,7 @@ class Loupe(Deeds, Quests, App):
             self.busy = p.text or "loading…"
             self.draw_top()
         elif p.total > 1 and time.monotonic() - job.started > 0.4:
-            self.say(f"{p.text or job.slot} {p.done}/{p.total}", DIM)
+            self.say(f"{p.text or job.slot} {p.done}/{p.total}{'' if 'left' in p.text else f' {job.left}'.rstrip()}", DIM)
             self.progress_of = job.slot
 
     @work(group="load", exclusive=True)
@@ -287,6 +287,10 @@ class Loupe(Deeds, Quests, App):
     @property
     def asking(self) -> dict[str, object]:
         return {j.slot: j.request for j in self.link.jobs.values()}
+
+    def left(self, slot: str) -> str:
+        """Time left of what a slot asks for, in words."""
+        return next((f", {j.left}" for j in self.link.jobs.values() if j.slot == slot and j.left), "")
 
     def cancel_group(self, slot: str) -> None:
         for job in [j for j in self.link.jobs.values() if j.slot == slot]:

@@ -1,14 +1,20 @@
 """What goes to the terminal: idle nothing, a cursor move at most 1.2 KB, a pane switch at most 8 KB at 120×36 in 256 colours, a full screen at most 35 KB."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 from textual.geometry import Size
 from textual.strip import Strip
 from rich.segment import Segment
 from rich.style import Style
-from ui import Wire, make_app, press
+from ui import LocalLink, Wire, make_app, over_the_wire, press
 
+from messages import Sweep, read_prompt_set
 from tight import Difference, TightCompositor, cells_of, changes
 from tui import first_state
+from utils import ROOT
 
 MOVES = {"1": "hhlkjk", "0": "hhl", "2": "hlkj", "3": "hlh", "4": "hljk"}
 
@@ -45,6 +51,49 @@ async def test_byte_budgets(engines, tmp_path, monkeypatch, size):
         app.screen.forget()
         assert 1_000 < await cost(app, pilot) <= 35_000, "a full screen"
         assert await cost(app, pilot) == 0
+
+
+class Slow(LocalLink):
+    """Delivers a sweep in thirty parts a tenth of a second apart by the clock it moves, and takes down what each cost on the terminal."""
+
+    def __init__(self, engine):
+        super().__init__(engine)
+        self.clock, self.costs, self.pilot = 1000.0, [], None
+
+    async def ask(self, slot, request, priority=1, on_partial=None):
+        if not isinstance(request, Sweep):
+            return await super().ask(slot, request, priority, on_partial)
+        whole = over_the_wire(self.engine.run(over_the_wire(request)))
+        cells = np.random.default_rng(0).permutation(np.argwhere(np.isfinite(whole.values)))
+        Wire.take()
+        for done in range(0, len(cells), max(1, len(cells) // 30)):
+            hide = np.full(whole.values.shape, np.nan)
+            hide[tuple(cells[:done].T)] = 0
+            self.clock += 0.1
+            on_partial(replace(whole, values=whole.values + hide, normalised=whole.normalised + hide, done=done))
+            for _ in range(3):
+                await self.pilot.pause()
+            self.costs.append(Wire.take())
+        return whole
+
+
+@pytest.mark.parametrize("size", [(120, 36), (200, 50)])
+async def test_a_filling_heat_map(engines, tmp_path, monkeypatch, size):
+    """At most 10 KB a second, and something new is drawn."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("COLORTERM", raising=False)
+    link = Slow(engines["zoo"])
+    monkeypatch.setattr("tui.time", SimpleNamespace(monotonic=lambda: link.clock))
+    prompts = read_prompt_set(ROOT / "zoo" / "prompts" / "ioi_abba.jsonl")[:4]
+    state = replace(first_state({}), prompt=prompts[0], prompt_set=prompts)
+    state = replace(state, views={**state.views, "patching.kind": "z_pos", "patching.over": "set"})
+    app = make_app(link, tmp_path, state, driver_class=Wire)
+    async with app.run_test(size=size, headless=False) as pilot:
+        link.pilot = pilot
+        await press(app, pilot)
+        await press(app, pilot, "4", "S")
+        assert len(link.costs) >= 30 and sum(c > 0 for c in link.costs) > 3
+        assert max(sum(link.costs[i : i + 10]) for i in range(len(link.costs))) <= 10_000, link.costs
 
 
 def test_the_difference_restores_the_screen():

@@ -1,10 +1,13 @@
 """Attribution, weights, and the further views of lens and attention, on the screen, against the engine's own answers."""
 
+import asyncio
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from ui import make_app, press, shown
+from ui import LocalLink, Superseded, make_app, press, shown
+
+from link import Job
 
 from messages import Attribution, AttributionSet, Composition, Detect, HeadWeights, Run, Study, Sweep, parse_intervention
 from tui import first_state
@@ -165,3 +168,40 @@ async def test_patching_says_what_is_missing(zoo, tmp_path):
         assert "no corrupted prompt" in shown(app)
         await press(app, pilot, "b", "R", "S")
         assert "no prompt set is open" in shown(app)
+
+
+class Waiting(LocalLink):
+    """A link on which a sweep shows a part and then goes on until it is cancelled."""
+
+    async def ask(self, slot, request, priority=1, on_partial=None):
+        if not isinstance(request, Sweep):
+            return await super().ask(slot, request, priority, on_partial)
+        self.asked.append((slot, request))
+        whole = self.engine.run(request)
+        job = self.jobs[len(self.asked)] = Job(len(self.asked), slot, request, asyncio.get_running_loop().create_future(), None)
+        on_partial(replace(whole, done=3))
+        return await job.future
+
+    def cancel(self, ident):
+        self.jobs.pop(ident).future.set_exception(Superseded())
+
+
+async def test_a_cancelled_sweep_stays_cancelled(zoo, tmp_path):
+    link = Waiting(zoo)
+    app = make_app(link, tmp_path, first_state({}))
+    async with app.run_test(size=(160, 45)) as pilot:
+        await press(app, pilot)
+        await press(app, pilot, "4")
+        await pilot.press("S")
+        await pilot.pause()
+        await pilot.press("J")
+        await pilot.pause()
+        assert "Sweep" in shown(app)
+        await press(app, pilot, "x", "escape")
+        assert not link.jobs and "truth 3/16, cancelled: S runs it again ·" in shown(app)
+        await press(app, pilot, "l", "j")
+        assert sum(isinstance(r, Sweep) for _, r in link.asked) == 1
+        await pilot.press("S")
+        await pilot.pause()
+        assert sum(isinstance(r, Sweep) for _, r in link.asked) == 2
+        await press(app, pilot, "ctrl+c")

@@ -95,6 +95,7 @@ TABLE = (
     Action("palette", ":", "palette", "Command palette", "Loupe"),
     Action("help", "?", "help", "Keys: filter and run", "Loupe"),
     Action("copy", "y", "copy", "Copy or export: text, TSV, SVG, Python script, address", "Loupe"),
+    Action("convention", "=", "convention", "This pane's title and convention in full", "Loupe"),
     Action("honesty", "D", "honesty", "The identities, checked on this model and prompt", "Loupe"),
     Action("models", "M", "model", "Load another model", "Loupe"),
     Action("jobs", "J", "jobs", "Running jobs; x cancels one", "Loupe"),

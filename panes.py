@@ -119,6 +119,7 @@ class Pane(Vertical, can_focus=True):
     def show_title(self, app: "Loupe", slots: tuple[str, ...], title: str, note: str) -> None:
         late = app.late(slots)
         focused = app.pane == self.key
+        self.said = (f"{late}{title}", note)
         self.title_line.show([[(f" {self.number} {self.label} ", FOCUS if focused else HEAD), (f" {late}{title}", BOLD), (f"  {note}", DIM)]])
 
     def as_text(self) -> str:

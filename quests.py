@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -275,6 +276,14 @@ class Quests:
         panel = Panel("jobs", rows(), "x cancels · esc closes", bool(jobs), {"x": cancel})
         self.open(panel)
         panel.set_interval(1, lambda: panel.replace(rows()))
+
+    def do_convention(self) -> None:
+        """What the title line says, where it may be cut, and the lines below the picture."""
+        pane, width = self.panes[self.pane], max(20, self.size.width - 6)
+        title, note = getattr(pane, "said", ("", ""))
+        lines = [(line, BOLD) for line in textwrap.wrap(title, width)] + [(line, PLAIN) for line in textwrap.wrap(note, width)]
+        lines += [(line, DIM) for row in pane.info_line.text().splitlines() for line in textwrap.wrap(row, width)]
+        self.open(Panel(f"{pane.number} {pane.label}", [[(f" {text}", style)] for text, style in lines] or [[(" nothing is shown", DIM)]], "esc"))
 
     def do_write(self) -> None:
         path = self.session.path

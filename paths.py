@@ -1,0 +1,367 @@
+"""
+Path patching: a sender's value from the other run, carried along chosen paths only; and the edge machine, which runs the model with some edges cut.
+
+1. `changes`: what the residual stream gains when a sender has its value in the other run.
+2. `deliver`: the base run in which each receiver reads the stream plus what its senders changed, everything else computed again; the metric.
+3. `through_mlps`: the other convention: first what receivers get when all other heads stay as they are and MLPs are computed again.
+Sender sets are the batch; the base run and its keys and values are kept (resume.py).
+"""
+
+from collections.abc import Generator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch as t
+from torch import Tensor
+
+from messages import Node, Progress, Sweep, SweepResult, UserError, parse_node
+from model import Edit, Model
+from patching import find_position
+from resume import PIECE, Base, Recorded, Spot
+from sweeps import Board, Layout, bases, make_spot, read_plan
+from wiring import CONVENTIONS, LOGITS, PathPatch
+
+PARTS = ("q", "k", "v")
+
+
+@dataclass(frozen=True)
+class Path:
+    """A cell: senders together, to receivers together (None: the logits)."""
+
+    cell: int
+    senders: tuple[Node, ...]
+    receivers: tuple[Node | None, ...]
+
+
+# ------------------------------------------------------------------ senders and receivers
+
+
+def read_sender(model: Model, address: str, row) -> Node:
+    node = parse_node(address)
+    if node.site not in ("embed", "mlp") and not (node.site == "head" and node.part == "z"):
+        raise UserError(f"{address} does not send: a sender is a head such as L0H1, an MLP such as L3.mlp, or embed")
+    return placed(model, node, row)
+
+
+def read_receiver(model: Model, address: str, row) -> Node | None:
+    if address.strip() == LOGITS:
+        return None
+    node = parse_node(address)
+    if node.site != "mlp" and not (node.site == "head" and node.part in PARTS):
+        raise UserError(f"{address} does not receive: a receiver is L2H3.q, .k or .v, L3.mlp or logits")
+    return placed(model, node, row)
+
+
+def placed(model: Model, node: Node, row) -> Node:
+    """The node, which has to be in the model, with its position as an index."""
+    if node.site != "embed":
+        make_spot(model, node)
+    return node if node.pos is None else replace(node, pos=find_position(node.pos, row, "the prompt"))
+
+
+def reaches(model: Model, sender: Node, receiver: Node | None) -> bool:
+    """Whether there is an edge: the receiver reads the stream after the sender wrote to it, at a position it can see."""
+    if receiver is None or sender.site == "embed":
+        return True
+    if receiver.site == "mlp" and sender.site == "head" and not model.parallel:
+        after = sender.layer <= receiver.layer
+    else:
+        after = sender.layer < receiver.layer
+    return after and (sender.pos is None or receiver.pos is None or sender.pos == receiver.pos)
+
+
+def every_sender(model: Model) -> list[list[Node]]:
+    """Rows of a table: embed, then every layer's heads and its MLP."""
+    i = model.info
+    mlps = [hasattr(b, "mlp") and f"blocks.{n}.hook_mlp_out" in model.points for n, b in enumerate(model.bridge.blocks)]
+    return [[Node("embed")], *([Node("head", n, h) for h in range(i.n_heads)] + [Node("mlp", n)] * mlps[n] for n in range(i.n_layers))]
+
+
+def lay_out(model: Model, ask: PathPatch, row) -> tuple[Layout, dict[tuple[int, int], Path]]:
+    """The table's labels and addresses, and the path of every cell that has one."""
+    i, seq = model.info, len(row.ids)
+    senders = [read_sender(model, a, row) for a in ask.senders]
+    receivers = tuple(read_receiver(model, a, row) for a in ask.receivers)
+    heads = [f"H{h}" for h in range(i.n_heads)]
+    if ask.each == "sender":
+        if not receivers:
+            raise UserError("path patching needs a receiver: L2H3.q, L3.mlp or logits")
+        table = every_sender(model)
+        if ask.by_pos:
+            flat = senders or [n for line in table for n in line]
+            rows, cols = [str(n) for n in flat], [str(p) for p in range(seq)]
+            grid = [[replace(n, pos=p) for p in range(seq)] for n in flat]
+        else:
+            rows, cols, grid = ["embed", *(f"L{n}" for n in range(i.n_layers))], [*heads, "MLP"], table
+        wanted = {(n.site, n.layer, n.head): n for n in senders}
+        cells = {}
+        for r, line in enumerate(grid):
+            for c, node in enumerate(line):
+                here = wanted.get((node.site, node.layer, node.head), None if wanted else node)
+                if here is not None and any(reaches(model, here if not ask.by_pos else node, x) for x in receivers):
+                    cells[r, c] = ((node if ask.by_pos else here,), receivers)
+        addresses = [str(line[min(c, len(line) - 1)]) for line in grid for c in range(len(cols))]
+    else:
+        if not senders:
+            raise UserError("paths to each receiver need a sender: L0H1, L3.mlp or embed")
+        cols = [f"{h}.{p}" for h in heads for p in PARTS] + ["MLP"]
+        rows = [*(f"L{n}" for n in range(i.n_layers)), LOGITS]
+        pos = ask.receivers and parse_node(ask.receivers[0]).pos if ask.receivers and ask.receivers[0] != LOGITS else None
+        line = lambda n: [Node("head", n, h, p, pos=pos) for h in range(i.n_heads) for p in PARTS] + [Node("mlp", n, pos=pos)]  # noqa: E731
+        grid = [*(line(n) for n in range(i.n_layers)), [None]]
+        cells = {(r, c): (tuple(senders), (x,)) for r, some in enumerate(grid) for c, x in enumerate(some) if any(reaches(model, s, x) for s in senders)}
+        addresses = [str(some[min(c, len(some) - 1)] or Node("resid_post", i.n_layers - 1)) for some in grid for c in range(len(cols))]
+    if not cells:
+        raise UserError("there is no such path: a receiver has to come after its sender")
+    paths = {rc: Path(rc[0] * len(cols) + rc[1], *ends) for rc, ends in cells.items()}
+    return Layout(tuple(rows), tuple(cols), {rc: tuple(Spot(n, "") for n in p.senders) for rc, p in paths.items()}, tuple(addresses)), paths
+
+
+# ------------------------------------------------------------------ what senders change, and where it goes
+
+
+@t.no_grad()
+def changes(base: Base, nodes: list[Node]) -> dict[Node, Tensor]:
+    """What the stream gains [prompt, seq, d_model] when each node has its value in the other run; a norm after attention is computed again."""
+    out, start = {}, base.shared
+    for node in nodes:
+        if node.site == "embed":
+            x = base.source["embed"] - base.resid[0]
+        elif node.site == "mlp":
+            x = base.source[node.layer, "mlp", "z"] - base.acts[f"blocks.{node.layer}.hook_mlp_out"]
+        else:
+            block, name = base.model.bridge.blocks[node.layer], f"blocks.{node.layer}.attn.hook_z"
+            z, own = base.source[node.layer, "head", "z"], base.acts[name]
+            alone = t.zeros_like(own)
+            alone[:, :, node.head] = z[:, :, node.head]
+            if hasattr(block, "ln1_post"):
+                alone = own.clone()
+                alone[:, :, node.head] = z[:, :, node.head]
+                x = block.ln1_post(block.attn.o(alone.flatten(2))) - block.ln1_post(block.attn.o(own.flatten(2)))
+            else:
+                alone[:, :, node.head] -= own[:, :, node.head]
+                x = block.attn.o(alone.flatten(2)) - block.attn.o(t.zeros_like(alone[:1, :1]).flatten(2))
+        if node.pos is not None:
+            here = t.zeros_like(x)
+            here[:, node.pos] = x[:, node.pos]
+            x = here
+        out[node] = x[:, start:]
+    return out
+
+
+def stage(model: Model, node: Node) -> float:
+    """When a node writes: embed before block 0, a head in the middle of its block (at its end where attention and MLP are parallel), an MLP at its end."""
+    return 0.0 if node.site == "embed" else node.layer + (0.5 if node.site == "head" and not model.parallel else 1.0)
+
+
+def gain(model: Model, change: dict[Node, Tensor], senders: tuple[Node, ...], after: float, before: float) -> Tensor:
+    """What a set of senders has added to the stream between two stages."""
+    zero = t.zeros_like(next(iter(change.values())))
+    return sum((change[x] for x in senders if after <= stage(model, x) < before), zero)
+
+
+def hook_of(receiver: Node) -> str:
+    """Where a receiver's value is read and written: the head's queries, keys or values; of an MLP its output, which is a function of its input."""
+    return f"blocks.{receiver.layer}.attn.hook_{receiver.part}" if receiver.site == "head" else f"blocks.{receiver.layer}.hook_mlp_out"
+
+
+def read(base: Base, layer: int, x: Tensor, names: set[str], edits: list[Edit], whole: bool) -> tuple[dict[str, Tensor], Tensor | None]:
+    """A block on rows of the stream [set x prompt, seq, d_model]: what passes the named hook points [set, prompt, ...]; only as far as attention's output unless `whole`."""
+    got: dict[str, Tensor] = {}
+
+    def stop(y: Tensor) -> None:
+        raise Recorded
+
+    catch = [(name, partial(got.__setitem__, name)) for name in names]
+    out = None
+    with suppress(Recorded):
+        out = base.step(layer, x, base.shared, [*edits, *catch, *([] if whole else [(f"blocks.{layer}.hook_attn_out", stop)])])
+    return {name: y.detach().view(-1, len(base.ids), *y.shape[1:]) for name, y in got.items()}, out
+
+
+@t.no_grad()
+def through_mlps(base: Base, sets: list[tuple[Node, ...]], change: dict[Node, Tensor], wanted: set[Node | None]) -> Generator[None, None, dict]:
+    """
+    Receivers' values by (sender set, receiver) when every other head stays as in the base run and MLPs are computed again: q, k, v
+    [prompt, seq from shared, heads, d_head], an MLP's output [prompt, seq, d_model], and of the logits the final stream's change.
+    """
+    model, start = base.model, base.shared
+    last = base.n if None in wanted else max(r.layer for r in wanted if r is not None) + 1
+    first = int(min(stage(model, x) for s in sets for x in s))
+    moved = t.stack([gain(model, change, s, -1, first + 0.25) for s in sets])  # the stream's change before a block [set, prompt, seq, d_model]
+    found: dict = {}
+    for layer in range(first, last):
+        here = [r for r in wanted if r is not None and r.layer == layer]
+        half = t.stack([gain(model, change, s, layer + 0.25, layer + 0.75) for s in sets])
+        end = t.stack([gain(model, change, s, layer + 0.75, layer + 1.25) for s in sets])
+        out, mlp = f"blocks.{layer}.hook_attn_out", f"blocks.{layer}.hook_mlp_out"
+        own, frozen = base.resid[layer][:, start : base.stop], base.acts[out][:, start : base.stop]
+        hold = (out, lambda x, y=frozen + half: y.reshape(x.shape))
+        got, _ = read(base, layer, (own + moved).flatten(0, 1), {hook_of(r) for r in here} | ({mlp} & set(base.acts)), [hold], True)
+        yield
+        found |= {(s, r): got[hook_of(r)][i] for r in here for i, s in enumerate(sets)}
+        moved = moved + half + end + (got[mlp] - base.acts[mlp][:, start : base.stop] if mlp in got else 0)
+    if None in wanted:
+        found |= {(s, None): moved[i] for i, s in enumerate(sets)}
+    return found
+
+
+@t.no_grad()
+def deliver(base: Base, paths: list[Path], change: dict[Node, Tensor], found: dict | None) -> Generator[None, None, np.ndarray]:
+    """
+    The metric [path, prompt] of the base run in which each receiver reads the stream plus what its senders changed (`found` None), or has the value
+    that was found for it; everything else is computed again.
+    """
+    model, b, start = base.model, len(base.ids), base.shared
+    usable = [[r for r in p.receivers if any(reaches(model, s, r) for s in p.senders)] for p in paths]
+    layers = [min((r.layer for r in some if r is not None), default=base.n) for some in usable]
+    order = sorted(range(len(paths)), key=lambda i: layers[i])
+    rows: list[int] = []
+    x = None
+    for layer in range(layers[order[0]], base.n):
+        new = [i for i in order[len(rows) :] if layers[i] == layer]
+        if new:
+            own = base.resid[layer][:, start : base.stop]
+            joined = own.expand(len(new), *own.shape).clone().flatten(0, 1)
+            x, rows = joined if x is None else t.cat([x, joined]), rows + new
+        if x is None:
+            continue
+        ends = [(k, r, paths[i].senders) for k, i in enumerate(rows) for r in usable[i] if r is not None and r.layer == layer]
+        ends = [(k, r, s) for k, r, s in ends if r.pos is None or start <= r.pos < base.stop]
+        writes: dict[str, list] = {}
+        if found is not None:
+            for k, r, s in ends:
+                writes.setdefault(hook_of(r), []).append((k, r, found[s, r]))
+        else:
+            some = [(k, r, s) for k, r, s in ends if r.site == "head" or model.parallel]
+            inputs = list(dict.fromkeys((k, s) for k, _, s in some))
+            if inputs:
+                view = x.view(-1, *x.shape[1:]).view(len(rows), b, *x.shape[1:])
+                shifted = t.stack([view[k] + gain(model, change, s, -1, layer + 0.25) for k, s in inputs]).flatten(0, 1)
+                got, _ = read(base, layer, shifted, {hook_of(r) for _, r, _ in some}, [], any(r.site == "mlp" for _, r, _ in some))
+                for k, r, s in some:
+                    writes.setdefault(hook_of(r), []).append((k, r, got[hook_of(r)][inputs.index((k, s))]))
+                yield
+        edits = [(name, partial(write, mine, b, base)) for name, mine in writes.items()]
+        extra = None
+        if found is None and not model.parallel and any(r.site == "mlp" for _, r, _ in ends):  # the MLP reads more than the stream keeps
+            extra = t.zeros(len(rows), *next(iter(change.values())).shape).to(x)
+            for k, r, s in ends:
+                if r.site == "mlp":
+                    pos = slice(None) if r.pos is None else slice(r.pos - start, r.pos - start + 1)
+                    extra[k, :, pos] = gain(model, change, s, -1, layer + 0.75)[:, pos]
+            extra = extra.flatten(0, 1)
+            edits.append((f"blocks.{layer}.hook_attn_out", lambda y, extra=extra: y + extra.to(y)))
+            edits.append((f"blocks.{layer}.hook_mlp_out", lambda y: None))  # all its rows are wanted
+        x = base.step(layer, x, start, edits)
+        x = x if extra is None else x - extra
+        yield
+    out, plain = np.empty((len(paths), b)), [i for i in order if i not in set(rows)]
+    own = base.resid[base.n][:, start : base.stop]
+    ends = own.expand(len(plain), *own.shape).clone()
+    x = ends if x is None else t.cat([x.view(len(rows), b, *x.shape[1:]), ends])
+    for k, i in enumerate([*rows, *plain]):
+        if None in usable[i]:
+            x[k] += gain(model, change, paths[i].senders, -1, base.n + 1) if found is None else found[paths[i].senders, None]
+    out[[*rows, *plain]] = base.score.of(x.flatten(0, 1), start)
+    return out
+
+
+def write(mine: list[tuple[int, Node, Tensor]], b: int, base: Base, x: Tensor) -> Tensor:
+    """A hook point's tensor with the rows of some receivers replaced."""
+    x = x.clone(memory_format=t.contiguous_format)
+    y = x.view(-1, b, *x.shape[1:])
+    for k, r, value in mine:
+        pos = slice(None) if r.pos is None else slice(r.pos - base.shared, r.pos - base.shared + 1)
+        head = () if r.site == "mlp" else (r.head // base.per_kv if r.part in ("k", "v") else r.head,)
+        y[(k, slice(None), pos, *head)] = value[(slice(None), pos, *head)].to(y)
+    return x
+
+
+# ------------------------------------------------------------------ path patching
+
+
+def path_patch(model: Model, ask: PathPatch) -> Generator[Progress | SweepResult, None, SweepResult]:
+    """The metric under each path of the table, as a SweepResult of kind "path". Wang et al. 2211.00593; Goldowsky-Dill et al. 2304.05969."""
+    if ask.convention not in CONVENTIONS:
+        raise UserError(f"{ask.convention!r} is not a convention of path patching: use direct or mlps")
+    if ask.each not in ("sender", "receiver"):
+        raise UserError("one cell is one sender or one receiver: each is sender or receiver")
+    if ask.study.metric.kind == "loss":
+        raise UserError("path patching reads one position, and loss has none: use another metric")
+    plan = read_plan(model, Sweep(ask.study, "nodes", "patch", ask.direction, over_set=ask.over_set, chunk_mb=ask.chunk_mb))
+    row = plan.runs[0].row(plan.side)
+    layout, paths = lay_out(model, ask, row)
+    values = plan.layout  # the nodes whose values in the other run are needed
+    plan.layout = replace(values, cells={rc: spots for rc, spots in values.cells.items() if needed(spots[0].node, paths)})
+    names = [f"blocks.{n}.hook_{s}_out" for n in range(model.info.n_layers) for s in ("attn", "mlp") if f"blocks.{n}.hook_{s}_out" in model.points]
+    embed = "blocks.0.hook_resid_pre"
+    board = None
+    for part in bases(plan, (*names, embed)):
+        if isinstance(part, Progress):
+            yield part
+            continue
+        members, base, sides = part
+        if base.reason:
+            raise UserError(f"path patching runs the model block by block, and {base.reason}")
+        runs = [plan.runs[i] for i in members]
+        other = base.beside.get(embed)
+        base.source["embed"] = model.forward(t.tensor([r.row(plan.other).ids for r in runs]), [embed])[1][embed] if other is None else other
+        if board is None:
+            board = Board(replace(plan, layout=layout))
+        board.begin(members, base, sides)
+        cells = {p.cell: p for p in paths.values()}
+        waiting = [cells[v.cell] for v in board.waiting]
+        change = changes(base, list(dict.fromkeys(s for p in waiting for s in p.senders)))
+        change = {k: v[:, : base.stop - base.shared] for k, v in change.items()}
+        size = at_once(base)
+        for a in range(0, len(waiting), size):
+            some = waiting[a : a + size]
+            found = None
+            if ask.convention == "mlps":
+                wave = through_mlps(base, list(dict.fromkeys(p.senders for p in some)), change, {r for p in some for r in p.receivers})
+                found = yield from told(wave, board)
+            board.fill(some, (yield from told(deliver(base, some, change, found), board)))
+            base.at_once = max(base.at_once, len(some))
+            if board.done < board.total:
+                yield labelled(board.result(False), ask, model)
+    return labelled(board.result(True), ask, model)
+
+
+def told(wave: Generator, board: Board) -> Generator[Progress, None, object]:
+    """A wave's result; its pauses as progress."""
+    while True:
+        try:
+            next(wave)
+        except StopIteration as stop:
+            return stop.value
+        yield Progress(board.done, board.total, f"paths: {board.done} of {board.total}")
+
+
+def at_once(base: Base) -> int:
+    """Paths in one batch: what the limit of bytes holds, and on a CPU what a block does in about a tenth of a second."""
+    i, length = base.model.info, base.stop - base.shared
+    work = 2 * i.d_model * (4 * i.d_model + 3 * i.d_mlp) * length * len(base.ids)
+    fast = int(2 * PIECE * t.get_num_threads() / work) if base.model.device.type == "cpu" else 10**6
+    return max(1, min(base.room(length) // 2, fast))
+
+
+def needed(node: Node, paths: dict) -> bool:
+    return any((s.site, s.layer, s.head) == (node.site, node.layer, node.head) for p in paths.values() for s in p.senders)
+
+
+def labelled(result: SweepResult, ask: PathPatch, model: Model) -> SweepResult:
+    """The same as a result of path patching, with its convention."""
+    way = "noise: clean run, the path carries the corrupted value" if ask.direction == "noise" else "denoise: corrupted run, the path carries the clean value"
+    ends = f"{', '.join(ask.senders) or 'every node'} → {', '.join(ask.receivers) or 'every receiver'}"
+    words = [f"path patching {ends}", way, CONVENTIONS[ask.convention]]
+    if model.info.n_kv_heads < model.info.n_heads:
+        words.append("k and v are shared by a group of heads")
+    if any(hasattr(b, "ln1_post") for b in model.bridge.blocks):
+        words.append("a sender's norm after attention is computed again")
+    words += [f"{ask.study.metric.kind}@{ask.study.metric.pos}", model.info.dtype]
+    if ask.study.interventions:
+        words.append(f"under {', '.join(map(str, ask.study.interventions))}")
+    return replace(result, kind="path", effect=ask.convention, convention="; ".join(words))

@@ -2,8 +2,10 @@
 
 import json
 import re
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -65,6 +67,7 @@ from messages import (
     Singular,
     SingularResult,
 )
+from sparse import TrainSae, TrainSaeResult
 from utils import settings, show_number, show_token
 
 GRAY, GREEN, CYAN, YELLOW, RED, PURPLE = (
@@ -188,6 +191,37 @@ class FitJacobianCommand(Options):
 
     def request(self) -> FitJacobian:
         return FitJacobian(self.text, self.out, self.prompts, self.length, self.skip, self.seed)
+
+
+@dataclass
+class TrainSaeCommand(Options):
+    """Train a small SAE through sae_lens. Interrupted, it leaves a checkpoint: go on with --resume."""
+
+    hook: str = TrainSae.hook
+    """L2.resid_pre, L2.resid_mid, L2.resid_post, L2.attn or L2.mlp"""
+    text: str = ""
+    """a text file; unset, the zoo's corpus"""
+    out: str = TrainSae.out
+    """a new folder, for cfg.json and sae_weights.safetensors"""
+    architecture: str = TrainSae.architecture
+    """topk, batchtopk, standard (l1) or jumprelu"""
+    features: int = TrainSae.features
+    k: int = TrainSae.k
+    """features active at once: exactly (topk), on average (batchtopk), or wanted (jumprelu)"""
+    l1: float = TrainSae.l1
+    """the sparsity coefficient of standard"""
+    tokens: int = TrainSae.tokens
+    """tokens to train on; a shorter text is repeated"""
+    batch: int = TrainSae.batch
+    length: int = TrainSae.length
+    """tokens of a row of text"""
+    lr: float = TrainSae.lr
+    seed: int = TrainSae.seed
+    resume: bool = False
+
+    def request(self) -> TrainSae:
+        how = (self.architecture, self.features, self.k, self.l1, self.tokens, self.batch, self.length, self.lr, self.seed, self.resume)
+        return TrainSae(self.hook, self.text, self.out, *how)
 
 
 @dataclass
@@ -358,6 +392,7 @@ COMMANDS = {
     "lens": LensCommand,
     "tune-lens": TuneLensCommand,
     "fit-jacobian": FitJacobianCommand,
+    "train-sae": TrainSaeCommand,
     "attention": AttentionCommand,
     "heads": HeadsCommand,
     "attribution": AttributionCommand,
@@ -429,6 +464,13 @@ def show_tuned(out: Console, r: TuneLensResult) -> None:
     for point, before, after in zip(r.points, r.before.tolist(), r.after.tolist()):
         rows.add_row(point, f"{before:.4f}", plain(f"{after:.4f}", GREEN if after < before else RED))
     out.print(rows)
+    out.print(plain(r.convention, GRAY))
+
+
+def show_trained(out: Console, r: TrainSaeResult) -> None:
+    out.print(plain(f"SAE in {r.folder}: {r.architecture}, {r.features} features at {r.hook}, {r.tokens} tokens, {r.seconds:.0f} s", PURPLE))
+    figures = {"explained variance": r.explained, "L0": r.l0, "dead": r.dead, "loss recovered": r.recovered, "loss": float(r.losses[-1])}
+    out.print(plain("  ".join(f"{name} {value:.4f}" for name, value in figures.items()), CYAN))
     out.print(plain(r.convention, GRAY))
 
 
@@ -613,6 +655,7 @@ SHOW: dict[type, Callable] = {
     RunResult: show_run,
     LensResult: show_lens,
     TuneLensResult: show_tuned,
+    TrainSaeResult: show_trained,
     FitJacobianResult: show_jacobian,
     AttentionResult: show_attention,
     AttentionSetResult: show_attention_set,
@@ -630,6 +673,28 @@ SHOW: dict[type, Callable] = {
 }
 
 
+@contextmanager
+def interruptible(show: Callable[[object], None]) -> Generator[Callable[[object], None]]:
+    """Ctrl-C ends a fit after the step it is at, so that its checkpoint is whole; a second one ends it at once."""
+    asked = []
+
+    def note(*_) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(True)
+
+    def between_steps(part: object) -> None:
+        show(part)
+        if asked:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield between_steps
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def main(args: list[str] | None = None) -> int:
     """0, or 1 when an identity is broken, or 2 for input that can't be used."""
     command = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="engine.py", description="Loupe without a screen.", args=args)
@@ -641,12 +706,19 @@ def main(args: list[str] | None = None) -> int:
         request = command.request()
         engine = Engine()
         info = engine.run(command.load(), show)
-        result = engine.run(request, show) if isinstance(request, TuneLens | FitJacobian) else engine.run(request)
+        if isinstance(request, TuneLens | FitJacobian | TrainSae):
+            with interruptible(show) as show_or_stop:
+                result = engine.run(request, show_or_stop)
+        else:
+            result = engine.run(request)
         if isinstance(result, IdentitiesResult):
             result = replace(result, rows=result.rows + published.rows(engine, info, show))
     except UserError as error:
         errors.print(plain(str(error), RED), soft_wrap=True)
         return 2
+    except KeyboardInterrupt:
+        errors.print(plain("interrupted", YELLOW))
+        return 130
     if command.json:
         sys.stdout.write(json.dumps(to_json(result), ensure_ascii=False, allow_nan=False) + "\n")
     else:

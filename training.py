@@ -1,0 +1,383 @@
+"""Sparse autoencoders trained here, through sae_lens's own trainer: any loaded model and text, with progress, cancel and resume."""
+
+import hashlib
+import itertools
+import json
+import os
+import tempfile
+import time
+from collections.abc import Generator
+from pathlib import Path
+
+import numpy as np
+import torch as t
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from messages import AddressError, Node, Progress, UserError, parse_node
+from model import TINY, Edit, Model, first_line, in_chunks, write_mid
+from patching import hook_name
+from sparse import TrainSae, TrainSaeResult
+from tuned import BROKEN, CHECKPOINT, corpus, save, unembed_hash, windows
+
+ARCHITECTURES = ("topk", "batchtopk", "standard", "jumprelu")
+POINTS = ("resid_pre", "resid_mid", "resid_post", "attn", "mlp")
+BUFFER = 256 << 20  # bytes of activations that are shuffled together
+LOGIT_BYTES = 32 << 20
+HELD_OUT_TOKENS = 100_000
+SAVE_EVERY = 10.0  # seconds, and never more than a twentieth of the time
+
+
+def read_hook(model: Model, text: str) -> tuple[Node, str]:
+    """A point where an SAE can be trained, as a node and as TransformerLens's name."""
+    try:
+        node = parse_node(text)
+    except AddressError as error:
+        raise UserError(f"{text!r} is not a hook point: write {', '.join(f'L2.{p}' for p in POINTS)}") from error
+    if node.site not in POINTS or node.pos is not None:
+        raise UserError(f"{text} is no point to train an SAE at: write {', '.join(f'L2.{p}' for p in POINTS)}, without a position")
+    return node, hook_name(model, node)
+
+
+def counted(model: Model, ids: Tensor) -> Tensor:
+    """True where an activation counts [batch, seq]: position 0 and BOS are outliers and are left out everywhere."""
+    mask = t.ones_like(ids, dtype=t.bool) if model.bos is None else ids != model.bos
+    mask[:, 0] = False
+    return mask
+
+
+def at_once(model: Model, length: int) -> int:
+    """Rows of one forward pass, so that it stays short on this device."""
+    tokens = 8192 if model.device.type != "cpu" else 1024 if model.info.n_params < TINY else 128
+    return max(1, tokens // length)
+
+
+def harvest(model: Model, hook: str, rows: Tensor) -> Generator[Progress | None, None, Tensor]:
+    """Activations [n, d_in] of the tokens of `rows` that count, in fp32."""
+    out, done = None, 0
+    n = int(counted(model, rows).sum())
+
+    def run(begin: int, end: int) -> Tensor:
+        x = model.forward(rows[begin:end], [hook])[1][hook]
+        return x[counted(model, rows[begin:end]).to(x.device)].float()
+
+    for x in in_chunks(len(rows), at_once(model, rows.shape[1]), run):
+        if isinstance(x, Progress):
+            yield x
+            continue
+        out = x.new_empty(n, x.shape[-1]) if out is None else out
+        out[done : done + len(x)] = x
+        done += len(x)
+        yield None
+    return out
+
+
+def batches(model: Model, hook: str, rows: Tensor, batch: int, seed: int, skip: int = 0) -> Generator[Progress | Tensor | None]:
+    """
+    Batches of activations [batch, d_in] without end, shuffled within a buffer of rows drawn at random; None while the buffer fills.
+    The order follows from the seed alone: `skip` goes on after so many batches. A text that fits the buffer is run once.
+    """
+    length = rows.shape[1]
+    size = max(BUFFER // (4 * model.info.d_model * length), 2 * batch // (length - 1) + 1)
+    whole = None
+    for epoch in itertools.count():
+        gen = t.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order, found = t.randperm(len(rows), generator=gen), 0
+        for begin in range(0, len(rows), size):
+            some = rows[order[begin : begin + size]] if size < len(rows) else rows
+            tokens = int(counted(model, some).sum())
+            shuffle = t.randperm(tokens, generator=gen)
+            found += tokens // batch
+            if skip >= tokens // batch:
+                skip -= tokens // batch
+                continue
+            acts = whole if whole is not None else (yield from harvest(model, hook, some))
+            whole = acts if size >= len(rows) else None
+            for i in range(skip, tokens // batch):
+                yield acts[shuffle[i * batch : (i + 1) * batch].to(acts.device)]
+            skip = 0
+        if not found:
+            raise UserError(f"the text has fewer than {batch} tokens to train on: give a longer one, or a smaller batch")
+
+
+# ------------------------------------------------------------------ measuring
+
+
+def splice(node: Node, name: str, mask: Tensor, fn) -> list[Edit]:
+    """Replace what passes the point, where `mask` [batch, seq] says so."""
+
+    def edit(x: Tensor) -> Tensor:
+        out, where = x.clone(), mask.to(x.device)
+        out[where] = fn(x[where]).to(x.dtype)
+        return out
+
+    return write_mid(node.layer, edit) if node.site == "resid_mid" else [(name, edit)]
+
+
+def measure(model: Model, sae, node: Node, name: str, rows: Tensor, mean: Tensor | None = None) -> Generator[Progress, None, dict]:
+    """
+    An SAE against its model on rows of token ids [n, length]: explained variance, L0, which features fire [d_sae], and the next-token losses (nats, of
+    predictions made at positions that count) of the model, with the SAE spliced in, with zeros and, given one, with the mean [d_in] there.
+    """
+    kinds = {
+        "loss": None,
+        "loss_spliced": lambda x: sae.decode(sae.encode(x.float())),
+        "loss_zero": t.zeros_like,
+        "loss_mean": None if mean is None else lambda x: mean.to(x).expand_as(x),
+    }
+    tokens = predictions = active = 0
+    fires, sums, losses = t.zeros(sae.cfg.d_sae), {"x": 0.0, "square": 0.0, "error": 0.0}, dict.fromkeys(kinds, 0.0)
+    size = max(1, min(at_once(model, rows.shape[1]), LOGIT_BYTES // (4 * rows.shape[1] * model.info.d_vocab)))
+    for begin in range(0, len(rows), size):
+        ids = rows[begin : begin + size]
+        mask = counted(model, ids)
+        predicts = mask[:, :-1]
+        for kind, fn in kinds.items():
+            if kind == "loss_mean" and mean is None:
+                continue
+            yield Progress(begin, len(rows), "SAE: held-out text")
+            edits = splice(node, name, mask, fn) if fn else ()
+            logits, got = model.forward(ids, () if fn else [name], edits, keep=0)
+            logp = logits[:, :-1][predicts.to(logits.device)].float().log_softmax(-1)
+            losses[kind] -= logp.gather(1, ids[:, 1:][predicts][:, None].to(logits.device)).double().sum().item()
+            if kind == "loss":
+                x = got[name][mask.to(got[name].device)].float().to(sae.device)
+                with t.no_grad():
+                    f = sae.encode(x)
+                    error = x - sae.decode(f)
+                sums["x"] = sums["x"] + x.double().sum(0)
+                sums["square"] += x.double().square().sum().item()
+                sums["error"] += error.double().square().sum().item()
+                active += int((f > 0).sum())
+                fires += (f > 0).sum(0).cpu()
+                tokens, predictions = tokens + len(x), predictions + int(predicts.sum())
+    losses = {k: v / predictions for k, v in losses.items() if k != "loss_mean" or mean is not None}
+    variance = sums["square"] - (sums["x"].square().sum() / tokens).item()
+    return {"explained": 1 - sums["error"] / variance, "l0": active / tokens, "density": fires / tokens, "tokens": tokens, **losses}
+
+
+def recovered(losses: dict, baseline: str = "loss_zero") -> float:
+    """(baseline - spliced) / (baseline - model); NaN where the baseline costs nothing."""
+    gap = losses[baseline] - losses["loss"]
+    return (losses[baseline] - losses["loss_spliced"]) / gap if abs(gap) > 1e-9 else float("nan")
+
+
+# ------------------------------------------------------------------ training
+
+
+def make_trainer(ask: TrainSae, d_in: int, device: str):
+    """sae_lens's trainer on a fresh SAE: warm-up over a twentieth of the steps, linear decay to 0 over the last fifth."""
+    from sae_lens import (
+        BatchTopKTrainingSAEConfig,
+        JumpReLUTrainingSAEConfig,
+        SAETrainer,
+        StandardTrainingSAEConfig,
+        TopKTrainingSAEConfig,
+        TrainingSAE,
+    )
+    from sae_lens.config import SAETrainerConfig
+
+    steps = ask.tokens // ask.batch
+    shared = {"d_in": d_in, "d_sae": ask.features, "device": device, "normalize_activations": "expected_average_only_in"}
+    match ask.architecture:
+        case "topk":
+            cfg = TopKTrainingSAEConfig(**shared, k=ask.k)
+        case "batchtopk":
+            cfg = BatchTopKTrainingSAEConfig(**shared, k=float(ask.k))
+        case "standard":
+            cfg = StandardTrainingSAEConfig(**shared, l1_coefficient=ask.l1, l1_warm_up_steps=steps // 20)
+        case "jumprelu":  # Gemma Scope 2's penalty, quadratic around a wanted L0
+            how = {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": float(ask.k), "l0_warm_up_steps": steps // 20}
+            cfg = JumpReLUTrainingSAEConfig(**shared, **how, jumprelu_ste_to_input=True)
+    with t.random.fork_rng():
+        t.manual_seed(ask.seed)
+        sae = TrainingSAE.from_dict(cfg.to_dict())
+    how = SAETrainerConfig(
+        total_training_samples=steps * ask.batch,
+        train_batch_size_samples=ask.batch,
+        lr=ask.lr,
+        lr_end=ask.lr,
+        lr_warm_up_steps=steps // 20,
+        lr_decay_steps=steps // 5,
+        dead_feature_window=min(1000, max(10, steps // 10)),
+        device=device,
+    )
+    return SAETrainer(cfg=how, sae=sae, data_provider=iter(()))
+
+
+COUNTERS = ("n_training_steps", "n_training_samples", "n_frac_active_samples")
+
+
+def keep(out: Path, recipe: str, trainer, losses: list[float], mean: Tensor) -> None:
+    """The whole state of training in one file."""
+    state = {f"sae.{k}": v for k, v in trainer.sae.state_dict().items()}
+    for i, p in enumerate(trainer.sae.parameters()):
+        state |= {f"{k}.{i}": v.detach() for k, v in trainer.optimizer.state[p].items()}
+    state |= {n: getattr(trainer, n) for n in ("act_freq_scores", "n_forward_passes_since_fired")}
+    state |= {"losses": t.tensor(losses, dtype=t.float64), "mean": mean}
+    facts = {n: getattr(trainer, n) for n in COUNTERS} | {"scale": trainer.activation_scaler.scaling_factor, "lr": trainer.lr_scheduler.state_dict()}
+    facts |= {"coefficients": {k: v.state_dict() for k, v in trainer.coefficient_schedulers.items()}}
+    save(out, CHECKPOINT, state, {"recipe": recipe, "facts": json.dumps(facts)})
+
+
+def restore(out: Path, recipe: str, trainer) -> tuple[list[float], Tensor]:
+    """The state that `keep` wrote, which must have been made with the same recipe; losses and mean [d_in]."""
+    file = out / CHECKPOINT
+    if not file.is_file():
+        raise UserError(f"nothing to resume: {out} has no {CHECKPOINT}. Start without --resume")
+    try:
+        with safe_open(file, "pt") as h:
+            notes, got = h.metadata(), {k: h.get_tensor(k) for k in h.keys()}
+        if notes["recipe"] != recipe:
+            raise UserError(f"the checkpoint in {out} was made with other settings ({notes['recipe']}): give the same, or another folder")
+        facts = json.loads(notes["facts"])
+        trainer.sae.load_state_dict({k[4:]: v for k, v in got.items() if k.startswith("sae.")})
+        for i, p in enumerate(trainer.sae.parameters()):
+            trainer.optimizer.state[p] = {n: got[f"{n}.{i}"] if n == "step" else got[f"{n}.{i}"].to(p.device) for n in ("step", "exp_avg", "exp_avg_sq")}
+        for n in ("act_freq_scores", "n_forward_passes_since_fired"):
+            setattr(trainer, n, got[n].to(trainer.sae.device))
+        for n in COUNTERS:
+            setattr(trainer, n, facts[n])
+        trainer.activation_scaler.scaling_factor = facts["scale"]
+        trainer.lr_scheduler.load_state_dict(facts["lr"])
+        for n, c in trainer.coefficient_schedulers.items():
+            c.load_state_dict(facts["coefficients"][n])
+        for group, rate in zip(trainer.optimizer.param_groups, trainer.lr_scheduler.get_last_lr()):
+            group["lr"] = rate
+        return got["losses"].tolist(), got["mean"]
+    except BROKEN as error:
+        raise UserError(f"{file} is truncated or not a checkpoint ({first_line(error)}): delete it and start without --resume") from error
+
+
+def check(ask: TrainSae, out: Path) -> None:
+    if ask.architecture not in ARCHITECTURES:
+        raise UserError(f"{ask.architecture!r} is not an architecture that is trained here: write {', '.join(ARCHITECTURES)}")
+    if not 2 <= ask.features <= 1 << 20:
+        raise UserError(f"{ask.features} features: write 2 to {1 << 20} (usual: 4 to 32 times the width of the point)")
+    if ask.architecture != "standard" and not 1 <= ask.k <= ask.features // 2:
+        raise UserError(f"k {ask.k} of {ask.features} features is not sparse: write 1 to {ask.features // 2}")
+    if ask.architecture == "standard" and not 0 < ask.l1 < float("inf"):
+        raise UserError("the l1 coefficient must be larger than 0")
+    if ask.batch < 2 or ask.tokens < ask.batch or not 0 < ask.lr < 1:
+        raise UserError("batch must be at least 2, tokens at least one batch, and the learning rate between 0 and 1")
+    if out.is_file():
+        raise UserError(f"{out} is a file: give a folder")
+    if not ask.resume and (out / CHECKPOINT).is_file():
+        raise UserError(f"{out} holds a checkpoint: go on with --resume, or give another folder")
+    if not ask.resume and out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty: give another folder")
+
+
+def train(model: Model, ask: TrainSae) -> Generator[Progress, None, TrainSaeResult]:
+    """Train an SAE on a text file. A tenth of the text is held out. A cancelled run leaves a checkpoint, and its resumed run is the same run."""
+    out = Path(ask.out).expanduser()
+    check(ask, out)
+    read_hook(model, ask.hook)
+    file = corpus(ask.text)
+    rows = windows(model, file, ask.length, ask.seed)
+    held = max(1, min(len(rows) // 10, HELD_OUT_TOKENS // ask.length))
+    if ask.batch > (most := int(counted(model, rows[held:]).sum())):
+        raise UserError(f"{file} has {most} tokens to train on, fewer than a batch of {ask.batch}: give a longer text, or a smaller batch")
+    return (yield from fit(model, ask, rows[held:], rows[:held], file.name))
+
+
+def fit(model: Model, ask: TrainSae, rows: Tensor, held: Tensor, text: str) -> Generator[Progress, None, TrainSaeResult]:
+    """The same on token ids [n, length]: `rows` to train on, `held` to measure on; `text` names them."""
+    start, out = time.time(), Path(ask.out).expanduser()
+    check(ask, out)
+    node, name = read_hook(model, ask.hook)
+    yield Progress(0, 0, "importing sae_lens")
+    from sae_lens import SAE
+
+    info, steps = model.info, ask.tokens // ask.batch
+    recipe = f"{ask.architecture}, {ask.features} features, {f'l1 {ask.l1:g}' if ask.architecture == 'standard' else f'k {ask.k}'}, {ask.tokens} tokens, "
+    recipe += f"batch {ask.batch}, length {rows.shape[1]}, lr {ask.lr:g}, seed {ask.seed}, {name}"
+    text_hash = hashlib.sha256(rows.numpy().tobytes() + held.numpy().tobytes()).hexdigest()[:16]
+    full_recipe = f"{recipe}, text {text_hash}, model {unembed_hash(model)[:16]}"
+    trainer, losses, mean, said, due = None, [], None, "starting", start + SAVE_EVERY
+    try:
+        if ask.resume:
+            trainer = make_trainer(ask, info.d_model, str(model.device))
+            losses, mean = restore(out, full_recipe, trainer)
+        for batch in batches(model, name, rows, ask.batch, ask.seed, len(losses)):
+            yield Progress(len(losses), steps, f"SAE: {said if batch is not None else f'activations, {said}'}")
+            if not isinstance(batch, Tensor):
+                continue
+            if trainer is None:
+                trainer = make_trainer(ask, info.d_model, str(model.device))
+                mean = batch.mean(0)
+                trainer.activation_scaler.scaling_factor = info.d_model**0.5 / batch.norm(dim=1).mean().item()
+                trainer.sae.b_dec.data = (mean * trainer.activation_scaler.scaling_factor).to(trainer.sae.device)
+            if len(losses) >= steps:
+                break
+            step = trainer.step(batch)
+            trainer.n_training_steps += 1
+            losses.append(step.loss.item())
+            if not np.isfinite(losses[-1]):
+                raise UserError("the SAE's loss is not finite: load the model in float32 or lower the learning rate")
+            with t.no_grad():
+                unexplained = ((step.sae_out - step.sae_in).square().sum() / (step.sae_in - step.sae_in.mean(0)).square().sum()).item()
+                l0 = (step.feature_acts > 0).sum(-1).float().mean().item()
+            said = f"loss {losses[-1]:.3f}, L0 {l0:.1f}, FVU {unexplained:.3f}"
+            if time.time() > due:
+                begun = time.time()
+                keep(out, full_recipe, trainer, losses, mean)
+                due = time.time() + max(SAVE_EVERY, 20 * (time.time() - begun))
+    except GeneratorExit:
+        if losses:
+            keep(out, full_recipe, trainer, losses, mean)
+        raise
+    keep(out, full_recipe, trainer, losses, mean)
+    trainer.sae.fold_activation_norm_scaling_factor(trainer.activation_scaler.scaling_factor)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer.sae.save_inference_model(folder)
+        sae = SAE.load_from_disk(folder, device=str(model.device))
+    got = yield from measure(model, sae, node, name, held, mean)
+    silent = (got["density"] == 0) & trainer.dead_neurons.cpu()
+    dead = silent.float().mean().item()
+    figures = {k: round(v, 6) for k, v in got.items() if k.startswith("loss")}
+    shares = {"loss_recovered": recovered(got), "loss_recovered_mean": recovered(got, "loss_mean")}
+    facts = {
+        "model_name": info.name,
+        "hook_name": name,
+        "context_size": rows.shape[1],
+        "prepend_bos": bool(info.default_bos),
+        "exclude_special_tokens": [] if model.bos is None else [model.bos],
+        "dataset_path": text,
+        "unembed_hash": unembed_hash(model),
+        "recipe": recipe,
+        "l0": round(got["l0"], 4),
+        "explained_variance": round(got["explained"], 6),
+        **{k: round(v, 6) if np.isfinite(v) else None for k, v in shares.items()},
+        "dead_fraction": round(dead, 6),
+        "held_out_tokens": got["tokens"],
+        **figures,
+    }
+    for key, value in facts.items():
+        setattr(sae.cfg.metadata, key, value)
+    sae.cfg.device = "cpu"
+    write(out, sae)
+    window = min(trainer.cfg.dead_feature_window, steps) * ask.batch
+    note = (
+        f"held-out: {got['tokens']} tokens of {text}, position 0 and BOS left out of training and of all figures; explained = 1 - ||x - x̂||² / ||x - mean||²; "
+        f"recovered = (zero - spliced) / (zero - model) in next-token loss, {got['loss_zero']:.3f}, {got['loss_spliced']:.3f}, {got['loss']:.3f} nats "
+        f"(against the mean, {got['loss_mean']:.3f}: {shares['loss_recovered_mean']:.3f}); dead: fires neither there nor in the last {window} training tokens "
+        f"· {recipe} · raw weights · {info.dtype}"
+    )
+    return TrainSaeResult(
+        str(out), name, ask.architecture, ask.features, got["explained"], got["l0"], dead, shares["loss_recovered"], np.array(losses, np.float32),
+        len(losses) * ask.batch, time.time() - start, note,
+    )  # fmt: skip
+
+
+def write(out: Path, sae) -> None:
+    """sae_lens's folder, cfg.json last: with it the SAE is whole. The checkpoint goes."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out) as folder:
+            for file in map(Path, sae.save_model(folder)):
+                file.chmod(0o644)
+                os.replace(file, out / file.name)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{out} can't be written: {first_line(error)}") from error
+    (out / CHECKPOINT).unlink(missing_ok=True)

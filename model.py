@@ -53,6 +53,14 @@ POSITIONS = {"standard": "learned"}
 Edit = tuple[str, Callable[[Tensor], Tensor | None]]
 
 
+class Normed(Exception):
+    """The final norm has been passed: the rest of the forward pass is not needed."""
+
+
+def stop(x: Tensor) -> None:
+    raise Normed
+
+
 def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
@@ -434,15 +442,24 @@ class Model:
             point.remove_hooks()
 
     @t.no_grad()
-    def forward(self, ids: Tensor, names: Iterable[str] = (), edits: Iterable[Edit] = (), keep: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
-        """Run [batch, seq] ids under edits; logits of the last `keep` positions (0: all) and what passed the named points after the edits."""
+    def forward(
+        self, ids: Tensor, names: Iterable[str] = (), edits: Iterable[Edit] = (), keep: int | None = 1, cache: object = None
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """
+        Run [batch, seq] ids under edits; logits of the last `keep` positions (0: all; None: no logits, it ends at the final norm) and what passed the
+        named points after the edits. `cache` is Hugging Face's, for keys and values.
+        """
         got: dict[str, Tensor] = {}
 
         def catch(name: str) -> Edit:
             return name, lambda x: got.__setitem__(name, x.detach())
 
-        with self.hooks([*edits, *(catch(n) for n in dict.fromkeys(names))]):
-            logits = self.bridge(ids.to(self.device), use_cache=False, logits_to_keep=keep)
+        more = {} if cache is None else {"past_key_values": cache}
+        with self.hooks([*edits, *(catch(n) for n in dict.fromkeys(names)), *([(FINAL, stop)] if keep is None else [])]):
+            try:
+                logits = self.bridge(ids.to(self.device), use_cache=cache is not None, logits_to_keep=keep or 0, **more)
+            except Normed:
+                logits = None
         return logits, got
 
     def trace(self, ids: tuple[int, ...], names: Iterable[str], edits: Iterable[Edit] = (), done: tuple = ()) -> dict[str, Tensor]:

@@ -214,8 +214,7 @@ class Base:
         last = f"blocks.{self.n - 1}.hook_resid_post"
         catch = [(n, lambda x, n=n: acts.__setitem__(n, x.detach())) for n in dict.fromkeys((*names, FINAL, last))]
         kept = None if self.reason else DynamicCache()
-        with self.model.hooks([*enter, *self.edits, *catch]):
-            self.model.bridge(ids, logits_to_keep=1, use_cache=kept is not None, **({} if kept is None else {"past_key_values": kept}))
+        self.model.forward(ids, edits=[*enter, *self.edits, *catch], keep=None, cache=kept)
         self.acts = {name: x[:n] for name, x in acts.items()}
         self.beside = {name: x[n:] for name, x in acts.items()}
         self.resid = [*(x[:n] for x in self.resid[:-1]), self.acts[last]]
@@ -351,22 +350,26 @@ class Base:
         ends = (np.cumsum([self.stop - p for p in firsts]) - 1).tolist() if firsts else [x.shape[1] - 1]
         short = layer == self.n - 1 and x.shape[1] > len(ends) and (bool(firsts) or start + x.shape[1] == self.stop)
         short = short and not self.edits and not self.score.whole and len(set(self.score.places)) == 1 and not any("mlp" in name for name, _ in edits)
-        with self.model.hooks([*ours, *edits]), last_rows(block.mlp, ends if short else []), fused(self.slow[layer]):
+        rows = ends if short else []
+        with self.model.hooks([*ours, *edits]), last_rows(block.mlp, rows), fused(self.slow[layer]):
             out = block(x, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     def steps(self, layer: int, x: Tensor, rows: list[Variant], start: int, firsts: tuple[int, ...] = ()) -> Generator[None, None, Tensor]:
         """The same in pieces, with a pause after each; edits of this block for the variants that have some."""
-        i, b = self.model.info, len(self.ids)
-        device, out = self.model.device.type, []
-        flops = 2 * i.d_model * (4 * i.d_model + 3 * i.d_mlp) * b * x.shape[1]
-        per = max(1, int((PIECE * t.get_num_threads() if device == "cpu" else 1e3 * PIECE) / flops))
+        b, out, per = len(self.ids), [], self.piece(x.shape[1])
         for a in range(0, len(x) // b, per):
             piece = x[a * b : (a + per) * b]
             changed = [(j, s) for j, v in enumerate(rows[a : a + per]) if self.moves(v) is None for s in v.spots if s.node.layer == layer]
             out.append(self.step(layer, piece, start, self.write(changed, len(piece) // b, start), firsts))
             yield
         return out[0] if len(out) == 1 else t.cat(out)
+
+    def piece(self, length: int) -> int:
+        """How many variants of so many positions go through a block between two pauses."""
+        i = self.model.info
+        flops = 2 * i.d_model * (4 * i.d_model + 3 * i.d_mlp) * len(self.ids) * length
+        return max(1, int((PIECE * t.get_num_threads() if self.model.device.type == "cpu" else 1e3 * PIECE) / flops))
 
     def write(self, rows: list[tuple[int, Spot]], n: int, start: int) -> list[Edit]:
         """Edits that give some variants' rows (of n) their new values. What resid_mid lacks is added to the attention's output."""
@@ -406,29 +409,97 @@ class Base:
         """Whether what a variant changes is known as a new residual stream: after its block (True), before it (False), or not (None)."""
         if len(v.spots) != 1 or self.edits:
             return None if v.spots else True
-        site, pos = v.spots[0].node.site, v.spots[0].node.pos
+        spot = v.spots[0]
+        site, pos = spot.node.site, spot.node.pos
         if site == "resid_pre":
             return False
-        one = pos is not None and site in ROWWISE and (site != "head" or v.spots[0].node.part == "z")
-        return True if one or site in ("resid_post", "mlp") or site == "attn" and self.model.parallel else None
+        one = pos is not None and site in ROWWISE and (site != "head" or spot.node.part == "z")
+        return True if one or site in ("resid_post", "mlp") or site == "attn" and self.model.parallel or self.by_heads(spot) else None
 
-    def join(self, variants: list[Variant], layer: int, start: int) -> Tensor:
+    # ---------------------------------------------------------------- heads at all positions
+
+    def by_heads(self, spot: Spot) -> bool:
+        """
+        Whether a head's change is known as a new z of that head: z itself, and q, k, v or pattern, since heads do not see one another before their
+        outputs are added (tried once a model). Then its block needs no attention, only what attention puts out.
+        """
+        node = spot.node
+        if node.site != "head" or node.pos is not None or self.edits or f"blocks.{node.layer}.attn.hook_z" not in self.acts:
+            return False
+        known = TRIED[self.model]
+        if ("heads", node.part) not in known:
+            known["heads", node.part] = self.trial_heads(node.part)
+        return not known["heads", node.part]
+
+    def trial_heads(self, part: str) -> str:
+        """One head changed alone and all heads changed together give that head one z; a block finished from it is the block under that change."""
+        layer = next(k for k in self.source if k[1:] == ("head", part))[0]
+        spot, kept = make_spot(self.model, Node("head", layer, 0, part)), dict(self.source)
+        try:
+            self.source = {spot.key: self.acts[spot.name].flip(-1)}
+            want = self.step(layer, self.resid[layer][:, : self.stop], 0, self.write([(0, spot)], 1, 0))
+            got = self.attended(layer, [spot], 0)
+        except (TypeError, AttributeError, KeyError, IndexError, ValueError, RuntimeError, NotImplementedError) as error:
+            if isinstance(error, t.OutOfMemoryError):
+                raise
+            return type(error).__name__
+        finally:
+            self.source = kept
+        return "" if self.model.identity("heads", got[:, self.stop - 1], want[:, self.stop - 1]).ok else "off"
+
+    def z_of(self, layer: int, part: str) -> Tensor:
+        """z [prompt, seq, head, d_head] of every head when its own part is changed."""
+        if part == "z":
+            return self.source[layer, "head", "z"]
+        if (layer, "z of", part) not in self.source:
+            new, z = self.source[layer, "head", part], f"blocks.{layer}.attn.hook_z"
+            got: dict[str, Tensor] = {}
+            edits = [(f"blocks.{layer}.attn.hook_{part}", lambda x: new[:, :, : self.stop, : self.stop] if part == "pattern" else new[:, : self.stop])]
+            self.step(layer, self.resid[layer][:, : self.stop], 0, [*edits, (z, lambda x: got.__setitem__("z", x.detach()))])
+            self.source[layer, "z of", part] = got["z"]
+        return self.source[layer, "z of", part]
+
+    @t.no_grad()
+    def attended(self, layer: int, spots: list[Spot], start: int) -> Tensor:
+        """The stream after a block [variant x prompt, seq from start, d_model] for changes of one head's z each; its attention is not run."""
+        block, (b, seq) = self.model.bridge.blocks[layer], self.ids.shape
+        z = self.acts[f"blocks.{layer}.attn.hook_z"][:, start : self.stop]
+        z = z.expand(len(spots), *z.shape).clone()
+        for i, s in enumerate(spots):
+            # one key and value serve a group of heads
+            heads = slice(s.node.head - s.node.head % self.per_kv, s.node.head - s.node.head % self.per_kv + self.per_kv) if s.node.part in ("k", "v") else s.node.head
+            z[i, :, :, heads] = self.z_of(layer, s.node.part)[:, start : self.stop, heads].to(z)
+        out = block.attn.o(z.flatten(3).flatten(0, 1))
+        x = self.resid[layer][:, start : self.stop]
+        with given(block.attn, out):
+            return self.step(layer, x.expand(len(spots), *x.shape).flatten(0, 1), start, [])
+
+    def join(self, variants: list[Variant], layer: int, start: int) -> Generator[None, None, Tensor]:
         """The rows of variants that join at a block: the kept stream, changed where the change is known as such."""
         x = self.resid[layer][:, start : self.stop]
         x = x.expand(len(variants), *x.shape).clone()
-        single = [(i, v.spots[0]) for i, v in enumerate(variants) if v.spots and self.moves(v) is not None and self.runs_alone(v.spots[0])]
+        single, heads = [], []
         for i, v in enumerate(variants):
-            if not v.spots or self.moves(v) is None or self.runs_alone(v.spots[0]):
+            if not v.spots or self.moves(v) is None:
                 continue
             spot = v.spots[0]
-            index = (slice(None), *spot.index(start, self.per_kv))
-            new = self.values(spot, start)[index].to(x)
-            if spot.node.site in ("mlp", "attn"):
-                new = x[i][index] + new - self.acts[spot.name][:, start : self.stop][index]
-            x[i][index] = new
+            if self.by_heads(spot):
+                heads.append((i, spot))
+            elif self.runs_alone(spot):
+                single.append((i, spot))
+            else:
+                index = (slice(None), *spot.index(start, self.per_kv))
+                new = self.values(spot, start)[index].to(x)
+                if spot.node.site in ("mlp", "attn"):
+                    new = x[i][index] + new - self.acts[spot.name][:, start : self.stop][index]
+                x[i][index] = new
         if single:
             for (i, spot), rows in zip(single, self.alone(single)):
                 x[i, :, spot.node.pos - start] = rows
+        for a in range(0, len(heads), per := self.piece(x.shape[2])):
+            part = heads[a : a + per]
+            x[[i for i, _ in part]] = self.attended(layer - 1, [s for _, s in part], start).view(-1, *x.shape[1:])
+            yield
         return x.flatten(0, 1)
 
     def runs_alone(self, spot: Spot) -> bool:
@@ -472,7 +543,7 @@ class Base:
         for layer in range(self.enters(waiting[0]), self.n + 1):
             new = [v for v in waiting[len(rows) :] if self.enters(v) == layer]
             if new:
-                joined = self.join(new, layer, start)
+                joined = yield from self.join(new, layer, start)
                 x, rows = joined if x is None else t.cat([x, joined]), rows + new
             if layer < self.n:
                 x = yield from self.steps(layer, x, rows, start)
@@ -526,7 +597,7 @@ class Base:
         last = f"blocks.{self.n - 1}.hook_resid_post"
         stop, self.stop = self.stop, self.ids.shape[1]
         changed = [(i, s) for i, v in enumerate(variants) for s in v.spots]
-        _, got = self.model.forward(self.ids.repeat(len(variants), 1), [last], [*self.edits, *self.write(changed, len(variants), 0)])
+        _, got = self.model.forward(self.ids.repeat(len(variants), 1), [last], [*self.edits, *self.write(changed, len(variants), 0)], None)
         self.stop = stop
         return self.score.of(got[last], 0)
 
@@ -625,6 +696,16 @@ def last_rows(mlp: t.nn.Module, rows: list[int]) -> Generator:
         yield
     finally:
         mlp.__dict__.pop("forward", None)
+
+
+@contextmanager
+def given(attention: t.nn.Module, out: Tensor) -> Generator:
+    """Attention's output is given: the module is not run."""
+    attention.__dict__["forward"] = lambda *args, **kwargs: (out, None)
+    try:
+        yield
+    finally:
+        attention.__dict__.pop("forward", None)
 
 
 @contextmanager

@@ -227,6 +227,8 @@ def bases(plan: Plan, more: tuple[str, ...] = ()) -> Generator[Progress | tuple]
     model, ask, n = plan.model, plan.ask, len(plan.runs)
     last = f"blocks.{model.info.n_layers - 1}.hook_resid_post"
     names = list(dict.fromkeys(name for s in plan.spots for name in {reads(model, s), s.name}))
+    if not (plan.study.interventions or ask.plain):
+        names += [z for s in plan.spots if s.node.site == "head" and s.node.pos is None and (z := f"blocks.{s.node.layer}.attn.hook_z") not in names]
     bytes_each = sum(model.info.d_model for _ in names) * plan.seq * 8
     size = 1 if plan.study.interventions else max(1, min(BATCH, plan.limit // max(1, bytes_each), room(plan)))
     for begin in range(0, n, size):
@@ -245,7 +247,7 @@ def bases(plan: Plan, more: tuple[str, ...] = ()) -> Generator[Progress | tuple]
         acts = ({} if base.edits else {plan.side: base.acts}) | ({plan.other: base.beside} if both else {})
         for which in ("clean", "corrupt"):
             if which not in acts and all(r.rows[which] is not None for r in group):
-                acts[which] = model.forward(tensor(which), [last, FINAL, *(names if which == plan.other and ask.op == "patch" else [])])[1]
+                acts[which] = model.forward(tensor(which), [last, FINAL, *(names if which == plan.other and ask.op == "patch" else [])], keep=None)[1]
         clean = None
         if ask.study.metric.kind == "kl":
             clean = t.stack([x[r.position("clean", r.study.metric.pos)] for r, x in zip(group, acts["clean"][FINAL])])
@@ -273,7 +275,7 @@ def new_values(plan: Plan, base: Base, other: dict[str, Tensor], indices: list[i
             raise UserError("a pattern has no mean over positions; use mean with a set of one template, or zero")
         other = yield from means(model, ask.study.prompt_set, list(hooks.values()), ask.op, plan.seq)
     elif ask.op == "resample":
-        _, other = model.forward(t.tensor([others(plan, i) for i in indices]), list(hooks.values()))
+        _, other = model.forward(t.tensor([others(plan, i) for i in indices]), list(hooks.values()), keep=None)
     deviation = noise_scale(model) * ask.noise if ask.op == "noise" else 0.0
     for key, name in hooks.items():
         own = base.acts[name]

@@ -270,7 +270,8 @@ class EdgeRun:
         with t.enable_grad(), split(model), model.hooks(edits):
             model.bridge(self.ids.to(model.device), use_cache=False, logits_to_keep=1)
             m = metric(self.score, got[last]).sum()
-        grads = dict(zip(leaves, t.autograd.grad(m, list(leaves.values()), allow_unused=True)))
+        found = t.autograd.grad(m, list(leaves.values()), allow_unused=True)
+        grads = {n: t.zeros_like(leaves[n]) if g is None else g for n, g in zip(leaves, found)}
         parts = []
         for n in range(info.n_layers):
             parts += [grads[f"blocks.{n}.hook_{p}_input"] for p in PARTS]

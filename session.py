@@ -15,6 +15,7 @@ from pathlib import Path
 
 from messages import (
     ABLATIONS,
+    FROM_SET,
     METRICS,
     RUNS,
     WHICH,
@@ -29,6 +30,7 @@ from messages import (
     to_json,
 )
 from utils import ROOT
+from wiring import COMBINE, Circuit, combined, grouped, toggled
 
 FORMAT = 1
 SESSIONS = ROOT / "sessions"
@@ -89,14 +91,27 @@ class State:
     ablation: str = "zero"
     lens: str = "logit"
     artefact: str = ""
+    circuits: tuple[Circuit, ...] = ()
+    circuit: str = ""  # the name of the current one
+    saes: tuple[str, ...] = ()
+    sae_error: bool = True
     views: dict[str, str] = field(default_factory=lambda: {k: v[0] for k, v in VIEWS.items()})
 
     @property
     def study(self) -> Study:
-        """What analyses run on. The set travels only when a mean needs it."""
+        """What analyses run on. The set travels only when a mean or another of its prompts is needed."""
         active = self.interventions if self.enabled else ()
-        means = any(i.op.startswith("mean") for i in active)
-        return Study(self.prompt, active, self.base, self.metric, self.prompt_set if means else ())
+        means = any(i.op in FROM_SET for i in active)
+        return Study(self.prompt, active, self.base, self.metric, self.prompt_set if means else (), self.saes, self.sae_error)
+
+    @property
+    def whole_study(self) -> Study:
+        """The same with the prompt set."""
+        return dataclasses.replace(self.study, prompt_set=self.prompt_set)
+
+    @property
+    def current(self) -> Circuit | None:
+        return next((c for c in self.circuits if c.name == self.circuit), None)
 
 
 def one_of(value: str, allowed: tuple[str, ...] | dict, what: str) -> str:
@@ -165,8 +180,103 @@ def view(state: State, name: str, value: str) -> State:
     return dataclasses.replace(state, views={**state.views, name: one_of(value, VIEWS[name], name)})
 
 
+def named(state: State, name: str) -> Circuit:
+    found = next((c for c in state.circuits if c.name == name), None)
+    if found is None:
+        raise UserError(f"there is no circuit {name!r}: there {'are' if state.circuits else 'is none'} {', '.join(c.name for c in state.circuits)}".rstrip())
+    return found
+
+
+def with_circuit(state: State, circuit: Circuit) -> State:
+    """The circuit in the place of the one of its name, or at the end; it becomes the current one."""
+    if not circuit.name.strip():
+        raise UserError("a circuit needs a name")
+    old = [c.name for c in state.circuits]
+    some = tuple(circuit if c.name == circuit.name else c for c in state.circuits) if circuit.name in old else (*state.circuits, circuit)
+    return dataclasses.replace(state, circuits=some, circuit=circuit.name)
+
+
+def new_circuit(state: State, name: str) -> State:
+    if any(c.name == name for c in state.circuits):
+        raise UserError(f"there is a circuit {name!r} already: choose another name")
+    return with_circuit(state, Circuit(name, state.model.model))
+
+
+def put_circuit(state: State, circuit: dict) -> State:
+    return with_circuit(state, from_json(circuit, Circuit))
+
+
+def select_circuit(state: State, name: str) -> State:
+    return dataclasses.replace(state, circuit=named(state, name).name)
+
+
+def rename_circuit(state: State, name: str, to: str) -> State:
+    if any(c.name == to for c in state.circuits):
+        raise UserError(f"there is a circuit {to!r} already: choose another name")
+    renamed = dataclasses.replace(named(state, name), name=to)
+    if not to.strip():
+        raise UserError("a circuit needs a name")
+    some = tuple(renamed if c.name == name else c for c in state.circuits)
+    return dataclasses.replace(state, circuits=some, circuit=to if state.circuit == name else state.circuit)
+
+
+def delete_circuit(state: State, name: str) -> State:
+    left = tuple(c for c in state.circuits if c is not named(state, name))
+    return dataclasses.replace(state, circuits=left, circuit=state.circuit if state.circuit != name else left[-1].name if left else "")
+
+
+def keep(state: State, part: str) -> State:
+    """Keep a node or an edge (an address with ->) in the current circuit, or drop it; the first one makes a circuit."""
+    return with_circuit(state, toggled(state.current or Circuit("circuit", state.model.model), part))
+
+
+def group(state: State, name: str, nodes: list) -> State:
+    """Give nodes of the current circuit a name; no nodes take the group away."""
+    return with_circuit(state, grouped(named(state, state.circuit), name, tuple(nodes)))
+
+
+def combine(state: State, how: str, one: str, other: str, name: str) -> State:
+    return with_circuit(state, combined(named(state, one), named(state, other), one_of(how, COMBINE, "combination"), name))
+
+
+def saes(state: State, sources: list) -> State:
+    """The SAEs in use, one a layer; what acted on features of others goes with them."""
+    some = tuple(str(s) for s in sources)
+    kept = tuple(i for i in state.interventions if i.node.site != "sae") if set(state.saes) - set(some) else state.interventions
+    return dataclasses.replace(state, saes=some, interventions=kept)
+
+
+def sae_error(state: State, value: bool) -> State:
+    return dataclasses.replace(state, sae_error=bool(value))
+
+
 ACTIONS: dict[str, Callable[..., State]] = {
-    f.__name__: f for f in (model, prompt, open_set, go, metric, base, intervene, drop, clear, enable, ablation, lens, view)
+    f.__name__: f
+    for f in (
+        model,
+        prompt,
+        open_set,
+        go,
+        metric,
+        base,
+        intervene,
+        drop,
+        clear,
+        enable,
+        ablation,
+        lens,
+        view,
+        new_circuit,
+        put_circuit,
+        select_circuit,
+        rename_circuit,
+        delete_circuit,
+        keep,
+        group,
+        combine,
+        saes,
+        sae_error,
+    )
 }
 
 

@@ -1,10 +1,10 @@
 """Circuits: the object, its nodes, edges and groups, and the requests and results that trace, score and find one. Never imports torch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from grammar import AddressError, Node, Study, parse_node
+from grammar import AddressError, Node, Study, UserError, parse_node
 
 LOGITS = "logits"
 ARROW = "->"
@@ -60,6 +60,74 @@ class Circuit:
     edges: tuple[str, ...] = ()
     groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
     found: str = ""
+
+
+# ------------------------------------------------------------------ what can be done with circuits
+
+COMBINE = {"union": "parts of either", "intersection": "parts of both", "difference": "parts of the first that are not in the second"}
+
+
+def rank(address: str) -> tuple:
+    """The order of nodes: by layer, heads before the MLP."""
+    node = parse_node(address)
+    return -1 if node.layer is None else node.layer, node.site != "head", node.head or 0, node.index or 0, str(node)
+
+
+def own_node(text: str) -> str:
+    """A part of a circuit in its one spelling. Errors: not a node, or one that circuits do not hold."""
+    node = parse_node(text)
+    if node.site not in ("mlp", "sae") and not (node.site == "head" and node.part != "pattern"):
+        raise AddressError(f"{text}: a circuit holds heads (L2H3, L2H3.q), MLPs (L3.mlp) and features (L2.sae.f7)")
+    return str(node)
+
+
+def toggled(circuit: Circuit, part: str) -> Circuit:
+    """The circuit with a node or an edge more, or without it. An edge brings its nodes; a node takes its edges and its places in groups with it."""
+    if ARROW in part:
+        edge = parse_edge(part)
+        if str(edge) in circuit.edges:
+            return replace(circuit, edges=tuple(e for e in circuit.edges if e != str(edge)))
+        ends = {owner(edge.sender), owner(edge.receiver)} - {"embed", LOGITS}
+        return replace(circuit, edges=(*circuit.edges, str(edge)), nodes=tuple(sorted({*circuit.nodes, *ends}, key=rank)))
+    node = own_node(part)
+    if node not in circuit.nodes:
+        return replace(circuit, nodes=tuple(sorted((*circuit.nodes, node), key=rank)))
+    edges = tuple(str(e) for e in map(parse_edge, circuit.edges) if node not in (owner(e.sender), owner(e.receiver)))
+    groups = {name: left for name, some in circuit.groups.items() if (left := tuple(x for x in some if x != node))}
+    return replace(circuit, nodes=tuple(n for n in circuit.nodes if n != node), edges=edges, groups=groups)
+
+
+def grouped(circuit: Circuit, name: str, nodes: tuple[str, ...]) -> Circuit:
+    """The circuit with a named group of its nodes; without nodes the group goes."""
+    nodes = tuple(own_node(n) for n in nodes)
+    if missing := [n for n in nodes if n not in circuit.nodes]:
+        raise UserError(f"{missing[0]} is not in {circuit.name}: keep it first")
+    rest = {k: v for k, v in circuit.groups.items() if k != name}
+    return replace(circuit, groups=rest | {name: nodes} if nodes else rest)
+
+
+def combined(one: Circuit, other: Circuit, how: str, name: str) -> Circuit:
+    """Union, intersection or difference of two circuits, parts and edges."""
+    if one.model != other.model:
+        raise UserError(f"{one.name} is a circuit of {one.model} and {other.name} one of {other.model}")
+    join = {"union": set.union, "intersection": set.intersection, "difference": set.difference}[how]
+    nodes, edges = join(set(one.nodes), set(other.nodes)), join(set(one.edges), set(other.edges))
+    if how == "difference":
+        nodes |= {owner(x) for e in map(parse_edge, edges) for x in (e.sender, e.receiver)} - {"embed", LOGITS}
+    groups = {k: some for k, v in {**other.groups, **one.groups}.items() if (some := tuple(n for n in v if n in nodes))}
+    return Circuit(name, one.model, tuple(sorted(nodes, key=rank)), tuple(sorted(edges)), groups, f"{how} of {one.name} and {other.name}")
+
+
+def check_circuit(circuit: Circuit, info) -> None:
+    """UserError for parts that a loaded model (its ModelInfo) does not have, or an empty circuit."""
+    if not circuit.nodes and not circuit.edges:
+        raise UserError(f"the circuit {circuit.name} is empty: c keeps the node under the cursor")
+    for address in circuit.nodes:
+        node = parse_node(address)
+        if not 0 <= node.layer < info.n_layers or node.site == "head" and not 0 <= node.head < info.n_heads:
+            raise UserError(
+                f"{address} is not a node of {info.name}, which has {info.n_layers} layers of {info.n_heads} heads: is {circuit.name} of another model?"
+            )
 
 
 # ------------------------------------------------------------------ requests

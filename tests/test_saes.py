@@ -1,0 +1,260 @@
+"""Loading SAEs of every architecture, the catalogue without a network, and everything that is refused."""
+
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch as t
+from conftest import PROMPT
+from dictionaries import KINDS, build, save
+
+import saes
+from messages import Study, UserError
+from sparse import Features, Preflight, Saes
+from utils import ROOT
+
+STUDY = Study(PROMPT)
+
+
+def activations(engine, *names):
+    model = engine.model
+    return model.trace(model.row(PROMPT.clean, None, PROMPT.labels).ids, names)
+
+
+def loaded(engine, source):
+    steps = saes.load(engine.model, source)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return stop.value
+
+
+def make(engine, kind, folder, seed=0, hook=None, **more):
+    """An SAE at resid_post of layer 1, or a transcoder of layer 1's MLP."""
+    model, width = engine.model, engine.model.info.d_model
+    if "transcoder" not in kind:
+        return save(build(kind, hook or "blocks.1.hook_resid_post", width, seed=seed, **more), folder)
+    acts = activations(engine, "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out")
+    pairs = tuple(acts[n][0].float().cpu() for n in ("blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"))
+    return save(build(kind, hook or "blocks.1.mlp.hook_in", width, width, seed, pairs, **more), folder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("norm", ["none", "layer_norm", "constant_norm_rescale"])
+def test_what_save_model_writes_is_read_and_encodes_as_sae_lens_does(engines, kind, norm, tmp_path):
+    engine = engines["gpt2"]
+    source = make(engine, kind, tmp_path / "sae", normalize_activations=norm)
+    d = loaded(engine, source)
+    from sae_lens import SAE
+
+    theirs = SAE.load_from_disk(source)
+    x = activations(engine, d.point)[d.point][0]
+    with t.no_grad():
+        f = theirs.encode(x)
+        want = theirs.decode(f) + (x @ theirs.W_skip.T if "skip" in kind else 0.0)
+        if "transcoder" not in kind and norm == "none":
+            np.testing.assert_allclose(theirs(x).numpy(), want.numpy(), atol=1e-6)
+        np.testing.assert_allclose(d.encode(x).numpy(), f.numpy(), atol=1e-5)
+        if not ("skip" in kind and norm != "none"):
+            np.testing.assert_allclose(d.decode(f, x).numpy(), want.numpy(), atol=1e-4)
+    where, index, value = d.active(x)
+    dense = np.zeros(f.shape, np.float32)
+    dense[where, index] = value
+    np.testing.assert_allclose(dense, f.numpy(), atol=1e-5)
+    info = d.info
+    assert (info.architecture, info.d_in, info.d_sae, info.layer) == (kind, d.d_in, d.d_sae, 1) and info.normalisation == norm
+    assert info.bytes == sum(p.nbytes for p in theirs.parameters())
+
+
+def test_encoding_equals_numpy(engines, tmp_path):
+    engine = engines["zoo"]
+    d = loaded(engine, make(engine, "jumprelu", tmp_path / "sae"))
+    x = activations(engine, d.point)[d.point][0].double().numpy()
+    w = {n: p.detach().double().numpy() for n, p in d.sae.named_parameters()}
+    pre = (x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
+    f = np.maximum(pre, 0) * (pre > w["threshold"])
+    np.testing.assert_allclose(d.reconstruct(t.tensor(x)).numpy(), f @ w["W_dec"] + w["b_dec"], atol=1e-4)
+    direction, constant = d.reader(3, t.tensor(x[2], dtype=t.float32))
+    assert x[2] @ direction.double().numpy() + constant == pytest.approx(pre[2, 3], abs=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "constant_norm_rescale"])
+@pytest.mark.parametrize("view", ["raw", "centred"])
+@pytest.mark.parametrize("kind", ["standard", "gated", "topk"])
+def test_a_features_pre_activation_as_a_direction(engines, kind, norm, view, tmp_path):
+    engine = engines["gpt2"]
+    more = {"rescale_acts_by_decoder_norm": True} if kind == "topk" else {}
+    d = loaded(engine, make(engine, kind, tmp_path / "sae", normalize_activations=norm, **more))
+    d.view = view
+    x = activations(engine, d.point)[d.point][0]
+    f = d.encode(x)
+    for index in f[3].nonzero()[:4, 0].tolist():
+        w, constant = d.reader(index, x[3])
+        assert (x[3] @ w).item() + constant == pytest.approx(f[3, index].item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("hook", ["hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "attn.hook_z", "ln2.hook_normalized"])
+def test_hook_points(engine, hook, tmp_path):
+    info = engine.model.info
+    width = info.n_heads * info.d_head if hook.endswith("hook_z") else info.d_model
+    source = save(build("standard", f"blocks.1.{hook}", width), tmp_path / "sae")
+    if info.parallel and hook in ("hook_resid_mid",):
+        with pytest.raises(UserError, match="no such point"):
+            loaded(engine, source)
+        return
+    if f"blocks.1.{hook}" not in engine.model.points:
+        return
+    found = engine.run(Preflight(STUDY, source))
+    assert found.verdict == "good" and found.cosine > 0.95 and found.unexplained < 0.2 and math.isfinite(found.loss_spliced)
+    assert abs(found.loss_spliced - found.loss) < abs(found.loss_zero - found.loss) + 0.5
+
+
+def test_the_catalogue_needs_neither_network_nor_sae_lens(engines):
+    model, before = engines["gpt2"].model, "sae_lens" in sys.modules
+    none = saes.catalogue(engines["zoo"].model)
+    assert all(c.where in ("zoo", "folder") for c in none.choices)
+    named = saes.catalogue(model).choices  # its folder is called gpt2
+    assert ("sae_lens" in sys.modules) == before
+    some = {c.source: c for c in named}
+    jb = some["gpt2-small-res-jb:blocks.8.hook_resid_pre"]
+    assert (jb.l0, jb.explained, jb.hook, jb.neuronpedia, jb.where) == (60.0, 0.9, "blocks.8.hook_resid_pre", "gpt2-small/8-res-jb", "hub")
+    assert all(c.model == "gpt2-small" for c in named if c.where in ("hub", "cache")) and len(named) > 100
+    every = saes.catalogue(model, True).choices
+    assert len(every) > 13_000
+    pick = {c.source: c for c in every}
+    scope = pick["gemma-scope-2b-pt-res:layer_5/width_16k/average_l0_34"]
+    assert (scope.width, scope.hook, scope.l0) == (16384, "blocks.5.hook_resid_post", 34)
+    assert pick["gemma-scope-2b-pt-transcoders:layer_0/width_16k/average_l0_76"].note == "transcoder"
+    assert isinstance(engines["zoo"].run(Saes()).choices, tuple)
+
+
+def test_models_names():
+    assert saes.canonical("openai-community/gpt2") == saes.canonical("gpt2-small") != saes.canonical("gpt2-medium")
+    assert saes.canonical("EleutherAI/pythia-70m") == saes.canonical("pythia-70m-deduped")
+    assert saes.canonical("google/gemma-2-2b-it") == saes.canonical("gemma-2-2b") != saes.canonical("gemma-2-9b")
+
+
+def test_what_is_refused_in_one_line(engines, tmp_path):
+    engine = engines["gpt2"]
+    good = make(engine, "standard", tmp_path / "good")
+
+    def broken(name, change=None, weights=None, metadata=None, **cfg):
+        folder = tmp_path / name
+        make(engine, "standard", folder)
+        old = json.loads((folder / "cfg.json").read_text())
+        old["metadata"] |= metadata or {}
+        (folder / "cfg.json").write_text(change if change is not None else json.dumps(old | cfg))
+        if weights is not None:
+            data = (folder / "sae_weights.safetensors").read_bytes()
+            (folder / "sae_weights.safetensors").write_bytes(weights(data))
+        return str(folder)
+
+    wide = save(build("standard", "blocks.1.hook_resid_post", 48), tmp_path / "wide")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "cfg.json").write_text((tmp_path / "good" / "cfg.json").read_text())
+    for source, words in [
+        ("", "no SAE is named"),
+        (str(tmp_path / "nowhere"), "no folder"),
+        (str(empty), "no cfg.json"),
+        (str(bare), "no sae_weights"),
+        ("zoo/nothing", "the zoo has no SAE"),
+        (wide, "48 wide"),
+        (broken("json", "{"), "can't be read"),
+        (broken("list", "[]"), "JSON object"),
+        (broken("cut", weights=lambda b: b[:200]), "truncated"),
+        (broken("nothing", weights=lambda b: b""), "truncated"),
+        (broken("kind", architecture="nonsense"), "can't be loaded"),
+        (broken("shape", d_sae=5), "can't be loaded|fit"),
+        (broken("layer", metadata={"hook_name": "blocks.7.hook_resid_post"}), "layer 7"),
+        (broken("hook", metadata={"hook_name": "blocks.1.hook_nonsense"}), "no such point"),
+        (broken("hf", metadata={"hook_name": "transformer.h.1"}), "TransformerLens"),
+        (broken("nohook", metadata={"hook_name": None}), "names no hook"),
+        (broken("head", metadata={"hook_head_index": 3}), "one head"),
+        (broken("other", metadata={"model_name": "gemma-2-2b"}), "trained on gemma-2-2b"),
+        ("gemma-scope-2b-pt-res:layer_5/width_16k/average_l0_34", "trained on gemma-2-2b"),
+        ("gpt2-small-res-jb:blocks.99.hook_resid_pre", "has no SAE"),
+        ("gpt9-res-jb:blocks.8.hook_resid_pre", "no release"),
+    ]:
+        with pytest.raises(UserError, match=words) as error:
+            loaded(engine, source)
+        assert "\n" not in str(error.value)
+    assert loaded(engine, good) is loaded(engine, good)
+    first = loaded(engine, good)
+    make(engine, "topk", tmp_path / "good")
+    assert loaded(engine, good) is not first and loaded(engine, good).kind == "topk"
+
+
+def test_a_release_without_a_network_is_a_line_and_quick(engines, monkeypatch):
+    import huggingface_hub
+
+    def nothing(*_, **__):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", nothing)
+    with pytest.raises(UserError, match="no network"):
+        loaded(engines["gpt2"], "gpt2-small-res-jb:blocks.8.hook_resid_pre")
+    assert huggingface_hub.constants.HF_HUB_OFFLINE in (False, True)
+
+
+def test_preflight_refuses_and_says_why(engines, tmp_path):
+    engine = engines["gpt2"]
+    def verdict(source, view="auto"):
+        return engine.run(Preflight(STUDY, source, view))
+
+    good = verdict(make(engine, "standard", tmp_path / "good"))
+    assert good.verdict == "good" and good.cause == "" and set(good.cosines) == {"raw", "centred"} and good.info.view == "raw"
+    wrong = save(build("standard", "blocks.1.hook_resid_post", 32), tmp_path / "random")
+    from sae_lens import SAE
+
+    sae = SAE.load_from_disk(wrong)
+    sae.W_dec.data = t.randn(sae.W_dec.shape, generator=t.Generator().manual_seed(1))
+    sae.save_model(wrong)
+    bad = verdict(wrong)
+    assert bad.verdict == "refuse" and bad.cosine < 0.8 and bad.cause
+    with pytest.raises(UserError, match="does not explain"):
+        engine.run(Features(STUDY, wrong))
+    with pytest.raises(UserError, match="not a view"):
+        verdict(str(tmp_path / "good"), "sideways")
+    centred = make(engine, "standard", tmp_path / "centred", metadata={"model_from_pretrained_kwargs": {"center_writing_weights": True}})
+    assert verdict(centred).info.view == "centred" and verdict(centred, "raw").info.view == "raw"
+
+
+def test_memory_of_a_wide_sae(engines, tmp_path):
+    """No tensor of an encode or decode is larger than the weights' own, and no dense [seq, d_sae] is made beyond CHUNK_BYTES."""
+    engine = engines["zoo"]
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    wide = build("gated", "blocks.1.hook_resid_post", 128)
+    from sae_lens import SAE
+
+    cfg = wide.cfg.to_dict() | {"d_sae": 16384}
+    big = SAE.from_dict(cfg)
+    with t.no_grad():
+        big.W_enc.normal_(0, 0.05)
+        big.W_dec.normal_(0, 0.05)
+    d = loaded(engine, save(big, tmp_path / "big"))
+    assert d.info.bytes == sum(p.nbytes for p in big.parameters())
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(x, t.Tensor) and x.data_ptr() not in own:
+                    largest = max(largest, x.nbytes)
+            return out
+
+    own = {p.data_ptr() for p in d.sae.parameters()}
+    x = t.randn(2000, 128)
+    with Watch():
+        d.active(x[:10])
+        d.reconstruct(x)
+    assert largest <= saes.CHUNK_BYTES
+    assert ROOT.is_dir()

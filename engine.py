@@ -147,7 +147,7 @@ class Engine:
             case Models():
                 return find_models()
             case Check():
-                return self.model.check(request.prompt)
+                return self.model.check(request.prompt, request.align)
             case TuneLens() | FitJacobian():
                 import tuned
 

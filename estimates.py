@@ -15,7 +15,8 @@ from lens import frozen_norm
 from messages import ESTIMATES, Estimate, Progress, Sweep, SweepResult, UserError
 from model import FINAL, Edit
 from resume import Base, Score, Spot, Variant
-from sweeps import Board, Plan, bases, read_plan, reads
+from patching import Runs
+from sweeps import Board, Plan, aligned, bases, read_plan, reads
 
 SCALE = "ln_final.hook_scale"
 FIRST = "blocks.0.hook_resid_pre"
@@ -47,7 +48,7 @@ def estimate(model, ask: Estimate) -> Generator[Progress | SweepResult, None, Sw
         runs = [plan.runs[i] for i in members]
         total, fractions = {}, [None] if ask.method == "atp" else [(i + 0.5) / ask.steps for i in range(ask.steps)]
         for done, fraction in enumerate(fractions):
-            path = None if fraction is None else between(base, t.tensor([r.row(plan.other).ids for r in runs]), fraction)
+            path = None if fraction is None else between(plan, base, runs, fraction)
             for name, g in gradients(base, {s.name for s in plan.spots}, path).items():
                 total[name] = total.get(name, 0.0) + g / len(fractions)
             yield Progress(done + 1, len(fractions), f"{ask.method}: gradients")
@@ -57,10 +58,11 @@ def estimate(model, ask: Estimate) -> Generator[Progress | SweepResult, None, Sw
     return board.result(True)
 
 
-def between(base: Base, other: Tensor, fraction: float) -> Tensor:
+def between(plan: Plan, base: Base, runs: list[Runs], fraction: float) -> Tensor:
     """The input of block 0, some way from the base run's to the source run's."""
-    own = base.resid[0]
-    return own + fraction * (base.model.forward(other, [FIRST])[1][FIRST].to(own) - own)
+    own, ids = base.resid[0], t.tensor([r.row(plan.other).ids for r in runs])
+    theirs = base.model.forward(ids, [FIRST], keep=None)[1][FIRST].to(own)
+    return own + fraction * (aligned(plan, theirs, own, (0, "resid_pre", "z"), runs[0]) - own)
 
 
 def gradients(base: Base, names: Iterable[str], path: Tensor | None) -> dict[str, Tensor]:

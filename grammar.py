@@ -87,14 +87,20 @@ OPS = {
     "mean": "mean over the prompt set's corrupted prompts, position by position",
     "mean_all": "mean over the prompt set's corrupted prompts and all their positions but the first",
     "patch": "the value this node has in the other prompt's run",
+    "resample": "the value in the run of another corrupted prompt of the set, drawn with the seed",
+    "noise": "its own value plus Gaussian noise, a number (3) of the embedding's standard deviations, drawn with the seed",
+    "freeze": "the value in the prompt's own run without interventions",
     "scale": "multiply by a number",
+    "add": "add a number of unit vectors along the answers' minus the foils' unembedding",
 }
-ABLATIONS = ("zero", "mean", "mean_all")
+ABLATIONS = ("zero", "mean", "mean_all", "resample", "noise")
+FROM_SET = ("mean", "mean_all", "resample")  # these need the prompt set
+NOISE = 3.0
 
 
 @dataclass(frozen=True)
 class Intervention:
-    """A node and what is done to it. `value` is the factor of `scale`. Written `L9H9@10=zero`, `L3.mlp=scale:0.5`."""
+    """A node and what is done to it. `value` is the number of scale, add and noise (there None means 3). Written `L9H9@10=zero`, `L3.mlp=scale:0.5`."""
 
     node: Node
     op: str
@@ -105,19 +111,21 @@ class Intervention:
 
 
 def parse_intervention(text: str) -> Intervention:
-    """Read `L9H9@10=zero` or `L9H9=scale:0.5`."""
+    """Read `L9H9@10=zero`, `L9H9=scale:0.5` or `L3.mlp=noise:3`."""
     address, _, op = text.partition("=")
     op, colon, number = op.strip().partition(":")
     if op not in OPS:
         raise AddressError(f"{text!r} is not an intervention: write NODE=OP with OP one of {', '.join(OPS)} (scale:0.5)")
-    if (op == "scale") != bool(colon):
-        raise AddressError(f"{text!r}: scale needs a factor (L9H9=scale:0.5); the other operations take none")
+    if op in ("scale", "add") and not colon or colon and op not in ("scale", "add", "noise"):
+        raise AddressError(f"{text!r}: scale needs a factor (L9H9=scale:0.5), add a number; noise may have one; the other operations take none")
     try:
         value = float(number) if colon else None
     except ValueError as error:
         raise AddressError(f"{text!r}: {number!r} is not a number") from error
     if value is not None and not math.isfinite(value):
         raise AddressError(f"{text!r}: the factor must be finite")
+    if op == "noise" and value is not None and value <= 0:
+        raise AddressError(f"{text!r}: noise is a positive number of standard deviations")
     return Intervention(parse_node(address), op, value)
 
 
@@ -128,7 +136,9 @@ def parse_intervention(text: str) -> Intervention:
 class Prompt:
     """
     A clean text, an optional corrupted one, single-token answers and foils. `labels` name positions: (label, character offset into `clean`),
-    the token that covers the character; END, the last token, needs no label. `bos` None means what the model was trained with.
+    the token that covers the character; END, the last token, needs no label; `corrupt_labels` do so for the corrupted text (missing ones: the aligned
+    positions). `bos` None means what the model was trained with. `alignment`: pairs (clean index, corrupted index) of positions that are patched
+    across, for prompts of unequal length (empty: none of its own, ALIGNMENTS).
     """
 
     clean: str
@@ -137,24 +147,39 @@ class Prompt:
     foils: tuple[str, ...] = ()
     labels: tuple[tuple[str, int], ...] = ()
     bos: bool | None = None
+    corrupt_labels: tuple[tuple[str, int], ...] = ()
+    alignment: tuple[tuple[int, int], ...] = ()
+
+
+ALIGNMENTS = {
+    "": "position by position, which needs equal lengths",
+    "diff": "equal tokens, and replaced stretches of equal length (difflib)",
+    "labels": "equal labels",
+}
 
 
 def read_prompt(obj: object) -> Prompt:
-    """A prompt from one object of a prompt set: clean, corrupt, answer, foil (a string or a list of strings), labels."""
+    """A prompt from one object of a prompt set: clean, corrupt, answer, foil (a string or a list of strings), labels, corrupt_labels, alignment."""
     if not isinstance(obj, dict) or not isinstance(obj.get("clean"), str):
         raise UserError('a prompt needs an object with at least "clean": "text"')
-    unknown = set(obj) - {"clean", "corrupt", "answer", "foil", "labels", "bos"}
+    unknown = set(obj) - {"clean", "corrupt", "answer", "foil", "labels", "bos", "corrupt_labels", "alignment"}
     if unknown:
-        raise UserError(f"unknown field {min(unknown)!r}: a prompt has clean, corrupt, answer, foil, labels, bos")
+        raise UserError(f"unknown field {min(unknown)!r}: a prompt has clean, corrupt, answer, foil, labels, bos, corrupt_labels, alignment")
     many = {k: [v] if isinstance(v := obj.get(k, []), str) else v for k in ("answer", "foil")}
     labels = obj.get("labels", {})
     if not all(isinstance(v, list) and all(isinstance(s, str) for s in v) for v in many.values()):
         raise UserError("answer and foil are strings or lists of strings")
-    if not isinstance(labels, dict) or not all(re.fullmatch(LABEL, k) and isinstance(v, int) and 0 <= v < len(obj["clean"]) for k, v in labels.items()):
+    named = lambda x, text: isinstance(x, dict) and all(re.fullmatch(LABEL, k) and type(v) is int and 0 <= v < len(text) for k, v in x.items())  # noqa: E731
+    if not named(labels, obj["clean"]):
         raise UserError("labels map a name to a character offset inside the clean text")
+    theirs, pairs = obj.get("corrupt_labels", {}), obj.get("alignment", [])
+    if not named(theirs, obj["corrupt"] if isinstance(obj.get("corrupt"), str) else ""):
+        raise UserError("corrupt_labels map a name to a character offset inside the corrupted text")
+    if not isinstance(pairs, list) or not all(isinstance(p, list) and len(p) == 2 and all(type(i) is int for i in p) for p in pairs):
+        raise UserError("alignment is a list of pairs of positions, [[0, 0], [1, 1]]")
     if not isinstance(obj.get("corrupt"), str | None) or not isinstance(obj.get("bos"), bool | None):
         raise UserError("corrupt is a string and bos is true or false")
-    return Prompt(obj["clean"], obj.get("corrupt"), tuple(many["answer"]), tuple(many["foil"]), tuple(labels.items()), obj.get("bos"))
+    return Prompt(obj["clean"], obj.get("corrupt"), tuple(many["answer"]), tuple(many["foil"]), tuple(labels.items()), obj.get("bos"), tuple(theirs.items()), tuple(map(tuple, pairs)))
 
 
 def read_prompt_set(path: str | Path) -> tuple[Prompt, ...]:
@@ -200,7 +225,8 @@ class Metric:
 class Study:
     """
     What every analysis runs on: the prompt, the interventions, which prompt they act on (`base`), the metric, and the prompt set (for means). `saes`
-    are the sources of the SAEs that feature nodes speak of, one a layer; `sae_error`: their error term is kept when a feature is changed.
+    are the sources of the SAEs that feature nodes speak of, one a layer; `sae_error`: their error term is kept when a feature is changed. `align`,
+    of ALIGNMENTS: how positions of clean and corrupted are matched where the prompt says nothing. `seed` is that of noise and resample.
     """
 
     prompt: Prompt
@@ -210,6 +236,8 @@ class Study:
     prompt_set: tuple[Prompt, ...] = ()
     saes: tuple[str, ...] = ()
     sae_error: bool = True
+    align: str = ""
+    seed: int = 0
 
 
 @dataclass(frozen=True)

@@ -356,7 +356,7 @@ def measure(kind: str, row: Tensor, clean: Tensor, nll: np.ndarray, answers: lis
 def side(runs: Runs, which: str, k: int) -> Generator[Progress, None, Side]:
     """One run's top tokens and metric, each row of logits made once; remembered, so that a key does not make clean and corrupted again."""
     model, row, metric = runs.model, runs.row(which), runs.study.metric
-    pos = 0 if metric.kind == "loss" else runs.position(which, metric.pos)
+    pos = 0 if metric.kind == "loss" else runs.metric_position(which)
     done = runs.done if which == "now" else ()
     key = (row.ids, done, k, metric.kind, pos, tuple(runs.answers), tuple(runs.foils), runs.row("clean").ids if metric.kind == "kl" else None)
     if key in model.cache.sides:
@@ -365,7 +365,7 @@ def side(runs: Runs, which: str, k: int) -> Generator[Progress, None, Side]:
     target = t.tensor([*row.ids[1:], 0], device=last.device)
     clean = last[:1]
     if metric.kind == "kl":
-        clean = runs.trace("clean", [FINAL])[FINAL][0][runs.position("clean", metric.pos)][None]
+        clean = runs.trace("clean", [FINAL])[FINAL][0][runs.metric_position("clean")][None]
 
     @t.no_grad()
     def work(start: int, stop: int) -> tuple[list[np.ndarray], Tensor | None]:

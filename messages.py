@@ -48,8 +48,11 @@ from analyses import (  # noqa: F401
 )
 from grammar import (  # noqa: F401  (the whole vocabulary is imported from here)
     ABLATIONS,
+    ALIGNMENTS,
+    FROM_SET,
     LABEL,
     METRICS,
+    NOISE,
     OPS,
     PARTS,
     RESIDS,
@@ -119,7 +122,10 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """A prompt as the model reads it. `problems` stop an analysis; `hints` are advice such as a missing leading space."""
+    """
+    A prompt as the model reads it. `problems` stop an analysis; `hints` are advice such as a missing leading space. `alignment` holds the pairs
+    (clean index, corrupted index) that patching goes across; empty when there is no corrupted prompt, or nothing says how to align unequal lengths.
+    """
 
     clean: TokenRow
     corrupt: TokenRow | None
@@ -127,6 +133,7 @@ class CheckResult:
     foils: tuple[TokenRow, ...]
     problems: tuple[str, ...]
     hints: tuple[str, ...]
+    alignment: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -313,9 +320,10 @@ class Load:
 
 @dataclass(frozen=True)
 class Check:
-    """Tokenise a prompt, its answers and foils, and say what stops an analysis."""
+    """Tokenise a prompt, its answers and foils, align its positions (ALIGNMENTS), and say what stops an analysis."""
 
     prompt: Prompt
+    align: str = ""
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources.transformers import determine_architecture_from_hf_config
 from transformer_lens.utilities.architectures import MASKED_LM_ARCHITECTURES, MULTIMODAL_ARCHITECTURES, SEQ2SEQ_ARCHITECTURES
 
+import align
 from messages import CheckResult, Identity, Load, ModelInfo, Progress, Prompt, Side, TokenRow, UserError
 from utils import ROOT, settings, show_bytes, tec
 
@@ -593,8 +594,9 @@ class Model:
         ids = full[len(base) :] if base and full[: len(base)] == base else self.encode(text)[0]
         return TokenRow(tuple(ids), tuple(self.token_text(i) for i in ids), {"END": len(ids) - 1} if ids else {})
 
-    def check(self, prompt: Prompt) -> CheckResult:
-        problems, hints = [], []
+    def check(self, prompt: Prompt, how: str = "") -> CheckResult:
+        """The prompt's rows, its alignment (`how` of ALIGNMENTS), and what is wrong with it."""
+        problems, hints, pairs = [], [], ()
 
         def read(what: str, text: str, labels: tuple = ()) -> TokenRow:
             try:
@@ -613,12 +615,21 @@ class Model:
             return row
 
         clean = read("the clean prompt", prompt.clean, prompt.labels)
-        corrupt = None if prompt.corrupt is None else read("the corrupted prompt", prompt.corrupt)
+        corrupt = None if prompt.corrupt is None else read("the corrupted prompt", prompt.corrupt, prompt.corrupt_labels)
         if corrupt is not None and clean.ids and corrupt.ids:
-            if len(clean.ids) == len(corrupt.ids):
-                corrupt = replace(corrupt, labels={**clean.labels, "END": len(corrupt.ids) - 1})
+            n, m = len(clean.ids), len(corrupt.ids)
+            if prompt.alignment or how:
+                try:
+                    corrupt = replace(corrupt, labels=align.find_labels(clean, corrupt, prompt.alignment))
+                    pairs = align.align(prompt, clean, corrupt, how)
+                except UserError as error:
+                    problems.append(str(error))
+            elif n == m:
+                corrupt, pairs = replace(corrupt, labels={**clean.labels, **corrupt.labels}), align.align(prompt, clean, corrupt)
             else:
-                hints.append(f"clean has {len(clean.ids)} tokens and corrupted {len(corrupt.ids)}: patching by position needs equal lengths")
+                hints.append(f"clean has {n} tokens and corrupted {m}: patching by position needs equal lengths, or an alignment (diff or labels)")
+            if pairs and not align.is_by_index(pairs, n, m):
+                hints.append(align.words(pairs, n, m))
         sides = []
         for what, texts in (("answer", prompt.answers), ("foil", prompt.foils)):
             rows = []
@@ -638,7 +649,7 @@ class Model:
         both = {r.ids for r in sides[0]} & {r.ids for r in sides[1]}
         if both and not problems:
             hints.append("a token is both answer and foil")
-        return CheckResult(clean, corrupt, *sides, tuple(problems), tuple(hints))
+        return CheckResult(clean, corrupt, *sides, tuple(problems), tuple(hints), pairs)
 
     # ---------------------------------------------------------------- self-check
 

@@ -1,13 +1,16 @@
 """Interventions: from nodes and operations to edits on hook points, and the runs (clean, corrupted, now) that every analysis reads."""
 
 import hashlib
+import zlib
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch as t
 from torch import Tensor
 
-from messages import METRICS, OPS, RUNS, SITES, Intervention, Node, Progress, Prompt, Study, TokenRow, UserError
+import align
+from messages import METRICS, NOISE, OPS, RUNS, SITES, Intervention, Node, Progress, Prompt, Study, TokenRow, UserError
 from model import Edit, Model, in_chunks, write_mid
 
 BATCH = 32
@@ -123,6 +126,47 @@ def means(model: Model, prompts: tuple[Prompt, ...], names: Iterable[str], op: s
     return out
 
 
+def resampled(model: Model, study: Study, length: int, own: tuple[int, ...], seed: int) -> tuple[int, ...]:
+    """Token ids of another corrupted prompt of the set, as long as the prompt and not its own, drawn with the seed (and the prompt's place in the set)."""
+    rows = [model.row(p.corrupt, p.bos).ids for p in study.prompt_set if p.corrupt is not None and p != study.prompt]
+    rows = [r for r in rows if len(r) == length and r != own]
+    if not rows:
+        raise UserError(f"resample ablation needs a prompt set with another corrupted prompt of {length} tokens: open one, or ablate to zero")
+    return rows[np.random.default_rng((seed, place_in_set(study))).integers(len(rows))]
+
+
+def place_in_set(study: Study) -> int:
+    return study.prompt_set.index(study.prompt) if study.prompt in study.prompt_set else 0
+
+
+def gaussian(shape: tuple[int, ...], key: tuple) -> Tensor:
+    """Standard Gaussian noise, the same for the same key on every machine."""
+    return t.randn(shape, generator=t.Generator().manual_seed(zlib.crc32(repr(key).encode())))
+
+
+@t.no_grad()
+def noise_scale(model: Model) -> float:
+    """The standard deviation of token embeddings, over (at most) 4096 random tokens."""
+    return model.bridge.embed(model.random_ids(4096).to(model.device)).float().std().item()
+
+
+def across(spot: tuple, value: Tensor, there: tuple[int, ...], i: Intervention) -> Callable[[Tensor], Tensor]:
+    """A function that takes values [1, seq of the other prompt, ...] to the positions they are aligned with; what has no partner stays."""
+    if i.node.site == "head" and i.node.part == "pattern":
+        raise UserError(f"{i}: a pattern's row holds sources without partner in the other prompt; patch z, q, k or v")
+    here = [p for p in range(len(there))[spot[1]] if there[p] >= 0]
+    if not here:
+        raise UserError(f"{i}: this position has no partner in the other prompt: choose another, or edit the alignment")
+    new = value[(slice(None), [there[p] for p in here], *spot[2:])]
+
+    def apply(x: Tensor) -> Tensor:
+        out = x.clone()
+        out[(slice(None), here, *spot[2:])] = new.to(x)
+        return out
+
+    return apply
+
+
 def edit(spot: tuple, op: str, factor: float | None, value: Tensor | None) -> Callable[[Tensor], Tensor]:
     """A function that returns the tensor with one spot replaced; its input stays as it was."""
 
@@ -133,6 +177,8 @@ def edit(spot: tuple, op: str, factor: float | None, value: Tensor | None) -> Ca
                 new[spot] = 0
             case "scale":
                 new[spot] = x[spot] * factor
+            case "noise" | "add":
+                new[spot] = x[spot] + value[spot].to(x)
             case "mean_all":
                 new[spot] = value[(slice(None), slice(None), *spot[2:])].to(x)
             case _:
@@ -153,6 +199,7 @@ class Runs:
     foils: list[int]
     edits: list[Edit]
     done: tuple
+    alignment: align.Pairs = ()
 
     def row(self, which: str) -> TokenRow:
         row = self.rows.get(which)
@@ -170,12 +217,39 @@ class Runs:
     def position(self, which: str, pos: int | str) -> int:
         return find_position(pos, self.row(which), NAMES[which])
 
+    @property
+    def by_index(self) -> bool:
+        """Whether a position stands for the same index in clean and corrupted."""
+        rows = self.rows["clean"], self.rows["corrupt"]
+        return None in rows or not self.alignment or align.is_by_index(self.alignment, *(len(r.ids) for r in rows))
+
+    def partners(self, base: str) -> tuple[int, ...] | None:
+        """For every position of a prompt its partner in the other one (-1: none); None: the same index. Unequal lengths need an alignment."""
+        clean, corrupt = (len(self.row(w).ids) for w in ("clean", "corrupt"))
+        if not self.alignment and clean != corrupt:
+            raise UserError(
+                f"patching by position needs prompts of equal length: clean has {clean} tokens and corrupted {corrupt}; or choose an alignment (diff or labels)"
+            )
+        return None if self.by_index else align.partners(self.alignment, base, len(self.row(base).ids))
+
+    def metric_position(self, which: str) -> int:
+        """The metric's position in a run. Under an alignment a number means the clean prompt's, and in the corrupted one its partner."""
+        pos = self.study.metric.pos
+        if isinstance(pos, str) or self.by_index or (self.study.base if which == "now" else which) == "clean":
+            return self.position(which, pos)
+        partner = dict(self.alignment)
+        if (i := self.position("clean", pos)) not in partner:
+            raise UserError(f"the metric's position {pos} has no partner in the corrupted prompt: use END or a label of both, or edit the alignment")
+        return partner[i]
+
     def pair(self, which: str) -> tuple[str, str]:
         """The two runs of a difference, of equal length."""
         a, _, b = which.partition("-")
         na, nb = len(self.row(a).ids), len(self.row(b).ids)
         if na != nb:
             raise UserError(f"a difference needs runs of equal length: {a} has {na} tokens and {b} has {nb}")
+        if not self.by_index:
+            raise UserError("a difference of runs goes position by position, and the prompt's alignment does not: look at one run at a time")
         return a, b
 
     def edits_anywhere(self) -> tuple[list[Edit], list[str]]:
@@ -183,6 +257,12 @@ class Runs:
         fits = [i for i in self.study.interventions if i.op in ("zero", "scale") and i.node.pos is None and i.node.site != "resid_mid"]
         edits = [(hook_name(self.model, i.node), edit(where(self.model, i.node, self.row("now"), NAMES[self.study.base]), i.op, i.value, None)) for i in fits]
         return edits, [str(i) for i in self.study.interventions if i not in fits]
+
+    @property
+    def aligned(self) -> str:
+        """Where the alignment comes from, and what it leaves out."""
+        source = "the prompt's own" if self.study.prompt.alignment else f"by {self.study.align}"
+        return f"{source}: {align.words(self.alignment, *(len(self.row(w).ids) for w in ('clean', 'corrupt')))}"
 
     @property
     def convention(self) -> str:
@@ -196,7 +276,10 @@ class Runs:
             notes.append("k and v are shared by a group of heads")
         if parts & {"q", "k"} and self.model.info.positions == "rotary":
             notes.append("q and k before the rotation")
-        notes += [f"{op} = {OPS[op]}" for op in dict.fromkeys(i.op for i in some) if op in ("mean", "mean_all", "patch")]
+        ops = dict.fromkeys(i.op for i in some)
+        notes += [f"{op} = {OPS[op]}" for op in ops if op not in ("zero", "scale")]
+        notes += [f"seed {self.study.seed}"] * ("resample" in ops or "noise" in ops)
+        notes += [f"patched across an alignment, {self.aligned}"] * ("patch" in ops and not self.by_index)
         if "pattern" in parts:
             notes.append("a pattern's position is the destination")
         return "; ".join(notes)
@@ -208,7 +291,7 @@ def read_study(model: Model, study: Study) -> Runs:
         raise UserError(f"{study.base!r} is not a prompt to act on: use clean or corrupt")
     if study.metric.kind not in METRICS:
         raise UserError(f"{study.metric.kind!r} is not a metric: use one of {', '.join(METRICS)}")
-    check = model.check(study.prompt)
+    check = model.check(study.prompt, study.align)
     if check.problems:
         raise UserError("; ".join(check.problems))
     rows = {"clean": check.clean, "corrupt": check.corrupt}
@@ -216,7 +299,19 @@ def read_study(model: Model, study: Study) -> Runs:
     if rows["now"] is None:
         raise UserError("the interventions act on the corrupted prompt, and there is none: type one first")
     answers, foils = (list(dict.fromkeys(r.ids[0] for r in side)) for side in (check.answers, check.foils))
-    return Runs(model, study, rows, answers, foils, [], ())
+    return Runs(model, study, rows, answers, foils, [], (), check.alignment)
+
+
+def direction(runs: Runs) -> Tensor:
+    """The unit vector [d_model] of the answers' minus the foils' columns of the unembedding, means of several."""
+    if not runs.answers:
+        raise UserError("add steers along the answer's direction, and there is no answer: give one, with its leading space")
+    w = runs.model.bridge.W_U
+    u = w[:, runs.answers].float().mean(1)
+    u = u - w[:, runs.foils].float().mean(1) if runs.foils else u
+    if u.norm() == 0:
+        raise UserError("answer and foil have the same direction: give another foil")
+    return u / u.norm()
 
 
 def prepare(model: Model, study: Study) -> Generator[Progress, None, Runs]:
@@ -252,13 +347,28 @@ def one_edit(runs: Runs, i: Intervention, row: TokenRow, base: str, other: str) 
             source = runs.rows[other]
             if source is None:
                 raise UserError(f"{i}: patching needs a corrupted prompt: type one first")
-            if len(source.ids) != len(row.ids):
-                raise UserError(
-                    f"{i}: patching by position needs prompts of equal length: clean has {len(runs.row('clean').ids)} tokens"
-                    f" and corrupted {len(runs.row('corrupt').ids)}"
-                )
+            try:
+                there = runs.partners(base)
+            except UserError as error:
+                raise UserError(f"{i}: {error}") from error
             value = runs.trace(other, [name])[name]
-            return edit(spot, "patch", None, value), (str(i), spot_key(spot), source.ids)
+            mark = (str(i), spot_key(spot), source.ids)
+            return (edit(spot, "patch", None, value), mark) if there is None else (across(spot, value, there, i), (*mark, there))
+        case "freeze":
+            return edit(spot, "patch", None, model.trace(row.ids, [name])[name]), (str(i), spot_key(spot), row.ids)
+        case "resample":
+            ids = resampled(model, runs.study, len(row.ids), row.ids, runs.study.seed)
+            return edit(spot, "patch", None, model.trace(ids, [name])[name]), (str(i), spot_key(spot), ids)
+        case "noise":
+            shape = model.trace(row.ids, [name])[name].shape[1:]
+            key = (runs.study.seed, place_in_set(runs.study), (node.layer, node.site, node.part))
+            noise = (NOISE if i.value is None else i.value) * noise_scale(model) * gaussian(shape, key)[None].to(model.device)
+            return edit(spot, "noise", None, noise), (str(i), spot_key(spot), repr(key))
+        case "add":
+            if node.site in ("head", "neuron"):
+                raise UserError(f"{i}: the answer's direction lies in the residual stream; add it at resid_pre, resid_mid, resid_post, attn, mlp or embed")
+            u = i.value * direction(runs)
+            return edit(spot, "add", None, u.expand(1, len(row.ids), -1)), (str(i), spot_key(spot), tuple(runs.answers), tuple(runs.foils))
         case "mean" | "mean_all":
             if i.op == "mean_all" and node.part == "pattern" and node.site == "head":
                 raise UserError(f"{i}: a pattern has no mean over positions; use mean with a set of one template, or zero")

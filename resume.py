@@ -117,7 +117,7 @@ class Score:
         self.model, self.group, self.kind = runs.model, group, runs.study.metric.kind
         self.whole = self.kind == "loss"
         self.ids = [r.row(which).ids for r in group]
-        self.places = [len(ids) - 1 if self.whole else r.position(which, r.study.metric.pos) for r, ids in zip(group, self.ids)]
+        self.places = [len(ids) - 1 if self.whole else r.metric_position(which) for r, ids in zip(group, self.ids)]
         self.base: np.ndarray | None = None  # the metric of the unchanged run [prompt]
         self.clean = clean  # [prompt, d_model] normed, for KL
         self.nll: Tensor | None = None  # of the base run's own tokens [prompt, seq - 1]
@@ -463,7 +463,7 @@ class Base:
     @t.no_grad()
     def attended(self, layer: int, spots: list[Spot], start: int) -> Tensor:
         """The stream after a block [variant x prompt, seq from start, d_model] for changes of one head's z each; its attention is not run."""
-        block, (b, seq) = self.model.bridge.blocks[layer], self.ids.shape
+        block = self.model.bridge.blocks[layer]
         z = self.acts[f"blocks.{layer}.attn.hook_z"][:, start : self.stop]
         z = z.expand(len(spots), *z.shape).clone()
         for i, s in enumerate(spots):

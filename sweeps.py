@@ -7,7 +7,6 @@ Sweeps: the metric under one change a cell, over one prompt or a set.
 """
 
 import math
-import zlib
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from messages import METRICS, SWEEP_OPS, SWEEPS, Node, Progress, Prompt, Study, Sweep, SweepResult, TokenRow, UserError, parse_node
 from model import FINAL, Model
-from patching import Runs, find_position, hook_name, means, prepare, read_study
+from patching import Runs, find_position, gaussian, hook_name, means, noise_scale, place_in_set, prepare, read_study, resampled
 from resume import Base, Score, Spot, Variant, make_spot
 from utils import settings
 
@@ -161,6 +160,8 @@ def read_plan(model: Model, ask: Sweep) -> Plan:
             raise UserError(f"prompt {i + 1} of the set: {error}" if ask.over_set else str(error)) from error
     check_lengths(runs, side, ask)
     layout = lay_out(model, ask, runs[0].row(side))
+    if ask.op == "patch":
+        drop_unaligned(layout, ask, [r.partners(side) for r in runs])
     if bad := [rc for rc in ask.only if rc not in layout.cells]:
         raise UserError(f"there is no cell {bad[0]}: the table has {len(layout.rows)} rows and {len(layout.cols)} columns")
     if ask.only:
@@ -179,17 +180,20 @@ def read_member(model: Model, study: Study, patch: bool) -> Runs:
     if kind == "loss" and len(runs.row("now").ids) < 2:
         raise UserError("loss needs a prompt of two tokens")
     if kind != "loss":
-        runs.position("now", study.metric.pos)
+        for which in ("clean", "corrupt"):
+            if runs.rows[which] is not None:
+                runs.metric_position(which)
     return runs
 
 
 def check_lengths(runs: list[Runs], side: str, ask: Sweep) -> None:
-    """Patching goes by position, so clean and corrupted, and all prompts of a set, have to be of one length."""
-    both = [tuple(None if r.rows[w] is None else len(r.rows[w].ids) for w in ("clean", "corrupt")) for r in runs]
-    for i, (clean, corrupt) in enumerate(both):
-        if ask.op == "patch" and clean != corrupt:
-            which = f"prompt {i + 1} of the set: " if ask.over_set else ""
-            raise UserError(f"{which}patching by position needs prompts of equal length: clean has {clean} tokens and corrupted {corrupt}")
+    """Patching goes by position: clean and corrupted have to be of one length or aligned, and the base prompts of a set of one length."""
+    for i, r in enumerate(runs):
+        if ask.op == "patch":
+            try:
+                r.partners(side)
+            except UserError as error:
+                raise UserError((f"prompt {i + 1} of the set: " if ask.over_set else "") + str(error)) from error
     counts: dict[int, int] = {}
     for r in runs:
         n = len(r.row(side).ids)
@@ -197,6 +201,21 @@ def check_lengths(runs: list[Runs], side: str, ask: Sweep) -> None:
     if len(counts) > 1:
         words = ", ".join(f"{count} with {n} tokens" for n, count in sorted(counts.items()))
         raise UserError(f"a sweep over a set needs prompts of equal length, and it has {words}: use a set of one template")
+
+
+def drop_unaligned(layout: Layout, ask: Sweep, sides: list[tuple[int, ...] | None]) -> None:
+    """Cells at a position without partner (in some prompt) are no cells. Where there is no other kind of cell, an error."""
+    sides = [there for there in sides if there is not None]
+    if not sides:
+        return
+    if ask.kind == "pattern" or any(s.node.part == "pattern" and s.node.site == "head" and s.source is None for spots in layout.cells.values() for s in spots):
+        raise UserError("a pattern's row holds sources without partner in the other prompt: sweep z, q, k, v, or one head's cells")
+    alone = {i for there in sides for i, j in enumerate(there) if j < 0}
+    lost = {rc for rc, spots in layout.cells.items() if any(s.node.pos in alone or s.source in alone for s in spots)}
+    if lost and (ask.kind in ("pairs", "cumulative") or len(lost) == len(layout.cells)):
+        at = min(alone & {p for rc in lost for s in layout.cells[rc] for p in (s.node.pos, s.source)} - {None})
+        raise UserError(f"position {at} has no partner in the other prompt: leave it out, or edit the alignment")
+    layout.cells = {rc: spots for rc, spots in layout.cells.items() if rc not in lost}
 
 
 def chunk_bytes(model: Model, megabytes: int) -> int:
@@ -224,22 +243,21 @@ def bases(plan: Plan, more: tuple[str, ...] = ()) -> Generator[Progress | tuple]
     For a few prompts at a time: their indices, the base run with every spot's new values, the metric of base, clean and corrupted [prompt] each
     (corrupted NaN where there is none), and the source run's activations. Under interventions, whose values differ from prompt to prompt, one by one.
     """
-    model, ask, n = plan.model, plan.ask, len(plan.runs)
+    model, ask = plan.model, plan.ask
     last = f"blocks.{model.info.n_layers - 1}.hook_resid_post"
     names = list(dict.fromkeys(name for s in plan.spots for name in {reads(model, s), s.name}))
     if not (plan.study.interventions or ask.plain):
         names += [z for s in plan.spots if s.node.site == "head" and s.node.pos is None and (z := f"blocks.{s.node.layer}.attn.hook_z") not in names]
     bytes_each = sum(model.info.d_model for _ in names) * plan.seq * 8
     size = 1 if plan.study.interventions else max(1, min(BATCH, plan.limit // max(1, bytes_each), room(plan)))
-    for begin in range(0, n, size):
-        group = plan.runs[begin : begin + size]
+    for indices in batches(plan, size):
+        group = [plan.runs[i] for i in indices]
         if plan.study.interventions:
-            group = [(yield from prepare(model, replace(plan.study, prompt=plan.members[begin][1])))]
+            group = [(yield from prepare(model, replace(plan.study, prompt=plan.members[indices[0]][1])))]
         tensor = lambda which, group=group: t.tensor([r.row(which).ids for r in group])  # noqa: E731
         shared = 0
         if ask.op == "patch" and not plan.study.interventions:
-            differ = (tensor("clean") != tensor("corrupt")).any(0).nonzero()
-            shared = int(differ[0]) if len(differ) else plan.seq
+            shared = min(same_start(r, plan.side, plan.other) for r in group)
         both = all(r.rows[w] is not None for r in group for w in ("clean", "corrupt")) and not plan.study.interventions
         both = both and tensor("clean").shape == tensor("corrupt").shape
         wanted = [*names, *more, *([FINAL] if ask.study.metric.kind == "kl" else [])]
@@ -250,14 +268,32 @@ def bases(plan: Plan, more: tuple[str, ...] = ()) -> Generator[Progress | tuple]
                 acts[which] = model.forward(tensor(which), [last, FINAL, *(names if which == plan.other and ask.op == "patch" else [])], keep=None)[1]
         clean = None
         if ask.study.metric.kind == "kl":
-            clean = t.stack([x[r.position("clean", r.study.metric.pos)] for r, x in zip(group, acts["clean"][FINAL])])
+            clean = t.stack([x[r.metric_position("clean")] for r, x in zip(group, acts["clean"][FINAL])])
         sides = {which: Score(group, clean, which).of(a[last], 0)[0] for which, a in acts.items()}
         if not all(np.isfinite(v).all() for v in sides.values()):
             raise UserError("the metric of the clean or corrupted run is not finite: does the model hold NaN? Try float32")
         value = base.begin(Score(group, clean))
-        yield from new_values(plan, base, acts.get(plan.other, {}), list(range(begin, begin + len(group))))
+        yield from new_values(plan, base, acts.get(plan.other, {}), indices)
         missing = np.full(len(group), math.nan)
-        yield list(range(begin, begin + len(group))), base, (value, sides.get("clean", missing), sides.get("corrupt", missing))
+        yield indices, base, (value, sides.get("clean", missing), sides.get("corrupt", missing))
+
+
+def batches(plan: Plan, size: int) -> list[list[int]]:
+    """Prompts that can run together: source runs of one length, aligned in one way."""
+    kinds: dict[tuple, list[int]] = {}
+    for i, r in enumerate(plan.runs):
+        other = r.rows[plan.other]
+        kinds.setdefault((None if other is None else len(other.ids), r.partners(plan.side) if plan.ask.op == "patch" else None), []).append(i)
+    return [some[a : a + size] for some in kinds.values() for a in range(0, len(some), size)]
+
+
+def same_start(runs: Runs, side: str, other: str) -> int:
+    """The first position at which a patch can change something: other tokens, or tokens that are aligned with other positions."""
+    own, theirs, there = runs.row(side).ids, runs.row(other).ids, runs.partners(side)
+    for i, token in enumerate(own):
+        if i >= len(theirs) or token != theirs[i] or there is not None and there[i] not in (i, -1):
+            return i
+    return len(own)
 
 
 def room(plan: Plan) -> int:
@@ -283,31 +319,31 @@ def new_values(plan: Plan, base: Base, other: dict[str, Tensor], indices: list[i
             case "zero":
                 x = t.zeros_like(own)
             case "noise":
-                x = own + deviation * t.stack([gaussian(own.shape[1:], (ask.seed, plan.members[i][0], key)) for i in indices]).to(own)
+                x = own + deviation * t.stack(
+                    [gaussian(own.shape[1:], (ask.seed, place_in_set(replace(plan.study, prompt=plan.members[i][1])), key)) for i in indices]
+                ).to(own)
             case _:
-                x = other[name].expand_as(own)
+                x = aligned(plan, other[name], own, key, plan.runs[indices[0]]) if ask.op == "patch" else other[name].expand_as(own)
         base.source[key] = x
 
 
+def aligned(plan: Plan, theirs: Tensor, own: Tensor, key: tuple, runs: Runs) -> Tensor:
+    """The other run's values [prompt, ...] at the base run's positions; where a position has no partner, its own value."""
+    there = runs.partners(plan.side)
+    if there is None:
+        return theirs
+    here = [i for i, j in enumerate(there) if j >= 0]
+    x, partner = own.clone(), [there[i] for i in here]
+    if key[1:] == ("head", "pattern"):
+        x[:, :, t.tensor(here)[:, None], here] = theirs[:, :, t.tensor(partner)[:, None], partner].to(x)
+    else:
+        x[:, here] = theirs[:, partner].to(x)
+    return x
+
+
 def others(plan: Plan, i: int) -> tuple[int, ...]:
-    """The corrupted prompt of the set that a prompt's values are resampled from: not its own, drawn with the seed."""
-    model, index = plan.model, plan.members[i][0]
-    own = plan.members[i][1]
-    rows = [model.row(p.corrupt, p.bos).ids for p in plan.ask.study.prompt_set if p.corrupt is not None and p != own]
-    rows = [r for r in rows if len(r) == plan.seq and r != plan.runs[i].row(plan.side).ids]
-    if not rows:
-        raise UserError(f"resample ablation needs a prompt set with another corrupted prompt of {plan.seq} tokens: open one, or ablate to zero")
-    return rows[np.random.default_rng((plan.ask.seed, index)).integers(len(rows))]
-
-
-def gaussian(shape: tuple[int, ...], key: tuple) -> Tensor:
-    return t.randn(shape, generator=t.Generator().manual_seed(zlib.crc32(repr(key).encode())))
-
-
-@t.no_grad()
-def noise_scale(model: Model) -> float:
-    """The standard deviation of token embeddings, over (at most) 4096 random tokens."""
-    return model.bridge.embed(model.random_ids(4096).to(model.device)).float().std().item()
+    """The corrupted prompt of the set that a prompt's values are resampled from."""
+    return resampled(plan.model, replace(plan.study, prompt=plan.members[i][1]), plan.seq, plan.runs[i].row(plan.side).ids, plan.ask.seed)
 
 
 # ------------------------------------------------------------------ the sweep
@@ -494,6 +530,8 @@ def convention(plan: Plan, method: str) -> str:
     if ask.kind in ("k", "v") and model.info.n_kv_heads < model.info.n_heads:
         parts.append("a column is a group of heads that share keys and values")
     parts.append(f"raw weights, {model.info.dtype}")
+    if ask.op == "patch" and not plan.runs[0].by_index:
+        parts.append(f"patched across an alignment, {plan.runs[0].aligned}; positions without partner stay as they are")
     if plan.study.interventions:
         parts.append(f"base run under {', '.join(str(i) for i in plan.study.interventions)}")
     return " · ".join(parts)

@@ -27,7 +27,8 @@ nodes = st.one_of(
 )
 factors = st.floats(allow_nan=False, allow_infinity=False)
 interventions = st.one_of(
-    st.builds(Intervention, nodes, st.sampled_from([o for o in m.OPS if o != "scale"])), st.builds(Intervention, nodes, st.just("scale"), factors)
+    st.builds(Intervention, nodes, st.sampled_from([o for o in m.OPS if o not in ("scale", "add")])),
+    st.builds(Intervention, nodes, st.sampled_from(["scale", "add"]), factors),
 )
 texts = st.text(max_size=12)
 prompts = st.builds(
@@ -138,6 +139,8 @@ def test_not_addresses(text):
         ("L9H9=scale", "scale needs a factor"),
         ("L9H9=zero:1", "the other operations take none"),
         ("L9H9=scale:x", "is not a number"),
+        ("L9H9=add", "add a number"),
+        ("L9H9=noise:-1", "a positive number"),
         ("L9H9=scale:inf", "must be finite"),
         ("L9H9=scale:nan", "must be finite"),
         ("nothing=zero", "is not a node"),

@@ -42,7 +42,7 @@ def pace(model: Model, runs: list[EdgeRun]) -> tuple[float, float]:
     t0 = time.monotonic()
     for run in runs:
         n = min(4, run.room())
-        run.metrics(t.stack([run.mask(())] * n))
+        run.metrics([run.mask(())] * n)
     cut = (time.monotonic() - t0) / n
     t0 = time.monotonic()
     runs[0].gradients()

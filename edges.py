@@ -90,7 +90,9 @@ def split(model: Model) -> Generator:
 
 
 class EdgeRun:
-    """A few prompts of equal length. `other` [prompt, seq, sender, d_model] is what cut edges carry."""
+    """A few prompts of equal length. `other` [prompt, seq, sender, d_model] is what cut edges carry; `more` hook points to read beside."""
+
+    more: tuple[str, ...] = ()
 
     def __init__(self, model: Model, group: list[Runs], indices: list[int], plan: Plan, rest: str, limit: int):
         self.model, self.group, self.info, self.limit = model, group, model.info, limit
@@ -107,7 +109,7 @@ class EdgeRun:
     def prepare(self) -> Generator[Progress]:
         """The clean run, the corrupted one where there is one, and what cut edges carry."""
         model, last = self.model, f"blocks.{self.info.n_layers - 1}.hook_resid_post"
-        names = [EMBED, *self.zs, *(m for m in self.mlps if m in model.points), *self.scales, last, FINAL]
+        names = [EMBED, *self.zs, *(m for m in self.mlps if m in model.points), *self.scales, *self.more, last, FINAL]
         _, self.clean = model.forward(self.ids, names)
         corrupt = None
         if all(r.rows["corrupt"] is not None for r in self.group) and len({len(r.rows["corrupt"].ids) for r in self.group} | {self.seq}) == 1:
@@ -133,9 +135,13 @@ class EdgeRun:
                 some = [n for n in names if n not in (last, FINAL, *self.scales)]
                 acts = yield from means(model, self.plan.ask.study.prompt_set, some, self.rest, self.seq)
                 acts = {n: x.expand_as(self.clean[n]) for n, x in acts.items()} | {s: self.clean[s] for s in self.scales}
-        self.other = self.written(acts)
+        self.keep(acts)
         if not np.isfinite(self.value).all():
             raise UserError("the metric is not finite: does the model hold NaN? Try float32")
+
+    def keep(self, acts: dict[str, Tensor]) -> None:
+        """What cut edges carry, of the run that says it."""
+        self.other = self.written(acts)
 
     def written(self, acts: dict[str, Tensor]) -> Tensor:
         """What every sender adds [prompt, seq, sender, d_model] in a run."""
@@ -172,10 +178,10 @@ class EdgeRun:
         return max(1, self.limit // (token * self.seq * len(self.ids)))
 
     @t.no_grad()
-    def metrics(self, cut: Tensor) -> np.ndarray:
-        """The metric [set, prompt] with the edges of each `cut` [set, receiver, sender] gone."""
-        model, info, b, n = self.model, self.info, len(self.ids), len(cut)
-        cut = cut.to(model.device).repeat_interleave(b, 0)  # [row, receiver, sender]
+    def metrics(self, cuts: list[Tensor]) -> np.ndarray:
+        """The metric [set, prompt] with the edges of each mask [receiver, sender] gone."""
+        model, info, b, n = self.model, self.info, len(self.ids), len(cuts)
+        cut = t.stack(cuts).to(model.device).repeat_interleave(b, 0)  # [row, receiver, sender]
         other = self.other.repeat(n, 1, 1, 1)
         diffs: list[Tensor] = []  # what senders so far add here, less what cut edges carry [row, seq, senders, d_model]
         scale: dict[int, Tensor] = {}
@@ -218,12 +224,12 @@ class EdgeRun:
             model.bridge(self.ids.repeat(n, 1).to(model.device), use_cache=False, logits_to_keep=1)
         return self.score.of(got[last], 0)
 
-    def run(self, cuts: list[Tensor]) -> Generator[Progress, None, np.ndarray]:
+    def run(self, cuts: list) -> Generator[Progress, None, np.ndarray]:
         """The same for many sets, as many at once as the limit of bytes allows; out of memory halves that."""
         found, i, size = [], 0, self.room()
         while i < len(cuts):
             try:
-                found.append(self.metrics(t.stack(cuts[i : i + size])))
+                found.append(self.metrics(cuts[i : i + size]))
             except t.OutOfMemoryError as error:
                 tec()
                 if size == 1:
@@ -284,7 +290,7 @@ class EdgeRun:
 # ------------------------------------------------------------------ over prompts
 
 
-def edge_runs(model: Model, study: Study, rest: str, seed: int = 0) -> Generator[Progress, None, list[EdgeRun]]:
+def edge_runs(model: Model, study: Study, rest: str, seed: int = 0, kind: type = EdgeRun) -> Generator[Progress, None, list[EdgeRun]]:
     """One EdgeRun a length of prompt, over the set or the one prompt. Interventions of the study are left out: an edge circuit is one of the model itself."""
     if rest not in REST:
         raise UserError(f"{rest!r} is not a value for what is left out: use one of {', '.join(REST)}")
@@ -304,7 +310,7 @@ def edge_runs(model: Model, study: Study, rest: str, seed: int = 0) -> Generator
         per = max(1, plan.limit // (4 * length * model.info.d_model * 3 * len(senders(model.info))))
         for a in range(0, len(same), per):
             part = same[a : a + per]
-            run = EdgeRun(model, [runs[i] for i in part], part, plan, rest, plan.limit)
+            run = kind(model, [runs[i] for i in part], part, plan, rest, plan.limit)
             yield from run.prepare()
             out.append(run)
             yield Progress(len(out), len(runs), "runs of the prompts")

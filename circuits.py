@@ -1,0 +1,357 @@
+"""
+What a circuit is worth: faithfulness, completeness and minimality by true ablation (Wang et al. 2211.00593), single effects, an exact greedy search, comparison.
+
+A circuit of nodes keeps its heads (and MLPs where they count); everything else has the value that `rest` says. A circuit of edges: see edges.py.
+"""
+
+import time
+from collections.abc import Generator
+
+
+import numpy as np
+import torch as t
+from torch import Tensor
+
+from edges import PARTS, EdgeRun, all_edges, edge_runs, gather, own_edge
+from messages import Node, Progress, Study, UserError, parse_node
+from model import Model
+from patching import find_position
+from sweeps import statistics
+from drawings import published
+from wiring import LOGITS, REST, Circuit, Compare, CompareResult, Discover, DiscoverResult, Interval, Score, ScoreResult, check_circuit, owner, parse_edge
+
+WHAT = ("faithfulness", "completeness", "minimality", "effects")
+DRAWS = 2000
+
+
+def answer(model: Model, request: Score | Compare) -> Generator[Progress, None, object]:
+    if isinstance(request, Compare):
+        return compare(request)
+    return (yield from score(model, request))
+
+
+# ------------------------------------------------------------------ nodes
+
+
+class NodeRun(EdgeRun):
+    """A few prompts of equal length, on which nodes are set to the rest's values. A set is (kept or None for everything, taken away)."""
+
+    mlps_count, positions, parts = False, True, False
+
+    def keep(self, acts: dict[str, Tensor]) -> None:
+        self.acts = acts
+        self.rows = [r.row("clean") for r in self.group]
+
+    def spread(self, nodes: set[str]) -> np.ndarray:
+        """1 where some of the nodes are [prompt, layer, column, seq]; columns are heads' z, q, k, v, then the MLP."""
+        h = self.info.n_heads
+        out = np.zeros((len(self.rows), self.info.n_layers, 4 * h + 1, self.seq), np.float32)
+        for address in nodes:
+            node = parse_node(address)
+            column = 4 * h if node.site == "mlp" else h * ("z", *PARTS).index(node.part) + node.head
+            for i, row in enumerate(self.rows):
+                at = slice(None) if node.pos is None or not self.positions else find_position(node.pos, row, f"prompt {self.indices[i] + 1}")
+                out[i, node.layer, column, at] = 1
+        return out
+
+    def mask(self, some: tuple[frozenset[str] | None, frozenset[str]]) -> Tensor:
+        """1 where a value is replaced [prompt, layer, column, seq]."""
+        kept, gone = some
+        h, away = self.info.n_heads, self.spread(gone)
+        if kept is None:
+            return t.tensor(away)
+        here = self.spread(kept) * (1 - away)
+        z, parts = here[:, :, :h], here[:, :, h : 4 * h].reshape(*here.shape[:2], 3, h, self.seq)
+        out = np.zeros_like(here)
+        out[:, :, :h] = 1 - np.maximum(z, parts.max(2))  # a head with a part in the circuit is alive
+        lacking = (1 - np.maximum(z[:, :, None], parts)) * np.maximum(z, parts.max(2))[:, :, None]
+        whole = away[:, :, h : 4 * h].reshape(lacking.shape)
+        out[:, :, h : 4 * h] = np.maximum(lacking, whole).reshape(*here.shape[:2], 3 * h, self.seq)
+        if self.mlps_count:
+            out[:, :, 4 * h] = 1 - here[:, :, 4 * h]
+        return t.tensor(out)
+
+    def room(self) -> int:
+        i = self.info
+        return max(1, self.limit // (4 * (14 * i.d_model + 4 * i.d_mlp + 3 * i.n_heads * self.seq) * self.seq * len(self.ids)))
+
+    @t.no_grad()
+    def metrics(self, cuts: list[Tensor]) -> np.ndarray:
+        """The metric [set, prompt]."""
+        model, h, kv = self.model, self.info.n_heads, self.info.n_kv_heads
+        cut = t.cat(cuts).to(model.device)  # [row, layer, column, seq]
+        n, edits, last = len(cuts), [], f"blocks.{self.info.n_layers - 1}.hook_resid_post"
+
+        def put(name: str, mask: Tensor) -> None:
+            other = self.acts[name].repeat(n, *[1] * (self.acts[name].ndim - 1))
+            edits.append((name, lambda x: t.where(mask > 0, other.to(x), x)))
+
+        for layer in range(self.info.n_layers):
+            here = cut[:, layer]
+            for k, part in enumerate(PARTS):
+                some = here[:, h * (k + 1) : h * (k + 2)]
+                if some.any():
+                    if part != "q" and kv < h:  # a group's keys or values go when no living head of it keeps them
+                        alive = 1 - here[:, :h]
+                        wanted = (alive * (1 - some)).view(len(some), kv, h // kv, -1).amax(2)
+                        some = some.view(len(some), kv, h // kv, -1).amax(2) * (1 - wanted)
+                    put(f"blocks.{layer}.attn.hook_{part}", some.transpose(1, 2)[..., None])
+            if here[:, :h].any():
+                put(self.zs[layer], here[:, :h].transpose(1, 2)[..., None])
+            if here[:, 4 * h].any() and self.mlps[layer] in model.points:
+                put(self.mlps[layer], here[:, 4 * h][..., None])
+        _, got = model.forward(self.ids.repeat(n, 1), [last], edits)
+        return self.score.of(got[last], 0)
+
+
+class Bench:
+    """A circuit on its prompts: the metric of any set of parts alone, or of the model without some."""
+
+    def __init__(self, model: Model, study: Study, rest: str, seed: int, edges: bool, mlps: bool, positions: bool, parts: bool):
+        self.model, self.study, self.rest, self.seed, self.edges = model, study, rest, seed, edges
+        self.mlps, self.positions, self.parts = mlps, positions, parts
+        self.every = frozenset(all_edges(model.info))
+
+    def prepare(self) -> Generator[Progress]:
+        kind = EdgeRun
+        if not self.edges:
+            more = tuple(f"blocks.{n}.attn.hook_{p}" for n in range(self.model.info.n_layers) for p in PARTS) if self.parts else ()
+            kind = type("NodeRun", (NodeRun,), {"more": more, "mlps_count": self.mlps, "positions": self.positions})
+        self.runs = yield from edge_runs(self.model, self.study, self.rest, self.seed, kind)
+        self.whole = gather(self.runs, [r.value for r in self.runs])
+
+    def values(self, sets: list[tuple[frozenset[str] | None, frozenset[str]]], text: str) -> Generator[Progress, None, np.ndarray]:
+        """The metric [set, prompt] of (kept or None for everything, taken away)."""
+        found, begun, done = [], time.monotonic(), 0
+        for run in self.runs:
+            masks = [run.mask((self.every if kept is None else kept) - gone) for kept, gone in sets] if self.edges else [run.mask(s) for s in sets]
+            steps = run.run(masks)
+            while True:
+                try:
+                    part = next(steps)
+                except StopIteration as stop:
+                    found.append(stop.value)
+                    break
+                share = (done + part.done / part.total) / len(self.runs)
+                seconds = (time.monotonic() - begun) * (1 - share) / share
+                yield Progress(round(share * len(sets)), len(sets), f"{text}, {seconds:.0f} s left")
+            done += 1
+        return gather(self.runs, found)
+
+
+def interval(values: np.ndarray) -> Interval:
+    """Mean over prompts with Student's t."""
+    some = statistics(values[:, None], values * 0, 0)
+    return Interval(float(values.mean()), float(some["low"][0]), float(some["high"][0]), values.astype(np.float32))
+
+
+def ratio(alone: np.ndarray, empty: np.ndarray, whole: np.ndarray) -> Interval:
+    """A ratio of means with its 95 % interval over prompts drawn again (percentiles, fixed seed); values are each prompt's own ratio."""
+    a, b = alone - empty, whole - empty
+    with np.errstate(divide="ignore", invalid="ignore"):
+        each = (a / b).astype(np.float32)
+        mean = float(a.mean() / b.mean()) if abs(b.mean()) > 1e-9 else np.nan
+        low = high = np.nan
+        if len(a) > 1 and np.isfinite(mean):
+            draw = np.random.default_rng(0).integers(len(a), size=(DRAWS, len(a)))
+            low, high = np.percentile(a[draw].mean(1) / b[draw].mean(1), [2.5, 97.5])
+    return Interval(mean, float(low), float(high), each)
+
+
+# ------------------------------------------------------------------ scores
+
+
+def score(model: Model, ask: Score) -> Generator[Progress, None, ScoreResult]:
+    """The scores of a circuit over the prompt set, or on the one prompt."""
+    if unknown := [w for w in ask.what if w not in WHAT]:
+        raise UserError(f"{unknown[0]!r} is not a score: use some of {', '.join(WHAT)}")
+    begun, circuit = time.monotonic(), ask.circuit
+    check_circuit(circuit, model.info)
+    edges = bool(circuit.edges) and ask.edges
+    if some := [n for n in circuit.nodes if parse_node(n).site == "sae"]:
+        raise UserError(f"{some[0]}: a circuit is scored by its heads and MLPs, not yet by features; drop them, or ablate the feature itself")
+    nodes = circuit.nodes if ask.mlps else tuple(n for n in circuit.nodes if parse_node(n).site != "mlp")
+    parts = tuple(own_edge(model.info, e) for e in circuit.edges) if edges else nodes
+    if not parts:
+        raise UserError(f"{circuit.name} holds only MLPs, and they stay in any case: count them (mlps), or keep a head")
+    by_parts = any(parse_node(n).part != "z" for n in nodes if parse_node(n).site == "head")
+    bench = Bench(model, ask.study, ask.rest, ask.seed, edges, ask.mlps, ask.positions, by_parts)
+    yield from bench.prepare()
+    none, mine = frozenset(), frozenset(parts)
+    found = yield from bench.values([(mine, none), (none, none)], "faithfulness")
+    alone, empty = found
+    faithfulness = ratio(alone, empty, bench.whole)
+    effects, tried, by_circuit, by_model, minimal, with_ = np.zeros(0), (), np.zeros(0), np.zeros(0), np.zeros(0), ()
+    if "effects" in ask.what:
+        single = yield from bench.values([(None, frozenset([p])) for p in parts], "single effects")
+        effects = (single - bench.whole).mean(1)
+    if "completeness" in ask.what:
+        tried, by_circuit, by_model = yield from completeness(bench, parts, circuit, ask)
+    if "minimality" in ask.what:
+        minimal, with_ = yield from minimality(bench, parts, circuit, ask)
+    gap = float((bench.whole - empty).mean())
+    warning = ""
+    if abs(gap) < 0.05 * max(abs(float(bench.whole.mean())), abs(float(empty.mean()))):
+        warning = f"model and empty circuit differ by {gap:.2g} only: fractions are large and noisy"
+    members = tuple(range(len(ask.study.prompt_set) or 1))
+    return ScoreResult(
+        circuit, interval(bench.whole), interval(alone), interval(empty), faithfulness, parts, effects.astype(np.float32), tried,
+        by_circuit.astype(np.float32), by_model.astype(np.float32), float(np.abs(by_circuit - by_model).max()) if len(by_model) else np.nan,
+        minimal.astype(np.float32), with_, members, time.monotonic() - begun, warning, convention(model, ask, edges, by_parts),
+    )  # fmt: skip
+
+
+def completeness(bench: Bench, parts: tuple[str, ...], circuit: Circuit, ask: Score) -> Generator[Progress, None, tuple]:
+    """Subsets K, the metric of the circuit without K and of the model without K: groups, random subsets, and a greedy chain of the worst."""
+    rng, mine = np.random.default_rng(ask.seed), frozenset(parts)
+    sets = [frozenset(), *(frozenset(g) & mine for g in circuit.groups.values())]
+    sets += [frozenset(p for p, take in zip(parts, rng.random(len(parts)) < 0.5) if take) for _ in range(ask.subsets)]
+    sets = list(dict.fromkeys(sets))
+    chain: frozenset[str] = frozenset()
+    a, b = [], []
+
+    def both(some: list[frozenset[str]]) -> Generator[Progress, None, tuple[np.ndarray, np.ndarray]]:
+        found = yield from bench.values([*((mine, k) for k in some), *((None, k) for k in some)], "completeness")
+        return found[: len(some)].mean(1), found[len(some) :].mean(1)
+
+    x, y = yield from both(sets)
+    a, b = [*x], [*y]
+    for _ in range(min(ask.greedy, len(parts))):
+        more = [chain | {p} for p in parts if p not in chain]
+        x, y = yield from both(more)
+        worst = int(np.argmax(np.abs(x - y)))
+        chain = more[worst]
+        if chain not in sets:
+            sets, a, b = [*sets, chain], [*a, x[worst]], [*b, y[worst]]
+    return tuple(tuple(p for p in parts if p in k) for k in sets), np.array(a), np.array(b)
+
+
+def minimality(bench: Bench, parts: tuple[str, ...], circuit: Circuit, ask: Score) -> Generator[Progress, None, tuple[np.ndarray, tuple]]:
+    """Of each part the largest |F(C without K) - F(C without K and it)| over the K tried (nothing, its groups, random subsets), in units of F(model)."""
+    rng, mine = np.random.default_rng(ask.seed), frozenset(parts)
+    random = [frozenset(p for p, take in zip(parts, rng.random(len(parts)) < 0.3) if take) for _ in range(max(1, ask.subsets // 4))]
+    pairs = []
+    for p in parts:
+        groups = [frozenset(g) & mine for g in circuit.groups.values() if p in g]
+        pairs += [(p, k - {p}) for k in dict.fromkeys([frozenset(), *groups, *random])]
+    found = yield from bench.values([s for p, k in pairs for s in ((mine, k), (mine, k | {p}))], "minimality")
+    size = abs(float(bench.whole.mean()))
+    moved = np.abs(found[::2].mean(1) - found[1::2].mean(1)) / (size if size > 1e-9 else np.nan)
+    best = {p: max((i for i, (q, _) in enumerate(pairs) if q == p), key=lambda i: moved[i]) for p in parts}
+    return np.array([moved[best[p]] for p in parts]), tuple(tuple(x for x in parts if x in pairs[best[p]][1]) for p in parts)
+
+
+def convention(model: Model, ask: Score, edges: bool, parts: bool) -> str:
+    n, rest = len(ask.study.prompt_set) or 1, REST[ask.rest]
+    words = [
+        f"{'edges' if edges else 'nodes'}: what is not in the circuit is set to {rest}" if not edges else f"edges: a cut edge carries {rest}",
+        "" if edges else "MLPs outside it too" if ask.mlps else "MLPs and embeddings always stay",
+        "" if edges else "at the positions named" if ask.positions and any("@" in x for x in ask.circuit.nodes) else "at all positions",
+        "of a head with some of q, k, v in it the others are set so" if parts else "",
+        f"{ask.study.metric.kind}@{ask.study.metric.pos} over {n} prompt{'s' * (n != 1)}",
+        "faithfulness (F(C) - F(nothing)) / (F(M) - F(nothing)), ratio of means, interval by drawing prompts again" if n > 1 else
+        "faithfulness (F(C) - F(nothing)) / (F(M) - F(nothing))",
+        f"{ask.subsets} random subsets, greedy to {ask.greedy}, seed {ask.seed}" if {"completeness", "minimality"} & set(ask.what) else "",
+        f"seed {ask.seed}" if ask.rest == "resample" else "",
+        "interventions left out" if ask.study.interventions else "",
+        "k and v of a group of heads go when no head of it that is left needs them" if parts and model.info.n_kv_heads < model.info.n_heads else "",
+        model.info.dtype,
+    ]  # fmt: skip
+    return "; ".join(w for w in words if w)
+
+
+# ------------------------------------------------------------------ greedy
+
+
+def greedy(model: Model, ask: Discover) -> Generator[Progress, None, DiscoverResult]:
+    """Take away the head whose loss costs the least faithfulness, again and again, until `nodes` are left or the next one would go below `target`."""
+    begun, info = time.monotonic(), model.info
+    if not 0 < ask.target <= 1.5 or ask.nodes < 0:
+        raise UserError("the target is a faithfulness above 0, and nodes are not negative (0: as few as the target allows)")
+    bench = Bench(model, ask.study, ask.rest, 0, False, False, True, False)
+    yield from bench.prepare()
+    left = [str(Node("head", n, h)) for n in range(info.n_layers) for h in range(info.n_heads)]
+    t0 = time.monotonic()
+    empty = (yield from bench.values([(frozenset(), frozenset())] * 2, "pace"))[0]
+    expected = (time.monotonic() - t0) / 2 * len(left) ** 2 / 2
+    gap = float((bench.whole - empty).mean())
+    if abs(gap) < 1e-9:
+        raise UserError("without any head the metric is the same: there is nothing to find; another metric or rest?")
+    curve, scores, done, total = [(len(left), 1.0)], {}, 0, len(left) * (len(left) + 1) // 2
+    faithful = 1.0
+    while left and not ask.dry and len(left) > max(ask.nodes, 1 if ask.nodes == 0 else 0):
+        tries = [frozenset(left) - {x} for x in left]
+        steps = bench.values([(k, frozenset()) for k in tries], "greedy")
+        while True:
+            try:
+                part = next(steps)
+            except StopIteration as stop:
+                found = (stop.value - empty).mean(1) / gap
+                break
+            spent = time.monotonic() - begun
+            now = done + part.done
+            yield Progress(now, total, f"greedy: {len(left)} heads left, faithfulness {faithful:.3f}, at most {spent / max(now, 1) * (total - now):.0f} s left")
+        done += len(left)
+        best = int(np.argmax(found))
+        if not ask.nodes and found[best] < ask.target:
+            break
+        scores[left[best]] = faithful - float(found[best])
+        faithful = float(found[best])
+        left.pop(best)
+        curve.append((len(left), faithful))
+    curve.append((0, 0.0))
+    words = [f"greedy over heads, MLPs and embeddings stay; a head that is left out is set to {REST[ask.rest]}", f"{ask.study.metric.kind}@{ask.study.metric.pos}",
+             f"until {ask.nodes} heads" if ask.nodes else f"while faithfulness stays at {ask.target:g} or above", f"{len(ask.study.prompt_set) or 1} prompts", info.dtype]  # fmt: skip
+    found = Circuit(ask.name or "greedy", info.name, () if ask.dry else tuple(left), found="; ".join(words))
+    order = list(scores)
+    counts, values = (np.array(x) for x in zip(*sorted(curve)))
+    if ask.dry:
+        counts, values = np.zeros(0), np.zeros(0)
+    return DiscoverResult(
+        found, "greedy", tuple(order), np.array([scores[x] for x in order], np.float32), counts.astype(np.int32), values.astype(np.float32),
+        faithful, expected, time.monotonic() - begun, "", "; ".join(words),
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------ comparison
+
+
+def compare(ask: Compare) -> CompareResult:
+    """Overlap with another circuit, and of scored edges (or nodes) the ROC curve against it."""
+    there = ask.other
+    if ask.published:
+        there, _ = published(ask.published)
+    if not there.nodes and not there.edges:
+        raise UserError("compare with what? Name a published circuit, a file or another circuit")
+    heads = lambda c: {owner(n) for n in c.nodes}  # noqa: E731
+    mine, theirs = heads(ask.circuit), heads(there)
+    a, b = set(ask.circuit.edges), set(there.edges)
+    if ask.circuit.model and there.model and ask.circuit.model.split("/")[-1] != there.model.split("/")[-1]:
+        raise UserError(f"{ask.circuit.name} is a circuit of {ask.circuit.model} and {there.name} one of {there.model}")
+    overlap = lambda x, y: len(x & y) / len(x | y) if x | y else np.nan  # noqa: E731
+    wrong = right = np.zeros(0)
+    area = np.nan
+    if ask.edges and ask.scores:
+        names, values = list(ask.edges), np.abs(np.array(ask.scores))
+        truth = b
+        if not b or "->" not in names[0]:  # the circuit has no edges: every node by its best edge
+            best: dict[str, float] = {}
+            for e, v in zip(names, values.tolist()):
+                for end in {owner(parse_edge(e).sender), owner(parse_edge(e).receiver)} - {"embed", LOGITS} if "->" in e else {owner(e)}:
+                    best[end] = max(v, best.get(end, 0.0))
+            names, values, truth = list(best), np.array(list(best.values())), theirs
+        hit = np.array([e in truth for e in names])
+        if hit.any() and not hit.all():
+            order = np.argsort(-values, kind="stable")
+            last = np.append(np.diff(values[order]) != 0, True)  # ties are one step
+            right = np.append(0.0, (np.cumsum(hit[order]) / hit.sum())[last])
+            wrong = np.append(0.0, (np.cumsum(~hit[order]) / (~hit).sum())[last])
+            area = float(np.trapezoid(right, wrong))
+    words = ["nodes compared as whole heads and MLPs, positions left out", "overlap: in both / in either (Jaccard)"]
+    words += ["ROC by |score|, ties in one step"] * (len(wrong) > 0)
+    key = lambda x: (x.count("->"), parse_node(x.split("->")[0]).layer or 0, x)  # noqa: E731
+    return CompareResult(
+        ask.circuit.name, there.name, tuple(sorted((mine & theirs) | (a & b), key=key)), tuple(sorted((mine - theirs) | (a - b), key=key)),
+        tuple(sorted((theirs - mine) | (b - a), key=key)), float(overlap(mine, theirs)), float(overlap(a, b)), wrong.astype(np.float32),
+        right.astype(np.float32), area, there.found, "; ".join(words),
+    )  # fmt: skip

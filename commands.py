@@ -67,7 +67,7 @@ from messages import (
     Singular,
     SingularResult,
 )
-from sparse import TrainSae, TrainSaeResult
+from sparse import FEATURE_REQUESTS, TrainSae, TrainSaeResult
 from utils import settings, show_number, show_token
 
 GRAY, GREEN, CYAN, YELLOW, RED, PURPLE = (
@@ -112,6 +112,10 @@ class Options:
     device: str | None = None
     """auto, cpu, cuda, cuda:1, mps"""
     device_map: str | None = None
+    sae: tuple[str, ...] = ()
+    """SAEs that nodes such as L2.sae.f12 speak of: folders, zoo/NAME, RELEASE:ID"""
+    sae_error: bool = True
+    """keep what the SAE does not explain when one of its features is changed"""
     json: bool = False
     """print the result as JSON, and nothing else"""
 
@@ -127,7 +131,7 @@ class Options:
         if prompts and prompt == Prompt(Options.clean, bos=self.bos):
             prompt = prompts[0]
         pos = int(self.pos) if self.pos.lstrip("-").isdigit() else self.pos
-        return Study(prompt, tuple(parse_intervention(d) for d in self.do), self.base, Metric(self.metric, pos), prompts)
+        return Study(prompt, tuple(parse_intervention(d) for d in self.do), self.base, Metric(self.metric, pos), prompts, self.sae, self.sae_error)
 
 
 @dataclass
@@ -697,7 +701,9 @@ def interruptible(show: Callable[[object], None]) -> Generator[Callable[[object]
 
 def main(args: list[str] | None = None) -> int:
     """0, or 1 when an identity is broken, or 2 for input that can't be used."""
-    command = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="engine.py", description="Loupe without a screen.", args=args)
+    import feature_commands
+
+    command = tyro.extras.subcommand_cli_from_dict(COMMANDS | feature_commands.COMMANDS, prog="engine.py", description="Loupe without a screen.", args=args)
     if isinstance(command, ServeCommand):
         serve()
     errors = Console(stderr=True, highlight=False)
@@ -710,7 +716,7 @@ def main(args: list[str] | None = None) -> int:
             with interruptible(show) as show_or_stop:
                 result = engine.run(request, show_or_stop)
         else:
-            result = engine.run(request)
+            result = engine.run(request, show if isinstance(request, FEATURE_REQUESTS) else lambda part: None)
         if isinstance(result, IdentitiesResult):
             result = replace(result, rows=result.rows + published.rows(engine, info, show))
     except UserError as error:
@@ -726,7 +732,7 @@ def main(args: list[str] | None = None) -> int:
         out.width = out.width if out.is_terminal else 10_000
         device = f"{info.dtype} on {info.device}"
         out.print(plain(f"{info.name}: {info.architecture}, {info.n_layers} layers x {info.n_heads} heads, d_model {info.d_model}, {device}", GRAY))
-        SHOW[type(result)](out, result)
+        (SHOW | feature_commands.SHOW)[type(result)](out, result)
     broken = [i for i in (*info.checks, *(result.rows if isinstance(result, IdentitiesResult) else ())) if i.ok is False]
     for i in broken:
         errors.print(plain(f"identity broken: {i.name}, error {i.error:.2g} against {i.tolerance:.2g}. {i.note}", RED), soft_wrap=True)

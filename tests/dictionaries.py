@@ -5,7 +5,18 @@ from pathlib import Path
 
 import torch as t
 
-KINDS = ("standard", "gated", "jumprelu", "topk", "abstopk", "matching_pursuit", "transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
+KINDS = (
+    "standard",
+    "gated",
+    "jumprelu",
+    "topk",
+    "abstopk",
+    "matching_pursuit",
+    "transcoder",
+    "skip_transcoder",
+    "jumprelu_transcoder",
+    "jumprelu_skip_transcoder",
+)
 NOISE = 0.05
 
 
@@ -22,7 +33,13 @@ def build(kind: str, hook: str, width: int, d_out: int | None = None, seed: int 
     both = basis if kind == "abstopk" else t.cat([basis, -basis], 1)
     n = both.shape[1]
     trans = "transcoder" in kind
-    cfg = {"architecture": kind, "d_in": width, "d_sae": n, "apply_b_dec_to_input": not trans, "metadata": {"hook_name": hook, "model_name": model} | more.pop("metadata", {})}
+    cfg = {
+        "architecture": kind,
+        "d_in": width,
+        "d_sae": n,
+        "apply_b_dec_to_input": not trans,
+        "metadata": {"hook_name": hook, "model_name": model} | more.pop("metadata", {}),
+    }
     cfg |= {"d_out": d_out or width} if trans else {}
     cfg |= {"k": width - 2} if "topk" in kind else {}
     cfg |= {"reshape_activations": "hook_z"} if hook.endswith("hook_z") else {}

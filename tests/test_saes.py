@@ -204,6 +204,7 @@ def test_a_release_without_a_network_is_a_line_and_quick(engines, monkeypatch):
 
 def test_preflight_refuses_and_says_why(engines, tmp_path):
     engine = engines["gpt2"]
+
     def verdict(source, view="auto"):
         return engine.run(Preflight(STUDY, source, view))
 

@@ -114,46 +114,41 @@ def splice(node: Node, name: str, mask: Tensor, fn) -> list[Edit]:
     return write_mid(node.layer, edit) if node.site == "resid_mid" else [(name, edit)]
 
 
-def measure(model: Model, sae, node: Node, name: str, rows: Tensor, mean: Tensor | None = None) -> Generator[Progress, None, dict]:
+def measure(model: Model, sae, node: Node, name: str, rows: Tensor) -> Generator[Progress, None, dict]:
     """
-    An SAE against its model on rows of token ids [n, length]: explained variance, L0, which features fire [d_sae], and the next-token losses (nats, of
-    predictions made at positions that count) of the model, with the SAE spliced in, with zeros and, given one, with the mean [d_in] there.
+    An SAE against its model on rows of token ids [n, length]: explained variance, L0, how often each feature fires [d_sae], and the next-token losses (nats,
+    of predictions made at positions that count) of the model, and with the SAE, zeros, or the mean over these rows [d_in] in the place of what passes there.
     """
-    kinds = {
+    tokens, active, fires, total, square, wrong = 0, 0, t.zeros(sae.cfg.d_sae), 0.0, 0.0, 0.0
+    losses: dict[str, float] = {}
+    size = max(1, min(at_once(model, rows.shape[1]), LOGIT_BYTES // (4 * rows.shape[1] * model.info.d_vocab)))
+    swaps = {
         "loss": None,
         "loss_spliced": lambda x: sae.decode(sae.encode(x.float())),
         "loss_zero": t.zeros_like,
-        "loss_mean": None if mean is None else lambda x: mean.to(x).expand_as(x),
+        "loss_mean": lambda x: (total / tokens).to(x).expand_as(x),
     }
-    tokens = predictions = active = 0
-    fires, sums, losses = t.zeros(sae.cfg.d_sae), {"x": 0.0, "square": 0.0, "error": 0.0}, dict.fromkeys(kinds, 0.0)
-    size = max(1, min(at_once(model, rows.shape[1]), LOGIT_BYTES // (4 * rows.shape[1] * model.info.d_vocab)))
-    for begin in range(0, len(rows), size):
-        ids = rows[begin : begin + size]
-        mask = counted(model, ids)
-        predicts = mask[:, :-1]
-        for kind, fn in kinds.items():
-            if kind == "loss_mean" and mean is None:
-                continue
-            yield Progress(begin, len(rows), "SAE: held-out text")
-            edits = splice(node, name, mask, fn) if fn else ()
-            logits, got = model.forward(ids, () if fn else [name], edits, keep=0)
-            logp = logits[:, :-1][predicts.to(logits.device)].float().log_softmax(-1)
-            losses[kind] -= logp.gather(1, ids[:, 1:][predicts][:, None].to(logits.device)).double().sum().item()
-            if kind == "loss":
+    for kind, swap in swaps.items():
+        loss = predictions = 0
+        for begin in range(0, len(rows), size):
+            yield Progress(begin, len(rows), f"SAE: held-out text, {kind.replace('_', ' ')}")
+            ids = rows[begin : begin + size]
+            mask = counted(model, ids)
+            logits, got = model.forward(ids, () if swap else [name], splice(node, name, mask, swap) if swap else (), keep=0)
+            predicts = mask[:, :-1].to(logits.device)
+            logp = logits[:, :-1][predicts].float().log_softmax(-1)
+            loss -= logp.gather(1, ids[:, 1:].to(logits.device)[predicts][:, None]).double().sum().item()
+            predictions += len(logp)
+            if swap is None:
                 x = got[name][mask.to(got[name].device)].float().to(sae.device)
                 with t.no_grad():
                     f = sae.encode(x)
-                    error = x - sae.decode(f)
-                sums["x"] = sums["x"] + x.double().sum(0)
-                sums["square"] += x.double().square().sum().item()
-                sums["error"] += error.double().square().sum().item()
-                active += int((f > 0).sum())
-                fires += (f > 0).sum(0).cpu()
-                tokens, predictions = tokens + len(x), predictions + int(predicts.sum())
-    losses = {k: v / predictions for k, v in losses.items() if k != "loss_mean" or mean is not None}
-    variance = sums["square"] - (sums["x"].square().sum() / tokens).item()
-    return {"explained": 1 - sums["error"] / variance, "l0": active / tokens, "density": fires / tokens, "tokens": tokens, **losses}
+                    wrong += (x - sae.decode(f)).double().square().sum().item()
+                tokens, active, fires = tokens + len(x), active + int((f > 0).sum()), fires + (f > 0).sum(0).cpu()
+                total, square = total + x.double().sum(0), square + x.double().square().sum().item()
+        losses[kind] = loss / predictions
+    variance = square - (total.square().sum() / tokens).item()
+    return {"explained": 1 - wrong / variance, "l0": active / tokens, "density": fires / tokens, "tokens": tokens, **losses}
 
 
 def recovered(losses: dict, baseline: str = "loss_zero") -> float:
@@ -208,20 +203,20 @@ def make_trainer(ask: TrainSae, d_in: int, device: str):
 COUNTERS = ("n_training_steps", "n_training_samples", "n_frac_active_samples")
 
 
-def keep(out: Path, recipe: str, trainer, losses: list[float], mean: Tensor) -> None:
+def keep(out: Path, recipe: str, trainer, losses: list[float]) -> None:
     """The whole state of training in one file."""
     state = {f"sae.{k}": v for k, v in trainer.sae.state_dict().items()}
     for i, p in enumerate(trainer.sae.parameters()):
         state |= {f"{k}.{i}": v.detach() for k, v in trainer.optimizer.state[p].items()}
     state |= {n: getattr(trainer, n) for n in ("act_freq_scores", "n_forward_passes_since_fired")}
-    state |= {"losses": t.tensor(losses, dtype=t.float64), "mean": mean}
+    state["losses"] = t.tensor(losses, dtype=t.float64)
     facts = {n: getattr(trainer, n) for n in COUNTERS} | {"scale": trainer.activation_scaler.scaling_factor, "lr": trainer.lr_scheduler.state_dict()}
     facts |= {"coefficients": {k: v.state_dict() for k, v in trainer.coefficient_schedulers.items()}}
     save(out, CHECKPOINT, state, {"recipe": recipe, "facts": json.dumps(facts)})
 
 
-def restore(out: Path, recipe: str, trainer) -> tuple[list[float], Tensor]:
-    """The state that `keep` wrote, which must have been made with the same recipe; losses and mean [d_in]."""
+def restore(out: Path, recipe: str, trainer) -> list[float]:
+    """The state that `keep` wrote, which must have been made with the same recipe; the losses so far."""
     file = out / CHECKPOINT
     if not file.is_file():
         raise UserError(f"nothing to resume: {out} has no {CHECKPOINT}. Start without --resume")
@@ -244,7 +239,7 @@ def restore(out: Path, recipe: str, trainer) -> tuple[list[float], Tensor]:
             c.load_state_dict(facts["coefficients"][n])
         for group, rate in zip(trainer.optimizer.param_groups, trainer.lr_scheduler.get_last_lr()):
             group["lr"] = rate
-        return got["losses"].tolist(), got["mean"]
+        return got["losses"].tolist()
     except BROKEN as error:
         raise UserError(f"{file} is truncated or not a checkpoint ({first_line(error)}): delete it and start without --resume") from error
 
@@ -294,22 +289,19 @@ def fit(model: Model, ask: TrainSae, rows: Tensor, held: Tensor, text: str) -> G
     recipe += f"batch {ask.batch}, length {rows.shape[1]}, lr {ask.lr:g}, seed {ask.seed}, {name}"
     text_hash = hashlib.sha256(rows.numpy().tobytes() + held.numpy().tobytes()).hexdigest()[:16]
     full_recipe = f"{recipe}, text {text_hash}, model {unembed_hash(model)[:16]}"
-    trainer, losses, mean, said, due = None, [], None, "starting", start + SAVE_EVERY
+    trainer, losses, said, due = None, [], "starting", start + SAVE_EVERY
     try:
         if ask.resume:
             trainer = make_trainer(ask, info.d_model, str(model.device))
-            losses, mean = restore(out, full_recipe, trainer)
-        for batch in batches(model, name, rows, ask.batch, ask.seed, len(losses)):
+            losses = restore(out, full_recipe, trainer)
+        for batch in batches(model, name, rows, ask.batch, ask.seed, len(losses)) if len(losses) < steps else ():
             yield Progress(len(losses), steps, f"SAE: {said if batch is not None else f'activations, {said}'}")
             if not isinstance(batch, Tensor):
                 continue
             if trainer is None:
                 trainer = make_trainer(ask, info.d_model, str(model.device))
-                mean = batch.mean(0)
-                trainer.activation_scaler.scaling_factor = info.d_model**0.5 / batch.norm(dim=1).mean().item()
-                trainer.sae.b_dec.data = (mean * trainer.activation_scaler.scaling_factor).to(trainer.sae.device)
-            if len(losses) >= steps:
-                break
+                scale = trainer.activation_scaler.scaling_factor = info.d_model**0.5 / batch.norm(dim=1).mean().item()
+                trainer.sae.b_dec.data = (batch.mean(0) * scale).to(trainer.sae.device)
             step = trainer.step(batch)
             trainer.n_training_steps += 1
             losses.append(step.loss.item())
@@ -321,18 +313,20 @@ def fit(model: Model, ask: TrainSae, rows: Tensor, held: Tensor, text: str) -> G
             said = f"loss {losses[-1]:.3f}, L0 {l0:.1f}, FVU {unexplained:.3f}"
             if time.time() > due:
                 begun = time.time()
-                keep(out, full_recipe, trainer, losses, mean)
+                keep(out, full_recipe, trainer, losses)
                 due = time.time() + max(SAVE_EVERY, 20 * (time.time() - begun))
+            if len(losses) == steps:
+                break
     except GeneratorExit:
         if losses:
-            keep(out, full_recipe, trainer, losses, mean)
+            keep(out, full_recipe, trainer, losses)
         raise
-    keep(out, full_recipe, trainer, losses, mean)
+    keep(out, full_recipe, trainer, losses)
     trainer.sae.fold_activation_norm_scaling_factor(trainer.activation_scaler.scaling_factor)
     with tempfile.TemporaryDirectory() as folder:
         trainer.sae.save_inference_model(folder)
         sae = SAE.load_from_disk(folder, device=str(model.device))
-    got = yield from measure(model, sae, node, name, held, mean)
+    got = yield from measure(model, sae, node, name, held)
     silent = (got["density"] == 0) & trainer.dead_neurons.cpu()
     dead = silent.float().mean().item()
     figures = {k: round(v, 6) for k, v in got.items() if k.startswith("loss")}

@@ -229,7 +229,7 @@ def lens_convention(runs: Runs, nodes: list[Node], lens: Translators | None) -> 
 def others(runs: Runs, which: str, pair: bool) -> tuple[str, ...]:
     """The runs to read for KL(clean || corrupted), beside `which`."""
     rows = runs.rows
-    if not pair or rows["corrupt"] is None or len(rows["corrupt"].ids) != len(rows["clean"].ids):
+    if not pair or rows["corrupt"] is None or len(rows["corrupt"].ids) != len(rows["clean"].ids) or not runs.by_index:
         return ()
     now = runs.study.base if which == "now" and not runs.edits else which
     return tuple(r for r in ("clean", "corrupt") if r != now)

@@ -285,7 +285,7 @@ def features(runs: Runs, d: Dictionary, ask: Features) -> FeaturesResult:
     if ask.k < 1:
         raise UserError("k must be at least 1")
     named = runs.study.metric.pos if ask.pos is None else ask.pos
-    pos, row = runs.position(which, named), runs.row(which)
+    pos, row = runs.metric_position(which) if ask.pos is None else runs.position(which, named), runs.row(which)
     acts = runs.trace(which, [d.point, d.out, *extra_names(model, d)])
     x, y = acts[d.point][0, pos : pos + 1], d.flat(acts[d.out][0, pos : pos + 1])[0]
     _, index, value = d.active(acts[d.point][0])[:3] if d.kind == "temporal" else d.active(x)

@@ -91,7 +91,8 @@ OPS = {
     "noise": "its own value plus Gaussian noise, a number (3) of the embedding's standard deviations, drawn with the seed",
     "freeze": "the value in the prompt's own run without interventions",
     "scale": "multiply by a number",
-    "add": "add a number of unit vectors along the answers' minus the foils' unembedding",
+    "set": "set a feature's or a neuron's activation to a number",
+    "add": "add a number of unit vectors along the answers' minus the foils' unembedding; of a feature: to its activation, so that its decoder row is added",
 }
 ABLATIONS = ("zero", "mean", "mean_all", "resample", "noise")
 FROM_SET = ("mean", "mean_all", "resample")  # these need the prompt set
@@ -100,7 +101,7 @@ NOISE = 3.0
 
 @dataclass(frozen=True)
 class Intervention:
-    """A node and what is done to it. `value` is the number of scale, add and noise (there None means 3). Written `L9H9@10=zero`, `L3.mlp=scale:0.5`."""
+    """A node and what is done to it. `value` is the number of scale, set, add and noise (there None means 3). Written `L9H9@10=zero`, `L3.mlp=scale:0.5`."""
 
     node: Node
     op: str
@@ -116,8 +117,8 @@ def parse_intervention(text: str) -> Intervention:
     op, colon, number = op.strip().partition(":")
     if op not in OPS:
         raise AddressError(f"{text!r} is not an intervention: write NODE=OP with OP one of {', '.join(OPS)} (scale:0.5)")
-    if op in ("scale", "add") and not colon or colon and op not in ("scale", "add", "noise"):
-        raise AddressError(f"{text!r}: scale needs a factor (L9H9=scale:0.5), add a number; noise may have one; the other operations take none")
+    if op in ("scale", "set", "add") and not colon or colon and op not in ("scale", "set", "add", "noise"):
+        raise AddressError(f"{text!r}: scale needs a factor (L9H9=scale:0.5), set and add a number; noise may have one; the other operations take none")
     try:
         value = float(number) if colon else None
     except ValueError as error:

@@ -101,7 +101,18 @@ def edited(runs: Runs, which: str) -> set[tuple[str, int]]:
     """(site, layer) of what the run's interventions write straight into the residual stream, or over a whole attention's output."""
     if which != "now":
         return set()
-    return {(i.node.site, i.node.layer) for i in runs.study.interventions if i.node.site in ("attn", "resid_pre", "resid_mid", "resid_post")}
+    mine = {(i.node.site, i.node.layer) for i in runs.study.interventions} | sae_sites(runs)
+    return {(s, layer) for s, layer in mine if s in ("attn", "resid_pre", "resid_mid", "resid_post")}
+
+
+def sae_sites(runs: Runs) -> set[tuple[str, int]]:
+    """(site, layer) of what interventions on features write."""
+    layers = {i.node.layer for i in runs.study.interventions if i.node.site == "sae"}
+    if not layers:
+        return set()
+    from steering import sites
+
+    return sites(runs.model, runs.study.saes, layers)
 
 
 def factor(runs: Runs, which: str, site: str, layer: int, pos: int) -> float:
@@ -280,6 +291,7 @@ def head_sources(runs: Runs, which: str, layer: int, head: int, pos: int) -> dic
     moved = which == "now" and any(
         i.node.site == "head" and i.node.part == "z" and (i.node.layer, i.node.head) == (layer, head) for i in runs.study.interventions
     )
+    moved = moved or which == "now" and ("z", layer) in sae_sites(runs)
     written = whole - sources.sum() if moved else t.zeros((), dtype=t.float64)
     return {"sources": sources.numpy(), "pattern": pattern.cpu().numpy(), "total": whole.item(), "interventions": written.item()}
 
@@ -316,7 +328,7 @@ def neuron_parts(runs: Runs, which: str, layer: int, pos: int) -> dict[str, np.n
     u, _ = direction(model, runs.answers, runs.foils)
     behind, _ = pull_back(model, model.bridge.ln_final, acts[SCALE][0, pos][None], u[None])
     whole = dot(acts[f"{block}.hook_mlp_out"][0, pos][None], behind).item()
-    moved = which == "now" and any((i.node.site, i.node.layer) == ("mlp", layer) for i in runs.study.interventions)
+    moved = which == "now" and (any((i.node.site, i.node.layer) == ("mlp", layer) for i in runs.study.interventions) or ("mlp", layer) in sae_sites(runs))
     written = whole - contribution.sum().item() - bias if moved else 0.0
     return {"activation": post.cpu().numpy(), "contribution": contribution.numpy(), "bias": bias, "total": whole, "interventions": written}
 

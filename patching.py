@@ -23,7 +23,7 @@ def hook_name(model: Model, node: Node) -> str:
     if node.site not in SITES:
         raise UserError(f"{node.site!r} is not a site: use one of {', '.join(SITES)}")
     if node.site == "sae":
-        raise UserError(f"{node}: SAE features come later; use a head, attn, mlp, a neuron or a residual point")
+        raise UserError(f"{node} is a feature of an SAE: it can be acted on as an intervention and in the sweep `features`, and not here")
     if node.site == "embed":
         return "hook_embed"
     if node.layer is None or not 0 <= node.layer < i.n_layers:
@@ -177,6 +177,8 @@ def edit(spot: tuple, op: str, factor: float | None, value: Tensor | None) -> Ca
                 new[spot] = 0
             case "scale":
                 new[spot] = x[spot] * factor
+            case "set":
+                new[spot] = factor
             case "noise" | "add":
                 new[spot] = x[spot] + value[spot].to(x)
             case "mean_all":
@@ -254,7 +256,7 @@ class Runs:
 
     def edits_anywhere(self) -> tuple[list[Edit], list[str]]:
         """Those interventions that make sense on any tokens (zero and scale at all positions), and what is left out."""
-        fits = [i for i in self.study.interventions if i.op in ("zero", "scale") and i.node.pos is None and i.node.site != "resid_mid"]
+        fits = [i for i in self.study.interventions if i.op in ("zero", "scale") and i.node.pos is None and i.node.site not in ("resid_mid", "sae")]
         edits = [(hook_name(self.model, i.node), edit(where(self.model, i.node, self.row("now"), NAMES[self.study.base]), i.op, i.value, None)) for i in fits]
         return edits, [str(i) for i in self.study.interventions if i not in fits]
 
@@ -282,6 +284,9 @@ class Runs:
         notes += [f"patched across an alignment, {self.aligned}"] * ("patch" in ops and not self.by_index)
         if "pattern" in parts:
             notes.append("a pattern's position is the destination")
+        if any(i.node.site == "sae" for i in some):
+            kept = "kept" if self.study.sae_error else "dropped (but at position 0, unless it is named)"
+            notes.append(f"features of {', '.join(self.study.saes)}, their error term {kept}")
         return "; ".join(notes)
 
 
@@ -319,8 +324,17 @@ def prepare(model: Model, study: Study) -> Generator[Progress, None, Runs]:
     runs = read_study(model, study)
     base, row = study.base, runs.row("now")
     other = "corrupt" if base == "clean" else "clean"
-    edits, late, done = [], [], []
+    edits, late, done, layers = [], [], [], set()
     for i in study.interventions:
+        if i.node.site == "sae":  # all features of one SAE are one edit
+            if i.node.layer not in layers:
+                import steering
+
+                layers.add(i.node.layer)
+                some, mark = yield from steering.edits(runs, [j for j in study.interventions if (j.node.site, j.node.layer) == ("sae", i.node.layer)])
+                (late if len(some) == 2 and some[1][0].endswith("hook_attn_out") else edits).extend(some)
+                done.append(mark)
+            continue
         fn, mark = yield from one_edit(runs, i, row, base, other)
         name = hook_name(model, i.node)
         if i.node.site == "resid_mid":
@@ -343,6 +357,10 @@ def one_edit(runs: Runs, i: Intervention, row: TokenRow, base: str, other: str) 
             if i.value is None:
                 raise UserError(f"{i}: scale needs a factor, {node}=scale:0.5")
             return edit(spot, "scale", i.value, None), (str(i), spot_key(spot))
+        case "set":
+            if node.site != "neuron":
+                raise UserError(f"{i}: set is for a feature (L8.sae.f12) or a neuron (L3.mlp.n412); use zero, scale or patch")
+            return edit(spot, "set", i.value, None), (str(i), spot_key(spot))
         case "patch":
             source = runs.rows[other]
             if source is None:

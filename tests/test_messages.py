@@ -27,8 +27,8 @@ nodes = st.one_of(
 )
 factors = st.floats(allow_nan=False, allow_infinity=False)
 interventions = st.one_of(
-    st.builds(Intervention, nodes, st.sampled_from([o for o in m.OPS if o not in ("scale", "add")])),
-    st.builds(Intervention, nodes, st.sampled_from(["scale", "add"]), factors),
+    st.builds(Intervention, nodes, st.sampled_from([o for o in m.OPS if o not in ("scale", "set", "add")])),
+    st.builds(Intervention, nodes, st.sampled_from(["scale", "set", "add"]), factors),
 )
 texts = st.text(max_size=12)
 prompts = st.builds(

@@ -1,0 +1,313 @@
+"""What features do, against plain Hugging Face hooks and numpy; feature nodes as interventions; all six models."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch as t
+from conftest import CORRUPT, PROMPT
+from dictionaries import build, save
+
+import patching
+import saes
+from messages import Attribution, Metric, Run, Study, UserError, parse_intervention
+from sparse import Feature, Features
+
+STUDY = Study(PROMPT)
+
+
+@pytest.fixture(scope="module")
+def sources(engines, tmp_path_factory):
+    """SAEs and a transcoder of layer 1 (L0 for `early`), by model."""
+
+    class Sources(dict):
+        def __missing__(self, key):
+            arch, what = key
+            model, folder = engines[arch].model, tmp_path_factory.mktemp("sae")
+            info = model.info
+            ids = model.row(PROMPT.clean, None, PROMPT.labels).ids
+            last = info.n_layers - 1
+            match what:
+                case "post" | "early" | "last":
+                    layer = {"post": 1, "early": 0, "last": last}[what]
+                    sae = build("standard", f"blocks.{layer}.hook_resid_post", info.d_model, seed=3)
+                case "mid":
+                    sae = build("jumprelu", "blocks.1.hook_resid_mid", info.d_model)
+                case "z":
+                    sae = build("standard", "blocks.1.attn.hook_z", info.n_heads * info.d_head)
+                case "attn":
+                    sae = build("topk", "blocks.1.hook_attn_out", info.d_model)
+                case "mlp":
+                    sae = build("gated", "blocks.1.hook_mlp_out", info.d_model)
+                case "transcoder" | "skip_transcoder":
+                    names = "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"
+                    acts = model.trace(ids, names)
+                    sae = build(what, names[0], info.d_model, info.d_model, 0, tuple(acts[n][0].float() for n in names))
+            self[key] = save(sae, folder / "sae")
+            return self[key]
+
+    return Sources()
+
+
+def loaded(engine, source):
+    steps = saes.load(engine.model, source)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return stop.value
+
+
+def prepared(engine, study):
+    steps = patching.prepare(engine.model, study)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return stop.value
+
+
+def ids_of(engine, text=PROMPT.clean):
+    return engine.model.row(text, None, PROMPT.labels if text == PROMPT.clean else ()).ids
+
+
+def logits_now(engine, study):
+    runs = prepared(engine, study)
+    return engine.model.forward(t.tensor([runs.row("now").ids]), edits=runs.edits, keep=0)[0][0].numpy()
+
+
+def do(study, source, *texts, **more):
+    return replace(study, interventions=tuple(parse_intervention(x) for x in texts), saes=(source,), **more)
+
+
+def firing(d, x, pos, n=2):
+    f = d.encode(x)[pos]
+    return f.argsort(descending=True)[:n].tolist(), f
+
+
+# ------------------------------------------------------------------ acting
+
+
+@pytest.mark.parametrize("what, place", [("post", "resid_post"), ("mlp", "mlp"), ("z", "z")])
+def test_ablation_with_the_error_kept_takes_off_the_decoder_row(engines, references, sources, arch, what, place):
+    engine, reference = engines[arch], references[arch]
+    d, ids = loaded(engine, sources[arch, what]), ids_of(engine)
+    x = d.flat(reference.read(ids, (place, 1))[0])
+    (a, b), f = firing(d, x, 4)
+    rows = d.sae.W_dec
+
+    def ablate(y):
+        y[0, 4] -= (f[a] * rows[a]).view(y.shape[2:])
+        y[0, 4] -= (0.5 * f[b] * rows[b]).view(y.shape[2:])
+
+    want = reference.run([ids], [((place, 1), ablate)])[0][0]
+    got = logits_now(engine, do(STUDY, d.source, f"L1.sae.f{a}@4=zero", f"L1.sae.f{b}@4=scale:0.5"))
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    assert np.abs(got - reference.run([ids])[0][0]).max() > 1e-3
+
+
+@pytest.mark.parametrize("what, place", [("post", "resid_post"), ("mid", "resid_mid"), ("attn", "attn")])
+def test_every_operation_at_every_position(engines, references, sources, what, place):
+    engine, reference = engines["gpt2"], references["gpt2"]
+    d, ids, other = loaded(engine, sources["gpt2", what]), ids_of(engine), ids_of(engine, CORRUPT)
+    x, theirs = reference.read(ids, (place, 1))[0], reference.read(other, (place, 1))[0]
+    (a, _), _ = firing(d, x, 4)
+    f, g = d.encode(x)[:, a], d.encode(theirs)[:, a]
+    row = d.rows([a])[0]
+    base = reference.run([ids])[0][0]
+    new = {"zero": 0 * f, "scale:-1.5": -1.5 * f, "set:2": 0 * f + 2, "add:3": f + 3, "patch": g, "freeze": f}
+    put = "attn" if place == "resid_mid" else place  # Hugging Face adds what attention writes to the stream in front of ln2
+    for op, values in new.items():
+        if op == "patch" and len(ids) != len(other):
+            continue
+
+        def change(y, values=values):
+            y += ((values - f)[:, None] * row)[None]
+
+        want = reference.run([ids], [((put, 1), change)])[0][0]
+        got = logits_now(engine, do(STUDY, d.source, f"L1.sae.f{a}={op}"))
+        np.testing.assert_allclose(got, want, atol=2e-4, err_msg=op)
+        if op == "freeze":
+            np.testing.assert_allclose(got, base, atol=1e-5)
+    prompts = (PROMPT,)
+    mean = logits_now(engine, do(STUDY, d.source, f"L1.sae.f{a}=mean", prompt_set=prompts))
+    patch = logits_now(engine, do(STUDY, d.source, f"L1.sae.f{a}=patch"))
+    np.testing.assert_allclose(mean, patch, atol=1e-4)
+
+
+def test_the_error_dropped(engines, references, sources):
+    engine, reference = engines["gpt2"], references["gpt2"]
+    d, ids = loaded(engine, sources["gpt2", "post"]), ids_of(engine)
+    x = reference.read(ids, ("resid_post", 1))[0]
+    (a, b), _ = firing(d, x, 4)
+    f = d.encode(x)
+    f[:, a] = 0
+    f[4, b] = 7
+    new = d.decode(f, x)
+
+    def change(y):
+        y[0, 1:] = new[1:]
+
+    want = reference.run([ids], [(("resid_post", 1), change)])[0][0]
+    study = do(STUDY, d.source, f"L1.sae.f{a}=zero", f"L1.sae.f{b}@4=set:7", sae_error=False)
+    np.testing.assert_allclose(logits_now(engine, study), want, atol=1e-4)
+    assert "error term dropped" in engine.run(Run(study)).convention
+    kept, dropped = (engine.run(Run(replace(study, sae_error=e))).now.metric for e in (True, False))
+    assert kept != dropped  # the cache tells them apart
+
+
+@pytest.mark.parametrize("what", ["transcoder", "skip_transcoder"])
+def test_a_transcoders_feature_changes_what_the_mlp_writes(engines, references, sources, arch, what):
+    engine, reference = engines[arch], references[arch]
+    d, ids = loaded(engine, sources[arch, what]), ids_of(engine)
+    x = engine.model.trace(ids, [d.point])[d.point][0]
+    (a, _), f = firing(d, x, 4)
+
+    def change(y):
+        y[0, 4] -= f[a] * d.sae.W_dec[a]
+
+    want = reference.run([ids], [(("mlp", 1), change)])[0][0]
+    np.testing.assert_allclose(logits_now(engine, do(STUDY, d.source, f"L1.sae.f{a}@4=zero")), want, atol=1e-4)
+
+
+def test_what_is_refused(engines, sources, tmp_path):
+    engine = engines["gpt2"]
+    good = sources["gpt2", "post"]
+    for study, words in [
+        (do(STUDY, good, "L0.sae.f1=zero"), "none of the study's SAEs is of layer 0"),
+        (do(STUDY, good, "L1.sae.f9999=zero"), "features 0 to 63"),
+        (do(STUDY, good, "L1.sae.f1@99=zero"), "position 99"),
+        (do(STUDY, good, "L1.sae.f1=noise"), "a feature takes"),
+        (do(STUDY, good, "L1.sae.f1=mean"), "prompt set"),
+        (replace(do(STUDY, good, "L1.sae.f1=zero"), saes=(good, sources["gpt2", "mid"])), "both of layer 1"),
+        (do(Study(replace(PROMPT, corrupt=None)), good, "L1.sae.f1=patch"), "corrupted"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            engine.run(Run(study))
+    for ask, words in [
+        (Features(STUDY, good, order="size"), "not an order"),
+        (Features(STUDY, good, k=0), "at least 1"),
+        (Features(STUDY, good, which="then"), "not a run"),
+        (Features(replace(STUDY, metric=Metric("rank")), good, order="attribution"), "no gradient"),
+        (Feature(STUDY, good, 64), "features 0 to 63"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            engine.run(ask)
+
+
+# ------------------------------------------------------------------ seeing
+
+
+@pytest.mark.parametrize("what", ["post", "mid", "attn", "mlp", "z", "transcoder"])
+def test_rows_add_up_and_attribution_is_the_metrics_slope(engines, sources, arch, what):
+    engine = engines[arch]
+    if what == "mid" and engine.model.parallel:
+        return
+    source = sources[arch, what]
+    found = engine.run(Features(STUDY, source, pos=-2, k=3, order="attribution"))
+    d = loaded(engine, source)
+    x, y = (engine.model.trace(ids_of(engine), [d.point, d.out])[n][0] for n in (d.point, d.out))
+    f = d.encode(x)[found.pos].numpy()
+    assert found.active == (f != 0).sum() and found.gap < 1e-4
+    np.testing.assert_allclose(found.activation, f[found.index], atol=1e-5)
+    size = max(1.0, abs(found.total[1]))
+    assert found.attribution.sum() + found.rest[1] + found.bias[1] == pytest.approx(found.reconstruction[1], abs=1e-4 * size)
+    assert found.reconstruction[1] + found.error[1] == pytest.approx(found.total[1], abs=1e-4 * size)
+    assert found.total[0] == pytest.approx(d.flat(y)[found.pos].norm().item(), abs=1e-3)
+    assert (np.diff(np.abs(found.attribution)) <= 1e-6).all()
+    step = 0.02
+    for i, a, slope in zip(found.index, found.activation, found.attribution / found.activation):
+        up, down = (engine.run(Run(do(STUDY, source, f"L1.sae.f{i}@-2=add:{s * step}"))).now.metric for s in (1, -1))
+        assert (up - down) / (2 * step) == pytest.approx(slope, rel=0.05, abs=2e-3)
+    if what == "z":
+        return
+    direct = engine.run(Features(STUDY, source, k=3, order="direct"))
+    assert direct.direct.sum() + direct.rest[2] + direct.bias[2] + direct.error[2] == pytest.approx(direct.total[2], abs=1e-4)
+
+
+def test_direct_effects_of_the_last_stream_are_the_logit(engines, sources, arch):
+    engine = engines[arch]
+    found = engine.run(Features(STUDY, sources[arch, "last"], k=1))
+    logit = engine.run(Attribution(STUDY))
+    assert found.total[2] + logit.cells.norm_bias + logit.cells.unembed_bias == pytest.approx(logit.logit, abs=1e-4)
+
+
+def test_heads_z_direct_is_attentions(engines, sources, arch):
+    engine = engines[arch]
+    found, parts = engine.run(Features(STUDY, sources[arch, "z"], k=1)), engine.run(Attribution(STUDY))
+    assert found.total[2] == pytest.approx(parts.cells.heads[1].sum(), abs=1e-4)
+
+
+def test_attribution_stays_whole_under_a_features_intervention(engines, sources, arch):
+    engine = engines[arch]
+    for what in ("post", "attn", "mlp", "z", "transcoder"):
+        d = loaded(engine, sources[arch, what])
+        (a, _), _ = firing(d, engine.model.trace(ids_of(engine), [d.point])[d.point][0], -1)
+        got = engine.run(Attribution(do(STUDY, d.source, f"L1.sae.f{a}=scale:3")))
+        assert got.error < 1e-3, what
+
+
+def test_a_feature_against_numpy(engines, references, sources, arch):
+    engine, reference = engines[arch], references[arch]
+    d, ids = loaded(engine, sources[arch, "post"]), ids_of(engine)
+    x = reference.read(ids, ("resid_post", 1))[0]
+    pos = 5
+    (a, _), f = firing(d, x, pos)
+    found = engine.run(Feature(STUDY, d.source, a, pos=pos, k=5))
+    np.testing.assert_allclose(found.activation, d.encode(x)[:, a].numpy(), atol=1e-4)
+    w_enc, w_dec = d.sae.W_enc.double().numpy(), d.sae.W_dec.double().numpy()
+    pre = (x.double().numpy() - d.sae.b_dec.double().numpy()) @ w_enc[:, a] + d.sae.b_enc.double().numpy()[a]
+    assert found.total == pytest.approx(pre[pos], abs=1e-4) and found.sources.sum() + found.rest == pytest.approx(found.total, abs=1e-4)
+    assert found.heads.sum() == pytest.approx(found.sources.sum(), abs=1e-4)
+    cosine = (w_dec @ w_dec[a]) / np.linalg.norm(w_dec, axis=1) / np.linalg.norm(w_dec[a])
+    cosine[a] = -2
+    assert found.cosine == pytest.approx(np.sort(cosine)[::-1][:5], abs=1e-5) and cosine[found.nearest] == pytest.approx(found.cosine, abs=1e-5)
+    weight = reference.norm.weight.detach().double().numpy() + (arch == "gemma2")
+    row = w_dec[a] - (w_dec[a].mean() if arch in ("gpt2", "neox", "zoo") else 0.0)
+    logits = (row * weight) @ reference.unembed.T
+    np.testing.assert_allclose(found.top_logits, np.sort(logits)[::-1][:5], atol=1e-4)
+    np.testing.assert_allclose(found.bottom_logits, np.sort(logits)[:5], atol=1e-4)
+    active = d.encode(x).numpy()[1:] > 0
+    both, either = (active & active[:, [a]]).sum(0), (active | active[:, [a]]).sum(0)
+    for i, j in zip(found.together, found.jaccard):
+        assert j == pytest.approx(both[i] / either[i], abs=1e-6) and i != a
+
+
+def test_sources_are_what_the_heads_write(engines, references, sources, arch):
+    """The heads' part of the pre-activation from Hugging Face's own value projections: replacing W_O's input by one source's share changes it by that."""
+    engine, reference = engines[arch], references[arch]
+    d, ids = loaded(engine, sources[arch, "post"]), ids_of(engine)
+    pos = 6
+    (a, _), _ = firing(d, reference.read(ids, ("resid_post", 1))[0], pos)
+    found = engine.run(Feature(STUDY, d.source, a, pos=pos))
+    model, w = engine.model, d.sae.W_enc[:, a].double().numpy()
+    patterns = reference.patterns([ids])
+    for layer in (0, 1):
+        z = reference.read(ids, ("z", layer))[0].double().numpy().reshape(len(ids), reference.heads, -1)
+        out = model.bridge.blocks[layer].attn.W_O.double().numpy()
+        for head in range(reference.heads):
+            written = z[pos, head] @ out[head]
+            if arch == "gemma2":
+                norm = reference.blocks[layer].post_attention_layernorm
+                o = np.einsum("he,hem->m", z[pos], out)
+                written = written / np.sqrt((o**2).mean() + norm.eps) * (1 + norm.weight.detach().double().numpy())
+            assert found.heads[layer, head] == pytest.approx(written @ w, abs=1e-4)
+            assert patterns[layer][0, head, pos].sum() == pytest.approx(1, abs=1e-5)
+    assert (found.heads[2:] == 0).all() and (found.sources[pos + 1 :] == 0).all()
+
+
+def test_under_the_centred_view(engines, sources, tmp_path):
+    engine = engines["gpt2"]
+    source = save(
+        build("standard", "blocks.1.hook_resid_post", 32, metadata={"model_from_pretrained_kwargs": {"center_writing_weights": True}}), tmp_path / "c"
+    )
+    found = engine.run(Features(STUDY, source, k=4))
+    d = loaded(engine, source)
+    x = engine.model.trace(ids_of(engine), [d.point])[d.point][0]
+    from sae_lens import SAE
+
+    f = SAE.load_from_disk(source).encode(x - x.mean(-1, keepdim=True))[found.pos].detach().numpy()
+    np.testing.assert_allclose(found.activation, f[found.index], atol=1e-5)
+    assert found.info.view == "centred" and found.gap < 1e-4
+    one = engine.run(Feature(STUDY, source, int(found.index[0]), pos=found.pos))
+    assert one.total == pytest.approx(f[found.index[0]], abs=1e-4)

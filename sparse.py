@@ -107,7 +107,7 @@ class TrainSae:
     architecture: str = "topk"
     features: int = 512
     k: int = 8
-    l1: float = 5.0
+    l1: float = 1.0
     tokens: int = 500_000
     batch: int = 1024
     length: int = 64

@@ -181,9 +181,10 @@ def make_trainer(ask: TrainSae, d_in: int, device: str):
             cfg = BatchTopKTrainingSAEConfig(**shared, k=float(ask.k))
         case "standard":
             cfg = StandardTrainingSAEConfig(**shared, l1_coefficient=ask.l1, l1_warm_up_steps=steps // 20)
-        case "jumprelu":  # Gemma Scope 2's penalty, quadratic around a wanted L0
-            how = {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": float(ask.k), "l0_warm_up_steps": steps // 20}
-            cfg = JumpReLUTrainingSAEConfig(**shared, **how, jumprelu_ste_to_input=True)
+        case "jumprelu":  # Gemma Scope 2's penalty, quadratic around a wanted L0; wide kernel and slow warm-up, since few steps move a threshold little
+            how = {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": float(ask.k), "l0_coefficient": 0.5, "l0_warm_up_steps": steps // 2}
+            how |= {"jumprelu_bandwidth": 1.0, "jumprelu_init_threshold": 0.5, "jumprelu_ste_to_input": True}
+            cfg = JumpReLUTrainingSAEConfig(**shared, **how)
     with t.random.fork_rng():
         t.manual_seed(ask.seed)
         sae = TrainingSAE.from_dict(cfg.to_dict())

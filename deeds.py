@@ -402,13 +402,16 @@ class Deeds:
         self.turn("which", tuple(k for k in kinds if "-" not in k) if self.pane == "lens" else kinds)
 
     def do_source(self) -> None:
-        self.turn("patching.over" if self.pane == "patching" else "attention.source")
+        self.turn({"patching": "patching.over", "circuit": "circuit.over"}.get(self.pane, "attention.source"))
 
     def do_points(self) -> None:
-        self.turn("patching.show" if self.pane == "patching" else "lens.points")
+        self.turn({"patching": "patching.show", "circuit": "circuit.each"}.get(self.pane, "lens.points"))
 
     def do_sweep(self) -> None:
         self.ready()
+        if self.pane == "circuit":
+            self.run_circuit()
+            return
         if self.pane != "patching":
             raise UserError("sweeps live in pane 4: 4 goes there, v chooses what is swept, S runs it")
         request = self.panes["patching"].request(self)
@@ -420,10 +423,10 @@ class Deeds:
         self.refresh_wants()
 
     def do_operation(self) -> None:
-        self.turn("patching.op")
+        self.turn("circuit.rest" if self.pane == "circuit" else "patching.op")
 
     def do_weighted(self) -> None:
-        self.turn("patching.effect" if self.pane == "patching" else "attention.weighted")
+        self.turn({"patching": "patching.effect", "circuit": "circuit.path"}.get(self.pane, "attention.weighted"))
 
     def do_multiples(self) -> None:
         self.turn("attention.layer")

@@ -30,7 +30,7 @@ from messages import (
     to_json,
 )
 from utils import ROOT
-from wiring import COMBINE, Circuit, combined, grouped, toggled
+from wiring import COMBINE, LOGITS, Circuit, combined, grouped, parse_edge, toggled
 
 FORMAT = 1
 SESSIONS = ROOT / "sessions"
@@ -70,6 +70,12 @@ VIEWS = {
     "patching.estimate": ("atp", "ig"),
     "weights.view": ("ov", "qk", "composition q", "composition k", "composition v", "OV directions", "QK directions", "mlp_out", "mlp_in"),
     "weights.distance": ("0", "1", "2", "4", "8", "16"),
+    "circuit.view": ("map", "drawing", "list", "path", "scores", "curve", "compare"),
+    "circuit.rest": ("patch", "mean", "resample", "zero", "mean_all"),
+    "circuit.mlps": ("stay", "count"),
+    "circuit.path": ("direct", "mlps"),
+    "circuit.each": ("sender", "receiver"),
+    "circuit.over": ("set", "prompt"),
     "which": WHICH,
     "ids": ("off", "on"),
 }
@@ -93,6 +99,7 @@ class State:
     artefact: str = ""
     circuits: tuple[Circuit, ...] = ()
     circuit: str = ""  # the name of the current one
+    receivers: tuple[str, ...] = (LOGITS,)  # of path patching
     saes: tuple[str, ...] = ()
     sae_error: bool = True
     views: dict[str, str] = field(default_factory=lambda: {k: v[0] for k, v in VIEWS.items()})
@@ -230,6 +237,13 @@ def keep(state: State, part: str) -> State:
     return with_circuit(state, toggled(state.current or Circuit("circuit", state.model.model), part))
 
 
+def receivers(state: State, addresses: list) -> State:
+    """Where paths end: heads' q, k, v, MLPs, logits."""
+    for text in addresses:
+        parse_edge(f"embed->{text}")
+    return dataclasses.replace(state, receivers=tuple(dict.fromkeys(addresses)) or (LOGITS,))
+
+
 def group(state: State, name: str, nodes: list) -> State:
     """Give nodes of the current circuit a name; no nodes take the group away."""
     return with_circuit(state, grouped(named(state, state.circuit), name, tuple(nodes)))
@@ -272,6 +286,7 @@ ACTIONS: dict[str, Callable[..., State]] = {
         rename_circuit,
         delete_circuit,
         keep,
+        receivers,
         group,
         combine,
         saes,

@@ -51,11 +51,15 @@ from messages import (
     read_prompt_set,
 )
 from pictures import RUN_NAMES
-from panes import PANES, Pane
+from circuit_deeds import Circuits
+from circuit_pane import CircuitPane
+from panes import PANES as FIRST_PANES
+from panes import Pane
 from quests import Quests
 from session import Session, State, newest_session, read_session
 from utils import ROOT, settings, show_token, visible
 from tight import TightScreen
+from wiring import DiscoverResult
 from widgets import (
     BAD,
     BOLD,
@@ -70,6 +74,7 @@ from widgets import (
 )
 
 LOG = ROOT / "logs" / "engine.log"
+PANES: dict[str, type[Pane]] = {p.key: p for p in sorted((*FIRST_PANES.values(), CircuitPane), key=lambda p: (p.number == "0", p.number))}
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ def bindings(table: tuple[Action, ...]) -> list[Binding]:
     return [Binding(a.keys, f"do('{a.id}')", a.title, show=False, id=a.id, priority=True) for a in table]
 
 
-class Loupe(Deeds, Quests, App):
+class Loupe(Deeds, Quests, Circuits, App):
     BINDINGS = bindings(TABLE)
     CSS = """
     Screen { layers: base overlay; overflow: hidden; background: ansi_default; color: ansi_default; }
@@ -124,6 +129,7 @@ class Loupe(Deeds, Quests, App):
         self.have: dict[str, tuple[object, object]] = {}  # slot -> (request, result or error line)
         self.answers: dict[object, object] = {}  # request -> result, the newest 64
         self.grids: dict[str, tuple[tuple, Grid]] = {}
+        self.found: dict[str, DiscoverResult] = {}  # of circuits that were discovered here
         self.status: Spans = [(note, WARN)] if note else []
         self.memory = (0, 0, 0)
         self.failed = self.progress_of = ""

@@ -61,6 +61,9 @@ class Circuit:
     groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
     found: str = ""
 
+    def __hash__(self) -> int:
+        return hash((self.name, self.model, self.nodes, self.edges))
+
 
 # ------------------------------------------------------------------ what can be done with circuits
 

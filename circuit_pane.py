@@ -1,0 +1,314 @@
+"""Pane 5: the circuit kept so far, paths to and from nodes, scores, discovery's curve, comparison."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from textual.containers import Horizontal
+from textual.widget import Widget
+
+import drawings
+import pictures
+import readings
+from messages import Node, Study, SweepResult, UserError, parse_node
+from panes import Pane, clip
+from widgets import BAD, BOLD, DIM, GOOD, PLAIN, WARN, Grid, GridView, Lines, Spans
+from wiring import LOGITS, CompareResult, DiscoverResult, Interval, PathPatch, Score, ScoreResult, owner, parse_edge
+
+if TYPE_CHECKING:
+    from tui import Loupe
+
+PATHS = {"direct": "direct edge", "mlps": "through MLPs"}
+
+
+class CircuitPane(Pane):
+    number, key, label, view = "5", "circuit", "Circuit", "circuit.view"
+
+    def __init__(self, **kw):
+        super().__init__(**kw)
+        self.map, self.side = GridView(), Lines(classes="second")
+
+    def body(self) -> Widget:
+        return Horizontal(self.map, self.side)
+
+    def grids(self) -> dict[str, Grid]:
+        return {"circuit": self.map.grid} if self.map.grid else {}
+
+    def height_needed(self) -> int:
+        return 22
+
+    # ---------------------------------------------------------------- what is asked
+
+    def study(self, app: "Loupe") -> Study:
+        over = app.state.views["circuit.over"] == "set" and app.state.prompt_set
+        needs = app.state.views["circuit.rest"] in ("mean", "mean_all", "resample")
+        return replace(app.study, interventions=(), base="clean", prompt_set=app.state.prompt_set if over or needs else ())
+
+    def score(self, app: "Loupe", what: tuple[str, ...] = ("faithfulness", "effects")) -> Score | None:
+        views, circuit = app.state.views, app.state.current
+        if circuit is None or not circuit.nodes:
+            return None
+        return Score(self.study(app), circuit, what, views["circuit.rest"], mlps=views["circuit.mlps"] == "count")
+
+    def path(self, app: "Loupe") -> PathPatch:
+        state, views = app.state, app.state.views
+        over = views["circuit.over"] == "set" and bool(state.prompt_set)
+        study = replace(app.study, prompt_set=state.prompt_set if over else ())
+        direction = "noise" if state.base == "clean" else "denoise"
+        if views["circuit.each"] == "receiver":
+            node = super().node(app, None)
+            sender = str(Node("mlp", node.layer)) if node.site == "mlp" else str(Node("head", node.layer or 0, app.cursor.head))
+            return PathPatch(study, (sender,), (), "receiver", views["circuit.path"], direction, over_set=over)
+        return PathPatch(study, (), state.receivers, "sender", views["circuit.path"], direction, over_set=over)
+
+    def request(self, app: "Loupe") -> object | None:
+        """What S runs in this view."""
+        view = app.state.views[self.view]
+        if view == "path":
+            return self.path(app)
+        return self.score(app, ("faithfulness", "effects", "completeness", "minimality") if view == "scores" else ("faithfulness", "effects"))
+
+    def wants(self, app: "Loupe") -> dict[str, object]:
+        request = self.request(app)
+        slot = "path" if isinstance(request, PathPatch) else "score"
+        return {slot: request} if request is not None and request in app.started else {}
+
+    def scored(self, app: "Loupe") -> ScoreResult | None:
+        """The scores of the circuit as it stands, the fullest there are."""
+        for what in (("faithfulness", "effects", "completeness", "minimality"), ("faithfulness", "effects")):
+            request = self.score(app, what)
+            if request is not None and isinstance(got := app.answers.get(request), ScoreResult):
+                return got
+        return None
+
+    def paths(self, app: "Loupe") -> SweepResult | None:
+        request, (asked, got) = self.path(app), app.have.get("path", (None, None))
+        if isinstance(app.answers.get(request), SweepResult):
+            return app.answers[request]
+        return got if asked == ("partial", request) and isinstance(got, SweepResult) else None
+
+    # ---------------------------------------------------------------- the cursor
+
+    def cell(self, app: "Loupe", result: SweepResult | None) -> tuple[int, int]:
+        c = app.cursor
+        if result is not None and result.rows[-1] == LOGITS:
+            return clip(c.layer, len(result.rows)), clip(3 * c.head if c.comp == "head" else len(result.cols) - 1, len(result.cols))
+        return c.layer + (result is not None), c.head if c.comp == "head" else app.info.n_heads
+
+    def step(self, app: "Loupe", rows: int, cols: int) -> None:
+        c, n = app.cursor, app.info.n_heads
+        col = clip((c.head if c.comp == "head" else n) + cols, n + 1)
+        where = {"comp": "head", "head": col} if col < n else {"comp": "mlp"}
+        app.move(layer=clip(c.layer + rows, app.info.n_layers), **where)
+
+    def node(self, app: "Loupe", pos: int | None) -> Node:
+        c = app.cursor
+        return Node("head", c.layer, c.head, pos=pos) if c.comp == "head" else Node("mlp", c.layer, pos=pos)
+
+    def enter(self, app: "Loupe") -> None:
+        """In the paths: the edges from the node under the cursor to the receivers, kept or dropped."""
+        if app.state.views[self.view] != "path" or app.state.views["circuit.each"] == "receiver":
+            raise UserError("⏎ keeps the path under the cursor: v turns to the paths from every node; c keeps a node anywhere")
+        sender = str(self.node(app, None))
+        for receiver in app.state.receivers:
+            app.act("keep", part=f"{sender}->{receiver}")
+        app.say(f"{sender} → {', '.join(app.state.receivers)}: {'kept' if f'{sender}->{app.state.receivers[-1]}' in app.state.current.edges else 'dropped'}")
+
+    # ---------------------------------------------------------------- drawing
+
+    def paint(self, app: "Loupe") -> None:
+        state, views = app.state, app.state.views
+        view, circuit, result = views[self.view], state.current, self.scored(app)
+        name = f"{circuit.name} ({len(circuit.nodes)} nodes, {len(circuit.edges)} edges)" if circuit else "no circuit yet"
+        if app.info is None:
+            self.show_title(app, ("path", "score"), name, "")
+            self.map.show(None, (0, 0), views["mode"], [(f"  {app.busy}", DIM)])
+            self.side.show([])
+            self.info_line.show([])
+            return
+        width = max(10, self.size.width - 8 * (app.info.n_heads + 2))
+        if view == "path":
+            self.paint_path(app)
+            return
+        parts = self.members(circuit) if circuit else {}
+        effects = dict(zip(result.parts, result.effects.tolist())) if result is not None else {}
+        grid = app.picture("circuit", (circuit, id(result)), lambda: map_grid(app.info, parts, effects))
+        self.map.styles.width = min(6 + 8 * len(grid.cols), self.size.width if self.size.width < 60 else self.size.width // 2)
+        self.map.show(grid, self.cell(app, None), views["mode"])
+        n = max(3, self.size.height - 3)
+        lines = {
+            "map": self.summary, "drawing": self.drawing, "list": self.listing, "scores": self.scores, "curve": self.curve, "compare": self.compared,
+        }[view](app, circuit, result, max(30, self.size.width - (self.map.styles.width.value if self.map.styles.width else width) - 3), n)  # fmt: skip
+        self.side.show(lines[:n])
+        note = result.convention if result is not None else f"rest {views['circuit.rest']}, MLPs {views['circuit.mlps']}, over the {views['circuit.over']}"
+        score = f" · faithfulness {result.faithfulness.mean:.3f}" if result is not None else ""
+        busy = app.left("score") if "score" in app.wanted and app.stale("score") else ""
+        self.show_title(app, ("score",), f"{view} · {name}{score}{busy}", note)
+        self.info_line.show([self.about(app, circuit, effects)])
+
+    @staticmethod
+    def members(circuit) -> dict[tuple[int, int], str]:
+        """Cells [layer, head or -1 for the MLP] of the circuit's nodes and what is kept there."""
+        out: dict[tuple[int, int], str] = {}
+        for address in circuit.nodes:
+            node = parse_node(address)
+            if node.site in ("head", "mlp"):
+                at = node.layer, node.head if node.site == "head" else -1
+                part = (node.part if node.site == "head" and node.part != "z" else "") + ("" if node.pos is None else f"@{node.pos}")
+                out[at] = f"{out[at]} {part}".strip() if at in out else part
+        return out
+
+    def about(self, app: "Loupe", circuit, effects: dict[str, float]) -> Spans:
+        node = str(self.node(app, None))
+        mine = [n for n in circuit.nodes if owner(n).split("@")[0] == node] if circuit else []
+        groups = [g for g, some in circuit.groups.items() if set(mine) & set(some)] if circuit else []
+        words = f"in {circuit.name}" + (f" as {', '.join(mine)}" if mine != [node] else "") if mine else "not in the circuit: c keeps it"
+        effect = "".join(f"  {n} alone away {effects[n]:+.4f}" for n in mine if n in effects)
+        return [(f" {node} ", BOLD), (words, GOOD if mine else DIM), (f"  {', '.join(groups)}", PLAIN), (effect, PLAIN)]
+
+    def summary(self, app, circuit, result, width: int, n: int) -> list[Spans]:
+        if circuit is None:
+            return [
+                [("c keeps the node under the cursor, in any pane", PLAIN)],
+                [("Y circuits: open, published, export · U discovers one", PLAIN)],
+                [("v paths, drawing, scores, curve", PLAIN)],
+                [("S runs what the view shows", PLAIN)],
+            ]
+        lines = score_lines(result) if result is not None else [[("S scores it: faithfulness and single effects", DIM)]]
+        if circuit.found:
+            lines += [[(line, DIM)] for line in wrap(f"found: {circuit.found}", width)]
+        return lines
+
+    def drawing(self, app, circuit, result, width: int, n: int) -> list[Spans]:
+        if circuit is None:
+            return self.summary(app, circuit, result, width, n)
+        effects = dict(zip(result.parts, result.effects.tolist())) if result is not None else None
+        return [[(line, PLAIN)] for line in drawings.draw(circuit, effects, width)]
+
+    def listing(self, app, circuit, result, width: int, n: int) -> list[Spans]:
+        if circuit is None:
+            return self.summary(app, circuit, result, width, n)
+        group_of = {x: g for g, some in circuit.groups.items() for x in some}
+        effects = dict(zip(result.parts, result.effects.tolist())) if result is not None else {}
+        minimal = dict(zip(result.parts, result.minimal.tolist())) if result is not None else {}
+        parts = sorted(effects, key=lambda p: -abs(effects[p])) or list(circuit.nodes)
+        rest = [p for p in (*circuit.nodes, *circuit.edges) if p not in parts]
+        lines: list[Spans] = [[(f"{'part':18}{'alone away':>11}{'minimality':>11}  group", BOLD)]]
+        for p in [*parts, *rest]:
+            numbers = (f"{effects[p]:+11.4f}" if p in effects else " " * 11) + (f"{minimal[p]:11.3f}" if p in minimal else " " * 11)
+            lines.append([(f"{p:18}{numbers}  ", PLAIN), (group_of.get(p, ""), DIM)])
+        return lines
+
+    def scores(self, app, circuit, result, width: int, n: int) -> list[Spans]:
+        if result is None:
+            error = app.error("score")
+            return [[(line, BAD)] for line in wrap(error, width)] if error else [app.waiting("score") if "score" in app.wanted else ("  S scores the circuit: faithfulness, completeness, minimality", DIM)]  # fmt: skip
+        lines = score_lines(result)
+        if result.subsets:
+            worst = int(np.abs(result.without_circuit - result.without_model).argmax())
+            lines += [
+                [(f"incompleteness {result.incompleteness:.4f}", BOLD), (f" worst of {len(result.subsets)} subsets K", DIM)],
+                [(f"  K = {' '.join(result.subsets[worst]) or 'nothing'}", PLAIN)],
+                [(f"  F(C∖K) {result.without_circuit[worst]:+.4f}  F(M∖K) {result.without_model[worst]:+.4f}", PLAIN)],
+            ]
+        if result.minimal.size:
+            order = np.argsort(result.minimal)
+            lines += [[("minimality, least first: |F(C∖K) − F(C∖K∖v)| / F(M)", BOLD)]]
+            lines += [[(f"  {result.parts[i]:16}{float(result.minimal[i]):7.3f}  ", WARN if result.minimal[i] < 0.01 else PLAIN),
+                       (f"K = {' '.join(result.minimal_with[i]) or 'nothing'}", DIM)] for i in order.tolist()]  # fmt: skip
+        if result.faithfulness.values.size > 1:
+            each = " ".join(f"{v:.2f}" for v in result.faithfulness.values.tolist())
+            lines += [[("each prompt's own faithfulness", BOLD)], *[[(f"  {line}", PLAIN)] for line in wrap(each, width - 2)]]
+        return lines
+
+    def curve(self, app, circuit, result, width: int, n: int) -> list[Spans]:
+        found = app.found.get(circuit.name) if circuit else None
+        if not isinstance(found, DiscoverResult) or not found.counts.size:
+            return [[("  a discovery draws this curve: U", DIM)]]
+        what = "heads" if found.method == "greedy" else "edges"
+        points, values = [str(c) for c in found.counts.tolist()], {"faithfulness": found.faithfulness.tolist()}
+        return pictures.chart(f"faithfulness against {what} ({found.method})", points, values, min(width, 100), max(8, n - 1))
+
+    def compared(self, app, circuit, result, width: int, n: int) -> list[Spans]:
+        got = app.result("compare", CompareResult)
+        if got is None or circuit is None or got.here != circuit.name:
+            return [[("  Y, then compare: with a published circuit or another", DIM)]]
+        lines: list[Spans] = [[(f"{got.here} and {got.there}", BOLD)], [(f"overlap of nodes {got.nodes:.3f}, of edges {got.edges:.3f}", PLAIN)]]
+        if got.false_positive.size:
+            lines.append([(f"area under the ROC curve {got.area:.3f} ({len(got.false_positive)} steps)", PLAIN)])
+        for title, some in (("in both", got.both), (f"only in {got.here}", got.only_here), (f"only in {got.there}", got.only_there)):
+            lines += [[(f"{title} ({len(some)})", BOLD)], *[[(f"  {line}", PLAIN)] for line in wrap(" ".join(some), width - 2)]]
+        return [*lines, *[[(line, DIM)] for line in wrap(got.convention, width)]]
+
+    def paint_path(self, app: "Loupe") -> None:
+        views, request, result = app.state.views, self.path(app), self.paths(app)
+        ends = f"{request.senders[0]} → each receiver" if request.each == "receiver" else f"every node → {', '.join(request.receivers)}"
+        way = "noising" if request.direction == "noise" else "denoising"
+        title = f"path · {ends} · {PATHS[request.convention]} · {way}" + (" over the set" if request.over_set else "")
+        self.map.styles.width = "1fr"
+        self.side.styles.width = 0
+        self.side.show([])
+        if result is None:
+            self.show_title(app, ("path",), title, "")
+            self.map.show(None, (0, 0), views["mode"], app.waiting("path") if "path" in app.wanted else [("  S runs it · Q chooses receivers · Z direct or through MLPs · P senders or receivers", DIM)])  # fmt: skip
+            self.info_line.show([])
+            return
+        edges = set(app.state.current.edges) if app.state.current else set()
+        grid = app.picture("path", (id(result), frozenset(edges)), lambda: path_grid(result, request, edges))
+        done = "" if result.done == result.total else f"{result.done}/{result.total}{app.left('path')} · "
+        self.show_title(app, ("path",), f"{done}{title} {pictures.scale(grid)}", result.convention)
+        row, col = self.cell(app, result)
+        self.map.show(grid, (row, col), views["mode"])
+        self.info_line.show([readings.sweep_cell(result, None, row, col)])
+
+
+# ------------------------------------------------------------------ pictures
+
+
+def wrap(text: str, width: int) -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(text, max(12, width)) or [""]
+
+
+def map_grid(info, parts: dict[tuple[int, int], str], effects: dict[str, float]) -> Grid:
+    """Layers by heads and MLP: what is kept, and the effect of taking it alone away where that is known."""
+    n = info.n_heads
+    values, text = np.full((info.n_layers, n + 1), np.nan), [["·"] * (n + 1) for _ in range(info.n_layers)]
+    for (layer, head), part in parts.items():
+        if not layer < info.n_layers or not head < n:
+            continue
+        col = n if head < 0 else head
+        mine = [
+            e for p, e in effects.items() if "->" not in p and (node := parse_node(p)).layer == layer and (node.head if node.site == "head" else -1) == head
+        ]
+        values[layer, col] = mine[0] if mine else 0.0
+        text[layer][col] = f"{mine[0]:+.2f}" if mine else f"● {part}".strip()
+    hi = max(float(np.nanmax(np.abs(values), initial=0)), 1e-6)
+    marks = frozenset((layer, n if head < 0 else head) for layer, head in parts)
+    return Grid(values, [f"L{i}" for i in range(info.n_layers)], [*(f"H{h}" for h in range(n)), "MLP"], -hi, hi, text, signed=True, cell=(5, 7), marks=marks)
+
+
+def path_grid(result: SweepResult, request: PathPatch, edges: set[str]) -> Grid:
+    """The effect of each path; kept edges are marked."""
+    values = result.values.astype(float) - result.base
+    hi = max(float(np.nanmax(np.abs(values), initial=0)), 1e-6)
+    kept = set()
+    for e in map(parse_edge, edges):
+        for r, c in zip(*np.nonzero(np.isfinite(values))):
+            if request.each == "sender" and e.receiver in request.receivers and e.sender == result.address(int(r), int(c)):
+                kept.add((int(r), int(c)))
+    return Grid(values, list(result.rows), list(result.cols), -hi, hi, signed=True, cell=(5, 8), marks=frozenset(kept))
+
+
+def score_lines(r: ScoreResult) -> list[Spans]:
+    def said(x: Interval) -> str:
+        return f"{x.mean:+.4f}" + (f" ({x.low:+.3f} … {x.high:+.3f})" if np.isfinite(x.low) else "")
+
+    return [
+        [(f"faithfulness {said(r.faithfulness)}", BOLD)],
+        [(f"  F model {said(r.model)}", PLAIN)],
+        [(f"  F circuit alone {said(r.alone)}", PLAIN)],
+        [(f"  F nothing {said(r.empty)}", PLAIN)],
+        *([[(r.warning, WARN)]] if r.warning else []),
+    ]

@@ -404,7 +404,8 @@ class Sweep:
     `study.base`. Effect "direct": what comes after the node stays as in the base run (attention, MLPs, norm scales). `node` is the head of "cells"
     and the MLP of "neurons" (there with @ for one position); `nodes` those of "pairs" and "cumulative" (empty: the k largest of "nodes"). Over
     `study.prompt_set` with `over_set`. `noise` counts standard deviations of the embedding. `only` limits the cells (row, column). `chunk_mb`
-    bounds the activations at once (0: LOUPE_SWEEP_MB of .env). `plain`: whole forward passes under hooks.
+    bounds the activations at once (0: LOUPE_SWEEP_MB of .env). `plain`: whole forward passes under hooks. `first`: "estimate" runs the cells with the
+    largest estimated effects first, with the early layers and MLP 0, where estimates are least to be trusted; "": the cheapest order.
     """
 
     study: Study
@@ -421,6 +422,7 @@ class Sweep:
     only: tuple[tuple[int, int], ...] = ()
     chunk_mb: int = 0
     plain: bool = False
+    first: str = ""
 
 
 @dataclass(frozen=True)
@@ -443,7 +445,8 @@ class SweepResult:
     prompts; NaN: no such cell, or not yet run (`done` of `total` are). Over a set also std, low and high (95 % confidence, Student's t) and p (sign
     flips of value - base) [row, column], and per_prompt [prompt, row, column]; empty otherwise and in a partial result. `prompts` are indices into
     the set. `base` is the metric of the run that the cells change. `method` is "truth" or one of ESTIMATES. `mechanism` says how it was run, and why
-    when that is not the fast way; `at_once` the most variants in one batch.
+    when that is not the fast way; `at_once` the most variants in one batch. `peak_mb`: on a GPU the most memory allocated meanwhile, the model
+    included; elsewhere the activations of the largest batch, as the bound counts them.
     """
 
     kind: str
@@ -472,6 +475,7 @@ class SweepResult:
     at_once: int
     warning: str
     convention: str
+    peak_mb: float = 0.0
 
     def address(self, row: int, col: int) -> str:
         """The node of a cell as an address, for an intervention; "" where the cell is not one node."""

@@ -373,6 +373,8 @@ class SweepCommand(Options):
     """bound of the activations at once; unset, LOUPE_SWEEP_MB of .env"""
     plain: bool = False
     """whole forward passes under hooks"""
+    first: str = ""
+    """estimate: the largest estimated effects and the early layers first"""
 
     def request(self) -> Sweep | Estimate:
         study = self.study()
@@ -382,7 +384,7 @@ class SweepCommand(Options):
             return Estimate(study, self.kind, self.estimate, self.direction, node=self.node, over_set=self.mean)
         return Sweep(
             study, self.kind, self.op, self.direction, self.effect, self.node, self.nodes, self.k, self.mean, self.noise, self.seed,
-            chunk_mb=self.chunk_mb, plain=self.plain,
+            chunk_mb=self.chunk_mb, plain=self.plain, first=self.first,
         )  # fmt: skip
 
 
@@ -650,6 +652,10 @@ def show_sweep(out: Console, r: SweepResult) -> None:
     out.print(rows)
     corrupt = "" if r.corrupt is None else f"  corrupted {r.corrupt:.4f}"
     out.print(plain(f"base run {r.base:.4f}  clean {r.clean:.4f}{corrupt}  {r.mechanism}", CYAN))
+    if r.at_once:
+        out.print(
+            plain(f"{r.at_once} cells in the largest batch, peak {r.peak_mb:.1f} MB (on a GPU all that was allocated, else the batch's activations)", GRAY)
+        )
     if r.warning:
         out.print(plain(r.warning, YELLOW))
     out.print(plain(r.convention, GRAY))

@@ -6,6 +6,8 @@ Gradients are read at zeros that are added at every hook point (LIBRARIES: value
 
 from collections.abc import Generator, Iterable
 from contextlib import ExitStack
+from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch as t
@@ -13,13 +15,14 @@ from torch import Tensor
 
 from lens import frozen_norm
 from messages import ESTIMATES, Estimate, Progress, Sweep, SweepResult, UserError
-from model import FINAL, Edit
+from model import FINAL, Edit, Model
 from resume import Base, Score, Spot, Variant
 from patching import Runs
 from sweeps import Board, Plan, aligned, bases, read_plan, reads
 
 SCALE = "ln_final.hook_scale"
 FIRST = "blocks.0.hook_resid_pre"
+KNOWN: WeakKeyDictionary[Model, tuple] = WeakKeyDictionary()  # the last estimate: its question, values [prompt, cell], base runs' metric [prompt]
 
 
 # ------------------------------------------------------------------ gradients
@@ -35,8 +38,6 @@ def estimate(model, ask: Estimate) -> Generator[Progress | SweepResult, None, Sw
         raise UserError("a rank has no gradient: use logit_diff, prob, logprob, kl or loss, or run the sweep itself")
     if ask.kind in ("pairs", "cumulative"):
         raise UserError(f"{ask.kind}: gradients say nothing of several nodes at once; run the sweep itself")
-    if any(i.node.site == "resid_mid" for i in ask.study.interventions):
-        raise UserError("gradients do not pass an intervention at resid_mid: take it off, or run the sweep itself")
     plan = read_plan(model, Sweep(ask.study, ask.kind, "patch", ask.direction, node=ask.node, over_set=ask.over_set))
     board = Board(plan, ask.method)
     for part in bases(plan):
@@ -55,7 +56,23 @@ def estimate(model, ask: Estimate) -> Generator[Progress | SweepResult, None, Sw
         found = [sides[0] + sum(linear(plan, base, s, total[s.name]) for s in v.spots) for v in board.waiting]
         if found:
             board.fill(board.waiting, np.stack(found))
+    KNOWN[model] = (same_question(plan), board.values.copy(), board.sides[0].copy())
     return board.result(True)
+
+
+def same_question(plan: Plan) -> tuple:
+    ask = plan.ask
+    return replace(ask.study, prompt_set=()), tuple(p for _, p in plan.members), ask.kind, ask.op, plan.side, ask.node
+
+
+def guess(plan: Plan, base: Base, board: Board) -> np.ndarray:
+    """How large the effect of each waiting cell is by gradients [variant]: of the last estimate when that answered the same question, else made here."""
+    question, values, sides = KNOWN.get(plan.model, (None, None, None))
+    if question == same_question(plan):
+        rows = values[board.members][:, [v.cell for v in board.waiting]] - sides[board.members, None]
+        return np.abs(rows.mean(0))
+    found = gradients(base, {s.name for v in board.waiting for s in v.spots}, None)
+    return np.abs([sum(linear(plan, base, s, found[s.name]) for s in v.spots).mean() for v in board.waiting])
 
 
 def between(plan: Plan, base: Base, runs: list[Runs], fraction: float) -> Tensor:
@@ -142,7 +159,7 @@ def direct_names(plan: Plan) -> tuple[str, ...]:
 
 
 @t.no_grad()
-def direct(base: Base, variants: list[Variant]) -> Generator[tuple[list[Variant], np.ndarray]]:
+def direct(base: Base, variants: list[Variant], begun: bool = False) -> Generator[tuple[list[Variant], np.ndarray]]:
     """The metric when only the final norm, its scale frozen, sees what changed: the base run's normed row plus the change behind that frozen norm."""
     model, rows = base.model, t.arange(len(base.ids))
     places = t.tensor(base.score.places)

@@ -62,6 +62,15 @@ def stop(x: Tensor) -> None:
     raise Normed
 
 
+class Keep:
+    """A function on a hook point that remembers what leaves it: it comes after all others there."""
+
+    x: Tensor
+
+    def __call__(self, x: Tensor) -> None:
+        self.x = x
+
+
 def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
@@ -421,7 +430,7 @@ class Model:
         """Functions on hook points, in order; None leaves the value. Gone afterwards, whatever happens."""
         added = []
         try:
-            for name, fn in fns:
+            for name, fn in sorted(fns, key=lambda e: isinstance(e[1], Keep)):
                 point = self.point(name)
                 point.add_hook(lambda x, hook, fn=fn: fn(x), level=LEVEL)
                 added.append(point)
@@ -727,6 +736,5 @@ class Model:
 
 def write_mid(layer: int, fn: Callable[[Tensor], Tensor]) -> list[Edit]:
     """resid_mid is written through attn_out: the hook of its name reaches the MLP but not the skip connection."""
-    kept: dict[str, Tensor] = {}
-    pre = (f"blocks.{layer}.hook_resid_pre", lambda x: kept.__setitem__("pre", x.detach()))
-    return [pre, (f"blocks.{layer}.hook_attn_out", lambda x: fn(kept["pre"] + x) - kept["pre"])]
+    pre = Keep()
+    return [(f"blocks.{layer}.hook_resid_pre", pre), (f"blocks.{layer}.hook_attn_out", lambda x: fn(pre.x + x) - pre.x)]

@@ -24,7 +24,7 @@ from transformers.activations import NewGELUActivation
 
 from lens import measure, rows_at_once
 from messages import Node, Progress, UserError
-from model import FINAL, Edit, Model, out_of_memory
+from model import FINAL, Edit, Keep, Model, out_of_memory
 from patching import Runs, hook_name
 from utils import tec
 
@@ -201,7 +201,8 @@ class Base:
         self.called: dict[tuple, list] = {}
         self.slow = [[m for m in b.modules() if isinstance(m, NewGELUActivation)] for b in self.model.bridge.blocks]
         self.reason = "asked for" if plain else ""
-        self.at_once = 0
+        self.at_once = self.peak = 0  # the most variants in one batch, and its bytes as `room` counts them
+        self.worked, self.work = 0, 1  # tokens through a block: done, and all of them
         self.run(names, beside)
 
     @t.no_grad()
@@ -363,6 +364,7 @@ class Base:
             piece = x[a * b : (a + per) * b]
             changed = [(j, s) for j, v in enumerate(rows[a : a + per]) if self.moves(v) is None for s in v.spots if s.node.layer == layer]
             out.append(self.step(layer, piece, start, self.write(changed, len(piece) // b, start), firsts))
+            self.worked += len(piece) // b * x.shape[1]
             yield
         return out[0] if len(out) == 1 else t.cat(out)
 
@@ -377,7 +379,7 @@ class Base:
         by_name: dict[str, list] = {}
         for i, spot in rows:
             by_name.setdefault(spot.name, []).append((i, spot))
-        before: dict[str, Tensor] = {}
+        before = {spot.name: Keep() for _, spot in rows if spot.node.site == "resid_mid"}
 
         def edit(mine: list) -> Callable[[Tensor], Tensor]:
             def apply(x: Tensor) -> Tensor:
@@ -386,13 +388,12 @@ class Base:
                 for i, spot in mine:
                     index = (slice(None), *spot.index(start, self.per_kv))
                     new = self.values(spot, start)[index].to(x)
-                    y[i][index] = new - before[spot.name].view(y.shape)[i][index] if spot.node.site == "resid_mid" else new
+                    y[i][index] = new - before[spot.name].x.view(y.shape)[i][index] if spot.node.site == "resid_mid" else new
                 return x
 
             return apply
 
-        mid = {s.name for _, s in rows if s.node.site == "resid_mid"}
-        catch = [(name.replace("attn_out", "resid_pre"), lambda x, name=name: before.__setitem__(name, x)) for name in mid]
+        catch = [(name.replace("attn_out", "resid_pre"), keep) for name, keep in before.items()]
         return [*catch, *((name, edit(mine)) for name, mine in by_name.items())]
 
     def values(self, spot: Spot, start: int) -> Tensor:
@@ -610,12 +611,29 @@ class Base:
 
     def room(self, length: int) -> int:
         """How many variants of so many positions fit into the limit of bytes."""
-        i = self.model.info
-        token = t.finfo(self.model.dtype).bits // 8 * (12 * i.d_model + 3 * i.d_mlp + 3 * i.n_heads * self.stop)
-        return max(1, self.limit // (token * length * len(self.ids)))
+        return max(1, self.limit // (self.token_bytes() * length))
 
-    def all(self, variants: list[Variant]) -> Generator[Progress | tuple[list[Variant], np.ndarray]]:
-        """Every variant's metric [variant, prompt], in waves: late positions and late layers first, since they are the cheapest."""
+    def token_bytes(self) -> int:
+        """Bytes of one position of a variant in the widest block: some twelve rows of the stream, three of the MLP, three patterns."""
+        i = self.model.info
+        return t.finfo(self.model.dtype).bits // 8 * (12 * i.d_model + 3 * i.d_mlp + 3 * i.n_heads * self.stop) * len(self.ids)
+
+    def plan_work(self, variants: list[Variant]) -> None:
+        """Before the first variant: how many tokens have to go through a block."""
+        if self.reason:
+            self.work = max(1, self.n * self.ids.shape[1] * len(variants))
+        else:
+            self.work = max(1, sum((self.n - self.enters(v)) * (self.stop - (0 if self.edits else max(self.shared, v.first))) for v in variants))
+
+    @property
+    def progress(self) -> float:
+        return min(1.0, self.worked / self.work)
+
+    def all(self, variants: list[Variant], begun: bool = False) -> Generator[Progress | tuple[list[Variant], np.ndarray]]:
+        """
+        Every variant's metric [variant, prompt], in waves: late positions and late layers first, since they are the cheapest. The first wave of a
+        sweep (`begun` False) is a small one.
+        """
         if self.reason or self.edits or not variants:  # interventions count positions from 0
             groups = [(0, variants, False)] if variants else []
         else:
@@ -623,7 +641,6 @@ class Base:
             packed = set(some)
             rest = [v for v in variants if v not in packed]
             groups = [*pack_groups(some, self.stop), *((a, g, False) for a, g in position_groups(rest, self.shared, len(self.ids)))]
-        begun = False
         for start, group, pack in groups:
             length = self.ids.shape[1] if self.reason else self.stop - start
             size, i = self.room(length), 0
@@ -642,6 +659,8 @@ class Base:
                     yield Progress(0, 0, f"out of memory: {size} at a time now")
                     continue
                 self.at_once, begun = max(self.at_once, len(part)), True
+                self.peak = max(self.peak, len(part) * length * self.token_bytes())
+                self.worked += self.n * length * len(part) if self.reason else 0
                 yield part, found
                 i += len(part)
 

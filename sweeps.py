@@ -7,6 +7,7 @@ Sweeps: the metric under one change a cell, over one prompt or a set.
 """
 
 import math
+import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 
@@ -139,6 +140,8 @@ def check(ask: Sweep) -> None:
         raise UserError(f"{ask.effect!r} is not an effect: use total or direct")
     if not math.isfinite(ask.noise) or ask.noise <= 0:
         raise UserError("noise is a positive number of the embedding's standard deviations")
+    if ask.first not in ("", "estimate"):
+        raise UserError(f"{ask.first!r} does not say what runs first: use estimate, or nothing")
     if ask.k < 1:
         raise UserError("k must be at least 1")
 
@@ -360,8 +363,10 @@ def sweep(model: Model, ask: Sweep) -> Generator[Progress | SweepResult, None, S
 
         more, run = direct_names(plan), direct
     else:
-        more, run = (), lambda base, variants: base.all(variants)
+        more, run = (), lambda base, variants, begun: base.all(variants, begun)
     board = Board(plan)
+    if model.device.type == "cuda":
+        t.cuda.reset_peak_memory_stats(model.device)
     for part in bases(plan, more):
         if isinstance(part, Progress):
             yield part
@@ -369,14 +374,32 @@ def sweep(model: Model, ask: Sweep) -> Generator[Progress | SweepResult, None, S
         members, base, sides = part
         board.begin(members, base, sides)
         yield board.result(False)
-        for step in run(base, board.waiting):
-            if isinstance(step, Progress):
-                yield replace(step, done=board.done, total=board.total, text=step.text or f"{ask.kind}: {board.done} of {board.total}")
-                continue
-            board.fill(*step)
-            if board.done < board.total:
-                yield board.result(False)
+        for i, some in enumerate(rounds(plan, base, board)):
+            for step in run(base, some, i > 0):
+                if isinstance(step, Progress):
+                    yield board.progress(step)
+                    continue
+                board.fill(*step)
+                if board.done < board.total:
+                    yield board.result(False)
     return board.result(True)
+
+
+def rounds(plan: Plan, base: Base, board: "Board") -> list[list[Variant]]:
+    """
+    What runs first when that is asked for: the tenth of the cells with the largest estimated effects, the first quarter of the layers and MLP 0;
+    then the rest. One round where an estimate says nothing (a rank, several nodes at once, a direct effect).
+    """
+    ask, waiting = plan.ask, board.waiting
+    if ask.first != "estimate" or ask.effect == "direct" or ask.study.metric.kind == "rank" or any(len(v.spots) != 1 for v in waiting) or len(waiting) < 20:
+        return [waiting]
+    from estimates import guess
+
+    size = guess(plan, base, board)
+    top = set(sorted(range(len(waiting)), key=lambda i: -size[i])[: math.ceil(len(waiting) / 10)])
+    early = max(1, plan.model.info.n_layers // 4)
+    soon = [i in top or v.layer < early for i, v in enumerate(waiting)]
+    return [[v for v, now in zip(waiting, soon) if now == which] for which in (True, False)]
 
 
 def largest(model: Model, ask: Sweep) -> Generator[Progress | SweepResult, None, tuple[str, ...]]:
@@ -406,9 +429,12 @@ class Board:
         self.sides = np.full((3, n), math.nan)  # base, clean, corrupted
         self.total, self.done, self.at_once, self.reason = n * len(self.cells), 0, 0, ""
         self.members, self.base = [], None
+        self.started, self.before = time.monotonic(), 0  # of the variants; prompts that are done
+        self.peak = 0
 
     def begin(self, members: list[int], base: Base, sides: tuple[np.ndarray, ...]) -> None:
         """Cells before the first token that differs, or after the metric's position, are the base run."""
+        self.before += len(self.members)
         self.members, self.base, self.reason = members, base, base.reason
         self.sides[:, members] = sides
         self.waiting = []
@@ -419,13 +445,27 @@ class Board:
             else:
                 self.values[members, cell] = sides[0]
                 self.done += len(members)
+        base.plan_work(self.waiting)
 
     def fill(self, variants: list[Variant], found: np.ndarray) -> None:
         if not np.isfinite(found).all():
             raise UserError("a changed run gave numbers that are not finite: load the model in float32")
         self.values[np.ix_(self.members, [v.cell for v in variants])] = found.T
         self.done += found.size
-        self.at_once = max(self.at_once, self.base.at_once)
+        self.at_once, self.peak = max(self.at_once, self.base.at_once), max(self.peak, self.base.peak)
+
+    def progress(self, step: Progress) -> Progress:
+        """Cells by the work that is done, and the time left in words."""
+        part = (self.before + self.base.progress * len(self.members)) / len(self.plan.runs)
+        spent = time.monotonic() - self.started
+        left = f", {spent * (1 - part) / part:.0f} s left" if part > 0.02 and spent > 1 else ""
+        text = f"{self.plan.ask.kind} {self.done}/{self.total}{left}"
+        return Progress(max(self.done, int(part * self.total)), self.total, f"{step.text}; {text}" if step.text else text)
+
+    @property
+    def peak_mb(self) -> float:
+        device = self.plan.model.device
+        return (t.cuda.max_memory_allocated(device) if device.type == "cuda" else self.peak) / 2**20
 
     def result(self, whole: bool) -> SweepResult:
         """Means over the prompts that are done; the rest with the whole table."""
@@ -447,7 +487,7 @@ class Board:
             ask.kind, ask.op, ask.direction, ask.effect, self.method, layout.rows, layout.cols, layout.nodes, plan.runs[0].row(plan.side),
             table(mean), table(normalised), base, clean, None if math.isnan(corrupt) else corrupt, self.done, self.total, **stats, per_prompt=every,
             prompts=tuple(i for i, _ in plan.members) if ask.over_set else (), mechanism=mechanism(plan, self.reason, self.method), at_once=self.at_once,
-            warning=warning, convention=convention(plan, self.method),
+            warning=warning, convention=convention(plan, self.method), peak_mb=round(self.peak_mb, 1),
         )  # fmt: skip
 
 

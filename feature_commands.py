@@ -7,7 +7,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from commands import CYAN, GRAY, GREEN, RED, YELLOW, Options, plain, table
+from commands import CYAN, GRAY, GREEN, PURPLE, RED, YELLOW, Options, plain, table
 from grammar import Study, UserError
 from sparse import (
     CheckEdge,
@@ -225,7 +225,8 @@ def show_feature(out: Console, r: FeatureResult) -> None:
 def show_examples(out: Console, r: ExamplesResult) -> None:
     header(out, r.info)
     for n, index in enumerate(r.indices):
-        rows = table(f"f{index}: on at {r.density[n]:.3%} of tokens", "activation", "")
+        out.print(plain(f"f{index}: on at {r.density[n]:.3%} of tokens", PURPLE))
+        rows = table("", "activation", "")
         for e in r.examples[n]:
             text = plain("")
             for j, x in enumerate(e.texts):

@@ -216,7 +216,7 @@ def test_rows_add_up_and_attribution_is_the_metrics_slope(engines, sources, arch
     assert found.total[0] == pytest.approx(d.flat(y)[found.pos].norm().item(), abs=1e-3)
     assert (np.diff(np.abs(found.attribution)) <= 1e-6).all()
     step = 0.02
-    for i, a, slope in zip(found.index, found.activation, found.attribution / found.activation):
+    for i, slope in zip(found.index, found.attribution / found.activation):
         up, down = (engine.run(Run(do(STUDY, source, f"L1.sae.f{i}@-2=add:{s * step}"))).now.metric for s in (1, -1))
         assert (up - down) / (2 * step) == pytest.approx(slope, rel=0.05, abs=2e-3)
     if what == "z":

@@ -57,15 +57,18 @@ class Circuits:
             for name, some in (self.state.current.groups if self.state.current else {}).items()
         ]
 
+        def put(some: list[str]) -> None:
+            self.act("receivers", addresses=some)
+            self.say(f"paths end at {', '.join(self.state.receivers)}: S runs them")
+
         def chosen(item: Item | None, typed: str) -> None:
             if item is None:
-                self.guard(lambda: self.act("receivers", addresses=typed.replace(",", " ").split()))
+                some = typed.replace(",", " ").split()
             elif isinstance(item.value, tuple):
-                self.guard(lambda: self.act("receivers", addresses=[f"{n}.v" for n in item.value if parse_node(n).site == "head"]))
+                some = [f"{n}.v" for n in item.value if parse_node(n).site == "head"]
             else:
                 some = [r for r in now if r != item.value] if item.value in now else [*(r for r in now if r != LOGITS), item.value]
-                self.guard(lambda: self.act("receivers", addresses=some))
-            self.say(f"paths end at {', '.join(self.state.receivers)}: S runs them")
+            self.guard(lambda: put(some))
 
         self.open(Picker(f"receivers: {', '.join(now)} (or type: L3H2.q L3H3.q)", items + group, chosen, free=True))
 

@@ -27,6 +27,7 @@ class CircuitPane(Pane):
     def __init__(self, **kw):
         super().__init__(**kw)
         self.map, self.side = GridView(), Lines(classes="second")
+        self.top = 0  # the first line shown beside the map
 
     def body(self) -> Widget:
         return Horizontal(self.map, self.side)
@@ -105,6 +106,11 @@ class CircuitPane(Pane):
         c = app.cursor
         return Node("head", c.layer, c.head, pos=pos) if c.comp == "head" else Node("mlp", c.layer, pos=pos)
 
+    def across(self, app: "Loupe", by: int) -> None:
+        """The lines beside the map."""
+        self.top = max(0, self.top + by * max(1, self.size.height // 2))
+        app.draw()
+
     def enter(self, app: "Loupe") -> None:
         """In the paths: the edges from the node under the cursor to the receivers, kept or dropped."""
         if app.state.views[self.view] != "path" or app.state.views["circuit.each"] == "receiver":
@@ -126,20 +132,22 @@ class CircuitPane(Pane):
             self.side.show([])
             self.info_line.show([])
             return
-        width = max(10, self.size.width - 8 * (app.info.n_heads + 2))
         if view == "path":
             self.paint_path(app)
             return
+        self.side.styles.width = "1fr"
         parts = self.members(circuit) if circuit else {}
         effects = dict(zip(result.parts, result.effects.tolist())) if result is not None else {}
         grid = app.picture("circuit", (circuit, id(result)), lambda: map_grid(app.info, parts, effects))
-        self.map.styles.width = min(6 + 8 * len(grid.cols), self.size.width if self.size.width < 60 else self.size.width // 2)
+        mapped = self.map.styles.width = min(6 + 8 * len(grid.cols), self.size.width // 2)
         self.map.show(grid, self.cell(app, None), views["mode"])
         n = max(3, self.size.height - 3)
         lines = {
             "map": self.summary, "drawing": self.drawing, "list": self.listing, "scores": self.scores, "curve": self.curve, "compare": self.compared,
-        }[view](app, circuit, result, max(30, self.size.width - (self.map.styles.width.value if self.map.styles.width else width) - 3), n)  # fmt: skip
-        self.side.show(lines[:n])
+        }[view](app, circuit, result, max(20, self.size.width - mapped - 3), n)  # fmt: skip
+        self.top = clip(self.top, len(lines))
+        more = len(lines) - self.top > n
+        self.side.show(lines[self.top : self.top + n - more] + [[(f"… {len(lines) - self.top - n + 1} more lines: . and , scroll", DIM)]] * more)
         note = result.convention if result is not None else f"rest {views['circuit.rest']}, MLPs {views['circuit.mlps']}, over the {views['circuit.over']}"
         score = f" · faithfulness {result.faithfulness.mean:.3f}" if result is not None else ""
         busy = app.left("score") if "score" in app.wanted and app.stale("score") else ""
@@ -202,7 +210,7 @@ class CircuitPane(Pane):
     def scores(self, app, circuit, result, width: int, n: int) -> list[Spans]:
         if result is None:
             error = app.error("score")
-            return [[(line, BAD)] for line in wrap(error, width)] if error else [app.waiting("score") if "score" in app.wanted else ("  S scores the circuit: faithfulness, completeness, minimality", DIM)]  # fmt: skip
+            return [[(line, BAD)] for line in wrap(error, width)] if error else [app.waiting("score") if "score" in app.wanted else [("  S scores the circuit: faithfulness, completeness, minimality", DIM)]]  # fmt: skip
         lines = score_lines(result)
         if result.subsets:
             worst = int(np.abs(result.without_circuit - result.without_model).argmax())
@@ -291,7 +299,7 @@ def map_grid(info, parts: dict[tuple[int, int], str], effects: dict[str, float])
 
 def path_grid(result: SweepResult, request: PathPatch, edges: set[str]) -> Grid:
     """The effect of each path; kept edges are marked."""
-    values = result.values.astype(float) - result.base
+    values = readings.change(result).astype(float)
     hi = max(float(np.nanmax(np.abs(values), initial=0)), 1e-6)
     kept = set()
     for e in map(parse_edge, edges):

@@ -1,0 +1,139 @@
+"""Pane 5: keep and drop anywhere, scores, paths, discovery, files; at three sizes."""
+
+import json
+
+import pytest
+from ui import make_app, press, shown
+
+import circuit_deeds
+from messages import Prompt
+from session import read_session
+from tui import first_state
+from widgets import Panel, Picker
+from wiring import Discover, PathPatch, Score
+
+
+@pytest.fixture
+def zoo(engines):
+    return engines["zoo"]
+
+
+def asked(app, kind):
+    return [r for _, r in app.link.asked if isinstance(r, kind)]
+
+
+def small(count: int = 4):
+    from dataclasses import replace
+
+    state = first_state({})
+    return replace(state, prompt_set=state.prompt_set[:count])
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 36), (200, 50)])
+async def test_keep_score_and_path(zoo, tmp_path, size):
+    app = make_app(zoo, tmp_path, small())
+    async with app.run_test(size=size) as pilot:
+        await press(app, pilot)
+        await press(app, pilot, "5")
+        assert "no circuit yet" in shown(app) and "c keeps the node" in shown(app)
+        await press(app, pilot, "l", "l", "c", "l", "c")
+        assert app.state.current.nodes == ("L3H2", "L3H3") and "●" in shown(app) and "in circuit" in shown(app)
+        for _ in range(3):
+            await press(app, pilot, "k")
+        await press(app, pilot, "c", "h", "h", "c")
+        assert app.state.current.nodes == ("L0H1", "L0H3", "L3H2", "L3H3")
+        await press(app, pilot, "S")
+        assert "faithfulness +" in shown(app) and "F circuit alone" in shown(app) and len(asked(app, Score)) == 1
+        await press(app, pilot, "v")
+        assert "drawing · circuit" in shown(app) and "L3" in shown(app)
+        await press(app, pilot, "v")
+        assert "alone away" in shown(app)
+        await press(app, pilot, "v", "S")
+        assert "every node → logits" in shown(app) and "direct edge" in shown(app) and len(asked(app, PathPatch)) == 1
+        await press(app, pilot, "Z")
+        assert "through MLPs" in shown(app) and len(asked(app, PathPatch)) == 1, "another convention waits for S"
+        await press(app, pilot, "u", "G", "l", "enter")
+        assert len(app.state.current.edges) == 1 and "->logits" in app.state.current.edges[0]
+        await press(app, pilot, "u", "v", "S")
+        assert "incompleteness" in shown(app) and "K = " in shown(app)
+        await press(app, pilot, "v")
+        assert "U" in shown(app)
+        await press(app, pilot, "1", "c", "u")
+        assert "a circuit holds heads" in shown(app) or app.state.current is not None
+    again, warning = read_session(app.session.path)
+    assert not warning and again.state.circuits == app.state.circuits and again.state.circuit == "circuit"
+
+
+async def test_keep_from_other_panes(zoo, tmp_path):
+    app = make_app(zoo, tmp_path, small())
+    async with app.run_test(size=(160, 45)) as pilot:
+        await press(app, pilot)
+        await press(app, pilot, "2", "c")
+        assert app.state.current.nodes == ("L3H0",) and "L3H0 kept in circuit" in shown(app)
+        await press(app, pilot, "c")
+        assert app.state.current.nodes == () and "dropped" in shown(app)
+        await press(app, pilot, "u", "u")
+        assert app.state.circuits == ()
+        await press(app, pilot, "1", "c")
+        assert "a circuit holds heads" in shown(app) and app.state.circuits == ()
+
+
+async def test_discovery_and_files(zoo, tmp_path, monkeypatch):
+    monkeypatch.setattr(circuit_deeds, "FOLDER", circuit_deeds.ROOT / "exports" / "test-circuits")
+    app = make_app(zoo, tmp_path, small())
+    async with app.run_test(size=(140, 45)) as pilot:
+        await press(app, pilot)
+        await press(app, pilot, "5", "U")
+        assert isinstance(app.focused.parent, Picker) or "discover a circuit by" in shown(app)
+        await press(app, pilot, *"eap-ig", "enter")
+        await press(app, pilot, "enter")
+        assert any(isinstance(w, Panel) for w in app.query(Panel)) and "about" in shown(app) and asked(app, Discover)[0].dry
+        assert not app.state.circuits, "nothing runs before the estimate was seen"
+        await press(app, pilot, "enter")
+        found = app.state.current
+        assert found.name.startswith("eap-ig") and found.edges and "faithfulness" in shown(app)
+        for _ in range(5):
+            await press(app, pilot, "v")
+        assert "faithfulness against edges" in shown(app)
+        await press(app, pilot, "Y", *"save", "enter")
+        path = circuit_deeds.FOLDER / f"{found.name}.json"
+        assert json.loads(path.read_text())["edges"] == list(found.edges)
+        for kind in ("dot", "mermaid", "table", "text", "python"):
+            await press(app, pilot, "Y", *f"export {kind}", "enter")
+            assert "written exports/test-circuits" in shown(app), kind
+        for p in circuit_deeds.FOLDER.iterdir():
+            p.unlink()
+        circuit_deeds.FOLDER.rmdir()
+        await press(app, pilot, "Y", *"greater", "enter")
+        assert app.state.current.name == "greater-than" and "does not have all its nodes" in shown(app)
+        await press(app, pilot, "S")
+        assert "is not a node of zoo" in shown(app)
+        await press(app, pilot, "Y", *"compare", "enter", *"ioi", "enter")
+        assert "overlap of nodes" in shown(app) and "only in ioi" in shown(app)
+        bad = tmp_path / "bad.json"
+        bad.write_text('{"nodes": ["L0H1", "L0Q1"], "edges": []}')
+        await press(app, pilot, "Y", *str(bad), "enter")
+        assert "nodes 2" in shown(app) and app.state.current.nodes == ("L0H1",)
+
+
+async def test_bad_input(zoo, tmp_path):
+    state = first_state({})
+    from dataclasses import replace
+
+    app = make_app(
+        zoo,
+        tmp_path,
+        replace(state, prompt=Prompt("When Mary and John went to the store, John gave a drink to", None, (" Mary",), (" John",)), prompt_set=(), set_path=""),
+    )
+    async with app.run_test(size=(140, 45)) as pilot:
+        await press(app, pilot)
+        await press(app, pilot, "5", "S")
+        assert "no circuit yet" in shown(app)
+        await press(app, pilot, "c", "v", "v", "v", "S")
+        assert "no corrupted prompt" in shown(app)
+        await press(app, pilot, "Q", *"L9", "enter")
+        assert "does not receive" in shown(app) or "is not a node" in shown(app)
+        await press(app, pilot, "Q", *"L3H2.q L3H3.q", "enter")
+        assert app.state.receivers == ("L3H2.q", "L3H3.q")
+        await press(app, pilot, "Y", *"nowhere.json", "enter")
+        assert "no circuit at" in shown(app)

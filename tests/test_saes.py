@@ -34,7 +34,7 @@ def loaded(engine, source):
 
 def make(engine, kind, folder, seed=0, hook=None, **more):
     """An SAE at resid_post of layer 1, or a transcoder of layer 1's MLP."""
-    model, width = engine.model, engine.model.info.d_model
+    width = engine.model.info.d_model
     if "transcoder" not in kind:
         return save(build(kind, hook or "blocks.1.hook_resid_post", width, seed=seed, **more), folder)
     acts = activations(engine, "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out")

@@ -4,8 +4,7 @@ A sweep's table without a forward pass a cell: by gradients (attribution patchin
 Gradients are read at zeros that are added at every hook point (LIBRARIES: values kept by retain_grad are lost where the Bridge converts a tensor).
 """
 
-from collections.abc import Generator, Iterable
-from contextlib import ExitStack
+from collections.abc import Generator
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
@@ -50,7 +49,7 @@ def estimate(model, ask: Estimate) -> Generator[Progress | SweepResult, None, Sw
         total, fractions = {}, [None] if ask.method == "atp" else [(i + 0.5) / ask.steps for i in range(ask.steps)]
         for done, fraction in enumerate(fractions):
             path = None if fraction is None else between(plan, base, runs, fraction)
-            for name, g in gradients(base, {s.name for s in plan.spots}, path).items():
+            for name, g in (yield from gradients(base, {s.name for s in plan.spots}, path)).items():
                 total[name] = total.get(name, 0.0) + g / len(fractions)
             yield Progress(done + 1, len(fractions), f"{ask.method}: gradients")
         found = [sides[0] + sum(linear(plan, base, s, total[s.name]) for s in v.spots) for v in board.waiting]
@@ -65,13 +64,13 @@ def same_question(plan: Plan) -> tuple:
     return replace(ask.study, prompt_set=()), tuple(p for _, p in plan.members), ask.kind, ask.op, plan.side, ask.node
 
 
-def guess(plan: Plan, base: Base, board: Board) -> np.ndarray:
+def guess(plan: Plan, base: Base, board: Board) -> Generator[Progress, None, np.ndarray]:
     """How large the effect of each waiting cell is by gradients [variant]: of the last estimate when that answered the same question, else made here."""
     question, values, sides = KNOWN.get(plan.model, (None, None, None))
     if question == same_question(plan):
         rows = values[board.members][:, [v.cell for v in board.waiting]] - sides[board.members, None]
         return np.abs(rows.mean(0))
-    found = gradients(base, {s.name for v in board.waiting for s in v.spots}, None)
+    found = yield from gradients(base, {s.name for v in board.waiting for s in v.spots}, None)
     return np.abs([sum(linear(plan, base, s, found[s.name]) for s in v.spots).mean() for v in board.waiting])
 
 
@@ -82,26 +81,54 @@ def between(plan: Plan, base: Base, runs: list[Runs], fraction: float) -> Tensor
     return own + fraction * (aligned(plan, theirs, own, (0, "resid_pre", "z"), runs[0]) - own)
 
 
-def gradients(base: Base, names: Iterable[str], path: Tensor | None) -> dict[str, Tensor]:
-    """The metric's gradient at hook points [prompt, ...] of the base run; along a path, of the run whose block 0 gets `path`."""
-    model, leaves, kept = base.model, {}, {}
+def gradients(base: Base, names: set[str], path: Tensor | None) -> Generator[Progress, None, dict[str, Tensor]]:
+    """
+    The metric's gradient at hook points [prompt, ...] of the base run; along a path, of the run whose block 0 gets `path`. From the last block to the
+    first, each run once more from its kept input; whole runs where blocks can't be run one by one.
+    """
+    if base.reason:
+        return whole(base, names, path)
+    stream, found = list(base.resid), {}
+    if path is not None:
+        stream[0] = path
+        for layer in range(base.n):
+            stream[layer + 1] = base.step(layer, stream[layer], 0, [])
+            yield Progress(layer, base.n, "gradients: the path")
+    with t.enable_grad():
+        end = stream[-1].detach().requires_grad_(True)
+        g = t.autograd.grad(metric(base.score, end).sum(), end)[0]
+    for layer in reversed(range(min(layer_of(n) for n in names), base.n)):
+        leaves: dict[str, Tensor] = {}
+        x = stream[layer].detach().requires_grad_(True)
+        out = base.step(layer, x, 0, [leaf(n, leaves) for n in names if layer_of(n) == layer], grad=True)
+        # a point that the metric does not see (the last block's keys, say, of one token) has no gradient
+        g, *more = t.autograd.grad(out, [x, *leaves.values()], g, allow_unused=True)
+        found |= {name: t.zeros_like(z) if y is None else y for (name, z), y in zip(leaves.items(), more)}
+        yield Progress(base.n - layer, base.n, "gradients")
+    return found
 
-    def leaf(name: str) -> Edit:
-        def add(x: Tensor) -> Tensor:
-            leaves[name] = t.zeros_like(x).requires_grad_(True)
-            return x + leaves[name]
 
-        return name, add
+def layer_of(name: str) -> int:
+    return int(name.split(".")[1])
 
+
+def leaf(name: str, leaves: dict[str, Tensor]) -> Edit:
+    def add(x: Tensor) -> Tensor:
+        leaves[name] = t.zeros_like(x).requires_grad_(True)
+        return x + leaves[name]
+
+    return name, add
+
+
+def whole(base: Base, names: set[str], path: Tensor | None) -> dict[str, Tensor]:
+    """The same by one forward and one backward pass."""
+    leaves, kept = {}, {}
     last = f"blocks.{base.n - 1}.hook_resid_post"
     begin = [] if path is None else [(FIRST, lambda x: path)]
-    with ExitStack() as stack:
-        stack.enter_context(t.enable_grad())
-        stack.enter_context(model.hooks([*begin, *base.edits, *(leaf(n) for n in names), (last, lambda x: kept.__setitem__("end", x))]))
-        model.bridge(base.ids.to(model.device), use_cache=False, logits_to_keep=1)
-        value = metric(base.score, kept["end"]).sum()
-        # a point that the metric does not see (the last block's keys, say, of one token) has no gradient
-        found = t.autograd.grad(value, list(leaves.values()), allow_unused=True)
+    points = [*begin, *base.edits, *(leaf(n, leaves) for n in names), (last, lambda x: kept.__setitem__("end", x))]
+    with t.enable_grad(), base.model.hooks(points):
+        base.model.bridge(base.ids.to(base.model.device), use_cache=False, logits_to_keep=1)
+        found = t.autograd.grad(metric(base.score, kept["end"]).sum(), list(leaves.values()), allow_unused=True)
     return {name: t.zeros_like(x) if g is None else g for (name, x), g in zip(leaves.items(), found)}
 
 

@@ -11,6 +11,7 @@ Between two blocks no hook is on the model, so that a wave is a generator that o
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -339,8 +340,7 @@ class Base:
             self.called[firsts] = [(tuple(rest(a, c) for a in args), {k: rest(a, c) for k, a in kwargs.items()}, c) for args, kwargs, c in full]
         return self.called[firsts]
 
-    @t.no_grad()
-    def step(self, layer: int, x: Tensor, start: int, edits: list[Edit], firsts: tuple[int, ...] = ()) -> Tensor:
+    def step(self, layer: int, x: Tensor, start: int, edits: list[Edit], firsts: tuple[int, ...] = (), grad: bool = False) -> Tensor:
         """One block on [rows, positions from start, d_model], rows being variants x prompts; on packed rows of segments from `firsts`."""
         args, kwargs, cache = (self.packed_calls(firsts) if firsts else self.calls(start, x.shape[1], start > 0))[layer]
         if cache is not None:
@@ -353,7 +353,7 @@ class Base:
         short = layer == self.n - 1 and x.shape[1] > len(ends) and (bool(firsts) or start + x.shape[1] == self.stop)
         short = short and not self.edits and not self.score.whole and len(set(self.score.places)) == 1 and not any("mlp" in name for name, _ in edits)
         rows = ends if short else []
-        with self.model.hooks([*ours, *edits]), last_rows(block.mlp, rows), fused(self.slow[layer]):
+        with t.set_grad_enabled(grad), self.model.hooks([*ours, *edits]), last_rows(block.mlp, rows), fused([] if grad else self.slow[layer]):
             out = block(x, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
@@ -563,20 +563,20 @@ class Base:
         tokens = t.cat([t.arange(p, self.stop) for p in firsts])
         begins = dict(zip(firsts, np.cumsum([0, *(self.stop - p for p in firsts)]).tolist()))
         ends = [begins[p] + self.stop - p - 1 for p in firsts]
-        place: dict[int, tuple[int, int]] = {}  # of a variant: its packed row and its segment
+        place: dict[int, tuple[int, int]] = {}  # of a variant: its packed row and its segment; segments without variant go on as the kept run
+        full = dict.fromkeys(firsts, 0)
         n, x = 0, None
         for layer in range(min(self.enters(v) for v in variants), self.n + 1):
             new = [(i, v) for i, v in enumerate(variants) if self.enters(v) == layer]
             if new:
-                full = dict.fromkeys(firsts, 0)
                 for i, v in new:
-                    place[i] = (n + full[v.first], firsts.index(v.first))
+                    place[i] = (full[v.first], firsts.index(v.first))
                     full[v.first] += 1
-                count = max(full.values())
-                joined = self.resid[layer][:, tokens].expand(count, b, len(tokens), -1).clone()
+                if (count := max(full.values()) - n) > 0:
+                    kept = self.resid[layer][:, tokens].expand(count, b, len(tokens), -1).flatten(0, 1)
+                    x, n = kept.clone() if x is None else t.cat([x, kept]), n + count
                 for (i, v), row in zip(new, self.moved([v for _, v in new], layer)):
-                    joined[place[i][0] - n, :, begins[v.first]] = row
-                x, n = joined.flatten(0, 1) if x is None else t.cat([x, joined.flatten(0, 1)]), n + count
+                    x.view(n, b, len(tokens), -1)[place[i][0], :, begins[v.first]] = row
             if layer < self.n:
                 x = yield from self.steps(layer, x, [], 0, firsts)
         last = x.view(n, b, len(tokens), -1)[:, :, ends].transpose(1, 2)
@@ -674,10 +674,11 @@ class Base:
 
 
 def pack_groups(variants: list[Variant], stop: int) -> list[tuple[int, list[Variant], bool]]:
-    """Variants of neighbouring positions whose segments make up a packed row; late ones first."""
+    """Variants of positions with about as many of them, whose segments make up a packed row; late ones first."""
+    counts = Counter(v.first for v in variants)
     groups: list[list[int]] = []
-    for p in sorted({v.first for v in variants}, reverse=True):
-        if groups and sum(stop - q for q in groups[-1]) + stop - p <= PACK:
+    for p in sorted(counts, key=lambda p: (-counts[p], -p)):
+        if groups and sum(stop - q for q in groups[-1]) + stop - p <= PACK and counts[p] > 0.7 * counts[groups[-1][0]]:
             groups[-1].append(p)
         else:
             groups.append([p])

@@ -374,7 +374,7 @@ def sweep(model: Model, ask: Sweep) -> Generator[Progress | SweepResult, None, S
         members, base, sides = part
         board.begin(members, base, sides)
         yield board.result(False)
-        for i, some in enumerate(rounds(plan, base, board)):
+        for i, some in enumerate((yield from rounds(plan, base, board))):
             for step in run(base, some, i > 0):
                 if isinstance(step, Progress):
                     yield board.progress(step)
@@ -385,7 +385,7 @@ def sweep(model: Model, ask: Sweep) -> Generator[Progress | SweepResult, None, S
     return board.result(True)
 
 
-def rounds(plan: Plan, base: Base, board: "Board") -> list[list[Variant]]:
+def rounds(plan: Plan, base: Base, board: "Board") -> Generator[Progress, None, list[list[Variant]]]:
     """
     What runs first when that is asked for: the tenth of the cells with the largest estimated effects, the first quarter of the layers and MLP 0;
     then the rest. One round where an estimate says nothing (a rank, several nodes at once, a direct effect).
@@ -395,7 +395,7 @@ def rounds(plan: Plan, base: Base, board: "Board") -> list[list[Variant]]:
         return [waiting]
     from estimates import guess
 
-    size = guess(plan, base, board)
+    size = yield from guess(plan, base, board)
     top = set(sorted(range(len(waiting)), key=lambda i: -size[i])[: math.ceil(len(waiting) / 10)])
     early = max(1, plan.model.info.n_layers // 4)
     soon = [i in top or v.layer < early for i, v in enumerate(waiting)]

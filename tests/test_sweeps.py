@@ -422,6 +422,9 @@ def test_direct_effect(engines, references, arch, address):
     check = engine.model.check(PROMPT)
     spot, cols = place_of(reference, node)
     new = reference.read(check.corrupt.ids, spot)[0, -1, cols]
+    for i in range(3):
+        for s in ("attn", "mlp"):
+            reference.read(check.clean.ids, (s, i))
     later = [(s, i) for i in range(3) for s in ("attn", "mlp") if i > node.layer or i == node.layer and s == "mlp" and node.site != "mlp"]
     edits = [(spot, lambda x: x[0, -1, cols].copy_(new))]
     edits += [(s, lambda x, s=s: x.copy_(reference.read(check.clean.ids, s))) for s in later]

@@ -68,6 +68,7 @@ from messages import (
     SingularResult,
 )
 from sparse import FEATURE_REQUESTS, TrainSae, TrainSaeResult
+from wiring import CIRCUIT_REQUESTS
 from utils import settings, show_number, show_token
 
 GRAY, GREEN, CYAN, YELLOW, RED, PURPLE = (
@@ -707,9 +708,11 @@ def interruptible(show: Callable[[object], None]) -> Generator[Callable[[object]
 
 def main(args: list[str] | None = None) -> int:
     """0, or 1 when an identity is broken, or 2 for input that can't be used."""
+    import circuit_commands
     import feature_commands
 
-    command = tyro.extras.subcommand_cli_from_dict(COMMANDS | feature_commands.COMMANDS, prog="engine.py", description="Loupe without a screen.", args=args)
+    every = COMMANDS | feature_commands.COMMANDS | circuit_commands.COMMANDS
+    command = tyro.extras.subcommand_cli_from_dict(every, prog="engine.py", description="Loupe without a screen.", args=args)
     if isinstance(command, ServeCommand):
         serve()
     errors = Console(stderr=True, highlight=False)
@@ -718,11 +721,16 @@ def main(args: list[str] | None = None) -> int:
         request = command.request()
         engine = Engine()
         info = engine.run(command.load(), show)
+        if isinstance(command, circuit_commands.CircuitCommand):
+            sys.stdout.write(command.text(info))
+            return 0
         if isinstance(request, TuneLens | FitJacobian | TrainSae):
             with interruptible(show) as show_or_stop:
                 result = engine.run(request, show_or_stop)
         else:
-            result = engine.run(request, show if isinstance(request, FEATURE_REQUESTS) else lambda part: None)
+            result = engine.run(request, show if isinstance(request, FEATURE_REQUESTS + CIRCUIT_REQUESTS) else lambda part: None)
+        if isinstance(command, circuit_commands.DiscoverCommand):
+            command.finish(result)
         if isinstance(result, IdentitiesResult):
             result = replace(result, rows=result.rows + published.rows(engine, info, show))
     except UserError as error:
@@ -738,7 +746,7 @@ def main(args: list[str] | None = None) -> int:
         out.width = out.width if out.is_terminal else 10_000
         device = f"{info.dtype} on {info.device}"
         out.print(plain(f"{info.name}: {info.architecture}, {info.n_layers} layers x {info.n_heads} heads, d_model {info.d_model}, {device}", GRAY))
-        (SHOW | feature_commands.SHOW)[type(result)](out, result)
+        (SHOW | feature_commands.SHOW | circuit_commands.SHOW)[type(result)](out, result)
     broken = [i for i in (*info.checks, *(result.rows if isinstance(result, IdentitiesResult) else ())) if i.ok is False]
     for i in broken:
         errors.print(plain(f"identity broken: {i.name}, error {i.error:.2g} against {i.tolerance:.2g}. {i.note}", RED), soft_wrap=True)

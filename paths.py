@@ -116,7 +116,7 @@ def lay_out(model: Model, ask: PathPatch, row) -> tuple[Layout, dict[tuple[int, 
     if not cells:
         raise UserError("there is no such path: a receiver has to come after its sender")
     paths = {rc: Path(rc[0] * len(cols) + rc[1], *ends) for rc, ends in cells.items()}
-    return Layout(tuple(rows), tuple(cols), {rc: tuple(Spot(n, "") for n in p.senders) for rc, p in paths.items()}, tuple(addresses)), paths
+    return Layout(tuple(rows), tuple(cols), {rc: tuple(Spot(n if n.site != "embed" else Node("resid_pre", 0, pos=n.pos), "") for n in p.senders) for rc, p in paths.items()}, tuple(addresses)), paths
 
 
 # ------------------------------------------------------------------ what senders change, and where it goes

@@ -380,6 +380,7 @@ SWEEPS = {
     "z_pos": "every head's output z, by position",
     "cells": "one head's pattern, by destination (row) and source (column)",
     "neurons": "every neuron of one MLP",
+    "features": "features of one SAE, by position, its error term kept",
     "pairs": "two nodes at a time; the diagonal is one node alone",
     "cumulative": "nodes together, one more in each column, the largest effect first",
 }
@@ -402,7 +403,8 @@ class Sweep:
     """
     The metric under one change a cell. `op` patch, "denoise": the corrupted run gets the clean run's values, "noise" the reverse; other ops act on
     `study.base`. Effect "direct": what comes after the node stays as in the base run (attention, MLPs, norm scales). `node` is the head of "cells"
-    and the MLP of "neurons" (there with @ for one position); `nodes` those of "pairs" and "cumulative" (empty: the k largest of "nodes"). Over
+    and the MLP of "neurons" (there with @ for one position), and of "features" the SAE ("L8.sae", one of the study's); `nodes` those of "pairs" and
+    "cumulative" (empty: the k largest of "nodes") and of "features" (L8.sae.f12; empty: the k of the largest attribution). Over
     `study.prompt_set` with `over_set`. `noise` counts standard deviations of the embedding. `only` limits the cells (row, column). `chunk_mb`
     bounds the activations at once (0: LOUPE_SWEEP_MB of .env). `plain`: whole forward passes under hooks. `first`: "estimate" runs the cells with the
     largest estimated effects first, with the early layers and MLP 0, where estimates are least to be trusted; "": the cheapest order.

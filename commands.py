@@ -351,7 +351,7 @@ class SweepCommand(Options):
     """Patch or ablate one cell after the other; or estimate it by gradients."""
 
     kind: str = Sweep.kind
-    """resid_pre, resid_mid, resid_post, attn, mlp, attn_mlp (by position); z, q, k, v, pattern, nodes; z_pos, cells, neurons, pairs, cumulative"""
+    """resid_pre, resid_mid, resid_post, attn, mlp, attn_mlp (by position); z, q, k, v, pattern, nodes; z_pos, cells, neurons, features, pairs, cumulative"""
     op: str = Sweep.op
     """patch, zero, mean, mean_all, resample, noise"""
     direction: str = Sweep.direction
@@ -361,9 +361,9 @@ class SweepCommand(Options):
     estimate: str = ""
     """instead of patching: atp or ig"""
     node: str = ""
-    """the head of cells (L2H3), the MLP of neurons (L3.mlp)"""
+    """the head of cells (L2H3), the MLP of neurons (L3.mlp), the SAE of features (L2.sae, with --sae SOURCE)"""
     nodes: tuple[str, ...] = ()
-    """those of pairs and cumulative; unset, the k largest"""
+    """those of pairs, cumulative and features; unset, the k largest"""
     k: int = Sweep.k
     mean: bool = False
     """over --set, with statistics"""

@@ -47,6 +47,11 @@ class Spot:
     def key(self) -> tuple:
         return self.node.layer, self.node.site, self.node.part
 
+    @property
+    def also(self) -> tuple[str, ...]:
+        """Other hook points that its new values are made from."""
+        return ()
+
     def index(self, start: int, group: int) -> tuple:
         """Into [position, ...] behind the batch, of a tensor that begins at `start`; a pattern is [head, destination, source]."""
         n = self.node
@@ -428,10 +433,18 @@ class Base:
         node = spot.node
         if node.site != "head" or node.pos is not None or self.edits or f"blocks.{node.layer}.attn.hook_z" not in self.acts:
             return False
-        known = TRIED[self.model]
-        if ("heads", node.part) not in known:
-            known["heads", node.part] = self.trial_heads(node.part)
-        return not known["heads", node.part]
+        return self.heads_apart(node.part)
+
+    def heads_apart(self, part: str) -> bool:
+        known = TRIED.setdefault(self.model, {})
+        if ("heads", part) not in known:
+            known["heads", part] = self.trial_heads(part)
+        return not known["heads", part]
+
+    def heads_of(self, spot: Spot) -> int | slice:
+        """The heads whose z a change moves: one key and value serve a group of them."""
+        first = spot.node.head - spot.node.head % self.per_kv
+        return slice(first, first + self.per_kv) if spot.node.part in ("k", "v") else spot.node.head
 
     def trial_heads(self, part: str) -> str:
         """One head changed alone and all heads changed together give that head one z; a block finished from it is the block under that change."""
@@ -468,12 +481,7 @@ class Base:
         z = self.acts[f"blocks.{layer}.attn.hook_z"][:, start : self.stop]
         z = z.expand(len(spots), *z.shape).clone()
         for i, s in enumerate(spots):
-            # one key and value serve a group of heads
-            heads = (
-                slice(s.node.head - s.node.head % self.per_kv, s.node.head - s.node.head % self.per_kv + self.per_kv)
-                if s.node.part in ("k", "v")
-                else s.node.head
-            )
+            heads = self.heads_of(s)
             z[i, :, :, heads] = self.z_of(layer, s.node.part)[:, start : self.stop, heads].to(z)
         out = block.attn.o(z.flatten(3).flatten(0, 1))
         x = self.resid[layer][:, start : self.stop]

@@ -77,6 +77,10 @@ def lay_out(model: Model, ask: Sweep, row: TokenRow) -> Layout:
             pos = None if node.pos is None else find_position(node.pos, row, "the prompt")
             neurons = [f"n{i}" for i in range(info.d_mlp)]
             return one_each(model, [f"L{node.layer}.mlp"], neurons, lambda r, c: Node("neuron", node.layer, index=c, pos=pos))
+        case "features":
+            import steering
+
+            return Layout(*steering.lay_out(model, ask, seq))
         case "pairs" | "cumulative":
             spots = [make_spot(model, some_node(a, row)) for a in ask.nodes]
             names = tuple(ask.nodes)
@@ -248,7 +252,7 @@ def bases(plan: Plan, more: tuple[str, ...] = ()) -> Generator[Progress | tuple]
     """
     model, ask = plan.model, plan.ask
     last = f"blocks.{model.info.n_layers - 1}.hook_resid_post"
-    names = list(dict.fromkeys(name for s in plan.spots for name in {reads(model, s), s.name}))
+    names = list(dict.fromkeys(name for s in plan.spots for name in {reads(model, s), s.name, *s.also}))
     if not (plan.study.interventions or ask.plain):
         names += [z for s in plan.spots if s.node.site == "head" and s.node.pos is None and (z := f"blocks.{s.node.layer}.attn.hook_z") not in names]
     bytes_each = sum(model.info.d_model for _ in names) * plan.seq * 8
@@ -308,6 +312,11 @@ def room(plan: Plan) -> int:
 def new_values(plan: Plan, base: Base, other: dict[str, Tensor], indices: list[int]) -> Generator[Progress]:
     """Fill base.source: for every node that some spot is part of, its new values [prompt, ...]."""
     model, ask = plan.model, plan.ask
+    if ask.kind == "features":
+        import steering
+
+        base.source |= steering.new_values(plan.spots, base, other, [plan.runs[i] for i in indices], ask.op, plan.side)
+        return
     hooks = {s.key: reads(model, s) for s in plan.spots}
     if ask.op in ("mean", "mean_all"):
         if ask.op == "mean_all" and any(name.endswith("pattern") for name in hooks.values()):
@@ -357,6 +366,11 @@ def sweep(model: Model, ask: Sweep) -> Generator[Progress | SweepResult, None, S
     if ask.kind in ("pairs", "cumulative") and not ask.nodes:
         check(ask)
         ask = replace(ask, nodes=(yield from largest(model, ask)))
+    if ask.kind == "features":
+        import steering
+
+        check(ask)
+        ask = replace(ask, nodes=(yield from steering.find_nodes(model, ask)))
     plan = read_plan(model, ask)
     if ask.effect == "direct":
         from estimates import direct, direct_names
@@ -561,6 +575,7 @@ def convention(plan: Plan, method: str) -> str:
     parts.append("normalised: corrupted = 0, clean = 1" if plan.runs[0].rows["corrupt"] is not None else "normalised: share of the base run's metric")
     if ask.effect == "direct":
         parts.append("direct effect: later attention, MLPs and norm scales as in the base run")
+        parts += ["through the head's own z"] * (ask.kind in ("q", "k", "v", "pattern"))
     elif method == "truth":
         parts.append("total effect: everything after the node recomputed")
     if ask.over_set:

@@ -10,7 +10,7 @@ from dictionaries import build, save
 
 import patching
 import saes
-from messages import Attribution, Metric, Run, Study, UserError, parse_intervention
+from messages import Attribution, Metric, Run, Study, Sweep, UserError, parse_intervention
 from sparse import Feature, Features
 
 STUDY = Study(PROMPT)
@@ -311,3 +311,44 @@ def test_under_the_centred_view(engines, sources, tmp_path):
     assert found.info.view == "centred" and found.gap < 1e-4
     one = engine.run(Feature(STUDY, source, int(found.index[0]), pos=found.pos))
     assert one.total == pytest.approx(f[found.index[0]], abs=1e-4)
+
+
+# ------------------------------------------------------------------ sweeping
+
+
+@pytest.mark.parametrize("what", ["post", "mid", "attn", "mlp", "transcoder"])
+@pytest.mark.parametrize("op", ["zero", "patch"])
+def test_a_sweep_over_features_is_one_intervention_a_cell(engines, sources, arch, what, op):
+    engine = engines[arch]
+    if what == "mid" and engine.model.parallel:
+        return
+    study = replace(STUDY, saes=(sources[arch, what],), base="corrupt" if op == "patch" else "clean", prompt=replace(PROMPT, corrupt=SAME))
+    found = engine.run(Sweep(study, "features", op, node="L1.sae", k=3))
+    assert found.rows and all(r.startswith("L1.sae.f") for r in found.rows) and found.values.shape == (len(found.rows), len(found.tokens.ids))
+    assert not np.isnan(found.values).any() and found.address(1, 4) == f"{found.rows[1]}@4"
+    differ = next(i for i, (a, b) in enumerate(zip(ids_of(engine), ids_of(engine, SAME))) if a != b)
+    for r, c in ((0, -1), (1, differ), (2, differ + 1), (0, 2)):
+        c %= found.values.shape[1]
+        now = engine.run(Run(replace(study, interventions=(parse_intervention(f"{found.rows[r]}@{c}={op}"),)))).now.metric
+        assert found.values[r, c] == pytest.approx(now, abs=2e-4)
+    one = engine.run(Sweep(study, "features", op, nodes=(found.rows[2], found.rows[0])))
+    np.testing.assert_allclose(one.values, found.values[[2, 0]], atol=1e-4)
+
+
+SAME = PROMPT.clean.replace("John gave", "Mary gave")
+
+
+def test_features_that_can_not_be_swept(engines, sources):
+    engine = engines["gpt2"]
+    study = replace(STUDY, saes=(sources["gpt2", "post"],))
+    for ask, words in [
+        (Sweep(study, "features", "zero"), "needs one SAE"),
+        (Sweep(study, "features", "zero", node="L0.sae"), "of layer 0"),
+        (Sweep(study, "features", "noise", node="L1.sae"), "zero or patch"),
+        (Sweep(study, "features", "zero", nodes=("L1H0",)), "needs one SAE"),
+        (Sweep(study, "features", "zero", nodes=("L1.sae.f999",)), "features 0 to"),
+        (Sweep(replace(study, saes=(sources["gpt2", "z"],)), "features", "zero", node="L1.sae"), "swept where"),
+        (Sweep(STUDY, "features", "zero", node="L1.sae"), "no SAE is chosen"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            engine.run(ask)

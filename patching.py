@@ -281,7 +281,8 @@ class Runs:
         ops = dict.fromkeys(i.op for i in some)
         notes += [f"{op} = {OPS[op]}" for op in ops if op not in ("zero", "scale")]
         notes += [f"seed {self.study.seed}"] * ("resample" in ops or "noise" in ops)
-        notes += [f"patched across an alignment, {self.aligned}"] * ("patch" in ops and not self.by_index)
+        if "patch" in ops and not self.by_index:
+            notes.append(f"patched across an alignment, {self.aligned}")
         if "pattern" in parts:
             notes.append("a pattern's position is the destination")
         if any(i.node.site == "sae" for i in some):

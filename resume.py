@@ -10,10 +10,8 @@ Many changed runs of one model at the price of a few: what sweeps run on. No mod
 Between two blocks no hook is on the model, so that a wave is a generator that others may interrupt.
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -27,6 +25,7 @@ from lens import measure, rows_at_once
 from messages import Node, Progress, UserError
 from model import FINAL, Edit, Keep, Model, out_of_memory
 from patching import Runs, hook_name
+from shortcuts import fused, given, last_rows
 from utils import tec
 
 TRIED: WeakKeyDictionary[Model, dict[object, str]] = WeakKeyDictionary()  # why a model's runs can't be resumed, with and without interventions
@@ -510,6 +509,7 @@ class Base:
         if single:
             for (i, spot), rows in zip(single, self.alone(single)):
                 x[i, :, spot.node.pos - start] = rows
+            yield
         for a in range(0, len(heads), per := self.piece(x.shape[2])):
             part = heads[a : a + per]
             x[[i for i, _ in part]] = self.attended(layer - 1, [s for _, s in part], start).view(-1, *x.shape[1:])
@@ -585,6 +585,7 @@ class Base:
                     x, n = kept.clone() if x is None else t.cat([x, kept]), n + count
                 for (i, v), row in zip(new, self.moved([v for _, v in new], layer)):
                     x.view(n, b, len(tokens), -1)[place[i][0], :, begins[v.first]] = row
+                yield
             if layer < self.n:
                 x = yield from self.steps(layer, x, [], 0, firsts)
         last = x.view(n, b, len(tokens), -1)[:, :, ends].transpose(1, 2)
@@ -706,59 +707,3 @@ def position_groups(variants: list[Variant], shared: int, prompts: int) -> list[
     wanted = max(1, min(n, round(n * (len(variants) * prompts / max(1, n) / 320) ** 0.5)))
     parts = [p.tolist() for p in np.array_split(firsts, wanted)]
     return [(p[0], [v for f in p for v in by_first[f]]) for p in reversed(parts) if p]
-
-
-@contextmanager
-def last_rows(mlp: t.nn.Module, rows: list[int]) -> Generator:
-    """In the last block only the MLP of the positions that are read in the end is run; empty: of all."""
-    if not rows:
-        yield
-        return
-    whole = type(mlp).forward.__get__(mlp)
-
-    def forward(x: Tensor, *args, **kwargs):
-        out = whole(x[:, rows], *args, **kwargs)
-        if not isinstance(out, Tensor):
-            return whole(x, *args, **kwargs)
-        full = out.new_zeros(*x.shape[:2], out.shape[-1])
-        full[:, rows] = out
-        return full
-
-    mlp.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        mlp.__dict__.pop("forward", None)
-
-
-@contextmanager
-def given(attention: t.nn.Module, out: Tensor) -> Generator:
-    """Attention's output is given: the module is not run."""
-    attention.__dict__["forward"] = lambda *args, **kwargs: (out, None)
-    try:
-        yield
-    finally:
-        attention.__dict__.pop("forward", None)
-
-
-@contextmanager
-def fused(slow: list[t.nn.Module]) -> Generator:
-    """Hugging Face's GPT-2 writes its activation as eight operations."""
-    for m in slow:
-        m.__dict__["forward"] = gelu
-    try:
-        yield
-    finally:
-        for m in slow:
-            m.__dict__.pop("forward", None)
-
-
-def gelu(x: Tensor) -> Tensor:
-    """GELU by tanh, x sigmoid(2u): torch's own on an accelerator; on a CPU, where that takes three times as long, piece by piece in the processor's cache."""
-    if x.device.type != "cpu" or x.dtype != t.float32:
-        return t.nn.functional.gelu(x, approximate="tanh")
-    flat = x.reshape(-1)
-    out, slope = t.empty_like(flat), 2 * (2 / math.pi) ** 0.5
-    for a, o in zip(flat.split(65536), out.split(65536)):
-        t.addcmul(flat.new_tensor(slope), a, a, value=0.044715 * slope, out=o).mul_(a).sigmoid_().mul_(a)
-    return out.view(x.shape)

@@ -106,6 +106,7 @@ def carry_back(runs: Runs, which: str, up: Dictionary, target: Target) -> Shares
     """The target's direction from where it is read back to what the earlier SAE writes (and, when that is one part among others, to the embeddings)."""
     model, seq = runs.model, len(runs.row(which).ids)
     shares, whole = Shares(), up.site_out.startswith("resid_")
+    runs.trace(which, frozen_names(model, range(up.layer if whole else 0, target.layer + 1)))  # in one pass
     shares.add("biases", target.constant)
     g = t.zeros(seq, model.info.d_model, device=target.w.device)
     heads = None
@@ -234,13 +235,14 @@ def words(runs: Runs, up: Dictionary, down: Dictionary, target: Target, which: s
 # ------------------------------------------------------------------ one edge, by intervention
 
 
+def frozen_names(model: Model, layers: range) -> list[str]:
+    names = [f"blocks.{layer}.{n}" for layer in layers for n in ("attn.hook_pattern", "hook_mlp_out", "ln1.hook_scale")]
+    return names + [post[1] for layer in layers if (post := post_norm(model, layer, "attn"))]
+
+
 def freeze(runs: Runs, which: str) -> list[Edit]:
     """Edits that hold attention patterns, MLP outputs and the norms' scales at a run's values."""
-    model, names = runs.model, []
-    for layer in range(model.info.n_layers):
-        block = f"blocks.{layer}"
-        names += [f"{block}.attn.hook_pattern", f"{block}.hook_mlp_out", f"{block}.ln1.hook_scale"]
-        names += [post[1]] if (post := post_norm(model, layer, "attn")) else []
+    names = frozen_names(runs.model, range(runs.model.info.n_layers))
     acts = runs.trace(which, names)
     return [(n, lambda x, n=n: acts[n]) for n in names]
 

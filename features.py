@@ -436,18 +436,16 @@ def sources_of(runs: Runs, d: Dictionary, which: str, place: str, w: Tensor, pos
     i, seq = model.info, len(runs.row(which).ids)
     out = np.zeros((i.n_layers, i.n_heads, seq))
     through = {"pre": range(d.layer), "attn": [d.layer], "z": [d.layer]}.get(place, range(d.layer + 1))
+    posts = {layer: post[1] for layer in through if place != "z" and (post := post_norm(model, layer, "attn"))}
+    acts = runs.trace(which, [f"blocks.{layer}.attn.{n}" for layer in through for n in ("hook_v", "hook_pattern")] + list(posts.values()))
     for layer in through:
-        block, post = f"blocks.{layer}.attn", post_norm(model, layer, "attn")
-        names = [f"{block}.hook_v", f"{block}.hook_pattern", *([post[1]] if post and place not in ("attn", "z") else [])]
-        acts = runs.trace(which, names)
-        v, pattern = acts[names[0]][0].float(), acts[names[1]][0, :, pos].float()
+        v, pattern = acts[f"blocks.{layer}.attn.hook_v"][0].float(), acts[f"blocks.{layer}.attn.hook_pattern"][0, :, pos].float()
         if place == "z":
             into = w.view(i.n_heads, -1).to(v.device)
         else:
             inner = w[None]
-            if post:
-                scale = runs.trace(which, [post[1]])[post[1]]
-                inner, _ = inner_direction(model, layer, "attn", {post[1]: scale[0, pos][None]}, inner)
+            if post := posts.get(layer):
+                inner, _ = inner_direction(model, layer, "attn", {post: acts[post][0, pos][None]}, inner)
             into = model.bridge.blocks[layer].attn.W_O.float() @ inner[0].to(v.device)
         v = v.repeat_interleave(i.n_heads // i.n_kv_heads, 1)
         out[layer] = (pattern * t.einsum("shd,hd->hs", v, into)).double().cpu().numpy()

@@ -30,6 +30,7 @@ from torch import Tensor
 from messages import Progress, UserError
 from model import Model, first_line, out_of_memory, read_json
 from sparse import SaeChoice, SaeInfo, SaesResult
+from tuned import unembed_hash
 from utils import ROOT, settings
 
 CHUNK_BYTES = 16 << 20  # of feature activations made at once
@@ -404,6 +405,7 @@ def load(model: Model, source: str) -> Generator[Progress, None, Dictionary]:
             check_model(model, source, published["model"])
             sae = yield from read_release(model, source, published["repo_id"])
         check_model(model, source, sae.cfg.metadata.model_name)
+        check_weights(model, source, sae.cfg.metadata)
         kept[source] = Dictionary(source, sae, model, published)
     except t.OutOfMemoryError as error:
         raise out_of_memory(error) from error
@@ -514,6 +516,14 @@ def check_model(model: Model, source: str, theirs: str | None) -> None:
     known = known_models()
     if canonical(theirs) in known and mine in known:
         raise UserError(f"{source} was trained on {theirs}, and {model.info.name} is loaded: load that model, or another SAE")
+
+
+def check_weights(model: Model, source: str, meta) -> None:
+    """SAEs that Loupe trained carry the hash of their model's unembedding."""
+    if isinstance(meta.unembed_hash, str) and meta.unembed_hash != unembed_hash(model):
+        raise UserError(
+            f"{source} was trained on other weights{f' ({meta.model_name})' if meta.model_name else ''} than {model.info.name}'s: load that model, or another SAE"
+        )
 
 
 def for_layer(model: Model, sources: tuple[str, ...], layer: int) -> Generator[Progress, None, Dictionary]:

@@ -45,7 +45,10 @@ class Features:
 
 @dataclass(frozen=True)
 class Feature:
-    """One feature: its activation over the tokens, decoder to logits, nearest features, the features that fire with it, source tokens, its address."""
+    """
+    One feature: its activation over the tokens, decoder to logits, nearest features, the features that fire with it, source tokens, its address.
+    `pos` is where its source tokens are read (None: where it fires most, but not at position 0).
+    """
 
     study: Study
     source: str = ""

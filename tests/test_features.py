@@ -296,6 +296,20 @@ def test_sources_are_what_the_heads_write(engines, references, sources, arch):
     assert (found.heads[2:] == 0).all() and (found.sources[pos + 1 :] == 0).all()
 
 
+@pytest.mark.parametrize("what", ["attn", "z"])
+def test_attention_is_its_sources_and_constants(engines, sources, arch, what):
+    engine = engines[arch]
+    d = loaded(engine, sources[arch, what])
+    x = d.flat(engine.model.trace(ids_of(engine), [d.point])[d.point][0])
+    (a, _), _ = firing(d, x, 6)
+    found = engine.run(Feature(STUDY, d.source, a, pos=6))
+    w, constant = d.reader(a, x[6])
+    attn = engine.model.bridge.blocks[1].attn
+    if what == "attn" and arch != "gemma2" and attn.b_O is not None:
+        constant += (attn.b_O @ w).item()
+    assert found.rest == pytest.approx(constant, abs=1e-4) and found.total == pytest.approx((x[6] @ w).item() + d.reader(a, x[6])[1], abs=1e-4)
+
+
 def test_under_the_centred_view(engines, sources, tmp_path):
     engine = engines["gpt2"]
     source = save(

@@ -177,6 +177,7 @@ def test_what_is_refused_in_one_line(engines, tmp_path):
         (broken("nohook", metadata={"hook_name": None}), "names no hook"),
         (broken("head", metadata={"hook_head_index": 3}), "one head"),
         (broken("other", metadata={"model_name": "gemma-2-2b"}), "trained on gemma-2-2b"),
+        (broken("hash", metadata={"unembed_hash": "00"}), "other weights"),
         ("gemma-scope-2b-pt-res:layer_5/width_16k/average_l0_34", "trained on gemma-2-2b"),
         ("gpt2-small-res-jb:blocks.99.hook_resid_pre", "has no SAE"),
         ("gpt9-res-jb:blocks.8.hook_resid_pre", "no release"),

@@ -264,6 +264,13 @@ def check(ask: TrainSae, out: Path) -> None:
         raise UserError(f"{out} is not empty: give another folder")
 
 
+def make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} can't be made: {first_line(error)}") from error
+
+
 def train(model: Model, ask: TrainSae) -> Generator[Progress, None, TrainSaeResult]:
     """Train an SAE on a text file. A tenth of the text is held out. A cancelled run leaves a checkpoint, and its resumed run is the same run."""
     out = Path(ask.out).expanduser()
@@ -295,11 +302,14 @@ def fit(model: Model, ask: TrainSae, rows: Tensor, held: Tensor, text: str) -> G
         if ask.resume:
             trainer = make_trainer(ask, info.d_model, str(model.device))
             losses = restore(out, full_recipe, trainer)
+        make_folder(out)
         for batch in batches(model, name, rows, ask.batch, ask.seed, len(losses)) if len(losses) < steps else ():
             yield Progress(len(losses), steps, f"SAE: {said if batch is not None else f'activations, {said}'}")
             if not isinstance(batch, Tensor):
                 continue
             if trainer is None:
+                if not 0 < (batch - batch.mean(0)).square().sum().item() < float("inf"):
+                    raise UserError(f"what passes {ask.hook} never changes or is not finite: there is nothing to train on")
                 trainer = make_trainer(ask, info.d_model, str(model.device))
                 scale = trainer.activation_scaler.scaling_factor = info.d_model**0.5 / batch.norm(dim=1).mean().item()
                 trainer.sae.b_dec.data = (batch.mean(0) * scale).to(trainer.sae.device)
@@ -368,7 +378,6 @@ def fit(model: Model, ask: TrainSae, rows: Tensor, held: Tensor, text: str) -> G
 def write(out: Path, sae) -> None:
     """sae_lens's folder, cfg.json last: with it the SAE is whole. The checkpoint goes."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out) as folder:
             for file in map(Path, sae.save_model(folder)):
                 file.chmod(0o644)

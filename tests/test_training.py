@@ -1,6 +1,7 @@
 """Training SAEs: the figures against plain Hugging Face hooks, the weights against sae_lens's own loop, resume, and input that can't be used."""
 
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -73,16 +74,20 @@ def test_figures_on_every_model(engine, reference, text, tmp_path):  # noqa: F81
     assert "position 0" in got.convention and "zero" in got.convention
 
 
-@pytest.mark.parametrize("site", ["resid_pre", "resid_mid", "attn", "mlp"])
-def test_figures_at_every_point(engines, references, text, tmp_path, site):  # noqa: F811
-    check_figures(engines["gpt2"], references["gpt2"], text, tmp_path / "sae", site)
+POINTS = [("gpt2", "resid_pre"), ("gpt2", "resid_mid"), ("gpt2", "attn"), ("gpt2", "mlp"), ("neox", "attn"), ("neox", "mlp")]
+POINTS += [("gemma2", "resid_mid"), ("gemma2", "attn"), ("gemma2", "mlp"), ("qwen3", "resid_mid")]
+
+
+@pytest.mark.parametrize("arch, site", POINTS)
+def test_figures_at_every_point(engines, references, text, tmp_path, arch, site):  # noqa: F811
+    check_figures(engines[arch], references[arch], text, tmp_path / "sae", site)
 
 
 @pytest.mark.parametrize("architecture, stored", [("topk", "topk"), ("batchtopk", "jumprelu"), ("standard", "standard"), ("jumprelu", "jumprelu")])
 def test_every_architecture(engines, references, text, tmp_path, architecture, stored):  # noqa: F811
     how = {"architecture": architecture, "tokens": 64 * 150, "l1": 1.0}
     got, sae = check_figures(engines["llama"], references["llama"], text, tmp_path / "sae", "resid_post", **how)
-    print(got)
+    assert got.explained > 0.5
     assert sae.cfg.architecture() == stored and sae.cfg.metadata.training_architecture == architecture
     assert sae.cfg.normalize_activations == "none" and sae.cfg.d_sae == 64 and got.architecture == architecture
 
@@ -248,6 +253,14 @@ def test_folders(engines, text, tmp_path):  # noqa: F811
         engine.run(TrainSae(**(ask | {"out": str(tmp_path / "full")})))
     with pytest.raises(UserError, match="is a file"):
         engine.run(TrainSae(**(ask | {"out": text})))
+    with pytest.raises(UserError, match="can't be made"):
+        engine.run(TrainSae(**(ask | {"out": text + "/sae"})))
+
+
+def test_a_point_where_nothing_passes(engines, tmp_path):
+    """The zoo's last MLP writes zeros."""
+    with pytest.raises(UserError, match="never changes"):
+        engines["zoo"].run(TrainSae("L3.mlp", "", str(tmp_path / "sae"), **TINY))
 
 
 # ------------------------------------------------------------------ the command
@@ -278,3 +291,26 @@ def test_command(folders, text, tmp_path, capsys):  # noqa: F811
     assert main(args) == 0
     said = capsys.readouterr().out
     assert "explained variance" in said and "loss recovered" in said and "blocks.1.hook_resid_post" in said
+
+
+def test_ctrl_c_leaves_a_whole_checkpoint(folders, text, tmp_path, capsys, monkeypatch):  # noqa: F811
+    """The command ends after the step it is at, and the resumed run is the uninterrupted one."""
+    args = ["train-sae", "--model", str(folders["gpt2"]), "--text", text, "--hook", "L1.resid_post", "--features", "64", "--k", "4", "--tokens", "1280"]
+    args += ["--batch", "64", "--length", "16", "--json"]
+    assert main([*args, "--out", str(tmp_path / "a")]) == 0
+    whole = json.loads(capsys.readouterr().out)
+    batches = training.batches
+
+    def interrupted(*how):
+        for i, batch in enumerate(batches(*how)):
+            if i == 15:
+                signal.raise_signal(signal.SIGINT)
+            yield batch
+
+    monkeypatch.setattr(training, "batches", interrupted)
+    assert main([*args, "--out", str(tmp_path / "b")]) == 130 and "interrupted" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "b").iterdir()] == [tuned.CHECKPOINT]
+    monkeypatch.undo()
+    assert main([*args, "--out", str(tmp_path / "b"), "--resume"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["losses"] == whole["losses"] and again["explained"] == whole["explained"]

@@ -1,6 +1,7 @@
 """Train the zoo's SAEs through sae_lens (training.py) and write zoo/saes; or measure what is there.
 
-uv run zoo/train_sae.py                 train, store in fp16, measure: about two minutes an SAE on one core
+uv run zoo/train_sae.py                 train, store in fp16, measure: two to three minutes an SAE on one core;
+                                        an interrupted run goes on, and one that zoo/runs/saes holds is not trained again
 uv run zoo/train_sae.py --measure-only  the table of zoo/README.md; exits non-zero when a target is missed
 """
 

@@ -95,6 +95,8 @@ class Deeds:
         if self.drilled:
             self.drilled = False
             self.draw()
+        elif self.pane == "features" and self.panes["features"].back(self):
+            return
         elif self.zoomed:
             self.do_unzoom()
 
@@ -265,8 +267,8 @@ class Deeds:
     def intervene(self, new: Intervention) -> None:
         """Add an intervention that this model and prompt can take; else a UserError, and nothing changes."""
         node, i = new.node, self.info
-        if node.site == "sae":
-            raise UserError(f"{node}: SAE features can't be changed yet")
+        if node.site == "sae" and node.layer not in {s.layer for name, s in self.known_saes.items() if name in self.state.saes}:
+            raise UserError(f"{node}: no SAE of layer {node.layer} is loaded: z in pane 6 lists those that fit")
         if node.layer is not None and node.layer >= i.n_layers or (node.head or 0) >= i.n_heads or (node.site == "neuron" and node.index >= i.d_mlp):
             raise UserError(f"{node} is not in this model: it has {i.n_layers} layers, {i.n_heads} heads, {i.d_mlp} neurons")
         if node.site == "resid_mid" and i.parallel:
@@ -311,6 +313,9 @@ class Deeds:
 
     def do_scale(self) -> None:
         self.ready()
+        if self.pane == "features":
+            self.do_steer()
+            return
         node = self.node()
 
         def accept(values: list[str]) -> str:
@@ -405,12 +410,15 @@ class Deeds:
         self.turn({"patching": "patching.over", "circuit": "circuit.over"}.get(self.pane, "attention.source"))
 
     def do_points(self) -> None:
-        self.turn({"patching": "patching.show", "circuit": "circuit.each"}.get(self.pane, "lens.points"))
+        self.turn({"patching": "patching.show", "circuit": "circuit.each", "features": "features.order"}.get(self.pane, "lens.points"))
 
     def do_sweep(self) -> None:
         self.ready()
         if self.pane == "circuit":
             self.run_circuit()
+            return
+        if self.pane == "features":
+            self.run_features()
             return
         if self.pane != "patching":
             raise UserError("sweeps live in pane 4: 4 goes there, v chooses what is swept, S runs it")
@@ -426,6 +434,9 @@ class Deeds:
         self.turn("circuit.rest" if self.pane == "circuit" else "patching.op")
 
     def do_weighted(self) -> None:
+        if self.pane == "features":
+            self.do_sae_error()
+            return
         self.turn({"patching": "patching.effect", "circuit": "circuit.path"}.get(self.pane, "attention.weighted"))
 
     def do_multiples(self) -> None:

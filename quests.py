@@ -161,6 +161,9 @@ class Quests:
         self.open(Picker(f"mean attention over {len(found.prompts)} prompts, {RUN_NAMES[which]}", items, chosen))
 
     def do_detect(self) -> None:
+        if self.pane == "features":
+            self.check_edge()
+            return
         self.ready()
 
         def accept(values: list[str]) -> str:

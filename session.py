@@ -76,6 +76,8 @@ VIEWS = {
     "circuit.path": ("direct", "mlps"),
     "circuit.each": ("sender", "receiver"),
     "circuit.over": ("set", "prompt"),
+    "features.view": ("features", "examples", "graph", "preflight"),
+    "features.order": ("activation", "attribution", "direct"),
     "which": WHICH,
     "ids": ("off", "on"),
 }
@@ -101,6 +103,7 @@ class State:
     circuit: str = ""  # the name of the current one
     receivers: tuple[str, ...] = (LOGITS,)  # of path patching
     saes: tuple[str, ...] = ()
+    sae: str = ""  # the one that pane 6 shows
     sae_error: bool = True
     views: dict[str, str] = field(default_factory=lambda: {k: v[0] for k, v in VIEWS.items()})
 
@@ -128,7 +131,7 @@ def one_of(value: str, allowed: tuple[str, ...] | dict, what: str) -> str:
 
 
 def model(state: State, load: dict) -> State:
-    return dataclasses.replace(state, model=from_json(load, Load), interventions=())
+    return dataclasses.replace(state, model=from_json(load, Load), interventions=(), saes=(), sae="")
 
 
 def prompt(state: State, prompt: dict) -> State:
@@ -257,7 +260,11 @@ def saes(state: State, sources: list) -> State:
     """The SAEs in use, one a layer; what acted on features of others goes with them."""
     some = tuple(str(s) for s in sources)
     kept = tuple(i for i in state.interventions if i.node.site != "sae") if set(state.saes) - set(some) else state.interventions
-    return dataclasses.replace(state, saes=some, interventions=kept)
+    return dataclasses.replace(state, saes=some, interventions=kept, sae=state.sae if state.sae in some else some[-1] if some else "")
+
+
+def show_sae(state: State, source: str) -> State:
+    return dataclasses.replace(state, sae=one_of(source, state.saes, "SAE"))
 
 
 def sae_error(state: State, value: bool) -> State:
@@ -290,6 +297,7 @@ ACTIONS: dict[str, Callable[..., State]] = {
         group,
         combine,
         saes,
+        show_sae,
         sae_error,
     )
 }

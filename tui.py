@@ -53,11 +53,14 @@ from messages import (
 from pictures import RUN_NAMES
 from circuit_deeds import Circuits
 from circuit_pane import CircuitPane
+from feature_deeds import Dictionaries
+from feature_pane import FeaturePane
 from panes import PANES as FIRST_PANES
 from panes import Pane
 from quests import Quests
 from session import Session, State, newest_session, read_session
 from utils import ROOT, settings, show_token, visible
+from sparse import FeaturesResult, PreflightResult, SaeInfo
 from tight import TightScreen
 from wiring import DiscoverResult
 from widgets import (
@@ -74,7 +77,7 @@ from widgets import (
 )
 
 LOG = ROOT / "logs" / "engine.log"
-PANES: dict[str, type[Pane]] = {p.key: p for p in sorted((*FIRST_PANES.values(), CircuitPane), key=lambda p: (p.number == "0", p.number))}
+PANES: dict[str, type[Pane]] = {p.key: p for p in sorted((*FIRST_PANES.values(), CircuitPane, FeaturePane), key=lambda p: (p.number == "0", p.number))}
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,10 @@ class Quiet(TightScreen, inherit_bindings=False):
 
 def bindings(table: tuple[Action, ...]) -> list[Binding]:
     """Priority, so that keys that come in a burst are taken in order; check_action lets them through to an open overlay."""
-    return [Binding(a.keys, f"do('{a.id}')", a.title, show=False, id=a.id, priority=True) for a in table]
+    return [Binding(a.keys, f"do('{a.id}')", a.title, show=False, id=a.id, priority=True) for a in table if a.keys]
 
 
-class Loupe(Deeds, Quests, Circuits, App):
+class Loupe(Deeds, Quests, Circuits, Dictionaries, App):
     BINDINGS = bindings(TABLE)
     CSS = """
     Screen { layers: base overlay; overflow: hidden; background: ansi_default; color: ansi_default; }
@@ -129,6 +132,7 @@ class Loupe(Deeds, Quests, Circuits, App):
         self.have: dict[str, tuple[object, object]] = {}  # slot -> (request, result or error line)
         self.answers: dict[object, object] = {}  # request -> result, the newest 64
         self.grids: dict[str, tuple[tuple, Grid]] = {}
+        self.known_saes: dict[str, SaeInfo] = {}
         self.found: dict[str, DiscoverResult] = {}  # of circuits that were discovered here
         self.status: Spans = [(note, WARN)] if note else []
         self.memory = (0, 0, 0)
@@ -342,7 +346,7 @@ class Loupe(Deeds, Quests, Circuits, App):
             self.first_lens = time.monotonic()
         if isinstance(result, RunResult):
             self.clamp()
-        if isinstance(result, CheckResult):
+        if isinstance(result, CheckResult | PreflightResult | FeaturesResult):  # what a pane wants next depends on these
             self.refresh_wants()
         self.draw()
         if not self.link.jobs:
@@ -384,6 +388,11 @@ class Loupe(Deeds, Quests, Circuits, App):
         """The slot's result, whole or in part, only if it answers what is asked for now."""
         wanted, got = self.wanted.get(slot), self.have.get(slot, (None, None))[0]
         return self.result(slot, kind) if wanted is not None and got in (wanted, ("partial", wanted)) else None
+
+    def fresh_or_known(self, slot: str, request: object) -> object | None:
+        """The answer to a request, if it is at hand."""
+        got = self.have.get(slot, (None, None))
+        return got[1] if got[0] == request else self.answers.get(request)
 
     def error(self, slot: str) -> str:
         got = self.have.get(slot, (None, None))

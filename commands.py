@@ -105,6 +105,10 @@ class Options:
     """interventions such as L9H9=zero "L3.mlp@-1=scale:0.5" L5.resid_pre@S2=patch"""
     base: str = "clean"
     """which prompt the interventions act on: clean or corrupt"""
+    do_seed: int = 0
+    """the seed of the interventions resample and noise"""
+    align: str = ""
+    """how to patch across prompts of unequal length: diff or labels"""
     metric: str = "logit_diff"
     pos: str = "END"
     """the metric's position: a number or a label"""
@@ -132,7 +136,7 @@ class Options:
         if prompts and prompt == Prompt(Options.clean, bos=self.bos):
             prompt = prompts[0]
         pos = int(self.pos) if self.pos.lstrip("-").isdigit() else self.pos
-        return Study(prompt, tuple(parse_intervention(d) for d in self.do), self.base, Metric(self.metric, pos), prompts, self.sae, self.sae_error)
+        return Study(prompt, tuple(parse_intervention(d) for d in self.do), self.base, Metric(self.metric, pos), prompts, self.sae, self.sae_error, self.align, self.do_seed)
 
 
 @dataclass

@@ -11,7 +11,7 @@ import numpy as np
 import torch as t
 from torch import Tensor
 
-from features import REFUSE, fit, views
+from features import REFUSE, choose, fit, views
 from messages import Progress, UserError
 from model import Model, Normed, in_chunks
 from saes import CHUNK_BYTES, Dictionary, load
@@ -82,9 +82,12 @@ def activations(model: Model, d: Dictionary, ids: Tensor, out: bool = False) -> 
 def check_text(model: Model, d: Dictionary, rows: Tensor, file: Path) -> None:
     x, y = activations(model, d, rows, True)
     here = counted(model, rows).to(x.device)
-    found = {v: fit(d, x[here], y[here], v).cosine for v in views(model)}
-    if not found[d.view] >= REFUSE:
-        raise UserError(f"{d.source} does not explain {file.name} (cosine {found[d.view]:.2f}, at least {REFUSE} is needed): run its preflight on a prompt")
+    found = {v: fit(d, x[here], y[here], v) for v in views(model)}
+    d.view = choose(d, found, d.view if d.asked or d.passed else "auto")
+    if not found[d.view].cosine >= REFUSE:
+        raise UserError(
+            f"{d.source} does not explain {file.name} (cosine {found[d.view].cosine:.2f}, at least {REFUSE} is needed): run its preflight on a prompt"
+        )
 
 
 @t.no_grad()

@@ -4,7 +4,9 @@ Features of an SAE or transcoder on the prompt: the preflight, what fires at a p
 Position 0 is left out of all statistics: its activation is unlike any other, and SAEs are not trained on it.
 """
 
+import json
 import math
+import urllib.request
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 
@@ -17,8 +19,9 @@ from logits import SCALE, direction, inner_direction, post_norm, pull_back
 from messages import RUNS, Progress, UserError
 from model import FINAL, Edit, Model, write_mid
 from patching import Runs, prepare, read_study
-from saes import Dictionary, catalogue, load
+from saes import Dictionary, catalogue, labels, load
 from sparse import CheckEdge, Examples, Feature, FeatureGraph, FeatureResult, Features, FeaturesResult, Preflight, PreflightResult, Saes
+from utils import settings
 
 REFUSE, WARN = 0.8, 0.9
 CHUNK = 1 << 22  # numbers of decoder rows looked at at once
@@ -109,9 +112,10 @@ def choose(d: Dictionary, found: dict[str, Fit], view: str) -> str:
 def check(runs: Runs, d: Dictionary) -> None:
     """Sets the view at first use, and refuses an SAE that does not explain the clean prompt."""
     found = fits(runs, d)
-    d.view = choose(d, found, d.view if d.asked else "auto")
+    d.view = choose(d, found, d.view if d.asked or d.passed else "auto")
     if found[d.view].cosine < REFUSE or not math.isfinite(found[d.view].cosine):
         raise UserError(f"{d.source} does not explain this prompt (cosine {found[d.view].cosine:.2f}, at least {REFUSE} is needed): {cause(runs, d, found)}")
+    d.passed = True
 
 
 def cause(runs: Runs, d: Dictionary, found: dict[str, Fit]) -> str:
@@ -179,7 +183,7 @@ def preflight(model: Model, ask: Preflight) -> Generator[Progress, None, Preflig
     yield Progress(0, 4, "encoding the prompt")
     found = fits(runs, d)
     d.view = choose(d, found, ask.view)
-    d.asked = ask.view != "auto"
+    d.asked, d.passed = ask.view != "auto", found[d.view].cosine >= REFUSE
     mine, ids = found[d.view], runs.row("clean").ids
 
     def spliced(x: Tensor, y: Tensor) -> Tensor:
@@ -287,20 +291,12 @@ def features(runs: Runs, d: Dictionary, ask: Features) -> FeaturesResult:
     named = runs.study.metric.pos if ask.pos is None else ask.pos
     pos, row = runs.metric_position(which) if ask.pos is None else runs.position(which, named), runs.row(which)
     acts = runs.trace(which, [d.point, d.out, *extra_names(model, d)])
-    x, y = acts[d.point][0, pos : pos + 1], d.flat(acts[d.out][0, pos : pos + 1])[0]
-    _, index, value = d.active(acts[d.point][0])[:3] if d.kind == "temporal" else d.active(x)
-    if d.kind == "temporal":
-        where, index, value = d.active(acts[d.point][0])
-        index, value = index[where == pos], value[where == pos]
-        offset, scale = d.offset(acts[d.point][0])[pos], d.scale(x)
-    else:
-        offset, scale = d.offset(x)[0], d.scale(x)
+    y = d.flat(acts[d.out][0, pos : pos + 1])[0]
+    index, value, whole, offset, gain = d.at(acts[d.point][0], pos)
     no = no_metric(runs, which)
     if no and ask.order == "attribution":
         raise UserError(f"{no}; or order the features by activation")
     g = None if no else gradient(runs, d, which)[pos].to(d.device)
-    if g is not None and d.view == "centred" and not d.transcoder and d.site_out not in STREAM:
-        g = g - g.mean()
     u = None
     if runs.answers:
         behind, _ = pull_back(model, model.bridge.ln_final, acts[SCALE][0, pos][None], direction(model, runs.answers, runs.foils)[0][None])
@@ -311,7 +307,6 @@ def features(runs: Runs, d: Dictionary, ask: Features) -> FeaturesResult:
         )
     dot = lambda v, w: math.nan if w is None else (v.double() @ w.double()).item()  # noqa: E731
     at = lambda v: (v.norm().item(), dot(v, g), dot(v, u))  # noqa: E731
-    gain = scale[0] if isinstance(scale, Tensor) else scale
     attribution, direct, sums = [t.zeros(0)], [t.zeros(0)], t.zeros(d.d_out, device=d.device)
     for i in range(0, len(index), 1024):
         rows = d.rows(index[i : i + 1024]) * value[i : i + 1024, None] * gain
@@ -321,7 +316,6 @@ def features(runs: Runs, d: Dictionary, ask: Features) -> FeaturesResult:
     columns = {"activation": value.cpu(), "attribution": t.cat([a.cpu() for a in attribution]), "direct": t.cat([a.cpu() for a in direct])}
     order = columns[ask.order].abs().argsort(descending=True, stable=True)
     top, left = order[: ask.k], order[ask.k :]
-    whole = d.decode(d.encode(acts[d.point][0]), acts[d.point][0])[pos] if d.kind == "temporal" else d.reconstruct(x)[0]
     error = y - whole
     if not (t.isfinite(y).all() and t.isfinite(whole).all()):
         raise UserError("the activation or its reconstruction is not finite: load the model in float32")
@@ -329,7 +323,7 @@ def features(runs: Runs, d: Dictionary, ask: Features) -> FeaturesResult:
     picked = lambda c: columns[c][top].numpy().astype(np.float32)  # noqa: E731
     return FeaturesResult(
         d.info, row, which, pos, ask.order, len(index), index.cpu()[top].numpy().astype(np.int32), picked("activation"), picked("attribution"),
-        picked("direct"), rest, at(offset), at(whole), at(error), at(y), (sums + offset + error - y).abs().max().item(), {}, words(runs, d, which, named, no),
+        picked("direct"), rest, at(offset), at(whole), at(error), at(y), (sums + offset + error - y).abs().max().item(), {i: n for i, n in labels(d.source).items() if i in index[top.to(d.device)]}, words(runs, d, which, named, no),
     )  # fmt: skip
 
 
@@ -452,6 +446,18 @@ def sources_of(runs: Runs, d: Dictionary, which: str, place: str, w: Tensor, pos
     return out
 
 
+def neuronpedia(ident: str, index: int) -> str:
+    """The label that Neuronpedia has for a feature; asked only with LOUPE_NEURONPEDIA=1 in .env, and "" when it does not answer within 3 s."""
+    if not ident or settings().get("LOUPE_NEURONPEDIA") != "1":
+        return ""
+    try:
+        with urllib.request.urlopen(f"https://www.neuronpedia.org/api/feature/{ident}/{index}", timeout=3) as reply:
+            found = json.loads(reply.read(1 << 20)).get("explanations") or []
+        return str(found[0]["description"])[:200] if found else ""
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ""
+
+
 @t.no_grad()
 def feature(runs: Runs, d: Dictionary, ask: Feature) -> FeatureResult:
     """One feature: where it fires, what it promotes, its neighbours, and which source tokens make it fire at a position."""
@@ -494,6 +500,7 @@ def feature(runs: Runs, d: Dictionary, ask: Feature) -> FeatureResult:
         note = f"{d.kind}: no linear pre-activation"
     texts = {int(i): model.token_text(int(i)) for ids, _ in tops for i in ids}
     address = f"https://www.neuronpedia.org/{d.neuronpedia}/{ask.index}" if d.neuronpedia else ""
+    label = labels(d.source).get(ask.index) or neuronpedia(d.neuronpedia, ask.index)
     parts = [
         f"{d.source} feature {ask.index}, {which}, {d.view} activation",
         "logits: decoder row x the final norm's gain x unembedding, no scale" if direct is not None else f"{d.out} is not added to the stream: no logits",
@@ -506,6 +513,6 @@ def feature(runs: Runs, d: Dictionary, ask: Feature) -> FeatureResult:
     return FeatureResult(
         d.info, row, which, ask.index, pos, activation.cpu().numpy(), tops[0][0].astype(np.int32), tops[0][1].astype(np.float32),
         tops[1][0].astype(np.int32), tops[1][1].astype(np.float32), near, cosine, joint, jaccard, heads.sum((0, 1)).astype(np.float32),
-        heads.sum(2).astype(np.float32), float(rest), float(total), f"{d.neuronpedia}/{ask.index}" if d.neuronpedia else "", address, "", texts,
+        heads.sum(2).astype(np.float32), float(rest), float(total), f"{d.neuronpedia}/{ask.index}" if d.neuronpedia else "", address, label, texts,
         ", ".join(p for p in parts if p),
     )  # fmt: skip

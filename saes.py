@@ -174,7 +174,7 @@ class Dictionary(t.nn.Module):
         if (meta.model_from_pretrained_kwargs or {}).get("center_writing_weights") and not model.cfg.uses_rms_norm:
             self.view = "centred"
         self.verdicts: dict[tuple, object] = {}
-        self.asked = False  # the view was asked for
+        self.asked = self.passed = False  # the view was asked for; it has explained a prompt
         sae.turn_off_forward_pass_hook_z_reshaping()
         self.sae = sae.to(device=str(model.device), dtype=t.float32).eval()
         for p in self.sae.parameters():
@@ -312,6 +312,14 @@ class Dictionary(t.nn.Module):
         return tuple(t.cat(p) for p in zip(*parts))
 
     @t.no_grad()
+    def at(self, x: Tensor, pos: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | float]:
+        """Of an input [seq, ...] at one position: indices and values of the features that fire, reconstruction and offset [d_out], and scale."""
+        x, row = (x, pos) if self.kind == "temporal" else (x[pos : pos + 1], 0)
+        f, scale = self.encode(x), self.scale(x)
+        index = f[row].nonzero()[:, 0]
+        return index, f[row, index], self.decode(f, x)[row], self.offset(x)[row], scale[row] if isinstance(scale, Tensor) else scale
+
+    @t.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
         """decode(encode(x)) of an input [seq, ...], flat."""
         return t.cat([self.decode(self.encode(x[p]), x[p]) for p in self.pieces(len(x))])
@@ -319,6 +327,18 @@ class Dictionary(t.nn.Module):
     def check_index(self, index: int) -> None:
         if not 0 <= index < self.d_sae:
             raise UserError(f"{self.source} has features 0 to {self.d_sae - 1}, and not {index}")
+
+
+def labels(source: str) -> dict[int, str]:
+    """What the zoo's features were seen to fire on."""
+    file = ROOT / "zoo" / "saes" / "features.json"
+    if not source.startswith("zoo/") or not file.is_file():
+        return {}
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        return {int(r["feature"]): str(r["fires_on"]) for r in rows if r["sae"] == source}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} can't be read ({first_line(error)}): restore it, or delete it") from error
 
 
 def place(source: str, meta, transcoder: bool) -> tuple[str, str]:

@@ -327,6 +327,28 @@ def test_under_the_centred_view(engines, sources, tmp_path):
     assert one.total == pytest.approx(f[found.index[0]], abs=1e-4)
 
 
+def test_labels(engines, sources, monkeypatch):
+    import io
+    import json
+
+    import features
+
+    known = saes.labels("zoo/L2.resid_post")
+    index = next(iter(known))
+    found = engines["zoo"].run(Feature(STUDY, "zoo/L2.resid_post", index))
+    assert found.label == known[index] and found.info.source == "zoo/L2.resid_post"
+    many = engines["zoo"].run(Features(STUDY, "zoo/L2.resid_post", k=700))
+    assert many.labels and all(many.labels[i] == known[i] and i in many.index for i in many.labels)
+    assert features.neuronpedia("gpt2-small/8-res-jb", 5) == ""  # off
+    monkeypatch.setattr(features, "settings", lambda: {"LOUPE_NEURONPEDIA": "1"})
+    reply = {"explanations": [{"description": "the word cat"}]}
+    monkeypatch.setattr(features.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(json.dumps(reply).encode()))
+    assert features.neuronpedia("gpt2-small/8-res-jb", 5) == "the word cat"
+    for bad in (b"<html>", b"[]", b'{"explanations": [{}]}'):
+        monkeypatch.setattr(features.urllib.request, "urlopen", lambda url, timeout, bad=bad: io.BytesIO(bad))
+        assert features.neuronpedia("gpt2-small/8-res-jb", 5) == ""
+
+
 # ------------------------------------------------------------------ sweeping
 
 

@@ -69,6 +69,51 @@ def test_what_save_model_writes_is_read_and_encodes_as_sae_lens_does(engines, ki
     assert info.bytes == sum(p.nbytes for p in theirs.parameters())
 
 
+@pytest.mark.parametrize("kind", ["batchtopk", "matryoshka_batchtopk", "topk", "jumprelu", "gated", "standard"])
+def test_what_training_writes_is_read(engines, kind, tmp_path):
+    engine = engines["gpt2"]
+    loaded(engine, make(engine, "standard", tmp_path / "first"))  # imports sae_lens
+    from sae_lens import SAE, TrainingSAE
+    from sae_lens.registry import get_sae_training_class
+
+    cfg = get_sae_training_class(kind)[1](
+        d_in=32, d_sae=48, **({"k": 8} if "topk" in kind else {}), **({"matryoshka_widths": [16]} if "matryoshka" in kind else {})
+    )
+    sae = TrainingSAE.from_dict(cfg.to_dict())
+    sae.cfg.metadata.hook_name = "blocks.1.hook_resid_pre"
+    sae.save_inference_model(tmp_path / "sae")
+    d, theirs = loaded(engine, str(tmp_path / "sae")), SAE.load_from_disk(tmp_path / "sae")
+    x = activations(engine, d.point)[d.point][0]
+    np.testing.assert_allclose(d.reconstruct(x).numpy(), theirs(x).detach().numpy(), atol=1e-4)
+    np.testing.assert_allclose(d.rows([3, 5]).numpy() @ np.ones(32), (d.decode(t.eye(48)[[3, 5]], x[:2]) - d.offset(x[:2])).sum(-1).numpy(), atol=1e-4)
+
+
+def test_a_temporal_sae_reads_the_whole_sequence(engines, tmp_path):
+    engine = engines["gpt2"]
+    loaded(engine, make(engine, "standard", tmp_path / "first"))
+    from sae_lens import SAE
+
+    t.manual_seed(0)
+    cfg = {
+        "architecture": "temporal",
+        "d_in": 32,
+        "d_sae": 64,
+        "n_heads": 2,
+        "bottleneck_factor": 4,
+        "kval_topk": 5,
+        "metadata": {"hook_name": "blocks.1.hook_resid_pre"},
+    }
+    d = loaded(engine, save(SAE.from_dict(cfg), tmp_path / "sae"))
+    x = activations(engine, d.point)[d.point]
+    want, f = d.sae(x)[0], d.sae.encode(x)[0]
+    np.testing.assert_allclose(d.reconstruct(x[0]).numpy(), want.numpy(), atol=1e-4)
+    where, index, value = d.active(x[0])
+    assert (f[where, index] == value).all() and len(where) == (f != 0).sum()
+    i, v, whole, offset, scale = d.at(x[0], 5)
+    np.testing.assert_allclose((v @ d.rows(i) * scale + offset).numpy(), want[5].numpy(), atol=1e-4)
+    np.testing.assert_allclose(whole.numpy(), want[5].numpy(), atol=1e-4)
+
+
 def test_encoding_equals_numpy(engines, tmp_path):
     engine = engines["zoo"]
     d = loaded(engine, make(engine, "jumprelu", tmp_path / "sae"))

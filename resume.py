@@ -221,7 +221,8 @@ class Base:
         last = f"blocks.{self.n - 1}.hook_resid_post"
         catch = [(n, lambda x, n=n: acts.__setitem__(n, x.detach())) for n in dict.fromkeys((*names, FINAL, last))]
         kept = None if self.reason else DynamicCache()
-        self.model.forward(ids, edits=[*enter, *self.edits, *catch], keep=None, cache=kept)
+        with fused([] if self.reason else [m for some in self.slow for m in some]):
+            self.model.forward(ids, edits=[*enter, *self.edits, *catch], keep=None, cache=kept)
         self.acts = {name: x[:n] for name, x in acts.items()}
         self.beside = {name: x[n:] for name, x in acts.items()}
         self.resid = [*(x[:n] for x in self.resid[:-1]), self.acts[last]]

@@ -585,8 +585,9 @@ def convention(plan: Plan, method: str) -> str:
     if ask.kind in ("k", "v") and model.info.n_kv_heads < model.info.n_heads:
         parts.append("a column is a group of heads that share keys and values")
     parts.append(f"raw weights, {model.info.dtype}")
-    if ask.op == "patch" and not plan.runs[0].by_index:
-        parts.append(f"patched across an alignment, {plan.runs[0].aligned}; positions without partner stay as they are")
+    if ask.op == "patch" and not all(r.by_index for r in plan.runs):
+        how = plan.runs[0].aligned if len(plan.runs) == 1 else "each prompt's own" + f", else by {ask.study.align}" * bool(ask.study.align)
+        parts.append(f"patched across an alignment, {how}; positions without partner stay as they are")
     if plan.study.interventions:
         parts.append(f"base run under {', '.join(str(i) for i in plan.study.interventions)}")
     return " · ".join(parts)

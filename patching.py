@@ -333,7 +333,7 @@ def prepare(model: Model, study: Study) -> Generator[Progress, None, Runs]:
 
                 layers.add(i.node.layer)
                 some, mark = yield from steering.edits(runs, [j for j in study.interventions if (j.node.site, j.node.layer) == ("sae", i.node.layer)])
-                (late if len(some) == 2 and some[1][0].endswith("hook_attn_out") else edits).extend(some)
+                (late if len(some) == 2 else edits).extend(some)  # two: what is read is another point than what is written
                 done.append(mark)
             continue
         fn, mark = yield from one_edit(runs, i, row, base, other)

@@ -133,6 +133,12 @@ def test_every_operation_at_every_position(engines, references, sources, what, p
     mean = logits_now(engine, do(STUDY, d.source, f"L1.sae.f{a}=mean", prompt_set=prompts))
     patch = logits_now(engine, do(STUDY, d.source, f"L1.sae.f{a}=patch"))
     np.testing.assert_allclose(mean, patch, atol=1e-4)
+    other_prompt = (replace(PROMPT, clean=PROMPT.clean, corrupt=CORRUPT, answers=(" John",)),)
+    resample = logits_now(engine, do(STUDY, d.source, f"L1.sae.f{a}=resample", prompt_set=other_prompt))
+    np.testing.assert_allclose(resample, patch, atol=1e-4)
+    average = logits_now(engine, do(STUDY, d.source, f"L1.sae.f{a}=mean_all", prompt_set=prompts))
+    want = reference.run([ids], [((put, 1), lambda y: y.add_(((g[1:].mean() - f)[:, None] * row)[None]))])[0][0]
+    np.testing.assert_allclose(average, want, atol=2e-4)
 
 
 def test_the_error_dropped(engines, references, sources):

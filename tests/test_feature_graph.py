@@ -33,7 +33,7 @@ def both(engine, up, down, target, pos, study=STUDY, which="now"):
     return found
 
 
-@pytest.mark.parametrize("up", ["early", "mlp", "attn", "z", "transcoder", "mid"])
+@pytest.mark.parametrize("up", ["early", "mlp", "attn", "z", "skip_transcoder", "normed", "mid"])
 def test_into_a_feature_of_the_last_stream(engines, sources, arch, up):  # noqa: F811
     engine = engines[arch]
     if up == "mid" and engine.model.parallel:
@@ -43,7 +43,7 @@ def test_into_a_feature_of_the_last_stream(engines, sources, arch, up):  # noqa:
     assert ("embeddings" in found.rows) == (up not in ("early", "mid")) and "MLPs" in found.rows
 
 
-@pytest.mark.parametrize("down", ["post", "attn", "z", "transcoder", "mid"])
+@pytest.mark.parametrize("down", ["post", "attn", "z", "transcoder", "normed", "mlp_in", "mid"])
 def test_into_every_kind_of_feature(engines, sources, arch, down):  # noqa: F811
     engine = engines[arch]
     if down == "mid" and engine.model.parallel:

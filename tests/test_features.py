@@ -39,10 +39,12 @@ def sources(engines, tmp_path_factory):
                     sae = build("topk", "blocks.1.hook_attn_out", info.d_model)
                 case "mlp":
                     sae = build("gated", "blocks.1.hook_mlp_out", info.d_model)
-                case "transcoder" | "skip_transcoder":
-                    names = "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"
-                    acts = model.trace(ids, names)
-                    sae = build(what, names[0], info.d_model, info.d_model, 0, tuple(acts[n][0].float() for n in names))
+                case "transcoder" | "skip_transcoder" | "normed" | "mlp_in":
+                    hook = {"normed": "blocks.1.ln2.hook_normalized", "mlp_in": "blocks.1.hook_mlp_in"}.get(what, "blocks.1.mlp.hook_in")
+                    read = f"blocks.1.hook_resid_{'pre' if model.parallel else 'mid'}" if what == "mlp_in" else hook
+                    acts = model.trace(ids, [read, "blocks.1.hook_mlp_out"])
+                    kind = what if "transcoder" in what else "jumprelu_transcoder"
+                    sae = build(kind, hook, info.d_model, info.d_model, 0, tuple(acts[n][0].float() for n in (read, "blocks.1.hook_mlp_out")))
             self[key] = save(sae, folder / "sae")
             return self[key]
 
@@ -162,7 +164,7 @@ def test_the_error_dropped(engines, references, sources):
     assert kept != dropped  # the cache tells them apart
 
 
-@pytest.mark.parametrize("what", ["transcoder", "skip_transcoder"])
+@pytest.mark.parametrize("what", ["transcoder", "skip_transcoder", "normed", "mlp_in"])
 def test_a_transcoders_feature_changes_what_the_mlp_writes(engines, references, sources, arch, what):
     engine, reference = engines[arch], references[arch]
     d, ids = loaded(engine, sources[arch, what]), ids_of(engine)

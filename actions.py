@@ -55,6 +55,7 @@ TABLE = (
     Action("edit_corrupt", "E", "edit corrupted", "Edit the corrupted prompt", "Prompt"),
     Action("edit_answer", "t", "answer", "Answer and foil tokens", "Prompt"),
     Action("open", "o", "open set", "Open a prompt set (.jsonl)", "Prompt"),
+    Action("align", "%", "align", "Prompts of unequal length: which positions stand against each other, by labels, by a token diff, or by hand", "Prompt"),
     Action("previous_prompt", "(", "prompt −", "Previous prompt of the set", "Prompt"),
     Action("next_prompt", ")", "prompt +", "Next prompt of the set", "Prompt", "0"),
     Action("metric", "m", "metric", "Choose the metric and its position", "Prompt", "0"),

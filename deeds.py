@@ -1,6 +1,7 @@
 """What the keys do: an action `x` of the table in actions.py is the method `do_x` of Deeds, which the app inherits."""
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 
 from textual import work
@@ -10,6 +11,7 @@ from link import EngineError, Superseded
 from messages import (
     AttributionSetResult,
     ABLATIONS,
+    ALIGNMENTS,
     METRICS,
     OPS,
     WHICH,
@@ -23,6 +25,7 @@ from messages import (
     parse_node,
     read_prompt_set,
 )
+from align import check_pairs
 from session import VIEWS
 from utils import ROOT, show_token, visible
 from widgets import BAD, DIM, GOOD, PLAIN, WARN, Editor, Overlay, Item, Picker, Spans
@@ -201,6 +204,47 @@ class Deeds:
         lines += [[(f" {visible(p)}", BAD)] for p in check.problems] + [[(f" {visible(h)}", WARN)] for h in check.hints]
         editor.preview.show(lines[:7])
 
+    def do_align(self) -> None:
+        """How positions stand against each other: seen, chosen, edited."""
+        self.ready()
+        check, s = self.answers.get(Check(self.state.prompt, self.state.align)), self.state
+        if not isinstance(check, CheckResult) or check.corrupt is None:
+            raise UserError("an alignment is between two prompts, and there is no corrupted prompt: E types one, o opens a set")
+        now = "by hand" if s.prompt.alignment else s.align or "position by position"
+        items = [Item(how or "none", what, "now" if how == s.align and not s.prompt.alignment else "", how) for how, what in ALIGNMENTS.items()]
+        items.append(Item("edit", f"the pairs by hand (now {now})", "", "edit"))
+        here, there = check.clean.texts, check.corrupt.texts
+        items += [Item(f"{a} ↔ {b}", f"{show_token(here[a], 14)} ↔ {show_token(there[b], 14)}", "", "edit") for a, b in check.alignment]
+        alone = [f"{i} {show_token(here[i], 12, fill=False)}" for i in sorted(set(range(len(here))) - {a for a, _ in check.alignment})]
+        if alone and check.alignment:
+            items.append(Item("alone", f"without a partner: {' '.join(alone)}", "", "edit"))
+
+        def chosen(item: Item | None, typed: str) -> None:
+            if item is None or item.value != "edit":
+                how = item.value if item else typed.strip()
+                if s.prompt.alignment:
+                    self.act("prompt", prompt=replace(s.prompt, alignment=()))
+                self.guard(lambda: self.act("align", how=how))
+                self.say(f"alignment: {ALIGNMENTS[self.state.align]}")
+                return
+            text = " ".join(f"{a}-{b}" for a, b in check.alignment)
+
+            def accept(values: list[str]) -> str:
+                try:
+                    pairs = tuple(tuple(int(x) for x in pair.split("-")) for pair in values[0].split())
+                    check_pairs(pairs, len(here), len(there))
+                    assert all(len(p) == 2 for p in pairs)
+                except (ValueError, AssertionError):
+                    return "write pairs of positions, clean-corrupted: 0-0 1-1 4-6"
+                except UserError as error:
+                    return str(error)
+                self.act("prompt", prompt=replace(s.prompt, alignment=pairs))
+                return ""
+
+            self.open(Editor("alignment", [("pairs", text)], accept, 0, 1, "clean-corrupted · enter · esc", True))
+
+        self.open(Picker(f"alignment: {now}, {len(check.alignment)} pairs", items, chosen))
+
     def do_edit(self) -> None:
         self.edit(0)
 
@@ -280,9 +324,10 @@ class Deeds:
                 raise UserError(f"{node}: the prompt has {n} tokens, 0 to {n - 1}")
             if isinstance(node.pos, str) and node.pos not in row.labels:
                 raise UserError(f"{node}: the prompt's labels are {', '.join(row.labels)}")
-            if new.op == "patch" and run.corrupt is not None and len(run.corrupt.tokens.ids) != len(run.clean.tokens.ids):
+            aligned = self.state.align or self.state.prompt.alignment
+            if new.op == "patch" and run.corrupt is not None and not aligned and len(run.corrupt.tokens.ids) != len(run.clean.tokens.ids):
                 a, b = len(run.clean.tokens.ids), len(run.corrupt.tokens.ids)
-                raise UserError(f"patching is position by position, and clean has {a} tokens, corrupted {b}: make them equal with e or E")
+                raise UserError(f"patching is position by position, and clean has {a} tokens, corrupted {b}: make them equal with e or E, or align them with %")
         if new.op == "patch" and self.state.prompt.corrupt is None:
             raise UserError("patching takes the value from the other prompt, and there is no corrupted prompt: E types one, o opens a set")
         if new.op.startswith("mean") and not self.state.prompt_set:

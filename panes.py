@@ -502,8 +502,6 @@ class PatchingPane(Pane):
     def enter(self, app: "Loupe") -> None:
         """The cell's node becomes an intervention."""
         op = app.state.views["patching.op"]
-        if op in ("resample", "noise"):
-            raise UserError(f"{op} is an operation of sweeps: a and p make interventions of this node")
         app.toggle(Intervention(self.node(app, None), op))
 
     def paint(self, app: "Loupe") -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from messages import (
     ABLATIONS,
+    ALIGNMENTS,
     FROM_SET,
     METRICS,
     RUNS,
@@ -105,6 +106,7 @@ class State:
     saes: tuple[str, ...] = ()
     sae: str = ""  # the one that pane 6 shows
     sae_error: bool = True
+    align: str = ""
     views: dict[str, str] = field(default_factory=lambda: {k: v[0] for k, v in VIEWS.items()})
 
     @property
@@ -112,7 +114,7 @@ class State:
         """What analyses run on. The set travels only when a mean or another of its prompts is needed."""
         active = self.interventions if self.enabled else ()
         means = any(i.op in FROM_SET for i in active)
-        return Study(self.prompt, active, self.base, self.metric, self.prompt_set if means else (), self.saes, self.sae_error)
+        return Study(self.prompt, active, self.base, self.metric, self.prompt_set if means else (), self.saes, self.sae_error, self.align)
 
     @property
     def whole_study(self) -> Study:
@@ -263,6 +265,11 @@ def saes(state: State, sources: list) -> State:
     return dataclasses.replace(state, saes=some, interventions=kept, sae=state.sae if state.sae in some else some[-1] if some else "")
 
 
+def align(state: State, how: str) -> State:
+    """How positions of clean and corrupted prompts of unequal length stand against each other."""
+    return dataclasses.replace(state, align=one_of(how, ALIGNMENTS, "alignment") if how else "")
+
+
 def show_sae(state: State, source: str) -> State:
     return dataclasses.replace(state, sae=one_of(source, state.saes, "SAE"))
 
@@ -298,6 +305,7 @@ ACTIONS: dict[str, Callable[..., State]] = {
         combine,
         saes,
         show_sae,
+        align,
         sae_error,
     )
 }

@@ -271,7 +271,7 @@ class Loupe(Deeds, Quests, Circuits, Dictionaries, App):
             self.wanted = {}
             self.draw()
             return
-        self.wanted = {"check": Check(self.state.prompt), "run": Run(self.study)}
+        self.wanted = {"check": Check(self.state.prompt, self.state.align), "run": Run(self.study)}
         for name in self.visible_panes():
             self.wanted |= self.panes[name].wants(self)
         known = False
@@ -289,7 +289,7 @@ class Loupe(Deeds, Quests, Circuits, Dictionaries, App):
     @property
     def study(self) -> Study:
         """The state's study; without answers that are not single tokens in this model, so that everything else still runs (the top line says so)."""
-        study, check = self.state.study, self.answers.get(Check(self.state.prompt))
+        study, check = self.state.study, self.answers.get(Check(self.state.prompt, self.state.align))
         if isinstance(check, CheckResult) and any(len(r.ids) != 1 for r in (*check.answers, *check.foils)):
             return replace(study, prompt=replace(study.prompt, answers=(), foils=()))
         return study
@@ -541,7 +541,7 @@ class Loupe(Deeds, Quests, Circuits, Dictionaries, App):
 
     def late(self, slots: tuple[str, ...]) -> str:
         """Said in a title when what is drawn is not what the state asks for."""
-        if not any(self.stale(s) for s in slots):
+        if not any(s in self.wanted and self.stale(s) for s in slots):
             return ""
         return "NOT CURRENT (no engine) · " if self.info is None and self.have else "⟳ computing, below is what was before · " if self.slow else ""
 

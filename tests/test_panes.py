@@ -207,3 +207,30 @@ async def test_a_cancelled_sweep_stays_cancelled(zoo, tmp_path):
         await pilot.pause()
         assert sum(isinstance(r, Sweep) for _, r in link.asked) == 2
         await press(app, pilot, "ctrl+c")
+
+
+async def test_alignment(zoo, tmp_path):
+    state = first_state({})
+    prompt = replace(state.prompt, corrupt="When Mary and John went to the store, then Alice gave a drink to")
+    app = make_app(zoo, tmp_path, replace(state, prompt=prompt, prompt_set=(), set_path=""))
+    async with app.run_test(size=(120, 40)) as pilot:
+        await press(app, pilot)
+        await press(app, pilot, "2", "p")
+        assert "or align them" in shown(app) and not app.state.interventions
+        await press(app, pilot, "%")
+        assert "position by position, 0 pairs" in shown(app)
+        await press(app, pilot, *"diff", "enter")
+        assert app.state.align == "diff"
+        await press(app, pilot, "%")
+        assert "9 ↔ 9" in shown(app) and "14 ↔ 15" in shown(app)
+        await press(app, pilot, *"edit", "enter")
+        await press(app, pilot, *[*["backspace"] * 200, *"0-0 3-99"], "enter")
+        assert "has no position 99" in shown(app)
+        await press(app, pilot, *["backspace"] * 20, *"0-0 9-9 14-15", "enter")
+        assert app.state.prompt.alignment == ((0, 0), (9, 9), (14, 15))
+        await press(app, pilot, "p")
+        assert app.state.interventions and "metric" not in shown(app).split("\n")[-2]
+        await press(app, pilot, "4", "S")
+        assert "truth" in shown(app)
+        await press(app, pilot, "u", "u")
+        assert not app.state.prompt.alignment and app.state.align == "diff"

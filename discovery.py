@@ -17,6 +17,7 @@ from messages import METRICS, Progress, UserError, parse_node
 from model import Model
 from wiring import LOGITS, METHODS, REST, Circuit, Discover, DiscoverResult, owner, parse_edge
 
+FIRST, MOST = 8, 64  # edges that ACDC tries as one chain
 COUNTS = (1, 2, 3, 5, 8, 12, 16, 20, 30, 40, 60, 80, 100, 150, 200, 300, 400, 600, 800, 1000, 2000, 4000, 8000, 16000)
 
 
@@ -175,7 +176,7 @@ def acdc(model: Model, ask: Discover, runs: list[EdgeRun], begun: float) -> Gene
         return result(model, ask, edges, np.zeros(0), (), np.zeros(0), np.zeros(0), expected, begun, "")
     base = float(gather(runs, [r.value for r in runs]).mean())
     now, kept, at, scores = base, set(edges), 0, np.zeros(len(edges))
-    size, place = 8, {e: i for i, e in enumerate(edges)}
+    size, place = FIRST, {e: i for i, e in enumerate(edges)}
     curve = [(len(edges), base)]
     while at < len(order):
         alive = connected(kept)
@@ -203,9 +204,9 @@ def acdc(model: Model, ask: Discover, runs: list[EdgeRun], begun: float) -> Gene
             kept.discard(edge)
             now = value
         else:
-            size = min(64, size * 2)
+            size = min(MOST, size * 2)
         if decided < len(chain):
-            size = max(2, size // 2)
+            size = max(min(2, MOST), size // 2)
         at += decided
         curve.append((len(kept), now))
         spent = time.monotonic() - begun

@@ -449,7 +449,7 @@ def read_folder(model: Model, source: str, folder: Path) -> t.nn.Module:
         raise UserError(f"{folder / 'sae_weights.safetensors'} is truncated or not a safetensors file ({first_line(error)}): copy it again") from error
     except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, json.JSONDecodeError) as error:
         raise UserError(f"{source} can't be loaded: cfg.json and the weights do not fit ({type(error).__name__}: {first_line(error)})") from error
-    if other := [n for n, p in sae.named_parameters() if not t.isfinite(p).all()]:
+    if other := [n for n, p in sae.named_parameters() if not math.isfinite(p.sum(dtype=t.float64).item())]:
         raise UserError(f"{source}: {other[0]} holds numbers that are not finite: copy or train the SAE again")
     return sae
 

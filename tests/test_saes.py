@@ -11,9 +11,8 @@ from conftest import PROMPT
 from dictionaries import KINDS, build, save
 
 import saes
-from messages import Study, UserError
-from sparse import Features, Preflight, Saes
-from utils import ROOT
+from messages import Prompt, Run, Study, UserError
+from sparse import Feature, Features, Preflight, Saes
 
 STUDY = Study(PROMPT)
 
@@ -272,21 +271,40 @@ def test_preflight_refuses_and_says_why(engines, tmp_path):
     assert verdict(centred).info.view == "centred" and verdict(centred, "raw").info.view == "raw"
 
 
-def test_memory_of_a_wide_sae(engines, tmp_path):
-    """No tensor of an encode or decode is larger than the weights' own, and no dense [seq, d_sae] is made beyond CHUNK_BYTES."""
-    engine = engines["zoo"]
+def test_memory_of_16k_features_on_a_model_as_wide_as_gpt2(tmp_path):
+    """The weights and what fires: no dense [seq, d_sae] beyond CHUNK_BYTES on the way, and nothing left behind."""
+    import gc
+
+    import transformers as tr
+    from conftest import tokenizer
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    wide = build("gated", "blocks.1.hook_resid_post", 128)
+    from engine import Engine
+
+    tok = tokenizer(True)
+    hf = tr.AutoModelForCausalLM.from_config(tr.GPT2Config(vocab_size=len(tok), n_embd=768, n_layer=1, n_head=12, bos_token_id=0, eos_token_id=1))
+    hf.save_pretrained(tmp_path / "model")
+    tok.save_pretrained(tmp_path / "model")
+    del hf
+    engine = Engine(str(tmp_path / "model"))
+    small = build("gated", "blocks.0.hook_resid_post", 768)
     from sae_lens import SAE
 
-    cfg = wide.cfg.to_dict() | {"d_sae": 16384}
-    big = SAE.from_dict(cfg)
+    big = SAE.from_dict(small.cfg.to_dict() | {"d_sae": 16384})
     with t.no_grad():
-        big.W_enc.normal_(0, 0.05)
-        big.W_dec.normal_(0, 0.05)
-    d = loaded(engine, save(big, tmp_path / "big"))
-    assert d.info.bytes == sum(p.nbytes for p in big.parameters())
+        for name, p in big.named_parameters():
+            old = dict(small.named_parameters())[name]
+            p.fill_(-9.0 if name in ("b_gate", "b_mag") else 0.0)
+            (p[:, :1536] if name == "W_enc" else p[: len(old)]).copy_(old)
+    weights = sum(p.nbytes for p in big.parameters())
+    source = save(big, tmp_path / "big")
+    del big, small, p, old
+
+    def live() -> int:
+        gc.collect()
+        some = [x for x in gc.get_objects() if isinstance(x, t.Tensor)]
+        return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in some}.values())
+
     largest = 0
 
     class Watch(TorchDispatchMode):
@@ -294,14 +312,29 @@ def test_memory_of_a_wide_sae(engines, tmp_path):
             nonlocal largest
             out = func(*args, **(kwargs or {}))
             for x in out if isinstance(out, tuple | list) else (out,):
-                if isinstance(x, t.Tensor) and x.data_ptr() not in own:
+                if isinstance(x, t.Tensor) and x.untyped_storage().data_ptr() not in own:
                     largest = max(largest, x.nbytes)
             return out
 
-    own = {p.data_ptr() for p in d.sae.parameters()}
-    x = t.randn(2000, 128)
+    study = Study(Prompt(PROMPT.clean * 8, None, PROMPT.answers, PROMPT.foils))
+    engine.run(Run(study))
+    before = live()
+    engine.run(Preflight(study, source))
+    d = loaded(engine, source)
+    own = {p.untyped_storage().data_ptr() for p in d.sae.parameters()}
+    assert d.info.bytes == weights == 16384 * (2 * 768 + 3) * 4 + 768 * 4
     with Watch():
-        d.active(x[:10])
-        d.reconstruct(x)
-    assert largest <= saes.CHUNK_BYTES
-    assert ROOT.is_dir()
+        found = engine.run(Features(study, source, order="attribution"))
+        engine.run(Feature(study, source, int(found.index[0])))
+        d.reconstruct(t.randn(2000, 768))
+    assert largest <= saes.CHUNK_BYTES and 0 < found.active <= 1536
+    seq = len(found.tokens.ids)
+    assert live() - before <= weights + 40 * seq * 768 * 4, "more than its weights and some activations in the cache"
+
+
+def test_weights_that_are_not_numbers(engines, tmp_path):
+    bad = build("standard", "blocks.1.hook_resid_post", 32)
+    with t.no_grad():
+        bad.W_dec[3, 4] = float("nan")
+    with pytest.raises(UserError, match="not finite"):
+        loaded(engines["gpt2"], save(bad, tmp_path / "sae"))

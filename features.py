@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lens import largest, rows_at_once
 from logits import SCALE, direction, inner_direction, post_norm, pull_back
-from messages import RUNS, Progress, UserError
+from messages import RUNS, Identity, Progress, UserError
 from model import FINAL, Edit, Model, write_mid
 from patching import Runs, prepare, read_study
 from saes import Dictionary, catalogue, labels, load
@@ -213,6 +213,31 @@ def preflight(model: Model, ask: Preflight) -> Generator[Progress, None, Preflig
     return PreflightResult(
         d.info, mine.cosine, mine.unexplained, mine.l0, *losses, recovered, {v: f.cosine for v, f in found.items()}, verdict, words, ", ".join(parts)
     )
+
+
+@t.no_grad()
+def identities(runs: Runs, source: str) -> Generator[Progress, None, list[Identity]]:
+    """Of one SAE on the clean prompt: its parts are the activation, and the model with SAE and error term spliced in is the model."""
+    d, model = (yield from load(runs.model, source)), runs.model
+    acts = runs.trace("clean", [d.point, d.out])
+    x, y = acts[d.point][0], d.flat(acts[d.out][0])
+    error = y - d.reconstruct(x)
+    scale, parts = d.scale(x), d.offset(x) + error
+    where, index, value = d.active(x)
+    for i in range(0, len(index), 1024):
+        at = where[i : i + 1024]
+        rows = d.rows(index[i : i + 1024]) * value[i : i + 1024, None]
+        parts.index_add_(0, at, rows * scale[at] if isinstance(scale, Tensor) else rows * scale)
+    ids = t.tensor([runs.row("clean").ids])
+
+    def spliced(x: Tensor, y: Tensor) -> Tensor:
+        return like(d.reconstruct(x[0]) + error, y)
+
+    logits = [model.forward(ids, edits=edits, keep=0)[0] for edits in (splice(d, model, spliced), [])]
+    return [
+        model.identity(f"{source}: features + bias + error = activation", parts, y),
+        model.identity(f"{source}: spliced in with its error = the model", *logits),
+    ]
 
 
 # ------------------------------------------------------------------ what a feature writes, and what it does

@@ -31,6 +31,11 @@ def identities(model: Model, study: Study) -> Generator[Progress, None, tuple[tu
     rows.append((yield from noise_floor(runs, study)))
     yield Progress(4, STEPS, "Hugging Face's own forward pass")
     rows.append(hugging_face(model, ids))
+    if study.saes:
+        import features
+
+        for source in study.saes:
+            rows += yield from features.identities(runs, source)
     return tuple(rows), f"largest absolute error on the prompt, raw weights, {model.info.dtype}; tolerances grow with the values' size"
 
 

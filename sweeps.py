@@ -584,6 +584,11 @@ def convention(plan: Plan, method: str) -> str:
         parts += ["before the rotation"] * (model.info.positions == "rotary")
     if ask.kind in ("k", "v") and model.info.n_kv_heads < model.info.n_heads:
         parts.append("a column is a group of heads that share keys and values")
+    if ask.kind == "features":
+        import steering
+
+        d = steering.loaded(model, ask.study.saes, parse_node(ask.nodes[0]).layer)
+        parts.append(f"SAE {d.source}, {d.view} activation")
     parts.append(f"raw weights, {model.info.dtype}")
     if ask.op == "patch" and not all(r.by_index for r in plan.runs):
         how = plan.runs[0].aligned if len(plan.runs) == 1 else "each prompt's own" + f", else by {ask.study.align}" * bool(ask.study.align)

@@ -10,7 +10,7 @@ from dictionaries import build, save
 
 import patching
 import saes
-from messages import Attribution, Metric, Run, Study, Sweep, UserError, parse_intervention
+from messages import Attribution, Identities, Metric, Run, Study, Sweep, UserError, parse_intervention
 from sparse import Feature, Features
 
 STUDY = Study(PROMPT)
@@ -333,6 +333,36 @@ def test_under_the_centred_view(engines, sources, tmp_path):
     assert found.info.view == "centred" and found.gap < 1e-4
     one = engine.run(Feature(STUDY, source, int(found.index[0]), pos=found.pos))
     assert one.total == pytest.approx(f[found.index[0]], abs=1e-4)
+
+
+@pytest.mark.parametrize("what", ["post", "mid", "attn", "z", "transcoder"])
+def test_identities(engines, sources, arch, what):
+    if what == "mid" and engines[arch].model.parallel:
+        return
+    study = replace(STUDY, saes=(sources[arch, what],))
+    rows = engines[arch].run(Identities(study)).rows[-2:]
+    assert all(r.ok and study.saes[0] in r.name for r in rows)
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["saes", "preflight SAE", "features SAE", "feature SAE --index 3", "feature-graph --up SAE --target -1", "sweep --kind features --op zero --node L2.sae"],
+)
+@pytest.mark.parametrize("json", [False, True])
+def test_commands(capsys, command, json):
+    from commands import main
+
+    sae = "zoo/L2.resid_post"
+    args = [*command.replace("SAE", sae).split(), "--answer", " Mary", "--foil", " John", "--sae", sae, *["--json"] * json]
+    assert main(args) == 0
+    out, err = capsys.readouterr()
+    assert sae in out and not err
+    if json:
+        from json import loads
+
+        loads(out)
+    assert main([*args[:1], "--model", "/nowhere"] if command == "saes" else [a.replace("L2.resid_post", "L9.resid_post") for a in args]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_labels(engines, sources, monkeypatch):

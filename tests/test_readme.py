@@ -4,10 +4,14 @@ import contextlib
 import io
 import re
 
+import numpy as np
+
 import pytest
 
 from messages import Attribution, HeadStats, Lens, Run, Study, Sweep, parse_intervention, read_prompt_set
+from sparse import Features
 from utils import ROOT
+from wiring import Circuit, Discover, PathPatch, Score
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SET = read_prompt_set(ROOT / "zoo" / "prompts" / "ioi_abba.jsonl")
@@ -57,6 +61,29 @@ def test_the_tours_sweep(engines):
         assert f"`L{layer}H{head}` {effect[layer, head]:+.3f}" in README
         effect[layer, head] = 0
     assert abs(effect).max() < 0.05
+
+
+def test_the_tours_circuit(engines):
+    zoo, study = engines["zoo"], Study(SET[0], prompt_set=SET)
+    score = lambda *nodes: zoo.run(Score(study, Circuit("c", "zoo", nodes), ("faithfulness", "effects"), "patch"))  # noqa: E731
+    assert f"faithfulness {score('L3H2', 'L3H3').faithfulness.mean:.3f}. The" in README
+    four = score("L0H1", "L0H3", "L3H2", "L3H3")
+    f = four.faithfulness
+    assert f"{f.mean:.3f} (95 % {f.low:.3f} to {f.high:.3f})" in README and f"of {four.model.mean:.3f} logits" in README
+    assert (four.effects < -6.5).all() and (four.effects > -7.1).all()
+    change = lambda r: r.normalised - (r.base - r.corrupt) / (r.clean - r.corrupt)  # noqa: E731
+    values = change(zoo.run(PathPatch(study, (), ("L3H2.v", "L3H3.v"), over_set=True)))
+    assert f"`L0H1` {values[1, 1]:+.3f}, `L0H3` {values[1, 3]:+.3f} and" in README and f"`L2.mlp` {values[3, 4]:+.3f} matter" in README
+    keys = change(zoo.run(PathPatch(study, (), ("L3H2.k", "L3H3.k"), over_set=True)))
+    assert f"at most {np.nanmax(np.abs(keys)):.3f}" in README
+    found = zoo.run(Discover(study, "eap-ig", edges=40))
+    assert f"{len(found.circuit.edges)} edges among {len(found.circuit.nodes)} nodes, faithfulness {found.score:.3f}" in README
+
+
+def test_the_tours_features(engines):
+    found = engines["zoo"].run(Features(Study(SET[0]), "zoo/L2.resid_post", pos=14, order="attribution"))
+    first, second = zip(found.index[:2].tolist(), found.attribution[:2].tolist())
+    assert f"`f{first[0]}` {first[1]:+.3f} leads, then `f{second[0]}` {second[1]:+.3f}" in README
 
 
 def test_the_python_example(monkeypatch):

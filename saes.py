@@ -48,6 +48,7 @@ SITES = {
     "mlp.hook_in": "mlp_in",
     "hook_mlp_in": "mlp_stream",
 }
+OTHERS = ("ln1.hook_normalized", "mlp.hook_pre", "mlp.hook_post")
 SUFFIXES = re.compile(r"[-_](it|pt|base|instruct|chat|hf|deduped)$")
 
 
@@ -79,8 +80,8 @@ def known_models() -> set[str]:
 
 def guess_hook(release: str, ident: str, neuronpedia: str) -> str:
     """Where a published SAE sits, from its names; "" when they do not say."""
-    if m := re.search(r"blocks\.\d+\.[\w.]+", ident):
-        return m[0]
+    if m := re.search(r"blocks\.(\d+)\.(?:attn\.)?(hook_resid_pre|hook_resid_mid|hook_resid_post|hook_attn_out|hook_mlp_out|hook_z)", ident):
+        return f"blocks.{m[1]}.{'attn.' * (m[2] == 'hook_z')}{m[2]}"
     layer = re.search(r"layer_?(\d+)", ident) or re.search(r"/(\d+)-", neuronpedia) or re.match(r"l?(\d+)", ident)
     if not layer:
         return ""
@@ -94,12 +95,16 @@ def guess_hook(release: str, ident: str, neuronpedia: str) -> str:
 
 
 def guess_width(release: str, ident: str) -> int:
-    """Number of features, from the names: width_16k, 32k, 2pow14; 0 when they do not say."""
-    text = f"{ident} {release}"
-    if m := re.search(r"2pow(\d+)", text):
+    """Number of features, from the names (width_16k, -32k, 2pow14, hook_resid_pre_12288); 0 when they do not say."""
+    if m := re.search(r"2pow(\d+)", release):
         return 1 << int(m[1])
-    m = re.search(r"(?:width_|[-_]w?)(\d+)(k|m)\b", text) or re.search(r"width_(\d+)(k|m)", text) or re.search(r"-w(\d+)(k)", text)
-    return int(m[1]) * (1 << (10 if m[2] == "k" else 20)) if m else 0
+    if m := re.search(r"hook_resid_pre_(\d+)$", ident):
+        return int(m[1])
+    m = re.search(r"width_(\d+)(k|m)", ident) or re.search(r"-w?(\d+)(k)(?:-|$)", release)
+    if not m:
+        return 0
+    power = 1 << round(math.log2(n := int(m[1]) * (1000 if m[2] == "k" else 1_000_000)))
+    return power if abs(power - n) < 0.06 * n else int(m[1]) * 1024  # 65k is 65536, and 80k 80 x 1024
 
 
 def cached_files(repo: str) -> set[str]:
@@ -369,6 +374,8 @@ def read_point(model: Model, source: str, hook: str) -> str:
         hook = f"blocks.{m[1]}.hook_resid_{'pre' if model.parallel else 'mid'}"
     if hook not in model.points or model.bridge._gated_hook_reason(hook):
         raise UserError(f"{source} is for {hook}, and {model.info.architecture} has no such point: it is of another model")
+    if m[2] not in (*SITES, *OTHERS):
+        raise UserError(f"{source} is for {hook}, and SAEs can be used at {', '.join((*SITES, *OTHERS))} only")
     return hook
 
 
@@ -490,7 +497,7 @@ def read_release(model: Model, source: str, repo: str) -> Generator[Progress, No
         raise UserError(f"{source} can't be loaded from the hub cache: {first_line(error)}") from error
     finally:
         hub.HF_HUB_OFFLINE = offline
-    missing = f"{source} is not in the hub cache and there is no network: give a folder, or an SAE that `saes` shows as zoo, folder or cache"
+    missing = f"{source} is not (or not wholly) in the hub cache and there is no network: give a folder, or an SAE that `saes` shows as zoo, folder or cache"
     if offline:
         raise UserError(missing)
     found: list = []

@@ -140,10 +140,12 @@ def test_a_features_pre_activation_as_a_direction(engines, kind, norm, view, tmp
         assert (x[3] @ w).item() + constant == pytest.approx(f[3, index].item(), abs=1e-4)
 
 
-@pytest.mark.parametrize("hook", ["hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "attn.hook_z", "ln2.hook_normalized"])
+@pytest.mark.parametrize(
+    "hook", ["hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "attn.hook_z", "ln2.hook_normalized", "mlp.hook_post"]
+)
 def test_hook_points(engine, hook, tmp_path):
     info = engine.model.info
-    width = info.n_heads * info.d_head if hook.endswith("hook_z") else info.d_model
+    width = info.n_heads * info.d_head if hook.endswith("hook_z") else info.d_mlp if hook.endswith("hook_post") else info.d_model
     source = save(build("standard", f"blocks.1.{hook}", width), tmp_path / "sae")
     if info.parallel and hook in ("hook_resid_mid",):
         with pytest.raises(UserError, match="no such point"):
@@ -153,6 +155,8 @@ def test_hook_points(engine, hook, tmp_path):
         return
     found = engine.run(Preflight(STUDY, source))
     assert found.verdict == "good" and found.cosine > 0.95 and found.unexplained < 0.2 and math.isfinite(found.loss_spliced)
+    shown = engine.run(Features(STUDY, source, order="attribution"))
+    assert shown.gap < 1e-4 and (math.isnan(shown.direct[0]) == hook.endswith(("normalized", "hook_post")))
     assert abs(found.loss_spliced - found.loss) < abs(found.loss_zero - found.loss) + 0.5
 
 
@@ -173,6 +177,26 @@ def test_the_catalogue_needs_neither_network_nor_sae_lens(engines):
     assert (scope.width, scope.hook, scope.l0) == (16384, "blocks.5.hook_resid_post", 34)
     assert pick["gemma-scope-2b-pt-transcoders:layer_0/width_16k/average_l0_76"].note == "transcoder"
     assert isinstance(engines["zoo"].run(Saes()).choices, tuple)
+
+
+@pytest.mark.parametrize(
+    "release, ident, hook, width",
+    [
+        ("gpt2-small-res-jb-feature-splitting", "blocks.8.hook_resid_pre_12288", "blocks.8.hook_resid_pre", 12288),
+        ("gpt2-small-hook-z-kk", "blocks.6.hook_z", "blocks.6.attn.hook_z", 0),
+        ("gpt2-small-resid-mid-v5-32k", "blocks.6.hook_resid_mid", "blocks.6.hook_resid_mid", 32768),
+        ("gemma-scope-2-270m-pt-att-all", "layer_1_width_16k_l0_big", "blocks.1.attn.hook_z", 16384),
+        ("gemma-scope-2b-pt-res", "layer_12/width_262k/average_l0_121", "blocks.12.hook_resid_post", 262144),
+        ("gemma-scope-9b-pt-mlp", "layer_27/width_131k/average_l0_487", "blocks.27.hook_mlp_out", 131072),
+        ("gemma-scope-2b-pt-res", "layer_5/width_1m/average_l0_9", "blocks.5.hook_resid_post", 1048576),
+        ("qwen-scope-3.5-27b-w80k-l50", "layer32", "blocks.32.hook_resid_post", 81920),
+        ("sae_bench_gemma-2-2b_topk_width-2pow12_date-1109", "blocks.19.hook_resid_post__trainer_3", "blocks.19.hook_resid_post", 4096),
+        ("pythia-70m-deduped-att-sm", "blocks.3.hook_attn_out", "blocks.3.hook_attn_out", 0),
+        ("llama_scope_lxm_8x", "l16m_8x", "blocks.16.hook_mlp_out", 0),
+    ],
+)
+def test_what_names_say(release, ident, hook, width):
+    assert saes.guess_hook(release, ident, "") == hook and saes.guess_width(release, ident) == width
 
 
 def test_models_names():
@@ -217,6 +241,7 @@ def test_what_is_refused_in_one_line(engines, tmp_path):
         (broken("shape", d_sae=5), "can't be loaded|fit"),
         (broken("layer", metadata={"hook_name": "blocks.7.hook_resid_post"}), "layer 7"),
         (broken("hook", metadata={"hook_name": "blocks.1.hook_nonsense"}), "no such point"),
+        (broken("query", metadata={"hook_name": "blocks.1.attn.hook_q"}), "can be used at"),
         (broken("hf", metadata={"hook_name": "transformer.h.1"}), "TransformerLens"),
         (broken("nohook", metadata={"hook_name": None}), "names no hook"),
         (broken("head", metadata={"hook_head_index": 3}), "one head"),

@@ -448,7 +448,8 @@ class PatchingPane(Pane):
         study = replace(app.study, prompt_set=state.prompt_set if needs_set else ())
         node = f"L{c.layer}H{c.head}" if kind == "cells" else f"L{c.layer}.mlp" if kind == "neurons" else ""
         direction = "noise" if state.base == "clean" else "denoise"
-        return Sweep(study, kind, op, direction, views["patching.effect"], node, over_set=over)
+        first = "estimate" if op == "patch" and kind not in ("pairs", "cumulative") and views["patching.effect"] == "total" else ""
+        return Sweep(study, kind, op, direction, views["patching.effect"], node, over_set=over, first=first)
 
     def wants(self, app: "Loupe") -> dict[str, object]:
         request = self.request(app)

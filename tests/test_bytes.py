@@ -16,7 +16,7 @@ from tight import Difference, TightCompositor, cells_of, changes
 from tui import first_state
 from utils import ROOT
 
-MOVES = {"1": "hhlkjk", "0": "hhl", "2": "hlkj", "3": "hlh", "4": "hljk"}
+MOVES = {"1": "hhlkjk", "0": "hhl", "2": "hlkj", "3": "hlh", "4": "hljk", "5": "hljkc"}
 
 
 async def cost(app, pilot, *keys) -> int:
@@ -51,6 +51,22 @@ async def test_byte_budgets(engines, tmp_path, monkeypatch, size):
         app.screen.forget()
         assert 1_000 < await cost(app, pilot) <= 35_000, "a full screen"
         assert await cost(app, pilot) == 0
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 36)])
+async def test_features_on_the_wire(engines, tmp_path, monkeypatch, size):
+    """Another feature brings another detail: at most 2.5 KB; idle is nothing."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("COLORTERM", raising=False)
+    app = make_app(engines["zoo"], tmp_path, replace(first_state({}), saes=("zoo/L2.resid_post",), sae="zoo/L2.resid_post"), driver_class=Wire)
+    async with app.run_test(size=size, headless=False) as pilot:
+        await press(app, pilot)
+        assert await cost(app, pilot, "6") <= 8_000
+        await cost(app, pilot)
+        assert await cost(app, pilot) == 0, "idle"
+        for key in "jjk":
+            move = await cost(app, pilot, key)
+            assert move <= 2_500, f"key {key}: {move} bytes"
 
 
 class Slow(LocalLink):

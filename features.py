@@ -69,7 +69,12 @@ def fit(d: Dictionary, x: Tensor, y: Tensor, view: str) -> Fit:
     """Of inputs x and targets y [position, ...] under a view of the activation; both without position 0."""
     before, d.view = d.view, view
     try:
-        found, count = d.reconstruct(x), len(d.active(x)[0])
+        parts, count = [], 0
+        for piece in d.pieces(len(x)):
+            f = d.encode(x[piece])
+            parts.append(d.decode(f, x[piece]))
+            count += int((f != 0).sum())
+        found = t.cat(parts)
     finally:
         d.view = before
     y = d.flat(y)
@@ -266,11 +271,17 @@ def gradient(runs: Runs, d: Dictionary, which: str) -> Tensor:
     from estimates import metric
     from resume import Score
 
-    model, kept = runs.model, {}
+    model, kept, asked = runs.model, {}, runs.study.metric
     name = f"blocks.{d.layer}.hook_attn_out" if d.out.endswith("resid_mid") else d.out
     clean = None
-    if runs.study.metric.kind == "kl":
-        clean = runs.trace("clean", [FINAL])[FINAL][0, [runs.position("clean", runs.study.metric.pos)]]
+    place = "" if asked.kind == "loss" else runs.metric_position(which)
+    mark = f"gradient of {asked.kind} at {place} for {runs.answers} {runs.foils} at {name}"
+    mark += f" against {runs.row('clean').ids}" * (asked.kind == "kl")
+    key = (runs.row(which).ids, runs.done if which == "now" else (), mark)
+    if (known := model.cache.get(key)) is not None:
+        return d.flat(known)
+    if asked.kind == "kl":
+        clean = runs.trace("clean", [FINAL])[FINAL][0, [runs.metric_position("clean")]]
 
     def leaf(x: Tensor) -> Tensor:
         kept["leaf"] = t.zeros_like(x).requires_grad_(True)
@@ -281,7 +292,9 @@ def gradient(runs: Runs, d: Dictionary, which: str) -> Tensor:
     with t.enable_grad(), model.hooks([*edits, (name, leaf), (last, lambda x: kept.__setitem__("end", x))]):
         model.bridge(t.tensor([runs.row(which).ids], device=model.device), use_cache=False, logits_to_keep=1)
         found = t.autograd.grad(metric(Score([runs], clean, which), kept["end"]).sum(), kept["leaf"], allow_unused=True)[0]
-    return t.zeros_like(kept["leaf"])[0] if found is None else d.flat(found[0].detach())
+    out = t.zeros_like(kept["leaf"])[0].detach() if found is None else found[0].detach()
+    model.cache.put(key, out)
+    return d.flat(out)
 
 
 def no_metric(runs: Runs, which: str) -> str:

@@ -426,3 +426,17 @@ def test_features_that_can_not_be_swept(engines, sources):
     ]:
         with pytest.raises(UserError, match=words):
             engine.run(ask)
+
+
+def test_gradients_are_kept_apart(engines, sources):
+    """The same run, other metrics, positions and answers: each has its own gradient."""
+    engine = engines["gpt2"]
+    source, study = sources["gpt2", "early"], replace(STUDY, metric=Metric("kl"), base="corrupt", prompt=replace(PROMPT, corrupt=SAME))
+    studies = [
+        STUDY,
+        replace(STUDY, metric=Metric("logprob")),
+        replace(STUDY, metric=Metric("logit_diff", -3)),
+        replace(STUDY, prompt=replace(PROMPT, foils=(" Mary",), answers=(" John",))),
+    ]
+    found = [engine.run(Features(s, source, pos=3, order="attribution")).total[1] for s in (*studies, study, *studies, study)]
+    assert found[:5] == found[5:] and len(set(found)) == 5 and found[3] == pytest.approx(-found[0], abs=1e-5)

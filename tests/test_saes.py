@@ -363,3 +363,14 @@ def test_weights_that_are_not_numbers(engines, tmp_path):
         bad.W_dec[3, 4] = float("nan")
     with pytest.raises(UserError, match="not finite"):
         loaded(engines["gpt2"], save(bad, tmp_path / "sae"))
+
+
+def test_what_the_hub_cache_holds_is_marked(engines, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--jbloom--GPT2-Small-SAEs-Reformatted" / "snapshots" / "abc" / "blocks.8.hook_resid_pre"
+    folder.mkdir(parents=True)
+    (folder / "cfg.json").write_text("{}")
+    cached = [c.source for c in saes.catalogue(engines["gpt2"].model).choices if c.where == "cache"]
+    assert "gpt2-small-res-jb:blocks.8.hook_resid_pre" in cached and not any("hook_resid_pre" in c and ".8." not in c for c in cached)

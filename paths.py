@@ -116,7 +116,12 @@ def lay_out(model: Model, ask: PathPatch, row) -> tuple[Layout, dict[tuple[int, 
     if not cells:
         raise UserError("there is no such path: a receiver has to come after its sender")
     paths = {rc: Path(rc[0] * len(cols) + rc[1], *ends) for rc, ends in cells.items()}
-    return Layout(tuple(rows), tuple(cols), {rc: tuple(Spot(n if n.site != "embed" else Node("resid_pre", 0, pos=n.pos), "") for n in p.senders) for rc, p in paths.items()}, tuple(addresses)), paths
+    return Layout(
+        tuple(rows),
+        tuple(cols),
+        {rc: tuple(Spot(n if n.site != "embed" else Node("resid_pre", 0, pos=n.pos), "") for n in p.senders) for rc, p in paths.items()},
+        tuple(addresses),
+    ), paths
 
 
 # ------------------------------------------------------------------ what senders change, and where it goes
@@ -190,19 +195,23 @@ def through_mlps(base: Base, sets: list[tuple[Node, ...]], change: dict[Node, Te
     model, start = base.model, base.shared
     last = base.n if None in wanted else max(r.layer for r in wanted if r is not None) + 1
     first = int(min(stage(model, x) for s in sets for x in s))
-    moved = t.stack([gain(model, change, s, -1, first + 0.25) for s in sets])  # the stream's change before a block [set, prompt, seq, d_model]
+    moved = t.stack(
+        [gain(model, change, s, -1, min(stage(model, x) for x in s) // 1 + 0.25) for s in sets]
+    )  # the stream's change before a block [set, prompt, seq, d_model]
     found: dict = {}
+    begins = [int(min(stage(model, x) for x in s)) for s in sets]
     for layer in range(first, last):
-        here = [r for r in wanted if r is not None and r.layer == layer]
-        half = t.stack([gain(model, change, s, layer + 0.25, layer + 0.75) for s in sets])
-        end = t.stack([gain(model, change, s, layer + 0.75, layer + 1.25) for s in sets])
+        rows = [i for i, n in enumerate(begins) if n <= layer]  # a set joins where its first sender writes
+        some, here = [sets[i] for i in rows], [r for r in wanted if r is not None and r.layer == layer]
+        half = t.stack([gain(model, change, s, layer + 0.25, layer + 0.75) for s in some])
+        end = t.stack([gain(model, change, s, layer + 0.75, layer + 1.25) for s in some])
         out, mlp = f"blocks.{layer}.hook_attn_out", f"blocks.{layer}.hook_mlp_out"
         own, frozen = base.resid[layer][:, start : base.stop], base.acts[out][:, start : base.stop]
         hold = (out, lambda x, y=frozen + half: y.reshape(x.shape))
-        got, _ = read(base, layer, (own + moved).flatten(0, 1), {hook_of(r) for r in here} | ({mlp} & set(base.acts)), [hold], True)
+        got, _ = read(base, layer, (own + moved[rows]).flatten(0, 1), {hook_of(r) for r in here} | ({mlp} & set(base.acts)), [hold], True)
         yield
-        found |= {(s, r): got[hook_of(r)][i] for r in here for i, s in enumerate(sets)}
-        moved = moved + half + end + (got[mlp] - base.acts[mlp][:, start : base.stop] if mlp in got else 0)
+        found |= {(s, r): got[hook_of(r)][i] for r in here for i, s in enumerate(some)}
+        moved[rows] += half + end + (got[mlp] - base.acts[mlp][:, start : base.stop] if mlp in got else 0)
     if None in wanted:
         found |= {(s, None): moved[i] for i, s in enumerate(sets)}
     return found

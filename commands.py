@@ -136,7 +136,17 @@ class Options:
         if prompts and prompt == Prompt(Options.clean, bos=self.bos):
             prompt = prompts[0]
         pos = int(self.pos) if self.pos.lstrip("-").isdigit() else self.pos
-        return Study(prompt, tuple(parse_intervention(d) for d in self.do), self.base, Metric(self.metric, pos), prompts, self.sae, self.sae_error, self.align, self.do_seed)
+        return Study(
+            prompt,
+            tuple(parse_intervention(d) for d in self.do),
+            self.base,
+            Metric(self.metric, pos),
+            prompts,
+            self.sae,
+            self.sae_error,
+            self.align,
+            self.do_seed,
+        )
 
 
 @dataclass

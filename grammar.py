@@ -180,7 +180,16 @@ def read_prompt(obj: object) -> Prompt:
         raise UserError("alignment is a list of pairs of positions, [[0, 0], [1, 1]]")
     if not isinstance(obj.get("corrupt"), str | None) or not isinstance(obj.get("bos"), bool | None):
         raise UserError("corrupt is a string and bos is true or false")
-    return Prompt(obj["clean"], obj.get("corrupt"), tuple(many["answer"]), tuple(many["foil"]), tuple(labels.items()), obj.get("bos"), tuple(theirs.items()), tuple(map(tuple, pairs)))
+    return Prompt(
+        obj["clean"],
+        obj.get("corrupt"),
+        tuple(many["answer"]),
+        tuple(many["foil"]),
+        tuple(labels.items()),
+        obj.get("bos"),
+        tuple(theirs.items()),
+        tuple(map(tuple, pairs)),
+    )
 
 
 def read_prompt_set(path: str | Path) -> tuple[Prompt, ...]:

@@ -490,7 +490,7 @@ def test_the_largest_estimates_come_first(engines, op):
             if known and op == "patch":
                 guess = engine.run(Estimate(STUDY, kind, direction="noise"))
             parts.clear()
-            got = engine.run(Sweep(STUDY, kind, op, "noise", first="estimate"), lambda p: parts.append(p) if isinstance(p, SweepResult) else None)
+            got = engine.run(Sweep(STUDY, kind, op, "noise", first="estimate"), lambda p, parts=parts: parts.append(p) if isinstance(p, SweepResult) else None)
             np.testing.assert_allclose(got.values, want.values, atol=TOL)
         if op == "patch" and kind != "nodes":
             size = np.abs(guess.values - guess.base)

@@ -156,7 +156,12 @@ def show_score(out: Console, r: ScoreResult) -> None:
         out.print(rows)
     if r.subsets:
         worst = int(np.abs(r.without_circuit - r.without_model).argmax())
-        out.print(plain(f"incompleteness {r.incompleteness:.4f}, the worst of {len(r.subsets)} subsets: {' '.join(r.subsets[worst]) or 'nothing'}", CYAN))
+        out.print(
+            plain(
+                f"incompleteness {r.incompleteness:.4f}, difference {said(r.worst)}, the worst of {len(r.subsets)} subsets: {' '.join(r.subsets[worst]) or 'nothing'}",
+                CYAN,
+            )
+        )
     if r.warning:
         out.print(plain(r.warning, YELLOW))
     out.print(plain(f"{r.convention}; {r.seconds:.1f} s", GRAY))

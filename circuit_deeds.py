@@ -29,6 +29,8 @@ class Circuits:
         node = self.node()
         if node.site == "head" and node.part == "pattern":
             node = dataclasses.replace(node, part="z")
+        if isinstance(node.pos, int) and self.tokens and (label := next((k for k, v in self.tokens.tokens.labels.items() if v == node.pos), None)):
+            node = dataclasses.replace(node, pos=label)
         self.act("keep", part=str(node))
         kept = self.state.current
         verb = "kept in" if str(node) in kept.nodes else "dropped from"

@@ -215,14 +215,14 @@ class CircuitPane(Pane):
         if result.subsets:
             worst = int(np.abs(result.without_circuit - result.without_model).argmax())
             lines += [
-                [(f"incompleteness {result.incompleteness:.4f}", BOLD), (f" worst of {len(result.subsets)} subsets K", DIM)],
+                [(f"incompleteness {result.incompleteness:.4f}", BOLD), (f" (difference {said(result.worst)}) worst of {len(result.subsets)} subsets K", DIM)],
                 [(f"  K = {' '.join(result.subsets[worst]) or 'nothing'}", PLAIN)],
                 [(f"  F(C∖K) {result.without_circuit[worst]:+.4f}  F(M∖K) {result.without_model[worst]:+.4f}", PLAIN)],
             ]
         if result.minimal.size:
             order = np.argsort(result.minimal)
             lines += [[("minimality, least first: |F(C∖K) − F(C∖K∖v)| / F(M)", BOLD)]]
-            lines += [[(f"  {result.parts[i]:16}{float(result.minimal[i]):7.3f}  ", WARN if result.minimal[i] < 0.01 else PLAIN),
+            lines += [[(f"  {result.parts[i]:16}{float(result.minimal[i]):7.3f} ({float(result.minimal_low[i]):.3f} … {float(result.minimal_high[i]):.3f})  ", WARN if result.minimal[i] < 0.01 else PLAIN),
                        (f"K = {' '.join(result.minimal_with[i]) or 'nothing'}", DIM)] for i in order.tolist()]  # fmt: skip
         if result.faithfulness.values.size > 1:
             each = " ".join(f"{v:.2f}" for v in result.faithfulness.values.tolist())
@@ -309,10 +309,11 @@ def path_grid(result: SweepResult, request: PathPatch, edges: set[str]) -> Grid:
     return Grid(values, list(result.rows), list(result.cols), -hi, hi, signed=True, cell=(5, 8), marks=frozenset(kept))
 
 
-def score_lines(r: ScoreResult) -> list[Spans]:
-    def said(x: Interval) -> str:
-        return f"{x.mean:+.4f}" + (f" ({x.low:+.3f} … {x.high:+.3f})" if np.isfinite(x.low) else "")
+def said(x: Interval) -> str:
+    return f"{x.mean:+.4f}" + (f" ({x.low:+.3f} … {x.high:+.3f})" if np.isfinite(x.low) else "")
 
+
+def score_lines(r: ScoreResult) -> list[Spans]:
     return [
         [(f"faithfulness {said(r.faithfulness)}", BOLD)],
         [(f"  F model {said(r.model)}", PLAIN)],

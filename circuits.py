@@ -182,13 +182,14 @@ def score(model: Model, ask: Score) -> Generator[Progress, None, ScoreResult]:
     alone, empty = found
     faithfulness = ratio(alone, empty, bench.whole)
     effects, tried, by_circuit, by_model, minimal, with_ = np.zeros(0), (), np.zeros(0), np.zeros(0), np.zeros(0), ()
+    worst, low, high = None, np.zeros(0), np.zeros(0)
     if "effects" in ask.what:
         single = yield from bench.values([(None, frozenset([p])) for p in parts], "single effects")
         effects = (single - bench.whole).mean(1)
     if "completeness" in ask.what:
-        tried, by_circuit, by_model = yield from completeness(bench, parts, circuit, ask)
+        tried, by_circuit, by_model, worst = yield from completeness(bench, parts, circuit, ask)
     if "minimality" in ask.what:
-        minimal, with_ = yield from minimality(bench, parts, circuit, ask)
+        minimal, with_, low, high = yield from minimality(bench, parts, circuit, ask)
     gap = float((bench.whole - empty).mean())
     warning = ""
     if abs(gap) < 0.05 * max(abs(float(bench.whole.mean())), abs(float(empty.mean()))):
@@ -198,6 +199,7 @@ def score(model: Model, ask: Score) -> Generator[Progress, None, ScoreResult]:
         circuit, interval(bench.whole), interval(alone), interval(empty), faithfulness, parts, effects.astype(np.float32), tried,
         by_circuit.astype(np.float32), by_model.astype(np.float32), float(np.abs(by_circuit - by_model).max()) if len(by_model) else np.nan,
         minimal.astype(np.float32), with_, members, time.monotonic() - begun, warning, convention(model, ask, edges, by_parts),
+        worst, low.astype(np.float32), high.astype(np.float32),
     )  # fmt: skip
 
 
@@ -212,18 +214,20 @@ def completeness(bench: Bench, parts: tuple[str, ...], circuit: Circuit, ask: Sc
 
     def both(some: list[frozenset[str]]) -> Generator[Progress, None, tuple[np.ndarray, np.ndarray]]:
         found = yield from bench.values([*((mine, k) for k in some), *((None, k) for k in some)], "completeness")
-        return found[: len(some)].mean(1), found[len(some) :].mean(1)
+        return found[: len(some)], found[len(some) :]
 
     x, y = yield from both(sets)
-    a, b = [*x], [*y]
+    a, b = [*x], [*y]  # of each set the values over prompts
     for _ in range(min(ask.greedy, len(parts))):
         more = [chain | {p} for p in parts if p not in chain]
         x, y = yield from both(more)
-        worst = int(np.argmax(np.abs(x - y)))
-        chain = more[worst]
+        at = int(np.argmax(np.abs((x - y).mean(1))))
+        chain = more[at]
         if chain not in sets:
-            sets, a, b = [*sets, chain], [*a, x[worst]], [*b, y[worst]]
-    return tuple(tuple(p for p in parts if p in k) for k in sets), np.array(a), np.array(b)
+            sets, a, b = [*sets, chain], [*a, x[at]], [*b, y[at]]
+    gap = np.array(a) - np.array(b)
+    worst = interval(gap[np.abs(gap.mean(1)).argmax()])
+    return tuple(tuple(p for p in parts if p in k) for k in sets), np.array(a).mean(1), np.array(b).mean(1), worst
 
 
 def minimality(bench: Bench, parts: tuple[str, ...], circuit: Circuit, ask: Score) -> Generator[Progress, None, tuple[np.ndarray, tuple]]:
@@ -236,9 +240,12 @@ def minimality(bench: Bench, parts: tuple[str, ...], circuit: Circuit, ask: Scor
         pairs += [(p, k - {p}) for k in dict.fromkeys([frozenset(), *groups, *random])]
     found = yield from bench.values([s for p, k in pairs for s in ((mine, k), (mine, k | {p}))], "minimality")
     size = abs(float(bench.whole.mean()))
-    moved = np.abs(found[::2].mean(1) - found[1::2].mean(1)) / (size if size > 1e-9 else np.nan)
+    change = (found[::2] - found[1::2]) / (size if size > 1e-9 else np.nan)
+    moved = np.abs(change.mean(1))
     best = {p: max((i for i, (q, _) in enumerate(pairs) if q == p), key=lambda i: moved[i]) for p in parts}
-    return np.array([moved[best[p]] for p in parts]), tuple(tuple(x for x in parts if x in pairs[best[p]][1]) for p in parts)
+    sides = [interval(change[best[p]] * np.sign(change[best[p]].mean())) for p in parts]
+    sets = tuple(tuple(x for x in parts if x in pairs[best[p]][1]) for p in parts)
+    return np.array([moved[best[p]] for p in parts]), sets, np.array([x.low for x in sides]), np.array([x.high for x in sides])
 
 
 def convention(model: Model, ask: Score, edges: bool, parts: bool) -> str:

@@ -15,7 +15,7 @@ from messages import Node, UserError
 from panes import Pane, clip
 from sparse import Examples, ExamplesResult, Feature, FeatureGraph, FeatureGraphResult, FeatureResult, Features, FeaturesResult, Preflight, PreflightResult
 from utils import ROOT, show_token
-from widgets import BAD, BOLD, DIM, GOOD, PLAIN, WARN, Grid, Lines, Spans
+from widgets import BAD, BOLD, DIM, GOOD, PLAIN, WARN, Grid, Item, Lines, Spans
 
 if TYPE_CHECKING:
     from tui import Loupe
@@ -134,6 +134,12 @@ class FeaturePane(Pane):
             app.act("show_sae", source=source)
         app.move(pos=clip(pos, app.length()))
         return True
+
+    def copies(self, app: "Loupe") -> list[Item]:
+        got = app.result("feature", FeatureResult)
+        if got is None or not got.neuronpedia:
+            return []
+        return [Item("neuronpedia", got.neuronpedia, ".txt", lambda: f"{got.neuronpedia}\n"), Item("page", got.address, ".txt", lambda: f"{got.address}\n")]
 
     def grids(self) -> dict[str, Grid]:
         return {}

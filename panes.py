@@ -48,7 +48,7 @@ from messages import (
 from pictures import HEAD_STATS, LENS_STATS
 from session import VIEWS
 from utils import show_token
-from widgets import BOLD, DIM, FOCUS, HEAD, Grid, GridView, Lines
+from widgets import BOLD, DIM, FOCUS, HEAD, Grid, GridView, Item, Lines
 
 if TYPE_CHECKING:
     from tui import Loupe
@@ -107,6 +107,10 @@ class Pane(Vertical, can_focus=True):
         """Where a text occurs, each as arguments of app.move."""
         texts = app.tokens.tokens.texts if app.tokens else ()
         return [{"pos": n} for n, text in enumerate(texts) if needle.lower() in text.lower()]
+
+    def copies(self, app: "Loupe") -> list[Item]:
+        """What else can be copied from this pane."""
+        return []
 
     def grids(self) -> dict[str, Grid]:
         """The numbers behind the picture, for export."""
@@ -439,6 +443,10 @@ class PatchingPane(Pane):
     def grids(self) -> dict[str, Grid]:
         return {"patching": self.table.grid} if self.table.grid else {}
 
+    def stats(self, app: "Loupe") -> tuple[str, ...]:
+        """Features only where an SAE is loaded."""
+        return tuple(k for k in VIEWS[self.view] if k != "features" or app.state.sae)
+
     def request(self, app: "Loupe") -> Sweep:
         """The sweep that S runs: interventions act on the base prompt, so the base says which way."""
         state, views, c = app.state, app.state.views, app.cursor
@@ -447,14 +455,22 @@ class PatchingPane(Pane):
         needs_set = over or op in ("mean", "mean_all", "resample")
         study = replace(app.study, prompt_set=state.prompt_set if needs_set else ())
         node = f"L{c.layer}H{c.head}" if kind == "cells" else f"L{c.layer}.mlp" if kind == "neurons" else ""
+        if kind == "features":
+            known = app.known_saes.get(state.sae)
+            node, op = f"L{known.layer if known else c.layer}.sae", op if op in ("patch", "zero") else "zero"
         direction = "noise" if state.base == "clean" else "denoise"
-        first = "estimate" if op == "patch" and kind not in ("pairs", "cumulative") and views["patching.effect"] == "total" else ""
+        first = "estimate" if op == "patch" and kind not in ("pairs", "cumulative", "features") and views["patching.effect"] == "total" else ""
         return Sweep(study, kind, op, direction, views["patching.effect"], node, over_set=over, first=first)
 
     def wants(self, app: "Loupe") -> dict[str, object]:
         request = self.request(app)
         wants: dict[str, object] = {"sweep": request} if request in app.started else {}
-        if request.op == "patch" and request.effect == "total" and request.kind not in ("pairs", "cumulative") and app.state.prompt.corrupt is not None:
+        if (
+            request.op == "patch"
+            and request.effect == "total"
+            and request.kind not in ("pairs", "cumulative", "features")
+            and app.state.prompt.corrupt is not None
+        ):
             wants["estimate"] = Estimate(
                 request.study, request.kind, app.state.views["patching.estimate"], request.direction, node=request.node, over_set=request.over_set
             )

@@ -357,6 +357,7 @@ class Quests:
             ),
             Item("svg", "the screen as a picture", ".svg", lambda: self.export_screenshot(title="loupe")),
             Item("node", f"the address {node}", ".txt", lambda: f"{node}\n"),
+            *pane.copies(self),
             Item("prompt", "the prompt as a line of a prompt set", ".jsonl", lambda: self.prompt_line()),
         ]
         self.open(Picker("copy", choices, lambda item, typed: item and self.guard(lambda: self.export(name, item))))

@@ -63,6 +63,7 @@ VIEWS = {
         "neurons",
         "pairs",
         "cumulative",
+        "features",
     ),
     "patching.op": ("patch", "zero", "mean", "mean_all", "resample", "noise"),
     "patching.show": ("effect", "metric", "estimate", "disagreement", "spread", "p"),

@@ -245,7 +245,8 @@ class ScoreResult:
     `faithfulness` is (F(circuit) - F(empty)) / (F(model) - F(empty)), ratio of means, F the metric; `model`, `alone` (circuit), `empty` as
     intervals. Completeness: one row a subset K, its nodes, F(C without K), F(M without K) and the incompleteness |difference|; the worst is the score.
     Minimality: for each node v its largest |F(C without K) - F(C without K and v)| over the K tried, as a fraction of F(model). `effects` [part]:
-    removing this part alone from the whole model, F - F(model), in the metric's unit. Empty where not asked for.
+    removing this part alone from the whole model, F - F(model), in the metric's unit. Empty where not asked for. `worst` is F(C without K) - F(M without K)
+    of the worst K over the prompts; `minimal_low` and `minimal_high` [part] the 95 % interval of each minimality (Student's t; NaN for a single prompt).
     """
 
     circuit: Circuit
@@ -265,6 +266,9 @@ class ScoreResult:
     seconds: float
     warning: str
     convention: str
+    worst: Interval | None = None
+    minimal_low: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    minimal_high: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
 
 
 @dataclass(frozen=True)

@@ -360,8 +360,12 @@ class Cache:
             groups.setdefault((ids, done), []).append(value.nbytes)
         words = [" ".join(d[0] if isinstance(d, tuple) else d for d in done) for _, done in groups]
         return tuple(
-            f"{len(ids)} tokens, {word or 'nothing done'}: {len(n)} tensors, {show_bytes(sum(n))}" for ((ids, _), n), word in zip(groups.items(), words)
+            f"{tokens(ids)}, {word or 'nothing done'}: {len(n)} tensors, {show_bytes(sum(n))}" for ((ids, _), n), word in zip(groups.items(), words)
         )
+
+
+def tokens(ids: tuple) -> str:
+    return f"{len(ids)} × {len(ids[0])} tokens" if ids and isinstance(ids[0], tuple) else f"{len(ids)} tokens"
 
 
 # ------------------------------------------------------------------ tokens

@@ -29,6 +29,8 @@ from shortcuts import fused, given, last_rows
 from utils import tec
 
 TRIED: WeakKeyDictionary[Model, dict[object, str]] = WeakKeyDictionary()  # why a model's runs can't be resumed, with and without interventions
+CALLED: WeakKeyDictionary[Model, dict[tuple, dict[tuple, list]]] = WeakKeyDictionary()  # what blocks are called with, of a few prompts
+DONE = ("a sweep's base run",)  # its mark in the model's cache
 PACK = 160  # tokens of a packed row
 PIECE = 8e9  # FLOPs of a block between two pauses, on a CPU's thread
 ROWWISE = ("attn", "resid_mid", "head", "neuron")  # one position of these changes the block's output at that position only
@@ -85,6 +87,33 @@ class Variant:
     @property
     def layer(self) -> int:
         return min((s.node.layer for s in self.spots), default=0)
+
+
+def id_rows(ids: Tensor) -> tuple:
+    return tuple(map(tuple, ids.tolist()))
+
+
+def name_of(what: str, layer: int) -> str:
+    """The name in the cache of what a block gets (resid), or of its keys and values."""
+    return f"blocks.{layer} {what}"
+
+
+def common(model: Model) -> list[str]:
+    """Hook points that some sweep reads."""
+    ends = (
+        "attn.hook_z",
+        "attn.hook_q",
+        "attn.hook_k",
+        "attn.hook_v",
+        "attn.hook_pattern",
+        "hook_attn_out",
+        "hook_mlp_out",
+        "hook_resid_mid",
+        "hook_resid_post",
+    )
+    return [
+        name for i in range(model.info.n_layers) for end in ends if (name := f"blocks.{i}.{end}") in model.points and not model.bridge._gated_hook_reason(name)
+    ]
 
 
 class Recorded(Exception):
@@ -203,7 +232,10 @@ class Base:
         self.per_kv = self.model.info.n_heads // self.model.info.n_kv_heads
         self.source: dict[tuple, Tensor] = {}
         self.score: Score | None = None
-        self.called: dict[tuple, list] = {}
+        known = CALLED.setdefault(self.model, {})
+        if len(known) > 8:
+            known.clear()
+        self.called = known.setdefault(id_rows(self.ids[:1]), {})  # what blocks are called with
         self.slow = [[m for m in b.modules() if isinstance(m, NewGELUActivation)] for b in self.model.bridge.blocks]
         self.reason = "asked for" if plain else ""
         self.at_once = self.peak = 0  # the most variants in one batch, and its bytes as `room` counts them
@@ -213,20 +245,45 @@ class Base:
     @t.no_grad()
     def run(self, names: Iterable[str], beside: Tensor | None) -> None:
         """`beside` are the other prompts [prompt, seq], in the same forward pass: self.beside holds what passed the hook points there."""
-        n = len(self.ids)
-        ids = (self.ids if beside is None else t.cat([self.ids, beside])).to(self.model.device)
-        self.resid: list = [None] * (self.n + 1)
-        acts: dict[str, Tensor] = {}
-        enter = [(f"blocks.{i}.hook_resid_pre", lambda x, i=i: self.resid.__setitem__(i, x.detach())) for i in range(self.n)]
+        pair = [self.ids] if beside is None else [self.ids, beside]
         last = f"blocks.{self.n - 1}.hook_resid_post"
-        catch = [(n, lambda x, n=n: acts.__setitem__(n, x.detach())) for n in dict.fromkeys((*names, FINAL, last))]
+        names = list(dict.fromkeys((*names, FINAL, last)))
+        known = [] if self.edits or self.reason else [self.recall(ids, names) for ids in pair]
+        if not known or None in known:
+            known = self.record(pair, names)
+        self.acts, self.beside = known[0], known[-1] if beside is not None else {}
+        self.resid = [*(self.acts[name_of("resid", i)] for i in range(self.n)), self.acts[last]]
+        self.kept = [] if self.reason else [(self.acts[name_of("keys", i)], self.acts[name_of("values", i)]) for i in range(self.n)]
+
+    def recall(self, ids: Tensor, names: list[str]) -> dict[str, Tensor] | None:
+        """What a run left in the model's cache, if all of it is there."""
+        inside = [name_of(what, i) for what in ("resid", "keys", "values") for i in range(self.n)]
+        found = {name: self.model.cache.get((id_rows(ids), DONE, name)) for name in (*inside, *names)}
+        return None if any(x is None for x in found.values()) else found
+
+    def record(self, pair: list[Tensor], names: list[str]) -> list[dict[str, Tensor]]:
+        """Run them together. Kept in the model's cache, with what other sweeps will ask for, where that is small against it."""
+        model, ids = self.model, t.cat(pair).to(self.model.device)
+        acts: dict[str, Tensor] = {}
+        small = (
+            not self.edits
+            and not self.reason
+            and 32 * ids.numel() * self.n * (12 * model.info.d_model + model.info.n_heads * ids.shape[1]) <= model.cache.limit
+        )
+        names = list(dict.fromkeys((*names, *(common(model) if small else ()))))
+        enter = [(f"blocks.{i}.hook_resid_pre", lambda x, i=i: acts.__setitem__(name_of("resid", i), x.detach())) for i in range(self.n)]
+        catch = [(n, lambda x, n=n: acts.__setitem__(n, x.detach())) for n in names]
         kept = None if self.reason else DynamicCache()
         with fused([] if self.reason else [m for some in self.slow for m in some]):
-            self.model.forward(ids, edits=[*enter, *self.edits, *catch], keep=None, cache=kept)
-        self.acts = {name: x[:n] for name, x in acts.items()}
-        self.beside = {name: x[n:] for name, x in acts.items()}
-        self.resid = [*(x[:n] for x in self.resid[:-1]), self.acts[last]]
-        self.kept = [] if kept is None else [(layer.keys[:n], layer.values[:n]) for layer in kept.layers]
+            model.forward(ids, edits=[*enter, *self.edits, *catch], keep=None, cache=kept)
+        for i, layer in enumerate(kept.layers if kept else ()):
+            acts |= {name_of("keys", i): layer.keys, name_of("values", i): layer.values}
+        found, n = [], len(self.ids)
+        for a, some in zip((0, n), pair):
+            found.append({name: x[a : a + n] for name, x in acts.items()})
+            for name, x in found[-1].items() if small else ():
+                model.cache.put((id_rows(some), DONE, name), x)
+        return found
 
     def begin(self, score: Score) -> np.ndarray:
         """The metric of the base run itself [prompt]; decides whether the fast way gives this model's own numbers."""
@@ -316,13 +373,15 @@ class Base:
             finally:
                 for block in blocks:
                     block.__dict__.pop("forward", None)
+            if cache is not None:
+                cache.layers.clear()  # from here on only a sign of where it was
             self.called[start, length, kept] = [(*seen[i], cache) for i in range(self.n)]
         return self.called[start, length, kept]
 
     def packed_calls(self, firsts: tuple[int, ...]) -> list[tuple[tuple, dict, object]]:
         """The same for a row of segments, each from its first position to `stop`, behind the keys of the whole kept run."""
-        if firsts not in self.called:
-            stop = self.stop
+        stop = self.stop
+        if (firsts, stop) not in self.called:
             places = t.cat([t.arange(p, stop) for p in firsts]).to(self.model.device)
             segment = t.cat([t.full((stop - p,), i) for i, p in enumerate(firsts)]).to(self.model.device)
             begins = t.tensor(firsts, device=self.model.device)[segment]
@@ -342,8 +401,8 @@ class Base:
 
             rest = lambda x, cache: x if x is cache else change(x)  # noqa: E731
             full = self.calls(0, stop, True)
-            self.called[firsts] = [(tuple(rest(a, c) for a in args), {k: rest(a, c) for k, a in kwargs.items()}, c) for args, kwargs, c in full]
-        return self.called[firsts]
+            self.called[firsts, stop] = [(tuple(rest(a, c) for a in args), {k: rest(a, c) for k, a in kwargs.items()}, c) for args, kwargs, c in full]
+        return self.called[firsts, stop]
 
     def step(self, layer: int, x: Tensor, start: int, edits: list[Edit], firsts: tuple[int, ...] = (), grad: bool = False) -> Tensor:
         """One block on [rows, positions from start, d_model], rows being variants x prompts; on packed rows of segments from `firsts`."""

@@ -359,9 +359,7 @@ class Cache:
         for (ids, done, _), value in self.items.items():
             groups.setdefault((ids, done), []).append(value.nbytes)
         words = [" ".join(d[0] if isinstance(d, tuple) else d for d in done) for _, done in groups]
-        return tuple(
-            f"{tokens(ids)}, {word or 'nothing done'}: {len(n)} tensors, {show_bytes(sum(n))}" for ((ids, _), n), word in zip(groups.items(), words)
-        )
+        return tuple(f"{tokens(ids)}, {word or 'nothing done'}: {len(n)} tensors, {show_bytes(sum(n))}" for ((ids, _), n), word in zip(groups.items(), words))
 
 
 def tokens(ids: tuple) -> str:

@@ -19,20 +19,21 @@ import numpy as np
 import torch as t
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.activations import NewGELUActivation
 
 from lens import measure, rows_at_once
 from messages import Node, Progress, UserError
 from model import FINAL, Edit, Keep, Model, out_of_memory
 from patching import Runs, hook_name
-from shortcuts import fused, given, last_rows
+from shortcuts import fused, given, last_rows, slow_modules
 from utils import tec
 
 TRIED: WeakKeyDictionary[Model, dict[object, str]] = WeakKeyDictionary()  # why a model's runs can't be resumed, with and without interventions
 CALLED: WeakKeyDictionary[Model, dict[tuple, dict[tuple, list]]] = WeakKeyDictionary()  # what blocks are called with, of a few prompts
+SLOW: WeakKeyDictionary[Model, list[list[t.nn.Module]]] = WeakKeyDictionary()  # of every block what `fused` stands in for
 DONE = ("a sweep's base run",)  # its mark in the model's cache
 PACK = 160  # tokens of a packed row
-PIECE = 8e9  # FLOPs of a block between two pauses, on a CPU's thread
+FIRST = 12  # variants of a sweep's first wave, so that something is on the screen
+PIECE = 11e9  # FLOPs of a block between two pauses, on a CPU's thread
 ROWWISE = ("attn", "resid_mid", "head", "neuron")  # one position of these changes the block's output at that position only
 
 
@@ -236,7 +237,9 @@ class Base:
         if len(known) > 8:
             known.clear()
         self.called = known.setdefault(id_rows(self.ids[:1]), {})  # what blocks are called with
-        self.slow = [[m for m in b.modules() if isinstance(m, NewGELUActivation)] for b in self.model.bridge.blocks]
+        if self.model not in SLOW:
+            SLOW[self.model] = [slow_modules(b) for b in self.model.bridge.blocks]
+        self.slow = SLOW[self.model]
         self.reason = "asked for" if plain else ""
         self.at_once = self.peak = 0  # the most variants in one batch, and its bytes as `room` counts them
         self.worked, self.work = 0, 1  # tokens through a block: done, and all of them
@@ -717,7 +720,7 @@ class Base:
             while i < len(group):
                 part = group[i : i + size]
                 if not begun and not self.reason:
-                    part = [v for v in part if self.enters(v) >= self.n - max(1, self.n // 12)] or part[:1]
+                    part = [v for v in part if self.enters(v) == self.enters(part[0])][:FIRST]
                 try:
                     found = self.whole(part) if self.reason else (yield from self.paused(self.packed(part) if pack else self.wave(part, start)))
                 except t.OutOfMemoryError as error:

@@ -3,11 +3,13 @@ What a block need not compute, or can compute faster: modules whose forward is a
 """
 
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 import torch as t
 from torch import Tensor
+from transformer_lens.model_bridge.generalized_components.normalization import NormalizationBridge
+from transformers.activations import NewGELUActivation
 
 
 @contextmanager
@@ -43,16 +45,34 @@ def given(attention: t.nn.Module, out: Tensor) -> Generator:
         attention.__dict__.pop("forward", None)
 
 
+def slow_modules(block: t.nn.Module) -> list[t.nn.Module]:
+    """What `fused` can stand in for: Hugging Face's GPT-2 writes its activation as eight operations, the Bridge LayerNorm as seven."""
+    norms = [m for m in block.modules() if isinstance(m, NormalizationBridge) and type(m.original_component) is t.nn.LayerNorm]
+    same = [m for m in norms if m.original_component.eps == getattr(m.config, "eps", None) and m.original_component.weight is not None]
+    return [*(m for m in block.modules() if isinstance(m, NewGELUActivation)), *same]
+
+
 @contextmanager
 def fused(slow: list[t.nn.Module]) -> Generator:
-    """Hugging Face's GPT-2 writes its activation as eight operations."""
+    """The same in one operation for a while."""
     for m in slow:
-        m.__dict__["forward"] = gelu
+        m.__dict__["forward"] = gelu if isinstance(m, NewGELUActivation) else layer_norm(m)
     try:
         yield
     finally:
         for m in slow:
             m.__dict__.pop("forward", None)
+
+
+def layer_norm(m: NormalizationBridge) -> Callable:
+    whole = type(m).forward.__get__(m)
+
+    def forward(x: Tensor, **kwargs) -> Tensor:
+        if kwargs or x.dtype != t.float32 or m.hook_scale.fwd_hooks or m.hook_normalized.fwd_hooks:
+            return whole(x, **kwargs)
+        return m.hook_out(m.original_component(m.hook_in(x)))
+
+    return forward
 
 
 def gelu(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from edges import PARTS, EdgeRun, all_edges, edge_runs, gather, own_edge
 from messages import Node, Progress, Study, UserError, parse_node
-from model import Model
+from model import Edit, Model
 from patching import find_position
 from sweeps import statistics
 from drawings import published
@@ -76,11 +76,16 @@ class NodeRun(EdgeRun):
         return max(1, self.limit // (4 * (14 * i.d_model + 4 * i.d_mlp + 3 * i.n_heads * self.seq) * self.seq * len(self.ids)))
 
     @t.no_grad()
-    def metrics(self, cuts: list[Tensor]) -> np.ndarray:
+    def metrics(self, cuts: list) -> np.ndarray:
         """The metric [set, prompt]."""
+        last = f"blocks.{self.info.n_layers - 1}.hook_resid_post"
+        _, got = self.model.forward(self.ids.repeat(len(cuts), 1), [last], self.edits(cuts))
+        return self.score.of(got[last], 0)
+
+    def edits(self, cuts: list[Tensor]) -> list[Edit]:
         model, h, kv = self.model, self.info.n_heads, self.info.n_kv_heads
         cut = t.cat(cuts).to(model.device)  # [row, layer, column, seq]
-        n, edits, last = len(cuts), [], f"blocks.{self.info.n_layers - 1}.hook_resid_post"
+        n, edits = len(cuts), []
 
         def put(name: str, mask: Tensor) -> None:
             other = self.acts[name].repeat(n, *[1] * (self.acts[name].ndim - 1))
@@ -100,23 +105,38 @@ class NodeRun(EdgeRun):
                 put(self.zs[layer], here[:, :h].transpose(1, 2)[..., None])
             if here[:, 4 * h].any() and self.mlps[layer] in model.points:
                 put(self.mlps[layer], here[:, 4 * h][..., None])
-        _, got = model.forward(self.ids.repeat(n, 1), [last], edits)
-        return self.score.of(got[last], 0)
+        return edits
+
+
+def features_of(nodes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(n for n in nodes if parse_node(n).site == "sae")
+
+
+def by_parts(nodes: tuple[str, ...]) -> bool:
+    """Whether some node is a head's q, k or v."""
+    return any(n.site == "head" and n.part != "z" for n in map(parse_node, nodes))
 
 
 class Bench:
     """A circuit on its prompts: the metric of any set of parts alone, or of the model without some."""
 
-    def __init__(self, model: Model, study: Study, rest: str, seed: int, edges: bool, mlps: bool, positions: bool, parts: bool):
+    def __init__(self, model: Model, study: Study, rest: str, seed: int, edges: bool, mlps: bool, positions: bool, nodes: tuple[str, ...] = ()):
         self.model, self.study, self.rest, self.seed, self.edges = model, study, rest, seed, edges
-        self.mlps, self.positions, self.parts = mlps, positions, parts
+        self.mlps, self.positions, self.nodes = mlps, positions, nodes
         self.every = frozenset(all_edges(model.info))
 
     def prepare(self) -> Generator[Progress]:
         kind = EdgeRun
         if not self.edges:
-            more = tuple(f"blocks.{n}.attn.hook_{p}" for n in range(self.model.info.n_layers) for p in PARTS) if self.parts else ()
+            more = tuple(f"blocks.{n}.attn.hook_{p}" for n in range(self.model.info.n_layers) for p in PARTS) if by_parts(self.nodes) else ()
             kind = type("NodeRun", (NodeRun,), {"more": more, "mlps_count": self.mlps, "positions": self.positions})
+            if some := features_of(self.nodes):
+                from feature_circuits import FeatureRun, dictionaries
+
+                known = yield from dictionaries(self.model, self.study.saes, some)
+                heads = any(parse_node(n).site == "head" for n in self.nodes)
+                more = {"known": known, "heads_count": heads, "error": self.study.sae_error, "more": (*more, *(d.point for d in known))}
+                kind = type("FeatureRun", (FeatureRun,), {"mlps_count": self.mlps, "positions": self.positions} | more)
         self.runs = yield from edge_runs(self.model, self.study, self.rest, self.seed, kind)
         self.whole = gather(self.runs, [r.value for r in self.runs])
 
@@ -168,14 +188,15 @@ def score(model: Model, ask: Score) -> Generator[Progress, None, ScoreResult]:
     begun, circuit = time.monotonic(), ask.circuit
     check_circuit(circuit, model.info)
     edges = bool(circuit.edges) and ask.edges
-    if some := [n for n in circuit.nodes if parse_node(n).site == "sae"]:
-        raise UserError(f"{some[0]}: a circuit is scored by its heads and MLPs, not yet by features; drop them, or ablate the feature itself")
+    if edges and (some := features_of(circuit.nodes)):
+        raise UserError(
+            f"{some[0]}: a circuit with edges is scored by them, and features have none; score it by its nodes (without edges), or drop the feature"
+        )
     nodes = circuit.nodes if ask.mlps else tuple(n for n in circuit.nodes if parse_node(n).site != "mlp")
     parts = tuple(own_edge(model.info, e) for e in circuit.edges) if edges else nodes
     if not parts:
         raise UserError(f"{circuit.name} holds only MLPs, and they stay in any case: count them (mlps), or keep a head")
-    by_parts = any(parse_node(n).part != "z" for n in nodes if parse_node(n).site == "head")
-    bench = Bench(model, ask.study, ask.rest, ask.seed, edges, ask.mlps, ask.positions, by_parts)
+    bench = Bench(model, ask.study, ask.rest, ask.seed, edges, ask.mlps, ask.positions, nodes)
     yield from bench.prepare()
     none, mine = frozenset(), frozenset(parts)
     found = yield from bench.values([(mine, none), (none, none)], "faithfulness")
@@ -198,7 +219,7 @@ def score(model: Model, ask: Score) -> Generator[Progress, None, ScoreResult]:
     return ScoreResult(
         circuit, interval(bench.whole), interval(alone), interval(empty), faithfulness, parts, effects.astype(np.float32), tried,
         by_circuit.astype(np.float32), by_model.astype(np.float32), float(np.abs(by_circuit - by_model).max()) if len(by_model) else np.nan,
-        minimal.astype(np.float32), with_, members, time.monotonic() - begun, warning, convention(model, ask, edges, by_parts),
+        minimal.astype(np.float32), with_, members, time.monotonic() - begun, warning, convention(model, ask, edges, nodes),
         worst, low.astype(np.float32), high.astype(np.float32),
     )  # fmt: skip
 
@@ -248,11 +269,19 @@ def minimality(bench: Bench, parts: tuple[str, ...], circuit: Circuit, ask: Scor
     return np.array([moved[best[p]] for p in parts]), sets, np.array([x.low for x in sides]), np.array([x.high for x in sides])
 
 
-def convention(model: Model, ask: Score, edges: bool, parts: bool) -> str:
+def convention(model: Model, ask: Score, edges: bool, nodes: tuple[str, ...]) -> str:
+    parts, features, stay = by_parts(nodes), "", "MLPs and embeddings"
     n, rest = len(ask.study.prompt_set) or 1, REST[ask.rest]
+    if features_of(nodes):
+        error = "its error term kept" if ask.study.sae_error else "the error term dropped where the circuit is alone"
+        features = (
+            f"of an SAE (layers {', '.join(sorted({str(parse_node(x).layer) for x in features_of(nodes)}))}) the other features, {error}, position 0 as it is"
+        )
+        stay = stay if any(parse_node(x).site == "head" for x in nodes) else "heads, MLPs and embeddings"
     words = [
         f"{'edges' if edges else 'nodes'}: what is not in the circuit is set to {rest}" if not edges else f"edges: a cut edge carries {rest}",
-        "" if edges else "MLPs outside it too" if ask.mlps else "MLPs and embeddings always stay",
+        "" if edges else "MLPs outside it too" if ask.mlps else f"{stay} always stay",
+        features,
         "" if edges else "at the positions named" if ask.positions and any("@" in x for x in ask.circuit.nodes) else "at all positions",
         "of a head with some of q, k, v in it the others are set so" if parts else "",
         f"{ask.study.metric.kind}@{ask.study.metric.pos} over {n} prompt{'s' * (n != 1)}",
@@ -275,7 +304,7 @@ def greedy(model: Model, ask: Discover) -> Generator[Progress, None, DiscoverRes
     begun, info = time.monotonic(), model.info
     if not 0 < ask.target <= 1.5 or ask.nodes < 0:
         raise UserError("the target is a faithfulness above 0, and nodes are not negative (0: as few as the target allows)")
-    bench = Bench(model, ask.study, ask.rest, 0, False, False, True, False)
+    bench = Bench(model, ask.study, ask.rest, 0, False, False, True)
     yield from bench.prepare()
     left = [str(Node("head", n, h)) for n in range(info.n_layers) for h in range(info.n_heads)]
     t0 = time.monotonic()

@@ -3,6 +3,7 @@ The panes: what each asks of the engine, how it draws the answer, and what its k
 the cursor and the results. A new pane is a class in PANES: number, name, `wants`, `paint`, `step`, `node`, and the view that `v` turns.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -107,6 +108,17 @@ class Pane(Vertical, can_focus=True):
         """Where a text occurs, each as arguments of app.move."""
         texts = app.tokens.tokens.texts if app.tokens else ()
         return [{"pos": n} for n, text in enumerate(texts) if needle.lower() in text.lower()]
+
+    def with_circuit(self, app: "Loupe", name: str, key: tuple, make: Callable[[], Grid], cells: Callable[[Grid], Iterable]) -> Grid:
+        """A picture in which the circuit's cells are marked; `cells` gives every cell's address."""
+        nodes = app.state.current.nodes if app.state.current else ()
+        labels = app.tokens.tokens.labels if app.tokens else {}
+
+        def draw() -> Grid:
+            grid = make()
+            return replace(grid, kept=readings.kept_cells(nodes, cells(grid), labels)) if nodes else grid
+
+        return app.picture(name, (*key, nodes), draw)
 
     def copies(self, app: "Loupe") -> list[Item]:
         """What else can be copied from this pane."""
@@ -299,7 +311,8 @@ class AttentionPane(Pane):
         if heads is None or stat not in heads.stats:
             self.map.show(None, (0, 0), views["mode"], app.waiting("heads"))
         else:
-            grid = app.picture("heads", (id(heads), stat, marks), lambda: pictures.heads_grid(heads, stat, marks))
+            every = lambda g: readings.map_addresses(len(g.rows), len(g.cols) - 2, len(g.cols) - 1)  # noqa: E731
+            grid = self.with_circuit(app, "heads", (id(heads), stat, marks), lambda: pictures.heads_grid(heads, stat, marks), every)
             self.map.styles.width = min(5 + 5 * len(grid.cols), self.size.width // 2)
             column = c.head if c.comp == "head" else len(grid.cols) - (2 if c.comp == "attn" else 1)
             self.map.show(grid, (clip(c.layer, len(grid.rows)), column), views["mode"])
@@ -406,7 +419,8 @@ class AttributionPane(Pane):
             return
         whole = isinstance(result, AttributionSetResult)
         cells = result.mean if whole else result.cells
-        grid = app.picture("attribution", (id(result),), lambda: readings.cells_grid(cells))
+        every = lambda g: readings.map_addresses(len(g.rows), len(g.cols) - 2, len(g.cols) - 1)  # noqa: E731
+        grid = self.with_circuit(app, "attribution", (id(result),), lambda: readings.cells_grid(cells), every)
         self.map.styles.width = min(5 + 7 * len(grid.cols), self.size.width * 3 // 5)
         column = c.head if c.comp == "head" else len(grid.cols) - (2 if c.comp == "attn" else 1)
         self.map.show(grid, (clip(c.layer, len(grid.rows)), column), views["mode"])
@@ -545,7 +559,9 @@ class PatchingPane(Pane):
             self.table.show(None, (0, 0), views["mode"], message)
             self.info_line.show([])
             return
-        grid = app.picture("sweep", (id(truth), id(estimate), views["patching.show"]), lambda: readings.sweep_grid(truth, estimate, views["patching.show"]))
+        shown = views["patching.show"]
+        every = lambda g: [((r, c), a) for r in range(len(g.rows)) for c in range(len(g.cols)) if (a := result.address(r, c))]  # noqa: E731
+        grid = self.with_circuit(app, "sweep", (id(truth), id(estimate), shown), lambda: readings.sweep_grid(truth, estimate, shown), every)
         done = f"truth {truth.done}/{truth.total}" if truth else "estimate: S runs the truth"
         if truth and truth.done < truth.total:  # first in the title, where it is seen
             title, done = f"{done}{app.left('sweep') if 'sweep' in app.wanted else ', cancelled: S runs it again'} · {title}", "truth"
@@ -608,7 +624,8 @@ class WeightsPane(Pane):
         self.info_line.show([[(f" {convention}", DIM)]])
         if isinstance(result, CompositionResult):
             part = view.removeprefix("composition ")
-            grid = app.picture("weights", (id(result), part), lambda: readings.composition_grid(result, part))
+            every = lambda g: [((n, h), f"L{n}H{h}") for n in range(len(g.rows)) for h in range(len(g.cols))]  # noqa: E731
+            grid = self.with_circuit(app, "weights", (id(result), part), lambda: readings.composition_grid(result, part), every)
             self.map.show(grid, (c.layer, c.head), views["mode"])
             self.table.show([[(f"{part.upper()}-composition of L{c.layer}H{c.head}", BOLD)], [("earlier layers: it reads what they wrote", DIM)],
                              [("later layers: they read what it wrote", DIM)], [(f"random heads: {result.baseline:.3f} ± {result.spread:.3f}", BOLD)]])  # fmt: skip

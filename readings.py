@@ -1,5 +1,7 @@
 """Pictures of attribution and of weights: from their results to grids and lines. Pure functions; no app, no torch."""
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from messages import (
@@ -13,12 +15,32 @@ from messages import (
     Pairs,
     SingularResult,
     SweepResult,
+    parse_node,
 )
 from pictures import signed, texts_of
 from utils import show_token
 from widgets import BAD, BOLD, DIM, GOOD, HEAD, NEGATIVE, PLAIN, POSITIVE, Grid, Spans
 
 # ------------------------------------------------------------------ attribution
+
+
+def kept_cells(nodes: tuple[str, ...], cells: Iterable[tuple[tuple[int, int], str]], labels: dict[str, int]) -> frozenset[tuple[int, int]]:
+    """The cells (with their addresses) of a circuit's nodes. A whole head stands for its q, k, v too; a node without position for all positions."""
+    inside: dict[tuple, list[tuple]] = {}
+    for n in map(parse_node, nodes):
+        inside.setdefault((n.layer, n.site, n.head, n.index), []).append((n.part, labels.get(n.pos, n.pos)))
+    out = set()
+    for rc, address in cells if inside else ():
+        n = parse_node(address)
+        mine = inside.get((n.layer, n.site, n.head, n.index), ())
+        if any(part in ("z", n.part) and (None in (pos, n.pos) or pos == n.pos) for part, pos in mine):
+            out.add(rc)
+    return frozenset(out)
+
+
+def map_addresses(n_layers: int, n_heads: int, mlp: int) -> list[tuple[tuple[int, int], str]]:
+    """Of a map of layers × heads, with the MLPs in one column."""
+    return [((n, h), f"L{n}H{h}") for n in range(n_layers) for h in range(n_heads)] + [((n, mlp), f"L{n}.mlp") for n in range(n_layers)]
 
 
 def cells_grid(cells: AttributionCells) -> Grid:

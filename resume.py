@@ -95,7 +95,7 @@ def id_rows(ids: Tensor) -> tuple:
 
 
 def name_of(what: str, layer: int) -> str:
-    """The name in the cache of what a block gets (resid), or of its keys and values."""
+    """The name in the cache of a block's keys or values."""
     return f"blocks.{layer} {what}"
 
 
@@ -255,12 +255,16 @@ class Base:
         if not known or None in known:
             known = self.record(pair, names)
         self.acts, self.beside = known[0], known[-1] if beside is not None else {}
-        self.resid = [*(self.acts[name_of("resid", i)] for i in range(self.n)), self.acts[last]]
+        self.resid = [*(self.acts[self.entry(i)] for i in range(self.n)), self.acts[last]]
         self.kept = [] if self.reason else [(self.acts[name_of("keys", i)], self.acts[name_of("values", i)]) for i in range(self.n)]
+
+    def entry(self, layer: int) -> str:
+        """The name of what a block gets: before the interventions, which are made there once more."""
+        return f"blocks.{layer} before" if self.edits else f"blocks.{layer}.hook_resid_pre"
 
     def recall(self, ids: Tensor, names: list[str]) -> dict[str, Tensor] | None:
         """What a run left in the model's cache, if all of it is there."""
-        inside = [name_of(what, i) for what in ("resid", "keys", "values") for i in range(self.n)]
+        inside = [name for i in range(self.n) for name in (self.entry(i), name_of("keys", i), name_of("values", i))]
         found = {name: self.model.cache.get((id_rows(ids), DONE, name)) for name in (*inside, *names)}
         return None if any(x is None for x in found.values()) else found
 
@@ -274,7 +278,7 @@ class Base:
             and 32 * ids.numel() * self.n * (12 * model.info.d_model + model.info.n_heads * ids.shape[1]) <= model.cache.limit
         )
         names = list(dict.fromkeys((*names, *(common(model) if small else ()))))
-        enter = [(f"blocks.{i}.hook_resid_pre", lambda x, i=i: acts.__setitem__(name_of("resid", i), x.detach())) for i in range(self.n)]
+        enter = [(f"blocks.{i}.hook_resid_pre", lambda x, i=i: acts.__setitem__(self.entry(i), x.detach())) for i in range(self.n)]
         catch = [(n, lambda x, n=n: acts.__setitem__(n, x.detach())) for n in names]
         kept = None if self.reason else DynamicCache()
         with fused([] if self.reason else [m for some in self.slow for m in some]):

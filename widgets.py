@@ -105,7 +105,7 @@ class Lines(Widget):
 class Grid:
     """
     A picture: values [rows, columns] (NaN is blank) on the scale lo..hi, what stands in the cells (the number unless there is `text`), labels, and
-    how wide a cell may be; numbers under `faint` are dots; `blanks` are columns that show their name. `numbers` are shown when they differ from what is coloured (ranks on a log scale). `signed` draws outward from zero.
+    how wide a cell may be; numbers under `faint` are dots; `blanks` are columns that show their name. `numbers` are shown when they differ from what is coloured (ranks on a log scale). `signed` draws outward from zero. `marks` are underlined; `kept`, the circuit's cells, end in a dot.
     """
 
     values: np.ndarray
@@ -121,6 +121,7 @@ class Grid:
     corner: str = ""
     blanks: tuple[str, ...] = ()
     marks: frozenset[tuple[int, int]] = field(default_factory=frozenset)
+    kept: frozenset[tuple[int, int]] = field(default_factory=frozenset)
 
     def level(self) -> np.ndarray:
         """[rows, columns] int, -1 where blank."""
@@ -249,6 +250,8 @@ class GridView(Widget):
         for c in cols:
             level, value = int(levels[c]), float(values[c])
             text = self.cell_text(row, c, level, value, w)
+            if (row, c) in g.kept:
+                text = set_cell_size(text, w - 1) + "•"
             if self.mode == "shade":
                 style = CURSOR_PLAIN if c == cursor else BOLD if (row, c) in g.marks else PLAIN
             else:

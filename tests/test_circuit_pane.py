@@ -64,6 +64,31 @@ async def test_keep_score_and_path(zoo, tmp_path, size):
     assert not warning and again.state.circuits == app.state.circuits and again.state.circuit == "circuit"
 
 
+def test_cells_of_a_circuit():
+    from readings import kept_cells, map_addresses
+
+    head_map = map_addresses(2, 3, 4)
+    assert kept_cells(("L1H2", "L0.mlp", "L0H1@S2", "L0H0.v"), head_map, {}) == {(1, 2), (0, 4), (0, 1)}
+    places = [((0, p), f"L0H1@{p}") for p in range(4)]
+    assert kept_cells(("L0H1@S2",), places, {"S2": 3}) == {(0, 3)} and kept_cells(("L0H1",), places, {}) == {(0, p) for p in range(4)}
+    values = [((0, h), f"L0H{h}.v") for h in range(3)]
+    assert kept_cells(("L0H1", "L0H2.k", "L0H0.v"), values, {}) == {(0, 1), (0, 0)}, "a head is its q, k and v too"
+
+
+async def test_kept_cells_are_marked_everywhere(zoo, tmp_path):
+    app = make_app(zoo, tmp_path, small())
+    async with app.run_test(size=(160, 45)) as pilot:
+        await press(app, pilot)
+        await press(app, pilot, "2", "c", "l")
+        assert shown(app).count("•") == 1, "L3H0 in the heads' map"
+        await press(app, pilot, "3")
+        assert any("•" in line for line in shown(app).splitlines() if "L3" in line)
+        await press(app, pilot, "4", "S")
+        assert "•" in shown(app) or app.panes["patching"].table.grid.kept == frozenset()
+        await press(app, pilot, "u")
+        assert "•" not in shown(app)
+
+
 async def test_keep_from_other_panes(zoo, tmp_path):
     app = make_app(zoo, tmp_path, small())
     async with app.run_test(size=(160, 45)) as pilot:

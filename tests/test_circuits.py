@@ -189,7 +189,7 @@ def test_a_chain_of_removals_is_one_after_the_other(engines, monkeypatch):
         (Score(STUDY, Circuit("c")), "is empty"),
         (Score(STUDY, Circuit("c", "", ("L9H9",))), "not a node of"),
         (Score(STUDY, Circuit("c", "", ("L1.mlp",)), rest="zero"), "only MLPs"),
-        (Score(STUDY, Circuit("c", "", ("L1.sae.f3",)), rest="zero"), "not yet by features"),
+        (Score(STUDY, Circuit("c", "", ("L1.sae.f3",)), rest="zero"), "SAE"),
         (Score(STUDY, Circuit("c", "", ("L1H1",)), rest="mean"), "prompt set"),
         (Score(STUDY, Circuit("c", "", ("L1H1",)), rest="half"), "use one of"),
         (Score(STUDY, Circuit("c", "", ("L1H1",)), ("beauty",)), "not a score"),

@@ -10,8 +10,10 @@ from dictionaries import build, save
 
 import patching
 import saes
-from messages import Attribution, Identities, Metric, Run, Study, Sweep, UserError, parse_intervention
+from messages import Attribution, Identities, Metric, Run, Study, Sweep, UserError, parse_intervention, read_prompt_set
 from sparse import Feature, Features
+from utils import ROOT
+from wiring import Circuit, Score
 
 STUDY = Study(PROMPT)
 
@@ -440,3 +442,86 @@ def test_gradients_are_kept_apart(engines, sources):
     ]
     found = [engine.run(Features(s, source, pos=3, order="attribution")).total[1] for s in (*studies, study, *studies, study)]
     assert found[:5] == found[5:] and len(set(found)) == 5 and found[3] == pytest.approx(-found[0], abs=1e-5)
+
+
+# ------------------------------------------------------------------ in circuits
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("rest", ["zero", "patch"])
+def test_a_circuit_of_features_by_hooks(engines, references, sources, arch, rest, kept):
+    """Only some features left: what the SAE writes, by hand; one feature away: the intervention, but for position 0."""
+    engine, reference = engines[arch], references[arch]
+    d, ids, other = loaded(engine, sources[arch, "post"]), ids_of(engine), ids_of(engine, PROMPT.corrupt)
+    x, theirs = (reference.read(i, ("resid_post", 1))[0] for i in (ids, other))
+    f = d.encode(x)
+    some = f[4].argsort(descending=True)[:3].tolist()
+    alone = (d.encode(theirs) if rest == "patch" else t.zeros_like(f)).clone()
+    alone[:, some] = f[:, some]
+
+    def put(y):
+        change = (alone - f) @ d.sae.W_dec if kept else d.decode(alone, x) - x
+        y[0, 1:] += change[1:]
+
+    def away(y):
+        new = d.encode(theirs) if rest == "patch" else t.zeros_like(f)
+        y[0, 1:] += ((new - f)[:, some[0], None] * d.sae.W_dec[some[0]])[1:]
+
+    answer, foil = (engine.model.answer(PROMPT.clean, a).ids[0] for a in (PROMPT.answers[0], PROMPT.foils[0]))
+    metric = lambda edits: (lambda row: row[answer] - row[foil])(reference.run([ids], edits)[0][0][-1])  # noqa: E731
+    nodes = tuple(f"L1.sae.f{i}" for i in some)
+    study = replace(STUDY, saes=(d.source,), sae_error=kept)
+    r = engine.run(Score(study, Circuit("c", "", nodes), ("faithfulness", "effects", "completeness", "minimality"), rest))
+    assert r.model.mean == pytest.approx(metric([]), abs=1e-4)
+    assert r.alone.mean == pytest.approx(metric([(("resid_post", 1), put)]), abs=1e-4)
+    assert r.effects[0] == pytest.approx(metric([(("resid_post", 1), away)]) - r.model.mean, abs=1e-4)
+    assert ("kept" if kept else "dropped") in r.convention and "position 0" in r.convention and "heads, MLPs" in r.convention
+    at = engine.run(Score(study, Circuit("c", "", tuple(f"{nodes[0]}@{p}" for p in range(1, len(ids)))), rest=rest)).alone.mean
+    assert at == pytest.approx(engine.run(Score(study, Circuit("c", "", nodes[:1]), rest=rest)).alone.mean, abs=1e-4)
+
+
+@pytest.mark.parametrize("what", ["post", "mid", "z", "mlp", "attn", "transcoder"])
+def test_all_features_are_the_model(engines, sources, what):
+    """Every feature kept, with the error term: faithfulness 1. Beside all heads too. Without it, less."""
+    engine = engines["zoo" if what == "z" else "gpt2"]
+    d = loaded(engine, sources["zoo" if what == "z" else "gpt2", what])
+    info, study = engine.model.info, replace(STUDY, saes=(d.source,))
+    features = tuple(f"L1.sae.f{i}" for i in range(d.d_sae))
+    whole = engine.run(Score(study, Circuit("c", "", features), rest="zero"))
+    assert whole.faithfulness.mean == pytest.approx(1, abs=1e-4) and whole.alone.mean == pytest.approx(whole.model.mean, abs=1e-4)
+    heads = tuple(f"L{n}H{h}" for n in range(info.n_layers) for h in range(info.n_heads))
+    both = engine.run(Score(study, Circuit("c", "", (*heads, *features)), rest="patch"))
+    assert both.alone.mean == pytest.approx(whole.model.mean, abs=1e-4)
+    assert both.empty.mean != pytest.approx(whole.model.mean, abs=1e-3)
+    dropped = engine.run(Score(replace(study, sae_error=False), Circuit("c", "", features), rest="zero"))
+    assert (abs(dropped.alone.mean - whole.model.mean) > 1e-4) == (what != "transcoder"), "which is fitted without error"
+
+
+def test_means_of_features_in_a_circuit(engines, sources):
+    """The rest at its mean over the set's corrupted prompts, by numpy; edges and features do not mix."""
+    zoo = engines["zoo"]
+    d = loaded(zoo, sources["zoo", "early"])
+    prompts = read_prompt_set(ROOT / "zoo" / "prompts" / "ioi_abba.jsonl")[:4]
+    study = Study(prompts[0], prompt_set=prompts, saes=(d.source,))
+    acts = [zoo.model.trace(zoo.model.row(p.corrupt, None).ids, [d.point])[d.point][0] for p in prompts]
+    want = {"mean": t.stack([d.encode(x) for x in acts]).mean(0), "mean_all": t.stack([d.encode(x[1:]).mean(0) for x in acts]).mean(0)}
+    for rest, mean in want.items():
+        found = []
+        for p in prompts:
+            ids = zoo.model.row(p.clean, None).ids
+            x = zoo.model.trace(ids, [d.point])[d.point][0]
+            new = mean.expand(len(ids), -1).clone()
+            new[:, 3] = d.encode(x)[:, 3]
+            change = (new - d.encode(x)) @ d.sae.W_dec
+            change[0] = 0
+            logits = zoo.model.forward(t.tensor([ids]), edits=[(d.out, lambda y, c=change: y + c)], keep=1)[0][0, -1]
+            a, b = (zoo.model.answer(p.clean, w).ids[0] for w in (p.answers[0], p.foils[0]))
+            found.append(float(logits[a] - logits[b]))
+        r = zoo.run(Score(study, Circuit("c", "", ("L0.sae.f3",)), rest=rest))
+        np.testing.assert_allclose(r.alone.values, found, atol=1e-4)
+    with pytest.raises(UserError, match="features have none"):
+        zoo.run(Score(study, Circuit("c", "", ("L0H1", "L0.sae.f3"), ("L0H1->L1H1.k",))))
+    with pytest.raises(UserError, match="has features 0 to"):
+        zoo.run(Score(study, Circuit("c", "", ("L0.sae.f99999",))))
+    with pytest.raises(UserError, match="SAE"):
+        zoo.run(Score(replace(study, saes=()), Circuit("c", "", ("L0.sae.f3",))))

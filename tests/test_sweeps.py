@@ -618,3 +618,30 @@ def test_command_line(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["method"] == "atp" and len(found["values"]) == 4
     assert main(["sweep", "--kind", "z"]) == 2 and "no corrupted prompt" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ base runs are kept
+
+
+def test_base_runs_stay_in_the_cache(engine, arch, monkeypatch):
+    """The second sweep of the same prompts, of another kind or the other way, runs no base prompt; what is kept is not written to, and the numbers are the same."""
+    model = engine.model
+    model.cache.clear()
+    kinds = [k for k in ("z", "q", "pattern", "resid_pre", "mlp", "z_pos") if not missing(arch, k)]
+    cold = {}
+    for kind in kinds:
+        for direction in ("denoise", "noise"):
+            model.cache.clear()
+            cold[kind, direction] = sweep(engine, kind, direction=direction).values
+    model.cache.clear()
+    sweep(engine, "v")
+    assert any("a sweep's base run" in line for line in model.cache.entries())
+    versions = {key: x._version for key, x in model.cache.items.items() if key[1] == resume.DONE}
+    calls, forward = [], model.forward
+    monkeypatch.setattr(model, "forward", lambda *args, **kw: calls.append(1) or forward(*args, **kw))
+    for (kind, direction), values in cold.items():
+        np.testing.assert_allclose(sweep(engine, kind, direction=direction).values, values, atol=1e-5)
+    assert not calls
+    assert versions and all(model.cache.items[key]._version == n for key, n in versions.items())
+    sweep(engine, "z", replace(STUDY, interventions=(parse_intervention("L0.mlp=zero"),)))
+    assert calls, "under interventions the base run is another one"

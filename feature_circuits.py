@@ -1,0 +1,124 @@
+"""Features as nodes of a circuit (Marks et al. 2403.19647): what the SAEs write when only some of their features are left. See circuits.py."""
+
+from collections.abc import Generator
+
+import numpy as np
+import torch as t
+from torch import Tensor
+
+from circuits import NodeRun
+from features import check
+from messages import Progress, UserError, parse_node
+from model import Edit, Model
+from patching import find_position
+from saes import Dictionary, for_layer
+from steering import write
+
+
+def dictionaries(model: Model, sources: tuple[str, ...], nodes: tuple[str, ...]) -> Generator[Progress, None, dict[Dictionary, list[int]]]:
+    """The SAEs of a circuit's features, each with the indices of its features."""
+    out: dict[Dictionary, list[int]] = {}
+    for node in map(parse_node, nodes):
+        d = yield from for_layer(model, sources, node.layer)
+        d.check_index(node.index)
+        out.setdefault(d, [])
+        if node.index not in out[d]:
+            out[d].append(node.index)
+    return out
+
+
+class FeatureRun(NodeRun):
+    """
+    Nodes may be features. Outside the circuit are the other features of the same SAEs, at every position but the first (unless it is named); heads only
+    where the circuit has one. The SAEs' error terms stay, or go in runs of the circuit alone.
+    """
+
+    known: dict[Dictionary, list[int]] = {}
+    heads_count, error = True, True
+
+    def prepare(self) -> Generator[Progress]:
+        yield from super().prepare()
+        for d in self.known:
+            if not d.passed:
+                check(self.group[0], d)
+        self.others = {}
+        for d in self.known:
+            self.others[d] = yield from self.rest_of(d)
+
+    @t.no_grad()
+    def rest_of(self, d: Dictionary) -> Generator[Progress, None, Tensor]:
+        """What a feature outside the circuit is set to, [prompt, seq, feature] or with 1 where it is the same for all."""
+        if self.rest in ("patch", "resample"):
+            return self.encode(d, self.acts[d.point])
+        if self.rest == "zero":
+            return t.zeros(1, 1, 1, device=d.device)
+        rows = [self.model.row(p.corrupt, p.bos).ids for p in self.plan.ask.study.prompt_set if p.corrupt is not None]
+        total, count = 0.0, 0
+        for done, ids in enumerate(rows):
+            f = self.encode(d, self.model.trace(ids, [d.point])[d.point])
+            total, count = (total + f, count + 1) if self.rest == "mean" else (total + f[:, 1:].sum((0, 1), keepdim=True), count + len(ids) - 1)
+            yield Progress(done + 1, len(rows), "mean activations of the features")
+        if not count:
+            raise UserError("mean_all leaves out the first position, and the set's corrupted prompts have no other")
+        return total / count
+
+    def encode(self, d: Dictionary, x: Tensor) -> Tensor:
+        return t.stack([t.cat([d.encode(one[p]) for p in d.pieces(len(one))]) for one in x])
+
+    def room(self) -> int:
+        return max(1, min(super().room(), self.limit // (12 * self.seq * len(self.ids) * max(d.d_sae for d in self.known))))
+
+    # ---------------------------------------------------------------- sets
+
+    def places(self, nodes: frozenset[str], d: Dictionary) -> np.ndarray:
+        """1 where a feature of the circuit is named [prompt, seq, feature]; the first position only by name."""
+        out = np.zeros((len(self.rows), self.seq, len(self.known[d])), np.float32)
+        for node in map(parse_node, nodes):
+            if node.site == "sae" and node.layer == d.layer:
+                for i, row in enumerate(self.rows):
+                    here = node.pos is not None and self.positions
+                    at = find_position(node.pos, row, f"prompt {self.indices[i] + 1}") if here else slice(1, None)
+                    out[i, at, self.known[d].index(node.index)] = 1
+        return out
+
+    def mask(self, some: tuple[frozenset[str] | None, frozenset[str]]) -> tuple[Tensor, bool, dict[Dictionary, Tensor]]:
+        """The heads' mask; whether all other features are replaced; and where those of the circuit are [prompt, seq, feature]."""
+        kept, gone = some
+        heads = lambda nodes: frozenset(n for n in nodes if parse_node(n).site != "sae")  # noqa: E731
+        whole = super().mask((heads(kept) if kept is not None else None, heads(gone)))
+        if not self.heads_count:
+            whole[:, :, : 4 * self.info.n_heads] = 0
+        listed = {}
+        for d in self.known:
+            away = self.places(gone, d)
+            listed[d] = away
+            if kept is not None:
+                listed[d] = 1 - self.places(kept, d) * (1 - away)
+                listed[d][:, 0] = away[:, 0]
+        return whole, kept is not None, {d: t.tensor(x, device=d.device) for d, x in listed.items()}
+
+    def edits(self, cuts: list) -> list[Edit]:
+        found = super().edits([heads for heads, _, _ in cuts])
+        for d in self.known:
+            found += write(d, lambda x, y, d=d: self.written_by(d, x, y, cuts))
+        return found
+
+    def written_by(self, d: Dictionary, x: Tensor, y: Tensor, cuts: list) -> Tensor:
+        """What the SAE reads and what is written there [set x prompt, seq, ...]: the same with features replaced, y + decode(f') - decode(f), or decode(f')."""
+        x, b = d.flat(x), len(self.ids)
+        out = y.clone()
+        for i, (_, others, listed) in enumerate(cuts):
+            if not others and not listed[d].any():
+                continue
+            rows = slice(i * b, (i + 1) * b)
+            f, rest = self.encode(d, x[rows]), self.others[d].expand(b, self.seq, d.d_sae)
+            new = f.clone()
+            if others:
+                new[:, 1:] = rest[:, 1:]
+            index = self.known[d]
+            new[..., index] = t.where(listed[d] > 0, rest[..., index], f[..., index])
+            if others and not self.error:
+                out[rows, 1:] = d.decode(new, x[rows])[:, 1:].to(y).view(y[rows, 1:].shape)
+                new[:, 1:] = f[:, 1:]  # what is left to write is the first position's
+            out[rows] += (d.weigh(new - f) @ d.sae.W_dec * d.scale(x[rows])).to(y).view(y[rows].shape)
+        return out

@@ -183,6 +183,8 @@ class CircuitPane(Pane):
                 [("S runs what the view shows", PLAIN)],
             ]
         lines = score_lines(result) if result is not None else [[("S scores it: faithfulness and single effects", DIM)]]
+        if features := [n for n in circuit.nodes if parse_node(n).site == "sae"]:
+            lines += [[(line, PLAIN)] for line in wrap(f"features: {' '.join(features)}", width)]
         if circuit.found:
             lines += [[(line, DIM)] for line in wrap(f"found: {circuit.found}", width)]
         return lines
@@ -222,7 +224,7 @@ class CircuitPane(Pane):
         if result.minimal.size:
             order = np.argsort(result.minimal)
             lines += [[("minimality, least first: |F(C∖K) − F(C∖K∖v)| / F(M)", BOLD)]]
-            lines += [[(f"  {result.parts[i]:16}{float(result.minimal[i]):7.3f} ({float(result.minimal_low[i]):.3f} … {float(result.minimal_high[i]):.3f})  ", WARN if result.minimal[i] < 0.01 else PLAIN),
+            lines += [[(f"  {result.parts[i]:16}{float(result.minimal[i]):7.3f} ({float(result.minimal_low[i]):.3f}…{float(result.minimal_high[i]):.3f})  ", WARN if result.minimal[i] < 0.01 else PLAIN),
                        (f"K = {' '.join(result.minimal_with[i]) or 'nothing'}", DIM)] for i in order.tolist()]  # fmt: skip
         if result.faithfulness.values.size > 1:
             each = " ".join(f"{v:.2f}" for v in result.faithfulness.values.tolist())
@@ -310,7 +312,7 @@ def path_grid(result: SweepResult, request: PathPatch, edges: set[str]) -> Grid:
 
 
 def said(x: Interval) -> str:
-    return f"{x.mean:+.4f}" + (f" ({x.low:+.3f} … {x.high:+.3f})" if np.isfinite(x.low) else "")
+    return f"{x.mean:+.4f}" + (f" ({x.low:+.3f}…{x.high:+.3f})" if np.isfinite(x.low) else "")
 
 
 def score_lines(r: ScoreResult) -> list[Spans]:

@@ -149,29 +149,32 @@ class FeaturePane(Pane):
     def paint(self, app: "Loupe") -> None:
         state, view, source = app.state, app.state.views[self.view], app.state.sae
         narrow = self.size.width < 76
-        self.list.styles.width = "1fr" if narrow else min(58, self.size.width * 11 // 20)
+        self.list.styles.width = "1fr" if narrow else min(58, max(44, self.size.width * 11 // 20))
         self.side.set_class(narrow and view == "features" and self.size.height < 30, "hidden")
         n, error = max(3, self.size.height - 3), "kept" if state.sae_error else "dropped"
+        flight = app.result("preflight", PreflightResult) if source else None
+        if flight is None or flight.info.source != source:
+            self.list.styles.width = "1fr"
+            self.side.set_class(True, "hidden")
         if not source:
             self.show_title(app, (), "no SAE loaded", "")
             self.list.show(
                 [[("  z lists the SAEs and transcoders that fit this model", PLAIN)], [("  (sae_lens is imported then: about 14 s the first time)", DIM)]]
             )
-            self.side.show([])
             self.info_line.show([])
             return
-        flight = app.result("preflight", PreflightResult)
         if flight is None or flight.info.source != source:
             self.show_title(app, ("preflight",), f"{source} · loading", "")
             self.list.show([app.waiting("preflight"), [("  sae_lens is imported first (about 14 s), then the preflight runs", DIM)]])
-            self.side.show([])
             self.info_line.show([])
             return
         app.known_saes[source] = flight.info
         bad = "" if flight.verdict == "good" else f" · {flight.verdict.upper()}: cosine {flight.cosine:.3f}"
-        title = f"{view} · {source} at {flight.info.hook.replace('blocks.', 'L').replace('.hook_', '.')} · {flight.info.view} · error term {error}{bad}"
+        hook = flight.info.hook.replace("blocks.", "L").replace(".hook_", ".")
+        title = f"{view} · {source}{'' if source.endswith(hook) else f' at {hook}'}{bad}"
+        ways = f"{flight.info.view} activation · error term {error}"
         if view == "preflight" or flight.verdict == "refuse":
-            self.show_title(app, ("preflight",), title, flight.convention)
+            self.show_title(app, ("preflight",), f"{title} · {ways}", flight.convention)
             self.list.styles.width = "1fr"
             self.side.set_class(True, "hidden")
             self.list.show(preflight_lines(flight)[:n])
@@ -182,14 +185,14 @@ class FeaturePane(Pane):
         if detail is not None and (detail.index != self.index or detail.info.source != source):
             detail = None
         if view == "graph":
-            self.paint_graph(app, title, n)
+            self.paint_graph(app, f"{title} · {ways}", n)
         elif got is None or got.info.source != source:
-            self.show_title(app, ("features",), title, "")
+            self.show_title(app, ("features",), f"{title} · {ways}", "")
             self.list.show([app.waiting("features")])
         else:
             name = app.run_name(got.which)
             place = f"{got.pos} {show_token(pictures.texts_of(got.tokens)[got.pos])}"
-            self.show_title(app, ("features", "feature"), f"{title} · {name} at {place} by {got.order}", got.convention)
+            self.show_title(app, ("features", "feature"), f"{title} · {place} by {got.order} · {name} · {ways}", got.convention)
             self.list.show(feature_lines(got, self.index, n, self.list.styles.width.value if not narrow else self.size.width))
         width = max(24, self.size.width - int(self.list.styles.width.value if not narrow else self.size.width // 2) - 3)
         if view == "examples":
@@ -249,17 +252,17 @@ def feature_lines(r: FeaturesResult, index: int, n: int, width: float) -> list[S
     values = getattr(r, r.order)
     size = max(float(np.abs(values).max(initial=0)), 1e-9)
     known = shipped_labels()
-    lines: list[Spans] = [[(f"{'feature':9}{'activation':>10}{'attribution':>12}{'direct':>9}  {r.active} active", BOLD)]]
+    lines: list[Spans] = []
     for i, a, g, d, v in zip(r.index.tolist(), r.activation.tolist(), r.attribution.tolist(), r.direct.tolist(), values.tolist()):
         style = PLAIN + REVERSE if i == index else PLAIN
-        lines.append(
-            [(f"f{i:<8}{a:10.3f}{g:+12.4f}{d:+9.4f} ", style), (f"{bar(v / size)} ", PLAIN), (r.labels.get(i) or known.get((r.info.source, i), ""), DIM)]
-        )
+        more = f"{bar(v / size)} {r.labels.get(i) or known.get((r.info.source, i), '')}" if width > 50 else ""
+        lines.append([(f"f{i:<8}{a:10.3f}{g:+12.4f}{d:+9.4f} ", style), (more, DIM)])
     tail = [("other features", r.rest), ("bias", r.bias), ("reconstruction", r.reconstruction), ("error", r.error), ("activation", r.total)]
     at = next((k for k, i in enumerate(r.index.tolist()) if i == index), 0)
     room = max(2, n - len(tail) - 2)
-    top = max(0, min(at - room // 2, len(lines) - 1 - room))
-    shown = [lines[0], *lines[1 + top : 1 + top + room]]
+    top = max(0, min(at - room // 2, len(lines) - room))
+    count = f"{top + 1}–{min(top + room, len(lines))}/{r.active}" if lines else "none"
+    shown = [[(f"{count:9}{'activation':>10}{'attribution':>12}{'direct':>9}", BOLD)], *lines[top : top + room]]
     number = lambda x: " " * 12 if np.isnan(x) else f"{x:+12.4f}"  # noqa: E731
     shown += [
         [(f"{name:14}" + (f"{x:.0f} more" if name == "other features" else f"‖{x:.1f}‖").rjust(9)[:9] + number(g)[3:] + number(d)[3:], DIM)]

@@ -24,6 +24,7 @@ if "SSH_CONNECTION" in os.environ:  # remote mode: fewer frames; textual reads t
     os.environ.setdefault("TEXTUAL_ANIMATIONS", "none")
 
 from textual import work
+from rich.cells import cell_len
 from textual.app import App, ComposeResult
 from textual.binding import Binding
 from textual.containers import Container
@@ -483,9 +484,10 @@ class Loupe(Deeds, Quests, Circuits, Dictionaries, App):
         letter = self.panes[self.pane].number
         hints: Spans = [(f" {self.node()!s:18}" if self.info else " ", BOLD), (" ?", BOLD), (" help ", DIM)]
         shown = {a.keys.split(",")[0]: a for a in self.table if letter in a.hint and (a.group != "Move" or a.id == "enter")}
-        for key, a in shown.items():
-            hints += [(f" {show_key(key)}", BOLD), (f" {a.title} ", DIM)]
-        hints += [(" hjkl", BOLD), (" move ", DIM)]
+        for key, title in (*((show_key(k), a.title) for k, a in shown.items()), ("hjkl", "move")):
+            if sum(cell_len(text) for text, _ in hints) + cell_len(key + title) + 3 > self.size.width:
+                break
+            hints += [(f" {key}", BOLD), (f" {title} ", DIM)]
         self.hint_line.show([hints])
 
     def draw_top(self) -> None:

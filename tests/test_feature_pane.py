@@ -33,7 +33,7 @@ async def test_features(zoo, tmp_path, size):
         assert "no SAE loaded" in shown(app) and "z lists" in shown(app)
         await load(app, pilot, "L2.res")
         assert app.state.saes == ("zoo/L2.resid_post",) and app.state.sae == "zoo/L2.resid_post"
-        assert "zoo/L2.resid_post at L2.resid_post" in shown(app) and "reconstruction" in shown(app) and "error of the sum" in shown(app)
+        assert "features · zoo/L2.resid_post" in shown(app) and "reconstruction" in shown(app) and "error of the sum" in shown(app)
         pane = app.panes["features"]
         first = pane.index
         await press(app, pilot, "j")

@@ -1,6 +1,7 @@
 """`.env`, terminal colours, token display and formatting. Torch only inside `tec()`."""
 
 import unicodedata
+from functools import lru_cache
 from pathlib import Path
 
 from dotenv import dotenv_values
@@ -29,8 +30,14 @@ def tec() -> None:
 
 
 def settings(root: Path = ROOT) -> dict[str, str]:
-    """The values of `.env`, overridden by `.env.local`. The system environment is never read."""
-    return {k: v or "" for name in (".env", ".env.local") for k, v in dotenv_values(root / name, interpolate=False).items()}
+    """The values of `.env`, overridden by `.env.local`; read again when they changed. The system environment is never read."""
+    files = [root / name for name in (".env", ".env.local")]
+    return dict(read_settings(*((f, f.stat().st_mtime_ns if f.is_file() else 0) for f in files)))
+
+
+@lru_cache(4)
+def read_settings(*files: tuple[Path, int]) -> dict[str, str]:
+    return {k: v or "" for f, _ in files for k, v in dotenv_values(f, interpolate=False).items()}
 
 
 # ------------------------------------------------------------------ tokens

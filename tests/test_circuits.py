@@ -13,7 +13,7 @@ from conftest import PROMPT
 import drawings
 from edges import all_edges, edge_runs
 from engine import Engine
-from messages import Load, Metric, Prompt, Run, Study, UserError, from_json, read_prompt_set, to_json
+from messages import Load, Metric, Prompt, Run, Study, UserError, from_json, parse_node, read_prompt_set, to_json
 from session import Session, State, read_session
 from test_paths import ended
 from utils import ROOT
@@ -130,6 +130,71 @@ def test_eap_is_a_finite_difference(engine):
     full = ended(run.run([run.mask(edges)]))[0, 0]
     for edge, value in zip(picked, values):
         assert (value - full) / step == pytest.approx(float(scores[run.where[edge]]), abs=5e-3 + 0.05 * abs(float(scores[run.where[edge]]))), edge
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "zoo"])
+def test_eap_on_transformer_lens_own_model(engines, folders, arch):
+    """Every edge as EAP's own implementations score it: HookedTransformer with split inputs, gradients by autograd; (corrupted - clean sender) . gradient."""
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
+    from transformers import AutoModelForCausalLM
+
+    hf, engine = AutoModelForCausalLM.from_pretrained(folders[arch], dtype=t.float32), engines[arch]
+    c, info = hf.config, engine.model.info
+    cfg = HookedTransformerConfig(
+        n_layers=c.n_layer, d_model=c.n_embd, n_heads=c.n_head, d_head=c.n_embd // c.n_head, d_mlp=c.n_inner or 4 * c.n_embd, d_vocab=c.vocab_size,
+        n_ctx=c.n_positions, act_fn="gelu_new", normalization_type="LN", eps=c.layer_norm_epsilon, device="cpu", init_weights=False,
+    )  # fmt: skip
+    model = HookedTransformer(cfg)
+    model.load_state_dict(convert_gpt2_weights(hf, cfg), strict=False)
+    model.set_use_split_qkv_input(True)
+    model.set_use_hook_mlp_in(True)
+    model.set_use_attn_result(True)
+    study = SET if arch == "zoo" else STUDY
+    prompt = study.prompt_set[0] if study.prompt_set else study.prompt
+    check = engine.model.check(prompt)
+    a, f = check.answers[0].ids[0], check.foils[0].ids[0]
+    ends = [f"blocks.{n}.{x}" for n in range(cfg.n_layers) for x in ("hook_q_input", "hook_k_input", "hook_v_input", "hook_mlp_in")]
+    ends.append(f"blocks.{cfg.n_layers - 1}.hook_resid_post")
+    sends = ["blocks.0.hook_resid_pre", *(f"blocks.{n}.{x}" for n in range(cfg.n_layers) for x in ("attn.hook_result", "hook_mlp_out"))]
+    acts: list[dict] = [{}, {}]
+    grads: dict = {}
+    for side, row in zip(acts, (check.clean, check.corrupt)):
+
+        def keep(x, hook, side=side):
+            side[hook.name] = x.detach()
+
+        def leaf(x, hook, side=side):
+            if side is acts[0]:
+                x = x.detach().requires_grad_(True) if not x.requires_grad else x
+                x.retain_grad()
+                grads[hook.name] = x
+            return x
+
+        with t.enable_grad():
+            logits = model.run_with_hooks(t.tensor([row.ids]), fwd_hooks=[*((n, keep) for n in sends), *((n, leaf) for n in ends)])
+        if side is acts[0]:
+            (logits[0, -1, a] - logits[0, -1, f]).backward()
+    change = {n: acts[1][n] - acts[0][n] for n in sends}
+
+    def sent(e):
+        if e.sender == "embed":
+            return change[sends[0]]
+        node = parse_node(e.sender)
+        return change[f"blocks.{node.layer}.hook_mlp_out"] if node.site == "mlp" else change[f"blocks.{node.layer}.attn.hook_result"][:, :, node.head]
+
+    def slope(e):
+        if e.receiver == "logits":
+            return grads[ends[-1]].grad
+        node = parse_node(e.receiver)
+        return (
+            grads[f"blocks.{node.layer}.hook_mlp_in"].grad if node.site == "mlp" else grads[f"blocks.{node.layer}.hook_{node.part}_input"].grad[:, :, node.head]
+        )
+
+    found = engine.run(Discover(replace(study, prompt=prompt, prompt_set=()), "eap", edges=20))
+    want = [float((sent(e) * slope(e)).sum()) for e in map(parse_edge, found.edges)]
+    assert len(want) == len(all_edges(info)) and max(map(abs, want)) > 1e-2
+    np.testing.assert_allclose(found.scores, want, atol=1e-4 * max(1, *map(abs, want)))
 
 
 def test_attribution_ranks_edges_as_cutting_them_does(engines):

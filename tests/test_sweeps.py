@@ -387,6 +387,28 @@ def slopes(engine, ask: Sweep) -> list[np.ndarray]:
     return [(ends[0] - ends[1]) / (2 * eps), estimate]
 
 
+def test_estimates_are_transformer_lens_attribution_patching(engine, arch):
+    """Heads and MLPs by position, against transformer_lens.tools.analysis.attribution_patching (gradients on the corrupted run)."""
+    from transformer_lens.tools.analysis.attribution_patching import Node, attribution_patch
+
+    check = engine.model.check(PROMPT)
+    a, b = check.answers[0].ids[0], check.foils[0].ids[0]
+    ids = [t.tensor([row.ids]) for row in (check.clean, check.corrupt)]
+    bridge = engine.model.bridge
+    try:
+        with t.enable_grad():
+            theirs = attribution_patch(bridge.requires_grad_(True), *ids, lambda logits: logits[0, -1, a] - logits[0, -1, b]).node_scores
+    finally:
+        bridge.requires_grad_(False)
+    scale, info, seq = max(map(abs, theirs.values())), engine.model.info, ids[0].shape[1]
+    heads, mlps = (engine.run(Estimate(STUDY, kind)) for kind in ("z_pos", "mlp"))
+    for layer in range(info.n_layers):
+        want = [[theirs[Node("attn_head_out", p, layer, h)] for p in range(seq)] for h in range(info.n_heads)]
+        rows = slice(layer * info.n_heads, (layer + 1) * info.n_heads)
+        np.testing.assert_allclose((heads.values - heads.base)[rows], want, atol=TOL * max(1, scale))
+        np.testing.assert_allclose((mlps.values - mlps.base)[layer], [theirs[Node("mlp_out", p, layer)] for p in range(seq)], atol=TOL * max(1, scale))
+
+
 def test_estimates_know_their_limits(engines):
     """On the zoo the estimates rank cells as the truth does; integrated gradients add up to the whole effect at the first layer."""
     engine = engines["zoo"]

@@ -78,10 +78,10 @@ class DiscoverCommand(Options):
     """Find a circuit, over --set or the prompt; --out saves it."""
 
     method: str = Discover.method
-    """eap, eap-ig, eap-ig-activations, clean-corrupted, acdc, greedy"""
+    """eap, eap-ig, eap-ig-activations, clean-corrupted, acdc, greedy, features (of --sae)"""
     edges: int = Discover.edges
     nodes: int = Discover.nodes
-    """greedy: stop at so many heads (0: at --target)"""
+    """greedy: stop at so many heads (0: at --target); features: so many (0: 20)"""
     threshold: float = Discover.threshold
     """acdc, in units of the metric"""
     steps: int = Discover.steps

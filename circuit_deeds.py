@@ -222,7 +222,9 @@ class Circuits:
         self.open(Picker("discover a circuit by", items, lambda item, typed: item and self.how_to_discover(item.key)))
 
     def how_to_discover(self, method: str) -> None:
-        fields = {"acdc": [("threshold", "0.1")], "greedy": [("target", "0.85"), ("heads", "0")]}.get(method, [("edges", "40"), ("steps", "5")])
+        fields = {"acdc": [("threshold", "0.1")], "greedy": [("target", "0.85"), ("heads", "0")], "features": [("features", "20"), ("steps", "5")]}.get(
+            method, [("edges", "40"), ("steps", "5")]
+        )
         rest = self.state.views["circuit.rest"]
 
         def accept(values: list[str]) -> str:
@@ -235,6 +237,8 @@ class Circuits:
                 request = dataclasses.replace(request, threshold=numbers[0])
             elif method == "greedy":
                 request = dataclasses.replace(request, target=numbers[0], nodes=int(numbers[1]))
+            elif method == "features":
+                request = dataclasses.replace(request, nodes=int(numbers[0]), steps=int(numbers[1]))
             else:
                 request = dataclasses.replace(request, edges=int(numbers[0]), steps=int(numbers[1]))
             self.discover(request)

@@ -29,6 +29,10 @@ def discover(model: Model, ask: Discover) -> Generator[Progress, None, DiscoverR
         import circuits
 
         return (yield from circuits.greedy(model, ask))
+    if ask.method == "features":
+        import feature_circuits
+
+        return (yield from feature_circuits.discover(model, ask))
     if ask.study.metric.kind == "rank":
         raise UserError("a rank has no gradient and no scale: use logit_diff, prob, logprob or kl")
     if ask.edges < 1 or ask.steps < 1 or ask.threshold <= 0:

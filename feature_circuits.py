@@ -1,18 +1,25 @@
-"""Features as nodes of a circuit (Marks et al. 2403.19647): what the SAEs write when only some of their features are left. See circuits.py."""
+"""
+Features as nodes of a circuit (Marks et al. 2403.19647): what the SAEs write when only some of their features are left; finding those that matter.
+See circuits.py.
+"""
 
+import time
 from collections.abc import Generator
 
 import numpy as np
 import torch as t
 from torch import Tensor
 
-from circuits import NodeRun
+from circuits import Bench, NodeRun
+from discovery import COUNTS
+from estimates import metric
 from features import check
 from messages import Progress, UserError, parse_node
 from model import Edit, Model
 from patching import find_position
-from saes import Dictionary, for_layer
+from saes import Dictionary, for_layer, load
 from steering import write
+from wiring import METHODS, REST, Circuit, Discover, DiscoverResult, rank
 
 
 def dictionaries(model: Model, sources: tuple[str, ...], nodes: tuple[str, ...]) -> Generator[Progress, None, dict[Dictionary, list[int]]]:
@@ -122,3 +129,99 @@ class FeatureRun(NodeRun):
                 new[:, 1:] = f[:, 1:]  # what is left to write is the first position's
             out[rows] += (d.weigh(new - f) @ d.sae.W_dec * d.scale(x[rows])).to(y).view(y[rows].shape)
         return out
+
+
+# ------------------------------------------------------------------ discovery
+
+
+def discover(model: Model, ask: Discover) -> Generator[Progress, None, DiscoverResult]:
+    """The `nodes` features of the study's SAEs whose replacement moves the metric most, by gradients integrated along it; checked by true ablation."""
+    begun = time.monotonic()
+    if not ask.study.saes:
+        raise UserError("features are scored in the SAEs of the study, and none is loaded: load one first")
+    if ask.study.metric.kind in ("rank", "loss"):
+        raise UserError(f"{ask.study.metric.kind} gives no score: use logit_diff, prob, logprob or kl")
+    if ask.steps < 1 or ask.nodes < 0:
+        raise UserError("steps are at least 1, and nodes are not negative (0: 20)")
+    loaded = []
+    for source in ask.study.saes:
+        loaded.append((yield from load(model, source)))
+    if len({d.layer for d in loaded}) < len(loaded):
+        raise UserError("two SAEs of one layer are loaded, and a node L2.sae.f7 names one: close one of them")
+    bench = Bench(model, ask.study, ask.rest, 0, False, False, True, tuple(f"L{d.layer}.sae.f0" for d in loaded))
+    yield from bench.prepare()
+    none = frozenset()
+    t0 = time.monotonic()
+    empty = (yield from bench.values([(none, none)], "features"))[0]
+    one = time.monotonic() - t0
+    k = ask.nodes or 20
+    counts = [c for c in COUNTS if c < k] + [k]
+    passes = ask.steps * len(loaded) * len(bench.runs)
+    slope(bench.runs[0], loaded[0], t.zeros(()))
+    expected = one * (len(counts) + 2) + passes * (time.monotonic() - t0 - one)
+    gap = float((bench.whole - empty).mean())
+    names, scores, words = (), np.zeros(0), f"the {k} of the largest |score|, gradients at {ask.steps} points on the way"
+    if not ask.dry:
+        found = yield from attributions(bench.runs, loaded, ask.steps, len(bench.whole), begun)
+        order = sorted((a for a in found if found[a]), key=lambda a: -abs(found[a]))
+        names, scores = tuple(order), np.array([found[a] for a in order])
+    nodes, curve, warning = names[:k], np.zeros(0), ""
+    if nodes:
+        counts = [*(c for c in counts if c < len(nodes)), len(nodes)]
+        some = bench.runs[0].known  # one dict of all runs
+        for d in some:
+            some[d][:] = [parse_node(n).index for n in nodes if parse_node(n).layer == d.layer]
+        alone = yield from bench.values([(frozenset(nodes[:c]), none) for c in counts], "features: curve")
+        curve = (alone.mean(1) - empty.mean()) / gap if abs(gap) > 1e-9 else np.full(len(counts), np.nan)
+        warning = "" if np.isfinite(curve[-1]) else "model and empty circuit have the same metric: no faithfulness"
+    elif not ask.dry:
+        warning = "every score is 0: the metric does not see these features"
+    n = len(ask.study.prompt_set) or 1
+    parts = [METHODS["features"], words, f"a feature that is left out is set to {REST[ask.rest]}", f"SAEs {', '.join(d.source for d in loaded)}",
+             "error term kept" if ask.study.sae_error else "error term dropped where the circuit is alone", "position 0 as it is, heads and MLPs stay",
+             f"{ask.study.metric.kind}@{ask.study.metric.pos}, mean of {n} prompt{'s' * (n != 1)}", "interventions left out" * bool(ask.study.interventions), model.info.dtype]  # fmt: skip
+    convention = "; ".join(p for p in parts if p)
+    circuit = Circuit(ask.name or "features", model.info.name, tuple(sorted(nodes, key=rank)), found=convention)
+    return DiscoverResult(
+        circuit, "features", names, scores.astype(np.float32), np.array(counts if nodes else [], np.int32), curve.astype(np.float32),
+        float(curve[-1]) if nodes else np.nan, expected, time.monotonic() - begun, warning, convention,
+    )  # fmt: skip
+
+
+def attributions(runs: list[FeatureRun], some: list[Dictionary], steps: int, prompts: int, begun: float) -> Generator[Progress, None, dict[str, float]]:
+    """Of every feature (replaced - own activation) . gradient, integrated along the replacement of its whole SAE, summed over positions but the first."""
+    out, done, passes = {}, 0, steps * len(some) * len(runs)
+    for d in some:
+        total = t.zeros(d.d_sae, dtype=t.float64)
+        for run in runs:
+            x = d.flat(run.clean[d.point])
+            change = run.others[d] - run.encode(d, x)
+            change[:, 0] = 0
+            change = d.weigh(change)
+            delta = (change @ d.sae.W_dec) * d.scale(x)
+            for k in range(steps):
+                g = slope(run, d, delta * ((k + 0.5) / steps)) * d.scale(x)
+                for c, row in zip(change, g):
+                    total += (c * (row @ d.sae.W_dec.T)).sum(0).double().cpu() / steps
+                done += 1
+                spent = time.monotonic() - begun
+                yield Progress(done, passes, f"features: {spent / done * (passes - done):.0f} s left")
+        out |= {f"L{d.layer}.sae.f{i}": total[i].item() / prompts for i in total.nonzero()[:, 0].tolist()}
+    return out
+
+
+def slope(run: FeatureRun, d: Dictionary, delta: Tensor) -> Tensor:
+    """The metric's gradient at what the SAE writes [prompt, seq, d_out], of the clean run with `delta` added there."""
+    kept: dict[str, Tensor] = {}
+    name = f"blocks.{d.layer}.hook_attn_out" if d.out.endswith("resid_mid") else d.out
+    last = f"blocks.{run.info.n_layers - 1}.hook_resid_post"
+
+    def leaf(x: Tensor) -> Tensor:
+        kept["leaf"] = t.zeros_like(x).requires_grad_(True)
+        return x + (delta.to(x).view(x.shape) if delta.ndim else 0) + kept["leaf"]
+
+    model = run.model
+    with t.enable_grad(), model.hooks([(name, leaf), (last, lambda x: kept.__setitem__("end", x))]):
+        model.bridge(run.ids.to(model.device), use_cache=False, logits_to_keep=1)
+        found = t.autograd.grad(metric(run.score, kept["end"]).sum(), kept["leaf"], allow_unused=True)[0]
+    return d.flat(t.zeros_like(kept["leaf"]) if found is None else found).detach()

@@ -153,6 +153,7 @@ METHODS = {
     "clean-corrupted": "EAP with the mean of the gradients of the clean and the corrupted run",
     "acdc": "ACDC: from the logits back, an edge goes when removing it moves the metric less than the threshold",
     "greedy": "exact and greedy over nodes: the node whose removal costs least goes, again and again",
+    "features": "features of the loaded SAEs: (replaced - own activation) . gradient, integrated along the replacement",
 }
 
 
@@ -198,7 +199,7 @@ class Score:
 @dataclass(frozen=True)
 class Discover:
     """
-    Find a circuit by one of METHODS: the `edges` edges (EAP family) or the `nodes` nodes (greedy) that matter most, or (acdc) every edge above
+    Find a circuit by one of METHODS: the `edges` edges (EAP family) or the `nodes` nodes (greedy, features) that matter most, or (acdc) every edge above
     `threshold` (in units of the metric, or of KL). `steps` of the integral. `target`: greedy stops before faithfulness falls below it. `dry`: only the
     estimate of the time. The result is checked by true ablation (`rest`).
     """

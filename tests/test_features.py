@@ -13,7 +13,7 @@ import saes
 from messages import Attribution, Identities, Metric, Run, Study, Sweep, UserError, parse_intervention, read_prompt_set
 from sparse import Feature, Features
 from utils import ROOT
-from wiring import Circuit, Score
+from wiring import Circuit, Discover, Score
 
 STUDY = Study(PROMPT)
 
@@ -525,3 +525,33 @@ def test_means_of_features_in_a_circuit(engines, sources):
         zoo.run(Score(study, Circuit("c", "", ("L0.sae.f99999",))))
     with pytest.raises(UserError, match="SAE"):
         zoo.run(Score(replace(study, saes=()), Circuit("c", "", ("L0.sae.f3",))))
+
+
+@pytest.mark.parametrize("rest", ["zero", "patch"])
+def test_scores_of_all_features_add_up(engines, sources, arch, rest):
+    """Gradients integrated along the replacement: the scores' sum is what replacing all of them does to the metric."""
+    engine = engines[arch]
+    d = loaded(engine, sources[arch, "post"])
+    study = replace(STUDY, saes=(d.source,))
+    found = engine.run(Discover(study, "features", nodes=5, steps=300 if rest == "zero" else 60, rest=rest))
+    r = engine.run(Score(study, Circuit("c", "", found.edges[:1]), rest=rest))
+    assert abs(r.empty.mean - r.model.mean) > 1e-2
+    assert float(found.scores.sum()) == pytest.approx(r.empty.mean - r.model.mean, rel=0.03, abs=1e-3)
+    assert len(found.circuit.nodes) == 5 and set(found.circuit.nodes) == set(found.edges[:5])
+    checked = engine.run(Score(study, found.circuit, rest=rest)).faithfulness.mean
+    assert found.score == pytest.approx(checked, abs=1e-4) == pytest.approx(float(found.faithfulness[-1]), abs=1e-4)
+
+
+def test_a_circuit_of_features_on_the_zoo(engines):
+    """Of 768 features in layer 2, thirty carry the IOI task."""
+    prompts = read_prompt_set(ROOT / "zoo" / "prompts" / "ioi_abba.jsonl")[:8]
+    study = Study(prompts[0], prompt_set=prompts, saes=("zoo/L2.resid_post",))
+    found = engines["zoo"].run(Discover(study, "features", nodes=30))
+    assert found.score > 0.85 and (np.diff(found.counts) > 0).all() and "error term kept" in found.convention
+    few = engines["zoo"].run(Discover(study, "features", nodes=3))
+    assert few.circuit.nodes != found.circuit.nodes and few.score == pytest.approx(float(found.faithfulness[found.counts.tolist().index(3)]), abs=1e-4)
+    dry = engines["zoo"].run(Discover(study, "features", dry=True))
+    assert dry.expected > 0 and not dry.circuit.nodes
+    for ask, words in ((replace(study, saes=()), "load one first"), (replace(study, metric=Metric("rank")), "gives no score")):
+        with pytest.raises(UserError, match=words):
+            engines["zoo"].run(Discover(ask, "features"))

@@ -84,6 +84,8 @@ def test_the_tours_features(engines):
     found = engines["zoo"].run(Features(Study(SET[0]), "zoo/L2.resid_post", pos=14, order="attribution"))
     first, second = zip(found.index[:2].tolist(), found.attribution[:2].tolist())
     assert f"`f{first[0]}` {first[1]:+.3f} leads, then `f{second[0]}` {second[1]:+.3f}" in README
+    carry = engines["zoo"].run(Discover(Study(SET[0], prompt_set=SET, saes=("zoo/L2.resid_post",)), "features", nodes=30))
+    assert f"{len(carry.circuit.nodes)} of 768, faithfulness {carry.score:.3f}" in README
 
 
 def test_the_python_example(monkeypatch):

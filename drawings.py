@@ -179,7 +179,7 @@ def mermaid(circuit: Circuit) -> str:
 
 SCRIPT = '''"""
 The circuit {name} of {model}: its faithfulness{about}.
-Made by Loupe; needs torch, transformers and transformer_lens only.
+Made by Loupe; needs torch, transformers and transformer_lens{needs} only.
 """
 
 import torch as t
@@ -248,19 +248,24 @@ def metric(logits, p):
 
 '''
 
+PLACES = """
+def positions(pos, p, seq):
+    if not pos:
+        return slice(None)
+    if pos.lstrip("-").isdigit():
+        return int(pos) % seq
+    if pos == "END" and "END" not in p[4]:
+        return seq - 1
+    offsets = tokenizer(p[0], add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return seq - len(offsets) + next(i for i, (a, b) in enumerate(offsets) if a <= p[4][pos] < b)
+
+"""
+
 NODES = '''
 def keeps(node, p, seq):
     """(layer, part or mlp, head, positions) of a node."""
     address, _, pos = node.partition("@")
-    if not pos:
-        places = slice(None)
-    elif pos.lstrip("-").isdigit():
-        places = int(pos) % seq
-    elif pos == "END" and "END" not in p[4]:
-        places = seq - 1
-    else:
-        offsets = tokenizer(p[0], add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        places = seq - len(offsets) + next(i for i, (a, b) in enumerate(offsets) if a <= p[4][pos] < b)
+    places = positions(pos, p, seq)
     if address.endswith(".mlp"):
         return int(address[1:-4]), "mlp", 0, places
     head, _, part = address.partition(".")
@@ -293,6 +298,73 @@ def alone(circuit, p):
         if mlps and name in NAMES:
             mask = ~keep["mlp"][layer, 0]
             hooks.append((name, lambda x, hook, name=name, mask=mask: t.where(mask[None, :, None], source[name].to(x), x)))
+    return metric(run(ids, hooks), p)
+
+
+parts = nodes
+'''
+
+FEATURES = '''
+from sae_lens import SAE
+
+error = {error}  # whether what an SAE does not explain stays in the circuit
+
+
+def load(source):
+    release, _, ident = source.partition(":")
+    sae = SAE.from_pretrained(release, ident) if ident else SAE.load_from_disk(source)
+    sae = (sae[0] if isinstance(sae, tuple) else sae).float().eval()
+    sae.turn_off_forward_pass_hook_z_reshaping()
+    hook = sae.cfg.metadata.hook_name
+    assert "transcoder" not in sae.cfg.architecture() and not hook.endswith(("resid_mid", "mlp_in")), f"this script does not know {{source}}"
+    return int(hook.split(".")[1]), (sae, hook)
+
+
+by_layer = dict(load(source) for source in {saes!r})
+NAMES = [hook for _, hook in by_layer.values()]
+corrupted = [values(to_ids(p[1])) for p in prompts if p[1] is not None] if rest.startswith("mean") else []
+
+
+def split(sae, x):
+    """The activation as the SAE reads it, and what was taken off."""
+    x = x.float().flatten(-2) if x.ndim == 4 else x.float()
+    mean = x.mean(-1, keepdim=True) if (sae.cfg.metadata.model_from_pretrained_kwargs or {{}}).get("center_writing_weights") else t.zeros(1)
+    return x - mean, mean
+
+
+def others(sae, hook, p):
+    """What features outside the circuit are set to."""
+    encode = lambda acts: sae.encode(split(sae, acts[hook])[0])
+    if rest == "patch":
+        return encode(values(to_ids(p[1])))
+    if rest == "zero":
+        return t.zeros(1, 1, sae.cfg.d_sae)
+    if rest == "mean":
+        return t.cat([encode(c) for c in corrupted]).mean(0, keepdim=True)
+    return t.cat([encode(c)[:, 1:].flatten(0, 1) for c in corrupted]).mean(0)[None, None]
+
+
+def alone(circuit, p):
+    """The metric with only these features as they are; position 0 stays."""
+    ids, hooks = to_ids(p[0]), []
+    for layer, (sae, name) in by_layer.items():
+        rest_of = others(sae, name, p)
+
+        def put(x, hook, layer=layer, sae=sae, rest_of=rest_of):
+            flat, mean = split(sae, x)
+            f = sae.encode(flat)
+            new = rest_of.expand_as(f).clone()
+            for node in circuit:
+                address, _, pos = node.partition("@")
+                site, _, index = address.rpartition(".f")
+                if site == f"L{{layer}}.sae":
+                    places = positions(pos, p, f.shape[1])
+                    new[:, places, int(index)] = f[:, places, int(index)]
+            out = flat + sae.decode(new) - sae.decode(f) if error else sae.decode(new)
+            out[:, 0] = flat[:, 0]
+            return (out + mean).to(x).view(x.shape)
+
+        hooks.append((name, put))
     return metric(run(ids, hooks), p)
 
 
@@ -372,8 +444,12 @@ def circuit_script(circuit: Circuit, study: Study, info: ModelInfo, load, rest: 
         raise UserError("a circuit's script can't draw the same prompts again: score it with mean or patch")
     if circuit.edges and "Gemma" in info.architecture:
         raise UserError("a script for edges of a model with norms after attention is not built: export the nodes, or the JSON")
-    if some := [n for n in circuit.nodes if parse_node(n).site not in ("head", "mlp")]:
-        raise UserError(f"{some[0]}: a circuit's script knows heads and MLPs only")
+    features = [n for n in circuit.nodes if parse_node(n).site == "sae"]
+    if features and (circuit.edges or len(features) < len(circuit.nodes)):
+        raise UserError(f"{features[0]}: a circuit's script holds heads and MLPs, or features, not both")
+    saes = [s for s in study.saes if features]
+    if features and not saes:
+        raise UserError(f"{features[0]}: the script needs its SAE, and none is loaded")
     weights = str(ROOT / "zoo") if load.model == "zoo" else load.model
     prompts = study.prompt_set or (study.prompt,)
     bos = prompts[0].bos if prompts[0].bos is not None else info.default_bos
@@ -382,6 +458,13 @@ def circuit_script(circuit: Circuit, study: Study, info: ModelInfo, load, rest: 
         name=circuit.name, model=info.name, about=f" is {result.faithfulness.mean:.6f} on the screen" if result is not None else "", weights=weights,
         base=str(ROOT / "zoo") if load.base == "zoo" else load.base or weights, dtype=info.dtype, n_layers=info.n_layers, n_heads=info.n_heads,
         n_kv_heads=info.n_kv_heads, prompts="[\n" + "".join(f"    {r!r},\n" for r in rows) + "]", nodes=repr(list(circuit.nodes)),
-        edges=repr(list(circuit.edges)), rest=rest, mlps=mlps, bos="[tokenizer.bos_token_id] + " if bos else "", metric=METRICS[kind], parallel=info.parallel,
+        edges=repr(list(circuit.edges)), rest=rest, mlps=mlps, saes=[sae_path(x) for x in saes],
+        error=study.sae_error, needs=", sae_lens" if features else "", bos="[tokenizer.bos_token_id] + " if bos else "", metric=METRICS[kind], parallel=info.parallel,
     )  # fmt: skip
-    return (SCRIPT + (EDGES if circuit.edges else NODES) + TAIL).format(**fields)
+    return (SCRIPT + (EDGES if circuit.edges else PLACES + (FEATURES if features else NODES)) + TAIL).format(**fields)
+
+
+def sae_path(source: str) -> str:
+    """Where sae_lens finds it: a folder, or release:id."""
+    folder = ROOT / "zoo" / "saes" / source.removeprefix("zoo/") if source.startswith("zoo/") else Path(source)
+    return str(folder.resolve()) if folder.is_dir() else source

@@ -362,6 +362,25 @@ def test_the_script_prints_the_same_faithfulness(engines, edges):
     assert float(out.split("faithfulness")[1]) == pytest.approx(result.faithfulness.mean, abs=1e-4)
 
 
+@pytest.mark.parametrize("rest, kept", [("patch", True), ("mean", False), ("mean_all", True), ("zero", False)])
+def test_the_script_of_features(engines, rest, kept):
+    zoo, study = engines["zoo"], replace(SET, saes=("zoo/L2.resid_post", "zoo/L1.resid_post"), sae_error=kept)
+    found = zoo.run(Discover(study, "features", nodes=12, rest=rest)).circuit
+    circuit = replace(found, nodes=(*found.nodes[:-1], f"{found.nodes[-1]}@END"))
+    result = zoo.run(Score(study, circuit, rest=rest))
+    code = drawings.circuit_script(circuit, study, zoo.model.info, Load(), rest, False, result)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(code, "circuit.py", "exec"), {})
+    finally:
+        t.set_grad_enabled(True)
+    assert float(printed.getvalue().split("faithfulness")[1]) == pytest.approx(result.faithfulness.mean, abs=1e-4)
+    with pytest.raises(UserError, match="not both"):
+        drawings.circuit_script(replace(circuit, nodes=("L0H1", *circuit.nodes)), study, zoo.model.info, Load(), rest)
+    with pytest.raises(UserError, match="none is loaded"):
+        drawings.circuit_script(circuit, SET, zoo.model.info, Load(), rest)
+
+
 def test_compare():
     a = Circuit("a", "gpt2", ("L9H9", "L10H0", "L0H0.q"), ())
     engine = Engine.__new__(Engine)

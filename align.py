@@ -85,4 +85,6 @@ def words(pairs: Pairs, n: int, m: int) -> str:
     """An alignment in a few words: what has no partner."""
     alone = [[i for i in range(size) if i not in {p[side] for p in pairs}] for side, size in ((0, n), (1, m))]
     spell = lambda places: " ".join(map(str, places[:8])) + (" …" if len(places) > 8 else "") if places else "none"  # noqa: E731
-    return f"{len(pairs)} aligned positions; without partner: clean {spell(alone[0])}, corrupted {spell(alone[1])}"
+    order = [j for _, j in sorted(pairs)]
+    crossed = ", some of them crossing" if order != sorted(order) else ""
+    return f"{len(pairs)} aligned positions{crossed}; without partner: clean {spell(alone[0])}, corrupted {spell(alone[1])}"

@@ -185,7 +185,7 @@ def show_discovery(out: Console, r: DiscoverResult) -> None:
 
 
 def show_compare(out: Console, r: CompareResult) -> None:
-    out.print(plain(f"{r.here} and {r.there}: overlap of nodes {r.nodes:.3f}, of edges {r.edges:.3f}", CYAN))
+    out.print(plain(f"{r.here} and {r.there}: overlap of nodes {r.nodes:.3f}, of edges {'none' if r.edges != r.edges else f'{r.edges:.3f}'}", CYAN))
     for title, some in (("in both", r.both), (f"only in {r.here}", r.only_here), (f"only in {r.there}", r.only_there)):
         out.print(plain(f"{title} ({len(some)}): {' '.join(some)}"))
     out.print(plain(r.convention, GRAY))

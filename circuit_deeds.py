@@ -4,6 +4,7 @@ import dataclasses
 import re
 from pathlib import Path
 
+import numpy as np
 from textual import work
 
 import drawings
@@ -12,7 +13,7 @@ from messages import Node, UserError, parse_node, to_json
 from session import VIEWS
 from utils import ROOT
 from widgets import BAD, BOLD, DIM, GOOD, PLAIN, WARN, Editor, Item, Panel, Picker
-from wiring import COMBINE, LOGITS, METHODS, Circuit, Compare, Discover, DiscoverResult, PathPatch
+from wiring import COMBINE, LOGITS, METHODS, Circuit, Compare, Discover, DiscoverResult, PathPatch, check_receivers
 
 FOLDER = ROOT / "exports" / "circuits"
 
@@ -60,6 +61,11 @@ class Circuits:
         ]
 
         def put(some: list[str]) -> None:
+            check_receivers(some, self.info)
+            for place in [p for r in some if r != LOGITS and (p := parse_node(r).pos) is not None]:
+                row = self.tokens.tokens if self.tokens else None
+                if row and place not in row.labels and place not in range(-len(row.ids), len(row.ids)):
+                    raise UserError(f"@{place}: the prompt has {len(row.ids)} tokens and the labels {', '.join(row.labels)}")
             self.act("receivers", addresses=some)
             self.say(f"paths end at {', '.join(self.state.receivers)}: S runs them")
 
@@ -97,6 +103,14 @@ class Circuits:
             for r in VIEWS["circuit.rest"]
         ]
         other = "count" if state.views["circuit.mlps"] == "stay" else "stay"
+        items += [
+            Item(f"score by {by}", what, "now" if by == state.views["circuit.by"] else "", lambda by=by: self.act("view", name="circuit.by", value=by))
+            for by, what in (
+                ("auto", "by edges when they lead from embed to logits, else by nodes"),
+                ("nodes", "heads, MLPs, features"),
+                ("edges", "only they carry the clean run"),
+            )
+        ]
         items += [Item(f"mlps {other}", "MLPs outside the circuit are replaced too" if other == "count" else "MLPs always stay", "", lambda: self.act("view", name="circuit.mlps", value=other))]  # fmt: skip
         items += [Item(f"open {name}", "published", "", lambda name=name: self.open_circuit(drawings.PUBLISHED / f"{name}.json")) for name in drawings.published_names()]  # fmt: skip
         items += [Item(f"open {p.stem}", str(p.parent.relative_to(ROOT)), "", lambda p=p: self.open_circuit(p)) for p in sorted(FOLDER.glob("*.json"))]
@@ -167,6 +181,7 @@ class Circuits:
 
     def export_circuit(self, kind: str) -> None:
         now, pane = self.state.current, self.panes["circuit"]
+        now = now if kind != "python" or pane.by_edges(self) else dataclasses.replace(now, edges=())
         result, study, views = pane.scored(self), pane.study(self), self.state.views
         suffix, make = {
             "dot": (".dot", lambda: drawings.dot(now)), "mermaid": (".mmd", lambda: drawings.mermaid(now)), "table": (".tsv", lambda: drawings.table(now, result)),
@@ -229,9 +244,11 @@ class Circuits:
 
         def accept(values: list[str]) -> str:
             try:
-                numbers = [float(v) for v in values]
+                numbers = [float(v) if name in ("threshold", "target") else int(v) for v, (name, _) in zip(values, fields)]
             except ValueError:
-                return "write numbers"
+                return "write numbers, whole ones for " + " and ".join(n for n, _ in fields if n not in ("threshold", "target"))
+            if not all(np.isfinite(numbers)):
+                return "write finite numbers"
             request = Discover(self.discovery_study(), method, rest=rest, name=self.free_name(method))
             if method == "acdc":
                 request = dataclasses.replace(request, threshold=numbers[0])

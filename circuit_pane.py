@@ -12,8 +12,8 @@ import pictures
 import readings
 from messages import Node, Study, SweepResult, UserError, parse_node
 from panes import Pane, clip
-from widgets import BAD, BOLD, DIM, GOOD, PLAIN, WARN, Grid, GridView, Lines, Spans
-from wiring import LOGITS, CompareResult, DiscoverResult, Interval, PathPatch, Score, ScoreResult, owner, parse_edge
+from widgets import BAD, BOLD, DIM, GOOD, PLAIN, WARN, Grid, GridView, Lines, Same, Spans
+from wiring import LOGITS, CompareResult, DiscoverResult, Interval, PathPatch, Score, ScoreResult, connected, owner, parse_edge
 
 if TYPE_CHECKING:
     from tui import Loupe
@@ -28,6 +28,7 @@ class CircuitPane(Pane):
         super().__init__(**kw)
         self.map, self.side = GridView(), Lines(classes="second")
         self.top = 0  # the first line shown beside the map
+        self.scores_of: tuple[Score | None, ScoreResult | None] = (None, None)  # the last scores, their request without groups
 
     def body(self) -> Widget:
         return Horizontal(self.map, self.side)
@@ -49,7 +50,14 @@ class CircuitPane(Pane):
         views, circuit = app.state.views, app.state.current
         if circuit is None or not circuit.nodes:
             return None
-        return Score(self.study(app), circuit, what, views["circuit.rest"], mlps=views["circuit.mlps"] == "count")
+        plain = replace(circuit, name="the circuit", found="", groups=circuit.groups if "completeness" in what else {})  # names do not change a score
+        return Score(self.study(app), plain, what, views["circuit.rest"], self.by_edges(app), mlps=views["circuit.mlps"] == "count")
+
+    @staticmethod
+    def by_edges(app: "Loupe") -> bool:
+        """Whether the circuit is scored by its edges: when they lead from embed to the logits, unless Y says otherwise."""
+        by, circuit = app.state.views["circuit.by"], app.state.current
+        return by == "edges" or by == "auto" and circuit is not None and bool(circuit.edges) and connected(circuit)
 
     def path(self, app: "Loupe") -> PathPatch:
         state, views = app.state, app.state.views
@@ -75,12 +83,15 @@ class CircuitPane(Pane):
         return {slot: request} if request is not None and request in app.started else {}
 
     def scored(self, app: "Loupe") -> ScoreResult | None:
-        """The scores of the circuit as it stands, the fullest there are."""
+        """The scores of the circuit as it stands, the fullest there are; subsets of groups that were named later are not among them."""
         for what in (("faithfulness", "effects", "completeness", "minimality"), ("faithfulness", "effects")):
             request = self.score(app, what)
             if request is not None and isinstance(got := app.answers.get(request), ScoreResult):
+                self.scores_of = replace(request, circuit=replace(request.circuit, groups={})), got
                 return got
-        return None
+        asked, got = self.scores_of
+        same = request is not None and asked is not None and replace(asked, what=()) == replace(request, what=(), circuit=replace(request.circuit, groups={}))
+        return got if same else None
 
     def paths(self, app: "Loupe") -> SweepResult | None:
         request, (asked, got) = self.path(app), app.have.get("path", (None, None))
@@ -118,6 +129,10 @@ class CircuitPane(Pane):
         sender = str(self.node(app, None))
         for receiver in app.state.receivers:
             app.act("keep", part=f"{sender}->{receiver}")
+        if app.state.views["circuit.by"] == "auto" and not connected(app.state.current):
+            app.say(f"{sender} → {', '.join(app.state.receivers)}: {'kept' if f'{sender}->{app.state.receivers[-1]}' in app.state.current.edges else 'dropped'};"
+                    " scored by nodes until its edges lead from embed to logits")  # fmt: skip
+            return
         app.say(f"{sender} → {', '.join(app.state.receivers)}: {'kept' if f'{sender}->{app.state.receivers[-1]}' in app.state.current.edges else 'dropped'}")
 
     # ---------------------------------------------------------------- drawing
@@ -138,7 +153,7 @@ class CircuitPane(Pane):
         self.side.styles.width = "1fr"
         parts = self.members(circuit) if circuit else {}
         effects = dict(zip(result.parts, result.effects.tolist())) if result is not None else {}
-        grid = app.picture("circuit", (circuit, id(result)), lambda: map_grid(app.info, parts, effects))
+        grid = app.picture("circuit", (circuit, Same(result)), lambda: map_grid(app.info, parts, effects))
         mapped = self.map.styles.width = min(6 + 8 * len(grid.cols), self.size.width // 2)
         self.map.show(grid, self.cell(app, None), views["mode"])
         n = max(3, self.size.height - 3)
@@ -148,7 +163,8 @@ class CircuitPane(Pane):
         self.top = clip(self.top, len(lines))
         more = len(lines) - self.top > n
         self.side.show(lines[self.top : self.top + n - more] + [[(f"… {len(lines) - self.top - n + 1} more lines: . and , scroll", DIM)]] * more)
-        note = result.convention if result is not None else f"rest {views['circuit.rest']}, MLPs {views['circuit.mlps']}, over the {views['circuit.over']}"
+        by = "by edges" if circuit is not None and circuit.edges and self.by_edges(app) else f"by nodes, MLPs {views['circuit.mlps']}"
+        note = result.convention if result is not None else f"{by}, rest {views['circuit.rest']}, over the {views['circuit.over']}"
         score = f" · faithfulness {result.faithfulness.mean:.3f}" if result is not None else ""
         busy = app.left("score") if "score" in app.wanted and app.stale("score") else ""
         self.show_title(app, ("score",), f"{view} · {name}{score}{busy}", note)
@@ -235,15 +251,18 @@ class CircuitPane(Pane):
         found = app.found.get(circuit.name) if circuit else None
         if not isinstance(found, DiscoverResult) or not found.counts.size:
             return [[("  a discovery draws this curve: U", DIM)]]
-        what = "heads" if found.method == "greedy" else "edges"
-        points, values = [str(c) for c in found.counts.tolist()], {"faithfulness": found.faithfulness.tolist()}
-        return pictures.chart(f"faithfulness against {what} ({found.method})", points, values, min(width, 100), max(8, n - 1))
+        what = {"greedy": "heads", "features": "features"}.get(found.method, "edges")
+        best = dict(zip(found.counts.tolist(), found.faithfulness.tolist()))  # sizes that pruning made the same: the last
+        counts = sorted(best)
+        places = [float(c) for c in counts]
+        title = f"faithfulness against {what} ({found.method})"
+        return pictures.chart(title, [str(c) for c in counts], {title: [best[c] for c in counts]}, min(width, 100), max(8, n - 1), places)
 
     def compared(self, app, circuit, result, width: int, n: int) -> list[Spans]:
         got = app.result("compare", CompareResult)
         if got is None or circuit is None or got.here != circuit.name:
             return [[("  Y, then compare: with a published circuit or another", DIM)]]
-        lines: list[Spans] = [[(f"{got.here} and {got.there}", BOLD)], [(f"overlap of nodes {got.nodes:.3f}, of edges {got.edges:.3f}", PLAIN)]]
+        lines: list[Spans] = [[(f"{got.here} and {got.there}", BOLD)], [(f"overlap of nodes {share(got.nodes)}, of edges {share(got.edges)}", PLAIN)]]
         if got.false_positive.size:
             lines.append([(f"area under the ROC curve {got.area:.3f} ({len(got.false_positive)} steps)", PLAIN)])
         for title, some in (("in both", got.both), (f"only in {got.here}", got.only_here), (f"only in {got.there}", got.only_there)):
@@ -264,7 +283,7 @@ class CircuitPane(Pane):
             self.info_line.show([])
             return
         edges = set(app.state.current.edges) if app.state.current else set()
-        grid = app.picture("path", (id(result), frozenset(edges)), lambda: path_grid(result, request, edges))
+        grid = app.picture("path", (Same(result), frozenset(edges)), lambda: path_grid(result, request, edges))
         done = "" if result.done == result.total else f"{result.done}/{result.total}{app.left('path')} · "
         self.show_title(app, ("path",), f"{done}{title} {pictures.scale(grid)}", result.convention)
         row, col = self.cell(app, result)
@@ -309,6 +328,10 @@ def path_grid(result: SweepResult, request: PathPatch, edges: set[str]) -> Grid:
             if request.each == "sender" and e.receiver in request.receivers and e.sender == result.address(int(r), int(c)):
                 kept.add((int(r), int(c)))
     return Grid(values, list(result.rows), list(result.cols), -hi, hi, signed=True, cell=(5, 8), marks=frozenset(kept))
+
+
+def share(x: float) -> str:
+    return "none (neither has any)" if x != x else f"{x:.3f}"
 
 
 def said(x: Interval) -> str:

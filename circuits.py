@@ -18,7 +18,22 @@ from model import Edit, Model
 from patching import find_position
 from sweeps import statistics
 from drawings import published
-from wiring import LOGITS, REST, Circuit, Compare, CompareResult, Discover, DiscoverResult, Interval, Score, ScoreResult, check_circuit, owner, parse_edge
+from wiring import (
+    LOGITS,
+    REST,
+    Circuit,
+    Compare,
+    CompareResult,
+    Discover,
+    DiscoverResult,
+    Interval,
+    Score,
+    ScoreResult,
+    check_circuit,
+    connected,
+    owner,
+    parse_edge,
+)
 
 WHAT = ("faithfulness", "completeness", "minimality", "effects")
 DRAWS = 2000
@@ -190,7 +205,7 @@ def score(model: Model, ask: Score) -> Generator[Progress, None, ScoreResult]:
     edges = bool(circuit.edges) and ask.edges
     if edges and (some := features_of(circuit.nodes)):
         raise UserError(
-            f"{some[0]}: a circuit with edges is scored by them, and features have none; score it by its nodes (without edges), or drop the feature"
+            f"{some[0]}: a circuit with edges is scored by them, and features have none; score it by its nodes (Y on the screen, --no-edges), or drop the feature"
         )
     nodes = circuit.nodes if ask.mlps else tuple(n for n in circuit.nodes if parse_node(n).site != "mlp")
     parts = tuple(own_edge(model.info, e) for e in circuit.edges) if edges else nodes
@@ -212,7 +227,7 @@ def score(model: Model, ask: Score) -> Generator[Progress, None, ScoreResult]:
     if "minimality" in ask.what:
         minimal, with_, low, high = yield from minimality(bench, parts, circuit, ask)
     gap = float((bench.whole - empty).mean())
-    warning = ""
+    warning = "" if not edges or connected(circuit) else "no path of its edges leads from embed to the logits: it is worth nothing; score it by its nodes"
     if abs(gap) < 0.05 * max(abs(float(bench.whole.mean())), abs(float(empty.mean()))):
         warning = f"model and empty circuit differ by {gap:.2g} only: fractions are large and noisy"
     members = tuple(range(len(ask.study.prompt_set) or 1))

@@ -517,9 +517,18 @@ class Deeds:
                 return f"the prompt's labels are {', '.join(row.labels) if row else 'not known yet'}"
             if isinstance(node.pos, int) and not -n <= node.pos < n:
                 return f"the prompt has {n} tokens, 0 to {n - 1}"
+            if node.site == "sae":
+                if wrong := self.panes["features"].show_feature(self, node):
+                    return wrong
+                self.show_pane("features")
+                if node.pos is not None:
+                    self.scopes["features"] = "here"
+                    self.move(pos=row.labels[node.pos] if isinstance(node.pos, str) else node.pos % n)
+                self.say(f"a, p and s act on {self.node()}")
+                return ""
             resid = node.site.startswith("resid")
             if resid != (self.pane == "lens"):
-                self.show_pane("lens" if resid else self.pane if self.pane in ("attention", "attribution") else "attention")
+                self.show_pane("lens" if resid else self.pane if self.pane in ("attention", "attribution", "circuit", "weights") else "attention")
             if node.pos is not None:
                 self.scopes[self.pane] = "here"
             pos = row.labels[node.pos] if isinstance(node.pos, str) else self.cursor.pos if node.pos is None else node.pos % n

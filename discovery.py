@@ -35,8 +35,8 @@ def discover(model: Model, ask: Discover) -> Generator[Progress, None, DiscoverR
         return (yield from feature_circuits.discover(model, ask))
     if ask.study.metric.kind == "rank":
         raise UserError("a rank has no gradient and no scale: use logit_diff, prob, logprob or kl")
-    if ask.edges < 1 or ask.steps < 1 or ask.threshold <= 0:
-        raise UserError("edges and steps are at least 1, and the threshold is above 0")
+    if ask.edges < 1 or ask.steps < 1 or not 0 < ask.threshold < np.inf:
+        raise UserError("edges and steps are at least 1, and the threshold is a number above 0")
     begun = time.monotonic()
     runs = yield from edge_runs(model, ask.study, ask.rest)
     return (yield from (acdc if ask.method == "acdc" else attribute)(model, ask, runs, begun))

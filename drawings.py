@@ -60,7 +60,7 @@ def read_circuit(path: str | Path) -> tuple[Circuit, tuple[str, ...]]:
             groups[str(name)] = left
     text = {k: obj[k] if isinstance(obj.get(k), str) else "" for k in ("name", "model", "found")}
     if not nodes and not edges:
-        raise UserError(f"{path.name} holds no node that can be read" + (f": {wrong[0]}" if wrong else ""))
+        raise UserError(f"{path.name} is not a circuit: it holds no nodes or edges that can be read" + (f" ({wrong[0]})" if wrong else ""))
     return from_json({**text, "name": text["name"] or path.stem, "nodes": list(nodes), "edges": edges, "groups": groups}, Circuit), tuple(wrong)
 
 

@@ -170,7 +170,7 @@ def linear(plan: Plan, base: Base, spot: Spot, gradient: Tensor) -> np.ndarray:
     """(new value - base value) . gradient at a spot [prompt]."""
     index = (slice(None), *spot.index(0, base.per_kv))
     change = base.source[spot.key][index] - base.acts[reads(plan.model, spot)][index]
-    return (change.double() * gradient[index].double()).flatten(1).sum(1).cpu().numpy()
+    return (change.double() * gradient[index].double()).reshape(len(change), -1).sum(1).cpu().numpy()
 
 
 # ------------------------------------------------------------------ direct effects

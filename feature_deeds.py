@@ -46,9 +46,23 @@ class Dictionaries:
         """One a layer: a loaded one of the same layer gives way when its place is known."""
         if not source:
             raise UserError("type a folder that SAE.save_model wrote, or release:id")
+        self.say(f"loading {source}: sae_lens is imported first (about 14 s the first time)", DIM)
+        self.check_sae(source)
+
+    @work(group="load_sae", exclusive=True)
+    async def check_sae(self, source: str) -> None:
+        """It joins the loaded ones once the engine could read it."""
+        try:
+            found = await self.link.ask("load_sae", self.panes["features"].preflight(self, source), 1)
+        except Superseded:
+            return
+        except EngineError as error:
+            self.say(str(error), BAD)
+            return
+        self.known_saes[source] = found.info
         self.act("saes", sources=[*(s for s in self.state.saes if s != source), source])
         self.act("show_sae", source=source)
-        self.say(f"loading {source}: sae_lens is imported first (about 14 s the first time)", DIM)
+        self.say(f"{source} is loaded", GOOD)
 
     def do_sae_error(self) -> None:
         self.act("sae_error", value=not self.state.sae_error)
@@ -75,8 +89,13 @@ class Dictionaries:
         def accept(values: list[str]) -> str:
             op, _, number = values[0].strip().partition(" ")
             try:
-                self.intervene(Intervention(node, op, float(number)))
-            except (ValueError, UserError) as error:
+                value = float(number)
+                if not math.isfinite(value):
+                    return "write a finite number"
+                self.intervene(Intervention(node, op, value))
+            except ValueError:
+                return "write scale 2, set 5 or add 8"
+            except UserError as error:
                 return f"write scale 2, set 5 or add 8 ({error})"
             return ""
 

@@ -1,6 +1,7 @@
 """Pane 6: an SAE's features at the cursor's position, what each one does, examples, and the graph between two SAEs."""
 
 import json
+import re
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
@@ -37,7 +38,7 @@ class FeaturePane(Pane):
         super().__init__(**kw)
         self.list, self.side = Lines(classes="second"), Lines(classes="second")
         self.index = 0  # the feature under the cursor
-        self.row, self.source = 0, ""
+        self.row, self.source, self.order = 0, "", ""
         self.trail: list[tuple[str, int, int]] = []  # walked from, in the graph: SAE, feature, position
 
     def body(self) -> Widget:
@@ -64,11 +65,35 @@ class FeaturePane(Pane):
         up = max(below, key=lambda s: layer_of(s, app))
         return FeatureGraph(app.study, up, app.state.sae, self.index, app.cursor.pos, self.run(app))
 
+    def preflight(self, app: "Loupe", source: str) -> Preflight:
+        return Preflight(replace(app.study, interventions=(), saes=()), source)
+
+    def show_feature(self, app: "Loupe", node: Node) -> str:
+        """Put the cursor on a feature of a loaded SAE; what stops that, or ""."""
+        source = next((s for s in app.state.saes if layer_of(s, app) == node.layer), None)
+        if source is None:
+            return f"{node}: no SAE of layer {node.layer} is loaded, z loads one"
+        if node.index >= app.known_saes[source].d_sae:
+            return f"{node}: {source} has features 0 to {app.known_saes[source].d_sae - 1}"
+        if source != app.state.sae:
+            app.act("show_sae", source=source)
+        self.index, self.source = node.index, source
+        app.refresh_wants()
+        return ""
+
+    def find(self, app: "Loupe", needle: str) -> list[dict]:
+        """f690, or a token."""
+        if re.fullmatch(r"f\d+", needle) and layer_of(app.state.sae, app) >= 0:
+            if wrong := self.show_feature(app, Node("sae", layer_of(app.state.sae, app), index=int(needle[1:]))):
+                raise UserError(wrong)
+            return [{"pos": app.cursor.pos}]
+        return super().find(app, needle)
+
     def wants(self, app: "Loupe") -> dict[str, object]:
         state, source = app.state, app.state.sae
         if not source:
             return {}
-        wants: dict[str, object] = {"preflight": Preflight(replace(app.study, interventions=(), saes=()), source)}
+        wants: dict[str, object] = {"preflight": self.preflight(app, source)}
         got = app.fresh_or_known("preflight", wants["preflight"])
         if not isinstance(got, PreflightResult) or got.verdict == "refuse" or not app.counted():
             return wants
@@ -76,8 +101,9 @@ class FeaturePane(Pane):
         view = state.views[self.view]
         listed = app.result("features", FeaturesResult)
         if listed is not None and listed.info.source == source:
-            if self.source != source and listed.index.size:  # a newly loaded SAE: its first feature
+            if (self.source != source or self.order not in ("", listed.order)) and listed.index.size:  # a newly loaded SAE, or another order: its first feature
                 self.source, self.row, self.index = source, 0, int(listed.index[0])
+            self.order = listed.order
             wants["feature"] = Feature(app.study, source, self.index, self.run(app), app.cursor.pos)
         if view == "graph" and (graph := self.graph(app)) is not None:
             wants["graph"] = graph
@@ -223,12 +249,17 @@ class FeaturePane(Pane):
         self.show_title(app, ("graph",), f"{title} · into f{got.target}@{got.pos} from {got.up.source}", got.convention)
         size = max(np.abs(got.contribution).max(initial=0), 1e-9)
         texts = pictures.texts_of(got.tokens)
-        lines: list[Spans] = [[(f"{'from':16}{'token':12}{'activation':>11}{'adds':>10}", BOLD)]]
+        lines: list[Spans] = []
         for k, (i, at, a, c) in enumerate(zip(got.index.tolist(), got.at.tolist(), got.activation.tolist(), got.contribution.tolist())):
             mark = REVERSE if k == clip(self.row, len(got.index)) else Style()
             lines.append([(f"f{i}@{at}".ljust(16) + show_token(texts[at], 11).ljust(12) + f"{a:11.3f}{c:+10.4f} ", PLAIN + mark), (bar(c / size), PLAIN)])
-        rows = [("other features", got.rest), *got.rows.items(), ("sum", got.total)]
-        lines = lines[: max(3, n - len(rows))] + [[(f"{name:28.28}{value:+21.4f}", BOLD if name == "sum" else DIM)] for name, value in rows]
+        rows = [("features not listed", got.rest), *got.rows.items(), ("sum", got.total)]
+        fit = max(2, n - len(rows) - 1)
+        top = max(0, min(clip(self.row, len(got.index)) - fit // 2, len(lines) - fit)) if lines else 0
+        count = f"from {top + 1}–{min(top + fit, len(lines))}/{len(lines)}" if lines else "from"
+        lines = [[(f"{count:16}{'token':12}{'activation':>11}{'adds':>10}", BOLD)], *lines[top : top + fit]] + [
+            [(f"{name:28.28}{value:+21.4f}", BOLD if name == "sum" else DIM)] for name, value in rows
+        ]
         self.list.show(lines)
 
 

@@ -49,7 +49,7 @@ from messages import (
 from pictures import HEAD_STATS, LENS_STATS
 from session import VIEWS
 from utils import show_token
-from widgets import BOLD, DIM, FOCUS, HEAD, Grid, GridView, Item, Lines
+from widgets import BOLD, DIM, FOCUS, HEAD, Grid, GridView, Item, Lines, Same
 
 if TYPE_CHECKING:
     from tui import Loupe
@@ -247,7 +247,7 @@ class LensPane(Pane):
             self.side.show([])
             self.info_line.show([])
             return
-        grid = app.picture("lens", (id(result), stat), lambda: pictures.lens_grid(result, stat, app.info.d_vocab if app.info else 2))
+        grid = app.picture("lens", (Same(result), stat), lambda: pictures.lens_grid(result, stat, app.info.d_vocab if app.info else 2))
         self.show_title(app, ("lens",), f"{name} · {LENS_STATS[stat]} {pictures.scale(grid)}", result.convention)
         row, pos = self.row(app, result.points), clip(app.cursor.pos, len(result.tokens.texts))
         self.table.show(grid, (row, pos), views["mode"])
@@ -312,7 +312,7 @@ class AttentionPane(Pane):
             self.map.show(None, (0, 0), views["mode"], app.waiting("heads"))
         else:
             every = lambda g: readings.map_addresses(len(g.rows), len(g.cols) - 2, len(g.cols) - 1)  # noqa: E731
-            grid = self.with_circuit(app, "heads", (id(heads), stat, marks), lambda: pictures.heads_grid(heads, stat, marks), every)
+            grid = self.with_circuit(app, "heads", (Same(heads), stat, marks), lambda: pictures.heads_grid(heads, stat, marks), every)
             self.map.styles.width = min(5 + 5 * len(grid.cols), self.size.width // 2)
             column = c.head if c.comp == "head" else len(grid.cols) - (2 if c.comp == "attn" else 1)
             self.map.show(grid, (clip(c.layer, len(grid.rows)), column), views["mode"])
@@ -335,7 +335,7 @@ class AttentionPane(Pane):
             self.many.show(pictures.small_patterns(pattern, c.head, self.pattern.size.width or self.many.size.width, self.size.height - 3, views["mode"]))
             self.info_line.show([pictures.pattern_cell(pattern, c.head, clip(c.pos, len(pattern.tokens.ids)), 0, False)])
             return
-        grid = app.picture("pattern", (id(pattern), c.head), lambda: pictures.pattern_grid(pattern, c.head))
+        grid = app.picture("pattern", (Same(pattern), c.head), lambda: pictures.pattern_grid(pattern, c.head))
         pos = clip(c.pos, len(grid.rows))
         row = np.nan_to_num(np.abs(grid.values[pos]), nan=-1.0)
         src = c.src if app.drilled or stat == "pair" else int(row.argmax())
@@ -420,7 +420,7 @@ class AttributionPane(Pane):
         whole = isinstance(result, AttributionSetResult)
         cells = result.mean if whole else result.cells
         every = lambda g: readings.map_addresses(len(g.rows), len(g.cols) - 2, len(g.cols) - 1)  # noqa: E731
-        grid = self.with_circuit(app, "attribution", (id(result),), lambda: readings.cells_grid(cells), every)
+        grid = self.with_circuit(app, "attribution", (Same(result),), lambda: readings.cells_grid(cells), every)
         self.map.styles.width = min(5 + 7 * len(grid.cols), self.size.width * 3 // 5)
         column = c.head if c.comp == "head" else len(grid.cols) - (2 if c.comp == "attn" else 1)
         self.map.show(grid, (clip(c.layer, len(grid.rows)), column), views["mode"])
@@ -499,6 +499,8 @@ class PatchingPane(Pane):
     def at(self, app: "Loupe", result: SweepResult) -> tuple[int, int]:
         """The cell of the shared cursor."""
         c, group = app.cursor, len(result.nodes) // max(1, len(result.rows))
+        if result.kind == "features":
+            return clip(self.cell[0], len(result.rows)), clip(c.pos, len(result.cols))
         for n, address in enumerate(result.nodes):
             node = parse_node(address)
             head = node.head is None or node.head == c.head
@@ -522,6 +524,9 @@ class PatchingPane(Pane):
             return
         node = parse_node(address)
         where = {"pos": node.pos} if isinstance(node.pos, int) else {}
+        if node.site == "sae":
+            app.move(**where)
+            return
         app.move(**where, **LensPane.place_of(node)) if node.site not in ("neuron", "embed") else app.draw()
 
     def node(self, app: "Loupe", pos: int | None) -> Node:
@@ -561,7 +566,7 @@ class PatchingPane(Pane):
             return
         shown = views["patching.show"]
         every = lambda g: [((r, c), a) for r in range(len(g.rows)) for c in range(len(g.cols)) if (a := result.address(r, c))]  # noqa: E731
-        grid = self.with_circuit(app, "sweep", (id(truth), id(estimate), shown), lambda: readings.sweep_grid(truth, estimate, shown), every)
+        grid = self.with_circuit(app, "sweep", (Same(truth), Same(estimate), shown), lambda: readings.sweep_grid(truth, estimate, shown), every)
         done = f"truth {truth.done}/{truth.total}" if truth else "estimate: S runs the truth"
         if truth and truth.done < truth.total:  # first in the title, where it is seen
             title, done = f"{done}{app.left('sweep') if 'sweep' in app.wanted else ', cancelled: S runs it again'} · {title}", "truth"
@@ -625,7 +630,7 @@ class WeightsPane(Pane):
         if isinstance(result, CompositionResult):
             part = view.removeprefix("composition ")
             every = lambda g: [((n, h), f"L{n}H{h}") for n in range(len(g.rows)) for h in range(len(g.cols))]  # noqa: E731
-            grid = self.with_circuit(app, "weights", (id(result), part), lambda: readings.composition_grid(result, part), every)
+            grid = self.with_circuit(app, "weights", (Same(result), part), lambda: readings.composition_grid(result, part), every)
             self.map.show(grid, (c.layer, c.head), views["mode"])
             self.table.show([[(f"{part.upper()}-composition of L{c.layer}H{c.head}", BOLD)], [("earlier layers: it reads what they wrote", DIM)],
                              [("later layers: they read what it wrote", DIM)], [(f"random heads: {result.baseline:.3f} ± {result.spread:.3f}", BOLD)]])  # fmt: skip

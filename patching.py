@@ -230,7 +230,7 @@ class Runs:
         clean, corrupt = (len(self.row(w).ids) for w in ("clean", "corrupt"))
         if not self.alignment and clean != corrupt:
             raise UserError(
-                f"patching by position needs prompts of equal length: clean has {clean} tokens and corrupted {corrupt}; or choose an alignment (diff or labels)"
+                f"clean has {clean} tokens and corrupted {corrupt}: align them (% on the screen, --align diff or labels), or patch prompts of equal length"
             )
         return None if self.by_index else align.partners(self.alignment, base, len(self.row(base).ids))
 

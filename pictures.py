@@ -115,8 +115,8 @@ def lens_numbers(result: LensResult, row: int, pos: int) -> str:
     return f"{answer}{diff_text}H {float(result.entropy[row, pos]):.3f} KL {float(result.kl[row, pos]):.4f}"
 
 
-def chart(title: str, points: list[str], lines: dict[str, list[float]], width: int, height: int) -> list[Spans]:
-    """A line chart over depth by plotext, one line a run; gaps where there is no number."""
+def chart(title: str, points: list[str], lines: dict[str, list[float]], width: int, height: int, at: list[float] | None = None) -> list[Spans]:
+    """A line chart over depth by plotext, one line a run; gaps where there is no number. `at` are the points' places on the axis (else one after the other)."""
     import plotext
 
     plot = plotext.figure
@@ -126,12 +126,20 @@ def chart(title: str, points: list[str], lines: dict[str, list[float]], width: i
     plot.title(title)
     for (name, ys), marker in zip(lines.items(), ("braille", "•", "x")):
         xs = [n for n, y in enumerate(ys) if not math.isnan(y)]
-        signal = plot.signal(xs, [ys[n] for n in xs], marker=marker)
+        signal = plot.signal([at[n] for n in xs] if at else xs, [ys[n] for n in xs], marker=marker)
         signal.lines()
-        signal.label(name)
+        if len(lines) > 1 or at is None:
+            signal.label(name)
         plot.draw(signal)
-    step = max(1, -(-len(points) * 15 // width))
-    plot.ruler("x").ticks(list(range(0, len(points), step)), points[::step])
+    if at is None:
+        step = max(1, -(-len(points) * 15 // width))
+        plot.ruler("x").ticks(list(range(0, len(points), step)), points[::step])
+    else:
+        shown: list[int] = []  # ticks that do not touch
+        for n in range(len(at)):
+            if not shown or (at[n] - at[shown[-1]]) * width > 8 * (at[-1] - at[0]):
+                shown.append(n)
+        plot.ruler("x").ticks([at[n] for n in shown], [points[n] for n in shown])
     ansi = plot.build().string()
     return [[(s.text, s.style or PLAIN) for s in Text.from_ansi(line).render(Console())] for line in ansi.split("\n")]
 

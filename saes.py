@@ -557,10 +557,16 @@ def for_layer(model: Model, sources: tuple[str, ...], layer: int) -> Generator[P
     """The one among a study's SAEs that `L8.sae.f12` speaks of."""
     if not sources:
         raise UserError("no SAE is chosen for this study: load one first (on the command line: --sae SOURCE)")
-    found = []
+    found, wrong = [], None
     for source in sources:
-        d = yield from load(model, source)
+        try:
+            d = yield from load(model, source)
+        except UserError as error:
+            wrong = wrong or error
+            continue
         found += [d] if d.layer == layer else []
+    if not found and wrong:
+        raise wrong
     if not found:
         raise UserError(f"none of the study's SAEs is of layer {layer}: it has {', '.join(sources)}")
     if len(found) > 1:

@@ -31,7 +31,7 @@ from messages import (
     to_json,
 )
 from utils import ROOT
-from wiring import COMBINE, LOGITS, Circuit, combined, grouped, parse_edge, toggled
+from wiring import COMBINE, LOGITS, Circuit, check_receivers, combined, grouped, toggled
 
 FORMAT = 1
 SESSIONS = ROOT / "sessions"
@@ -75,6 +75,7 @@ VIEWS = {
     "circuit.view": ("map", "drawing", "list", "path", "scores", "curve", "compare"),
     "circuit.rest": ("patch", "mean", "resample", "zero", "mean_all"),
     "circuit.mlps": ("stay", "count"),
+    "circuit.by": ("auto", "nodes", "edges"),
     "circuit.path": ("direct", "mlps"),
     "circuit.each": ("sender", "receiver"),
     "circuit.over": ("set", "prompt"),
@@ -245,8 +246,7 @@ def keep(state: State, part: str) -> State:
 
 def receivers(state: State, addresses: list) -> State:
     """Where paths end: heads' q, k, v, MLPs, logits."""
-    for text in addresses:
-        parse_edge(f"embed->{text}")
+    check_receivers(addresses)
     return dataclasses.replace(state, receivers=tuple(dict.fromkeys(addresses)) or (LOGITS,))
 
 

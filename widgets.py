@@ -101,6 +101,18 @@ class Lines(Widget):
 # ------------------------------------------------------------------ heat maps and token tables
 
 
+class Same:
+    """A result as part of a key: equal only to itself, and kept alive, so that no other one can have its place in memory (as with id)."""
+
+    def __init__(self, it: object):
+        self.it = it
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.it is other.it
+
+    __hash__ = None
+
+
 @dataclass(frozen=True, eq=False)
 class Grid:
     """

@@ -100,6 +100,28 @@ def toggled(circuit: Circuit, part: str) -> Circuit:
     return replace(circuit, nodes=tuple(n for n in circuit.nodes if n != node), edges=edges, groups=groups)
 
 
+def connected(circuit: Circuit) -> bool:
+    """Whether some of its edges lead from embed to the logits."""
+    some, reached = [parse_edge(e) for e in circuit.edges], {"embed"}
+    while True:
+        more = {owner(e.receiver) for e in some if e.sender in reached} | reached
+        if more == reached:
+            return LOGITS in reached
+        reached = more
+
+
+def check_receivers(addresses: tuple[str, ...], info=None) -> None:
+    """UserError for what is not a receiver of paths, or (with ModelInfo) not in the model."""
+    for text in addresses:
+        if text == LOGITS:
+            continue
+        node = parse_node(text)
+        if node.site != "mlp" and not (node.site == "head" and node.part in ("q", "k", "v")):
+            raise UserError(f"{text} does not receive: a receiver is L2H3.q, .k or .v, L3.mlp, or logits")
+        if info is not None and (node.layer >= info.n_layers or (node.head or 0) >= info.n_heads):
+            raise UserError(f"{text} is not in this model: {info.n_layers} layers of {info.n_heads} heads")
+
+
 def grouped(circuit: Circuit, name: str, nodes: tuple[str, ...]) -> Circuit:
     """The circuit with a named group of its nodes; without nodes the group goes."""
     nodes = tuple(own_node(n) for n in nodes)
@@ -208,7 +230,7 @@ class Discover:
     method: str = "eap-ig"
     edges: int = 40
     nodes: int = 0
-    threshold: float = 0.05
+    threshold: float = 0.1
     steps: int = 5
     target: float = 0.85
     rest: str = "patch"

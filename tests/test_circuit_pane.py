@@ -89,6 +89,48 @@ async def test_kept_cells_are_marked_everywhere(zoo, tmp_path):
         assert "•" not in shown(app)
 
 
+async def test_nodes_or_edges_names_and_receivers(zoo, tmp_path):
+    app = make_app(zoo, tmp_path, small())
+    async with app.run_test(size=(140, 45)) as pilot:
+        await press(app, pilot)
+        await press(app, pilot, "5")
+        for part in ("L0H1", "L0H3", "L3H2", "L3H3"):
+            app.act("keep", part=part)
+        await press(app, pilot, "S")
+        before = app.panes["circuit"].scored(app).faithfulness.mean
+        assert before > 0.9
+        app.act("group", name="copying", nodes=["L3H2", "L3H3"])
+        app.act("rename_circuit", name="circuit", to="mine")
+        await press(app, pilot)
+        assert app.panes["circuit"].scored(app).faithfulness.mean == before, "names do not change a score"
+        app.act("view", name="circuit.view", value="path")
+        await press(app, pilot, "S", "enter")
+        assert len(app.state.current.edges) == 1 and "scored by nodes until" in shown(app)
+        app.act("view", name="circuit.view", value="map")
+        await press(app, pilot, "S")
+        assert app.panes["circuit"].scored(app).faithfulness.mean == pytest.approx(before, abs=1e-4) and "nodes: what is not" in shown(app)
+        app.act("view", name="circuit.by", value="edges")
+        await press(app, pilot, "S")
+        result = app.panes["circuit"].scored(app)
+        assert result.faithfulness.mean == pytest.approx(0, abs=1e-4) and "no path of its edges" in result.warning and "no path of its edges" in shown(app)
+        for typed, words in (("L9H9.q", "is not in this model"), ("L3H2.z", "does not receive"), ("L3H2.v@40", "the prompt has 15 tokens")):
+            await press(app, pilot, "Q", *typed, "enter")
+            assert words in shown(app) and app.state.receivers == ("logits",), typed
+        await press(app, pilot, "U", *"acdc", "enter", "ctrl+u", *"nan", "enter")
+        assert "finite" in shown(app)
+        await press(app, pilot, "escape", "U", *"eap-ig", "enter", "ctrl+u", *"1.5", "enter")
+        assert "whole ones" in shown(app)
+
+
+def test_the_curve_is_to_scale():
+    import pictures
+
+    lines = pictures.chart("x", ["0", "14", "40"], {"x": [0.0, 0.5, 1.0]}, 80, 16, [0.0, 14.0, 40.0])
+    ticks = "".join(text for text, _ in next(line for line in reversed(lines) if any("40" in t for t, _ in line)))
+    first, middle, last = (ticks.index(x) for x in ("0", "14", "40"))
+    assert (middle - first) / (last - first) == pytest.approx(14 / 40, abs=0.06)
+
+
 async def test_keep_from_other_panes(zoo, tmp_path):
     app = make_app(zoo, tmp_path, small())
     async with app.run_test(size=(160, 45)) as pilot:

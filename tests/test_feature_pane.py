@@ -1,5 +1,7 @@
 """Pane 6 on the zoo's own SAEs: load, list, detail, examples, graph, acting on features; at three sizes."""
 
+from dataclasses import replace
+
 import pytest
 from ui import make_app, press, shown
 
@@ -85,6 +87,31 @@ async def test_bad_sources(zoo, tmp_path):
         await press(app, pilot)
         await load(app, pilot, str(tmp_path))
         assert asked(app, Preflight) and "computing" not in shown(app)
-        assert str(tmp_path)[:20] in shown(app)
+        assert str(tmp_path)[:20] in shown(app) and app.state.saes == ()
+        await load(app, pilot, "nosuch:thing")
+        assert "nosuch" in shown(app) and app.state.saes == (), "what could not be read is not among the loaded ones"
+        await load(app, pilot, "L2.res")
+        await press(app, pilot, "a")
+        assert app.state.saes == ("zoo/L2.resid_post",) and "now +" in shown(app) and len(app.state.interventions) == 1
+        await press(app, pilot, "u")
+        pane = app.panes["features"]
+        await press(app, pilot, "/", *"L2.sae.f690", "enter")
+        assert pane.index == 690 and "a, p and s act on L2.sae.f690" in shown(app)
+        await press(app, pilot, "/", *"f353", "enter")
+        assert pane.index == 353
+        await press(app, pilot, "/", *"L2.sae.f9999", "enter")
+        assert pane.index == 353 and "features 0 to 767" in shown(app)
+        await press(app, pilot, "escape", "P")
+        assert pane.index == 263, "another order begins at its first"
+        await press(app, pilot, "s", "ctrl+u", *"add abc", "enter")
+        assert "write scale 2" in shown(app) and "could not convert" not in shown(app)
+        await press(app, pilot, "escape")
+        await press(app, pilot, "4")
+        app.act("view", name="patching.kind", value="features")
+        app.act("prompt", prompt=replace(app.state.prompt, answers=(" John",), foils=(" Mary",)))
+        await press(app, pilot)
+        assert "None" not in str(app.node())
+        await press(app, pilot, "S", "j")
+        assert str(app.node()).startswith("L2.sae.f") and "None" not in str(app.node())
         await press(app, pilot, "j", "a", "1")
         assert "Lens" in shown(app), "nothing is lost"

@@ -126,6 +126,7 @@ async def test_patching(zoo, tmp_path):
         await press(app, pilot, "S")
         truth = zoo.run(Sweep(Study(state.prompt), "z", "patch", "noise"))
         assert f"truth {truth.total}/{truth.total}" in shown(app)
+        np.testing.assert_allclose(app.panes["patching"].table.grid.values, truth.normalised - 1, atol=1e-5)
         row, col = divmod(int(np.abs(truth.normalised - 1).argmax()), truth.values.shape[1])
         await press(app, pilot, "H", "enter")
         assert (app.cursor.layer, app.cursor.head) == (row, col)
@@ -149,12 +150,29 @@ async def test_patching(zoo, tmp_path):
         app.act("view", name="patching.op", value="mean")
         await press(app, pilot, "S")
         assert "mean ablation" in shown(app) and not app.error("sweep")
+        app.act("view", name="patching.over", value="prompt")
         for kind in ("cells", "neurons", "nodes", "z_pos", "pairs", "cumulative"):
-            app.act("view", name="patching.op", value="zero")
-            app.act("view", name="patching.over", value="prompt")
-            app.act("view", name="patching.kind", value=kind)
-            await press(app, pilot, "S", "j", "l")
-            assert not app.error("sweep") and "truth" in shown(app), kind
+            for op in ("patch", "zero"):
+                app.act("view", name="patching.op", value=op)
+                app.act("view", name="patching.kind", value=kind)
+                await press(app, pilot)
+                assert not app.error("estimate"), (kind, app.error("estimate"))
+                await press(app, pilot, "S", "j", "l")
+                assert not app.error("sweep") and "truth" in shown(app), kind
+                grid, (_, got) = app.panes["patching"].table.grid, app.have["sweep"]
+                assert (np.isfinite(grid.values) == np.isfinite(got.values)).all(), f"{kind}: the map is that of another result"
+
+
+def test_pictures_are_kept_by_the_results_themselves(zoo, tmp_path):
+    """A result that is gone leaves its place in memory to the next one, and id with it."""
+    from widgets import Same
+
+    app, made = make_app(zoo, tmp_path), []
+    for n in range(20):
+        app.picture("slot", (Same(np.full(3, n)), "view"), lambda n=n: made.append(n))
+    assert made == list(range(20))
+    one = np.zeros(3)
+    assert app.picture("slot", (Same(one),), lambda: "first") == app.picture("slot", (Same(one),), lambda: "second") == "first"
 
 
 async def test_patching_says_what_is_missing(zoo, tmp_path):

@@ -359,7 +359,7 @@ def test_pairs_and_cumulative(engine, arch):
 # ------------------------------------------------------------------ estimates and direct effects
 
 
-@pytest.mark.parametrize("kind", ["resid_mid", "attn_mlp", "z", "q", "v", "pattern", "neurons"])
+@pytest.mark.parametrize("kind", ["resid_mid", "attn_mlp", "z", "q", "v", "pattern", "neurons", "cells"])
 def test_small_step_of_attribution_patching_is_a_finite_difference(engine, arch, kind):
     """The sweep with new values a little off the base run's, both ways, against the gradient."""
     if missing(arch, kind):

@@ -3,7 +3,7 @@
 from textual.drivers.headless_driver import HeadlessDriver
 
 from link import EngineDied, EngineError, Superseded
-from messages import UserError
+from messages import Progress, UserError
 from session import Session, State
 from tui import Loupe
 
@@ -29,7 +29,8 @@ class LocalLink:
             raise EngineDied("the engine is not running")
         self.asked.append((slot, request))
         try:
-            return over_the_wire(self.engine.run(over_the_wire(request)))
+            show = lambda part: on_partial(over_the_wire(part)) if on_partial and not isinstance(part, Progress) else None  # noqa: E731
+            return over_the_wire(self.engine.run(over_the_wire(request), show))
         except UserError as error:
             raise EngineError(str(error)) from error
         except Exception as error:  # as the server answers

@@ -187,14 +187,14 @@ def test_metric_position_across_an_alignment(engines):
 
 
 BAD = [
-    (Sweep(Study(UNEQUAL), "z"), "or choose an alignment"),
+    (Sweep(Study(UNEQUAL), "z"), "align them"),
     (Sweep(Study(UNEQUAL, align="magic"), "z"), "is not an alignment"),
     (Sweep(Study(UNEQUAL, align="diff"), "pattern"), "a pattern's row"),
     (Sweep(Study(UNEQUAL, align="diff"), "pairs", nodes=("L1H1.pattern", "L0.mlp")), "a pattern's row"),
     (Sweep(Study(replace(UNEQUAL, alignment=((0, 0),))), "pairs", nodes=("L1.mlp@3", "L0.mlp")), "position 3 has no partner"),
     (Sweep(Study(replace(UNEQUAL, alignment=((0, 0),))), "neurons", node="L1.mlp@3"), "position 3 has no partner"),
     (Sweep(Study(replace(UNEQUAL, alignment=((0, 0),)), metric=Metric("logit_diff", 3)), "z"), "metric's position 3 has no partner"),
-    (Run(Study(UNEQUAL, (parse_intervention("L1H1=patch"),))), "or choose an alignment"),
+    (Run(Study(UNEQUAL, (parse_intervention("L1H1=patch"),))), "align them"),
     (Run(Study(replace(UNEQUAL, alignment=((0, 0),)), (parse_intervention("L1H1@4=patch"),))), "no partner"),
     (Run(Study(UNEQUAL, (parse_intervention("L1H1.pattern=patch"),), align="diff")), "a pattern's row"),
     (

@@ -69,7 +69,23 @@ class Circuits:
             self.act("receivers", addresses=some)
             self.say(f"paths end at {', '.join(self.state.receivers)}: S runs them")
 
+        def begin(some: list[str]) -> None:
+            self.act("senders", addresses=some)
+            if self.state.views["circuit.each"] != "receiver":
+                self.act("view", name="circuit.each", value="receiver")
+            self.say(f"paths begin at {', '.join(some) or 'the node under the cursor'} and go to each receiver: S runs them")
+
+        items += [Item("from the node under the cursor", "to each receiver", "", ("from",))]
+        items += [
+            Item(f"from {name}", f"a group together, to each receiver: {' '.join(some)}", "", ("from", *some))
+            for name, some in (self.state.current.groups if self.state.current else {}).items()
+        ]
+
         def chosen(item: Item | None, typed: str) -> None:
+            words = list(item.value) if item and isinstance(item.value, tuple) else typed.replace(",", " ").split() if item is None else []
+            if words[:1] == ["from"]:
+                self.guard(lambda: begin(words[1:]))
+                return
             if item is None:
                 some = typed.replace(",", " ").split()
             elif isinstance(item.value, tuple):
@@ -78,7 +94,7 @@ class Circuits:
                 some = [r for r in now if r != item.value] if item.value in now else [*(r for r in now if r != LOGITS), item.value]
             self.guard(lambda: put(some))
 
-        self.open(Picker(f"receivers: {', '.join(now)} (or type: L3H2.q L3H3.q)", items + group, chosen, free=True))
+        self.open(Picker(f"receivers: {', '.join(now)} (or type: L3H2.q L3H3.q, or: from L0H1 L0H3)", items + group, chosen, free=True))
 
     # -------------------------------------------------------------- the list of circuits
 

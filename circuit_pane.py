@@ -27,6 +27,7 @@ class CircuitPane(Pane):
     def __init__(self, **kw):
         super().__init__(**kw)
         self.map, self.side = GridView(), Lines(classes="second")
+        self.left: tuple | None = None  # where the cursor was left when it went to the embeddings' row of the paths
         self.top = 0  # the first line shown beside the map
         self.scores_of: tuple[Score | None, ScoreResult | None] = (None, None)  # the last scores, their request without groups
 
@@ -67,8 +68,8 @@ class CircuitPane(Pane):
         if views["circuit.each"] == "receiver":
             node = super().node(app, None)
             sender = str(Node("mlp", node.layer)) if node.site == "mlp" else str(Node("head", node.layer or 0, app.cursor.head))
-            return PathPatch(study, (sender,), (), "receiver", views["circuit.path"], direction, over_set=over)
-        return PathPatch(study, (), state.receivers, "sender", views["circuit.path"], direction, over_set=over)
+            return PathPatch(study, state.senders or (sender,), (), "receiver", views["circuit.path"], direction, over_set=over)
+        return PathPatch(study, (), state.receivers, "sender", views["circuit.path"], direction, views["circuit.each"] == "position", over)
 
     def request(self, app: "Loupe") -> object | None:
         """What S runs in this view."""
@@ -105,17 +106,51 @@ class CircuitPane(Pane):
         c = app.cursor
         if result is not None and result.rows[-1] == LOGITS:
             return clip(c.layer, len(result.rows)), clip(3 * c.head if c.comp == "head" else len(result.cols) - 1, len(result.cols))
+        if result is not None and self.by_pos(result):
+            node = str(self.node(app, None))
+            return result.rows.index(node) if node in result.rows else 0, clip(c.pos, len(result.cols))
+        if result is not None and self.embed(app):
+            return 0, 0
         return c.layer + (result is not None), c.head if c.comp == "head" else app.info.n_heads
 
     def step(self, app: "Loupe", rows: int, cols: int) -> None:
-        c, n = app.cursor, app.info.n_heads
+        c, n, view = app.cursor, app.info.n_heads, app.state.views
+        result = self.paths(app) if view[self.view] == "path" and view["circuit.each"] != "receiver" else None
+        if result is not None and self.by_pos(result):
+            row, col = self.cell(app, result)
+            node = parse_node(result.rows[clip(row + rows, len(result.rows))])
+            where = {} if node.site == "embed" else {"layer": node.layer, "comp": node.site} | ({"head": node.head} if node.site == "head" else {})
+            app.move(pos=clip(col + cols, len(result.cols)), **where)
+            self.left = self.here(app) if node.site == "embed" else None
+            app.draw()
+            return
+        if result is not None and (self.embed(app) or rows < 0 and c.layer == 0):  # the row of the embeddings, above layer 0
+            self.left = self.here(app) if rows <= 0 else None
+            app.draw()
+            return
+        self.left = None
         col = clip((c.head if c.comp == "head" else n) + cols, n + 1)
         where = {"comp": "head", "head": col} if col < n else {"comp": "mlp"}
         app.move(layer=clip(c.layer + rows, app.info.n_layers), **where)
 
     def node(self, app: "Loupe", pos: int | None) -> Node:
         c = app.cursor
+        if self.embed(app):
+            return Node("embed", pos=pos)
         return Node("head", c.layer, c.head, pos=pos) if c.comp == "head" else Node("mlp", c.layer, pos=pos)
+
+    @staticmethod
+    def here(app: "Loupe") -> tuple:
+        return app.cursor.layer, app.cursor.comp, app.cursor.head
+
+    def embed(self, app: "Loupe") -> bool:
+        """Whether the cursor stands on the embeddings: until it goes anywhere else."""
+        return self.left == self.here(app) and app.state.views[self.view] == "path" and app.state.views["circuit.each"] != "receiver"
+
+    @staticmethod
+    def by_pos(result: SweepResult) -> bool:
+        """Rows of senders, columns of positions."""
+        return result.cols[-1].isdigit()
 
     def across(self, app: "Loupe", by: int) -> None:
         """The lines beside the map."""
@@ -271,7 +306,11 @@ class CircuitPane(Pane):
 
     def paint_path(self, app: "Loupe") -> None:
         views, request, result = app.state.views, self.path(app), self.paths(app)
-        ends = f"{request.senders[0]} → each receiver" if request.each == "receiver" else f"every node → {', '.join(request.receivers)}"
+        ends = (
+            f"{', '.join(request.senders)} → each receiver"
+            if request.each == "receiver"
+            else f"every node{' by position' * request.by_pos} → {', '.join(request.receivers)}"
+        )
         way = "noising" if request.direction == "noise" else "denoising"
         title = f"path · {ends} · {PATHS[request.convention]} · {way}" + (" over the set" if request.over_set else "")
         self.map.styles.width = "1fr"
@@ -279,7 +318,7 @@ class CircuitPane(Pane):
         self.side.show([])
         if result is None:
             self.show_title(app, ("path",), title, "")
-            self.map.show(None, (0, 0), views["mode"], app.waiting("path") if "path" in app.wanted else [("  S runs it · Q chooses receivers · Z direct or through MLPs · P senders or receivers", DIM)])  # fmt: skip
+            self.map.show(None, (0, 0), views["mode"], app.waiting("path") if "path" in app.wanted else [("  S runs it · Q chooses receivers · Z direct or through MLPs · P by position, or to each receiver", DIM)])  # fmt: skip
             self.info_line.show([])
             return
         edges = set(app.state.current.edges) if app.state.current else set()
@@ -322,11 +361,8 @@ def path_grid(result: SweepResult, request: PathPatch, edges: set[str]) -> Grid:
     """The effect of each path; kept edges are marked."""
     values = readings.change(result).astype(float)
     hi = max(float(np.nanmax(np.abs(values), initial=0)), 1e-6)
-    kept = set()
-    for e in map(parse_edge, edges):
-        for r, c in zip(*np.nonzero(np.isfinite(values))):
-            if request.each == "sender" and e.receiver in request.receivers and e.sender == result.address(int(r), int(c)):
-                kept.add((int(r), int(c)))
+    mine = {e.sender for e in map(parse_edge, edges) if request.each == "sender" and e.receiver in request.receivers}
+    kept = {(int(r), int(c)) for r, c in zip(*np.nonzero(np.isfinite(values))) if mine and result.address(int(r), int(c)).split("@")[0] in mine}
     return Grid(values, list(result.rows), list(result.cols), -hi, hi, signed=True, cell=(5, 8), marks=frozenset(kept))
 
 

@@ -31,7 +31,7 @@ from messages import (
     to_json,
 )
 from utils import ROOT
-from wiring import COMBINE, LOGITS, Circuit, check_receivers, combined, grouped, toggled
+from wiring import COMBINE, LOGITS, Circuit, check_receivers, combined, grouped, parse_edge, toggled
 
 FORMAT = 1
 SESSIONS = ROOT / "sessions"
@@ -77,7 +77,7 @@ VIEWS = {
     "circuit.mlps": ("stay", "count"),
     "circuit.by": ("auto", "nodes", "edges"),
     "circuit.path": ("direct", "mlps"),
-    "circuit.each": ("sender", "receiver"),
+    "circuit.each": ("sender", "position", "receiver"),
     "circuit.over": ("set", "prompt"),
     "features.view": ("features", "examples", "graph", "preflight"),
     "features.order": ("activation", "attribution", "direct"),
@@ -105,6 +105,7 @@ class State:
     circuits: tuple[Circuit, ...] = ()
     circuit: str = ""  # the name of the current one
     receivers: tuple[str, ...] = (LOGITS,)  # of path patching
+    senders: tuple[str, ...] = ()  # together, to each receiver; none: the node under the cursor
     saes: tuple[str, ...] = ()
     sae: str = ""  # the one that pane 6 shows
     sae_error: bool = True
@@ -250,6 +251,13 @@ def receivers(state: State, addresses: list) -> State:
     return dataclasses.replace(state, receivers=tuple(dict.fromkeys(addresses)) or (LOGITS,))
 
 
+def senders(state: State, addresses: list) -> State:
+    """Where paths to each receiver begin, together: heads, MLPs, embed; none: at the node under the cursor."""
+    for text in addresses:
+        parse_edge(f"{text}->{LOGITS}")
+    return dataclasses.replace(state, senders=tuple(dict.fromkeys(addresses)))
+
+
 def group(state: State, name: str, nodes: list) -> State:
     """Give nodes of the current circuit a name; no nodes take the group away."""
     return with_circuit(state, grouped(named(state, state.circuit), name, tuple(nodes)))
@@ -302,6 +310,7 @@ ACTIONS: dict[str, Callable[..., State]] = {
         delete_circuit,
         keep,
         receivers,
+        senders,
         group,
         combine,
         saes,

@@ -131,6 +131,43 @@ def test_the_curve_is_to_scale():
     assert (middle - first) / (last - first) == pytest.approx(14 / 40, abs=0.06)
 
 
+async def test_paths_by_position_from_embeddings_and_from_several(zoo, tmp_path):
+    app = make_app(zoo, tmp_path, small())
+    async with app.run_test(size=(140, 45)) as pilot:
+        await press(app, pilot)
+        await press(app, pilot, "5")
+        app.act("view", name="circuit.view", value="path")
+        app.act("receivers", addresses=["L0H1.v"])
+        await press(app, pilot, "S", "k", "k", "k")
+        assert app.cursor.layer == 0 and str(app.node()) == "L0H0"
+        await press(app, pilot, "k", "enter")
+        assert str(app.node()) == "embed" and app.state.current.edges == ("embed->L0H1.v",)
+        await press(app, pilot, "j")
+        assert str(app.node()) == "L0H0"
+        app.act("receivers", addresses=["L0H1.v"])
+        app.act("keep", part="L0H1->logits")
+        app.act("view", name="circuit.view", value="map")
+        assert app.panes["circuit"].by_edges(app), "embed -> L0H1 -> logits"
+        app.act("view", name="circuit.view", value="path")
+        app.act("receivers", addresses=["L3H2.v", "L3H3.v"])
+        await press(app, pilot, "P", "S")
+        ask = asked(app, PathPatch)[-1]
+        assert ask.by_pos and "by position" in shown(app) and "L0H1" in shown(app)
+        for _ in range(3):
+            await press(app, pilot, "j")
+        row, col = app.panes["circuit"].map.at
+        got = app.answers[ask]
+        assert got.rows[row] == str(app.node()) and col == app.cursor.pos
+        app.act("group", name="givers", nodes=["L0H1"])
+        await press(app, pilot, "Q", *"from givers", "enter", "S")
+        ask = asked(app, PathPatch)[-1]
+        assert ask.each == "receiver" and ask.senders == ("L0H1",) and app.state.senders == ("L0H1",)
+        await press(app, pilot, "Q", *"from L0H1 L0H3", "enter", "S")
+        assert asked(app, PathPatch)[-1].senders == ("L0H1", "L0H3") and "L0H1, L0H3 → each receiver" in shown(app) and not app.error("path")
+        await press(app, pilot, "Q", *"from nowhere", "enter")
+        assert app.state.senders == ("L0H1", "L0H3") and "nowhere" in shown(app)
+
+
 async def test_keep_from_other_panes(zoo, tmp_path):
     app = make_app(zoo, tmp_path, small())
     async with app.run_test(size=(160, 45)) as pilot:

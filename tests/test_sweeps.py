@@ -581,7 +581,7 @@ BAD = [
     (Sweep(Study(replace(PROMPT, corrupt=None)), "z"), "no corrupted prompt"),
     (Sweep(Study(replace(PROMPT, answers=())), "z"), "no answer"),
     (Sweep(Study(replace(PROMPT, foils=())), "z"), "no foil"),
-    (Sweep(Study(replace(PROMPT, corrupt=SHORT)), "z"), "equal length: clean has 15 tokens and corrupted"),
+    (Sweep(Study(replace(PROMPT, corrupt=SHORT)), "z"), "clean has 15 tokens and corrupted"),
     (Sweep(Study(PROMPT, metric=Metric("logit_diff", 99)), "z"), "position 99 is outside"),
     (Sweep(STUDY, "neurons", node="L1.mlp@77"), "position 77 is outside"),
     (Sweep(STUDY, "nonsense"), "is not a sweep"),

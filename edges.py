@@ -17,7 +17,7 @@ from lens import frozen_norm
 from messages import ModelInfo, Node, Progress, Study, Sweep, UserError, parse_node
 from model import FINAL, Edit, Model, out_of_memory
 from patching import Runs, means
-from resume import Score
+from kept import Score
 from sweeps import Plan, check_lengths, chunk_bytes, others, read_member
 from utils import tec
 from wiring import LOGITS, REST, Edge, parse_edge

@@ -15,7 +15,8 @@ from torch import Tensor
 from lens import frozen_norm
 from messages import ESTIMATES, Estimate, Progress, Sweep, SweepResult, UserError
 from model import FINAL, Edit, Model
-from resume import Base, Score, Spot, Variant
+from kept import Score, Spot
+from resume import Base, Variant
 from patching import Runs
 from sweeps import Board, Plan, aligned, bases, read_plan, reads
 

@@ -269,7 +269,7 @@ def extra_names(model: Model, d: Dictionary) -> list[str]:
 def gradient(runs: Runs, d: Dictionary, which: str) -> Tensor:
     """The metric's gradient at what the SAE writes [seq, d_out] of a run."""
     from estimates import metric
-    from resume import Score
+    from kept import Score
 
     model, kept, asked = runs.model, {}, runs.study.metric
     name = f"blocks.{d.layer}.hook_attn_out" if d.out.endswith("resid_mid") else d.out

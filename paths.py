@@ -19,7 +19,8 @@ from torch import Tensor
 from messages import Node, Progress, Sweep, SweepResult, UserError, parse_node
 from model import Edit, Model
 from patching import find_position
-from resume import PIECE, Base, Recorded, Spot
+from kept import Recorded, Spot
+from resume import PIECE, Base
 from sweeps import Board, Layout, bases, make_spot, read_plan
 from wiring import CONVENTIONS, LOGITS, PathPatch
 

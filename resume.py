@@ -1,8 +1,8 @@
 """
 Many changed runs of one model at the price of a few: what sweeps run on. No model maths of its own, the Bridge's blocks do all of it.
 
-1. A `Base` is one run of a few prompts of equal length, kept: every block's input, the keys and values, the hook points that will be changed.
-2. A `Variant` is that run with other values (`Source`) at some spots. Variants are the batch.
+1. A `Base` is one kept run of a few prompts of equal length (kept.py). `source` gives every spot's new values.
+2. A `Variant` is that run with other values at some spots. Variants are the batch.
 3. A wave passes over the blocks once. A variant joins at the first block it changes, as the kept residual stream; positions before its first change
    come from the kept keys and values; after the last block only the metric's position is read.
 4. Where one position of one block's output changes, the block runs on that single token (its attention is overwritten), and the variant joins after it.
@@ -11,67 +11,24 @@ Between two blocks no hook is on the model, so that a wave is a generator that o
 """
 
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch as t
 from torch import Tensor
-from transformers import DynamicCache
 
-from lens import measure, rows_at_once
-from messages import Node, Progress, UserError
-from model import FINAL, Edit, Keep, Model, out_of_memory
-from patching import Runs, hook_name
-from shortcuts import fused, given, last_rows, slow_modules
+import kept
+from kept import Kept, Spot, make_spot
+from messages import Node, Progress
+from model import Edit, Keep, out_of_memory
+from shortcuts import given
 from utils import tec
 
-TRIED: WeakKeyDictionary[Model, dict[object, str]] = WeakKeyDictionary()  # why a model's runs can't be resumed, with and without interventions
-CALLED: WeakKeyDictionary[Model, dict[tuple, dict[tuple, list]]] = WeakKeyDictionary()  # what blocks are called with, of a few prompts
-SLOW: WeakKeyDictionary[Model, list[list[t.nn.Module]]] = WeakKeyDictionary()  # of every block what `fused` stands in for
-DONE = ("a sweep's base run",)  # its mark in the model's cache
 PACK = 160  # tokens of a packed row
 FIRST = 12  # variants of a sweep's first wave, so that something is on the screen
 PIECE = 11e9  # FLOPs of a block between two pauses, on a CPU's thread
 ROWWISE = ("attn", "resid_mid", "head", "neuron")  # one position of these changes the block's output at that position only
-
-
-@dataclass(frozen=True)
-class Spot:
-    """A node with its position as an index (None: all), the hook point it is written at, and of a pattern optionally one source position."""
-
-    node: Node
-    name: str
-    source: int | None = None
-
-    @property
-    def key(self) -> tuple:
-        return self.node.layer, self.node.site, self.node.part
-
-    @property
-    def also(self) -> tuple[str, ...]:
-        """Other hook points that its new values are made from."""
-        return ()
-
-    def index(self, start: int, group: int) -> tuple:
-        """Into [position, ...] behind the batch, of a tensor that begins at `start`; a pattern is [head, destination, source]."""
-        n = self.node
-        pos = slice(None) if n.pos is None else n.pos - start
-        match n.site:
-            case "head" if n.part == "pattern":
-                return n.head, pos, slice(None) if self.source is None else self.source
-            case "head":
-                return pos, n.head // group if n.part in ("k", "v") else n.head
-            case "neuron":
-                return pos, n.index
-        return (pos,)
-
-
-def make_spot(model: Model, node: Node, source: int | None = None) -> Spot:
-    """resid_mid is written through the attention's output: the hook of its name does not reach the skip connection."""
-    name = hook_name(model, node)
-    return Spot(node, f"blocks.{node.layer}.hook_attn_out" if node.site == "resid_mid" else name, source)
 
 
 @dataclass(frozen=True)
@@ -90,343 +47,10 @@ class Variant:
         return min((s.node.layer for s in self.spots), default=0)
 
 
-def id_rows(ids: Tensor) -> tuple:
-    return tuple(map(tuple, ids.tolist()))
+class Base(Kept):
+    """A kept run, and its variants."""
 
-
-def name_of(what: str, layer: int) -> str:
-    """The name in the cache of a block's keys or values."""
-    return f"blocks.{layer} {what}"
-
-
-def common(model: Model) -> list[str]:
-    """Hook points that some sweep reads."""
-    ends = (
-        "attn.hook_z",
-        "attn.hook_q",
-        "attn.hook_k",
-        "attn.hook_v",
-        "attn.hook_pattern",
-        "hook_attn_out",
-        "hook_mlp_out",
-        "hook_resid_mid",
-        "hook_resid_post",
-    )
-    return [
-        name for i in range(model.info.n_layers) for end in ends if (name := f"blocks.{i}.{end}") in model.points and not model.bridge._gated_hook_reason(name)
-    ]
-
-
-class Recorded(Exception):
-    """Every block has been called: the rest of the forward pass is not needed."""
-
-
-class Prefix:
-    """Stands in for Hugging Face's cache of keys and values in one block: those of the prefix, for every row of the batch."""
-
-    def __init__(self, keys: Tensor, values: Tensor):
-        self.keys, self.values = keys, values
-
-    def update(self, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
-        return self.join(self.keys, keys), self.join(self.values, values)
-
-    def join(self, old: Tensor, new: Tensor) -> Tensor:
-        b, h, p, d = old.shape
-        out = new.new_empty(len(new), h, p + new.shape[2], d)
-        out[:, :, :p].view(-1, b, h, p, d).copy_(old)
-        out[:, :, p:] = new
-        return out
-
-    def get_seq_length(self, *_) -> int:
-        return self.keys.shape[2]
-
-
-# ------------------------------------------------------------------ the metric
-
-
-class Score:
-    """The metric of runs that differ in what reaches the final norm; of a logit difference only the answers' and foils' logits are made."""
-
-    def __init__(self, group: list[Runs], clean: Tensor | None = None, which: str = "now"):
-        runs = self.runs = group[0]
-        self.model, self.group, self.kind = runs.model, group, runs.study.metric.kind
-        self.whole = self.kind == "loss"
-        self.ids = [r.row(which).ids for r in group]
-        self.places = [len(ids) - 1 if self.whole else r.metric_position(which) for r, ids in zip(group, self.ids)]
-        self.base: np.ndarray | None = None  # the metric of the unchanged run [prompt]
-        self.clean = clean  # [prompt, d_model] normed, for KL
-        self.nll: Tensor | None = None  # of the base run's own tokens [prompt, seq - 1]
-        if self.kind == "logit_diff":
-            tokens = sorted({i for r in group for i in (*r.answers, *r.foils)})
-            self.weights = t.zeros(len(group), len(tokens), dtype=t.float64)
-            for row, r in zip(self.weights, group):
-                row[[tokens.index(i) for i in r.answers]] += 1 / len(r.answers)
-                row[[tokens.index(i) for i in r.foils]] -= 1 / len(r.foils)
-            self.columns = self.model.bridge.W_U[:, tokens].contiguous()
-            self.bias = self.model.bridge.b_U[tokens].float()
-
-    def diff(self, normed: Tensor) -> Tensor:
-        """Logit difference [variant, prompt] of normed rows [variant, prompt, d_model]; differentiable."""
-        model = self.model
-        logits = ((normed @ self.columns.to(normed.device)).float() + self.bias.to(normed.device)) * model.logit_scale
-        logits = model.softcap * t.tanh(logits / model.softcap) if model.softcap else logits
-        return (logits.double() * self.weights.to(logits.device)).sum(-1)
-
-    @t.no_grad()
-    def of(self, x: Tensor, start: int) -> np.ndarray:
-        """[variant, prompt] of the stream after the last block, [variant x prompt, seq from start, d_model]."""
-        model, b = self.model, len(self.group)
-        x = x.view(-1, b, *x.shape[1:])
-        if self.whole:
-            return self.losses(x, start)
-        out = self.of_normed(model.norm(x[:, t.arange(b, device=x.device), [max(0, p - start) for p in self.places]]))
-        for j, place in enumerate(self.places):
-            if place < start:  # nothing before `start` changes
-                out[:, j] = self.base[j]
-        return out
-
-    def of_normed(self, normed: Tensor) -> np.ndarray:
-        """[variant, prompt] of normed rows at the metric's positions."""
-        model = self.model
-        if self.kind == "logit_diff":
-            return self.diff(normed).cpu().numpy()
-        out = np.zeros(normed.shape[:2])
-        for j, r in enumerate(self.group):
-            clean = model.unembed(self.clean[j : j + 1])[0] if self.kind == "kl" else None
-            for i in range(0, len(normed), size := rows_at_once(model)):
-                for k, row in enumerate(model.unembed(normed[i : i + size, j])):
-                    out[i + k, j] = measure(self.kind, row, row if clean is None else clean, np.zeros(0), r.answers, r.foils)
-        return out
-
-    def losses(self, x: Tensor, start: int) -> np.ndarray:
-        model, out = self.model, np.zeros(x.shape[:2])
-        for j, ids in enumerate(self.ids):
-            target = t.tensor(ids[start + 1 :], device=x.device)
-            known = 0.0 if not start else self.nll[j, :start].sum().item()
-            flat = x[:, j, : len(target)].flatten(0, 1)
-            found = [self.tokens(flat[i : i + rows_at_once(model)], target, i) for i in range(0, len(flat), rows_at_once(model))]
-            nll = t.cat(found).view(len(x), -1) if found else t.zeros(len(x), 0)
-            out[:, j] = ((nll.sum(1) + known) / (len(ids) - 1)).cpu().numpy()
-        return out
-
-    def tokens(self, x: Tensor, target: Tensor, first: int) -> Tensor:
-        logits = self.model.unembed(self.model.norm(x)).double()
-        right = target[(first + t.arange(len(x), device=x.device)) % len(target)]
-        return logits.logsumexp(-1) - logits.gather(-1, right[:, None])[:, 0]
-
-
-# ------------------------------------------------------------------ the base run
-
-
-class Base:
-    """
-    The run that variants change: `resid` the input of every block, and the last block's output; `acts` what passed the named hook points, after the
-    study's interventions. Nothing changes before `shared`. `source` gives every spot's new values. `reason` says why variants have to be whole forward passes ("": they need not).
-    """
-
-    def __init__(self, group: list[Runs], names: Iterable[str], limit: int, plain: bool = False, shared: int = 0, beside: Tensor | None = None):
-        runs = group[0]
-        self.model, self.group, self.limit, self.shared = runs.model, group, limit, shared
-        self.n, self.edits = self.model.info.n_layers, runs.edits
-        assert not self.edits or len(group) == 1 and shared == 0, "interventions differ from prompt to prompt"
-        self.ids = t.tensor([r.row("now").ids for r in group])
-        self.per_kv = self.model.info.n_heads // self.model.info.n_kv_heads
-        self.source: dict[tuple, Tensor] = {}
-        self.score: Score | None = None
-        known = CALLED.setdefault(self.model, {})
-        if len(known) > 8:
-            known.clear()
-        self.called = known.setdefault(id_rows(self.ids[:1]), {})  # what blocks are called with
-        if self.model not in SLOW:
-            SLOW[self.model] = [slow_modules(b) for b in self.model.bridge.blocks]
-        self.slow = SLOW[self.model]
-        self.reason = "asked for" if plain else ""
-        self.at_once = self.peak = 0  # the most variants in one batch, and its bytes as `room` counts them
-        self.worked, self.work = 0, 1  # tokens through a block: done, and all of them
-        self.run(names, beside)
-
-    @t.no_grad()
-    def run(self, names: Iterable[str], beside: Tensor | None) -> None:
-        """`beside` are the other prompts [prompt, seq], in the same forward pass: self.beside holds what passed the hook points there."""
-        pair = [self.ids] if beside is None else [self.ids, beside]
-        last = f"blocks.{self.n - 1}.hook_resid_post"
-        names = list(dict.fromkeys((*names, FINAL, last)))
-        known = [] if self.edits or self.reason else [self.recall(ids, names) for ids in pair]
-        if not known or None in known:
-            known = self.record(pair, names)
-        self.acts, self.beside = known[0], known[-1] if beside is not None else {}
-        self.resid = [*(self.acts[self.entry(i)] for i in range(self.n)), self.acts[last]]
-        self.kept = [] if self.reason else [(self.acts[name_of("keys", i)], self.acts[name_of("values", i)]) for i in range(self.n)]
-
-    def entry(self, layer: int) -> str:
-        """The name of what a block gets: before the interventions, which are made there once more."""
-        return f"blocks.{layer} before" if self.edits else f"blocks.{layer}.hook_resid_pre"
-
-    def recall(self, ids: Tensor, names: list[str]) -> dict[str, Tensor] | None:
-        """What a run left in the model's cache, if all of it is there."""
-        inside = [name for i in range(self.n) for name in (self.entry(i), name_of("keys", i), name_of("values", i))]
-        found = {name: self.model.cache.get((id_rows(ids), DONE, name)) for name in (*inside, *names)}
-        return None if any(x is None for x in found.values()) else found
-
-    def record(self, pair: list[Tensor], names: list[str]) -> list[dict[str, Tensor]]:
-        """Run them together. Kept in the model's cache, with what other sweeps will ask for, where that is small against it."""
-        model, ids = self.model, t.cat(pair).to(self.model.device)
-        acts: dict[str, Tensor] = {}
-        small = (
-            not self.edits
-            and not self.reason
-            and 32 * ids.numel() * self.n * (12 * model.info.d_model + model.info.n_heads * ids.shape[1]) <= model.cache.limit
-        )
-        names = list(dict.fromkeys((*names, *(common(model) if small else ()))))
-        enter = [(f"blocks.{i}.hook_resid_pre", lambda x, i=i: acts.__setitem__(self.entry(i), x.detach())) for i in range(self.n)]
-        catch = [(n, lambda x, n=n: acts.__setitem__(n, x.detach())) for n in names]
-        kept = None if self.reason else DynamicCache()
-        with fused([] if self.reason else [m for some in self.slow for m in some]):
-            model.forward(ids, edits=[*enter, *self.edits, *catch], keep=None, cache=kept)
-        for i, layer in enumerate(kept.layers if kept else ()):
-            acts |= {name_of("keys", i): layer.keys, name_of("values", i): layer.values}
-        found, n = [], len(self.ids)
-        for a, some in zip((0, n), pair):
-            found.append({name: x[a : a + n] for name, x in acts.items()})
-            for name, x in found[-1].items() if small else ():
-                model.cache.put((id_rows(some), DONE, name), x)
-        return found
-
-    def begin(self, score: Score) -> np.ndarray:
-        """The metric of the base run itself [prompt]; decides whether the fast way gives this model's own numbers."""
-        self.score = score
-        self.stop = self.ids.shape[1] if score.whole or self.edits else max(score.places) + 1
-        if score.whole:
-            n = self.ids.shape[1] - 1
-            score.nll = t.stack([score.tokens(x[:-1], ids[1:].to(x.device), 0) for x, ids in zip(self.resid[-1], self.ids)]) if n else None
-        value = score.base = score.of(self.resid[-1], 0)[0]
-        if not np.isfinite(value).all():
-            raise UserError("the metric of the unchanged run is not finite: does the model hold NaN? Try float32")
-        if not self.reason:
-            known = TRIED.setdefault(self.model, {})
-            if bool(self.edits) not in known:
-                known[bool(self.edits)] = self.trial()
-            self.reason = known[bool(self.edits)]
-        return value
-
-    def trial(self) -> str:
-        """Resume an unchanged run from the middle and from a prefix: why that does not give the same stream, or ''."""
-        start, layer = self.stop // 2 if not self.edits else 0, self.n // 2
-        try:
-            x = self.resid[layer][:, start : self.stop]
-            for i in range(layer, self.n):
-                x = self.step(i, x, start, [])
-        except (TypeError, AttributeError, KeyError, IndexError, ValueError, RuntimeError, NotImplementedError) as error:
-            if isinstance(error, t.OutOfMemoryError):
-                raise
-            return f"{self.model.info.architecture}'s blocks can't be run one by one ({type(error).__name__})"
-        rows = range(len(self.ids))
-        got = t.stack([x[j, self.score.places[j] - start] for j in rows]) if min(self.score.places) >= start else x[:, -1]
-        want = t.stack([self.resid[-1][j, self.score.places[j]] for j in rows]) if min(self.score.places) >= start else self.resid[-1][:, self.stop - 1]
-        same = self.model.identity("resume", got, want)
-        return "" if same.ok else f"resumed runs of {self.model.info.architecture} are off by {same.error:.1g}"
-
-    @property
-    def packs(self) -> bool:
-        """Whether variants of several lengths can share a row: every mask is the model's to give, and a packed run equals the kept one."""
-        if self.edits or self.score.whole or set(self.score.places) != {self.stop - 1}:
-            return False
-        known = TRIED[self.model]
-        if "packed" not in known:
-            known["packed"] = self.trial_packed()
-        return not known["packed"]
-
-    def trial_packed(self) -> str:
-        firsts, x = (self.stop // 2, self.stop - 1), None
-        tokens = t.cat([t.arange(p, self.stop) for p in firsts])
-        try:
-            for i in range(self.n // 2, self.n):
-                x = self.step(i, self.resid[i][:, tokens] if x is None else x, 0, [], firsts)
-        except (TypeError, AttributeError, KeyError, IndexError, ValueError, RuntimeError, NotImplementedError) as error:
-            if isinstance(error, t.OutOfMemoryError):
-                raise
-            return type(error).__name__
-        want = self.resid[-1][:, self.stop - 1]
-        ends = [len(tokens) - 2, len(tokens) - 1]
-        return "" if all(self.model.identity("packed", x[:, e], want).ok for e in ends) else "off"
-
-    # ---------------------------------------------------------------- one block
-
-    def calls(self, start: int, length: int, kept: bool) -> list[tuple[tuple, dict, object]]:
-        """What Hugging Face's model hands each block for one row of tokens from `start`: masks, positions, and the cache that stands for the prefix."""
-        if (start, length, kept) not in self.called:
-            seen: dict[int, tuple] = {}
-
-            def record(layer: int) -> Callable:
-                def forward(*args, **kwargs):
-                    hidden = args[0] if args else kwargs["hidden_states"]
-                    seen[layer] = (args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"})
-                    if layer == self.n - 1:
-                        raise Recorded
-                    return hidden
-
-                return forward
-
-            blocks, cache = list(self.model.bridge.blocks), DynamicCache() if kept else None
-            for i, (keys, values) in enumerate(self.kept if start else []):
-                cache.update(keys[:1, :, :start], values[:1, :, :start], i)
-            try:
-                for i, block in enumerate(blocks):
-                    block.__dict__["forward"] = record(i)
-                more = {"past_key_values": cache} if kept else {}
-                self.model.bridge(self.ids[:1, start : start + length].to(self.model.device), logits_to_keep=1, use_cache=kept, **more)
-            except Recorded:
-                pass
-            finally:
-                for block in blocks:
-                    block.__dict__.pop("forward", None)
-            if cache is not None:
-                cache.layers.clear()  # from here on only a sign of where it was
-            self.called[start, length, kept] = [(*seen[i], cache) for i in range(self.n)]
-        return self.called[start, length, kept]
-
-    def packed_calls(self, firsts: tuple[int, ...]) -> list[tuple[tuple, dict, object]]:
-        """The same for a row of segments, each from its first position to `stop`, behind the keys of the whole kept run."""
-        stop = self.stop
-        if (firsts, stop) not in self.called:
-            places = t.cat([t.arange(p, stop) for p in firsts]).to(self.model.device)
-            segment = t.cat([t.full((stop - p,), i) for i, p in enumerate(firsts)]).to(self.model.device)
-            begins = t.tensor(firsts, device=self.model.device)[segment]
-
-            def change(x: object) -> object:
-                if isinstance(x, tuple):
-                    return tuple(change(a) for a in x)
-                if not isinstance(x, Tensor):
-                    return x
-                if x.shape[-2:] == (stop, stop) and x.ndim == 4:
-                    never = False if x.dtype == t.bool else t.finfo(x.dtype).min
-                    before = x[..., places, :].masked_fill(t.arange(stop, device=x.device) >= begins[:, None], never)
-                    own = x[..., places[:, None], places].masked_fill(segment[:, None] != segment, never)
-                    return t.cat([before, own], -1)
-                assert x.ndim >= 2 and x.shape[1] == stop
-                return x[:, places]
-
-            rest = lambda x, cache: x if x is cache else change(x)  # noqa: E731
-            full = self.calls(0, stop, True)
-            self.called[firsts, stop] = [(tuple(rest(a, c) for a in args), {k: rest(a, c) for k, a in kwargs.items()}, c) for args, kwargs, c in full]
-        return self.called[firsts, stop]
-
-    def step(self, layer: int, x: Tensor, start: int, edits: list[Edit], firsts: tuple[int, ...] = (), grad: bool = False) -> Tensor:
-        """One block on [rows, positions from start, d_model], rows being variants x prompts; on packed rows of segments from `firsts`."""
-        args, kwargs, cache = (self.packed_calls(firsts) if firsts else self.calls(start, x.shape[1], start > 0))[layer]
-        if cache is not None:
-            prefix = Prefix(*(kv[:, :, : self.stop if firsts else start] for kv in self.kept[layer]))
-            args = tuple(prefix if a is cache else a for a in args)
-            kwargs = {k: prefix if a is cache else a for k, a in kwargs.items()}
-        ours = [e for e in self.edits if e[0].startswith(f"blocks.{layer}.")]
-        block = self.model.bridge.blocks[layer]
-        ends = (np.cumsum([self.stop - p for p in firsts]) - 1).tolist() if firsts else [x.shape[1] - 1]
-        short = layer == self.n - 1 and x.shape[1] > len(ends) and (bool(firsts) or start + x.shape[1] == self.stop)
-        short = short and not self.edits and not self.score.whole and len(set(self.score.places)) == 1 and not any("mlp" in name for name, _ in edits)
-        rows = ends if short else []
-        with t.set_grad_enabled(grad), self.model.hooks([*ours, *edits]), last_rows(block.mlp, rows), fused([] if grad else self.slow[layer]):
-            out = block(x, *args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+    # ---------------------------------------------------------------- blocks in pieces
 
     def steps(self, layer: int, x: Tensor, rows: list[Variant], start: int, firsts: tuple[int, ...] = ()) -> Generator[None, None, Tensor]:
         """The same in pieces, with a pause after each; edits of this block for the variants that have some."""
@@ -502,7 +126,7 @@ class Base:
         return self.heads_apart(node.part)
 
     def heads_apart(self, part: str) -> bool:
-        known = TRIED.setdefault(self.model, {})
+        known = kept.TRIED.setdefault(self.model, {})
         if ("heads", part) not in known:
             known["heads", part] = self.trial_heads(part)
         return not known["heads", part]

@@ -11,7 +11,8 @@ from features import check, gradient, no_metric
 from messages import Intervention, Node, Progress, Sweep, UserError, parse_node
 from model import Edit, Model
 from patching import NAMES, Runs, find_position, read_study, resampled
-from resume import Base, Spot
+from kept import Spot
+from resume import Base
 from saes import LOADED, Dictionary, for_layer
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from messages import METRICS, SWEEP_OPS, SWEEPS, Node, Progress, Prompt, Study, Sweep, SweepResult, TokenRow, UserError, parse_node
 from model import FINAL, Model
 from patching import Runs, find_position, gaussian, hook_name, means, noise_scale, place_in_set, prepare, read_study, resampled
-from resume import Base, Score, Spot, Variant, make_spot
+from kept import Score, Spot, make_spot
+from resume import Base, Variant
 from utils import settings
 
 CHUNK_MB = 128

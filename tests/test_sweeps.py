@@ -10,6 +10,7 @@ from conftest import ARCHS, CLEAN, PROMPT, SHORT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kept
 import resume
 import sweeps
 from messages import Estimate, Frame, Metric, Progress, Prompt, Study, Sweep, SweepResult, UserError, encode, parse_intervention, parse_node, read_prompt_set
@@ -299,7 +300,7 @@ def test_partial_results_and_cancel(engines):
 def test_what_cannot_be_resumed_runs_whole(engines, monkeypatch):
     engine = engines["llama"]
     want = sweep(engine, "resid_post").values
-    monkeypatch.setattr(resume, "TRIED", type(resume.TRIED)())
+    monkeypatch.setattr(kept, "TRIED", type(kept.TRIED)())
     step = resume.Base.step
     monkeypatch.setattr(resume.Base, "step", lambda self, *a: step(self, *a) * 1.01)
     got = sweep(engine, "resid_post")
@@ -557,7 +558,7 @@ def test_estimates_without_single_blocks(engines, monkeypatch):
     """A model whose blocks can't be run one by one: gradients of whole runs, the same numbers."""
     engine = engines["gemma2"]
     want = {m: engine.run(Estimate(STUDY, "attn_mlp", m)).values for m in ("atp", "ig")}
-    monkeypatch.setattr(resume, "TRIED", type(resume.TRIED)())
+    monkeypatch.setattr(kept, "TRIED", type(kept.TRIED)())
     monkeypatch.setattr(resume.Base, "trial", lambda self: "not today")
     for m, values in want.items():
         np.testing.assert_allclose(engine.run(Estimate(STUDY, "attn_mlp", m)).values, values, atol=TOL)
@@ -566,7 +567,7 @@ def test_estimates_without_single_blocks(engines, monkeypatch):
 def test_heads_that_see_one_another_are_run_in_full(engines, monkeypatch):
     engine = engines["qwen3"]
     want = sweep(engine, "q").values
-    monkeypatch.setattr(resume, "TRIED", type(resume.TRIED)())
+    monkeypatch.setattr(kept, "TRIED", type(kept.TRIED)())
     plain = resume.Base.z_of
     monkeypatch.setattr(resume.Base, "z_of", lambda self, layer, part: plain(self, layer, part) * 1.01)
     np.testing.assert_allclose(sweep(engine, "q").values, want, atol=TOL)
@@ -658,7 +659,7 @@ def test_base_runs_stay_in_the_cache(engine, arch, monkeypatch):
     model.cache.clear()
     sweep(engine, "v")
     assert any("a sweep's base run" in line for line in model.cache.entries())
-    versions = {key: x._version for key, x in model.cache.items.items() if key[1] == resume.DONE}
+    versions = {key: x._version for key, x in model.cache.items.items() if key[1] == kept.DONE}
     calls, forward = [], model.forward
     monkeypatch.setattr(model, "forward", lambda *args, **kw: calls.append(1) or forward(*args, **kw))
     for (kind, direction), values in cold.items():

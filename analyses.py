@@ -445,8 +445,8 @@ class SweepResult:
     """
     values and normalised (corrupted = 0, clean = 1; without a corrupted prompt 0 = nothing left, 1 = untouched) [row, column], means over the
     prompts; NaN: no such cell, or not yet run (`done` of `total` are). Over a set also std, low and high (95 % confidence, Student's t) and p (sign
-    flips of value - base) [row, column], and per_prompt [prompt, row, column]; empty otherwise and in a partial result. `prompts` are indices into
-    the set. `base` is the metric of the run that the cells change. `method` is "truth" or one of ESTIMATES. `mechanism` says how it was run, and why
+    flips) of the effect, value - base paired by prompt [row, column], and per_prompt [prompt, row, column]; empty otherwise and in a partial result.
+    `prompts` are indices into the set. `base` is the metric of the run that the cells change. `method` is "truth" or one of ESTIMATES. `mechanism` says how it was run, and why
     when that is not the fast way; `at_once` the most variants in one batch. `peak_mb`: on a GPU the most memory allocated meanwhile, the model
     included; elsewhere the activations of the largest batch, as the bound counts them.
     """

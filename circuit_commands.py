@@ -81,7 +81,7 @@ class DiscoverCommand(Options):
     """eap, eap-ig, eap-ig-activations, clean-corrupted, acdc, greedy, features (of --sae)"""
     edges: int = Discover.edges
     nodes: int = Discover.nodes
-    """greedy: stop at so many heads (0: at --target); features: so many (0: 20)"""
+    """greedy: stop at so many heads (0: at --target); features: so many (0: 30)"""
     threshold: float = Discover.threshold
     """acdc, in units of the metric"""
     steps: int = Discover.steps

@@ -102,6 +102,9 @@ class Circuits:
         state, now = self.state, self.state.current
         items = [Item("new", "an empty circuit", "", self.new_circuit), Item("discover", "EAP, EAP-IG, ACDC, greedy: a job", "", self.do_discover)]
         items += [Item(f"go to {c.name}", f"{len(c.nodes)} nodes, {len(c.edges)} edges, {c.model}", "", lambda c=c: self.act("select_circuit", name=c.name)) for c in state.circuits if c is not now]  # fmt: skip
+        here = {c.name for c in state.circuits}
+        items += [Item(f"found {name}", f"by {done.method}, faithfulness {done.score:.3f}: put it among the circuits", "", lambda done=done: self.act("put_circuit", circuit=to_json(done.circuit)))
+                  for name, done in self.found.items() if name not in here and done.circuit.nodes]  # fmt: skip
         if now:
             items += [
                 Item("rename", now.name, "", lambda: self.name_it("rename", now.name, lambda to: self.act("rename_circuit", name=now.name, to=to))),
@@ -253,7 +256,7 @@ class Circuits:
         self.open(Picker("discover a circuit by", items, lambda item, typed: item and self.how_to_discover(item.key)))
 
     def how_to_discover(self, method: str) -> None:
-        fields = {"acdc": [("threshold", "0.1")], "greedy": [("target", "0.85"), ("heads", "0")], "features": [("features", "20"), ("steps", "5")]}.get(
+        fields = {"acdc": [("threshold", "0.1")], "greedy": [("target", "0.85"), ("heads", "0")], "features": [("features", "30"), ("steps", "5")]}.get(
             method, [("edges", "40"), ("steps", "5")]
         )
         rest = self.state.views["circuit.rest"]
@@ -265,7 +268,8 @@ class Circuits:
                 return "write numbers, whole ones for " + " and ".join(n for n, _ in fields if n not in ("threshold", "target"))
             if not all(np.isfinite(numbers)):
                 return "write finite numbers"
-            request = Discover(self.discovery_study(), method, rest=rest, name=self.free_name(method))
+            study = self.discovery_study()
+            request = Discover(self.state.with_saes(study) if method == "features" else study, method, rest=rest, name=self.free_name(method))
             if method == "acdc":
                 request = dataclasses.replace(request, threshold=numbers[0])
             elif method == "greedy":
@@ -319,6 +323,13 @@ class Circuits:
         self.found[done.circuit.name] = done
         if not done.circuit.nodes:
             self.say(done.warning or f"{request.method} found no circuit", WARN)
+            return
+        self.found_by[done.circuit.name] = request
+        if self.session.future:  # what was undone stays redoable
+            self.say(
+                f"{done.circuit.name} is found, faithfulness {done.score:.3f}: Y, then 'found {done.circuit.name}', puts it among the circuits (and ends redo)",
+                GOOD,
+            )
             return
         self.act("put_circuit", circuit=to_json(done.circuit))
         self.say(done.warning or f"{done.circuit.name}: {len(done.circuit.nodes)} nodes, {len(done.circuit.edges)} edges, faithfulness {done.score:.3f}, {done.seconds:.1f} s",

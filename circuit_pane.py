@@ -9,6 +9,7 @@ from textual.widget import Widget
 
 import drawings
 import pictures
+from pictures import texts_of
 import readings
 from messages import Node, Study, SweepResult, UserError, parse_node
 from panes import Pane, clip
@@ -45,7 +46,10 @@ class CircuitPane(Pane):
     def study(self, app: "Loupe") -> Study:
         over = app.state.views["circuit.over"] == "set" and app.state.prompt_set
         needs = app.state.views["circuit.rest"] in ("mean", "mean_all", "resample")
-        return replace(app.study, interventions=(), base="clean", prompt_set=app.state.prompt_set if over or needs else ())
+        study = replace(app.study, interventions=(), base="clean", prompt_set=app.state.prompt_set if over or needs else (), saes=(), sae_error=True)
+        study = replace(study, prompt=app.state.prompt_set[0]) if over else study  # the same for every prompt of the set
+        current = app.state.current
+        return app.state.with_saes(study) if current is not None and any(parse_node(n).site == "sae" for n in current.nodes) else study
 
     def score(self, app: "Loupe", what: tuple[str, ...] = ("faithfulness", "effects")) -> Score | None:
         views, circuit = app.state.views, app.state.current
@@ -64,6 +68,7 @@ class CircuitPane(Pane):
         state, views = app.state, app.state.views
         over = views["circuit.over"] == "set" and bool(state.prompt_set)
         study = replace(app.study, prompt_set=state.prompt_set if over else ())
+        study = replace(study, prompt=state.prompt_set[0]) if over else study
         direction = "noise" if state.base == "clean" else "denoise"
         if views["circuit.each"] == "receiver":
             node = super().node(app, None)
@@ -160,7 +165,7 @@ class CircuitPane(Pane):
     def enter(self, app: "Loupe") -> None:
         """In the paths: the edges from the node under the cursor to the receivers, kept or dropped."""
         if app.state.views[self.view] != "path" or app.state.views["circuit.each"] == "receiver":
-            raise UserError("⏎ keeps the path under the cursor: v turns to the paths from every node; c keeps a node anywhere")
+            raise UserError("⏎ keeps the path under the cursor, where rows are senders: P turns to them (in the path view); c keeps a node anywhere")
         sender = str(self.node(app, None))
         for receiver in app.state.receivers:
             app.act("keep", part=f"{sender}->{receiver}")
@@ -200,6 +205,10 @@ class CircuitPane(Pane):
         self.side.show(lines[self.top : self.top + n - more] + [[(f"… {len(lines) - self.top - n + 1} more lines: . and , scroll", DIM)]] * more)
         by = "by edges" if circuit is not None and circuit.edges and self.by_edges(app) else f"by nodes, MLPs {views['circuit.mlps']}"
         note = result.convention if result is not None else f"{by}, rest {views['circuit.rest']}, over the {views['circuit.over']}"
+        if app.state.interventions and app.state.enabled and view not in ("curve", "compare"):
+            note = f"interventions left out: a circuit is one of the model itself; {note}"
+        if view == "curve":
+            note = "how it was found is in its title"
         score = f" · faithfulness {result.faithfulness.mean:.3f}" if result is not None else ""
         busy = app.left("score") if "score" in app.wanted and app.stale("score") else ""
         self.show_title(app, ("score",), f"{view} · {name}{score}{busy}", note)
@@ -290,7 +299,9 @@ class CircuitPane(Pane):
         best = dict(zip(found.counts.tolist(), found.faithfulness.tolist()))  # sizes that pruning made the same: the last
         counts = sorted(best)
         places = [float(c) for c in counts]
-        title = f"faithfulness against {what} ({found.method})"
+        asked = app.found_by.get(circuit.name)
+        n = len(asked.study.prompt_set) or 1 if asked is not None else 0
+        title = f"faithfulness against {what} ({found.method}" + (f", rest {asked.rest}, {n} prompt{'s' * (n != 1)})" if asked is not None else ")")
         return pictures.chart(title, [str(c) for c in counts], {title: [best[c] for c in counts]}, min(width, 100), max(8, n - 1), places)
 
     def compared(self, app, circuit, result, width: int, n: int) -> list[Spans]:
@@ -363,7 +374,8 @@ def path_grid(result: SweepResult, request: PathPatch, edges: set[str]) -> Grid:
     hi = max(float(np.nanmax(np.abs(values), initial=0)), 1e-6)
     mine = {e.sender for e in map(parse_edge, edges) if request.each == "sender" and e.receiver in request.receivers}
     kept = {(int(r), int(c)) for r, c in zip(*np.nonzero(np.isfinite(values))) if mine and result.address(int(r), int(c)).split("@")[0] in mine}
-    return Grid(values, list(result.rows), list(result.cols), -hi, hi, signed=True, cell=(5, 8), marks=frozenset(kept))
+    cols = texts_of(result.tokens) if request.by_pos else list(result.cols)
+    return Grid(values, list(result.rows), cols, -hi, hi, signed=True, cell=(5, 8), marks=frozenset(kept))
 
 
 def share(x: float) -> str:

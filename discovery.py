@@ -155,13 +155,14 @@ def faithful(runs: list[EdgeRun], sets: list[tuple[str, ...]], what: str) -> Gen
     return (mean[:-1] - mean[-1]) / gap if abs(gap) > 1e-9 else np.full(len(sets), np.nan)
 
 
-def told(steps: Generator, text: str) -> Generator[Progress, None, np.ndarray]:
+def told(steps: Generator, text: str, now: Progress | None = None) -> Generator[Progress, None, np.ndarray]:
+    """A run's result; its progress under another text, or as where an outer loop stands."""
     while True:
         try:
             part = next(steps)
         except StopIteration as stop:
             return stop.value
-        yield replace(part, text=text)
+        yield now or replace(part, text=text)
 
 
 # ------------------------------------------------------------------ ACDC
@@ -181,6 +182,7 @@ def acdc(model: Model, ask: Discover, runs: list[EdgeRun], begun: float) -> Gene
     base = float(gather(runs, [r.value for r in runs]).mean())
     now, kept, at, scores = base, set(edges), 0, np.zeros(len(edges))
     size, place = FIRST, {e: i for i, e in enumerate(edges)}
+    last = Progress(0, len(order), "acdc")
     curve = [(len(edges), base)]
     while at < len(order):
         alive = connected(kept)
@@ -196,7 +198,7 @@ def acdc(model: Model, ask: Discover, runs: list[EdgeRun], begun: float) -> Gene
         found = []
         for run in runs:
             sets = [run.mask(kept - set(chain[: k + 1])) for k in range(len(chain))]
-            found.append((yield from told(run.run(sets), "")))
+            found.append((yield from told(run.run(sets), "", last)))
         means = gather(runs, found).mean(1)
         decided = 0
         for edge, value in zip(chain, means.tolist()):
@@ -214,7 +216,7 @@ def acdc(model: Model, ask: Discover, runs: list[EdgeRun], begun: float) -> Gene
         at += decided
         curve.append((len(kept), now))
         spent = time.monotonic() - begun
-        yield Progress(at, len(order), f"acdc: {at} of {len(order)} edges, {len(kept)} kept, {left(spent / at * (len(order) - at))}")
+        yield (last := Progress(at, len(order), f"acdc: {at} of {len(order)} edges, {len(kept)} kept, {left(spent / at * (len(order) - at))}"))
     found = prune([e for e in edges if e in kept], model.info.parallel)
     curve_sets = [found]
     value = yield from faithful(runs, curve_sets, "acdc: check")

@@ -125,7 +125,9 @@ class EdgeRun:
         match self.rest:
             case "patch":
                 if corrupt is None:
-                    raise UserError("cut edges carry the corrupted run, and a prompt has none of equal length: use mean, resample or zero")
+                    raise UserError(
+                        "cut edges carry the corrupted run, and a prompt has none of equal length: use zero, or mean and resample with prompts of one length"
+                    )
                 acts = corrupt
             case "resample":
                 _, acts = model.forward(t.tensor([others(self.plan, i) for i in self.indices]), names)

@@ -142,7 +142,7 @@ def discover(model: Model, ask: Discover) -> Generator[Progress, None, DiscoverR
     if ask.study.metric.kind in ("rank", "loss"):
         raise UserError(f"{ask.study.metric.kind} gives no score: use logit_diff, prob, logprob or kl")
     if ask.steps < 1 or ask.nodes < 0:
-        raise UserError("steps are at least 1, and nodes are not negative (0: 20)")
+        raise UserError("steps are at least 1, and nodes are not negative (0: 30)")
     loaded = []
     for source in ask.study.saes:
         loaded.append((yield from load(model, source)))
@@ -154,7 +154,7 @@ def discover(model: Model, ask: Discover) -> Generator[Progress, None, DiscoverR
     t0 = time.monotonic()
     empty = (yield from bench.values([(none, none)], "features"))[0]
     one = time.monotonic() - t0
-    k = ask.nodes or 20
+    k = ask.nodes or 30
     counts = [c for c in COUNTS if c < k] + [k]
     passes = ask.steps * len(loaded) * len(bench.runs)
     slope(bench.runs[0], loaded[0], t.zeros(()))

@@ -190,8 +190,10 @@ class FeaturePane(Pane):
             self.info_line.show([])
             return
         if flight is None or flight.info.source != source:
-            self.show_title(app, ("preflight",), f"{source} · loading", "")
-            self.list.show([app.waiting("preflight"), [("  sae_lens is imported first (about 14 s), then the preflight runs", DIM)]])
+            wrong = app.error("preflight")
+            self.show_title(app, ("preflight",), f"{source} · {'not loaded' if wrong else 'loading'}", "")
+            hint = "  z puts it away, or loads another one" if wrong else "  sae_lens is imported first (about 14 s), then the preflight runs"
+            self.list.show([app.waiting("preflight"), [(hint, DIM)]])
             self.info_line.show([])
             return
         app.known_saes[source] = flight.info

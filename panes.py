@@ -27,6 +27,8 @@ from messages import (
     AttributionSetResult,
     AttributionSources,
     AttributionSourcesResult,
+    Check,
+    CheckResult,
     Composition,
     CompositionResult,
     Estimate,
@@ -359,6 +361,17 @@ class OutputPane(Pane):
     def stats(self, app: "Loupe") -> tuple[str, ...]:
         raise UserError("the output has one view")
 
+    @staticmethod
+    def partner(app: "Loupe", run: RunResult, pos: int) -> int:
+        """The corrupted prompt's position beside one of the clean prompt (or of the base), where their lengths differ: END with END, else aligned; -1: none."""
+        n, m = len(run.clean.tokens.ids), len(run.corrupt.tokens.ids)
+        if app.state.base == "corrupt":
+            return pos
+        if pos == n - 1:
+            return m - 1
+        check = app.answers.get(Check(app.state.prompt, app.state.align))
+        return dict(check.alignment).get(pos, -1) if isinstance(check, CheckResult) and check.alignment else pos if pos < m else -1
+
     def paint(self, app: "Loupe") -> None:
         run, pos = app.result("run", RunResult), app.cursor.pos
         if run is None:
@@ -367,9 +380,11 @@ class OutputPane(Pane):
             self.info_line.show([])
             return
         token = pictures.texts_of(app.tokens.tokens)[pos] if app.tokens and pos < app.length() else ""
-        self.show_title(app, ("run",), f"next token after {pos} {show_token(token)}", "")
+        there = pos if run.corrupt is None or len(run.corrupt.tokens.ids) == len(run.clean.tokens.ids) else self.partner(app, run, pos)
+        other = "" if there == pos else ", corrupted after " + (f"{there} {show_token(pictures.texts_of(run.corrupt.tokens)[there])}" if there >= 0 else "none")
+        self.show_title(app, ("run",), f"next token after {pos} {show_token(token)}{other}", "")
         prompt, k = app.state.prompt, max(1, min(8, self.size.height - 3))
-        self.table.show(pictures.output_lines(run, pos, k, self.size.width >= 84, set(prompt.answers), set(prompt.foils)))
+        self.table.show(pictures.output_lines(run, pos, there, k, self.size.width >= 84, set(prompt.answers), set(prompt.foils)))
         self.info_line.show([[(f" {run.convention}", DIM)]])
 
 
@@ -468,6 +483,9 @@ class PatchingPane(Pane):
         over = views["patching.over"] == "set"
         needs_set = over or op in ("mean", "mean_all", "resample")
         study = replace(app.study, prompt_set=state.prompt_set if needs_set else ())
+        if over and state.prompt_set:  # the same for every prompt of the set
+            study = replace(study, prompt=state.prompt_set[0])
+        study = state.with_saes(study) if kind == "features" else study
         node = f"L{c.layer}H{c.head}" if kind == "cells" else f"L{c.layer}.mlp" if kind == "neurons" else ""
         if kind == "features":
             known = app.known_saes.get(state.sae)

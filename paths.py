@@ -21,7 +21,7 @@ from model import Edit, Model
 from patching import find_position
 from kept import Recorded, Spot
 from resume import PIECE, Base
-from sweeps import Board, Layout, bases, make_spot, read_plan
+from sweeps import Board, Layout, aligned, bases, make_spot, read_plan
 from wiring import CONVENTIONS, LOGITS, PathPatch
 
 PARTS = ("q", "k", "v")
@@ -318,7 +318,8 @@ def path_patch(model: Model, ask: PathPatch) -> Generator[Progress | SweepResult
             raise UserError(f"path patching runs the model block by block, and {base.reason}")
         runs = [plan.runs[i] for i in members]
         other = base.beside.get(embed)
-        base.source["embed"] = model.forward(t.tensor([r.row(plan.other).ids for r in runs]), [embed])[1][embed] if other is None else other
+        other = model.forward(t.tensor([r.row(plan.other).ids for r in runs]), [embed])[1][embed] if other is None else other
+        base.source["embed"] = aligned(plan, other, base.resid[0], (0, "resid_pre", "z"), runs[0])
         if board is None:
             board = Board(replace(plan, layout=layout))
         board.begin(members, base, sides)

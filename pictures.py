@@ -266,8 +266,8 @@ def pattern_cell(result: AttentionResult, head: int, pos: int, src: int, drilled
 # ------------------------------------------------------------------ output
 
 
-def output_lines(result: RunResult, pos: int, k: int, wide: bool, answers: set[str], foils: set[str]) -> list[Spans]:
-    """Top-k next tokens at a position for clean, corrupted and now, side by side."""
+def output_lines(result: RunResult, pos: int, there: int, k: int, wide: bool, answers: set[str], foils: set[str]) -> list[Spans]:
+    """Top-k next tokens at a position for clean, corrupted (`there`, -1: nowhere) and now, side by side."""
     sides: list[tuple[str, Side]] = [("clean", result.clean)]
     if result.corrupt is not None:
         sides.append(("corrupted", result.corrupt))
@@ -277,13 +277,14 @@ def output_lines(result: RunResult, pos: int, k: int, wide: bool, answers: set[s
     lines: list[Spans] = [[("   ", DIM), *((set_width(name, w + 8), HEAD) for name, _ in sides)]]
     for n in range(k):
         spans: Spans = [(f"{n:2} ", DIM)]
-        for _, side in sides:
-            if pos >= len(side.tokens.ids) or n >= side.top_ids.shape[1]:
+        for name, side in sides:
+            at = there if name == "corrupted" else pos
+            if not 0 <= at < len(side.tokens.ids) or n >= side.top_ids.shape[1]:
                 spans.append((" " * (w + 8), PLAIN))
                 continue
-            text = result.texts[int(side.top_ids[pos, n])]
+            text = result.texts[int(side.top_ids[at, n])]
             style = GOOD if text in answers else BAD if text in foils else PLAIN
-            spans += [(show_token(text, w), style), (f" {float(side.top_probs[pos, n]):.4f} ", PLAIN)]
+            spans += [(show_token(text, w), style), (f" {float(side.top_probs[at, n]):.4f} ", PLAIN)]
         lines.append(spans)
     return lines
 

@@ -107,10 +107,27 @@ class Quests:
         if self.pane == "patching":
             self.rank_cells()
             return
+        if self.pane == "circuit" and self.state.views["circuit.view"] == "path":
+            self.rank_paths()
+            return
+        if self.pane not in ("lens", "attention", "output"):
+            raise UserError("H ranks the cells of pane 4, the paths of pane 5 and the heads of pane 2: here is nothing to rank")
         result, stat = self.result("heads", HeadStatsResult), self.state.views["attention.stat"]
         if result is None or stat not in result.stats:
             raise UserError("the heads map has no numbers yet")
         self.rank(f"heads by {HEAD_STATS[stat]}", result.stats[stat])
+
+    def rank_paths(self) -> None:
+        """Paths by the size of what is shown; choosing one puts the cursor on its sender."""
+        pane = self.panes["circuit"]
+        grid, result = pane.map.grid, pane.paths(self)
+        if result is None or grid is None:
+            raise UserError("no path has been patched yet: S runs them")
+        cells = sorted(((int(r), int(c)) for r, c in np.argwhere(np.isfinite(grid.values))), key=lambda rc: -abs(float(grid.values[rc])))
+        items = [Item(result.address(r, c) or f"{result.rows[r]} {result.cols[c]}", f"{float(grid.values[r, c]):+.4f}", "", (r, c)) for r, c in cells[:2000]]
+        self.open(
+            Picker("paths by effect", items, lambda item, typed: item and self.guard(lambda: self.find(item.key)) if item and item.key != "embed" else None)
+        )
 
     def rank_cells(self) -> None:
         pane, grid = self.panes["patching"], self.panes["patching"].table.grid
@@ -118,8 +135,10 @@ class Quests:
         if result is None or grid is None:
             raise UserError("nothing has been swept yet: S runs the sweep")
         cells = [(int(r), int(c)) for r, c in np.argwhere(np.isfinite(grid.values))]
-        cells.sort(key=lambda rc: -abs(float(grid.values[rc])))
-        items = [Item(result.address(r, c) or f"{result.rows[r]} × {result.cols[c]}", f"{float(grid.values[r, c]):+.4f}", "", (r, c)) for r, c in cells[:2000]]
+        show = self.state.views["patching.show"]
+        low = {"p": 0.0, "metric": result.base}.get(show)  # p: the smallest first; the metric: what moves it most
+        cells.sort(key=lambda rc: float(grid.shown[rc]) if show == "p" else -abs(float(grid.values[rc]) - (low or 0.0)))
+        items = [Item(result.address(r, c) or f"{result.rows[r]} × {result.cols[c]}", f"{float(grid.shown[r, c]):+.4f}", "", (r, c)) for r, c in cells[:2000]]
         self.open(Picker(f"cells by {self.state.views['patching.show']}", items, lambda item, typed: item and pane.go(self, result, *item.value)))
 
     def rank(self, title: str, scores: np.ndarray) -> None:
@@ -249,7 +268,7 @@ class Quests:
         panel = Panel("honesty", [[(" checking the identities on this model and prompt…", DIM)]], "esc closes")
         self.open(panel)
         try:
-            found = await self.link.ask("identities", Identities(self.state.study), 1)
+            found = await self.link.ask("identities", Identities(self.state.with_saes(self.state.study)), 1)
         except Superseded:
             return
         except EngineError as error:
@@ -268,7 +287,14 @@ class Quests:
 
         def rows() -> list[Spans]:
             jobs[:] = self.link.jobs.values()
-            lines = [(j.slot, type(j.request).__name__, f" {j.progress.done}/{j.progress.total} {j.progress.text} {j.left}".rstrip()) for j in jobs]
+            lines = [
+                (
+                    j.slot,
+                    type(j.request).__name__,
+                    f" {j.progress.done}/{j.progress.total} {j.progress.text}{'' if 'left' in j.progress.text else f' {j.left}'}".rstrip(),
+                )
+                for j in jobs
+            ]
             return [[(f" {slot:12}", BOLD), (f"{kind:12}", PLAIN), (text, DIM)] for slot, kind, text in lines] or [[(" no jobs are running", DIM)]]
 
         def cancel(at: int) -> None:

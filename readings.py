@@ -19,7 +19,7 @@ from messages import (
 )
 from pictures import signed, texts_of
 from utils import show_token
-from widgets import BAD, BOLD, DIM, GOOD, HEAD, NEGATIVE, PLAIN, POSITIVE, Grid, Spans
+from widgets import BAD, BOLD, DIM, GOOD, HEAD, NEGATIVE, PLAIN, POSITIVE, FAINT, Grid, Spans
 
 # ------------------------------------------------------------------ attribution
 
@@ -143,8 +143,11 @@ def sweep_grid(truth: SweepResult | None, estimate: SweepResult | None, show: st
     spread, p = (getattr(truth, n).astype(float) if truth is not None and getattr(truth, n).size else blank for n in ("std", "p"))
     both = {"effect": np.where(np.isfinite(true), true, guess), "estimate": guess, "disagreement": guess - true, "spread": spread, "p": p}
     values = (np.where(np.isfinite(true), truth.values, np.nan) if truth else estimate.values).astype(float) if show == "metric" else both[show]
-    if show == "p":
-        lo, hi, sign = 0.0, 1.0, False
+    numbers = None
+    if show == "p":  # the smaller, the stronger the colour: 1 at .001 and below
+        lo, hi, sign, numbers = 0.0, 1.0, False, values
+        with np.errstate(invalid="ignore", divide="ignore"):
+            values = np.clip(-np.log10(values) / 3, 0.0, 1.0)
     else:
         hi = max(float(np.nanmax(np.abs(values), initial=0)), 1e-6)
         lo, sign = (0.0, False) if show == "spread" else (-hi, True)
@@ -152,7 +155,11 @@ def sweep_grid(truth: SweepResult | None, estimate: SweepResult | None, show: st
     cell = (5, 7) if len(result.cols) > 24 else (6, 8)
     texts, places = texts_of(result.tokens), tuple(map(str, range(len(result.tokens.ids))))
     rows, cols = (texts if names == places else list(names) for names in (result.rows, result.cols))
-    return Grid(values, rows, cols, lo, hi, signed=sign, cell=cell, marks=frozenset(map(tuple, far)))
+    return Grid(values, rows, cols, lo, hi, None, numbers, sign, cell, 0.0 if show == "p" else FAINT, marks=frozenset(map(tuple, far)))
+
+
+def show_p(p: float) -> str:
+    return "below .001" if p < 0.001 else f"{p:.3f}"
 
 
 def sweep_cell(truth: SweepResult | None, estimate: SweepResult | None, row: int, col: int) -> Spans:
@@ -165,12 +172,9 @@ def sweep_cell(truth: SweepResult | None, estimate: SweepResult | None, row: int
     if truth is not None and np.isfinite(truth.values[row, col]):
         spans.append((f"metric {float(truth.values[row, col]):+.4f}", PLAIN))
         if truth.std.size:
-            spans.append(
-                (
-                    f" ± {float(truth.std[row, col]):.3f} (95 % {float(truth.low[row, col]):+.3f} … {float(truth.high[row, col]):+.3f}, p {float(truth.p[row, col]):.3f})",
-                    PLAIN,
-                )
-            )
+            low, high, p = (float(x[row, col]) for x in (truth.low, truth.high, truth.p))
+            moved = float(truth.values[row, col]) - truth.base
+            spans.append((f" moved {moved:+.3f} ± {float(truth.std[row, col]):.3f} (95 % {low:+.3f} … {high:+.3f}, p {show_p(p)})", PLAIN))
         spans.append((f" (untouched {truth.base:+.4f})  effect {change(truth)[row, col]:+.3f}", PLAIN))
     if estimate is not None:
         spans.append((f"  estimate {change(estimate)[row, col]:+.3f}", DIM))

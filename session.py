@@ -117,7 +117,12 @@ class State:
         """What analyses run on. The set travels only when a mean or another of its prompts is needed."""
         active = self.interventions if self.enabled else ()
         means = any(i.op in FROM_SET for i in active)
-        return Study(self.prompt, active, self.base, self.metric, self.prompt_set if means else (), self.saes, self.sae_error, self.align)
+        study = Study(self.prompt, active, self.base, self.metric, self.prompt_set if means else (), align=self.align)
+        return self.with_saes(study) if any(i.node.site == "sae" for i in active) else study
+
+    def with_saes(self, study: Study) -> Study:
+        """With the loaded SAEs, for what speaks of their features; the rest does not depend on what is loaded."""
+        return dataclasses.replace(study, saes=self.saes, sae_error=self.sae_error)
 
     @property
     def whole_study(self) -> Study:
@@ -145,7 +150,7 @@ def prompt(state: State, prompt: dict) -> State:
 
 def open_set(state: State, path: str, prompts: list, index: int = 0) -> State:
     prompts = from_json(prompts, tuple[Prompt, ...])
-    return go(dataclasses.replace(state, set_path=path, prompt_set=prompts), index)
+    return go(dataclasses.replace(state, set_path=path, prompt_set=prompts, align=""), index)
 
 
 def go(state: State, index: int) -> State:
@@ -271,7 +276,8 @@ def saes(state: State, sources: list) -> State:
     """The SAEs in use, one a layer; what acted on features of others goes with them."""
     some = tuple(str(s) for s in sources)
     kept = tuple(i for i in state.interventions if i.node.site != "sae") if set(state.saes) - set(some) else state.interventions
-    return dataclasses.replace(state, saes=some, interventions=kept, sae=state.sae if state.sae in some else some[-1] if some else "")
+    new = [s for s in some if s not in state.saes]
+    return dataclasses.replace(state, saes=some, interventions=kept, sae=new[-1] if new else state.sae if state.sae in some else some[-1] if some else "")
 
 
 def align(state: State, how: str) -> State:

@@ -526,19 +526,19 @@ def normalise(mean: np.ndarray, base: float, sides: np.ndarray) -> tuple[np.ndar
 
 def statistics(values: np.ndarray, base: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     """
-    Of values [prompt, cell]: standard deviation (n - 1), the mean's 95 % confidence interval (Student's t), and the p-value of value - base by sign
-    flips: all of them for up to 12 prompts, else FLIPS drawn with the seed.
+    Of the effects value - base [prompt, cell], paired by prompt: standard deviation (n - 1), the mean effect's 95 % confidence interval (Student's t), and
+    its p-value by sign flips: all of them for up to 12 prompts, else FLIPS drawn with the seed.
     """
     n = len(values)
-    mean = values.mean(0)
+    effect = values - base[:, None]
+    mean = effect.mean(0)
     if n < 2:
         nan = np.full(mean.shape, math.nan)
         return {"std": nan, "low": nan, "high": nan, "p": nan}
-    std = values.std(0, ddof=1)
+    std = effect.std(0, ddof=1)
     df = n - 1
     quantile = T95[df - 1] if df <= len(T95) else 1.959964 + 2.3723 / df + 2.823 / df**2
     half = quantile * std / math.sqrt(n)
-    effect = values - base[:, None]
     if n <= 12:
         signs = 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
     else:

@@ -63,7 +63,7 @@ from session import Session, State, newest_session, read_session
 from utils import ROOT, settings, show_token, visible
 from sparse import FeaturesResult, PreflightResult, SaeInfo
 from tight import TightScreen
-from wiring import DiscoverResult
+from wiring import Discover, DiscoverResult
 from widgets import (
     BAD,
     BOLD,
@@ -135,6 +135,7 @@ class Loupe(Deeds, Quests, Circuits, Dictionaries, App):
         self.grids: dict[str, tuple[tuple, Grid]] = {}
         self.known_saes: dict[str, SaeInfo] = {}
         self.found: dict[str, DiscoverResult] = {}  # of circuits that were discovered here
+        self.found_by: dict[str, Discover] = {}  # and how
         self.status: Spans = [(note, WARN)] if note else []
         self.memory = (0, 0, 0)
         self.failed = self.progress_of = ""
@@ -522,6 +523,8 @@ class Loupe(Deeds, Quests, Circuits, Dictionaries, App):
                 DIM,
             )
         )
+        if s.align or s.prompt.alignment:
+            state.append((f"  aligned {'by hand' if s.prompt.alignment else f'by {s.align}'}", WARN))
         state.append((f"  @{c.pos}{' ' + ' '.join(label) if label else ''}" if run else "", DIM))
         lines.append(state)
         self.top.show(lines)

@@ -168,6 +168,33 @@ async def test_paths_by_position_from_embeddings_and_from_several(zoo, tmp_path)
         assert app.state.senders == ("L0H1", "L0H3") and "nowhere" in shown(app)
 
 
+async def test_what_a_finished_job_leaves_alone(zoo, tmp_path):
+    """The redo stack; and scores say that interventions are left out, curves how they were found; H ranks paths."""
+    app = make_app(zoo, tmp_path, small())
+    async with app.run_test(size=(150, 45)) as pilot:
+        await press(app, pilot)
+        await press(app, pilot, "5")
+        app.act("keep", part="L0H1")
+        app.act("intervene", intervention="L1H1=zero")
+        await press(app, pilot, "S")
+        assert "interventions left out" in shown(app)
+        await press(app, pilot, "u")
+        app.run_discovery(Discover(app.discovery_study(), "greedy", rest="patch", name="found-by-greedy"))
+        await press(app, pilot)
+        assert "found found-by-greedy" in shown(app) and app.state.circuit == "circuit"
+        await press(app, pilot, "ctrl+r")
+        assert [str(i) for i in app.state.interventions] == ["L1H1=zero"]
+        await press(app, pilot, "Y", *"found found", "enter")
+        assert app.state.circuit == "found-by-greedy"
+        app.act("view", name="circuit.view", value="curve")
+        app.act("view", name="circuit.rest", value="mean")
+        await press(app, pilot)
+        assert "rest patch, 4 prompts" in shown(app)
+        app.act("view", name="circuit.view", value="path")
+        await press(app, pilot, "S", "H")
+        assert "paths by effect" in shown(app)
+
+
 async def test_keep_from_other_panes(zoo, tmp_path):
     app = make_app(zoo, tmp_path, small())
     async with app.run_test(size=(160, 45)) as pilot:

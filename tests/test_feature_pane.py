@@ -1,5 +1,6 @@
 """Pane 6 on the zoo's own SAEs: load, list, detail, examples, graph, acting on features; at three sizes."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from ui import make_app, press, shown
 from session import read_session
 from sparse import Examples, FeatureGraph, Preflight
 from tui import first_state
+from utils import ROOT
 
 
 @pytest.fixture
@@ -88,6 +90,13 @@ async def test_bad_sources(zoo, tmp_path):
         await load(app, pilot, str(tmp_path))
         assert asked(app, Preflight) and "computing" not in shown(app)
         assert str(tmp_path)[:20] in shown(app) and app.state.saes == ()
+        shutil.copytree(ROOT / "zoo" / "saes" / "L2.resid_post", tmp_path / "mine")
+        await load(app, pilot, "L2.res")
+        await load(app, pilot, str(tmp_path / "mine"))
+        assert app.state.saes == (str(tmp_path / "mine"),) and "one SAE a layer" in shown(app)
+        await press(app, pilot, "u")
+        assert app.state.saes == ("zoo/L2.resid_post",), "one step"
+        await press(app, pilot, "u")
         await load(app, pilot, "nosuch:thing")
         assert "nosuch" in shown(app) and app.state.saes == (), "what could not be read is not among the loaded ones"
         await load(app, pilot, "L2.res")

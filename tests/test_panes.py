@@ -175,6 +175,39 @@ def test_pictures_are_kept_by_the_results_themselves(zoo, tmp_path):
     assert app.picture("slot", (Same(one),), lambda: "first") == app.picture("slot", (Same(one),), lambda: "second") == "first"
 
 
+async def test_over_the_set(zoo, tmp_path):
+    """Significant cells stand out in the p map and come first in its list; another prompt of the set and an SAE leave the set's results where they are."""
+    state = first_state({})
+    app = make_app(zoo, tmp_path, replace(state, prompt_set=state.prompt_set[:12]))
+    async with app.run_test(size=(140, 40)) as pilot:
+        await press(app, pilot, "4", "R", "S")
+        assert "truth 192/192" in shown(app)
+        app.act("view", name="patching.show", value="p")
+        await press(app, pilot)
+        grid, got = app.panes["patching"].table.grid, app.have["sweep"][1]
+        best = np.unravel_index(np.nanargmin(got.p), got.p.shape)
+        assert grid.values[best] == np.nanmax(grid.values) > 0.9 and grid.shown[best] == got.p[best] < 0.002
+        await press(app, pilot, "H")
+        assert any(name in shown(app) for name in ("L3H2", "L3H3")) and "+0.0005" in shown(app)
+        await press(app, pilot, "escape", ")")
+        assert app.state.index == 1 and "truth 192/192" in shown(app)
+        app.act("saes", sources=["zoo/L2.resid_post"])
+        await press(app, pilot)
+        assert "truth 192/192" in shown(app)
+        await press(app, pilot, "6", "H")
+        assert "nothing to rank" in shown(app)
+
+
+async def test_output_of_prompts_of_unequal_length(zoo, tmp_path):
+    state = first_state({})
+    prompt = replace(state.prompt, corrupt="When Mary and John went to the store, then Alice gave a drink to")
+    app = make_app(zoo, tmp_path, replace(state, prompt=prompt, prompt_set=(), set_path="", align="diff"))
+    async with app.run_test(size=(120, 40)) as pilot:
+        await press(app, pilot)
+        await press(app, pilot, "0")
+        assert "next token after 14 ·to, corrupted after 15 ·to" in shown(app) and "aligned by diff" in shown(app)
+
+
 async def test_patching_says_what_is_missing(zoo, tmp_path):
     state = first_state({})
     app = make_app(zoo, tmp_path, replace(state, prompt=replace(state.prompt, corrupt=None), prompt_set=(), set_path=""))

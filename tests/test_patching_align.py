@@ -12,6 +12,7 @@ from test_sweeps import TOL, ZOO_SET, difference, missing, place_of, slopes, swe
 
 import align
 from messages import Attention, Check, Estimate, Metric, Prompt, Run, Study, Sweep, TokenRow, UserError, parse_intervention, parse_node, read_prompt
+from wiring import PathPatch
 
 LONG = "When Mary and John went to the red store, Alice gave a drink to"
 UNEQUAL = replace(PROMPT, corrupt=LONG)
@@ -270,3 +271,16 @@ def test_freeze_and_add(engine, reference, arch):
         engine.run(Run(Study(replace(PROMPT, answers=()), (parse_intervention("L1.mlp=add:1"),))))
     with pytest.raises(UserError, match="another corrupted prompt"):
         engine.run(Run(Study(PROMPT, (parse_intervention("L1.mlp=resample"),))))
+
+
+@pytest.mark.parametrize("base", ["clean", "corrupt"])
+def test_paths_across_an_alignment(engine, arch, base):
+    """From a sender to all receivers and the logits at once: the activation patch of the sender across the same alignment; embeddings too."""
+    from edges import receivers
+
+    study, every = Study(UNEQUAL, base=base, align="diff"), tuple(receivers(engine.model.info))
+    for node, done in (("L0H1", "L0H1=patch"), ("embed", "L0.resid_pre=patch")):
+        want = engine.run(Run(replace(study, interventions=(parse_intervention(done),)))).now.metric
+        ask = PathPatch(study, (node,), every, direction="noise" if base == "clean" else "denoise")
+        got = engine.run(ask)
+        assert float(got.values[np.isfinite(got.values)][0]) == pytest.approx(want, abs=TOL), node

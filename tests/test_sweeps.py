@@ -316,9 +316,11 @@ def test_statistics_over_a_set(engines):
     got = engines["zoo"].run(Sweep(study, "z", over_set=True))
     x = got.per_prompt.astype(np.float64)
     assert x.shape == (10, 4, 4) and got.prompts == tuple(range(10))
-    np.testing.assert_allclose(got.std, x.std(0, ddof=1), atol=1e-4)
-    np.testing.assert_allclose(got.high - got.low, 2 * 2.262 * x.std(0, ddof=1) / 10**0.5, atol=1e-4)
     ends = [engines["zoo"].run(Sweep(Study(p), "z")) for p in study.prompt_set]
+    paired = x - np.array([e.corrupt for e in ends])[:, None, None]
+    np.testing.assert_allclose(got.std, paired.std(0, ddof=1), atol=1e-4)
+    np.testing.assert_allclose(got.low, paired.mean(0) - 2.262 * paired.std(0, ddof=1) / 10**0.5, atol=1e-4)
+    np.testing.assert_allclose(got.high + got.low, 2 * paired.mean(0), atol=1e-4)
     clean, corrupt = (np.mean([getattr(e, n) for e in ends]) for n in ("clean", "corrupt"))
     np.testing.assert_allclose(got.normalised, (x.mean(0) - corrupt) / (clean - corrupt), atol=1e-4)
     effect = x[:, 3, 3] - np.array([e.corrupt for e in ends])

@@ -485,7 +485,9 @@ class Loupe(Deeds, Quests, Circuits, Dictionaries, App):
         letter = self.panes[self.pane].number
         hints: Spans = [(f" {self.node()!s:18}" if self.info else " ", BOLD), (" ?", BOLD), (" help ", DIM)]
         shown = {a.keys.split(",")[0]: a for a in self.table if letter in a.hint and (a.group != "Move" or a.id == "enter")}
-        for key, title in (*((show_key(k), a.title) for k, a in shown.items()), ("hjkl", "move")):
+        first = ("enter", "sweep", "view")  # then what only this pane has
+        own = sorted(shown.items(), key=lambda item: (first.index(item[1].id) if item[1].id in first else len(first), len(item[1].hint)))
+        for key, title in (*((show_key(k), a.title) for k, a in own), ("hjkl", "move")):
             if sum(cell_len(text) for text, _ in hints) + cell_len(key + title) + 3 > self.size.width:
                 break
             hints += [(f" {key}", BOLD), (f" {title} ", DIM)]

@@ -9,7 +9,6 @@ from textual.widget import Widget
 
 import drawings
 import pictures
-from pictures import texts_of
 import readings
 from messages import Node, Study, SweepResult, UserError, parse_node
 from panes import Pane, clip
@@ -204,7 +203,7 @@ class CircuitPane(Pane):
         more = len(lines) - self.top > n
         self.side.show(lines[self.top : self.top + n - more] + [[(f"… {len(lines) - self.top - n + 1} more lines: . and , scroll", DIM)]] * more)
         by = "by edges" if circuit is not None and circuit.edges and self.by_edges(app) else f"by nodes, MLPs {views['circuit.mlps']}"
-        note = result.convention if result is not None else f"{by}, rest {views['circuit.rest']}, over the {views['circuit.over']}"
+        note = result.convention if result is not None else f"{by}, rest {views['circuit.rest']}, over the {'set' if self.study(app).prompt_set else 'prompt'}"
         if app.state.interventions and app.state.enabled and view not in ("curve", "compare"):
             note = f"interventions left out: a circuit is one of the model itself; {note}"
         if view == "curve":
@@ -374,7 +373,7 @@ def path_grid(result: SweepResult, request: PathPatch, edges: set[str]) -> Grid:
     hi = max(float(np.nanmax(np.abs(values), initial=0)), 1e-6)
     mine = {e.sender for e in map(parse_edge, edges) if request.each == "sender" and e.receiver in request.receivers}
     kept = {(int(r), int(c)) for r, c in zip(*np.nonzero(np.isfinite(values))) if mine and result.address(int(r), int(c)).split("@")[0] in mine}
-    cols = texts_of(result.tokens) if request.by_pos else list(result.cols)
+    cols = pictures.texts_of(result.tokens) if request.by_pos else list(result.cols)
     return Grid(values, list(result.rows), cols, -hi, hi, signed=True, cell=(5, 8), marks=frozenset(kept))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from edges import EMBED, EdgeRun, all_edges, edge_runs, gather
 from messages import METRICS, Progress, UserError, parse_node
 from model import Model
-from wiring import LOGITS, METHODS, REST, Circuit, Discover, DiscoverResult, owner, parse_edge
+from wiring import LOGITS, METHODS, REST, Circuit, Discover, DiscoverResult, owner, parse_edge, prune
 
 FIRST, MOST = 8, 64  # edges that ACDC tries as one chain
 COUNTS = (1, 2, 3, 5, 8, 12, 16, 20, 30, 40, 60, 80, 100, 150, 200, 300, 400, 600, 800, 1000, 2000, 4000, 8000, 16000)
@@ -83,7 +83,7 @@ def attribute(model: Model, ask: Discover, runs: list[EdgeRun], begun: float) ->
     if not np.isfinite(scores).all():
         raise UserError("an edge's score is not finite: does the model hold NaN? Try float32")
     order = np.argsort(-np.abs(scores), kind="stable")
-    sets = [prune([edges[i] for i in order[:c]], model.info.parallel) for c in counts]
+    sets = [prune([edges[i] for i in order[:c]]) for c in counts]
     curve = yield from faithful(runs, sets, f"{ask.method}: curve")
     words = f"the {ask.edges} edges of the largest |score|"
     if len(sets[-1]) < ask.edges:
@@ -131,18 +131,6 @@ def attributions(run: EdgeRun, ask: Discover) -> Generator[Tensor]:
                     own = run.model.forward(run.ids, [name])[1][name]
                 for k in range(ask.steps):
                     yield dot(run.gradients(mix=(name, own + (1 - (k + 1) / ask.steps) * step)), part) / ask.steps
-
-
-def prune(edges: list[str], parallel: bool) -> tuple[str, ...]:
-    """Those edges that lie on a path from embed to the logits."""
-    some = [parse_edge(e) for e in edges]
-    reached, wanted = {"embed"}, {LOGITS}
-    while True:
-        forward = {owner(e.receiver) for e in some if e.sender in reached} | reached
-        backward = {e.sender for e in some if owner(e.receiver) in wanted} | wanted
-        if (forward, backward) == (reached, wanted):
-            return tuple(str(e) for e in some if e.sender in reached and owner(e.receiver) in wanted)
-        reached, wanted = forward, backward
 
 
 def faithful(runs: list[EdgeRun], sets: list[tuple[str, ...]], what: str) -> Generator[Progress, None, np.ndarray]:
@@ -217,7 +205,7 @@ def acdc(model: Model, ask: Discover, runs: list[EdgeRun], begun: float) -> Gene
         curve.append((len(kept), now))
         spent = time.monotonic() - begun
         yield (last := Progress(at, len(order), f"acdc: {at} of {len(order)} edges, {len(kept)} kept, {left(spent / at * (len(order) - at))}"))
-    found = prune([e for e in edges if e in kept], model.info.parallel)
+    found = prune([e for e in edges if e in kept])
     curve_sets = [found]
     value = yield from faithful(runs, curve_sets, "acdc: check")
     empty = []

@@ -321,6 +321,7 @@ def load(source):
 
 
 by_layer = dict(load(source) for source in {saes!r})
+by_layer = {{layer: x for layer, x in by_layer.items() if any(n.startswith(f"L{{layer}}.sae") for n in nodes)}}  # of other SAEs nothing is replaced
 NAMES = [hook for _, hook in by_layer.values()]
 corrupted = [values(to_ids(p[1])) for p in prompts if p[1] is not None] if rest.startswith("mean") else []
 

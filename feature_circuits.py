@@ -12,8 +12,7 @@ from torch import Tensor
 
 from circuits import Bench, NodeRun
 from discovery import COUNTS
-from estimates import metric
-from features import check
+from features import check, slope_at
 from messages import Progress, UserError, parse_node
 from model import Edit, Model
 from patching import find_position
@@ -152,32 +151,33 @@ def discover(model: Model, ask: Discover) -> Generator[Progress, None, DiscoverR
     yield from bench.prepare()
     none = frozenset()
     t0 = time.monotonic()
-    empty = (yield from bench.values([(none, none)], "features"))[0]
+    yield from bench.values([(none, none)], "features")
     one = time.monotonic() - t0
     k = ask.nodes or 30
     counts = [c for c in COUNTS if c < k] + [k]
     passes = ask.steps * len(loaded) * len(bench.runs)
-    slope(bench.runs[0], loaded[0], t.zeros(()))
+    slope(bench.runs[0], loaded[0], None)
     expected = one * (len(counts) + 2) + passes * (time.monotonic() - t0 - one)
-    gap = float((bench.whole - empty).mean())
     names, scores, words = (), np.zeros(0), f"the {k} of the largest |score|, gradients at {ask.steps} points on the way"
     if not ask.dry:
         found = yield from attributions(bench.runs, loaded, ask.steps, len(bench.whole), begun)
         order = sorted((a for a in found if found[a]), key=lambda a: -abs(found[a]))
         names, scores = tuple(order), np.array([found[a] for a in order])
-    nodes, curve, warning = names[:k], np.zeros(0), ""
-    if nodes:
+    nodes, curve, warning, used = names[:k], np.zeros(0), "", loaded
+    if nodes:  # as the circuit is scored: of an SAE without a feature in it nothing is replaced
+        used = [d for d in loaded if any(parse_node(n).layer == d.layer for n in nodes)]
         counts = [*(c for c in counts if c < len(nodes)), len(nodes)]
         some = bench.runs[0].known  # one dict of all runs
-        for d in some:
-            some[d][:] = [parse_node(n).index for n in nodes if parse_node(n).layer == d.layer]
-        alone = yield from bench.values([(frozenset(nodes[:c]), none) for c in counts], "features: curve")
+        some.clear()
+        some |= {d: [parse_node(n).index for n in nodes if parse_node(n).layer == d.layer] for d in used}
+        empty, *alone = yield from bench.values([(none, none), *((frozenset(nodes[:c]), none) for c in counts)], "features: curve")
+        alone, gap = np.array(alone), float((bench.whole - empty).mean())
         curve = (alone.mean(1) - empty.mean()) / gap if abs(gap) > 1e-9 else np.full(len(counts), np.nan)
         warning = "" if np.isfinite(curve[-1]) else "model and empty circuit have the same metric: no faithfulness"
     elif not ask.dry:
         warning = "every score is 0: the metric does not see these features"
     n = len(ask.study.prompt_set) or 1
-    parts = [METHODS["features"], words, f"a feature that is left out is set to {REST[ask.rest]}", f"SAEs {', '.join(d.source for d in loaded)}",
+    parts = [METHODS["features"], words, f"a feature that is left out is set to {REST[ask.rest]}", f"looked at in {', '.join(d.source for d in loaded)}" + f", replaced in {', '.join(d.source for d in used)}" * (len(used) < len(loaded)),
              "error term kept" if ask.study.sae_error else "error term dropped where the circuit is alone", "position 0 as it is, heads and MLPs stay",
              f"{ask.study.metric.kind}@{ask.study.metric.pos}, mean of {n} prompt{'s' * (n != 1)}", "interventions left out" * bool(ask.study.interventions), model.info.dtype]  # fmt: skip
     convention = "; ".join(p for p in parts if p)
@@ -210,18 +210,6 @@ def attributions(runs: list[FeatureRun], some: list[Dictionary], steps: int, pro
     return out
 
 
-def slope(run: FeatureRun, d: Dictionary, delta: Tensor) -> Tensor:
+def slope(run: FeatureRun, d: Dictionary, delta: Tensor | None) -> Tensor:
     """The metric's gradient at what the SAE writes [prompt, seq, d_out], of the clean run with `delta` added there."""
-    kept: dict[str, Tensor] = {}
-    name = f"blocks.{d.layer}.hook_attn_out" if d.out.endswith("resid_mid") else d.out
-    last = f"blocks.{run.info.n_layers - 1}.hook_resid_post"
-
-    def leaf(x: Tensor) -> Tensor:
-        kept["leaf"] = t.zeros_like(x).requires_grad_(True)
-        return x + (delta.to(x).view(x.shape) if delta.ndim else 0) + kept["leaf"]
-
-    model = run.model
-    with t.enable_grad(), model.hooks([(name, leaf), (last, lambda x: kept.__setitem__("end", x))]):
-        model.bridge(run.ids.to(model.device), use_cache=False, logits_to_keep=1)
-        found = t.autograd.grad(metric(run.score, kept["end"]).sum(), kept["leaf"], allow_unused=True)[0]
-    return d.flat(t.zeros_like(kept["leaf"]) if found is None else found).detach()
+    return d.flat(slope_at(run.model, run.score, run.ids, d, delta=delta))

@@ -63,7 +63,8 @@ class Dictionaries:
         layer_of = lambda s: self.known_saes[s].layer if s in self.known_saes else -1  # noqa: E731
         gone = [s for s in self.state.saes if s != source and layer_of(s) == found.info.layer]
         self.act("saes", sources=[*(s for s in self.state.saes if s != source and s not in gone), source])
-        self.say(f"{source} is loaded" + (f" in place of {gone[0]}: one SAE a layer" if gone else ""), GOOD)
+        words = f"{source} is loaded" + (f" in place of {gone[0]}: one SAE a layer" if gone else "")
+        self.say(words if found.verdict == "good" else f"{words}; {found.verdict}: cosine {found.cosine:.3f}", GOOD if found.verdict == "good" else WARN)
 
     def do_sae_error(self) -> None:
         self.act("sae_error", value=not self.state.sae_error)

@@ -268,10 +268,9 @@ def extra_names(model: Model, d: Dictionary) -> list[str]:
 
 def gradient(runs: Runs, d: Dictionary, which: str) -> Tensor:
     """The metric's gradient at what the SAE writes [seq, d_out] of a run."""
-    from estimates import metric
     from kept import Score
 
-    model, kept, asked = runs.model, {}, runs.study.metric
+    model, asked = runs.model, runs.study.metric
     name = f"blocks.{d.layer}.hook_attn_out" if d.out.endswith("resid_mid") else d.out
     clean = None
     place = "" if asked.kind == "loss" else runs.metric_position(which)
@@ -282,19 +281,28 @@ def gradient(runs: Runs, d: Dictionary, which: str) -> Tensor:
         return d.flat(known)
     if asked.kind == "kl":
         clean = runs.trace("clean", [FINAL])[FINAL][0, [runs.metric_position("clean")]]
+    ids, edits = t.tensor([runs.row(which).ids]), runs.edits if which == "now" else []
+    out = slope_at(model, Score([runs], clean, which), ids, d, edits)[0]
+    model.cache.put(key, out)
+    return d.flat(out)
+
+
+def slope_at(model: Model, score: object, ids: Tensor, d: Dictionary, edits: list[Edit] | tuple = (), delta: Tensor | None = None) -> Tensor:
+    """The metric's gradient at the hook point where an SAE writes [prompt, seq, ...], under edits and with `delta` added there."""
+    from estimates import metric
+
+    kept: dict[str, Tensor] = {}
+    name = f"blocks.{d.layer}.hook_attn_out" if d.out.endswith("resid_mid") else d.out
 
     def leaf(x: Tensor) -> Tensor:
         kept["leaf"] = t.zeros_like(x).requires_grad_(True)
-        return x + kept["leaf"]
+        return x + kept["leaf"] + (0 if delta is None else delta.to(x).view(x.shape))
 
     last = f"blocks.{model.info.n_layers - 1}.hook_resid_post"
-    edits = runs.edits if which == "now" else []
     with t.enable_grad(), model.hooks([*edits, (name, leaf), (last, lambda x: kept.__setitem__("end", x))]):
-        model.bridge(t.tensor([runs.row(which).ids], device=model.device), use_cache=False, logits_to_keep=1)
-        found = t.autograd.grad(metric(Score([runs], clean, which), kept["end"]).sum(), kept["leaf"], allow_unused=True)[0]
-    out = t.zeros_like(kept["leaf"])[0].detach() if found is None else found[0].detach()
-    model.cache.put(key, out)
-    return d.flat(out)
+        model.bridge(ids.to(model.device), use_cache=False, logits_to_keep=1)
+        found = t.autograd.grad(metric(score, kept["end"]).sum(), kept["leaf"], allow_unused=True)[0]
+    return (t.zeros_like(kept["leaf"]) if found is None else found).detach()
 
 
 def no_metric(runs: Runs, which: str) -> str:

@@ -120,7 +120,7 @@ class Pane(Vertical, can_focus=True):
             grid = make()
             return replace(grid, kept=readings.kept_cells(nodes, cells(grid), labels)) if nodes else grid
 
-        return app.picture(name, (*key, nodes), draw)
+        return app.picture(name, (*key, nodes, tuple(labels.items())), draw)
 
     def copies(self, app: "Loupe") -> list[Item]:
         """What else can be copied from this pane."""

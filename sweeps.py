@@ -580,7 +580,7 @@ def convention(plan: Plan, method: str) -> str:
     elif method == "truth":
         parts.append("total effect: everything after the node recomputed")
     if ask.over_set:
-        parts.append(f"mean over {len(plan.runs)} prompts, ratio of means")
+        parts.append(f"mean over {len(plan.runs)} prompts, ratio of means; spread, interval and p of the effect, paired by prompt")
     if ask.kind == "q" or ask.kind == "k":
         parts += ["before the rotation"] * (model.info.positions == "rotary")
     if ask.kind in ("k", "v") and model.info.n_kv_heads < model.info.n_heads:

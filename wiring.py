@@ -1,5 +1,6 @@
 """Circuits: the object, its nodes, edges and groups, and the requests and results that trace, score and find one. Never imports torch."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -100,14 +101,21 @@ def toggled(circuit: Circuit, part: str) -> Circuit:
     return replace(circuit, nodes=tuple(n for n in circuit.nodes if n != node), edges=edges, groups=groups)
 
 
+def prune(edges: Iterable[str]) -> tuple[str, ...]:
+    """Those edges that lie on a path from embed to the logits."""
+    some = [parse_edge(e) for e in edges]
+    reached, wanted = {"embed"}, {LOGITS}
+    while True:
+        forward = {owner(e.receiver) for e in some if e.sender in reached} | reached
+        backward = {e.sender for e in some if owner(e.receiver) in wanted} | wanted
+        if (forward, backward) == (reached, wanted):
+            return tuple(str(e) for e in some if e.sender in reached and owner(e.receiver) in wanted)
+        reached, wanted = forward, backward
+
+
 def connected(circuit: Circuit) -> bool:
     """Whether some of its edges lead from embed to the logits."""
-    some, reached = [parse_edge(e) for e in circuit.edges], {"embed"}
-    while True:
-        more = {owner(e.receiver) for e in some if e.sender in reached} | reached
-        if more == reached:
-            return LOGITS in reached
-        reached = more
+    return bool(prune(circuit.edges))
 
 
 def check_receivers(addresses: tuple[str, ...], info=None) -> None:

@@ -345,6 +345,16 @@ def test_drawings():
     assert all(len(line) <= 80 for line in drawings.draw(replace(c, edges=tuple(f"L{n}H{h}->L9.mlp" for n in range(9) for h in range(9)), nodes=("L9.mlp",))))
 
 
+def printed_by(code: str) -> float:
+    """The faithfulness that a script prints."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(compile(code, "circuit.py", "exec"), {})
+    finally:
+        t.set_grad_enabled(True)
+    return float(out.getvalue().split("faithfulness")[1])
+
+
 @pytest.mark.parametrize("edges", [False, True])
 def test_the_script_prints_the_same_faithfulness(engines, edges):
     zoo = engines["zoo"]
@@ -352,14 +362,7 @@ def test_the_script_prints_the_same_faithfulness(engines, edges):
     circuit = found if edges else Circuit("c", "zoo", ("L0H1@S2", "L0H3", "L3H2.v", "L3H3"))
     rest, mlps = ("patch", False) if edges else ("mean", True)
     result = zoo.run(Score(SET, circuit, rest=rest, mlps=mlps))
-    code = drawings.circuit_script(circuit, SET, zoo.model.info, Load(), rest, mlps, result)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            exec(compile(code, "circuit.py", "exec"), {})
-    finally:
-        t.set_grad_enabled(True)
-    out = printed.getvalue()
-    assert float(out.split("faithfulness")[1]) == pytest.approx(result.faithfulness.mean, abs=1e-4)
+    assert printed_by(drawings.circuit_script(circuit, SET, zoo.model.info, Load(), rest, mlps, result)) == pytest.approx(result.faithfulness.mean, abs=1e-4)
 
 
 @pytest.mark.parametrize("rest, kept", [("patch", True), ("mean", False), ("mean_all", True), ("zero", False)])
@@ -368,17 +371,24 @@ def test_the_script_of_features(engines, rest, kept):
     found = zoo.run(Discover(study, "features", nodes=12, rest=rest)).circuit
     circuit = replace(found, nodes=(*found.nodes[:-1], f"{found.nodes[-1]}@END"))
     result = zoo.run(Score(study, circuit, rest=rest))
-    code = drawings.circuit_script(circuit, study, zoo.model.info, Load(), rest, False, result)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            exec(compile(code, "circuit.py", "exec"), {})
-    finally:
-        t.set_grad_enabled(True)
-    assert float(printed.getvalue().split("faithfulness")[1]) == pytest.approx(result.faithfulness.mean, abs=1e-4)
+    assert printed_by(drawings.circuit_script(circuit, study, zoo.model.info, Load(), rest, False, result)) == pytest.approx(result.faithfulness.mean, abs=1e-4)
     with pytest.raises(UserError, match="not both"):
         drawings.circuit_script(replace(circuit, nodes=("L0H1", *circuit.nodes)), study, zoo.model.info, Load(), rest)
     with pytest.raises(UserError, match="none is loaded"):
         drawings.circuit_script(circuit, SET, zoo.model.info, Load(), rest)
+
+
+def test_an_sae_without_a_feature_in_the_circuit_is_left_alone(engines):
+    """Two are loaded, and the circuit is of one: score, script and discovery agree, and the other SAE changes nothing."""
+    zoo = engines["zoo"]
+    both, one = (replace(SET, saes=saes) for saes in (("zoo/L2.resid_post", "zoo/L1.resid_post"), ("zoo/L2.resid_post",)))
+    circuit = Circuit("c", "", ("L2.sae.f30", "L2.sae.f45", "L2.sae.f659"))
+    result = zoo.run(Score(both, circuit, rest="patch"))
+    assert result.faithfulness.mean == pytest.approx(zoo.run(Score(one, circuit, rest="patch")).faithfulness.mean, abs=1e-6) and result.faithfulness.mean > 0.1
+    assert printed_by(drawings.circuit_script(circuit, both, zoo.model.info, Load(), "patch")) == pytest.approx(result.faithfulness.mean, abs=1e-4)
+    found = zoo.run(Discover(both, "features", nodes=1))
+    assert len({n[:2] for n in found.circuit.nodes}) == 1 and "replaced in zoo/L2" in found.convention
+    assert found.score == pytest.approx(zoo.run(Score(both, found.circuit, rest="patch")).faithfulness.mean, abs=1e-4)
 
 
 def test_compare():

@@ -389,7 +389,7 @@ def score_lines(r: ScoreResult) -> list[Spans]:
     return [
         [(f"faithfulness {said(r.faithfulness)}", BOLD)],
         [(f"  F model {said(r.model)}", PLAIN)],
-        [(f"  F circuit alone {said(r.alone)}", PLAIN)],
+        [(f"  F circuit {said(r.alone)}", PLAIN)],
         [(f"  F nothing {said(r.empty)}", PLAIN)],
         *([[(r.warning, WARN)]] if r.warning else []),
     ]

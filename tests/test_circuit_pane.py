@@ -43,7 +43,7 @@ async def test_keep_score_and_path(zoo, tmp_path, size):
         await press(app, pilot, "c", "h", "h", "c")
         assert app.state.current.nodes == ("L0H1", "L0H3", "L3H2", "L3H3")
         await press(app, pilot, "S")
-        assert "faithfulness +" in shown(app) and "F circuit alone" in shown(app) and len(asked(app, Score)) == 1
+        assert "faithfulness +" in shown(app) and "F circuit" in shown(app) and len(asked(app, Score)) == 1
         await press(app, pilot, "v")
         assert "drawing · circuit" in shown(app) and "L3" in shown(app)
         await press(app, pilot, "v")

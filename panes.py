@@ -363,14 +363,14 @@ class OutputPane(Pane):
 
     @staticmethod
     def partner(app: "Loupe", run: RunResult, pos: int) -> int:
-        """The corrupted prompt's position beside one of the clean prompt (or of the base), where their lengths differ: END with END, else aligned; -1: none."""
-        n, m = len(run.clean.tokens.ids), len(run.corrupt.tokens.ids)
-        if app.state.base == "corrupt":
-            return pos
-        if pos == n - 1:
-            return m - 1
+        """The position of the other prompt beside one of the base prompt, where their lengths differ: END with END, else aligned, else the same; -1: none."""
+        flip = app.state.base == "corrupt"
+        n, m = (len(side.tokens.ids) for side in ((run.corrupt, run.clean) if flip else (run.clean, run.corrupt)))
+        if n == m or pos == n - 1:
+            return m - 1 if pos == n - 1 else pos
         check = app.answers.get(Check(app.state.prompt, app.state.align))
-        return dict(check.alignment).get(pos, -1) if isinstance(check, CheckResult) and check.alignment else pos if pos < m else -1
+        pairs = check.alignment if isinstance(check, CheckResult) else ()
+        return {p[flip]: p[not flip] for p in pairs}.get(pos, -1) if pairs else pos if pos < m else -1
 
     def paint(self, app: "Loupe") -> None:
         run, pos = app.result("run", RunResult), app.cursor.pos
@@ -380,11 +380,15 @@ class OutputPane(Pane):
             self.info_line.show([])
             return
         token = pictures.texts_of(app.tokens.tokens)[pos] if app.tokens and pos < app.length() else ""
-        there = pos if run.corrupt is None or len(run.corrupt.tokens.ids) == len(run.clean.tokens.ids) else self.partner(app, run, pos)
-        other = "" if there == pos else ", corrupted after " + (f"{there} {show_token(pictures.texts_of(run.corrupt.tokens)[there])}" if there >= 0 else "none")
+        there, name, side = (
+            (pos, "", run.clean)
+            if run.corrupt is None
+            else (self.partner(app, run, pos), *(("clean", run.clean) if app.state.base == "corrupt" else ("corrupted", run.corrupt)))
+        )
+        other = "" if there == pos else f", {name} after " + (f"{there} {show_token(pictures.texts_of(side.tokens)[there])}" if there >= 0 else "none")
         self.show_title(app, ("run",), f"next token after {pos} {show_token(token)}{other}", "")
         prompt, k = app.state.prompt, max(1, min(8, self.size.height - 3))
-        self.table.show(pictures.output_lines(run, pos, there, k, self.size.width >= 84, set(prompt.answers), set(prompt.foils)))
+        self.table.show(pictures.output_lines(run, pos, (name, there), k, self.size.width >= 84, set(prompt.answers), set(prompt.foils)))
         self.info_line.show([[(f" {run.convention}", DIM)]])
 
 

@@ -266,8 +266,8 @@ def pattern_cell(result: AttentionResult, head: int, pos: int, src: int, drilled
 # ------------------------------------------------------------------ output
 
 
-def output_lines(result: RunResult, pos: int, there: int, k: int, wide: bool, answers: set[str], foils: set[str]) -> list[Spans]:
-    """Top-k next tokens at a position for clean, corrupted (`there`, -1: nowhere) and now, side by side."""
+def output_lines(result: RunResult, pos: int, other: tuple[str, int], k: int, wide: bool, answers: set[str], foils: set[str]) -> list[Spans]:
+    """Top-k next tokens at a position for clean, corrupted and now, side by side; `other` is the prompt that is read elsewhere (-1: nowhere)."""
     sides: list[tuple[str, Side]] = [("clean", result.clean)]
     if result.corrupt is not None:
         sides.append(("corrupted", result.corrupt))
@@ -278,7 +278,7 @@ def output_lines(result: RunResult, pos: int, there: int, k: int, wide: bool, an
     for n in range(k):
         spans: Spans = [(f"{n:2} ", DIM)]
         for name, side in sides:
-            at = there if name == "corrupted" else pos
+            at = other[1] if name == other[0] else pos
             if not 0 <= at < len(side.tokens.ids) or n >= side.top_ids.shape[1]:
                 spans.append((" " * (w + 8), PLAIN))
                 continue

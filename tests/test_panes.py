@@ -206,6 +206,11 @@ async def test_output_of_prompts_of_unequal_length(zoo, tmp_path):
         await press(app, pilot)
         await press(app, pilot, "0")
         assert "next token after 14 ·to, corrupted after 15 ·to" in shown(app) and "aligned by diff" in shown(app)
+        run = app.result("run", object)
+        first = lambda side: f"{float(side.top_probs[-1, 0]):.4f}"  # noqa: E731
+        assert first(run.clean) in shown(app) and first(run.corrupt) in shown(app)
+        await press(app, pilot, "d", ".")
+        assert "next token after 15 ·to, clean after 14 ·to" in shown(app) and first(run.clean) in shown(app) and first(run.corrupt) in shown(app)
 
 
 async def test_patching_says_what_is_missing(zoo, tmp_path):

@@ -67,8 +67,7 @@ from messages import (
     Singular,
     SingularResult,
 )
-from sparse import FEATURE_REQUESTS, TrainSae, TrainSaeResult
-from wiring import CIRCUIT_REQUESTS
+from sparse import TrainSae, TrainSaeResult
 from utils import settings, show_number, show_token
 
 GRAY, GREEN, CYAN, YELLOW, RED, PURPLE = (
@@ -742,7 +741,9 @@ def main(args: list[str] | None = None) -> int:
             with interruptible(show) as show_or_stop:
                 result = engine.run(request, show_or_stop)
         else:
-            result = engine.run(request, show if isinstance(request, FEATURE_REQUESTS + CIRCUIT_REQUESTS) else lambda part: None)
+            result = engine.run(
+                request, show if type(request).__module__ in ("techniques.features.requests", "techniques.circuits.requests") else lambda part: None
+            )
         if isinstance(command, circuit_commands.DiscoverCommand):
             command.finish(result)
         if isinstance(result, IdentitiesResult):

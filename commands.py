@@ -741,9 +741,7 @@ def main(args: list[str] | None = None) -> int:
             with interruptible(show) as show_or_stop:
                 result = engine.run(request, show_or_stop)
         else:
-            result = engine.run(
-                request, show if type(request).__module__ in ("techniques.features.requests", "techniques.circuits.requests") else lambda part: None
-            )
+            result = engine.run(request, show if type(request).__module__.split(".")[1] in ("features", "circuits") else lambda part: None)
         if isinstance(command, circuit_commands.DiscoverCommand):
             command.finish(result)
         if isinstance(result, IdentitiesResult):

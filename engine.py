@@ -275,10 +275,15 @@ def serve() -> None:
         scheduler.step()
 
 
+def main(args: list[str] | None = None) -> int:
+    """The command line."""
+    from techniques import shell
+
+    return shell.main(args, lambda: Engine(), serve)
+
+
 if __name__ == "__main__":
     if sys.argv[1:] == ["serve"]:
         serve()
     else:
-        from commands import main
-
         sys.exit(main())

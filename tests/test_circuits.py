@@ -402,7 +402,7 @@ def test_compare():
 
 
 def test_command_line(capsys, tmp_path):
-    from commands import main
+    from engine import main
 
     data = str(ROOT / "zoo" / "prompts" / "ioi_abba.jsonl")
     small = tmp_path / "small.jsonl"

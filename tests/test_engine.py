@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from conftest import CLEAN, CORRUPT, PROMPT, SHORT
 
-import commands
 import engine as e
 import messages as m
-from engine import Engine, Scheduler
+from engine import Engine, Scheduler, main
 from messages import Attention, Check, Frame, HeadStats, Identities, Lens, Load, Models, Progress, Run, Status, Study, UserError, parse_intervention
 from utils import ROOT
 
@@ -355,7 +354,7 @@ def test_killed(server):
 
 
 def call(capsys, *args: str) -> tuple[int, str, str]:
-    code = commands.main(list(args))
+    code = main(list(args))
     out = capsys.readouterr()
     return code, out.out, out.err
 

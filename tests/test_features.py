@@ -352,10 +352,11 @@ def test_identities(engines, sources, arch, what):
 )
 @pytest.mark.parametrize("json", [False, True])
 def test_commands(capsys, command, json):
-    from commands import main
+    from engine import main
 
     sae = "zoo/L2.resid_post"
-    args = [*command.replace("SAE", sae).split(), "--answer", " Mary", "--foil", " John", "--sae", sae, *["--json"] * json]
+    study = [] if command == "saes" else ["--answer", " Mary", "--foil", " John", "--sae", sae]
+    args = [*command.replace("SAE", sae).split(), *study, *["--json"] * json]
     assert main(args) == 0
     out, err = capsys.readouterr()
     assert sae in out and not err

@@ -17,7 +17,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import commands
+import engine as program
 from engine import Engine
 from export import python_script
 from messages import Load, Metric, Prompt, Run, parse_intervention, read_prompt_set, to_json
@@ -113,14 +113,14 @@ def call(args: list[str]) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of one command, in this process."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(ROOT):
-        code = commands.main(args)
+        code = program.main(args)
     return code, out.getvalue(), err.getvalue()
 
 
 def help_list() -> list[str]:
     """The names of the commands that `--help` offers."""
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
-        commands.main(["--help"])
+        program.main(["--help"])
     return sorted(re.search(r"\{([\w,-]+)\}", out.getvalue())[1].split(","))
 
 
@@ -186,7 +186,7 @@ def record() -> None:
     (FIXTURES / "few.jsonl").write_text("\n".join(lines) + "\n")
     assert read_prompt_set(FIXTURES / "few.jsonl") == prompts[:4]
     engine = Engine("zoo")
-    commands.Engine = lambda: engine
+    program.Engine = lambda: engine
     call(["discover", *FEW, "--method", "eap-ig", "--edges", "12", "--out", "tests/fixtures/circuit.json"])
     (FIXTURES / "heads.json").write_text(
         json.dumps({"name": "heads", "model": "zoo", "nodes": ["L0H1", "L0H3", "L3H2", "L3H3"], "groups": {"last": ["L3H2", "L3H3"]}})
@@ -227,7 +227,7 @@ def record_session(prompts) -> None:
 
 @pytest.fixture
 def zoo(engines, monkeypatch):
-    monkeypatch.setattr(commands, "Engine", lambda: engines["zoo"])
+    monkeypatch.setattr(program, "Engine", lambda: engines["zoo"])
     return engines["zoo"]
 
 

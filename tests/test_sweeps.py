@@ -633,7 +633,7 @@ def test_nan_in_the_model(engines):
 def test_command_line(capsys):
     import json
 
-    from commands import main
+    from engine import main
 
     some = str(ROOT / "zoo" / "prompts" / "ioi_abba.jsonl")
     assert main(["sweep", "--set", some, "--kind", "z", "--mean"]) == 0

@@ -525,7 +525,7 @@ def test_a_model_without_mlps(engines, monkeypatch):
 
 
 def test_command_line(folders, capsys):
-    from commands import main
+    from engine import main
 
     common = ["weights", "--model", str(folders["llama"])]
     assert main([*common, "--head", "L1H3", "--k", "3", "--distance", "2", "--json"]) == 0

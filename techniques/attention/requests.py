@@ -26,7 +26,9 @@ class Attention:
     study: Study
     layer: int = 0
     which: str = "now"
+    """now, clean or corrupt, or a difference such as clean-corrupt"""
     weighted: bool = False
+    """times the norm of what the source's value writes"""
 
 
 @request
@@ -38,8 +40,11 @@ class HeadStats:
 
     study: Study
     which: str = "now"
+    """now, clean or corrupt, or a difference such as clean-corrupt"""
     source: str = "prompt"
+    """prompt, or random: repeated tokens"""
     pair: tuple[int, int] | None = None
+    """destination and source: their attention is one more statistic"""
 
 
 @request
@@ -48,7 +53,9 @@ class AttentionSet:
 
     study: Study
     which: str = "now"
+    """now, clean or corrupt, or a difference such as clean-corrupt"""
     labels: tuple[str, ...] = ()
+    """of positions, over a set; unset, all that its prompts share"""
 
 
 @request
@@ -60,11 +67,15 @@ class Detect:
 
     study: Study
     which: str = "now"
+    """now, clean or corrupt, or a difference such as clean-corrupt"""
     pattern: str = "previous_token_head"
+    """previous_token_head, duplicate_token_head or induction_head"""
     cells: tuple[tuple[int, int], ...] = ()
+    """instead of a pattern: destination,source pairs such as 14,2"""
     exclude_bos: bool = False
     exclude_current_token: bool = False
     error_measure: str = "mul"
+    """mul or abs"""
 
 
 # ------------------------------------------------------------------ results

@@ -14,7 +14,9 @@ class Attribution:
 
     study: Study
     which: str = "now"
+    """now, clean or corrupt, or a difference such as clean-corrupt"""
     pos: int | str | None = None
+    """a position: a number or a label; unset, the metric's"""
 
 
 @request
@@ -37,6 +39,7 @@ class AttributionNeurons:
     layer: int = 0
     pos: int | str | None = None
     k: int = 10
+    """neurons shown at each end"""
 
 
 @request

@@ -41,12 +41,18 @@ class PathPatch:
 
     study: Study
     senders: tuple[str, ...] = ()
+    """L0H1, L3.mlp, embed; with @S2 for a position"""
     receivers: tuple[str, ...] = (LOGITS,)
+    """L2H3.q, .k, .v, L3.mlp, logits"""
     each: str = "sender"
+    """sender: a cell is one sender, to all receivers; receiver: a cell is one receiver, from all senders, and --receiver is not used"""
     convention: str = "direct"
+    """direct (all else frozen) or mlps (through MLPs, other heads frozen)"""
     direction: str = "noise"
+    """noise (corrupted value into the clean run) or denoise"""
     by_pos: bool = False
     over_set: bool = False
+    """over --set, with statistics"""
     chunk_mb: int = 0
 
 
@@ -61,10 +67,14 @@ class Score:
     study: Study
     circuit: Circuit = Circuit()
     what: tuple[str, ...] = ("faithfulness",)
+    """faithfulness, completeness, minimality, effects"""
     rest: str = "mean"
+    """what is not in it is set to: mean, mean_all, resample, zero, patch"""
     edges: bool = True
+    """score it by its edges when it has any"""
     positions: bool = True
     mlps: bool = False
+    """replace MLPs that are not in it too"""
     subsets: int = 20
     greedy: int = 5
     seed: int = 0
@@ -80,14 +90,19 @@ class Discover:
 
     study: Study
     method: str = "eap-ig"
+    """eap, eap-ig, eap-ig-activations, clean-corrupted, acdc, greedy, features (of --sae)"""
     edges: int = 40
     nodes: int = 0
+    """greedy: stop at so many heads (0: at --target); features: so many (0: 30)"""
     threshold: float = 0.1
+    """acdc, in units of the metric"""
     steps: int = 5
     target: float = 0.85
+    """greedy: the faithfulness to stay at"""
     rest: str = "patch"
     name: str = ""
     dry: bool = False
+    """only the estimate of the time"""
 
 
 @request

@@ -15,6 +15,7 @@ class Saes:
     """SAEs that fit the loaded model: shipped ones, folders under saes/, and sae_lens's list; no network. `every` lists those of other models too."""
 
     every: bool = False
+    """those of other models too"""
 
 
 @request
@@ -23,7 +24,9 @@ class Preflight:
 
     study: Study
     source: str = ""
+    """a folder that SAE.save_model wrote, zoo/NAME, or RELEASE:ID of sae_lens's list"""
     view: str = "auto"
+    """of the activation: auto, raw or centred"""
 
 
 @request
@@ -35,9 +38,13 @@ class Features:
 
     study: Study
     source: str = ""
+    """a folder that SAE.save_model wrote, zoo/NAME, or RELEASE:ID of sae_lens's list"""
     which: str = "now"
+    """now, clean or corrupt"""
     pos: int | str | None = None
+    """a position: a number or a label; unset, the metric's"""
     order: str = "activation"
+    """activation, attribution or direct"""
     k: int = 20
 
 
@@ -50,9 +57,12 @@ class Feature:
 
     study: Study
     source: str = ""
+    """a folder that SAE.save_model wrote, zoo/NAME, or RELEASE:ID of sae_lens's list"""
     index: int = 0
     which: str = "now"
+    """now, clean or corrupt"""
     pos: int | str | None = None
+    """a position: a number or a label; unset, where it fires most"""
     k: int = 10
 
 
@@ -61,8 +71,11 @@ class Examples:
     """Maximal activating examples and histograms of features over a text file ("": zoo/corpus.txt), cached on disk. `indices` empty: all features."""
 
     source: str = ""
+    """a folder that SAE.save_model wrote, zoo/NAME, or RELEASE:ID of sae_lens's list"""
     text: str = ""
+    """a text file; unset, the zoo's corpus"""
     indices: tuple[int, ...] = ()
+    """features; unset, all of them"""
     k: int = 20
     tokens: int = 200_000
     length: int = 64
@@ -77,9 +90,13 @@ class FeatureGraph:
 
     study: Study
     up: str = ""
+    """the earlier SAE"""
     down: str = ""
+    """the later SAE, or nothing for the metric"""
     target: int = 0
+    """a feature of the later SAE, or -1 for the metric"""
     pos: int | str | None = None
+    """the target's position; unset, the metric's"""
     which: str = "now"
     k: int = 20
 
@@ -103,15 +120,23 @@ class TrainSae:
     """Train a small SAE on a hook point of the loaded model and a text file ("": zoo/corpus.txt); written to `out` by sae_lens. `resume` goes on."""
 
     hook: str = "L2.resid_post"
+    """L2.resid_pre, L2.resid_mid, L2.resid_post, L2.attn or L2.mlp"""
     text: str = ""
+    """a text file; unset, the zoo's corpus"""
     out: str = "saes/mine"
+    """a new folder, for cfg.json and sae_weights.safetensors"""
     architecture: str = "topk"
+    """topk, batchtopk, standard (l1) or jumprelu"""
     features: int = 512
     k: int = 8
+    """features active at once: exactly (topk), on average (batchtopk), or wanted (jumprelu)"""
     l1: float = 1.0
+    """the sparsity coefficient of standard"""
     tokens: int = 500_000
+    """tokens to train on; a shorter text is repeated"""
     batch: int = 1024
     length: int = 64
+    """tokens of a row of text"""
     lr: float = 0.001
     seed: int = 0
     resume: bool = False

@@ -24,12 +24,18 @@ class Lens:
 
     study: Study
     which: str = "now"
+    """now, clean or corrupt, or a difference"""
     points: tuple[str, ...] = ()
+    """unset, the residual points"""
     k: int = 10
     kind: str = "logit"
+    """logit, tuned or jacobian"""
     artefact: str = ""
+    """folder or file of a tuned or Jacobian lens, or its hub name; unset, the one beside the model or under its name on the hub"""
     positions: tuple[int, ...] = ()
+    """limit the columns"""
     pair: bool = True
+    """KL(clean || corrupted) too"""
 
 
 @request
@@ -37,6 +43,7 @@ class TuneLens:
     """Fit a tuned lens to the loaded model on a text file ("": zoo/corpus.txt) and write it into the folder `out`; `resume` goes on from its checkpoint."""
 
     text: str = ""
+    """a text file; unset, the zoo's corpus"""
     out: str = "exports/tuned_lens"
     steps: int = 250
     batch: int = 8
@@ -51,10 +58,12 @@ class FitJacobian:
     """Fit a Jacobian lens on pieces of a text file ("": zoo/corpus.txt), `length` tokens each, and write it to the file `out`."""
 
     text: str = ""
+    """a text file; unset, the zoo's corpus"""
     out: str = "exports/jacobian_lens.pt"
     prompts: int = 16
     length: int = 64
     skip: int = 16
+    """positions at the start of every prompt that are left out"""
     seed: int = 0
 
 

@@ -54,19 +54,31 @@ class Sweep:
 
     study: Study
     kind: str = "resid_pre"
+    """resid_pre, resid_mid, resid_post, attn, mlp, attn_mlp (by position); z, q, k, v, pattern, nodes; z_pos, cells, neurons, features, pairs, cumulative"""
     op: str = "patch"
+    """patch, zero, mean, mean_all, resample, noise"""
     direction: str = "denoise"
+    """denoise (clean values into the corrupted run) or noise (the reverse)"""
     effect: str = "total"
+    """total or direct"""
     node: str = ""
+    """the head of cells (L2H3), the MLP of neurons (L3.mlp), the SAE of features (L2.sae, with --sae SOURCE)"""
     nodes: tuple[str, ...] = ()
+    """those of pairs, cumulative and features; unset, the k largest"""
     k: int = 8
     over_set: bool = False
+    """over --set, with statistics"""
     noise: float = 3.0
+    """standard deviations of the embedding"""
     seed: int = 0
     only: tuple[tuple[int, int], ...] = ()
+    """these cells: row,column pairs such as 3,14"""
     chunk_mb: int = 0
+    """bound of the activations at once; unset, LOUPE_SWEEP_MB of .env"""
     plain: bool = False
+    """whole forward passes under hooks"""
     first: str = ""
+    """estimate: the largest estimated effects and the early layers first"""
 
 
 @request
@@ -78,6 +90,7 @@ class Estimate:
     method: str = "atp"
     direction: str = "denoise"
     steps: int = 5
+    """of the integral of ig"""
     node: str = ""
     over_set: bool = False
 

@@ -26,7 +26,9 @@ class HeadWeights:
     head: int = 0
     k: int = 20
     distance: int = 0
+    """destination minus source position, for rotary models"""
     mlp0: bool = False
+    """take embedding plus MLP 0 of it for a token's vector"""
 
 
 @request
@@ -45,6 +47,7 @@ class Singular:
     head: int | None = 0
     which: str = "OV"
     r: int = 8
+    """number of singular directions"""
     k: int = 10
 
 

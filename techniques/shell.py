@@ -40,6 +40,7 @@ GRAY, GREEN, CYAN, YELLOW, RED, PURPLE = (
 Cells = tuple[tuple[int, int], ...]
 Place = int | str | None
 NAMES = {"pos": "at", "over_set": "mean"}  # options that are called otherwise than the request's field
+ANSWERS, DO, METRIC = ("answer", "foil"), ("do", "base", "do_seed"), ("metric", "pos")  # of a study; what analyses may have no use for
 
 
 # ------------------------------------------------------------------ options
@@ -64,6 +65,7 @@ class ModelOptions:
 
     asks: ClassVar[tuple[type, ...]] = ()
     names: ClassVar[dict[str, str]] = NAMES
+    unused: ClassVar[tuple[str, ...]] = ()
     interruptible: ClassVar[bool] = False  # Ctrl-C waits for the step it is at
 
     def load(self) -> Load:
@@ -163,12 +165,13 @@ def helps(kind: type) -> dict[str, str]:
     return {a.target.id: inspect.cleandoc(b.value.value) for a, b in pairs}
 
 
-def options(*kinds: type, hide: tuple[str, ...] = (), first: tuple[str, ...] = (), names: dict[str, str] | None = None, **defaults: object) -> type:
+def options(*kinds: type, hide=(), first=(), unused=(), names: dict[str, str] | None = None, **defaults: object) -> type:
     """
     A dataclass for tyro with the fields of these requests, but those in `hide`; of a name that several have, the first's. `first` are given without
-    their name, `names` call a field otherwise, `defaults` replace the request's.
+    their name, `unused` are options of the study that make no difference (accepted, but not in the help), `names` call a field otherwise, `defaults` replace the request's.
     """
-    made, names = {}, NAMES | (names or {})
+    names = NAMES | (names or {})
+    made = {}
     studied = False
     for kind in kinds:
         hints, texts = typing.get_type_hints(kind), helps(kind)
@@ -183,8 +186,14 @@ def options(*kinds: type, hide: tuple[str, ...] = (), first: tuple[str, ...] = (
             assert not hasattr(StudyOptions, name), f"{kind.__name__}.{f.name}: every command has a {name}; give it another name with names="
             made[name] = (name, Annotated[typed, tyro.conf.arg(help=texts.get(f.name, "")), *marks], data_field(default=defaults.get(name, empty)))
     out = make_dataclass(f"{kinds[0].__name__}Options", list(made.values()), bases=(StudyOptions if studied else ModelOptions,))
-    out.asks, out.names, out.__doc__ = kinds, names, kinds[0].__doc__
+    out.asks, out.names, out.unused, out.__doc__ = kinds, names, unused, kinds[0].__doc__
     return out
+
+
+def without_unused(kind: type) -> type:
+    """A command as its help shows it."""
+    hidden = [(f.name, Annotated[f.type, tyro.conf.Suppress], data_field(default=f.default)) for f in fields(kind) if f.name in kind.unused]
+    return make_dataclass(kind.__name__, hidden, bases=(kind,), namespace={"__doc__": kind.__doc__})
 
 
 # ------------------------------------------------------------------ tables
@@ -210,9 +219,12 @@ class ServeCommand:
     """Answer requests on stdin and stdout, for tui.py."""
 
 
-def commands() -> dict[str, type]:
-    """Every room's commands, by the word that calls them."""
-    return {name: kind for part in techniques.parts("command") for name, kind in part.COMMANDS.items()} | {"serve": ServeCommand}
+def read_command(args: list[str]) -> ModelOptions | ServeCommand:
+    """The command that these words call, of every room's."""
+    every = {name: kind for part in techniques.parts("command") for name, kind in part.COMMANDS.items()}
+    if {"-h", "--help"} & {*args}:
+        every = {name: without_unused(kind) for name, kind in every.items()}
+    return tyro.extras.subcommand_cli_from_dict(every | {"serve": ServeCommand}, prog="engine.py", description="Loupe without a screen.", args=args)
 
 
 def tables() -> dict[type, Callable[[Console, object], None]]:
@@ -258,7 +270,7 @@ def run(command: ModelOptions, engine, show: Callable[[object], None]) -> tuple[
 
 def main(args: list[str] | None, engine: Callable[[], object], serve: Callable[[], None]) -> int:
     """0, or 1 when an identity is broken, or 2 for input that can't be used, or 130 after Ctrl-C."""
-    command = tyro.extras.subcommand_cli_from_dict(commands(), prog="engine.py", description="Loupe without a screen.", args=args)
+    command = read_command(sys.argv[1:] if args is None else args)
     if isinstance(command, ServeCommand):
         serve()
         return 0

@@ -6,12 +6,12 @@ import numpy as np
 from rich.console import Console
 
 from techniques.attention.requests import Attention, AttentionResult, AttentionSet, AttentionSetResult, Detect, DetectResult, HeadStats, HeadStatsResult
-from techniques.shell import CYAN, GRAY, options, plain, table
+from techniques.shell import ANSWERS, CYAN, GRAY, METRIC, options, plain, table
 from utils import show_number, show_token
 
 
 @dataclass
-class AttentionCommand(options(Attention, AttentionSet)):
+class AttentionCommand(options(Attention, AttentionSet, unused=ANSWERS + METRIC)):
     """Attention patterns of one layer: where each head looks from the last position, or everything with --json."""
 
     mean: bool = False
@@ -22,12 +22,12 @@ class AttentionCommand(options(Attention, AttentionSet)):
 
 
 @dataclass
-class HeadsCommand(options(HeadStats)):
+class HeadsCommand(options(HeadStats, unused=ANSWERS + METRIC)):
     """Statistics of every head, on the prompt or on random repeated tokens (--source random)."""
 
 
 @dataclass
-class DetectCommand(options(Detect)):
+class DetectCommand(options(Detect, unused=ANSWERS + METRIC)):
     """Score every head against an attention pattern, as transformer_lens.head_detector does."""
 
 

@@ -22,7 +22,7 @@ from vocabulary.nodes import UserError, parse_node
 
 
 @dataclass
-class AttributionCommand(options(Attribution, AttributionNeurons, hide=("layer",))):
+class AttributionCommand(options(Attribution, AttributionNeurons, hide=("layer",), unused=("metric",))):
     """Direct logit attribution at the metric's position: every component, or one of them taken apart (--by)."""
 
     by: str | None = None

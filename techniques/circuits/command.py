@@ -10,7 +10,7 @@ from rich.console import Console
 
 import drawings
 from techniques.circuits.requests import Compare, CompareResult, Discover, DiscoverResult, Interval, PathPatch, Score, ScoreResult
-from techniques.shell import CYAN, GRAY, YELLOW, options, plain, table
+from techniques.shell import CYAN, DO, GRAY, YELLOW, options, plain, table
 from utils import show_number
 from vocabulary.circuit import Circuit
 from vocabulary.nodes import UserError
@@ -40,7 +40,7 @@ class PathCommand(options(PathPatch, names={"senders": "sender", "receivers": "r
 
 
 @dataclass
-class ScoreCommand(options(Score, hide=("circuit",), what=("faithfulness", "effects"))):
+class ScoreCommand(options(Score, hide=("circuit",), unused=DO, what=("faithfulness", "effects"))):
     """Faithfulness, completeness, minimality and single effects of a circuit, over --set or the prompt."""
 
     circuit: str = ""
@@ -55,7 +55,7 @@ class ScoreCommand(options(Score, hide=("circuit",), what=("faithfulness", "effe
 
 
 @dataclass
-class DiscoverCommand(options(Discover, hide=("name",))):
+class DiscoverCommand(options(Discover, hide=("name",), unused=DO)):
     """Find a circuit, over --set or the prompt; --out saves it."""
 
     out: Path | None = None
@@ -81,7 +81,7 @@ class CompareCommand(options(Compare, hide=("circuit", "other", "published", "ed
 
 
 @dataclass
-class CircuitCommand(options(Score, hide=("circuit", "what", "edges", "positions", "subsets", "greedy", "seed"))):
+class CircuitCommand(options(Score, hide=("circuit", "what", "edges", "positions", "subsets", "greedy", "seed"), unused=DO)):
     """Turn a circuit's file into text, Graphviz, Mermaid, a table, or a TransformerLens script."""
 
     circuit: str = ""

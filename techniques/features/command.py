@@ -24,7 +24,7 @@ from techniques.features.requests import (
     TrainSae,
     TrainSaeResult,
 )
-from techniques.shell import CYAN, GRAY, GREEN, PURPLE, RED, YELLOW, options, plain, table
+from techniques.shell import ANSWERS, CYAN, DO, GRAY, GREEN, METRIC, PURPLE, RED, YELLOW, options, plain, table
 from utils import show_bytes, show_number, show_token
 from vocabulary.nodes import UserError
 from vocabulary.prompts import Study
@@ -47,7 +47,7 @@ class OfOneSae:
 
 
 @dataclass
-class PreflightCommand(OfOneSae, options(Preflight, first=("source",))):
+class PreflightCommand(OfOneSae, options(Preflight, first=("source",), unused=("corrupt", "align", "sae_error", *ANSWERS, *DO, *METRIC))):
     """Load an SAE and check it on the prompt."""
 
 

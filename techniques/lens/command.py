@@ -7,12 +7,12 @@ from rich.console import Console
 from rich.text import Text
 
 from techniques.lens.requests import FitJacobian, FitJacobianResult, Lens, LensResult, TuneLens, TuneLensResult
-from techniques.shell import CYAN, GRAY, GREEN, RED, options, plain, table
+from techniques.shell import CYAN, GRAY, GREEN, METRIC, RED, options, plain, table
 from utils import show_number, show_token
 
 
 @dataclass
-class LensCommand(options(Lens, k=5)):
+class LensCommand(options(Lens, unused=METRIC, k=5)):
     """Logit, tuned or Jacobian lens at points x positions; L3.attn, L3.mlp and L2H3 are points too."""
 
 

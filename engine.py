@@ -178,13 +178,15 @@ class Scheduler:
     slot drops the older one. While a Load waits or runs, jobs that need a model wait for it.
     """
 
-    def __init__(self, start: Callable[[object], Generator], send: Callable[[Frame], None], after: Callable[[], None] = lambda: None):
-        self.start, self.send, self.after = start, send, after
+    def __init__(
+        self, start: Callable[[object], Generator], send: Callable[[Frame], None], after: Callable[[], None] = lambda: None, model: Callable[[], str] = str
+    ):
+        self.start, self.send, self.after, self.model = start, send, after, model
         self.jobs: list[Job] = []
         self.numbers = itertools.count()
 
     def reply(self, job: Job, kind: str, body: object = None) -> None:
-        self.send(Frame(kind, job.ask.id, job.ask.slot, job.ask.priority, body))
+        self.send(Frame(kind, job.ask.id, job.ask.slot, job.ask.priority, body, self.model()))
 
     def put(self, frame: Frame) -> None:
         if frame.kind == "cancel":
@@ -267,7 +269,7 @@ def serve() -> None:
     send(Frame("hello"))
     threading.Thread(target=read_all, daemon=True).start()
     engine = Engine()
-    scheduler = Scheduler(engine.jobs, send, engine.check_hooks)
+    scheduler = Scheduler(engine.jobs, send, engine.check_hooks, lambda: engine.model.info.key if engine.model else "")
     engine.swap = scheduler.drop_started
     while True:
         while not scheduler.jobs or not inbox.empty():

@@ -279,6 +279,7 @@ def test_hello_load_run(server, engines):
     assert words[:2] == ["importing torch", "importing TransformerLens"] and any("reading weights" in w for w in words) and "checking" in words
     results = {f.id: f.body for f in frames if f.kind == "result"}
     assert results[1].name == "zoo" and all(c.ok for c in results[1].checks)
+    assert {f.model for f in frames if f.id > 1} == {results[1].key} and {f.model for f in frames if f.kind == "progress" and f.id == 1} == {""}
     here = engines["zoo"]
     want, lens = here.run(Run(Study(PROMPT))), here.run(Lens(Study(PROMPT)))
     np.testing.assert_allclose(results[2].clean.top_logits, want.clean.top_logits, atol=1e-4)

@@ -75,6 +75,11 @@ class ModelInfo:
     seconds: float
     checks: tuple[Identity, ...] = ()
 
+    @property
+    def key(self) -> str:
+        """What replies are marked with that were computed on this model."""
+        return f"{self.name}, {self.dtype} on {self.device}"
+
 
 @message
 class CheckResult:

@@ -70,13 +70,17 @@ DTYPES = ("<f4", "<f8", "<f2", "<i4", "<i8", "<i2", "|u1", "|i1", "|b1")
 
 @dataclass(frozen=True)
 class Frame:
-    """One message. `slot` is the pane that asks: a newer request replaces an older one in the same slot. Lower `priority` runs first."""
+    """
+    One message. `slot` is the pane that asks: a newer request replaces an older one in the same slot. Lower `priority` runs first. `model` of a reply:
+    the `ModelInfo.key` of what was loaded then ("": nothing).
+    """
 
     kind: str
     id: int = 0
     slot: str = ""
     priority: int = 1
     body: object = None
+    model: str = ""
 
 
 def encode(frame: Frame) -> bytes:
@@ -92,7 +96,7 @@ def encode(frame: Frame) -> bytes:
     name = "" if frame.body is None else type(frame.body).__name__
     assert name == "" or TYPES.get(name) is type(frame.body), f"{name} is not in the vocabulary"
     body = msgspec.to_builtins(frame.body, enc_hook=hook)
-    head = msgspec.msgpack.encode([frame.kind, frame.id, frame.slot, frame.priority, name, body, [[a.dtype.str, a.shape] for a in arrays]])
+    head = msgspec.msgpack.encode([frame.kind, frame.id, frame.slot, frame.priority, frame.model, name, body, [[a.dtype.str, a.shape] for a in arrays]])
     return len(head).to_bytes(4, "big") + head + b"".join(a.tobytes() for a in arrays)
 
 
@@ -107,7 +111,7 @@ def array_sizes(head: bytes) -> tuple[list, list[int]]:
     """The decoded header and the byte count of each array that follows it."""
     try:
         fields = msgspec.msgpack.decode(head)
-        kind, ident, slot, priority, name, _, specs = fields
+        kind, ident, slot, priority, model, name, _, specs = fields
         sizes = []
         for dtype, shape in specs:
             if dtype not in DTYPES or not all(isinstance(n, int) and n >= 0 for n in shape):
@@ -115,7 +119,7 @@ def array_sizes(head: bytes) -> tuple[list, list[int]]:
             sizes.append(np.dtype(dtype).itemsize * math.prod(shape))
     except (msgspec.DecodeError, ValueError, TypeError) as error:
         raise WireError(f"a header that can't be read: {error}") from error
-    if kind not in KINDS or not isinstance(ident, int) or not isinstance(slot, str) or not isinstance(priority, int) or not isinstance(name, str):
+    if kind not in KINDS or [*map(type, (ident, slot, priority, model, name))] != [int, str, int, str, str]:
         raise WireError(f"a header with kind {kind!r}, id {ident!r}")
     if sum(sizes) > MAX_ARRAY:
         raise WireError(f"{sum(sizes)} bytes of arrays in one frame")
@@ -123,9 +127,9 @@ def array_sizes(head: bytes) -> tuple[list, list[int]]:
 
 
 def build(fields: list, buffers: list[bytes]) -> Frame:
-    kind, ident, slot, priority, name, body, specs = fields
+    kind, ident, slot, priority, model, name, body, specs = fields
     if name == "":
-        return Frame(kind, ident, slot, priority)
+        return Frame(kind, ident, slot, priority, None, model)
     if name not in TYPES:
         raise WireError(f"an unknown message {name!r}: do screen and engine have the same version?")
     arrays = [np.frombuffer(b, dtype).reshape(shape) for b, (dtype, shape) in zip(buffers, specs)]
@@ -136,7 +140,7 @@ def build(fields: list, buffers: list[bytes]) -> Frame:
         return arrays[obj]
 
     try:
-        return Frame(kind, ident, slot, priority, msgspec.convert(body, TYPES[name], dec_hook=hook))
+        return Frame(kind, ident, slot, priority, msgspec.convert(body, TYPES[name], dec_hook=hook), model)
     except (msgspec.ValidationError, ValueError) as error:
         raise WireError(f"a {name} that can't be read: {error}") from error
 

@@ -25,7 +25,7 @@ from rich.text import Text
 import techniques
 from utils import settings
 from vocabulary.nodes import UserError, parse_intervention
-from vocabulary.prompts import Metric, Prompt, Study, read_prompt_set
+from vocabulary.prompts import Align, Base, Metric, MetricKind, Prompt, Study, read_prompt_set
 from vocabulary.requests import Identity, Load, ModelInfo, Progress
 from vocabulary.wire import to_json
 
@@ -118,14 +118,13 @@ class StudyOptions(ModelOptions):
     """a .jsonl prompt set, for means; its first prompt is used when neither --answer nor --corrupt is given and --clean is left alone"""
     do: tuple[str, ...] = ()
     """interventions such as L9H9=zero "L3.mlp@-1=scale:0.5" L5.resid_pre@S2=patch"""
-    base: str = Study.base
-    """which prompt the interventions act on: clean or corrupt"""
+    base: Base = Study.base
+    """which prompt the interventions act on"""
     do_seed: int = Study.seed
     """the seed of the interventions resample and noise"""
-    align: str = Study.align
-    """how to patch across prompts of unequal length: diff or labels"""
-    metric: str = Metric.kind
-    """logit_diff, prob, prob_diff, logprob, rank, loss, kl"""
+    align: Align = Study.align
+    """how to patch across prompts of unequal length"""
+    metric: MetricKind = Metric.kind
     pos: str = str(Metric.pos)
     """the metric's position: a number or a label"""
     sae: tuple[str, ...] = ()

@@ -50,7 +50,7 @@ requests = st.one_of(
     st.builds(m.Run, studies, small),
     st.builds(m.Lens, studies, st.sampled_from(m.WHICH), st.lists(texts, max_size=3).map(tuple), small),
     st.builds(m.Attention, studies, small, st.sampled_from(m.WHICH)),
-    st.builds(m.HeadStats, studies, st.sampled_from(m.WHICH), texts, st.none() | st.tuples(small, small)),
+    st.builds(m.HeadStats, studies, st.sampled_from(m.WHICH), st.sampled_from(("prompt", "random")), st.none() | st.tuples(small, small)),
     st.builds(m.Identities, studies),
     st.just(m.Status()),
     st.just(m.Models()),

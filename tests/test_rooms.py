@@ -6,6 +6,7 @@ import io
 import json
 import re
 import sys
+from typing import get_args
 
 import pytest
 
@@ -173,3 +174,18 @@ def test_a_folder_is_a_technique(tmp_path, engines, monkeypatch, capsys):
     del TYPES["Norms"], TYPES["NormsResult"], REQUESTS["Norms"]
     for name in ("requests", "analysis", "command"):
         del sys.modules[f"techniques.norms.{name}"]
+
+
+def test_words_of_a_field_are_those_of_its_table():
+    from techniques.circuits.requests import CONVENTIONS, METHODS, REST, Method, PathKind, Rest
+    from techniques.lens.requests import LENSES, LensKind
+    from techniques.patching.requests import SWEEP_OPS, SWEEPS, SweepKind, SweepOp
+    from techniques.weights.requests import SINGULAR, Matrix
+    from vocabulary.nodes import OPS, Op
+    from vocabulary.prompts import ALIGNMENTS, METRICS, Align, MetricKind
+
+    for table, kind in (
+        (CONVENTIONS, PathKind), (METHODS, Method), (REST, Rest), (LENSES, LensKind), (SWEEPS, SweepKind), (SWEEP_OPS, SweepOp),
+        (SINGULAR, Matrix), (OPS, Op), (ALIGNMENTS, Align), (METRICS, MetricKind),
+    ):  # fmt: skip
+        assert tuple(table) == get_args(kind), kind

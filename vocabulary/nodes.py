@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 
 class UserError(Exception):
@@ -14,9 +15,11 @@ class AddressError(UserError): ...
 
 # ------------------------------------------------------------------ nodes
 
+Site = Literal["embed", "resid_pre", "resid_mid", "resid_post", "attn", "mlp", "head", "neuron", "sae"]
+Part = Literal["z", "q", "k", "v", "pattern"]
 RESIDS = ("resid_pre", "resid_mid", "resid_post")
-PARTS = ("z", "q", "k", "v", "pattern")
-SITES = ("embed", *RESIDS, "attn", "mlp", "head", "neuron", "sae")
+PARTS = get_args(Part)
+SITES = get_args(Site)
 LABEL = r"[A-Za-z][A-Za-z0-9_]*"
 NODE_RE = re.compile(
     rf"^(?:(?P<embed>embed)|(?P<sl>\d+)\.(?P<sh>\d+)(?:\.(?P<sp>z|q|k|v|pattern))?|[Ll](?P<l>\d+)(?:[Hh](?P<h>\d+)(?:\.(?P<p>z|q|k|v|pattern))?"
@@ -28,10 +31,10 @@ NODE_RE = re.compile(
 class Node:
     """A place in the model. `pos` None means every position; a str is a label of the prompt set; a negative int counts from the end."""
 
-    site: str
+    site: Site
     layer: int | None = None
     head: int | None = None
-    part: str = "z"
+    part: Part = "z"
     index: int | None = None
     pos: int | str | None = None
 
@@ -80,7 +83,8 @@ def format_node(node: Node) -> str:
 
 # ------------------------------------------------------------------ interventions
 
-OPS = {
+Op = Literal["zero", "mean", "mean_all", "patch", "resample", "noise", "freeze", "scale", "set", "add"]
+OPS: dict[Op, str] = {
     "zero": "set to zero",
     "mean": "mean over the prompt set's corrupted prompts, position by position",
     "mean_all": "mean over the prompt set's corrupted prompts and all their positions but the first",
@@ -102,7 +106,7 @@ class Intervention:
     """A node and what is done to it. `value` is the number of scale, set, add and noise (there None means 3). Written `L9H9@10=zero`, `L3.mlp=scale:0.5`."""
 
     node: Node
-    op: str
+    op: Op
     value: float | None = None
 
     def __str__(self) -> str:

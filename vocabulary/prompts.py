@@ -4,10 +4,12 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
 
 from vocabulary.nodes import Intervention, LABEL, UserError
 
-ALIGNMENTS = {
+Align = Literal["", "diff", "labels"]
+ALIGNMENTS: dict[Align, str] = {
     "": "position by position, which needs equal lengths",
     "diff": "equal tokens, and replaced stretches of equal length (difflib)",
     "labels": "equal labels",
@@ -85,7 +87,8 @@ def read_prompt_set(path: str | Path) -> tuple[Prompt, ...]:
 
 # ------------------------------------------------------------------ metrics
 
-METRICS = {
+MetricKind = Literal["logit_diff", "prob", "prob_diff", "logprob", "rank", "loss", "kl"]
+METRICS: dict[MetricKind, str] = {
     "logit_diff": "mean logit of the answers minus mean logit of the foils",
     "prob": "probability of the answers (summed)",
     "prob_diff": "probability of the answers minus probability of the foils (summed)",
@@ -100,14 +103,17 @@ METRICS = {
 class Metric:
     """What is measured, at which position (an int, or a label such as END or S2)."""
 
-    kind: str = "logit_diff"
+    kind: MetricKind = "logit_diff"
     pos: int | str = "END"
 
 
 # ------------------------------------------------------------------ what analyses run on and speak of
 
-RUNS = ("now", "clean", "corrupt")
-WHICH = (*RUNS, "clean-corrupt", "now-clean", "now-corrupt")
+Base = Literal["clean", "corrupt"]  # which prompt interventions act on
+OneRun = Literal["now", "clean", "corrupt"]
+Which = Literal["now", "clean", "corrupt", "clean-corrupt", "now-clean", "now-corrupt"]  # a run, or a difference of two
+RUNS = get_args(OneRun)
+WHICH = get_args(Which)
 
 
 @dataclass(frozen=True)
@@ -120,12 +126,12 @@ class Study:
 
     prompt: Prompt
     interventions: tuple[Intervention, ...] = ()
-    base: str = "clean"
+    base: Base = "clean"
     metric: Metric = Metric()
     prompt_set: tuple[Prompt, ...] = ()
     saes: tuple[str, ...] = ()
     sae_error: bool = True
-    align: str = ""
+    align: Align = ""
     seed: int = 0
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from vocabulary.prompts import Prompt, TokenRow
+from vocabulary.prompts import Align, Prompt, TokenRow
 from vocabulary.wire import message, request
 
 
@@ -22,7 +22,7 @@ class Check:
     """Tokenise a prompt, its answers and foils, align its positions (ALIGNMENTS), and say what stops an analysis."""
 
     prompt: Prompt
-    align: str = ""
+    align: Align = ""
 
 
 @request(needs_model=False)

@@ -1,8 +1,10 @@
 """Attention patterns, statistics of heads, means over a set, heads that match a pattern."""
 
+from typing import Literal
+
 import numpy as np
 
-from vocabulary.prompts import Study, TokenRow
+from vocabulary.prompts import Study, TokenRow, Which
 from vocabulary.wire import message, request
 
 STATS = {
@@ -25,7 +27,7 @@ class Attention:
 
     study: Study
     layer: int = 0
-    which: str = "now"
+    which: Which = "now"
     """now, clean or corrupt, or a difference such as clean-corrupt"""
     weighted: bool = False
     """times the norm of what the source's value writes"""
@@ -39,10 +41,10 @@ class HeadStats:
     """
 
     study: Study
-    which: str = "now"
+    which: Which = "now"
     """now, clean or corrupt, or a difference such as clean-corrupt"""
-    source: str = "prompt"
-    """prompt, or random: repeated tokens"""
+    source: Literal["prompt", "random"] = "prompt"
+    """random: repeated tokens"""
     pair: tuple[int, int] | None = None
     """destination and source: their attention is one more statistic"""
 
@@ -52,7 +54,7 @@ class AttentionSet:
     """Mean attention between labelled positions over `study.prompt_set`; `labels` empty: every label that all its prompts have."""
 
     study: Study
-    which: str = "now"
+    which: Which = "now"
     """now, clean or corrupt, or a difference such as clean-corrupt"""
     labels: tuple[str, ...] = ()
     """of positions, over a set; unset, all that its prompts share"""
@@ -66,7 +68,7 @@ class Detect:
     """
 
     study: Study
-    which: str = "now"
+    which: Which = "now"
     """now, clean or corrupt, or a difference such as clean-corrupt"""
     pattern: str = "previous_token_head"
     """previous_token_head, duplicate_token_head or induction_head"""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vocabulary.prompts import Study, TokenRow
+from vocabulary.prompts import Study, TokenRow, Which
 from vocabulary.wire import message, request
 
 
@@ -13,7 +13,7 @@ class Attribution:
     """Direct logit attribution of the metric's direction (answers minus foils, or the answers alone) at `pos` (None: the metric's position)."""
 
     study: Study
-    which: str = "now"
+    which: Which = "now"
     """now, clean or corrupt, or a difference such as clean-corrupt"""
     pos: int | str | None = None
     """a position: a number or a label; unset, the metric's"""
@@ -24,7 +24,7 @@ class AttributionSources:
     """A head's row of Attribution by source position."""
 
     study: Study
-    which: str = "now"
+    which: Which = "now"
     layer: int = 0
     head: int = 0
     pos: int | str | None = None
@@ -35,7 +35,7 @@ class AttributionNeurons:
     """An MLP's row of Attribution by neuron: the top k and the bottom k."""
 
     study: Study
-    which: str = "now"
+    which: Which = "now"
     layer: int = 0
     pos: int | str | None = None
     k: int = 10
@@ -47,7 +47,7 @@ class AttributionSet:
     """Attribution over the prompts of `study.prompt_set` that have answers; each under the study's interventions for "now"."""
 
     study: Study
-    which: str = "now"
+    which: Which = "now"
     pos: int | str | None = None
 
 

@@ -1,6 +1,7 @@
 """Circuits: path patching, scores, discovery, comparison."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -9,18 +10,22 @@ from vocabulary.nodes import OPS
 from vocabulary.prompts import Study
 from vocabulary.wire import message, request
 
-CONVENTIONS = {
+PathKind = Literal["direct", "mlps"]
+Rest = Literal["patch", "mean", "mean_all", "resample", "zero"]
+Method = Literal["eap", "eap-ig", "eap-ig-activations", "clean-corrupted", "acdc", "greedy", "features"]
+ScorePart = Literal["faithfulness", "completeness", "minimality", "effects"]
+CONVENTIONS: dict[PathKind, str] = {
     "direct": "the direct edge only: every other head and MLP stays as in the base run",
     "mlps": "through MLPs: other heads stay as in the base run, MLPs are computed again (as in the IOI paper)",
 }
-REST = {
+REST: dict[Rest, str] = {
     "patch": "its value in the prompt's own corrupted run",
     "mean": OPS["mean"],
     "mean_all": OPS["mean_all"],
     "resample": OPS["resample"],
     "zero": "zero",
 }
-METHODS = {
+METHODS: dict[Method, str] = {
     "eap": "edge attribution patching: (corrupted - clean sender) . gradient at the receiver in the clean run",
     "eap-ig": "EAP with integrated gradients over the inputs: token embeddings between corrupted and clean",
     "eap-ig-activations": "EAP with integrated gradients over each sender's activation between corrupted and clean",
@@ -44,11 +49,11 @@ class PathPatch:
     """L0H1, L3.mlp, embed; with @S2 for a position"""
     receivers: tuple[str, ...] = (LOGITS,)
     """L2H3.q, .k, .v, L3.mlp, logits"""
-    each: str = "sender"
+    each: Literal["sender", "receiver"] = "sender"
     """sender: a cell is one sender, to all receivers; receiver: a cell is one receiver, from all senders, and --receiver is not used"""
-    convention: str = "direct"
+    convention: PathKind = "direct"
     """direct (all else frozen) or mlps (through MLPs, other heads frozen)"""
-    direction: str = "noise"
+    direction: Literal["noise", "denoise"] = "noise"
     """noise (corrupted value into the clean run) or denoise"""
     by_pos: bool = False
     over_set: bool = False
@@ -66,10 +71,9 @@ class Score:
 
     study: Study
     circuit: Circuit = Circuit()
-    what: tuple[str, ...] = ("faithfulness",)
-    """faithfulness, completeness, minimality, effects"""
-    rest: str = "mean"
-    """what is not in it is set to: mean, mean_all, resample, zero, patch"""
+    what: tuple[ScorePart, ...] = ("faithfulness",)
+    rest: Rest = "mean"
+    """what is not in it is set to"""
     edges: bool = True
     """score it by its edges when it has any"""
     positions: bool = True
@@ -89,8 +93,8 @@ class Discover:
     """
 
     study: Study
-    method: str = "eap-ig"
-    """eap, eap-ig, eap-ig-activations, clean-corrupted, acdc, greedy, features (of --sae)"""
+    method: Method = "eap-ig"
+    """features: of --sae"""
     edges: int = 40
     nodes: int = 0
     """greedy: stop at so many heads (0: at --target); features: so many (0: 30)"""
@@ -99,7 +103,7 @@ class Discover:
     steps: int = 5
     target: float = 0.85
     """greedy: the faithfulness to stay at"""
-    rest: str = "patch"
+    rest: Rest = "patch"
     name: str = ""
     dry: bool = False
     """only the estimate of the time"""

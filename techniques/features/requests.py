@@ -1,10 +1,11 @@
 """SAEs and transcoders: choosing, checking and training one, its features, examples, graphs."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from vocabulary.prompts import Study, TokenRow
+from vocabulary.prompts import OneRun, Study, TokenRow
 from vocabulary.wire import message, request
 
 VIEWS_OF_ACTIVATIONS = {"raw": "the activation as it is", "centred": "the activation minus its mean over the model's width (TransformerLens's centred weights)"}
@@ -25,8 +26,8 @@ class Preflight:
     study: Study
     source: str = ""
     """a folder that SAE.save_model wrote, zoo/NAME, or RELEASE:ID of sae_lens's list"""
-    view: str = "auto"
-    """of the activation: auto, raw or centred"""
+    view: Literal["auto", "raw", "centred"] = "auto"
+    """of the activation"""
 
 
 @request
@@ -39,12 +40,10 @@ class Features:
     study: Study
     source: str = ""
     """a folder that SAE.save_model wrote, zoo/NAME, or RELEASE:ID of sae_lens's list"""
-    which: str = "now"
-    """now, clean or corrupt"""
+    which: OneRun = "now"
     pos: int | str | None = None
     """a position: a number or a label; unset, the metric's"""
-    order: str = "activation"
-    """activation, attribution or direct"""
+    order: Literal["activation", "attribution", "direct"] = "activation"
     k: int = 20
 
 
@@ -59,8 +58,7 @@ class Feature:
     source: str = ""
     """a folder that SAE.save_model wrote, zoo/NAME, or RELEASE:ID of sae_lens's list"""
     index: int = 0
-    which: str = "now"
-    """now, clean or corrupt"""
+    which: OneRun = "now"
     pos: int | str | None = None
     """a position: a number or a label; unset, where it fires most"""
     k: int = 10
@@ -97,7 +95,7 @@ class FeatureGraph:
     """a feature of the later SAE, or -1 for the metric"""
     pos: int | str | None = None
     """the target's position; unset, the metric's"""
-    which: str = "now"
+    which: OneRun = "now"
     k: int = 20
 
 
@@ -112,7 +110,7 @@ class CheckEdge:
     at: int = 0
     target: int = 0
     pos: int | str | None = None
-    which: str = "now"
+    which: OneRun = "now"
 
 
 @request
@@ -125,8 +123,8 @@ class TrainSae:
     """a text file; unset, the zoo's corpus"""
     out: str = "saes/mine"
     """a new folder, for cfg.json and sae_weights.safetensors"""
-    architecture: str = "topk"
-    """topk, batchtopk, standard (l1) or jumprelu"""
+    architecture: Literal["topk", "batchtopk", "standard", "jumprelu"] = "topk"
+    """standard: with l1"""
     features: int = 512
     k: int = 8
     """features active at once: exactly (topk), on average (batchtopk), or wanted (jumprelu)"""

@@ -1,13 +1,15 @@
 """Lenses: what the model would say at each point of the residual stream; and fitting a tuned or a Jacobian one."""
 
 from dataclasses import field
+from typing import Literal
 
 import numpy as np
 
-from vocabulary.prompts import Study, TokenRow
+from vocabulary.prompts import Study, TokenRow, Which
 from vocabulary.wire import message, request
 
-LENSES = {
+LensKind = Literal["logit", "tuned", "jacobian"]
+LENSES: dict[LensKind, str] = {
     "logit": "the final norm and the unembedding on the stream as it is",
     "tuned": "an affine translator a layer, fitted to the final logits",
     "jacobian": "the average Jacobian from a layer to the last one",
@@ -23,13 +25,12 @@ class Lens:
     """
 
     study: Study
-    which: str = "now"
+    which: Which = "now"
     """now, clean or corrupt, or a difference"""
     points: tuple[str, ...] = ()
     """unset, the residual points"""
     k: int = 10
-    kind: str = "logit"
-    """logit, tuned or jacobian"""
+    kind: LensKind = "logit"
     artefact: str = ""
     """folder or file of a tuned or Jacobian lens, or its hub name; unset, the one beside the model or under its name on the hub"""
     positions: tuple[int, ...] = ()

@@ -1,6 +1,7 @@
 """The command line of this room: sweep."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from rich.console import Console
@@ -15,8 +16,8 @@ from vocabulary.nodes import UserError
 class SweepCommand(options(Sweep, Estimate, hide=("method",))):
     """Patch or ablate one cell after the other; or estimate it by gradients."""
 
-    estimate: str = ""
-    """instead of patching: atp or ig"""
+    estimate: Literal["", "atp", "ig"] = ""
+    """instead of patching: attribution patching, or integrated gradients"""
 
     def request(self) -> Sweep | Estimate:
         if not self.estimate:

@@ -1,12 +1,36 @@
 """Sweeps: patching and ablation, one cell after the other, and their estimates by gradients."""
 
+from typing import Literal
+
 import numpy as np
 
 from vocabulary.nodes import OPS
 from vocabulary.prompts import Study, TokenRow
 from vocabulary.wire import message, request
 
-SWEEPS = {
+SweepKind = Literal[
+    "resid_pre",
+    "resid_mid",
+    "resid_post",
+    "attn",
+    "mlp",
+    "attn_mlp",
+    "z",
+    "q",
+    "k",
+    "v",
+    "pattern",
+    "nodes",
+    "z_pos",
+    "cells",
+    "neurons",
+    "features",
+    "pairs",
+    "cumulative",
+]
+SweepOp = Literal["patch", "zero", "mean", "mean_all", "resample", "noise"]
+Direction = Literal["denoise", "noise"]
+SWEEPS: dict[SweepKind, str] = {
     "resid_pre": "residual stream before each layer, by position",
     "resid_mid": "residual stream between attention and MLP, by position",
     "resid_post": "residual stream after each layer, by position",
@@ -26,7 +50,7 @@ SWEEPS = {
     "pairs": "two nodes at a time; the diagonal is one node alone",
     "cumulative": "nodes together, one more in each column, the largest effect first",
 }
-SWEEP_OPS = {
+SWEEP_OPS: dict[SweepOp, str] = {
     "patch": "the value in the other prompt's run",
     "zero": "zero",
     "mean": OPS["mean"],
@@ -34,7 +58,7 @@ SWEEP_OPS = {
     "resample": OPS["resample"],
     "noise": "its own value plus Gaussian noise",
 }
-ESTIMATES = {
+ESTIMATES: dict[Literal["atp", "ig"], str] = {
     "atp": "attribution patching: (source - base) . gradient of the metric in the base run",
     "ig": "integrated gradients: the same with the gradient's mean over token embeddings between base and source",
 }
@@ -53,14 +77,12 @@ class Sweep:
     """
 
     study: Study
-    kind: str = "resid_pre"
-    """resid_pre, resid_mid, resid_post, attn, mlp, attn_mlp (by position); z, q, k, v, pattern, nodes; z_pos, cells, neurons, features, pairs, cumulative"""
-    op: str = "patch"
-    """patch, zero, mean, mean_all, resample, noise"""
-    direction: str = "denoise"
+    kind: SweepKind = "resid_pre"
+    """resid_pre to attn_mlp and z_pos by position; z to nodes at all positions"""
+    op: SweepOp = "patch"
+    direction: Direction = "denoise"
     """denoise (clean values into the corrupted run) or noise (the reverse)"""
-    effect: str = "total"
-    """total or direct"""
+    effect: Literal["total", "direct"] = "total"
     node: str = ""
     """the head of cells (L2H3), the MLP of neurons (L3.mlp), the SAE of features (L2.sae, with --sae SOURCE)"""
     nodes: tuple[str, ...] = ()
@@ -77,7 +99,7 @@ class Sweep:
     """bound of the activations at once; unset, LOUPE_SWEEP_MB of .env"""
     plain: bool = False
     """whole forward passes under hooks"""
-    first: str = ""
+    first: Literal["", "estimate"] = ""
     """estimate: the largest estimated effects and the early layers first"""
 
 
@@ -86,9 +108,9 @@ class Estimate:
     """A sweep's cells (patching only) by gradients, all at once: one of ESTIMATES; `steps` of the integral."""
 
     study: Study
-    kind: str = "resid_pre"
-    method: str = "atp"
-    direction: str = "denoise"
+    kind: SweepKind = "resid_pre"
+    method: Literal["atp", "ig"] = "atp"
+    direction: Direction = "denoise"
     steps: int = 5
     """of the integral of ig"""
     node: str = ""

@@ -1,12 +1,14 @@
 """What a head's or an MLP's matrices say, without a prompt."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from vocabulary.wire import message, request
 
-SINGULAR = {
+Matrix = Literal["OV", "QK", "mlp_in", "mlp_gate", "mlp_out"]
+SINGULAR: dict[Matrix, str] = {
     "OV": "what a head copies: residual stream read by its values, written by its output",
     "QK": "what a head looks for: destination's residual stream read by its queries, source's by its keys",
     "mlp_in": "what an MLP's input matrix reads (of a gated MLP, the matrix beside the gate)",
@@ -45,7 +47,7 @@ class Singular:
 
     layer: int = 0
     head: int | None = 0
-    which: str = "OV"
+    which: Matrix = "OV"
     r: int = 8
     """number of singular directions"""
     k: int = 10

@@ -8,7 +8,6 @@ import transformers as tr
 
 from gpu_checks.bench import ARCHITECTURES, Bench, Outcome, difference, number, one_line
 from gpu_checks.loupe import SMALL, Engine, Identities, Lens, Load, Sweep, UserError
-from gpu_checks.requests import every
 
 SLOW_ON_CPU = ("sweep z_pos", "sweep estimate first", "sweep pairs", "greedy", "score", "eap-ig", "clean-corrupted")
 ORDERED = ("sweep rank", "run", "detect")  # ranks and lists of tokens may change places where two values are equal
@@ -20,7 +19,7 @@ def numbers(b: Bench) -> Outcome:
     if not b.tiny:
         t.set_num_threads(min(16, os.cpu_count() or 1))
     rows, broken, off = {}, {}, []
-    for name, ask in every(b.study(e), e).items():
+    for name, ask in b.every(e).items():
         if b.late:
             rows["left out"] = name
             break
@@ -92,7 +91,7 @@ def half(b: Bench) -> Outcome:
             if name.startswith("llama") and dtype != "bfloat16":
                 continue
             e = b.engine(name, dtype)
-            for key, ask in every(b.study(e), e).items():
+            for key, ask in b.every(e).items():
                 if b.late:
                     break
                 count += 1

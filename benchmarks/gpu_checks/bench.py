@@ -17,6 +17,7 @@ import torch as t
 import transformers as tr
 
 from gpu_checks.loupe import Engine, Load, Model, Prompt, Study, read_tokenizer
+from gpu_checks.requests import every
 
 GIB = 2**30
 SHARED = 2  # tokens at the start that clean and corrupted have in common
@@ -254,6 +255,11 @@ class Bench:
     def study(self, e: Engine, seq: int = 15, batch: int = 1, shared: int = SHARED) -> Study:
         some = prompts(batch, min(seq, e.model.info.n_ctx), min(e.model.info.d_vocab, len(e.model.tokenizer)), shared)
         return Study(some[0], prompt_set=some if batch > 1 else ())
+
+    def every(self, e: Engine) -> dict[str, object]:
+        """Each analysis as a request for this model."""
+        s = self.study(e)
+        return every(s, replace(s, prompt_set=self.study(e, batch=4).prompt_set), e.model.info.n_layers // 2, e.model.info.name)
 
     def fresh(self, e: Engine, request: object, show: Callable[[object], None] = lambda part: None) -> object:
         """A result computed anew: nothing from the activation cache."""

@@ -82,14 +82,14 @@ def fits(b: Bench) -> Outcome:
     """What trains, a few steps each on the zoo's model."""
     e, s, out = Engine(Load("zoo", device=b.device)), Study(zoo_prompt()), b.work / "fits"
     shutil.rmtree(out, ignore_errors=True)
-    tuned, jacobian = str(out / "tuned"), str(out / "jacobian.pt")
+    tuned, jacobian, n = str(out / "tuned"), str(out / "jacobian.pt"), 1000 if b.tiny else 5000
     asks = {
         "tuned lens": TuneLens(out=tuned, steps=4, batch=2),
         "its reading": Lens(s, kind="tuned", artefact=tuned),
-        "jacobian lens": FitJacobian(out=jacobian, prompts=2),
+        "jacobian lens": FitJacobian(out=jacobian, prompts=2, length=32),
         "its reading ": Lens(s, kind="jacobian", artefact=jacobian),
-        "sae": TrainSae(out=str(out / "sae"), tokens=20_000),
-        "examples": Examples("zoo/L2.resid_post", tokens=5_000),
+        "sae": TrainSae(out=str(out / "sae"), tokens=4 * n),
+        "examples": Examples("zoo/L2.resid_post", tokens=n),
         "graph": FeatureGraph(s, "zoo/L1.resid_post", "zoo/L2.resid_post", 263),
     }
     rows, broken = {}, {}

@@ -9,7 +9,6 @@ import torch as t
 
 from gpu_checks.bench import GIB, Bench, Outcome, deadline, number, one_line
 from gpu_checks.loupe import Attention, Attribution, Discover, Engine, Estimate, Lens, Load, PathPatch, Progress, Sweep, SweepResult, UserError
-from gpu_checks.requests import every
 from gpu_checks.speed import first_cells
 
 
@@ -56,7 +55,7 @@ def gemma(b: Bench) -> Outcome:
     """Softcaps, grouped heads and norms after attention, bfloat16."""
     e = b.engine("gemma-2-2b")
     names = ("lens", "attention", "attribution", "sweep z", "sweep k", "sweep resid_pre", "estimate", "path", "eap")
-    ok, rows = weigh(b, e, {k: v for k, v in every(b.study(e), e).items() if k in names})
+    ok, rows = weigh(b, e, {k: v for k, v in b.every(e).items() if k in names})
     return ok, {"analyses": rows}
 
 

@@ -1,8 +1,7 @@
-"""Every analysis once, as a table of requests: what the checks of numbers, of half precision and the tests of a pretended device run."""
+"""Every analysis once, as a table of requests: for the checks of numbers and of half precision, and for the tests on a pretended device."""
 
 from dataclasses import replace
 
-from gpu_checks.bench import prompts
 from gpu_checks.loupe import (
     Attention,
     AttentionSet,
@@ -16,7 +15,6 @@ from gpu_checks.loupe import (
     Composition,
     Detect,
     Discover,
-    Engine,
     Estimate,
     HeadStats,
     HeadWeights,
@@ -100,8 +98,6 @@ def circuits(s: Study, over: Study, layer: int, name: str) -> dict[str, object]:
     }
 
 
-def every(s: Study, e: Engine) -> dict[str, object]:
-    info = e.model.info
-    over = replace(s, prompt_set=prompts(4, 15, min(info.d_vocab, len(e.model.tokenizer))))
-    layer = info.n_layers // 2
-    return readings(s, over, layer) | sweeps(s, over) | circuits(s, over, layer, info.name)
+def every(s: Study, over: Study, layer: int, name: str) -> dict[str, object]:
+    """For a prompt, a set of prompts, a layer in the middle and the model's name."""
+    return readings(s, over, layer) | sweeps(s, over) | circuits(s, over, layer, name)

@@ -6,19 +6,18 @@ the logits. Where an edge is cut, the receiver gets the sender's other value (of
 """
 
 from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import torch as t
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from edge_index import PARTS, EdgeIndex, all_edges, edge_index, own_edge, receivers, senders
 from lens import frozen_norm
 from messages import ModelInfo, Progress, Study, Sweep, UserError
-from model import FINAL, Edit, Model, Normed, out_of_memory, stop
+from model import FINAL, Edit, Model, out_of_memory
 from patching import Runs, means
 from kept import Score
 from sweeps import Plan, check_lengths, chunk_bytes, others, read_member
@@ -230,36 +229,31 @@ class EdgeRun:
     def gradients(self, take: Callable[[slice, Tensor], None], embed: Tensor | None = None, mix: tuple[str, Tensor] | None = None) -> None:
         """
         Give `take` the metric's gradient at every receiver's input in the clean run, as it arrives, the last layer first: the receivers' rows and
-        [prompt, seq, receiver, d_model]. With `embed` in place of the embeddings, or `mix` (a hook point and its value). One block's activations are
-        held at a time: each is computed again when its turn comes.
+        [prompt, seq, receiver, d_model]. With `embed` in place of the embeddings, or `mix` (a hook point and its value). Blocks run once more from their
+        kept inputs, so that one block's activations are held at a time.
         """
         from estimates import metric
 
-        model, per = self.model, self.index.per_layer
-
-        def tap(first: int, count: int) -> Callable[[Tensor], Tensor]:
-            def apply(x: Tensor) -> Tensor:
-                y = x.view_as(x)
-                y.register_hook(lambda g: take(slice(first, first + count), g if g.ndim == 4 else g[:, :, None]))
-                return y
-
-            return apply
-
-        edits = [(EMBED, lambda x: (x if embed is None else embed.to(x)).detach().requires_grad_(True))]
-        edits += [] if mix is None else [(mix[0], lambda x: mix[1].to(x))]
-        for n in range(self.info.n_layers):
-            at = n * per
-            for part, count in zip(PARTS, (self.info.n_heads, self.info.n_kv_heads, self.info.n_kv_heads)):
-                edits.append((f"blocks.{n}.hook_{part}_input", tap(at, count)))
+        model, info = self.model, self.info
+        swap = {} if embed is None else {EMBED: embed}
+        swap |= {} if mix is None else {mix[0]: mix[1]}
+        edits: list[Edit] = [(name, lambda x, new=new: new.to(x).requires_grad_(t.is_grad_enabled())) for name, new in swap.items()]
+        for n in range(info.n_layers):
+            at = n * self.index.per_layer
+            for part, count in zip(PARTS, (info.n_heads, info.n_kv_heads, info.n_kv_heads)):
+                edits.append((f"blocks.{n}.hook_{part}_input", tap(slice(at, at + count), take)))
                 at += count
-            edits += [(f"blocks.{n}.hook_mlp_in", tap(at, 1))] * (self.mlps[n] in model.points)
-        got: dict[str, Tensor] = {}
-        last = tap(len(self.index.readers) - 1, 1)
-        edits.append((self.last, lambda x: got.setdefault("end", last(x))))
-        with t.enable_grad(), split(model), checkpointed(model), model.hooks(edits):
-            with suppress(Normed), model.hooks([(FINAL, stop)]):
-                model.bridge(self.ids.to(model.device), use_cache=False, logits_to_keep=1)
-            metric(self.score, got["end"]).sum().backward()
+            edits += [(f"blocks.{n}.hook_mlp_in", tap(slice(at, at + 1), take))] * (self.mlps[n] in model.points)
+        with split(model), model.hooks(edits):
+            with called(model) as calls:
+                end = model.forward(self.ids, [self.last], keep=None)[1][self.last].requires_grad_(True)
+            with t.enable_grad():
+                (g,) = t.autograd.grad(metric(self.score, end).sum(), end)
+                take(slice(len(self.index.readers) - 1, None), g[:, :, None])
+                for block, (x, args, kwargs) in reversed(list(zip(model.bridge.blocks, calls))):
+                    out = block(x.requires_grad_(True), *args, **kwargs)
+                    t.autograd.backward(out[0] if isinstance(out, tuple) else out, g)  # also where nothing leads back to x
+                    g = x.grad
 
     def slopes(self, change: Tensor, columns: slice = slice(None), **of) -> np.ndarray:
         """The sum over prompts of change . gradient [receiver, sender], float64, of the senders in `columns`, which `change` [sender, ...] holds; `of` as in gradients."""
@@ -282,15 +276,32 @@ def dot(g: Tensor, change: Tensor) -> Tensor:
     return sum(x.flatten(1) @ y.flatten(1).T for x, y in pairs)
 
 
+def tap(rows: slice, take: Callable[[slice, Tensor], None]) -> Callable[[Tensor], Tensor | None]:
+    """A function on a hook point that gives `take` the gradient there [prompt, seq, receiver, d_model]."""
+
+    def apply(x: Tensor) -> Tensor | None:
+        if not x.requires_grad:
+            return None
+        y = x.view_as(x)  # apart from the skip connection
+        y.register_hook(lambda g: take(rows, g if g.ndim == 4 else g[:, :, None]))
+        return y
+
+    return apply
+
+
 @contextmanager
-def checkpointed(model: Model) -> Generator:
-    """The Bridge's blocks such that the backward pass computes each block's activations again, when it gets there."""
-    blocks = list(model.bridge.blocks)
+def called(model: Model) -> Generator[list]:
+    """What every block is called with, in order: the stream, other arguments, and named ones."""
+    calls, blocks = [], list(model.bridge.blocks)
+
+    def record(forward: Callable, x: Tensor, *args, **kwargs) -> object:
+        calls.append((x.detach(), args, kwargs))
+        return forward(x, *args, **kwargs)
+
     for block in blocks:
-        block.__dict__["forward"] = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        block.__dict__["forward"] = partial(record, block.forward)
     try:
-        with set_checkpoint_early_stop(False):
-            yield
+        yield calls
     finally:
         for block in blocks:
             del block.__dict__["forward"]

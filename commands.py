@@ -735,6 +735,8 @@ def main(args: list[str] | None = None) -> int:
         request = command.request()
         engine = Engine()
         info = engine.run(command.load(), show)
+        if info.warning:
+            errors.print(plain(info.warning, YELLOW), soft_wrap=True)
         if isinstance(command, circuit_commands.CircuitCommand):
             sys.stdout.write(command.text(info))
             return 0

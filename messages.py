@@ -95,7 +95,10 @@ class Identity:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What is loaded. `bos` is the text of the BOS token ("" when there is none) and `default_bos` whether prompts get it unasked."""
+    """
+    What is loaded. `bos` is the text of the BOS token ("" when there is none) and `default_bos` whether prompts get it unasked. `warning`: a GPU that is
+    here and not used, or filled by others.
+    """
 
     name: str
     architecture: str
@@ -118,6 +121,7 @@ class ModelInfo:
     default_bos: bool
     seconds: float
     checks: tuple[Identity, ...] = ()
+    warning: str = ""
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def answer(model: Model, request: Score | Compare) -> Generator[Progress, None, 
 class NodeRun(EdgeRun):
     """A few prompts of equal length, on which nodes are set to the rest's values. A set is (kept or None for everything, taken away)."""
 
-    mlps_count, positions, parts = False, True, False
+    mlps_count, positions, parts, by_edges = False, True, False, False
 
     @cached_property
     def rows(self) -> list[TokenRow]:

@@ -121,7 +121,7 @@ def attributions(run: EdgeRun, ask: Discover) -> Generator[np.ndarray]:
             for n in range(run.info.n_layers):
                 first = 1 + n * run.stride
                 places += [(f"blocks.{n}.hook_attn_out", slice(first, first + heads))]
-                places += [(run.mlps[n], slice(first + heads, first + heads + 1))] * (run.mlps[n] in run.model.points)
+                places += [(run.mlps[n], slice(first + heads, first + heads + 1))]
             for name, some in places:
                 step = change[some].float().sum(0)
                 own = run.clean[name] if name in run.clean else run.model.forward(run.ids, [name])[1][name]

@@ -70,6 +70,7 @@ class EdgeRun:
     """A few prompts of equal length: `clean` what passed the hook points in their run, `acts` in the one that cut edges carry; `more` hook points to read beside."""
 
     more: tuple[str, ...] = ()
+    by_edges = True
 
     def __init__(self, model: Model, group: list[Runs], indices: list[int], plan: Plan, rest: str, limit: int):
         self.model, self.group, self.info, self.limit = model, group, model.info, limit
@@ -86,7 +87,7 @@ class EdgeRun:
     def prepare(self) -> Generator[Progress]:
         """The clean run, the corrupted one where there is one, and what cut edges carry."""
         model, last = self.model, self.last
-        names = [EMBED, *self.zs, *(m for m in self.mlps if m in model.points), *self.scales, *self.more, last, FINAL]
+        names = [EMBED, *self.zs, *(m for m in self.mlps if self.by_edges or m in model.points), *self.scales, *self.more, last, FINAL]
         _, self.clean = model.forward(self.ids, names)
         corrupt = None
         if all(r.rows["corrupt"] is not None for r in self.group) and len({len(r.rows["corrupt"].ids) for r in self.group} | {self.seq}) == 1:
@@ -114,9 +115,16 @@ class EdgeRun:
                 some = [n for n in names if n not in (last, FINAL, *self.scales)]
                 acts = yield from means(model, self.plan.ask.study.prompt_set, some, self.rest, self.seq)
                 acts = {n: x.expand_as(self.clean[n]) for n, x in acts.items()} | {s: self.clean[s] for s in self.scales}
-        self.acts = acts
+        self.carry(acts)
         if not np.isfinite(self.value).all():
             raise UserError("the metric is not finite: does the model hold NaN? Try float32")
+
+    def carry(self, acts: dict[str, Tensor]) -> None:
+        """Cut edges carry what passed the hook points of this run."""
+        self.acts = acts
+        if self.by_edges:
+            self.check()
+            self.rests = self.streams(acts)
 
     # ---------------------------------------------------------------- what senders add
 
@@ -125,14 +133,40 @@ class EdgeRun:
         z = acts[self.zs[layer]]
         return z.float() / acts[self.scales[layer]].float()[:, :, None] if self.scales else z.float()
 
-    def frozen(self, layer: int, x: Tensor) -> Tensor:
-        """What of the heads' writing [..., d_model] passes the norm after attention, whose scale `part` has taken already."""
-        return frozen_norm(self.model.bridge.blocks[layer].ln1_post, t.ones((), device=x.device), x, self.model) if self.scales else x
+    def frozen(self, layer: int, x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+        """What of the heads' writing [..., d_model] passes the norm after attention; `part` has taken its scale already."""
+        return frozen_norm(self.model.bridge.blocks[layer].ln1_post, scale, x, self.model) if self.scales else x
 
     def writes(self, layer: int, part: Tensor, some: list[int] | slice = slice(None)) -> Tensor:
         """What some heads add [head, prompt, seq, d_model]."""
         out = self.model.bridge.blocks[layer].attn.W_O[some].to(part.device)
         return self.frozen(layer, t.einsum("bshe,hed->hbsd", part[:, :, some].to(out), out))
+
+    def bias(self, layer: int, acts: dict[str, Tensor]) -> Tensor | float:
+        """What attention adds that is no head's: its output bias, and that of the norm after it."""
+        block = self.model.bridge.blocks[layer]
+        out = getattr(block.attn, "b_O", None)
+        x = 0.0 if out is None else self.frozen(layer, out.float(), acts[self.scales[layer]].float() if self.scales else 1.0)
+        after = getattr(block.ln1_post, "bias", None) if self.scales else None
+        return x if after is None else x + after.float()
+
+    def streams(self, acts: dict[str, Tensor]) -> dict[int, Tensor]:
+        """The stream that senders and biases of a run add up to, by how many senders are in it [prompt, seq, d_model]: what receivers read whose edges are all cut."""
+        x = acts[EMBED].float()
+        out = {1: x}
+        for n, mlp in enumerate(self.mlps):
+            weight, k, x = self.model.bridge.blocks[n].attn.W_O, 1 + n * self.stride, x.to(acts[mlp].device)
+            heads = self.frozen(n, t.einsum("bshe,hed->bsd", self.part(n, acts).to(weight), weight))
+            out[k + self.info.n_heads] = x = x + heads.float() + self.bias(n, acts)
+            out[k + self.stride] = x = x + acts[mlp].float()
+        return {k: x.to(self.model.dtype) for k, x in out.items()}
+
+    def check(self) -> None:
+        """UserError where embeddings, heads and MLPs do not add up to the stream: cut edges would mean nothing there."""
+        if not self.model.identity("stream", self.streams(self.clean)[len(self.index.names)], self.clean[self.last]).ok:
+            raise UserError(
+                f"{self.info.architecture}: embeddings, heads and MLPs do not add up to the residual stream here, so edges can't be scored; score nodes"
+            )
 
     def change(self) -> Tensor:
         """What cut edges carry, less what senders add in the clean run [sender, prompt, seq, d_model]."""
@@ -142,8 +176,7 @@ class EdgeRun:
         for n, mlp in enumerate(self.mlps):
             first = 1 + n * self.stride
             out[first : first + self.info.n_heads] = self.writes(n, self.part(n, other) - self.part(n, own))
-            if mlp in own:
-                out[first + self.info.n_heads] = other[mlp] - own[mlp]
+            out[first + self.info.n_heads] = other[mlp] - own[mlp]
         return out
 
     # ---------------------------------------------------------------- cut edges
@@ -179,25 +212,27 @@ class EdgeRun:
 
     def cut_in(self, layer: int, lost: "Lost") -> list[Edit]:
         """The edits of one block: its receivers lose their cut edges, and what its senders add is noted."""
-        info, block, held, edits = self.info, f"blocks.{layer}.", {}, []
+        info, block, held = self.info, f"blocks.{layer}.", {}
         at, column = layer * self.index.per_layer, 1 + layer * self.stride
-        for part, count in zip(PARTS, (info.n_heads, info.n_kv_heads, info.n_kv_heads)):
-            edits.append((f"{block}hook_{part}_input", partial(lost.take, rows=slice(at, at + count))))
-            at += count
-        edits += [(name, partial(held.__setitem__, name)) for name in (self.zs[layer], *self.scales[layer : layer + 1])]
+        ends = [(0, info.n_heads), (info.n_heads, info.n_heads + info.n_kv_heads), (info.n_heads + info.n_kv_heads, self.index.per_layer - 1)]
+
+        def read(x: Tensor, part: str, a: int, b: int) -> Tensor:
+            """Queries, keys and values together, when the first of them is asked for."""
+            if part == "q":
+                held["read"] = lost.take(x[:, :, :1].expand(-1, -1, self.index.per_layer - 1, -1), slice(at, at + self.index.per_layer - 1))
+            return held["read"][:, :, a:b]
 
         def heads(x: Tensor) -> None:
             own = self.part(layer, held)
             lost.add_heads(layer, (own.unflatten(0, (-1, len(self.ids))) - self.part(layer, self.acts)).flatten(0, 1))
             held.clear()
 
+        edits = [(f"{block}hook_{part}_input", partial(read, part=part, a=a, b=b)) for part, (a, b) in zip(PARTS, ends)]
+        edits += [(name, partial(held.__setitem__, name)) for name in (self.zs[layer], *self.scales[layer : layer + 1])]
         edits.append((f"{block}hook_attn_out", heads))
-        if (mlp := self.mlps[layer]) in self.model.points:
-            edits.append((f"{block}hook_mlp_in", lambda x: lost.take(x[:, :, None], slice(at, at + 1))[:, :, 0]))
-            edits.append((mlp, lambda x: lost.add(column + info.n_heads, self.less(x, mlp))))
-        else:
-            edits.append((f"{block}hook_resid_post", lambda x: lost.add(column + info.n_heads, None)))
-        return edits
+        mlp, row = self.mlps[layer], slice(at + self.index.per_layer - 1, at + self.index.per_layer)
+        edits.append((f"{block}hook_mlp_in", lambda x: lost.take(x[:, :, None], row)[:, :, 0]))
+        return [*edits, (mlp, lambda x: lost.add(column + info.n_heads, self.less(x, mlp)))]
 
     def run(self, cuts: list) -> Generator[Progress, None, np.ndarray]:
         """The metric [set, prompt] of many masks (or functions that make them), as many at once as the limit of bytes allows; out of memory halves that."""
@@ -243,7 +278,7 @@ class EdgeRun:
             for part, count in zip(PARTS, (info.n_heads, info.n_kv_heads, info.n_kv_heads)):
                 edits.append((f"blocks.{n}.hook_{part}_input", tap(slice(at, at + count), take)))
                 at += count
-            edits += [(f"blocks.{n}.hook_mlp_in", tap(slice(at, at + 1), take))] * (self.mlps[n] in model.points)
+            edits.append((f"blocks.{n}.hook_mlp_in", tap(slice(at, at + 1), take)))
         with split(model), model.hooks(edits):
             with called(model) as calls:
                 end = model.forward(self.ids, [self.last], keep=None)[1][self.last].requires_grad_(True)
@@ -318,25 +353,23 @@ def unlike(cut: np.ndarray, index: EdgeIndex) -> tuple[np.ndarray, np.ndarray]:
 
 class Lost:
     """
-    What cut edges take away from receivers in one batch of sets. Of a receiver most of whose edges are cut that is the sum over all senders, `sums`, less
-    those it keeps; of others the senders that are cut. So only senders that some receiver treats unlike the rest are held `apart` [sender, set, prompt, ...].
+    What cut edges take away from receivers in one batch of sets. A receiver most of whose edges are cut reads the stream of what cut edges carry, plus the
+    difference of the senders it keeps; another one reads the run's own stream, less that of senders that are cut. So only senders that some receiver
+    treats unlike the rest are held `apart` [sender, row, seq, d_model].
     """
 
     def __init__(self, run: EdgeRun, cuts: list[np.ndarray]):
         self.run, self.n = run, len(cuts)
-        most, odd = (np.stack(x) for x in zip(*(unlike(c, run.index) for c in cuts)))
+        self.most, odd = (np.stack(x) for x in zip(*(unlike(c, run.index) for c in cuts)))
         self.columns = np.flatnonzero(odd.any((0, 1)))
-        self.odd, self.most = odd[:, :, self.columns], most
-        d = run.info.d_model
-        self.apart = t.empty(len(self.columns), len(cuts) * len(run.ids), run.seq, d, dtype=run.model.dtype, device=run.model.device)
-        self.sums: dict[int, Tensor] = {}  # by how many senders are in it [row, seq, d_model]
+        self.odd = odd[:, :, self.columns]
         self.slots = dict(zip(self.columns.tolist(), range(len(self.columns))))
+        self.apart = t.empty(len(self.columns), len(cuts) * len(run.ids), run.seq, run.info.d_model, dtype=run.model.dtype, device=run.model.device)
 
-    def add(self, column: int, x: Tensor | None) -> None:
-        """What a sender adds, less what cut edges carry of it [row, seq, d_model]; None: nothing."""
+    def add(self, column: int, x: Tensor) -> None:
+        """What a sender adds, less what cut edges carry of it [row, seq, d_model]."""
         if column in self.slots:
-            self.apart[self.slots[column]] = 0 if x is None else x
-        self.sum_up(column, 1, x)
+            self.apart[self.slots[column]] = x
 
     def add_heads(self, layer: int, part: Tensor) -> None:
         """The heads of a layer, of which `part` is what they write from (EdgeRun.part), less that of cut edges."""
@@ -344,30 +377,21 @@ class Lost:
         if some := [h for h in range(self.run.info.n_heads) if first + h in self.slots]:
             a = self.slots[first + some[0]]
             self.apart[a : a + len(some)] = self.run.writes(layer, part, some)
-        if self.most.any():
-            out = self.run.model.bridge.blocks[layer].attn.W_O.to(part.device)
-            self.sum_up(first, len(out), self.run.frozen(layer, t.einsum("bshe,hed->bsd", part.to(out), out)))
-
-    def sum_up(self, column: int, count: int, x: Tensor | None) -> None:
-        if not self.most.any():
-            return
-        before = self.sums.get(column)
-        after = before if x is None else x.float() if before is None else before.to(x.device) + x
-        self.sums = {k: v for k, v in self.sums.items() if k >= column - self.run.info.n_heads} | {column + count: after}
 
     def take(self, x: Tensor, rows: slice) -> Tensor:
         """What some receivers read [row, seq, receiver, d_model], without what their cut edges bring."""
         seen, b = int(self.run.index.seen[rows.start]), len(self.run.ids)
         most, odd = self.most[:, rows], self.odd[:, rows, : np.searchsorted(self.columns, seen)]
         if most.any():
-            weight = t.tensor(most, dtype=t.float32).to(x.device).repeat_interleave(b, 0)[:, None, :, None]
-            x = t.addcmul(x.float(), weight, self.sums[seen].to(x.device)[:, :, None], value=-1).to(x.dtype)
+            rest = self.run.rests[seen].to(x)[:, :, None]
+            here = t.tensor(most).to(x.device).repeat_interleave(b, 0)[:, None, :, None]
+            x = t.where(here, rest.repeat(self.n, 1, 1, 1), x) if not most.all() else rest.repeat(self.n, 1, 1, 1).expand_as(x)
         if odd.any():
             some = np.flatnonzero(odd.any((0, 1)))
-            weight = t.tensor(np.where(most[..., None], -1.0, 1.0) * odd[:, :, some], dtype=x.dtype).to(x.device)
+            weight = t.tensor(np.where(most[..., None], 1.0, -1.0) * odd[:, :, some], dtype=x.dtype).to(x.device)
             parts = self.apart[: odd.shape[2]] if len(some) == odd.shape[2] else self.apart[t.tensor(some, device=self.apart.device)]
             got = t.bmm(weight, parts.to(x.device).view(len(some), self.n, -1).transpose(0, 1))
-            x = x - got.view(self.n, weight.shape[1], b, *x.shape[1::2]).permute(0, 2, 3, 1, 4).flatten(0, 1)
+            x = x + got.view(self.n, weight.shape[1], b, *x.shape[1::2]).permute(0, 2, 3, 1, 4).flatten(0, 1)
         return x
 
 

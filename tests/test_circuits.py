@@ -126,7 +126,7 @@ def test_eap_is_a_finite_difference(engine):
     for scale in run.scales:  # what a head writes is linear in z over the scale
         z = scale.replace("ln1_post.hook_scale", "attn.hook_z")
         other = other | {z: other[z] * (own[scale] / other[scale])[:, :, None], scale: own[scale]}
-    run.acts = {n: own[n] + step * (x - own[n]) for n, x in other.items()}
+    run.carry({n: own[n] + step * (x - own[n]) for n, x in other.items()})
     values = ended(run.run([run.mask(None, [e]) for e in picked]))[:, 0]
     full = ended(run.run([run.mask(None)]))[0, 0]
     for edge, value in zip(picked, values):
@@ -272,6 +272,30 @@ def test_a_chain_of_removals_is_one_after_the_other(engines, monkeypatch):
 def test_bad_input(engines, ask, words):
     with pytest.raises(UserError, match=words):
         engines["gpt2"].run(ask)
+
+
+@pytest.fixture(scope="module")
+def half(folders):
+    """Engines in bfloat16, or float16."""
+    return {
+        (arch, dtype): Engine(Load(str(folders[arch]), dtype=dtype)) for arch, dtype in (("gpt2", "bfloat16"), ("gemma2", "bfloat16"), ("llama", "float16"))
+    }
+
+
+@pytest.mark.parametrize("arch, dtype", [("gpt2", "bfloat16"), ("gemma2", "bfloat16"), ("llama", "float16")])
+def test_half_precision(engines, half, arch, dtype):
+    """Discovery and edge scores run in the model's dtype and are close to float32's, what is cut to zero too."""
+    own, full = half[arch, dtype], engines[arch]
+    for method in ("eap", "eap-ig", "eap-ig-activations", "clean-corrupted"):
+        a, b = (e.run(Discover(STUDY, method, edges=20, steps=2)).scores for e in (own, full))
+        assert np.corrcoef(a, b)[0, 1] > 0.99 and np.abs(a - b).max() < 0.1 * np.abs(b).max(), method
+    circuit = full.run(Discover(STUDY, "eap", edges=60)).circuit
+    for rest in ("patch", "zero"):
+        a, b = (e.run(Score(STUDY, circuit, ("faithfulness", "effects"), rest)) for e in (own, full))
+        size = max(abs(b.model.mean), abs(b.alone.mean), abs(b.empty.mean))
+        for x, y in ((a.model, b.model), (a.alone, b.alone), (a.empty, b.empty)):
+            assert x.mean == pytest.approx(y.mean, abs=0.1 * size), rest
+    assert own.run(Discover(STUDY, "acdc", threshold=0.3)).scores.size == len(all_edges(own.model.info))
 
 
 # ------------------------------------------------------------------ the object

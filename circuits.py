@@ -6,14 +6,14 @@ A circuit of nodes keeps its heads (and MLPs where they count); everything else 
 
 import time
 from collections.abc import Generator
-
+from functools import cached_property, partial
 
 import numpy as np
 import torch as t
 from torch import Tensor
 
-from edges import PARTS, EdgeRun, all_edges, edge_runs, gather, own_edge
-from messages import Node, Progress, Study, UserError, parse_node
+from edges import PARTS, EdgeRun, edge_runs, gather, own_edge
+from messages import Node, Progress, Study, TokenRow, UserError, parse_node
 from model import Edit, Model
 from patching import find_position
 from sweeps import statistics
@@ -51,11 +51,11 @@ def answer(model: Model, request: Score | Compare) -> Generator[Progress, None, 
 class NodeRun(EdgeRun):
     """A few prompts of equal length, on which nodes are set to the rest's values. A set is (kept or None for everything, taken away)."""
 
-    mlps_count, positions, parts = False, True, False
+    mlps_count, positions, parts, by_edges = False, True, False, False
 
-    def keep(self, acts: dict[str, Tensor]) -> None:
-        self.acts = acts
-        self.rows = [r.row("clean") for r in self.group]
+    @cached_property
+    def rows(self) -> list[TokenRow]:
+        return [r.row("clean") for r in self.group]
 
     def spread(self, nodes: set[str]) -> np.ndarray:
         """1 where some of the nodes are [prompt, layer, column, seq]; columns are heads' z, q, k, v, then the MLP."""
@@ -69,9 +69,8 @@ class NodeRun(EdgeRun):
                 out[i, node.layer, column, at] = 1
         return out
 
-    def mask(self, some: tuple[frozenset[str] | None, frozenset[str]]) -> Tensor:
+    def mask(self, kept: frozenset[str] | None, gone: frozenset[str] = frozenset()) -> Tensor:
         """1 where a value is replaced [prompt, layer, column, seq]."""
-        kept, gone = some
         h, away = self.info.n_heads, self.spread(gone)
         if kept is None:
             return t.tensor(away)
@@ -86,16 +85,15 @@ class NodeRun(EdgeRun):
             out[:, :, 4 * h] = 1 - here[:, :, 4 * h]
         return t.tensor(out)
 
-    def room(self) -> int:
+    def set_bytes(self, masks: list) -> int:
         i = self.info
-        return max(1, self.limit // (4 * (14 * i.d_model + 4 * i.d_mlp + 3 * i.n_heads * self.seq) * self.seq * len(self.ids)))
+        return len(masks) * 4 * (14 * i.d_model + 4 * i.d_mlp + 3 * i.n_heads * self.seq) * self.ids.numel()
 
     @t.no_grad()
     def metrics(self, cuts: list) -> np.ndarray:
         """The metric [set, prompt]."""
-        last = f"blocks.{self.info.n_layers - 1}.hook_resid_post"
-        _, got = self.model.forward(self.ids.repeat(len(cuts), 1), [last], self.edits(cuts))
-        return self.score.of(got[last], 0)
+        _, got = self.model.forward(self.ids.repeat(len(cuts), 1), [self.last], self.edits(cuts), keep=None)
+        return self.score.of(got[self.last], 0)
 
     def edits(self, cuts: list[Tensor]) -> list[Edit]:
         model, h, kv = self.model, self.info.n_heads, self.info.n_kv_heads
@@ -138,7 +136,6 @@ class Bench:
     def __init__(self, model: Model, study: Study, rest: str, seed: int, edges: bool, mlps: bool, positions: bool, nodes: tuple[str, ...] = ()):
         self.model, self.study, self.rest, self.seed, self.edges = model, study, rest, seed, edges
         self.mlps, self.positions, self.nodes = mlps, positions, nodes
-        self.every = frozenset(all_edges(model.info))
 
     def prepare(self) -> Generator[Progress]:
         kind = EdgeRun
@@ -159,8 +156,7 @@ class Bench:
         """The metric [set, prompt] of (kept or None for everything, taken away)."""
         found, begun, done = [], time.monotonic(), 0
         for run in self.runs:
-            masks = [run.mask((self.every if kept is None else kept) - gone) for kept, gone in sets] if self.edges else [run.mask(s) for s in sets]
-            steps = run.run(masks)
+            steps = run.run([partial(run.mask, *some) for some in sets])
             while True:
                 try:
                     part = next(steps)

@@ -124,8 +124,9 @@ class Engine:
 
     def status(self) -> StatusResult:
         device = (0, 0)
-        if "torch" in sys.modules and (t := sys.modules["torch"]).cuda.is_available():
-            device = (t.cuda.memory_reserved(), t.cuda.mem_get_info()[1])
+        if self.model and (on := self.model.device).type == "cuda":
+            cuda = sys.modules["torch"].cuda
+            device = (cuda.memory_reserved(on), cuda.mem_get_info(on)[1])
         cache = self.model.cache if self.model else None
         return StatusResult(rss(), *device, cache.size if cache else 0, cache.limit if cache else 0, cache.entries() if cache else ())
 

@@ -71,8 +71,8 @@ class FeatureRun(NodeRun):
     def encode(self, d: Dictionary, x: Tensor) -> Tensor:
         return t.stack([t.cat([d.encode(one[p]) for p in d.pieces(len(one))]) for one in x])
 
-    def room(self) -> int:
-        return max(1, min(super().room(), self.limit // (12 * self.seq * len(self.ids) * max(d.d_sae for d in self.known))))
+    def set_bytes(self, masks: list) -> int:
+        return max(super().set_bytes(masks), len(masks) * 12 * self.ids.numel() * max(d.d_sae for d in self.known))
 
     # ---------------------------------------------------------------- sets
 
@@ -87,11 +87,10 @@ class FeatureRun(NodeRun):
                     out[i, at, self.known[d].index(node.index)] = 1
         return out
 
-    def mask(self, some: tuple[frozenset[str] | None, frozenset[str]]) -> tuple[Tensor, bool, dict[Dictionary, Tensor]]:
+    def mask(self, kept: frozenset[str] | None, gone: frozenset[str] = frozenset()) -> tuple[Tensor, bool, dict[Dictionary, Tensor]]:
         """The heads' mask; whether all other features are replaced; and where those of the circuit are [prompt, seq, feature]."""
-        kept, gone = some
         heads = lambda nodes: frozenset(n for n in nodes if parse_node(n).site != "sae")  # noqa: E731
-        whole = super().mask((heads(kept) if kept is not None else None, heads(gone)))
+        whole = super().mask(heads(kept) if kept is not None else None, heads(gone))
         if not self.heads_count:
             whole[:, :, : 4 * self.info.n_heads] = 0
         listed = {}

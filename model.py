@@ -35,6 +35,7 @@ from transformer_lens.model_bridge.sources.transformers import determine_archite
 from transformer_lens.utilities.architectures import MASKED_LM_ARCHITECTURES, MULTIMODAL_ARCHITECTURES, SEQ2SEQ_ARCHITECTURES
 
 import align
+from devices import filled_by_others, pick_device, unused_gpu
 from messages import CheckResult, Identity, Load, ModelInfo, Progress, Prompt, Side, TokenRow, UserError
 from utils import ROOT, settings, show_bytes, tec
 
@@ -252,22 +253,6 @@ def read_tokenizer(folders: list[Path]) -> transformers.PreTrainedTokenizerBase:
     raise UserError(f"{folders[0]} has no tokenizer (tokenizer.json): copy the tokenizer files of its base model there")
 
 
-def pick_device(name: str) -> t.device:
-    if name == "auto":
-        return t.device("cuda" if t.cuda.is_available() else "cpu")
-    try:
-        device = t.device(name)
-    except RuntimeError as error:
-        raise UserError(f"{name!r} is not a device: write auto, cpu, cuda, cuda:1 or mps") from error
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"{name!r} is not a device that Loupe uses: write auto, cpu, cuda, cuda:1 or mps")
-    if device.type == "cuda" and (device.index or 0) >= t.cuda.device_count():
-        raise UserError(f"there is no device {name}: torch sees {t.cuda.device_count()} CUDA devices")
-    if device.type == "mps" and not t.backends.mps.is_available():
-        raise UserError("there is no mps device here: write auto or cpu")
-    return device
-
-
 def read_weights(folder: Path, config: transformers.PretrainedConfig, dtype: t.dtype, device: t.device, device_map: str | None) -> t.nn.Module:
     """The Hugging Face model, eager attention, safetensors only; missing or misshapen weights are an error, never random numbers."""
     where = {"device_map": device_map} if device_map else {}
@@ -310,6 +295,7 @@ def load(ask: Load, cache_mb: int, before_weights: Callable[[], None] = lambda: 
     tokenizer = read_tokenizer([folder, base])
     dtype = DTYPES[ask.dtype] if ask.dtype != "auto" else t.float32 if n_params <= SMALL else stored
     before_weights()
+    warning = (unused_gpu() if ask.device == "auto" else "") or filled_by_others(device)
     if device.type == "cpu":
         t.set_num_threads(1 if n_params < TINY else CORES)
     yield Progress(2, 5, f"reading weights ({n_params / 1e6:.1f} M parameters, {str(dtype).removeprefix('torch.')})")
@@ -318,7 +304,7 @@ def load(ask: Load, cache_mb: int, before_weights: Callable[[], None] = lambda: 
     model = Model(ask, hf, tokenizer, folder, base, dtype, cache_mb)
     yield Progress(4, 5, "checking")
     checks = model.self_check()
-    model.info = replace(model.info, n_params=n_params, seconds=time.time() - start, checks=checks)
+    model.info = replace(model.info, n_params=n_params, seconds=time.time() - start, checks=checks, warning=warning)
     return model
 
 
@@ -383,7 +369,8 @@ class Model:
         self.device_map = ask.device_map or None
         theirs = copy.deepcopy(tokenizer)
         theirs.init_kwargs["add_bos_token"] = True  # else the Bridge fetches the tokenizer a second time, from the hub if it likes
-        self.bridge = TransformerBridge.boot_transformers(str(base), hf_model=hf, tokenizer=theirs, dtype=dtype).eval()
+        where = hf.get_input_embeddings().weight.device  # else the Bridge takes the accelerator, wherever the weights are
+        self.bridge = TransformerBridge.boot_transformers(str(base), hf_model=hf, tokenizer=theirs, dtype=dtype, device=where).eval()
         for p in self.bridge.original_model.parameters():
             p.requires_grad_(False)
         cfg = self.cfg = self.bridge.cfg

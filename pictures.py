@@ -313,6 +313,7 @@ def model_line(info: ModelInfo | None, name: str, busy: str, memory: tuple[int, 
     return [
         (" loupe ", HEAD),
         (f" {visible(name)}", BOLD),
+        *([(f" {info.warning} ·", WARN)] if info.warning else []),
         (text, DIM),
         *([(f"  ✗ self-check: {', '.join(broken)} (D)", BAD)] if broken else []),
     ]

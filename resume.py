@@ -141,10 +141,10 @@ class Base(Kept):
         layer = next(k for k in self.source if k[1:] == ("head", part))[0]
         spot, kept = make_spot(self.model, Node("head", layer, 0, part)), dict(self.source)
         try:
-            self.source = {spot.key: self.acts[spot.name].flip(-1)}
+            self.source = {spot.key: 2 * self.acts[spot.name].flip(-1) + 0.5}  # of another norm too: some models normalise all heads' q together
             want = self.step(layer, self.resid[layer][:, : self.stop], 0, self.write([(0, spot)], 1, 0))
             got = self.attended(layer, [spot], 0)
-        except (TypeError, AttributeError, KeyError, IndexError, ValueError, RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:
             if isinstance(error, t.OutOfMemoryError):
                 raise
             return type(error).__name__

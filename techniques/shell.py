@@ -252,10 +252,12 @@ def interruptible(show: Callable[[object], None]) -> Generator[Callable[[object]
         signal.signal(signal.SIGINT, before)
 
 
-def run(command: ModelOptions, engine, show: Callable[[object], None]) -> tuple[ModelInfo, object]:
+def run(command: ModelOptions, engine, show: Callable[[object], None], errors: Console) -> tuple[ModelInfo, object]:
     """What is loaded, and the request's result, or the text of a command that runs nothing."""
     request = command.request()
     info = engine.run(command.load(), show)
+    if info.warning:
+        errors.print(plain(info.warning, YELLOW), soft_wrap=True)
     text = command.printed(info)
     if text is not None:
         return info, text
@@ -280,7 +282,7 @@ def main(args: list[str] | None, engine: Callable[[], object], serve: Callable[[
             errors.print(plain(part.text, GRAY))
 
     try:
-        info, result = run(command, engine(), show)
+        info, result = run(command, engine(), show, errors)
     except UserError as error:
         errors.print(plain(str(error), RED), soft_wrap=True)
         return 2

@@ -119,17 +119,19 @@ def test_completeness_and_minimality_by_brute_force(engines):
 def test_eap_is_a_finite_difference(engine):
     """The score of an edge is the derivative of the metric along its cut: a small share of the way."""
     run = ended(edge_runs(engine.model, STUDY, "patch"))[0]
-    gradient = run.gradients()
-    change = run.other - run.written(run.clean)
-    scores = t.einsum("bsrd,bsmd->rm", gradient.double(), change.double())
+    scores = run.slopes(run.change())
     step, edges = 1e-2, all_edges(engine.model.info)
     picked = [edges[i] for i in np.random.default_rng(0).choice(len(edges), 12, replace=False)]
-    own = run.written(run.clean)
-    run.other = own + step * change
-    values = ended(run.run([run.mask(set(edges) - {e}) for e in picked]))[:, 0]
-    full = ended(run.run([run.mask(edges)]))[0, 0]
+    own, other = run.clean, run.acts
+    for scale in run.scales:  # what a head writes is linear in z over the scale
+        z = scale.replace("ln1_post.hook_scale", "attn.hook_z")
+        other = other | {z: other[z] * (own[scale] / other[scale])[:, :, None], scale: own[scale]}
+    run.carry({n: own[n] + step * (x - own[n]) for n, x in other.items()})
+    values = ended(run.run([run.mask(None, [e]) for e in picked]))[:, 0]
+    full = ended(run.run([run.mask(None)]))[0, 0]
     for edge, value in zip(picked, values):
-        assert (value - full) / step == pytest.approx(float(scores[run.where[edge]]), abs=5e-3 + 0.05 * abs(float(scores[run.where[edge]]))), edge
+        score = scores[run.index.place(edge)]
+        assert (value - full) / step == pytest.approx(score, abs=5e-3 + 0.05 * abs(score)), edge
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "zoo"])
@@ -202,8 +204,7 @@ def test_attribution_ranks_edges_as_cutting_them_does(engines):
     zoo, study = engines["zoo"], replace(SET, prompt_set=IOI[:4])
     found = zoo.run(Discover(study, "eap-ig", edges=30))
     runs = ended(edge_runs(zoo.model, study, "patch"))
-    every = frozenset(found.edges)
-    true = np.concatenate([ended(r.run([r.mask(every - {e}) for e in found.edges])) for r in runs], 1).mean(1) - np.concatenate([r.value for r in runs]).mean()
+    true = np.concatenate([ended(r.run([r.mask(None, [e]) for e in found.edges])) for r in runs], 1).mean(1) - np.concatenate([r.value for r in runs]).mean()
     rank = lambda x: np.argsort(np.argsort(np.abs(x)))  # noqa: E731
     top = np.argsort(-np.abs(true))[:100]
     assert np.corrcoef(rank(true[top]), rank(found.scores[top]))[0, 1] > 0.7
@@ -271,6 +272,30 @@ def test_a_chain_of_removals_is_one_after_the_other(engines, monkeypatch):
 def test_bad_input(engines, ask, words):
     with pytest.raises(UserError, match=words):
         engines["gpt2"].run(ask)
+
+
+@pytest.fixture(scope="module")
+def half(folders):
+    """Engines in bfloat16, or float16."""
+    return {
+        (arch, dtype): Engine(Load(str(folders[arch]), dtype=dtype)) for arch, dtype in (("gpt2", "bfloat16"), ("gemma2", "bfloat16"), ("llama", "float16"))
+    }
+
+
+@pytest.mark.parametrize("arch, dtype", [("gpt2", "bfloat16"), ("gemma2", "bfloat16"), ("llama", "float16")])
+def test_half_precision(engines, half, arch, dtype):
+    """Discovery and edge scores run in the model's dtype and are close to float32's, what is cut to zero too."""
+    own, full = half[arch, dtype], engines[arch]
+    for method in ("eap", "eap-ig", "eap-ig-activations", "clean-corrupted"):
+        a, b = (e.run(Discover(STUDY, method, edges=20, steps=2)).scores for e in (own, full))
+        assert np.corrcoef(a, b)[0, 1] > 0.99 and np.abs(a - b).max() < 0.1 * np.abs(b).max(), method
+    circuit = full.run(Discover(STUDY, "eap", edges=60)).circuit
+    for rest in ("patch", "zero"):
+        a, b = (e.run(Score(STUDY, circuit, ("faithfulness", "effects"), rest)) for e in (own, full))
+        size = max(abs(b.model.mean), abs(b.alone.mean), abs(b.empty.mean))
+        for x, y in ((a.model, b.model), (a.alone, b.alone), (a.empty, b.empty)):
+            assert x.mean == pytest.approx(y.mean, abs=0.1 * size), rest
+    assert own.run(Discover(STUDY, "acdc", threshold=0.3)).scores.size == len(all_edges(own.model.info))
 
 
 # ------------------------------------------------------------------ the object

@@ -51,7 +51,10 @@ class Identity:
 
 @message
 class ModelInfo:
-    """What is loaded. `bos` is the text of the BOS token ("" when there is none) and `default_bos` whether prompts get it unasked."""
+    """
+    What is loaded. `bos` is the text of the BOS token ("" when there is none) and `default_bos` whether prompts get it unasked. `warning`: a GPU that is
+    here and not used, or filled by others.
+    """
 
     name: str
     architecture: str
@@ -74,6 +77,7 @@ class ModelInfo:
     default_bos: bool
     seconds: float
     checks: tuple[Identity, ...] = ()
+    warning: str = ""
 
     @property
     def key(self) -> str:

@@ -7,6 +7,7 @@ What is listed as an exception (UPWARD, CIRCLES, LARGE_*) was so when the test w
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -47,20 +48,26 @@ def modules() -> dict[str, Path]:
     return {name.removesuffix(".__init__"): p for p, name in names.items()}
 
 
-def imports(path: Path, known: dict[str, Path]) -> set[str]:
-    """The project's own modules that a file imports, anywhere in it."""
+@cache
+def imported(path: Path) -> frozenset[str]:
+    """What a file imports, anywhere in it: modules, and `module.name` of each name from one."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         match node:
             case ast.Import():
                 found |= {a.name for a in node.names}
             case ast.ImportFrom():
-                inner = {f"{node.module}.{a.name}" for a in node.names} & set(known)
-                found |= inner or {node.module}
-    return found & set(known)
+                found |= {node.module, *(f"{node.module}.{a.name}" for a in node.names)}
+    return frozenset(found)
 
 
-GRAPH = {name: imports(path, modules()) - {name} for name, path in modules().items()}
+def own(path: Path, known: dict[str, Path]) -> set[str]:
+    """The project's modules that a file imports; a package only where something of its own is meant."""
+    found = imported(path) & set(known)
+    return {m for m in found if not any(other.startswith(f"{m}.") for other in found)}
+
+
+GRAPH = {name: own(path, modules()) - {name} for name, path in modules().items()}
 
 
 def floor(name: str) -> tuple[int, str]:
@@ -79,11 +86,20 @@ def floor(name: str) -> tuple[int, str]:
             return WORDS, ""
         case "model" | "screen":
             return BASE, "engine" if folder == "model" else "screen"
-    if len(rest) < 2:  # techniques itself, and a room's __init__
+    if rest == ["shell"]:
+        return BASE, "engine"
+    if len(rest) < 2:  # techniques itself, and a room
         return WORDS, ""
-    if rest[-1].startswith("requests"):
-        return ROOM_WORDS, ""
-    return ROOM, "screen" if rest[-1].startswith(("pane", "view", "keys", "picture", "draw")) else "engine"
+    return (ROOM_WORDS, "") if rest[-1] == "requests" else (ROOM, side(name))
+
+
+@cache
+def side(name: str) -> str:
+    """Of a room's file: what it imports says where it belongs; "" when it serves both."""
+    found = {text.split(".")[0] for text in imported(modules()[name])}
+    if name.endswith((".pane", ".actions")) or found & {"textual", "screen", "widgets"}:
+        return "screen"
+    return "engine" if name.endswith((".analysis", ".command")) or found & {"torch", *FLAT_MODEL} else ""
 
 
 def upward(a: str, b: str) -> bool:

@@ -11,7 +11,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import techniques
@@ -19,8 +19,6 @@ from utils import ROOT, settings
 from vocabulary.nodes import UserError
 from vocabulary.requests import Check, Failure, Load, ModelChoice, Models, ModelsResult, Progress, Status, StatusResult
 from vocabulary.wire import Frame, WireError, door, encode, needs_model, read_frame
-
-techniques.parts("requests")  # what may go over the wire
 
 WELL_KNOWN = {
     "gpt2": "124M",
@@ -48,6 +46,7 @@ class Engine:
     """A model and what can be asked of it. `run` returns a request's result; `jobs` is the generator behind it, which yields progress and partial results."""
 
     def __init__(self, model: str | Load | None = None):
+        techniques.parts("requests")  # what may go over the wire
         self.model, self.loaded, self.seconds = None, None, 0.0
         self.swap: Callable[[], None] = lambda: None
         if model is not None:
@@ -93,6 +92,8 @@ class Engine:
                 return find_models()
             case Check():
                 return self.model.check(request.prompt, request.align)
+            case Failure():  # a request that could not be read
+                raise UserError(request.message)
         result = door(type(request)).answer(self.model, request)
         return (yield from result) if isinstance(result, Generator) else result
 
@@ -259,17 +260,21 @@ def serve() -> None:
 
     def read_all() -> None:
         """Owns stdin. At its end the process goes, whatever it is doing."""
-        try:
-            while (frame := read_frame(sys.stdin.buffer.read)) is not None:
-                inbox.put(frame)
-        except WireError as error:
-            print(f"stdin: {error}", file=sys.stderr, flush=True)
-            os._exit(1)
-        os._exit(0)
+        while True:
+            try:
+                frame = read_frame(sys.stdin.buffer.read)
+            except WireError as error:
+                if error.frame is None:
+                    print(f"stdin: {error}", file=sys.stderr, flush=True)
+                    os._exit(1)
+                frame = replace(error.frame, body=Failure(str(error), "user"))
+            if frame is None:
+                os._exit(0)
+            inbox.put(frame)
 
+    engine = Engine()
     send(Frame("hello"))
     threading.Thread(target=read_all, daemon=True).start()
-    engine = Engine()
     scheduler = Scheduler(engine.jobs, send, engine.check_hooks, lambda: engine.model.info.key if engine.model else "")
     engine.swap = scheduler.drop_started
     while True:

@@ -271,10 +271,6 @@ def run(command: ModelOptions, engine, show: Callable[[object], None], errors: C
 
 def main(args: list[str] | None, engine: Callable[[], object], serve: Callable[[], None]) -> int:
     """0, or 1 when an identity is broken, or 2 for input that can't be used, or 130 after Ctrl-C."""
-    command = read_command(sys.argv[1:] if args is None else args)
-    if isinstance(command, ServeCommand):
-        serve()
-        return 0
     errors = Console(stderr=True, highlight=False)
 
     def show(part: object) -> None:
@@ -282,6 +278,10 @@ def main(args: list[str] | None, engine: Callable[[], object], serve: Callable[[
             errors.print(plain(part.text, GRAY))
 
     try:
+        command = read_command(sys.argv[1:] if args is None else args)
+        if isinstance(command, ServeCommand):
+            serve()
+            return 0
         info, result = run(command, engine(), show, errors)
     except UserError as error:
         errors.print(plain(str(error), RED), soft_wrap=True)

@@ -299,6 +299,16 @@ def test_errors_and_noise_do_not_harm_the_protocol(server):
     assert server.until(13)[-1].body.clean.texts[-1] == " to"
 
 
+def test_a_request_that_can_not_be_read_is_an_error(server):
+    """Of another version or a technique that the engine does not have: said, and the engine goes on."""
+    wrong = m.encode(Frame("ask", 30, "", 1, Check(PROMPT, "diff")))
+    server.process.stdin.write(wrong.replace(b"\xa5Check", b"\xa5Chuck") + wrong.replace(b"\xa4diff", b"\xa4daff").replace(b"\x1e", b"\x1f", 1))
+    server.ask(Frame("ask", 32, "", 1, Status()))
+    frames = {f.id: f for f in server.until(32)}
+    assert frames[30].kind == "error" and "an unknown message 'Chuck'" in frames[30].body.message
+    assert frames[31].kind == "error" and "a Check that can't be read" in frames[31].body.message and frames[32].kind == "result"
+
+
 def test_a_superseded_request(server):
     study = Study(PROMPT)
     server.ask(*(Frame("ask", 20 + i, "lens", 1, Lens(study)) for i in range(4)))

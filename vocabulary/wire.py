@@ -19,7 +19,11 @@ from vocabulary.nodes import Intervention, Node, UserError, parse_intervention, 
 
 
 class WireError(Exception):
-    """A frame that is garbage, truncated or not of this vocabulary."""
+    """A frame that is garbage, truncated or not of this vocabulary. `frame` is the frame without its body, when only that can't be read."""
+
+    def __init__(self, words: str, frame: "Frame | None" = None):
+        super().__init__(words)
+        self.frame = frame
 
 
 # ------------------------------------------------------------------ registration
@@ -128,10 +132,11 @@ def array_sizes(head: bytes) -> tuple[list, list[int]]:
 
 def build(fields: list, buffers: list[bytes]) -> Frame:
     kind, ident, slot, priority, model, name, body, specs = fields
+    bare = Frame(kind, ident, slot, priority, None, model)
     if name == "":
-        return Frame(kind, ident, slot, priority, None, model)
+        return bare
     if name not in TYPES:
-        raise WireError(f"an unknown message {name!r}: do screen and engine have the same version?")
+        raise WireError(f"an unknown message {name!r}: do screen and engine have the same version?", bare)
     arrays = [np.frombuffer(b, dtype).reshape(shape) for b, (dtype, shape) in zip(buffers, specs)]
 
     def hook(kind: type, obj: object) -> object:
@@ -140,9 +145,9 @@ def build(fields: list, buffers: list[bytes]) -> Frame:
         return arrays[obj]
 
     try:
-        return Frame(kind, ident, slot, priority, msgspec.convert(body, TYPES[name], dec_hook=hook), model)
+        return dataclasses.replace(bare, body=msgspec.convert(body, TYPES[name], dec_hook=hook))
     except (msgspec.ValidationError, ValueError) as error:
-        raise WireError(f"a {name} that can't be read: {error}") from error
+        raise WireError(f"a {name} that can't be read: {error}", bare) from error
 
 
 def read_frame(read: Callable[[int], bytes]) -> Frame | None:

@@ -13,7 +13,7 @@ from utils import show_bytes
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}  # by torch's CUDA; NVIDIA, "CUDA Compatibility", minor version compatibility
-OTHER_TORCH = "uv pip install --torch-backend=auto torch, then uv run --no-sync tui.py"
+OTHER_TORCH = "uv pip install --torch-backend=auto --reinstall-package torch torch, then uv run --no-sync tui.py"
 ASK = "ask Slurm for one (srun --gres=gpu:1)"
 
 

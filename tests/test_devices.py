@@ -54,7 +54,15 @@ def test_the_drivers_version(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "given, words",
     [
-        ({}, ["driver 535.161.08", "torch's CUDA 13.2 needs 580", "uv pip install --torch-backend=auto --reinstall-package torch torch", "uv run --no-sync tui.py"]),
+        (
+            {},
+            [
+                "driver 535.161.08",
+                "torch's CUDA 13.2 needs 580",
+                "uv pip install --torch-backend=auto --reinstall-package torch torch",
+                "uv run --no-sync tui.py",
+            ],
+        ),
         ({"cuda": None}, ["driver 535.161.08", f"torch {t.__version__} has no CUDA", "uv pip install --torch-backend=auto --reinstall-package torch torch"]),
         ({"text": OPEN, "visible": ""}, ["CUDA_VISIBLE_DEVICES='' hides it", "unset it", "driver 580.65.06, torch's CUDA 13.2"]),
         ({"text": OPEN, "visible": "-1"}, ["CUDA_VISIBLE_DEVICES='-1' hides it"]),

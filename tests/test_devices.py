@@ -99,6 +99,9 @@ def test_a_device_that_others_fill(monkeypatch):
     monkeypatch.setattr(t.cuda, "mem_get_info", lambda device: (17 * 10**9, 80 * 10**9))
     monkeypatch.setattr(t.cuda, "memory_reserved", lambda device: 62 * 10**9)
     assert filled_by_others(t.device("cuda:0")) == ""  # that is ours
+    monkeypatch.setattr(t.cuda, "mem_get_info", lambda device: (_ for _ in ()).throw(RuntimeError("CUDA error: out of memory\nmore")))
+    with pytest.raises(UserError, match="cuda:0 can't be opened .* --device cpu. CUDA error: out of memory$"):
+        filled_by_others(t.device("cuda:0"))
 
 
 def test_it_is_said_when_the_device_is_auto(driver, folders, capsys):

@@ -13,7 +13,7 @@ from utils import show_bytes
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}  # by torch's CUDA; NVIDIA, "CUDA Compatibility", minor version compatibility
-OTHER_TORCH = "uv pip install --torch-backend=auto torch, then uv run --no-sync tui.py"
+OTHER_TORCH = "uv pip install --torch-backend=auto --reinstall-package torch torch, then uv run --no-sync tui.py"
 ASK = "ask Slurm for one (srun --gres=gpu:1)"
 
 
@@ -76,10 +76,16 @@ def torchs_reason() -> str:
 
 
 def filled_by_others(device: t.device) -> str:
-    """A line on a CUDA device of which other processes hold more than a tenth: how much is free. Asked before anything of ours is loaded; else ""."""
+    """
+    A line on a CUDA device of which other processes hold more than a tenth: how much is free. Asked before anything of ours is loaded; else "".
+    UserError where they leave so little that the device can't be opened at all.
+    """
     if device.type != "cuda":
         return ""
-    free, total = t.cuda.mem_get_info(device)
+    try:
+        free, total = t.cuda.mem_get_info(device)
+    except RuntimeError as error:
+        raise UserError(f"{device} can't be opened (nvidia-smi says who uses it): take another one or --device cpu. {str(error).splitlines()[0]}") from error
     others = total - free - t.cuda.memory_reserved(device)
     if others < total / 10 + (1 << 30):  # a process's own context is below a gigabyte
         return ""

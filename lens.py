@@ -16,6 +16,7 @@ from tuned import Translators, read_translators
 VOCAB_BYTES = 64 << 20  # no vocabulary-sized tensor is larger
 CHUNK_BYTES = 16 << 20  # this is how much of several points is made at once
 PIECE_BYTES = 2 << 20  # and read at once, on a CPU, so that it stays in the processor's cache
+HELD_BYTES = 256 << 20  # activations of a run that stay on a device; more wait on the host
 SCALE = "ln_final.hook_scale"
 BLOCK = 64
 MOST = 3
@@ -101,52 +102,61 @@ def names_of(model: Model, nodes: list[Node]) -> list[str]:
 
 
 class Reader:
-    """The logits of points on one run, a few points and positions at a time."""
+    """The logits of points on one run, a few points and positions at a time: first `go` to the positions. A long prompt's activations wait on the host."""
 
     def __init__(self, runs: Runs, which: str, nodes: list[Node], lens: Translators | None):
         self.model, self.nodes, self.lens = runs.model, nodes, lens
-        self.acts = runs.trace(which, names_of(runs.model, nodes))
+        names, info = names_of(runs.model, nodes), runs.model.info
+        need = len(names) * len(runs.row(which).ids) * info.d_model * t.finfo(runs.model.dtype).bits // 8
+        self.on_host = runs.model.final_device.type != "cpu" and need > HELD_BYTES
+        self.acts: dict[str, Tensor] = {}
+        if self.on_host:
+            runs.visit(which, names, lambda name, x: self.acts.__setitem__(name, x.cpu()))
+        else:
+            self.acts = runs.trace(which, names)
 
-    def act(self, name: str, places: Tensor) -> Tensor:
-        x = self.acts[name][0]
-        return x[places.to(x.device)]
+    def go(self, places: Tensor) -> None:
+        """To some positions: what is read of them goes to the device here."""
+        self.n, places = len(places), {x.device: places.to(x.device) for x in self.acts.values()}
+        self.rows = {name: x[0][places[x.device]] for name, x in self.acts.items()}
+        if self.on_host:
+            self.rows = {name: x.to(self.model.final_device) for name, x in self.rows.items()}
 
     @t.no_grad()
-    def normed(self, node: Node, places: Tensor) -> Tensor:
+    def normed(self, node: Node) -> Tensor:
         """What the unembedding gets [place, d_model]: the stream through the final norm, or a component through the frozen one."""
         model = self.model
-        x = self.act(hook_name(model, node), places)
+        x = self.rows[hook_name(model, node)]
         if not is_component(node):
             x = x.to(model.final_device)
             return model.norm(x if self.lens is None else self.lens.translate(node, x).to(x.dtype))
         if node.site == "head":
-            x = self.written(node, x, places)
-        x, scale = x.to(model.final_device), self.act(SCALE, places).to(model.final_device)
+            x = self.written(node, x)
+        x, scale = x.to(model.final_device), self.rows[SCALE].to(model.final_device)
         return frozen_norm(model.bridge.ln_final, scale, x, model)
 
-    def written(self, node: Node, z: Tensor, places: Tensor) -> Tensor:
+    def written(self, node: Node, z: Tensor) -> Tensor:
         """What one head adds to the stream, without b_O; through the frozen norm that some models put after attention."""
         block = self.model.bridge.blocks[node.layer]
         alone = t.zeros_like(z)
         alone[:, node.head] = z[:, node.head]
         out = (block.attn.o(alone.flatten(1)[None]) - block.attn.o(t.zeros_like(alone[:1]).flatten(1)[None]))[0]
         if hasattr(block, "ln1_post"):
-            scale = self.act(f"blocks.{node.layer}.ln1_post.hook_scale", places)
-            out = frozen_norm(block.ln1_post, scale, out, self.model)
+            out = frozen_norm(block.ln1_post, self.rows[f"blocks.{node.layer}.ln1_post.hook_scale"], out, self.model)
         return out
 
     @t.no_grad()
-    def logits(self, start: int, stop: int, places: Tensor) -> Tensor:
+    def logits(self, start: int, stop: int) -> Tensor:
         """fp32 [points x places, vocab]; a component's without b_U and before the soft cap."""
         model, nodes = self.model, self.nodes[start:stop]
-        normed = t.cat([self.normed(n, places) for n in nodes])
+        normed = t.cat([self.normed(n) for n in nodes])
         if not any(is_component(n) for n in nodes):
             return model.unembed(normed)
         direct = model.scores(normed)
         direct -= model.scores(t.zeros_like(normed[:1]))
         for i, node in enumerate(nodes):
             if not is_component(node):
-                rows = slice(i * len(places), (i + 1) * len(places))
+                rows = slice(i * self.n, (i + 1) * self.n)
                 direct[rows] = model.unembed(normed[rows])
         return direct
 
@@ -155,40 +165,48 @@ class Reader:
 
 
 @t.no_grad()
-def statistics(z: Tensor, final: tuple[Tensor, Tensor], answers: list[int], foils: list[int], k: int) -> dict[str, Tensor]:
+def statistics(z: Tensor, final: tuple[Tensor, Tensor], answers: list[int] | Tensor, foils: list[int] | Tensor, k: int) -> dict[str, Tensor]:
     """
-    Of fp32 logits [rows, vocab]; their largest is taken off them in place. `final` holds the probabilities that KL(final || this) is taken
-    against, and their negative entropy. One pass over the vocabulary for each line, and one exponential.
+    Of fp32 logits [points x places, vocab]; their largest is taken off them in place. `final` holds the probabilities [place, vocab] that
+    KL(final || this) is taken against, and their negative entropy. One pass over the vocabulary for each line, and one exponential.
     """
     values, ids = largest(z, min(k, z.shape[-1]))
-    diff = z[:, answers].mean(-1) - z[:, foils].mean(-1) if answers and foils else None
+    diff = z[:, answers].mean(-1) - z[:, foils].mean(-1) if len(answers) and len(foils) else None
     z -= values[:, :1]
     p = z.exp()
     total = p.sum(-1)
     lse, nan = total.log(), t.full(total.shape, math.nan, device=z.device)
-    out = {"top_ids": ids.int(), "top_probs": (values - values[:, :1] - lse[:, None]).exp()}
+    out = {"top_ids": ids, "top_probs": (values - values[:, :1] - lse[:, None]).exp()}
     out |= {"prob": nan, "rank": nan, "logit_diff": nan if diff is None else diff, "lse": lse}
     out["entropy"] = (lse - dot(p, z) / total).clamp(min=0)
-    if answers:
+    if len(answers):
         out["prob"] = p[:, answers].sum(-1) / total
         out["rank"] = (z > z[:, answers].amax(-1, keepdim=True)).sum(-1, dtype=t.int32).float()
     q, negative = final
     del p
-    out["kl"] = (negative - dot(q, z) + lse).clamp(min=0)
+    out["kl"] = ((negative - dot(q, z.unflatten(0, (-1, len(q))))).flatten() + lse).clamp(min=0)
     return out
 
 
 @t.no_grad()
-def promoted(z: Tensor, lse: Tensor, before: tuple[Tensor, Tensor] | None, component: bool) -> dict[str, Tensor]:
-    """The tokens that rose and fell most against the row before (centred logits and log normaliser), or that a component writes most for and against."""
-    most = min(MOST, z.shape[-1])
-    if component:
-        change, offset = z - z.mean(-1, keepdim=True), t.zeros_like(lse)
-    elif before is None:
-        ids, nan = t.zeros(len(z), most, dtype=t.int32, device=z.device), t.full((len(z), most), math.nan, device=z.device)
-        return {"up_ids": ids, "up_values": nan, "down_ids": ids, "down_values": nan}
-    else:
-        change, offset = z - before[0], before[1] - lse
+def promoted(z: Tensor, lse: Tensor, nodes: list[Node], before: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
+    """
+    Of centred logits [points x places, vocab] and log normalisers: the tokens that rose and fell most against the residual row before (at first
+    `before`), or that a component writes most for and against.
+    """
+    n, most = len(z) // len(nodes), min(MOST, z.shape[-1])
+    change, offset = t.empty_like(z), t.zeros_like(lse)
+    for i, node in enumerate(nodes):
+        here = slice(i * n, (i + 1) * n)
+        if is_component(node):
+            t.sub(z[here], z[here].mean(-1, keepdim=True), out=change[here])
+            continue
+        if before is None:
+            change[here], offset[here] = z[here], math.nan
+        else:
+            t.sub(z[here], before[0], out=change[here])
+            offset[here] = before[1] - lse[here]
+        before = z[here], lse[here]
     (up, up_ids), (down, down_ids) = largest(change, most), largest(change, most, False)
     return {"up_ids": up_ids, "up_values": up + offset[:, None], "down_ids": down_ids, "down_values": down + offset[:, None]}
 
@@ -281,48 +299,65 @@ def read_lens(runs: Runs, ask) -> Generator[Progress | LensResult, None, LensRes
             if ready == len(nodes):
                 break
             if block == len(places):
-                yield result(part, shown)
+                yield result(to_host([part]), shown)
             else:
                 yield Progress(begin * len(nodes) + ready * len(here), len(places) * len(nodes), f"{ask.kind} lens")
             shown = ready
-        table.append({n: np.concatenate([g[n] for g in groups]) for n in CELLS})
+        table.append(to_host(groups))
     out = result({n: np.concatenate([part[n] for part in table], 1) for n in CELLS}, 0)
     if not np.isfinite(out.entropy).all() or not np.isfinite(out.kl).all():
         raise UserError("the lens gave numbers that are not finite: load the model in float32")
     return out
 
 
-def stretch(runs: Runs, which: str, readers: dict[str, Reader], nodes: list[Node], places: Tensor, k: int) -> Callable[[int, int], dict[str, np.ndarray]]:
-    """A function that reads points [start, stop) at some positions; points must come in order, since each is compared with the one before."""
-    reader, n = readers[which], len(places)
-    final = final_of(runs.model, reader.act(FINAL, places))
-    size = n if places.device.type != "cpu" else max(1, PIECE_BYTES // (4 * runs.model.info.d_vocab))
+def stretch(runs: Runs, which: str, readers: dict[str, Reader], nodes: list[Node], places: Tensor, k: int) -> Callable[[int, int], dict[str, Tensor]]:
+    """
+    A function that reads points [start, stop) at some positions into tensors [point, place, ...]; points must come in order, since each is compared
+    with the one before. A CPU takes a piece of one point's rows at a time, another device all of them: it waits for nothing.
+    """
+    reader, n, device = readers[which], len(places), runs.model.final_device
+    for one in readers.values():
+        one.go(places)
+    final = final_of(runs.model, reader.rows[FINAL].to(device))
+    answers, foils = (t.tensor(ids, dtype=t.long, device=device) for ids in (runs.answers, runs.foils))
+    size = n if device.type != "cpu" else max(1, PIECE_BYTES // (4 * runs.model.info.d_vocab))
     before: list[tuple[Tensor, Tensor]] = []  # centred logits and log normaliser of the residual row before
 
-    def work(start: int, stop: int) -> dict[str, np.ndarray]:
-        z = reader.logits(start, stop, places)
-        pair = {r: x.logits(start, stop, places) for r, x in readers.items() if r != which}
-        parts, previous = [], before[0] if before else None
-        for i, node in enumerate(nodes[start:stop]):
+    def work(start: int, stop: int) -> dict[str, Tensor]:
+        z = reader.logits(start, stop)
+        pair = {r: x.logits(start, stop) for r, x in readers.items() if r != which}
+        parts, previous, here = [], before[0] if before else None, nodes[start:stop]
+        for a, b in [(0, len(here))] if device.type != "cpu" else [(i, i + 1) for i in range(len(here))]:
             lse = []
             for first in range(0, n, size):
                 there = slice(first, min(first + size, n))
-                here = slice(i * n + there.start, i * n + there.stop)
-                out = statistics(z[here], (final[0][there], final[1][there]), runs.answers, runs.foils, k)
+                rows = slice(a * n + first, (b - 1) * n + there.stop)
+                out = statistics(z[rows], (final[0][there], final[1][there]), answers, foils, k)
                 lse.append(out.pop("lse"))
-                earlier = None if previous is None else (previous[0][there], previous[1][there])
-                out |= promoted(z[here], lse[-1], earlier, is_component(node))
-                sides = {r: x[here] for r, x in pair.items()}
-                out["kl_pair"] = pair_kl(sides.get("clean", z[here]), sides.get("corrupt", z[here])) if pair else t.full((len(lse[-1]),), math.nan)
+                out |= promoted(z[rows], lse[-1], here[a:b], None if previous is None else (previous[0][there], previous[1][there]))
+                sides = {r: x[rows] for r, x in pair.items()}
+                nan = t.full(lse[-1].shape, math.nan, device=device)
+                out["kl_pair"] = pair_kl(sides.get("clean", z[rows]), sides.get("corrupt", z[rows])) if pair else nan
                 parts.append(out)
-            if not is_component(node):
-                previous = z[i * n : (i + 1) * n], t.cat(lse)
-        before[:] = [previous] if previous is not None else []
-        cells = {name: t.cat([part[name] for part in parts]).cpu().numpy() for name in CELLS}
-        cells = {name: v.astype(np.int32 if name.endswith("ids") else np.float32, copy=False) for name, v in cells.items()}
-        return {name: v.reshape(stop - start, n, *v.shape[1:]) for name, v in cells.items()}
+            if residual := [i for i in range(a, b) if not is_component(here[i])]:
+                last = residual[-1]
+                previous = z[last * n : (last + 1) * n], t.cat(lse).view(b - a, n)[last - a]
+        before[:] = [] if previous is None else [previous if len(here) == 1 else (previous[0].clone(), previous[1])]
+        return {name: t.cat([part[name] for part in parts]).unflatten(0, (len(here), n)) for name in CELLS}
 
     return work
+
+
+def to_host(parts: list[dict[str, Tensor]]) -> dict[str, np.ndarray]:
+    """Cells [point, place, ...] of several chunks as arrays, in one transfer: a device is waited for once."""
+    whole = {name: t.cat([part[name] for part in parts]) for name in CELLS}
+    bits = [(x.int() if name.endswith("ids") else x.float().view(t.int32)).reshape(*x.shape[:2], -1) for name, x in whole.items()]
+    host, out, first = t.cat(bits, -1).cpu().numpy(), {}, 0
+    for (name, x), part in zip(whole.items(), bits):
+        cell = np.ascontiguousarray(host[..., first : first + part.shape[-1]])
+        out[name] = (cell if name.endswith("ids") else cell.view(np.float32)).reshape(x.shape)
+        first += part.shape[-1]
+    return out
 
 
 # ------------------------------------------------------------------ the run and its metric

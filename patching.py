@@ -216,6 +216,15 @@ class Runs:
         edits, done = (self.edits, self.done) if which == "now" else ((), ())
         return self.model.trace(self.row(which).ids, names, edits, done)
 
+    def visit(self, which: str, names: Iterable[str], take: Callable[[str, Tensor], None]) -> None:
+        """take(name, activations [1, ...]) of one point of a run after the other: a long prompt's as they pass, and none is held."""
+        ids = self.row(which).ids
+        if self.model.likely(len(ids)):
+            for name, x in self.trace(which, names).items():
+                take(name, x)
+        else:
+            self.model.forward(t.tensor([ids]), names, self.edits if which == "now" else (), keep=None, take=take)
+
     def position(self, which: str, pos: int | str) -> int:
         return find_position(pos, self.row(which), NAMES[which])
 

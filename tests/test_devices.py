@@ -53,8 +53,16 @@ def test_the_drivers_version(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "given, words",
     [
-        ({}, ["driver 535.161.08", "torch's CUDA 13.2 needs 580", "uv pip install --torch-backend=auto torch", "uv run --no-sync tui.py"]),
-        ({"cuda": None}, ["driver 535.161.08", f"torch {t.__version__} has no CUDA", "uv pip install --torch-backend=auto torch"]),
+        (
+            {},
+            [
+                "driver 535.161.08",
+                "torch's CUDA 13.2 needs 580",
+                "uv pip install --torch-backend=auto --reinstall-package torch torch",
+                "uv run --no-sync tui.py",
+            ],
+        ),
+        ({"cuda": None}, ["driver 535.161.08", f"torch {t.__version__} has no CUDA", "uv pip install --torch-backend=auto --reinstall-package torch torch"]),
         ({"text": OPEN, "visible": ""}, ["CUDA_VISIBLE_DEVICES='' hides it", "unset it", "driver 580.65.06, torch's CUDA 13.2"]),
         ({"text": OPEN, "visible": "-1"}, ["CUDA_VISIBLE_DEVICES='-1' hides it"]),
         ({"text": OPEN, "visible": "0"}, ["srun --gres=gpu:1", "No CUDA GPUs are available", "driver 580.65.06"]),
@@ -90,6 +98,9 @@ def test_a_device_that_others_fill(monkeypatch):
     monkeypatch.setattr(t.cuda, "mem_get_info", lambda device: (17 * 10**9, 80 * 10**9))
     monkeypatch.setattr(t.cuda, "memory_reserved", lambda device: 62 * 10**9)
     assert filled_by_others(t.device("cuda:0")) == ""  # that is ours
+    monkeypatch.setattr(t.cuda, "mem_get_info", lambda device: (_ for _ in ()).throw(RuntimeError("CUDA error: out of memory\nmore")))
+    with pytest.raises(UserError, match="cuda:0 can't be opened .* --device cpu. CUDA error: out of memory$"):
+        filled_by_others(t.device("cuda:0"))
 
 
 def test_it_is_said_when_the_device_is_auto(driver, folders, capsys):

@@ -134,6 +134,7 @@ def difference(engine, reference, edits_of) -> float:
     return total / len(PROMPTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["L8.resid_pre@S2", "L8.resid_pre@END", "L5.attn@S2", "L0.mlp@S2", "L10H7", "L9H9.q", "L10H7.k", "L8H6.v"])
 def test_denoising_equals_hugging_face_with_plain_hooks(engine, reference, measured, name):
     node = parse_intervention(f"{name}=patch").node
@@ -222,6 +223,7 @@ def test_a_model_of_gpt2s_shape_is_known_by_its_config(tokenizer, tmp_path):
     assert (info.architecture, info.d_vocab, info.n_heads, info.dtype) == ("GPT2LMHeadModel", SHAPE["d_vocab"], SHAPE["n_heads"], "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [None, "IOI denoising: L8H6.v"])
 def test_check_shows_the_figures_and_fails_on_one_that_is_off(folder, measured, monkeypatch, capsys, wrong):
     """The command on the small model, taken for gpt2, with the recorded values as what was measured."""

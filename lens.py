@@ -208,6 +208,7 @@ def promoted(z: Tensor, lse: Tensor, nodes: list[Node], before: tuple[Tensor, Te
             offset[here] = before[1] - lse[here]
         before = z[here], lse[here]
     (up, up_ids), (down, down_ids) = largest(change, most), largest(change, most, False)
+    up_ids, down_ids = (ids.masked_fill(offset.isnan()[:, None], 0) for ids in (up_ids, down_ids))
     return {"up_ids": up_ids, "up_values": up + offset[:, None], "down_ids": down_ids, "down_values": down + offset[:, None]}
 
 

@@ -208,6 +208,7 @@ def promoted(z: Tensor, lse: Tensor, nodes: list[Node], before: tuple[Tensor, Te
             offset[here] = before[1] - lse[here]
         before = z[here], lse[here]
     (up, up_ids), (down, down_ids) = largest(change, most), largest(change, most, False)
+    up_ids, down_ids = (ids.masked_fill(offset.isnan()[:, None], 0) for ids in (up_ids, down_ids))
     return {"up_ids": up_ids, "up_values": up + offset[:, None], "down_ids": down_ids, "down_values": down + offset[:, None]}
 
 
@@ -388,53 +389,96 @@ def measure(kind: str, row: Tensor, clean: Tensor, nll: np.ndarray, answers: lis
     raise AssertionError(kind)
 
 
-def side(runs: Runs, which: str, k: int) -> Generator[Progress, None, Side]:
-    """One run's top tokens and metric, each row of logits made once; remembered, so that a key does not make clean and corrupted again."""
-    model, row, metric = runs.model, runs.row(which), runs.study.metric
-    pos = 0 if metric.kind == "loss" else runs.metric_position(which)
-    done = runs.done if which == "now" else ()
-    key = (row.ids, done, k, metric.kind, pos, tuple(runs.answers), tuple(runs.foils), runs.row("clean").ids if metric.kind == "kl" else None)
-    if key in model.cache.sides:
-        return replace(model.cache.sides[key], tokens=row)
-    last = runs.trace(which, [FINAL])[FINAL][0]
-    target = t.tensor([*row.ids[1:], 0], device=last.device)
-    clean = last[:1]
-    if metric.kind == "kl":
-        clean = runs.trace("clean", [FINAL])[FINAL][0][runs.metric_position("clean")][None]
+class SideReading:
+    """
+    One run's top tokens at ever more positions, and its metric: the metric's position and the last one first. Each row of logits is made once; a
+    finished side is remembered, so that a key does not make clean and corrupted again. Not yet read: token -1, NaN.
+    """
+
+    def __init__(self, runs: Runs, which: str, k: int):
+        model, row, metric = runs.model, runs.row(which), runs.study.metric
+        self.runs, self.which, self.row, self.loss = runs, which, row, metric.kind == "loss"
+        self.pos = 0 if self.loss else runs.metric_position(which)
+        self.clean_ids = runs.row("clean").ids if metric.kind == "kl" else None
+        self.key = (row.ids, runs.done if which == "now" else (), k, metric.kind, self.pos, tuple(runs.answers), tuple(runs.foils), self.clean_ids)
+        self.done = model.cache.sides.get(self.key)
+        if self.done is None:
+            shape = (len(row.ids), min(k, model.info.d_vocab))
+            self.ids, self.probs, self.logits = np.full(shape, -1, np.int32), *(np.full(shape, np.nan, np.float32) for _ in range(2))
+            self.nll, self.metric = np.full(shape[0], np.nan), None
+            self.last = runs.trace(which, [FINAL])[FINAL][0]
+            self.order = list(dict.fromkeys((self.pos, shape[0] - 1, *range(shape[0]))))
+
+    @property
+    def side(self) -> Side:
+        return replace(self.done, tokens=self.row) if self.done else Side(self.row, self.ids.copy(), self.probs.copy(), self.logits.copy(), self.metric)
 
     @t.no_grad()
-    def work(start: int, stop: int) -> tuple[list[np.ndarray], Tensor | None]:
-        logits = model.unembed(last[start:stop])
-        top, lse = logits.topk(min(k, logits.shape[-1]), -1), logits.logsumexp(-1, keepdim=True)
-        nll = lse - logits.gather(-1, target[start:stop, None])
-        arrays = [x.cpu().numpy() for x in (top.indices.int(), (top.values - lse).exp(), top.values, nll[:, 0].double())]
-        return arrays, logits[pos - start].clone() if start <= pos < stop else None
+    def read(self, places: list[int]) -> None:
+        model, device = self.runs.model, self.last.device
+        logits = model.unembed(self.last[t.tensor(places, device=device)])
+        (values, ids), lse = largest(logits, self.ids.shape[1]), logits.logsumexp(-1, keepdim=True)
+        numbers = [(values - lse).exp(), values]
+        if self.loss:
+            target = t.tensor([*self.row.ids[1:], 0])[places].to(device)
+            numbers.append(lse - logits.gather(-1, target[:, None]))
+        host, k = t.cat([*(x.float().view(t.int32) for x in numbers), ids.int()], -1).cpu().numpy(), self.ids.shape[1]
+        probs, values, nll = (np.ascontiguousarray(x).view(np.float32) for x in np.split(host[:, :-k], [k, 2 * k], 1))
+        self.ids[places], self.probs[places], self.logits[places] = host[:, -k:], probs, values
+        if not np.isfinite(values).all():
+            raise UserError(f"the logits of the {self.which} run are not finite: load the model in float32")
+        if self.loss:
+            self.nll[places] = nll[:, 0]
+        elif self.pos in places:
+            self.measure(logits[places.index(self.pos)])
 
-    parts = []
-    for part in in_chunks(len(row.ids), rows_at_once(model), work):
-        if isinstance(part, Progress):
-            yield part
-        else:
-            parts.append(part)
-    ids, probs, logits, nll = (np.concatenate(p) for p in zip(*(arrays for arrays, _ in parts)))
-    if not np.isfinite(logits).all():
-        raise UserError(f"the logits of the {which} run are not finite: load the model in float32")
-    at = next(x for _, x in parts if x is not None)
-    value = measure(metric.kind, at, model.unembed(clean)[0] if metric.kind == "kl" else at, nll[:-1], runs.answers, runs.foils)
-    if len(model.cache.sides) >= 64:
-        model.cache.sides.pop(next(iter(model.cache.sides)))
-    model.cache.sides[key] = Side(row, ids, probs, logits, value)
-    return model.cache.sides[key]
+    def measure(self, row: Tensor) -> None:
+        runs, clean = self.runs, row
+        if runs.study.metric.kind == "kl":
+            clean = runs.model.unembed(runs.trace("clean", [FINAL])[FINAL][0][runs.metric_position("clean")][None])[0]
+        self.metric = measure(runs.study.metric.kind, row, clean, self.nll[:-1], runs.answers, runs.foils)
+
+    def steps(self, first: bool) -> Generator[Progress | None]:
+        """Read what comes first (all of a short prompt), or what is left; None after each chunk."""
+        if self.done:
+            return
+        size, few = rows_at_once(self.runs.model), len({self.pos, len(self.row.ids) - 1})
+        if not first or self.loss or len(self.order) <= size:
+            few = len(self.order)
+        todo, self.order = self.order[:few], self.order[few:]
+        yield from in_chunks(len(todo), size, lambda start, stop: self.read(todo[start:stop]))
+        if not self.order:
+            if self.loss:
+                self.measure(self.last[0])
+            sides = self.runs.model.cache.sides
+            if len(sides) >= 64:
+                sides.pop(next(iter(sides)))
+            self.done = sides[self.key] = self.side
 
 
-def run(runs: Runs, k: int) -> Generator[Progress, None, RunResult]:
-    """Clean, corrupted and now, each with its likeliest next tokens and the metric; raw and normalised."""
+def run(runs: Runs, k: int) -> Generator[Progress | RunResult, None, RunResult]:
+    """
+    Clean, corrupted and now, each with its likeliest next tokens and the metric; raw and normalised. Of a long prompt, partial results at first: the
+    metric's position and the last one, then ever more.
+    """
     if k < 1:
         raise UserError("k must be at least 1")
-    metric = runs.study.metric
-    clean = yield from side(runs, "clean", k)
-    corrupt = (yield from side(runs, "corrupt", k)) if runs.rows["corrupt"] is not None else None
-    now = (clean if runs.study.base == "clean" else corrupt) if not runs.edits else (yield from side(runs, "now", k))
+    sides = {w: SideReading(runs, w, k) for w in ("clean", "corrupt", "now") if runs.rows[w] is not None and (w != "now" or runs.edits)}
+    for reading in sides.values():
+        yield from (part for part in reading.steps(True) if part)
+    if any(not reading.done for reading in sides.values()):
+        yield run_result(runs, sides)
+    for reading in sides.values():
+        for part in reading.steps(False):
+            yield part or run_result(runs, sides)
+    return run_result(runs, sides)
+
+
+def run_result(runs: Runs, readings: dict[str, SideReading]) -> RunResult:
+    """What is known of the runs."""
+    metric, found = runs.study.metric, {w: r.side for w, r in readings.items()}
+    clean, corrupt = found["clean"], found.get("corrupt")
+    now = found.get("now", clean if runs.study.base == "clean" else corrupt)
     normalised, warning = None, ""
     if now.metric is None:
         warning = f"{metric.kind} needs " + ("a prompt of two tokens" if metric.kind == "loss" else "an answer" if not runs.answers else "a foil")
@@ -449,7 +493,7 @@ def run(runs: Runs, k: int) -> Generator[Progress, None, RunResult]:
             if abs(gap) < 0.05 * max(abs(clean.metric), abs(corrupt.metric)):
                 warning = f"small denominator: clean and corrupted differ by {gap:+.3g} only"
     sides = [s for s in (clean, corrupt, now) if s is not None]
-    words = texts(runs.model, np.concatenate([s.top_ids.ravel() for s in sides]))
+    words = texts(runs.model, np.concatenate([s.top_ids[s.top_ids >= 0] for s in sides]))
     place = "" if metric.kind == "loss" else f" at {metric.pos}"
     parts = [f"{metric.kind}{place}", "normalised: corrupted = 0, clean = 1", f"raw weights, {runs.model.info.dtype}", runs.convention]
     return RunResult(clean, corrupt, now, normalised, warning, words, ", ".join(p for p in parts if p), tuple(runs.answers), tuple(runs.foils))

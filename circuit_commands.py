@@ -64,13 +64,17 @@ class ScoreCommand(Options):
     """replace MLPs that are not in it too"""
     subsets: int = Score.subsets
     greedy: int = Score.greedy
+    samples: int = Score.samples
+    """minimality of so many parts, and as many tries in a greedy step, drawn with the seed; 0: all"""
     seed: int = 0
+    dry: bool = False
+    """only faithfulness, and the estimate of the time"""
 
     def request(self) -> Score:
         if bool(self.circuit) == bool(self.nodes):
             raise UserError("give --circuit FILE or --nodes L0H1 L3H2")
         circuit = read(self.circuit) if self.circuit else Circuit("these nodes", self.model or "zoo", self.nodes)
-        return Score(self.study(), circuit, self.what, self.rest, self.edges, True, self.mlps, self.subsets, self.greedy, self.seed)
+        return Score(self.study(), circuit, self.what, self.rest, self.edges, True, self.mlps, self.subsets, self.greedy, self.seed, self.samples, self.dry)
 
 
 @dataclass
@@ -147,6 +151,8 @@ def said(x: Interval) -> str:
 
 def show_score(out: Console, r: ScoreResult) -> None:
     out.print(plain(f"{r.circuit.name}: faithfulness {said(r.faithfulness)}", CYAN))
+    if r.dry:
+        out.print(plain(f"the scores: {r.sets:,} sets, about {r.expected:.1f} s", CYAN))
     out.print(plain(f"F model {said(r.model)}  circuit alone {said(r.alone)}  nothing {said(r.empty)}"))
     if r.effects.size or r.minimal.size:
         rows = table("parts", "part", "alone away", "minimality", "with K away too")

@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -698,6 +699,19 @@ SHOW: dict[type, Callable] = {
 }
 
 
+def shower(errors: Console) -> Callable[[object], None]:
+    """Prints progress: all of it on a terminal, elsewhere (a log of a batch job) a line every ten seconds."""
+    last = time.monotonic()
+
+    def show(part: object) -> None:
+        nonlocal last
+        if isinstance(part, Progress) and part.text and (errors.is_terminal or time.monotonic() - last >= 10):
+            errors.print(plain(part.text, GRAY), soft_wrap=True)
+            last = time.monotonic()
+
+    return show
+
+
 @contextmanager
 def interruptible(show: Callable[[object], None]) -> Generator[Callable[[object], None]]:
     """Ctrl-C ends a fit after the step it is at, so that its checkpoint is whole; a second one ends it at once."""
@@ -730,7 +744,7 @@ def main(args: list[str] | None = None) -> int:
     if isinstance(command, ServeCommand):
         serve()
     errors = Console(stderr=True, highlight=False)
-    show = lambda p: errors.print(plain(p.text, GRAY)) if isinstance(p, Progress) and p.text and errors.is_terminal else None  # noqa: E731
+    show = shower(errors)
     try:
         request = command.request()
         engine = Engine()

@@ -13,10 +13,11 @@ from model import FINAL, Model, in_chunks
 from patching import Runs, find_position, hook_name
 from tuned import Translators, read_translators
 
-VOCAB_BYTES = 64 << 20  # no vocabulary-sized tensor is larger
+VOCAB_BYTES = 64 << 20  # no vocabulary-sized tensor is larger; some ten of them are held at a time
+WIDER = 1.375  # times that on an accelerator, where a chunk costs the host as much as the device
 CHUNK_BYTES = 16 << 20  # this is how much of several points is made at once
 PIECE_BYTES = 2 << 20  # and read at once, on a CPU, so that it stays in the processor's cache
-HELD_BYTES = 256 << 20  # activations of a run that stay on a device; more wait on the host
+HELD_BYTES = 256 << 20  # activations of a run that stay on a device; more wait in the host's pinned memory
 SCALE = "ln_final.hook_scale"
 BLOCK = 64
 MOST = 3
@@ -49,8 +50,12 @@ def is_component(node: Node) -> bool:
     return not node.site.startswith("resid_")
 
 
+def vocab_bytes(model: Model) -> int:
+    return VOCAB_BYTES if model.final_device.type == "cpu" else int(WIDER * VOCAB_BYTES)
+
+
 def rows_at_once(model: Model) -> int:
-    return max(1, VOCAB_BYTES // (4 * model.info.d_vocab))
+    return max(1, vocab_bytes(model) // (4 * model.info.d_vocab))
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -102,23 +107,39 @@ def names_of(model: Model, nodes: list[Node]) -> list[str]:
 
 
 class Reader:
-    """The logits of points on one run, a few points and positions at a time: first `go` to the positions. A long prompt's activations wait on the host."""
+    """
+    The logits of points on one run, a few points and positions at a time: first `go` to the positions, among the `places` that are asked for at all.
+    Where the whole prompt's activations are large, only those of these places are held, and wait on the host where they too are large.
+    """
 
-    def __init__(self, runs: Runs, which: str, nodes: list[Node], lens: Translators | None):
+    def __init__(self, runs: Runs, which: str, nodes: list[Node], lens: Translators | None, places: list[int]):
         self.model, self.nodes, self.lens = runs.model, nodes, lens
-        names, info = names_of(runs.model, nodes), runs.model.info
-        need = len(names) * len(runs.row(which).ids) * info.d_model * t.finfo(runs.model.dtype).bits // 8
-        self.on_host = runs.model.final_device.type != "cpu" and need > HELD_BYTES
+        names = names_of(runs.model, nodes)
+        each = len(names) * runs.model.info.d_model * t.finfo(runs.model.dtype).bits // 8
+        large = lambda n: runs.model.final_device.type != "cpu" and n * each > HELD_BYTES  # noqa: E731
+        self.on_host = large(len(places))
         self.acts: dict[str, Tensor] = {}
-        if self.on_host:
-            runs.visit(which, names, lambda name, x: self.acts.__setitem__(name, x.cpu()))
-        else:
+        self.where: dict[int, int] | None = None  # the row of every place held, where not all are
+        if not large(len(runs.row(which).ids)):
             self.acts = runs.trace(which, names)
+            return
+        self.where = {p: i for i, p in enumerate(places)}
+        runs.visit(which, names, lambda name, x: self.acts.__setitem__(name, self.held(x[:, places])))
+        if self.on_host and runs.model.device.type == "cuda":
+            t.cuda.synchronize()
+
+    def held(self, x: Tensor) -> Tensor:
+        if not self.on_host:
+            return x
+        pinned = x.device.type == "cuda" and t.cuda.is_initialized()
+        return t.empty(x.shape, dtype=x.dtype, pin_memory=pinned).copy_(x, non_blocking=True)
 
     def go(self, places: Tensor) -> None:
         """To some positions: what is read of them goes to the device here."""
-        self.n, places = len(places), {x.device: places.to(x.device) for x in self.acts.values()}
-        self.rows = {name: x[0][places[x.device]] for name, x in self.acts.items()}
+        self.n = len(places)
+        rows = places if self.where is None else t.tensor([self.where[p] for p in places.tolist()])
+        on = {x.device: rows.to(x.device) for x in self.acts.values()}
+        self.rows = {name: x[0][on[x.device]] for name, x in self.acts.items()}
         if self.on_host:
             self.rows = {name: x.to(self.model.final_device) for name, x in self.rows.items()}
 
@@ -149,9 +170,10 @@ class Reader:
     def logits(self, start: int, stop: int) -> Tensor:
         """fp32 [points x places, vocab]; a component's without b_U and before the soft cap."""
         model, nodes = self.model, self.nodes[start:stop]
-        normed = t.cat([self.normed(n) for n in nodes])
         if not any(is_component(n) for n in nodes):
-            return model.unembed(normed)
+            rows = [self.rows[hook_name(model, n)].to(model.final_device) for n in nodes]
+            return model.unembed(model.norm(t.cat(rows)) if self.lens is None else t.cat([self.normed(n) for n in nodes]))
+        normed = t.cat([self.normed(n) for n in nodes])
         direct = model.scores(normed)
         direct -= model.scores(t.zeros_like(normed[:1]))
         for i, node in enumerate(nodes):
@@ -196,6 +218,11 @@ def promoted(z: Tensor, lse: Tensor, nodes: list[Node], before: tuple[Tensor, Te
     """
     n, most = len(z) // len(nodes), min(MOST, z.shape[-1])
     change, offset = t.empty_like(z), t.zeros_like(lse)
+    if before is not None and not any(is_component(node) for node in nodes):
+        t.sub(z[:n], before[0], out=change[:n])
+        t.sub(z[n:], z[:-n], out=change[n:])
+        offset = t.cat([before[1], lse[:-n]]) - lse
+        nodes = []
     for i, node in enumerate(nodes):
         here = slice(i * n, (i + 1) * n)
         if is_component(node):
@@ -278,7 +305,7 @@ def read_lens(runs: Runs, ask) -> Generator[Progress | LensResult, None, LensRes
     what = "the prompt" if which == "now" else f"the {which} prompt"
     places = list(dict.fromkeys(find_position(p, row, what) for p in ask.positions)) or list(range(len(row.ids)))
     with_pair, convention = others(runs, which, ask.pair), lens_convention(runs, nodes, lens)
-    readers = {r: Reader(runs, r, nodes, lens) for r in dict.fromkeys((which, *with_pair))}
+    readers = {r: Reader(runs, r, nodes, lens, places) for r in dict.fromkeys((which, *with_pair))}
     block = min(rows_at_once(model), len(places))
     table: list[dict[str, np.ndarray]] = []  # one for every stretch of positions, [point, place, ...]
 
@@ -291,7 +318,7 @@ def read_lens(runs: Runs, ask) -> Generator[Progress | LensResult, None, LensRes
         here = t.tensor(places[begin : begin + block])
         work, groups = stretch(runs, which, readers, nodes, here, ask.k), []
         shown = 0
-        for part in in_chunks(len(nodes), max(1, min(CHUNK_BYTES, VOCAB_BYTES) // (4 * model.info.d_vocab * len(here))), work):
+        for part in in_chunks(len(nodes), max(1, min(CHUNK_BYTES, vocab_bytes(model)) // (4 * model.info.d_vocab * len(here))), work):
             if isinstance(part, Progress):
                 yield part
                 continue

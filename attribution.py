@@ -226,8 +226,10 @@ def detect(
         rows = []
 
         def score(_: str, x: Tensor, want: Tensor = found[-1], rows: list[Tensor] = rows) -> None:
-            parts = [detector_scores(one.cpu().double(), want.double(), exclude_bos, exclude_current_token, error_measure) for one in x[0].split(1)]
-            rows.append(t.cat(parts))
+            x = x[0] if x.device.type == "cuda" else x[0].cpu()  # others have no float64
+            want = want.to(x.device).double()
+            parts = [detector_scores(one.double(), want, exclude_bos, exclude_current_token, error_measure) for one in x.split(1)]
+            rows.append(t.cat(parts).cpu())
 
         runs.visit(s, hooks, score)
         scores.append(t.stack(rows).numpy())

@@ -13,7 +13,7 @@ import numpy as np
 import torch as t
 
 from edge_index import edge_index
-from edges import EMBED, EdgeRun, edge_runs, gather
+from edges import EMBED, EdgeRun, edge_runs, gather, time_left
 from messages import METRICS, Progress, UserError, parse_node
 from model import Model
 from wiring import LOGITS, METHODS, REST, Circuit, Discover, DiscoverResult, owner, parse_edge
@@ -43,19 +43,24 @@ def discover(model: Model, ask: Discover) -> Generator[Progress, None, DiscoverR
     return (yield from (acdc if ask.method == "acdc" else attribute)(model, ask, runs, begun))
 
 
-def pace(model: Model, runs: list[EdgeRun]) -> tuple[float, float]:
-    """Seconds of one batch of cut edges, for one set of all prompts; and of one pass for gradients."""
-    t0 = time.monotonic()
+def pace(runs: list[EdgeRun], edges: int) -> tuple[float, float]:
+    """Seconds of one set of so many kept edges, for all prompts, in a batch; and of one pass for gradients. What is slow the first time is not counted."""
+    rng, cut, index = np.random.default_rng(0), 0.0, runs[0].index
+    places = np.argwhere(index.exists)
+    kept = [places[rng.choice(len(places), min(edges, len(places)), replace=False)] for _ in range(4)]
+    masks = [without(index.exists, *k.T, False) for k in kept]
+    runs[0].metrics(masks[:1])
     for run in runs:
-        run.metrics([run.mask(())])
-    cut = time.monotonic() - t0
-    t0 = time.monotonic()
-    runs[0].gradients(lambda rows, g: None)
-    return cut, (time.monotonic() - t0) * len(runs)
-
-
-def left(seconds: float) -> str:
-    return f"{seconds:.0f} s left" if seconds < 100 else f"{seconds / 60:.0f} min left"
+        some = masks[: max(1, int(run.limit // run.set_bytes(masks[:1])))]
+        t0 = time.monotonic()
+        run.metrics(some)
+        cut += (time.monotonic() - t0) / len(some)
+    change, seconds = runs[0].change(), []
+    while not seconds or len(seconds) < 2 and seconds[0] < 2:
+        t0 = time.monotonic()
+        runs[0].slopes(change)
+        seconds.append(time.monotonic() - t0)
+    return cut, seconds[-1] * sum(len(r.ids) for r in runs) / len(runs[0].ids)
 
 
 # ------------------------------------------------------------------ attribution
@@ -63,20 +68,20 @@ def left(seconds: float) -> str:
 
 def attribute(model: Model, ask: Discover, runs: list[EdgeRun], begun: float) -> Generator[Progress, None, DiscoverResult]:
     index = edge_index(model.info)
-    cut, gradient = pace(model, runs)
+    cut, gradient = pace(runs, ask.edges)
     passes = {"eap": 1, "clean-corrupted": 2, "eap-ig": ask.steps, "eap-ig-activations": ask.steps * (2 * model.info.n_layers + 1)}[ask.method]
     counts = [c for c in COUNTS if c < ask.edges] + [ask.edges]
-    expected = passes * gradient + cut * (2 * len(counts) + 2)
+    expected = time.monotonic() - begun + passes * gradient + cut * (len(counts) + 1)
     if ask.dry:
         return result(model, ask, (), np.zeros(0), (), np.zeros(0), np.zeros(0), expected, begun, "")
-    yield Progress(0, passes, f"{ask.method}: about {left(expected)}")
+    yield Progress(0, passes, f"{ask.method}: about {time_left(expected)}")
     total, done, prompts = 0.0, 0, sum(len(r.ids) for r in runs)
     for run in runs:
         for part in attributions(run, ask):
             total = total + part
             done += 1
             spent = time.monotonic() - begun
-            yield Progress(done, passes * len(runs), f"{ask.method}: {left(max(0.0, expected - spent))}")
+            yield Progress(done, passes * len(runs), f"{ask.method}: {time_left(max(0.0, expected - spent))}")
     scores = total[index.exists] / prompts
     if not np.isfinite(scores).all():
         raise UserError("an edge's score is not finite: does the model hold NaN? Try float32")
@@ -161,8 +166,7 @@ def acdc(model: Model, ask: Discover, runs: list[EdgeRun], begun: float) -> Gene
     index = edge_index(model.info)
     rows, columns = (x[::-1] for x in np.nonzero(index.exists))
     total = len(rows)
-    cut, _ = pace(model, runs)
-    expected = cut * total * 1.5
+    expected = time.monotonic() - begun + pace(runs, total // 2)[0] * total
     if ask.dry:
         return result(model, ask, (), np.zeros(0), (), np.zeros(0), np.zeros(0), expected, begun, "")
     base = float(gather(runs, [r.value for r in runs]).mean())
@@ -194,7 +198,7 @@ def acdc(model: Model, ask: Discover, runs: list[EdgeRun], begun: float) -> Gene
         at += k + 1
         curve.append((int(kept.sum()), now))
         spent = time.monotonic() - begun
-        yield (last := Progress(at, total, f"acdc: {at} of {total} edges, {kept.sum()} kept, {left(spent / at * (total - at))}"))
+        yield (last := Progress(at, total, f"acdc: {at} of {total} edges, {kept.sum()} kept, {time_left(spent / at * (total - at))}"))
     final = index.on_paths(kept)
     value = yield from faithful(runs, [final], "acdc: check")
     empty = []
@@ -211,10 +215,10 @@ def acdc(model: Model, ask: Discover, runs: list[EdgeRun], begun: float) -> Gene
     return result(model, ask, index.edges, scores[::-1], names, counts[keep], values[keep], expected, begun, words, float(value[0]))
 
 
-def without(cut: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """A mask with some more edges cut."""
+def without(cut: np.ndarray, rows: np.ndarray, columns: np.ndarray, gone: bool = True) -> np.ndarray:
+    """A mask with some more edges cut, or kept."""
     out = cut.copy()
-    out[rows, columns] = True
+    out[rows, columns] = gone
     return out
 
 

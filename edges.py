@@ -17,14 +17,14 @@ from torch import Tensor
 from edge_index import PARTS, EdgeIndex, all_edges, edge_index, own_edge, receivers, senders
 from lens import frozen_norm
 from messages import ModelInfo, Progress, Study, Sweep, UserError
-from model import FINAL, Edit, Model, out_of_memory
+from model import FINAL, TOLERANCE, Edit, Model, out_of_memory
 from patching import Runs, means
 from kept import Score
 from sweeps import Plan, check_lengths, chunk_bytes, others, read_member
 from utils import tec
 from wiring import REST
 
-__all__ = ["PARTS", "EdgeRun", "all_edges", "edge_runs", "edge_values", "gather", "own_edge", "receivers", "senders"]
+__all__ = ["PARTS", "EdgeRun", "all_edges", "edge_runs", "edge_values", "gather", "own_edge", "receivers", "senders", "time_left"]
 EMBED = "blocks.0.hook_resid_pre"
 PIECE = 256 << 20  # bytes of float32 at once where scores of another dtype are added up
 
@@ -39,8 +39,8 @@ def block_bytes(info: ModelInfo, seq: int, size: int) -> int:
 
 
 def cut_bytes(info: ModelInfo, seq: int, size: int) -> int:
-    """Bytes a token of a run with cut edges, besides the senders held apart: a block, the stream and the sum of what is lost."""
-    return block_bytes(info, seq, size) + info.d_model * (4 * size + 12)
+    """Bytes a token of a run with cut edges, besides the senders held apart: a block, the stream, and what receivers read before and after the cut."""
+    return block_bytes(info, seq, size) + info.d_model * size * (4 + 2 * (info.n_heads + 2 * info.n_kv_heads))
 
 
 def prompt_bytes(info: ModelInfo, seq: int, size: int) -> int:
@@ -163,7 +163,8 @@ class EdgeRun:
 
     def check(self) -> None:
         """UserError where embeddings, heads and MLPs do not add up to the stream: cut edges would mean nothing there."""
-        if not self.model.identity("stream", self.streams(self.clean)[len(self.index.names)], self.clean[self.last]).ok:
+        got, want = self.streams(self.clean)[len(self.index.names)].float(), self.clean[self.last].float()
+        if not (got - want.to(got.device)).norm() <= TOLERANCE[self.model.dtype] * want.norm():  # of the whole: rounding in bfloat16 grows with depth
             raise UserError(
                 f"{self.info.architecture}: embeddings, heads and MLPs do not add up to the residual stream here, so edges can't be scored; score nodes"
             )
@@ -423,6 +424,10 @@ def edge_runs(model: Model, study: Study, rest: str, seed: int = 0, kind: type =
             out.append(run)
             yield Progress(len(out), len(runs), "runs of the prompts")
     return out
+
+
+def time_left(seconds: float) -> str:
+    return f"{seconds:.0f} s left" if seconds < 100 else f"{seconds / 60:.0f} min left"
 
 
 def gather(runs: list[EdgeRun], found: list[np.ndarray]) -> np.ndarray:

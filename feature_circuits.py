@@ -168,6 +168,7 @@ def discover(model: Model, ask: Discover) -> Generator[Progress, None, DiscoverR
         counts = [*(c for c in counts if c < len(nodes)), len(nodes)]
         some = bench.runs[0].known  # one dict of all runs
         some.clear()
+        bench.known.clear()
         some |= {d: [parse_node(n).index for n in nodes if parse_node(n).layer == d.layer] for d in used}
         empty, *alone = yield from bench.values([(none, none), *((frozenset(nodes[:c]), none) for c in counts)], "features: curve")
         alone, gap = np.array(alone), float((bench.whole - empty).mean())

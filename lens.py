@@ -13,10 +13,11 @@ from model import FINAL, Model, in_chunks
 from patching import Runs, find_position, hook_name
 from tuned import Translators, read_translators
 
-VOCAB_BYTES = 64 << 20  # no vocabulary-sized tensor is larger
+VOCAB_BYTES = 64 << 20  # no vocabulary-sized tensor is larger; some ten of them are held at a time
+WIDER = 1.375  # times that on an accelerator, where a chunk costs the host as much as the device
 CHUNK_BYTES = 16 << 20  # this is how much of several points is made at once
 PIECE_BYTES = 2 << 20  # and read at once, on a CPU, so that it stays in the processor's cache
-HELD_BYTES = 256 << 20  # activations of a run that stay on a device; more wait on the host
+HELD_BYTES = 256 << 20  # activations of a run that stay on a device; more wait in the host's pinned memory
 SCALE = "ln_final.hook_scale"
 BLOCK = 64
 MOST = 3
@@ -49,8 +50,12 @@ def is_component(node: Node) -> bool:
     return not node.site.startswith("resid_")
 
 
+def vocab_bytes(model: Model) -> int:
+    return VOCAB_BYTES if model.final_device.type == "cpu" else int(WIDER * VOCAB_BYTES)
+
+
 def rows_at_once(model: Model) -> int:
-    return max(1, VOCAB_BYTES // (4 * model.info.d_vocab))
+    return max(1, vocab_bytes(model) // (4 * model.info.d_vocab))
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -102,23 +107,39 @@ def names_of(model: Model, nodes: list[Node]) -> list[str]:
 
 
 class Reader:
-    """The logits of points on one run, a few points and positions at a time: first `go` to the positions. A long prompt's activations wait on the host."""
+    """
+    The logits of points on one run, a few points and positions at a time: first `go` to the positions, among the `places` that are asked for at all.
+    Where the whole prompt's activations are large, only those of these places are held, and wait on the host where they too are large.
+    """
 
-    def __init__(self, runs: Runs, which: str, nodes: list[Node], lens: Translators | None):
+    def __init__(self, runs: Runs, which: str, nodes: list[Node], lens: Translators | None, places: list[int]):
         self.model, self.nodes, self.lens = runs.model, nodes, lens
-        names, info = names_of(runs.model, nodes), runs.model.info
-        need = len(names) * len(runs.row(which).ids) * info.d_model * t.finfo(runs.model.dtype).bits // 8
-        self.on_host = runs.model.final_device.type != "cpu" and need > HELD_BYTES
+        names = names_of(runs.model, nodes)
+        each = len(names) * runs.model.info.d_model * t.finfo(runs.model.dtype).bits // 8
+        large = lambda n: runs.model.final_device.type != "cpu" and n * each > HELD_BYTES  # noqa: E731
+        self.on_host = large(len(places))
         self.acts: dict[str, Tensor] = {}
-        if self.on_host:
-            runs.visit(which, names, lambda name, x: self.acts.__setitem__(name, x.cpu()))
-        else:
+        self.where: dict[int, int] | None = None  # the row of every place held, where not all are
+        if not large(len(runs.row(which).ids)):
             self.acts = runs.trace(which, names)
+            return
+        self.where = {p: i for i, p in enumerate(places)}
+        runs.visit(which, names, lambda name, x: self.acts.__setitem__(name, self.held(x[:, places])))
+        if self.on_host and runs.model.device.type == "cuda":
+            t.cuda.synchronize()
+
+    def held(self, x: Tensor) -> Tensor:
+        if not self.on_host:
+            return x
+        pinned = x.device.type == "cuda" and t.cuda.is_initialized()
+        return t.empty(x.shape, dtype=x.dtype, pin_memory=pinned).copy_(x, non_blocking=True)
 
     def go(self, places: Tensor) -> None:
         """To some positions: what is read of them goes to the device here."""
-        self.n, places = len(places), {x.device: places.to(x.device) for x in self.acts.values()}
-        self.rows = {name: x[0][places[x.device]] for name, x in self.acts.items()}
+        self.n = len(places)
+        rows = places if self.where is None else t.tensor([self.where[p] for p in places.tolist()])
+        on = {x.device: rows.to(x.device) for x in self.acts.values()}
+        self.rows = {name: x[0][on[x.device]] for name, x in self.acts.items()}
         if self.on_host:
             self.rows = {name: x.to(self.model.final_device) for name, x in self.rows.items()}
 
@@ -149,9 +170,10 @@ class Reader:
     def logits(self, start: int, stop: int) -> Tensor:
         """fp32 [points x places, vocab]; a component's without b_U and before the soft cap."""
         model, nodes = self.model, self.nodes[start:stop]
-        normed = t.cat([self.normed(n) for n in nodes])
         if not any(is_component(n) for n in nodes):
-            return model.unembed(normed)
+            rows = [self.rows[hook_name(model, n)].to(model.final_device) for n in nodes]
+            return model.unembed(model.norm(t.cat(rows)) if self.lens is None else t.cat([self.normed(n) for n in nodes]))
+        normed = t.cat([self.normed(n) for n in nodes])
         direct = model.scores(normed)
         direct -= model.scores(t.zeros_like(normed[:1]))
         for i, node in enumerate(nodes):
@@ -196,6 +218,11 @@ def promoted(z: Tensor, lse: Tensor, nodes: list[Node], before: tuple[Tensor, Te
     """
     n, most = len(z) // len(nodes), min(MOST, z.shape[-1])
     change, offset = t.empty_like(z), t.zeros_like(lse)
+    if before is not None and not any(is_component(node) for node in nodes):
+        t.sub(z[:n], before[0], out=change[:n])
+        t.sub(z[n:], z[:-n], out=change[n:])
+        offset = t.cat([before[1], lse[:-n]]) - lse
+        nodes = []
     for i, node in enumerate(nodes):
         here = slice(i * n, (i + 1) * n)
         if is_component(node):
@@ -208,6 +235,7 @@ def promoted(z: Tensor, lse: Tensor, nodes: list[Node], before: tuple[Tensor, Te
             offset[here] = before[1] - lse[here]
         before = z[here], lse[here]
     (up, up_ids), (down, down_ids) = largest(change, most), largest(change, most, False)
+    up_ids, down_ids = (ids.masked_fill(offset.isnan()[:, None], 0) for ids in (up_ids, down_ids))
     return {"up_ids": up_ids, "up_values": up + offset[:, None], "down_ids": down_ids, "down_values": down + offset[:, None]}
 
 
@@ -277,7 +305,7 @@ def read_lens(runs: Runs, ask) -> Generator[Progress | LensResult, None, LensRes
     what = "the prompt" if which == "now" else f"the {which} prompt"
     places = list(dict.fromkeys(find_position(p, row, what) for p in ask.positions)) or list(range(len(row.ids)))
     with_pair, convention = others(runs, which, ask.pair), lens_convention(runs, nodes, lens)
-    readers = {r: Reader(runs, r, nodes, lens) for r in dict.fromkeys((which, *with_pair))}
+    readers = {r: Reader(runs, r, nodes, lens, places) for r in dict.fromkeys((which, *with_pair))}
     block = min(rows_at_once(model), len(places))
     table: list[dict[str, np.ndarray]] = []  # one for every stretch of positions, [point, place, ...]
 
@@ -290,7 +318,7 @@ def read_lens(runs: Runs, ask) -> Generator[Progress | LensResult, None, LensRes
         here = t.tensor(places[begin : begin + block])
         work, groups = stretch(runs, which, readers, nodes, here, ask.k), []
         shown = 0
-        for part in in_chunks(len(nodes), max(1, min(CHUNK_BYTES, VOCAB_BYTES) // (4 * model.info.d_vocab * len(here))), work):
+        for part in in_chunks(len(nodes), max(1, min(CHUNK_BYTES, vocab_bytes(model)) // (4 * model.info.d_vocab * len(here))), work):
             if isinstance(part, Progress):
                 yield part
                 continue
@@ -388,53 +416,96 @@ def measure(kind: str, row: Tensor, clean: Tensor, nll: np.ndarray, answers: lis
     raise AssertionError(kind)
 
 
-def side(runs: Runs, which: str, k: int) -> Generator[Progress, None, Side]:
-    """One run's top tokens and metric, each row of logits made once; remembered, so that a key does not make clean and corrupted again."""
-    model, row, metric = runs.model, runs.row(which), runs.study.metric
-    pos = 0 if metric.kind == "loss" else runs.metric_position(which)
-    done = runs.done if which == "now" else ()
-    key = (row.ids, done, k, metric.kind, pos, tuple(runs.answers), tuple(runs.foils), runs.row("clean").ids if metric.kind == "kl" else None)
-    if key in model.cache.sides:
-        return replace(model.cache.sides[key], tokens=row)
-    last = runs.trace(which, [FINAL])[FINAL][0]
-    target = t.tensor([*row.ids[1:], 0], device=last.device)
-    clean = last[:1]
-    if metric.kind == "kl":
-        clean = runs.trace("clean", [FINAL])[FINAL][0][runs.metric_position("clean")][None]
+class SideReading:
+    """
+    One run's top tokens at ever more positions, and its metric: the metric's position and the last one first. Each row of logits is made once; a
+    finished side is remembered, so that a key does not make clean and corrupted again. Not yet read: token -1, NaN.
+    """
+
+    def __init__(self, runs: Runs, which: str, k: int):
+        model, row, metric = runs.model, runs.row(which), runs.study.metric
+        self.runs, self.which, self.row, self.loss = runs, which, row, metric.kind == "loss"
+        self.pos = 0 if self.loss else runs.metric_position(which)
+        self.clean_ids = runs.row("clean").ids if metric.kind == "kl" else None
+        self.key = (row.ids, runs.done if which == "now" else (), k, metric.kind, self.pos, tuple(runs.answers), tuple(runs.foils), self.clean_ids)
+        self.done = model.cache.sides.get(self.key)
+        if self.done is None:
+            shape = (len(row.ids), min(k, model.info.d_vocab))
+            self.ids, self.probs, self.logits = np.full(shape, -1, np.int32), *(np.full(shape, np.nan, np.float32) for _ in range(2))
+            self.nll, self.metric = np.full(shape[0], np.nan), None
+            self.last = runs.trace(which, [FINAL])[FINAL][0]
+            self.order = list(dict.fromkeys((self.pos, shape[0] - 1, *range(shape[0]))))
+
+    @property
+    def side(self) -> Side:
+        return replace(self.done, tokens=self.row) if self.done else Side(self.row, self.ids.copy(), self.probs.copy(), self.logits.copy(), self.metric)
 
     @t.no_grad()
-    def work(start: int, stop: int) -> tuple[list[np.ndarray], Tensor | None]:
-        logits = model.unembed(last[start:stop])
-        top, lse = logits.topk(min(k, logits.shape[-1]), -1), logits.logsumexp(-1, keepdim=True)
-        nll = lse - logits.gather(-1, target[start:stop, None])
-        arrays = [x.cpu().numpy() for x in (top.indices.int(), (top.values - lse).exp(), top.values, nll[:, 0].double())]
-        return arrays, logits[pos - start].clone() if start <= pos < stop else None
+    def read(self, places: list[int]) -> None:
+        model, device = self.runs.model, self.last.device
+        logits = model.unembed(self.last[t.tensor(places, device=device)])
+        (values, ids), lse = largest(logits, self.ids.shape[1]), logits.logsumexp(-1, keepdim=True)
+        numbers = [(values - lse).exp(), values]
+        if self.loss:
+            target = t.tensor([*self.row.ids[1:], 0])[places].to(device)
+            numbers.append(lse - logits.gather(-1, target[:, None]))
+        host, k = t.cat([*(x.float().view(t.int32) for x in numbers), ids.int()], -1).cpu().numpy(), self.ids.shape[1]
+        probs, values, nll = (np.ascontiguousarray(x).view(np.float32) for x in np.split(host[:, :-k], [k, 2 * k], 1))
+        self.ids[places], self.probs[places], self.logits[places] = host[:, -k:], probs, values
+        if not np.isfinite(values).all():
+            raise UserError(f"the logits of the {self.which} run are not finite: load the model in float32")
+        if self.loss:
+            self.nll[places] = nll[:, 0]
+        elif self.pos in places:
+            self.measure(logits[places.index(self.pos)])
 
-    parts = []
-    for part in in_chunks(len(row.ids), rows_at_once(model), work):
-        if isinstance(part, Progress):
-            yield part
-        else:
-            parts.append(part)
-    ids, probs, logits, nll = (np.concatenate(p) for p in zip(*(arrays for arrays, _ in parts)))
-    if not np.isfinite(logits).all():
-        raise UserError(f"the logits of the {which} run are not finite: load the model in float32")
-    at = next(x for _, x in parts if x is not None)
-    value = measure(metric.kind, at, model.unembed(clean)[0] if metric.kind == "kl" else at, nll[:-1], runs.answers, runs.foils)
-    if len(model.cache.sides) >= 64:
-        model.cache.sides.pop(next(iter(model.cache.sides)))
-    model.cache.sides[key] = Side(row, ids, probs, logits, value)
-    return model.cache.sides[key]
+    def measure(self, row: Tensor) -> None:
+        runs, clean = self.runs, row
+        if runs.study.metric.kind == "kl":
+            clean = runs.model.unembed(runs.trace("clean", [FINAL])[FINAL][0][runs.metric_position("clean")][None])[0]
+        self.metric = measure(runs.study.metric.kind, row, clean, self.nll[:-1], runs.answers, runs.foils)
+
+    def steps(self, first: bool) -> Generator[Progress | None]:
+        """Read what comes first (all of a short prompt), or what is left; None after each chunk."""
+        if self.done:
+            return
+        size, few = rows_at_once(self.runs.model), len({self.pos, len(self.row.ids) - 1})
+        if not first or self.loss or len(self.order) <= size:
+            few = len(self.order)
+        todo, self.order = self.order[:few], self.order[few:]
+        yield from in_chunks(len(todo), size, lambda start, stop: self.read(todo[start:stop]))
+        if not self.order:
+            if self.loss:
+                self.measure(self.last[0])
+            sides = self.runs.model.cache.sides
+            if len(sides) >= 64:
+                sides.pop(next(iter(sides)))
+            self.done = sides[self.key] = self.side
 
 
-def run(runs: Runs, k: int) -> Generator[Progress, None, RunResult]:
-    """Clean, corrupted and now, each with its likeliest next tokens and the metric; raw and normalised."""
+def run(runs: Runs, k: int) -> Generator[Progress | RunResult, None, RunResult]:
+    """
+    Clean, corrupted and now, each with its likeliest next tokens and the metric; raw and normalised. Of a long prompt, partial results at first: the
+    metric's position and the last one, then ever more.
+    """
     if k < 1:
         raise UserError("k must be at least 1")
-    metric = runs.study.metric
-    clean = yield from side(runs, "clean", k)
-    corrupt = (yield from side(runs, "corrupt", k)) if runs.rows["corrupt"] is not None else None
-    now = (clean if runs.study.base == "clean" else corrupt) if not runs.edits else (yield from side(runs, "now", k))
+    sides = {w: SideReading(runs, w, k) for w in ("clean", "corrupt", "now") if runs.rows[w] is not None and (w != "now" or runs.edits)}
+    for reading in sides.values():
+        yield from (part for part in reading.steps(True) if part)
+    if any(not reading.done for reading in sides.values()):
+        yield run_result(runs, sides)
+    for reading in sides.values():
+        for part in reading.steps(False):
+            yield part or run_result(runs, sides)
+    return run_result(runs, sides)
+
+
+def run_result(runs: Runs, readings: dict[str, SideReading]) -> RunResult:
+    """What is known of the runs."""
+    metric, found = runs.study.metric, {w: r.side for w, r in readings.items()}
+    clean, corrupt = found["clean"], found.get("corrupt")
+    now = found.get("now", clean if runs.study.base == "clean" else corrupt)
     normalised, warning = None, ""
     if now.metric is None:
         warning = f"{metric.kind} needs " + ("a prompt of two tokens" if metric.kind == "loss" else "an answer" if not runs.answers else "a foil")
@@ -449,7 +520,7 @@ def run(runs: Runs, k: int) -> Generator[Progress, None, RunResult]:
             if abs(gap) < 0.05 * max(abs(clean.metric), abs(corrupt.metric)):
                 warning = f"small denominator: clean and corrupted differ by {gap:+.3g} only"
     sides = [s for s in (clean, corrupt, now) if s is not None]
-    words = texts(runs.model, np.concatenate([s.top_ids.ravel() for s in sides]))
+    words = texts(runs.model, np.concatenate([s.top_ids[s.top_ids >= 0] for s in sides]))
     place = "" if metric.kind == "loss" else f" at {metric.pos}"
     parts = [f"{metric.kind}{place}", "normalised: corrupted = 0, clean = 1", f"raw weights, {runs.model.info.dtype}", runs.convention]
     return RunResult(clean, corrupt, now, normalised, warning, words, ", ".join(p for p in parts if p), tuple(runs.answers), tuple(runs.foils))

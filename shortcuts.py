@@ -8,8 +8,11 @@ from contextlib import contextmanager
 
 import torch as t
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformer_lens.model_bridge.generalized_components.normalization import NormalizationBridge
 from transformers.activations import NewGELUActivation
+
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # not cuDNN's, which plans anew for every shape: seconds in a sweep
 
 
 @contextmanager
@@ -103,7 +106,8 @@ def quick_attention(attention: t.nn.Module) -> Generator:
     before = inner.config._attn_implementation
     attention.__dict__["forward"], inner.config._attn_implementation = inner, "sdpa"
     try:
-        yield
+        with sdpa_kernel(KERNELS):
+            yield
     finally:
         attention.__dict__.pop("forward", None)
         inner.config._attn_implementation = before

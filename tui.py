@@ -322,6 +322,8 @@ class Loupe(Deeds, Quests, Circuits, Dictionaries, App):
                 parts.append(part)
                 part = pictures.joined(parts)
             self.have[slot] = (("partial", request), part)
+            if isinstance(part, RunResult):
+                self.clamp()
             if time.monotonic() - drawn[0] > 0.3:  # at most a few pictures a second over the wire to the terminal
                 drawn[0] = time.monotonic()
                 self.draw()
@@ -416,6 +418,7 @@ class Loupe(Deeds, Quests, Circuits, Dictionaries, App):
     def counted(self) -> bool:
         """Whether the tokens at hand are those of the prompt in the state, so that positions can be asked for."""
         request = self.have.get("run", (None,))[0]
+        request = request[1] if isinstance(request, tuple) else request
         return (
             bool(self.length()) and isinstance(request, Run) and request.study.prompt.clean == self.state.prompt.clean and request.study.base == self.state.base
         )
@@ -500,7 +503,7 @@ class Loupe(Deeds, Quests, Circuits, Dictionaries, App):
         w, c, colour = self.size.width, self.cursor, self.state.views["mode"] != "shade"
         error = self.error("run")
         lines = [pictures.model_line(self.info, s.model.model, self.busy, self.memory)]
-        metric = pictures.metric_line(run, s.metric.kind, str(s.metric.pos), RUN_NAMES[s.base], self.stale("run"), w)
+        metric = pictures.metric_line(run, s.metric.kind, str(s.metric.pos), RUN_NAMES[s.base], self.fresh("run", RunResult) is None, w)
         dropped = self.state.prompt.answers and not self.study.prompt.answers
         if dropped:
             metric = [(f" {s.metric.kind} —  an answer or foil is not one token in this model: t edits them", WARN)]

@@ -9,6 +9,7 @@ import json
 import re
 import signal
 import sys
+import time
 import typing
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -230,6 +231,19 @@ def tables() -> dict[type, Callable[[Console, object], None]]:
     return {kind: show for part in techniques.parts("command") for kind, show in part.SHOW.items()}
 
 
+def shower(errors: Console) -> Callable[[object], None]:
+    """Prints progress: all of it on a terminal, elsewhere (a log of a batch job) a line every ten seconds."""
+    last = time.monotonic()
+
+    def show(part: object) -> None:
+        nonlocal last
+        if isinstance(part, Progress) and part.text and (errors.is_terminal or time.monotonic() - last >= 10):
+            errors.print(plain(part.text, GRAY), soft_wrap=True)
+            last = time.monotonic()
+
+    return show
+
+
 @contextmanager
 def interruptible(show: Callable[[object], None]) -> Generator[Callable[[object], None]]:
     """Ctrl-C ends a fit after the step it is at, so that its checkpoint is whole; a second one ends it at once."""
@@ -272,11 +286,7 @@ def run(command: ModelOptions, engine, show: Callable[[object], None], errors: C
 def main(args: list[str] | None, engine: Callable[[], object], serve: Callable[[], None]) -> int:
     """0, or 1 when an identity is broken, or 2 for input that can't be used, or 130 after Ctrl-C."""
     errors = Console(stderr=True, highlight=False)
-
-    def show(part: object) -> None:
-        if isinstance(part, Progress) and part.text and errors.is_terminal:
-            errors.print(plain(part.text, GRAY))
-
+    show = shower(errors)
     try:
         command = read_command(sys.argv[1:] if args is None else args)
         if isinstance(command, ServeCommand):

@@ -293,11 +293,11 @@ def test_half_precision(engines, half, arch, dtype):
     own, full = half[arch, dtype], engines[arch]
     for method in ("eap", "eap-ig", "eap-ig-activations", "clean-corrupted"):
         a, b = (e.run(Discover(STUDY, method, edges=20, steps=2)).scores for e in (own, full))
-        assert np.corrcoef(a, b)[0, 1] > 0.99 and np.abs(a - b).max() < 0.1 * np.abs(b).max(), method
+        assert np.corrcoef(a, b)[0, 1] > 0.99 and np.abs(a - b).max() < 0.15 * np.abs(b).max(), method
     circuit = full.run(Discover(STUDY, "eap", edges=60)).circuit
     for rest in ("patch", "zero"):
         a, b = (e.run(Score(STUDY, circuit, ("faithfulness", "effects"), rest)) for e in (own, full))
-        size = max(abs(b.model.mean), abs(b.alone.mean), abs(b.empty.mean))
+        size = max(1, abs(b.model.mean), abs(b.alone.mean), abs(b.empty.mean))
         for x, y in ((a.model, b.model), (a.alone, b.alone), (a.empty, b.empty)):
             assert x.mean == pytest.approx(y.mean, abs=0.1 * size), rest
     assert own.run(Discover(STUDY, "acdc", threshold=0.3)).scores.size == len(all_edges(own.model.info))

@@ -36,9 +36,9 @@ CIRCLES = (
 )
 MODULE, CLASS, FUNCTION = 500, 300, 60  # lines at most
 LARGE_MODULES = {
-    "deeds": 554, "features": 570, "model": 808, "panes": 664, "saes": 580, "sweeps": 605, "tui": 650, "widgets": 598,
+    "deeds": 554, "features": 570, "lens": 530, "model": 815, "panes": 664, "saes": 582, "sweeps": 608, "tui": 653, "widgets": 598,
 }  # fmt: skip
-LARGE_CLASSES = {"Circuits": 316, "CircuitPane": 317, "Deeds": 521, "Model": 423, "Quests": 385, "Base": 324, "Loupe": 491}
+LARGE_CLASSES = {"Circuits": 316, "CircuitPane": 317, "Deeds": 521, "Model": 423, "Quests": 385, "Base": 324, "Loupe": 494}
 LARGE_FUNCTIONS = {"acdc": 63, "FeaturePane.paint": 65, "fit": 89, "tune": 74}
 
 

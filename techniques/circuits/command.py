@@ -81,7 +81,7 @@ class CompareCommand(options(Compare, hide=("circuit", "other", "published", "ed
 
 
 @dataclass
-class CircuitCommand(options(Score, hide=("circuit", "what", "edges", "positions", "subsets", "greedy", "seed"), unused=DO)):
+class CircuitCommand(options(Score, hide=("circuit", "what", "edges", "positions", "subsets", "greedy", "seed", "samples", "dry"), unused=DO)):
     """Turn a circuit's file into text, Graphviz, Mermaid, a table, or a TransformerLens script."""
 
     circuit: str = ""
@@ -112,6 +112,8 @@ def said(x: Interval) -> str:
 
 def show_score(out: Console, r: ScoreResult) -> None:
     out.print(plain(f"{r.circuit.name}: faithfulness {said(r.faithfulness)}", CYAN))
+    if r.dry:
+        out.print(plain(f"the scores: {r.sets:,} sets, about {r.expected:.1f} s", CYAN))
     out.print(plain(f"F model {said(r.model)}  circuit alone {said(r.alone)}  nothing {said(r.empty)}"))
     if r.effects.size or r.minimal.size:
         rows = table("parts", "part", "alone away", "minimality", "with K away too")

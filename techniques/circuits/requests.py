@@ -66,7 +66,8 @@ class Score:
     """
     How good a circuit is, over `study.prompt_set` (or the one prompt): `what` of faithfulness, completeness, minimality, effects (each part alone).
     What is not in the circuit is set to `rest` (REST). `edges`: score it by its edges when it has any. `embeds`: the token embeddings always stay.
-    `subsets` random and `greedy` greedy subsets for completeness.
+    `subsets` random and `greedy` greedy subsets for completeness. `samples` (0: no bound): minimality of so many parts and as many tries in a greedy step,
+    drawn with the seed. `dry`: faithfulness and an estimate of the time only.
     """
 
     study: Study
@@ -82,6 +83,10 @@ class Score:
     subsets: int = 20
     greedy: int = 5
     seed: int = 0
+    samples: int = 0
+    """minimality of so many parts, and as many tries in a greedy step, drawn with the seed; 0: all"""
+    dry: bool = False
+    """only faithfulness, and the estimate of the time"""
 
 
 @request
@@ -141,6 +146,8 @@ class ScoreResult:
     Minimality: for each node v its largest |F(C without K) - F(C without K and v)| over the K tried, as a fraction of F(model). `effects` [part]:
     removing this part alone from the whole model, F - F(model), in the metric's unit. Empty where not asked for. `worst` is F(C without K) - F(M without K)
     of the worst K over the prompts; `minimal_low` and `minimal_high` [part] the 95 % interval of each minimality (Student's t; NaN for a single prompt).
+    Where only a sample of the parts was tried the others are NaN, and `minimal_mean` is the mean over all parts as the sample tells it. `sets` of nodes or
+    edges were (`dry`: would be) cut, which was expected to take `expected` seconds.
     """
 
     circuit: Circuit
@@ -163,6 +170,10 @@ class ScoreResult:
     worst: Interval | None = None
     minimal_low: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     minimal_high: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    minimal_mean: Interval | None = None
+    sets: int = 0
+    expected: float = float("nan")
+    dry: bool = False
 
 
 @message

@@ -21,7 +21,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Side:
-    """One run: its tokens, the k likeliest next tokens at each position with their probabilities and logits [seq, k], and its metric."""
+    """
+    One run: its tokens, the k likeliest next tokens at each position with their probabilities and logits [seq, k], and its metric. In a partial
+    result, where not yet read: token -1, NaN.
+    """
 
     tokens: TokenRow
     top_ids: np.ndarray

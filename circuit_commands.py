@@ -40,10 +40,12 @@ class PathCommand(Options):
     mean: bool = False
     """over --set, with statistics"""
     chunk_mb: int = 0
+    dry: bool = False
+    """only the first paths, and the estimate of the time"""
 
     def request(self) -> PathPatch:
         receivers = () if self.each == "receiver" else self.receiver
-        return PathPatch(self.study(), self.sender, receivers, self.each, self.convention, self.direction, self.by_pos, self.mean, self.chunk_mb)
+        return PathPatch(self.study(), self.sender, receivers, self.each, self.convention, self.direction, self.by_pos, self.mean, self.chunk_mb, self.dry)
 
 
 @dataclass

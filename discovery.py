@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 import torch as t
 
-from edge_index import edge_index
+from edge_index import EdgeIndex, edge_index
 from edges import EMBED, EdgeRun, edge_runs, gather, time_left
 from messages import METRICS, Progress, UserError, parse_node
 from model import Model
@@ -43,12 +43,21 @@ def discover(model: Model, ask: Discover) -> Generator[Progress, None, DiscoverR
     return (yield from (acdc if ask.method == "acdc" else attribute)(model, ask, runs, begun))
 
 
-def pace(runs: list[EdgeRun], edges: int) -> tuple[float, float]:
-    """Seconds of one set of so many kept edges, for all prompts, in a batch; and of one pass for gradients. What is slow the first time is not counted."""
-    rng, cut, index = np.random.default_rng(0), 0.0, runs[0].index
-    places = np.argwhere(index.exists)
-    kept = [places[rng.choice(len(places), min(edges, len(places)), replace=False)] for _ in range(4)]
-    masks = [without(index.exists, *k.T, False) for k in kept]
+def some_kept(index: EdgeIndex, edges: int) -> list[np.ndarray]:
+    """A few masks that keep so many edges, drawn at random."""
+    rng, places = np.random.default_rng(0), np.argwhere(index.exists)
+    return [without(index.exists, *places[rng.choice(len(places), min(edges, len(places)), replace=False)].T, False) for _ in range(4)]
+
+
+def half_way(index: EdgeIndex) -> list[np.ndarray]:
+    """Masks as ACDC's are on the way: of late receivers one edge in ten is left, of early ones all."""
+    rng, late = np.random.default_rng(0), np.arange(len(index.readers))[:, None] / len(index.readers)
+    return [index.exists & (late > share) & (rng.random(index.exists.shape) < 0.9) for share in (0.2, 0.4, 0.6, 0.8)]
+
+
+def pace(runs: list[EdgeRun], masks: list[np.ndarray]) -> tuple[float, float]:
+    """Seconds of one set of cut edges, for all prompts, in a batch; and of one pass for gradients. What is slow the first time is not counted."""
+    cut = 0.0
     runs[0].metrics(masks[:1])
     for run in runs:
         some = masks[: max(1, int(run.limit // run.set_bytes(masks[:1])))]
@@ -68,7 +77,7 @@ def pace(runs: list[EdgeRun], edges: int) -> tuple[float, float]:
 
 def attribute(model: Model, ask: Discover, runs: list[EdgeRun], begun: float) -> Generator[Progress, None, DiscoverResult]:
     index = edge_index(model.info)
-    cut, gradient = pace(runs, ask.edges)
+    cut, gradient = pace(runs, some_kept(index, ask.edges))
     passes = {"eap": 1, "clean-corrupted": 2, "eap-ig": ask.steps, "eap-ig-activations": ask.steps * (2 * model.info.n_layers + 1)}[ask.method]
     counts = [c for c in COUNTS if c < ask.edges] + [ask.edges]
     expected = time.monotonic() - begun + passes * gradient + cut * (len(counts) + 1)
@@ -166,7 +175,7 @@ def acdc(model: Model, ask: Discover, runs: list[EdgeRun], begun: float) -> Gene
     index = edge_index(model.info)
     rows, columns = (x[::-1] for x in np.nonzero(index.exists))
     total = len(rows)
-    expected = time.monotonic() - begun + pace(runs, total // 2)[0] * total
+    expected = time.monotonic() - begun + pace(runs, half_way(index))[0] * total
     if ask.dry:
         return result(model, ask, (), np.zeros(0), (), np.zeros(0), np.zeros(0), expected, begun, "")
     base = float(gather(runs, [r.value for r in runs]).mean())

@@ -43,7 +43,7 @@ def test_bytes(engines, arch):
         run = ended(edge_runs(model, study, "patch"))[0]
         living.most = living.now
         run.slopes(run.change())
-    assert 0.6 < living.most / (2 * prompt_bytes(model.info, run.seq, 4)) < 1.2
+    assert 0.4 < living.most / (2 * prompt_bytes(model.info, run.seq, 4)) < 1.1
     for share in (0.0, 0.02, 0.5):
         cut = run.index.exists & (np.random.default_rng(0).random(run.index.exists.shape) >= share)
         with Living(model) as living:

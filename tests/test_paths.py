@@ -136,6 +136,12 @@ def test_positions_and_sets(engines):
     assert np.allclose(whole.values, small.values, atol=1e-5, equal_nan=True)
 
 
+def test_an_estimate_runs_the_first_paths(engines):
+    study = Study(IOI[0], prompt_set=IOI)
+    dry = engines["zoo"].run(PathPatch(study, receivers=("L3H3.v",), over_set=True, chunk_mb=1, dry=True))
+    assert 0 < dry.done < dry.total and "the whole table: about" in dry.warning
+
+
 @pytest.mark.parametrize(
     ("ask", "words"),
     [

@@ -41,7 +41,8 @@ class PathPatch:
     """
     Path patching: senders (empty: every head and MLP, and embed) to receivers (L2H3.q, L3.mlp, logits; together). A cell is one sender, and with
     `each` "receiver" one receiver (then `receivers` empty: all that come after). `direction` "noise": the clean run, where the path carries the
-    corrupted value; "denoise" the reverse. `by_pos`: senders one position at a time. `node` @ positions are honoured. Answer: SweepResult, kind "path".
+    corrupted value; "denoise" the reverse. `by_pos`: senders one position at a time. `node` @ positions are honoured. `dry`: the first paths only, with an
+    estimate of the time as the warning. Answer: SweepResult, kind "path".
     """
 
     study: Study
@@ -59,6 +60,8 @@ class PathPatch:
     over_set: bool = False
     """over --set, with statistics"""
     chunk_mb: int = 0
+    dry: bool = False
+    """only the first paths, and the estimate of the time"""
 
 
 @request

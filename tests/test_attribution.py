@@ -12,7 +12,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis import direct_logit_attribution
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import commands
+from engine import main
 from messages import (
     WHICH,
     AttentionSet,
@@ -480,7 +480,7 @@ def test_command_line(capsys, folders, tmp_path):
     options = ["--model", str(folders["llama"]), "--clean", CLEAN, "--corrupt", CORRUPT, "--answer", " Mary", "--foil", " John"]
 
     def run(*args: str) -> str:
-        assert commands.main([*args, *options]) == 0
+        assert main([*args, *options]) == 0
         return capsys.readouterr().out
 
     got = json.loads(run("attribution", "--json", "--which", "clean-corrupt"))
@@ -496,9 +496,9 @@ def test_command_line(capsys, folders, tmp_path):
     assert json.loads(run("attention", "--weighted", "--json"))["weighted"] is True
     assert json.loads(run("detect", "--cells", "14,2", "9,4", "--json"))["cells"] == [[9, 4], [14, 2]]
     assert "attention to the previous token" in run("detect")
-    assert commands.main(["detect", "--cells", "14", *options]) == 2
+    assert main(["detect", "--cells", "14", *options]) == 2
     assert "destination,source pairs" in capsys.readouterr().err
-    assert commands.main(["attribution", "--by", "embed", *options]) == 2
+    assert main(["attribution", "--by", "embed", *options]) == 2
     assert "--by takes a head" in capsys.readouterr().err
 
 

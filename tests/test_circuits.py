@@ -220,6 +220,7 @@ def test_eap_on_transformer_lens_own_model(engines, folders, arch):
     np.testing.assert_allclose(found.scores, want, atol=1e-4 * max(1, *map(abs, want)))
 
 
+@pytest.mark.slow
 def test_attribution_ranks_edges_as_cutting_them_does(engines):
     """Rank correlation of EAP-IG with every edge really cut, on the zoo's IOI prompts."""
     zoo, study = engines["zoo"], replace(SET, prompt_set=IOI[:4])
@@ -232,6 +233,7 @@ def test_attribution_ranks_edges_as_cutting_them_does(engines):
     assert np.corrcoef(true, found.scores)[0, 1] > 0.7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["eap", "eap-ig", "eap-ig-activations", "clean-corrupted"])
 def test_attribution_on_the_zoo(engines, method):
     found = engines["zoo"].run(Discover(SET, method, edges=60))
@@ -240,6 +242,7 @@ def test_attribution_on_the_zoo(engines, method):
     assert engines["zoo"].run(Discover(SET, method, dry=True)).expected > 0
 
 
+@pytest.mark.slow
 def test_acdc_finds_the_induction_circuit(engines):
     """With the mean in place of what is cut: the previous-token heads, the induction heads and edges between them."""
     found = engines["zoo"].run(Discover(Study(INDUCTION[0], prompt_set=INDUCTION), "acdc", threshold=0.1, rest="mean"))
@@ -248,6 +251,7 @@ def test_acdc_finds_the_induction_circuit(engines):
     assert found.score > 0.85
 
 
+@pytest.mark.slow
 def test_circuits_of_ioi_are_small_and_faithful(engines):
     zoo = engines["zoo"]
     found = zoo.run(Discover(SET, "acdc", threshold=0.15))
@@ -258,6 +262,7 @@ def test_circuits_of_ioi_are_small_and_faithful(engines):
     assert zoo.run(Discover(SET, "greedy", rest="patch", nodes=3)).counts.min() == 0
 
 
+@pytest.mark.slow
 def test_a_chain_of_removals_is_one_after_the_other(engines, monkeypatch):
     """ACDC's batches change nothing: the same circuit with chains of one edge."""
     import discovery
@@ -403,6 +408,7 @@ def printed_by(code: str) -> float:
     return float(out.getvalue().split("faithfulness")[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edges", [False, True])
 def test_the_script_prints_the_same_faithfulness(engines, edges):
     zoo = engines["zoo"]
@@ -413,6 +419,7 @@ def test_the_script_prints_the_same_faithfulness(engines, edges):
     assert printed_by(drawings.circuit_script(circuit, SET, zoo.model.info, Load(), rest, mlps, result)) == pytest.approx(result.faithfulness.mean, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rest, kept", [("patch", True), ("mean", False), ("mean_all", True), ("zero", False)])
 def test_the_script_of_features(engines, rest, kept):
     zoo, study = engines["zoo"], replace(SET, saes=("zoo/L2.resid_post", "zoo/L1.resid_post"), sae_error=kept)
@@ -451,19 +458,21 @@ def test_compare():
 
 def test_progress_in_a_log(capsys, monkeypatch):
     """Where stderr is no terminal a line comes every ten seconds."""
-    import commands
     from rich.console import Console
 
+    from techniques import shell
+
     now = [0.0]
-    monkeypatch.setattr(commands.time, "monotonic", lambda: now[0])
-    show = commands.shower(Console(stderr=True, highlight=False))
+    monkeypatch.setattr(shell.time, "monotonic", lambda: now[0])
+    show = shell.shower(Console(stderr=True, highlight=False))
     for now[0] in range(0, 35, 3):
         show(Progress(int(now[0]), 35, f"at {now[0]}"))
     assert capsys.readouterr().err.split("\n")[:-1] == ["at 12", "at 24"]
 
 
+@pytest.mark.slow
 def test_command_line(capsys, tmp_path):
-    from commands import main
+    from engine import main
 
     data = str(ROOT / "zoo" / "prompts" / "ioi_abba.jsonl")
     small = tmp_path / "small.jsonl"

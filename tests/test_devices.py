@@ -7,11 +7,10 @@ import pytest
 import torch as t
 from conftest import CLEAN
 
-import commands
 import devices
 import pictures
 from devices import driver_version, filled_by_others, pick_device, unused_gpu
-from engine import Engine
+from engine import Engine, main
 from messages import Load, UserError
 
 CLOSED = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.161.08  Sat Feb 24 12:01:03 UTC 2024\nGCC version:  gcc version 12.2.0 (Debian)\n"
@@ -112,9 +111,9 @@ def test_it_is_said_when_the_device_is_auto(driver, folders, capsys):
     assert Engine(Load(folder, device="cpu")).model.info.warning == ""
     top = pictures.model_line(info, folder, "", (0, 0, 0))
     assert (f" {info.warning} ·", pictures.WARN) in top
-    assert commands.main(["run", "--model", folder, "--clean", CLEAN, "--json"]) == 0
+    assert main(["run", "--model", folder, "--clean", CLEAN, "--json"]) == 0
     assert info.warning in capsys.readouterr().err
-    assert commands.main(["run", "--model", folder, "--clean", CLEAN, "--device", "cuda"]) == 2
+    assert main(["run", "--model", folder, "--clean", CLEAN, "--device", "cuda"]) == 2
     assert info.warning in capsys.readouterr().err
     old = {f.name: getattr(info, f.name) for f in dataclasses.fields(info) if f.name != "warning"}
     assert type(info)(**old).warning == ""

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from conftest import CLEAN, CORRUPT, PROMPT, SHORT
 
-import commands
 import engine as e
 import messages as m
-from engine import Engine, Scheduler
+from engine import Engine, Scheduler, main
 from messages import Attention, Check, Frame, HeadStats, Identities, Lens, Load, Models, Progress, Run, Status, Study, UserError, parse_intervention
 from utils import ROOT
 
@@ -280,6 +279,7 @@ def test_hello_load_run(server, engines):
     assert words[:2] == ["importing torch", "importing TransformerLens"] and any("reading weights" in w for w in words) and "checking" in words
     results = {f.id: f.body for f in frames if f.kind == "result"}
     assert results[1].name == "zoo" and all(c.ok for c in results[1].checks)
+    assert {f.model for f in frames if f.id > 1} == {results[1].key} and {f.model for f in frames if f.kind == "progress" and f.id == 1} == {""}
     here = engines["zoo"]
     want, lens = here.run(Run(Study(PROMPT))), here.run(Lens(Study(PROMPT)))
     np.testing.assert_allclose(results[2].clean.top_logits, want.clean.top_logits, atol=1e-4)
@@ -297,6 +297,16 @@ def test_errors_and_noise_do_not_harm_the_protocol(server):
     assert frames[12].kind == "error" and "no folder at" in frames[12].body.message
     server.ask(Frame("ask", 13, "", 1, Check(PROMPT)))
     assert server.until(13)[-1].body.clean.texts[-1] == " to"
+
+
+def test_a_request_that_can_not_be_read_is_an_error(server):
+    """Of another version or a technique that the engine does not have: said, and the engine goes on."""
+    wrong = m.encode(Frame("ask", 30, "", 1, Check(PROMPT, "diff")))
+    server.process.stdin.write(wrong.replace(b"\xa5Check", b"\xa5Chuck") + wrong.replace(b"\xa4diff", b"\xa4daff").replace(b"\x1e", b"\x1f", 1))
+    server.ask(Frame("ask", 32, "", 1, Status()))
+    frames = {f.id: f for f in server.until(32)}
+    assert frames[30].kind == "error" and "an unknown message 'Chuck'" in frames[30].body.message
+    assert frames[31].kind == "error" and "a Check that can't be read" in frames[31].body.message and frames[32].kind == "result"
 
 
 def test_a_superseded_request(server):
@@ -355,7 +365,7 @@ def test_killed(server):
 
 
 def call(capsys, *args: str) -> tuple[int, str, str]:
-    code = commands.main(list(args))
+    code = main(list(args))
     out = capsys.readouterr()
     return code, out.out, out.err
 

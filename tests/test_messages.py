@@ -50,12 +50,12 @@ requests = st.one_of(
     st.builds(m.Run, studies, small),
     st.builds(m.Lens, studies, st.sampled_from(m.WHICH), st.lists(texts, max_size=3).map(tuple), small),
     st.builds(m.Attention, studies, small, st.sampled_from(m.WHICH)),
-    st.builds(m.HeadStats, studies, st.sampled_from(m.WHICH), texts, st.none() | st.tuples(small, small)),
+    st.builds(m.HeadStats, studies, st.sampled_from(m.WHICH), st.sampled_from(("prompt", "random")), st.none() | st.tuples(small, small)),
     st.builds(m.Identities, studies),
     st.just(m.Status()),
     st.just(m.Models()),
 )
-frames = st.builds(Frame, st.sampled_from(m.KINDS), st.integers(0, 2**40), texts, st.integers(-5, 5), st.none() | requests)
+frames = st.builds(Frame, st.sampled_from(m.KINDS), st.integers(0, 2**40), texts, st.integers(-5, 5), st.none() | requests, texts)
 
 
 @st.composite
@@ -232,14 +232,14 @@ def test_unknown_messages_and_wild_headers():
         return len(head).to_bytes(4, "big") + head
 
     for fields, why in (
-        (("ask", 1, "", 1, "Rocket", {}, []), "unknown message 'Rocket'"),
-        (("shout", 1, "", 1, "", None, []), "kind 'shout'"),
-        (("ask", "one", "", 1, "", None, []), "id 'one'"),
-        (("ask", 1, "", 1, "Load", {"model": 3}, []), "a Load that can't be read"),
-        (("ask", 1, "", 1, "", None, [["<f4", [2**40]]]), "bytes of arrays"),
-        (("ask", 1, "", 1, "", None, [["<f4", [-1]]]), "an array of type"),
-        (("ask", 1, "", 1, "", None, [["|O8", [1]]]), "an array of type"),
-        (("result", 1, "", 1, "AttentionResult", {"tokens": {}, "layer": 0, "pattern": 4, "which": "", "convention": ""}, []), "can't be read"),
+        (("ask", 1, "", 1, "", "Rocket", {}, []), "unknown message 'Rocket'"),
+        (("shout", 1, "", 1, "", "", None, []), "kind 'shout'"),
+        (("ask", "one", "", 1, "", "", None, []), "id 'one'"),
+        (("ask", 1, "", 1, "", "Load", {"model": 3}, []), "a Load that can't be read"),
+        (("ask", 1, "", 1, "", "", None, [["<f4", [2**40]]]), "bytes of arrays"),
+        (("ask", 1, "", 1, "", "", None, [["<f4", [-1]]]), "an array of type"),
+        (("ask", 1, "", 1, "", "", None, [["|O8", [1]]]), "an array of type"),
+        (("result", 1, "", 1, "", "AttentionResult", {"tokens": {}, "layer": 0, "pattern": 4, "which": "", "convention": ""}, []), "can't be read"),
     ):
         with pytest.raises(WireError, match=why):
             read(frame(*fields))

@@ -33,6 +33,7 @@ def everything(info) -> tuple[str, ...]:
     return (*heads, *(f"L{n}.mlp" for n in range(info.n_layers)), "logits")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["noise", "denoise"])
 def test_to_everything_is_activation_patching(engine, direction):
     """All receivers and the logits at once: the sender's whole effect."""

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import training
 import tuned
-from commands import main
+from engine import main
 from messages import Progress, UserError
 from sparse import TrainSae
 from test_tuned import text  # noqa: F401

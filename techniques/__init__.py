@@ -1,0 +1,28 @@
+"""The rooms, one a technique: requests.py (what is asked and answered), analysis.py (torch), pane.py (the screen), command.py (the shell)."""
+
+import importlib
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+from messages import UserError
+from utils import settings
+
+ROOMS = ("output", "lens", "attention", "attribution", "patching", "weights", "circuits", "features", "identities")
+
+
+def rooms() -> tuple[str, ...]:
+    """ROOMS, then the folders that LOUPE_TECHNIQUES in .env names (a colon between two)."""
+    folders = [Path(p).expanduser().resolve() for p in settings().get("LOUPE_TECHNIQUES", "").split(":") if p.strip()]
+    for folder in folders:
+        if not (folder / "requests.py").is_file():
+            raise UserError(f"LOUPE_TECHNIQUES in .env names {folder}, which has no requests.py: name the folder of a technique")
+        if str(folder.parent) not in __path__:
+            __path__.append(str(folder.parent))
+    return (*ROOMS, *(folder.name for folder in folders))
+
+
+def parts(name: str) -> list[ModuleType]:
+    """The module of this name of every room that has one, in the order of the rooms."""
+    paths = [f"{__name__}.{room}.{name}" for room in rooms()]
+    return [importlib.import_module(path) for path in paths if find_spec(path)]

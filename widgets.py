@@ -79,7 +79,10 @@ class Lines(Widget):
             self.refresh()
             return
         changed = [y for y in range(max(len(old), len(new))) if y >= len(old) or y >= len(new) or old[y] != new[y]]
-        self.refresh(*(Region(0, y - top, self.size.width, 1) for y in changed if 0 <= y - top < self.size.height)) if changed and self.size else None
+        if changed and not self.size:  # hidden: what was rendered before must not come back when it is shown again
+            self.refresh()
+        elif changed:
+            self.refresh(*(Region(0, y - top, self.size.width, 1) for y in changed if 0 <= y - top < self.size.height))
 
     def render_line(self, y: int) -> Strip:
         y += self.top
@@ -204,6 +207,7 @@ class GridView(Widget):
             return
         old, self.at = self.at, at
         if not self.size:
+            self.refresh()
             return
         self.layout_cells()
         g = self.grid

@@ -194,6 +194,21 @@ async def test_undoing_a_longer_prompt_leaves_no_cursor_behind(zoo, tmp_path):
         assert app.cursor.pos == 14 and not any(app.requests.error(s) for s in app.requests.wanted) and "sum +8.8358" in shown(app)
 
 
+async def test_a_pane_that_comes_back_shows_what_is_now(zoo, tmp_path):
+    """Lines that changed while their pane was hidden are drawn anew: at 80×24 the lens's line about a cell was that of the prompt before."""
+    app = make_app(zoo, tmp_path, first_state({}))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await press(app, pilot, "1")
+        for index in (3, 1):
+            await press(app, pilot, "7")
+            app.act("go", index=index)
+            await press(app, pilot)
+            app.show_pane("lens")
+            await press(app, pilot)
+            for line in (app.panes["lens"].title_line, app.panes["lens"].info_line):
+                assert line.text()[:70] in shown(app), index
+
+
 async def test_nodes_outside_the_model_are_refused(zoo, tmp_path):
     app = make_app(zoo, tmp_path, State(prompt=PAIR))
     async with app.run_test(size=(120, 36)) as pilot:

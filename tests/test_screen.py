@@ -114,7 +114,7 @@ async def main():
         await pilot.pause()
         assert "8 Counting  in letters" in shown(app) and "58 letters" in shown(app), shown(app)
         assert "louder" in shown(app) and "v view" in " ".join(shown(app).split())
-        for key, words in (("v", "12 words"), ("P", "letters"), ("S", "counted"), ("ctrl+p", "LOUDER")):
+        for key, words in (("v", "13 words"), ("P", "letters"), ("S", "counted"), ("ctrl+p", "LOUDER")):
             await pilot.press(key)
             await pilot.pause()
             assert words in shown(app), (key, shown(app))

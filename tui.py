@@ -38,7 +38,7 @@ from screen.cursor import Cursor, clamped
 from screen.keys import Action, bindings, collect, key_table, keymap, remapped
 from screen.overlays import Overlay
 from screen.pane import Pane
-from screen.requests import Requests
+from screen.replies import Requests
 from screen.session import Session, State, add_views, newest_session, read_session
 from screen.table import SCREEN
 from sparse import SaeInfo

@@ -19,7 +19,7 @@ from screen.cursor import Cursor, clip
 from screen.keys import Action, Part
 from screen.overlays import Item, Overlay
 from screen.pictures import kept_cells
-from screen.requests import Requests
+from screen.replies import Requests
 from screen.session import VIEWS, Session, State
 from sparse import SaeInfo
 from widgets import BOLD, DIM, FOCUS, HEAD, PLAIN, Grid, GridView, Lines

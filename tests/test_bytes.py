@@ -99,7 +99,7 @@ async def test_a_filling_heat_map(engines, tmp_path, monkeypatch, size):
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("COLORTERM", raising=False)
     link = Slow(engines["zoo"])
-    monkeypatch.setattr("screen.requests.time", SimpleNamespace(monotonic=lambda: link.clock))
+    monkeypatch.setattr("screen.replies.time", SimpleNamespace(monotonic=lambda: link.clock))
     prompts = read_prompt_set(ROOT / "zoo" / "prompts" / "ioi_abba.jsonl")[:4]
     state = replace(first_state({}), prompt=prompts[0], prompt_set=prompts)
     state = replace(state, views={**state.views, "patching.kind": "z_pos", "patching.over": "set"})

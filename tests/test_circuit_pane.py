@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from ui import asked, make_app, press, shown
+from ui import asked, grid, make_app, press, shown
 
 from techniques.circuits import discovery, files
 from messages import Prompt
@@ -80,7 +80,7 @@ async def test_kept_cells_are_marked_everywhere(zoo, tmp_path):
         await press(app, pilot, "3")
         assert any("•" in line for line in shown(app).splitlines() if "L3" in line)
         await press(app, pilot, "4", "S")
-        assert app.panes["patching"].table.grid.kept == {(3, 0)} and "•" in shown(app)
+        assert grid(app).kept == {(3, 0)} and "•" in shown(app)
         await press(app, pilot, "u")
         assert "•" not in shown(app)
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from ui import LocalClient, Superseded, make_app, press, reply, shown
+from ui import LocalClient, Superseded, grid, make_app, press, reply, shown
 
 from screen.client import Job
 
@@ -126,7 +126,7 @@ async def test_patching(zoo, tmp_path):
         await press(app, pilot, "S")
         truth = zoo.run(Sweep(Study(state.prompt), "z", "patch", "noise"))
         assert f"truth {truth.total}/{truth.total}" in shown(app)
-        np.testing.assert_allclose(app.panes["patching"].table.grid.values, truth.normalised - 1, atol=1e-5)
+        np.testing.assert_allclose(grid(app).values, truth.normalised - 1, atol=1e-5)
         row, col = divmod(int(np.abs(truth.normalised - 1).argmax()), truth.values.shape[1])
         await press(app, pilot, "H", "enter")
         assert (app.cursor.layer, app.cursor.head) == (row, col)
@@ -159,8 +159,8 @@ async def test_patching(zoo, tmp_path):
                 assert not app.requests.error("estimate"), (kind, app.requests.error("estimate"))
                 await press(app, pilot, "S", "j", "l")
                 assert not app.requests.error("sweep") and "truth" in shown(app), kind
-                grid, got = app.panes["patching"].table.grid, reply(app, "sweep")
-                assert (np.isfinite(grid.values) == np.isfinite(got.values)).all(), f"{kind}: the map is that of another result"
+                cells, got = grid(app), reply(app, "sweep")
+                assert (np.isfinite(cells.values) == np.isfinite(got.values)).all(), f"{kind}: the map is that of another result"
 
 
 def test_pictures_are_kept_by_the_results_themselves():
@@ -185,9 +185,9 @@ async def test_over_the_set(zoo, tmp_path):
         assert "truth 192/192" in shown(app)
         app.act("view", name="patching.show", value="p")
         await press(app, pilot)
-        grid, got = app.panes["patching"].table.grid, reply(app, "sweep")
+        cells, got = grid(app), reply(app, "sweep")
         best = np.unravel_index(np.nanargmin(got.p), got.p.shape)
-        assert grid.values[best] == np.nanmax(grid.values) > 0.9 and grid.shown[best] == got.p[best] < 0.002
+        assert cells.values[best] == np.nanmax(cells.values) > 0.9 and cells.shown[best] == got.p[best] < 0.002
         await press(app, pilot, "H")
         assert any(name in shown(app) for name in ("L3H2", "L3H3")) and "+0.0005" in shown(app)
         await press(app, pilot, "escape", ")")

@@ -405,6 +405,7 @@ async def test_a_killed_engine_is_said_and_restarted_on_a_key(tmp_path):
         await asyncio.wait_for(died.wait(), 30)
         await press(app, pilot)
         assert "the engine died (killed by SIGKILL): ctrl+e restarts it" in shown(app)
+        assert all("NOT CURRENT" in app.panes[name].said[0] for name in app.visible_panes())
         await press(app, pilot, "ctrl+e")
         await press(app, pilot)
         assert app.info and now(app) == before and "L3H0=zero" in shown(app)

@@ -7,7 +7,7 @@ from messages import to_json
 from screen.client import in_words
 from screen.overlays import Editor, Item, Panel, Picker
 from screen.pane import Host, Pane
-from screen.requests import Reply
+from screen.replies import Reply
 from techniques.circuits.files import free_name
 from widgets import BOLD, DIM, GOOD, PLAIN, WARN
 from wiring import METHODS, Discover, DiscoverResult

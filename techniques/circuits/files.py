@@ -11,7 +11,7 @@ from screen.actions import accepted
 from screen.dialogs import write_file
 from screen.overlays import Editor, Item, Panel, Picker
 from screen.pane import Host, Pane
-from screen.requests import Reply
+from screen.replies import Reply
 from screen.session import VIEWS
 from utils import ROOT
 from widgets import GOOD, WARN

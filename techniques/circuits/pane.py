@@ -12,7 +12,7 @@ from screen.cursor import clip
 from screen.keys import CIRCUIT, Action, Part
 from screen.pane import Host, Pane
 from screen.pictures import scale, sweep_cell
-from screen.requests import Reply
+from screen.replies import Reply
 from techniques.circuits import actions, discovery, files
 from techniques.circuits.pictures import NO_CIRCUIT, about_node, all_scores, compared, curve, listing, map_grid, members, path_grid, summary, wrap
 from widgets import BAD, DIM, PLAIN, Grid, GridView, Lines, Same, Spans

@@ -6,7 +6,7 @@ import numpy as np
 
 from messages import ModelInfo, SweepResult, parse_node
 from screen.pictures import change, chart, texts_of
-from screen.requests import Reply
+from screen.replies import Reply
 from widgets import BOLD, DIM, GOOD, PLAIN, WARN, Grid, Spans
 from wiring import Circuit, CompareResult, Interval, PathPatch, ScoreResult, owner, parse_edge
 

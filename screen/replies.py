@@ -180,6 +180,7 @@ class Requests:
     def cancel(self, job: Job) -> None:
         """A sweep that was cancelled does not start again by itself; what it found stays."""
         self.app.client.cancel(job.id)
+        self.slow = True  # what is drawn stays behind what is asked for
         if job.request in self.started:
             self.started.discard(job.request)
             self.app.refresh_wants()

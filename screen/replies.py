@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from messages import Check, CheckResult, Load, Run, Study
+from messages import Check, CheckResult, Load, Run, RunResult, Study
 from screen.client import EngineDied, EngineError, Job, Superseded
 from utils import visible
 from widgets import BAD, DIM, WARN, Spans
@@ -138,6 +138,8 @@ class Requests:
                 return
             part = pane.merge(shown.result if shown else None, part) if pane else part
             shown = self.replies[slot] = Reply(request, part, partial=True, model=model)
+            if isinstance(part, RunResult):
+                app.clamp()
             if time.monotonic() - drawn > 0.3:  # at most a few pictures a second over the wire to the terminal
                 drawn = time.monotonic()
                 app.draw()

@@ -20,7 +20,7 @@ def top_lines(app: Host) -> list[Spans]:
     """Model, metric, clean prompt, corrupted prompt, state."""
     s, run, requests = app.state, app.requests.result("run", RunResult), app.requests
     w, pos, colour = app.size.width, app.cursor.pos, s.views["mode"] != "shade"
-    metric = metric_line(run, s.metric.kind, str(s.metric.pos), RUN_NAMES[s.base], requests.stale("run"), w)
+    metric = metric_line(run, s.metric.kind, str(s.metric.pos), RUN_NAMES[s.base], requests.fresh("run", RunResult) is None, w)
     if s.prompt.answers and not app.study.prompt.answers:
         metric = [(f" {s.metric.kind} —  an answer or foil is not one token in this model: t edits them", WARN)]
     if error := requests.error("run"):

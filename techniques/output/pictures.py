@@ -23,6 +23,9 @@ def output_lines(result: RunResult, pos: int, other: tuple[str, int], k: int, wi
             if not 0 <= at < len(side.tokens.ids) or n >= side.top_ids.shape[1]:
                 spans.append((" " * (w + 8), PLAIN))
                 continue
+            if side.top_ids[at, n] < 0:  # not yet read
+                spans.append((set_width("…", w + 8), DIM))
+                continue
             text = result.texts[int(side.top_ids[at, n])]
             style = GOOD if text in answers else BAD if text in foils else PLAIN
             spans += [(show_token(text, w), style), (f" {float(side.top_probs[at, n]):.4f} ", PLAIN)]

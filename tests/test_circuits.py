@@ -14,7 +14,7 @@ import drawings
 from edges import all_edges, edge_runs
 from engine import Engine
 from messages import Load, Metric, Progress, Prompt, Run, Study, UserError, from_json, parse_node, read_prompt_set, to_json
-from session import Session, State, read_session
+from screen.session import Session, State, read_session
 from test_paths import ended
 from utils import ROOT
 from wiring import Circuit, Compare, Discover, Score, combined, grouped, parse_edge, toggled

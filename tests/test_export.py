@@ -5,9 +5,9 @@ import io
 
 import pytest
 
-from export import python_script
+from screen.script import python_script
 from messages import Load, Metric, Run, UserError, parse_intervention, read_prompt_set
-from session import State
+from screen.session import State
 from utils import ROOT
 
 SET = read_prompt_set(ROOT / "zoo" / "prompts" / "ioi_abba.jsonl")

@@ -1,7 +1,7 @@
 """A script that reproduces the metric on the screen with TransformerLens alone. Never imports torch."""
 
 from messages import Intervention, ModelInfo, Prompt, RunResult, TokenRow, UserError
-from session import State
+from screen.session import State
 from utils import ROOT
 
 EXPORTS = ROOT / "exports"

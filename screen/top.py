@@ -6,7 +6,9 @@ import numpy as np
 from rich.cells import cell_len
 from rich.style import Style
 
-from messages import ModelInfo, RunResult, TokenRow
+from techniques.output.requests import RunResult
+from vocabulary.prompts import TokenRow
+from vocabulary.requests import ModelInfo
 from screen.keys import hints
 from screen.pane import Host
 from screen.pictures import RUN_NAMES, heat_code, signed, texts_of

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from messages import UserError
+from vocabulary.nodes import UserError
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,13 @@ from textual import work
 
 import drawings
 from link import EngineError, Superseded
-from messages import Node, UserError, parse_node, to_json
+from techniques.circuits.requests import Compare, Discover, DiscoverResult, METHODS, PathPatch
+from vocabulary.circuit import check_receivers, Circuit, COMBINE, LOGITS
+from vocabulary.nodes import Node, parse_node, UserError
+from vocabulary.wire import to_json
 from session import VIEWS
 from utils import ROOT
 from widgets import BAD, BOLD, DIM, GOOD, PLAIN, WARN, Editor, Item, Panel, Picker
-from wiring import COMBINE, LOGITS, METHODS, Circuit, Compare, Discover, DiscoverResult, PathPatch, check_receivers
 
 FOLDER = ROOT / "exports" / "circuits"
 

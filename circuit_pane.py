@@ -10,10 +10,13 @@ from textual.widget import Widget
 import drawings
 import pictures
 import readings
-from messages import Node, Study, SweepResult, UserError, parse_node
+from techniques.circuits.requests import CompareResult, DiscoverResult, Interval, PathPatch, Score, ScoreResult
+from techniques.patching.requests import SweepResult
+from vocabulary.circuit import connected, LOGITS, owner, parse_edge
+from vocabulary.nodes import Node, parse_node, UserError
+from vocabulary.prompts import Study
 from panes import Pane, clip
 from widgets import BAD, BOLD, DIM, GOOD, PLAIN, WARN, Grid, GridView, Lines, Same, Spans
-from wiring import LOGITS, CompareResult, DiscoverResult, Interval, PathPatch, Score, ScoreResult, connected, owner, parse_edge
 
 if TYPE_CHECKING:
     from tui import Loupe

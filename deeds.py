@@ -8,24 +8,12 @@ from textual import work
 
 import pictures
 from link import EngineError, Superseded
-from messages import (
-    AttributionSetResult,
-    ABLATIONS,
-    ALIGNMENTS,
-    METRICS,
-    OPS,
-    WHICH,
-    Check,
-    CheckResult,
-    Intervention,
-    Prompt,
-    RunResult,
-    UserError,
-    parse_intervention,
-    parse_node,
-    read_prompt_set,
-)
-from align import check_pairs
+from techniques.attribution.requests import AttributionSetResult
+from techniques.output.requests import RunResult
+from vocabulary.alignment import check_pairs
+from vocabulary.nodes import ABLATIONS, Intervention, OPS, parse_intervention, parse_node, UserError
+from vocabulary.prompts import ALIGNMENTS, METRICS, Prompt, read_prompt_set, WHICH
+from vocabulary.requests import Check, CheckResult
 from session import VIEWS
 from utils import ROOT, show_token, visible
 from widgets import BAD, DIM, GOOD, PLAIN, WARN, Editor, Overlay, Item, Picker, Spans

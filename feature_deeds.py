@@ -5,8 +5,8 @@ import math
 from textual import work
 
 from link import EngineError, Superseded
-from messages import Intervention, UserError
-from sparse import CheckEdge, FeatureGraphResult, Saes
+from techniques.features.requests import CheckEdge, FeatureGraphResult, Saes
+from vocabulary.nodes import Intervention, UserError
 from widgets import BAD, DIM, GOOD, WARN, Editor, Item, Picker
 
 

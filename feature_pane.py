@@ -12,9 +12,20 @@ from textual.containers import Horizontal
 from textual.widget import Widget
 
 import pictures
-from messages import Node, UserError
+from techniques.features.requests import (
+    Examples,
+    ExamplesResult,
+    Feature,
+    FeatureGraph,
+    FeatureGraphResult,
+    FeatureResult,
+    Features,
+    FeaturesResult,
+    Preflight,
+    PreflightResult,
+)
+from vocabulary.nodes import Node, UserError
 from panes import Pane, clip
-from sparse import Examples, ExamplesResult, Feature, FeatureGraph, FeatureGraphResult, FeatureResult, Features, FeaturesResult, Preflight, PreflightResult
 from utils import ROOT, show_token
 from widgets import BAD, BOLD, DIM, GOOD, PLAIN, WARN, Grid, Item, Lines, Spans
 

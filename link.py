@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from messages import Failure, Frame, Progress, WireError, encode, read_frame_async
+from vocabulary.requests import Failure, Progress
+from vocabulary.wire import encode, Frame, read_frame_async, WireError
 from utils import ROOT
 
 

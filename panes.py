@@ -16,9 +16,8 @@ from textual.widget import Widget
 
 import pictures
 import readings
-from messages import (
-    Attention,
-    AttentionResult,
+from techniques.attention.requests import Attention, AttentionResult, HeadStats, HeadStatsResult
+from techniques.attribution.requests import (
     Attribution,
     AttributionNeurons,
     AttributionNeuronsResult,
@@ -27,27 +26,13 @@ from messages import (
     AttributionSetResult,
     AttributionSources,
     AttributionSourcesResult,
-    Check,
-    CheckResult,
-    Composition,
-    CompositionResult,
-    Estimate,
-    HeadStats,
-    HeadStatsResult,
-    HeadWeights,
-    HeadWeightsResult,
-    Intervention,
-    Lens,
-    LensResult,
-    Node,
-    RunResult,
-    Singular,
-    SingularResult,
-    Sweep,
-    SweepResult,
-    UserError,
-    parse_node,
 )
+from techniques.lens.requests import Lens, LensResult
+from techniques.output.requests import RunResult
+from techniques.patching.requests import Estimate, Sweep, SweepResult
+from techniques.weights.requests import Composition, CompositionResult, HeadWeights, HeadWeightsResult, Singular, SingularResult
+from vocabulary.nodes import Intervention, Node, parse_node, UserError
+from vocabulary.requests import Check, CheckResult
 from pictures import HEAD_STATS, LENS_STATS
 from session import VIEWS
 from utils import show_token

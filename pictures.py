@@ -10,7 +10,11 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from messages import AttentionResult, HeadStatsResult, Identity, LensResult, ModelInfo, RunResult, Side, TokenRow
+from techniques.attention.requests import AttentionResult, HeadStatsResult
+from techniques.lens.requests import LensResult
+from techniques.output.requests import RunResult, Side
+from vocabulary.prompts import TokenRow
+from vocabulary.requests import Identity, ModelInfo
 from utils import show_bytes, show_count, show_token, visible
 from widgets import ABOVE, BAD, BELOW, BOLD, CHANGED, CURSOR, CURSOR_PLAIN, DIM, GOOD, HEAD, PLAIN, RAMP, SHADES, WARN, Grid, Spans, on
 

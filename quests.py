@@ -14,18 +14,12 @@ from textual import work
 import pictures
 from export import EXPORTS, python_script
 from link import EngineError, Superseded
-from messages import (
-    AttentionSet,
-    DETECTORS,
-    Detect,
-    HeadStatsResult,
-    Identities,
-    Load,
-    Models,
-    RunResult,
-    TuneLens,
-    UserError,
-)
+from techniques.attention.requests import AttentionSet, Detect, DETECTORS, HeadStatsResult
+from techniques.identities.requests import Identities
+from techniques.lens.requests import TuneLens
+from techniques.output.requests import RunResult
+from vocabulary.nodes import UserError
+from vocabulary.requests import Load, Models
 from pictures import HEAD_STATS, LENS_STATS, RUN_NAMES
 from session import SESSIONS, VIEWS, read_session
 from utils import ROOT, visible

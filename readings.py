@@ -4,19 +4,10 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from messages import (
-    AttributionCells,
-    AttributionNeuronsResult,
-    AttributionResult,
-    AttributionSetResult,
-    AttributionSourcesResult,
-    CompositionResult,
-    HeadWeightsResult,
-    Pairs,
-    SingularResult,
-    SweepResult,
-    parse_node,
-)
+from techniques.attribution.requests import AttributionCells, AttributionNeuronsResult, AttributionResult, AttributionSetResult, AttributionSourcesResult
+from techniques.patching.requests import SweepResult
+from techniques.weights.requests import CompositionResult, HeadWeightsResult, Pairs, SingularResult
+from vocabulary.nodes import parse_node
 from pictures import signed, texts_of
 from utils import show_token
 from widgets import BAD, BOLD, DIM, GOOD, HEAD, NEGATIVE, PLAIN, POSITIVE, FAINT, Grid, Spans

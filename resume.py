@@ -20,7 +20,8 @@ from torch import Tensor
 
 import kept
 from kept import Kept, Spot, make_spot
-from messages import Node, Progress
+from vocabulary.nodes import Node
+from vocabulary.requests import Progress
 from model import Edit, Keep, out_of_memory
 from shortcuts import given
 from utils import tec

@@ -36,21 +36,13 @@ import pictures
 from actions import TABLE, Action, key_table, remapped, show_key
 from deeds import Deeds
 from link import EngineDied, EngineError, Job, Link, Superseded
-from messages import (
-    Check,
-    CheckResult,
-    LensResult,
-    Load,
-    ModelInfo,
-    Node,
-    Prompt,
-    Run,
-    RunResult,
-    Status,
-    Study,
-    UserError,
-    read_prompt_set,
-)
+from techniques.circuits.requests import Discover, DiscoverResult
+from techniques.features.requests import FeaturesResult, PreflightResult, SaeInfo
+from techniques.lens.requests import LensResult
+from techniques.output.requests import Run, RunResult
+from vocabulary.nodes import Node, UserError
+from vocabulary.prompts import Prompt, read_prompt_set, Study
+from vocabulary.requests import Check, CheckResult, Load, ModelInfo, Status
 from pictures import RUN_NAMES
 from circuit_deeds import Circuits
 from circuit_pane import CircuitPane
@@ -61,9 +53,7 @@ from panes import Pane
 from quests import Quests
 from session import Session, State, newest_session, read_session
 from utils import ROOT, settings, show_token, visible
-from sparse import FeaturesResult, PreflightResult, SaeInfo
 from tight import TightScreen
-from wiring import Discover, DiscoverResult
 from widgets import (
     BAD,
     BOLD,

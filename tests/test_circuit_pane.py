@@ -6,11 +6,11 @@ import pytest
 from ui import make_app, press, shown
 
 import circuit_deeds
-from messages import Prompt
+from techniques.circuits.requests import Discover, PathPatch, Score
+from vocabulary.prompts import Prompt
 from session import read_session
 from tui import first_state
 from widgets import Panel, Picker
-from wiring import Discover, PathPatch, Score
 
 
 @pytest.fixture

@@ -9,7 +9,11 @@ import pytest
 from ui import LocalLink, make_app, press, screen, shown
 
 from link import Link
-from messages import Lens, Load, Node, Prompt, Run, Study, parse_intervention
+from techniques.lens.requests import Lens
+from techniques.output.requests import Run
+from vocabulary.nodes import Node, parse_intervention
+from vocabulary.prompts import Prompt, Study
+from vocabulary.requests import Load
 from session import State, read_session
 from tui import Loupe, first_state
 from widgets import Editor, Overlay, Panel, Picker
@@ -342,7 +346,7 @@ async def test_no_color_starts_with_shades(zoo, tmp_path, monkeypatch):
 
 async def test_keymap(zoo, tmp_path):
     from actions import remapped
-    from messages import UserError
+    from vocabulary.nodes import UserError
 
     path = tmp_path / "keys.json"
     path.write_text('{"ablate": "z", "quit": "Q"}')

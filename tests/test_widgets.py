@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from actions import TABLE, key_table
-from messages import AttentionResult, HeadStatsResult, Identity, LensResult, TokenRow
+from techniques.attention.requests import AttentionResult, HeadStatsResult
+from techniques.lens.requests import LensResult
+from vocabulary.prompts import TokenRow
+from vocabulary.requests import Identity
 from pictures import heads_grid, identity_rows, lens_cell, lens_grid, pattern_grid, token_line
 from utils import ROOT, show_number, show_token, visible
 from widgets import ABOVE, BELOW, RAMP, GridView, escape_line, luminance, show_value, unescape_line

@@ -8,20 +8,10 @@ import numpy as np
 import torch as t
 from torch import Tensor
 
-from messages import (
-    DETECTORS,
-    RUNS,
-    STATS,
-    WHICH,
-    AttentionResult,
-    AttentionSetResult,
-    DetectResult,
-    HeadStatsResult,
-    Progress,
-    Prompt,
-    Study,
-    UserError,
-)
+from techniques.attention.requests import AttentionResult, AttentionSetResult, DETECTORS, DetectResult, HeadStatsResult, STATS
+from vocabulary.nodes import UserError
+from vocabulary.prompts import Prompt, RUNS, Study, WHICH
+from vocabulary.requests import Progress
 from model import Edit, Model, in_chunks
 from patching import BATCH, Runs, prepare, read_study
 

@@ -13,27 +13,15 @@ import torch as t
 from torch import Tensor
 
 from edges import PARTS, EdgeRun, edge_runs, gather, own_edge, time_left
-from messages import Node, Progress, Study, TokenRow, UserError, parse_node
+from techniques.circuits.requests import Compare, CompareResult, Discover, DiscoverResult, Interval, REST, Score, ScoreResult
+from vocabulary.circuit import check_circuit, Circuit, connected, LOGITS, owner, parse_edge
+from vocabulary.nodes import Node, parse_node, UserError
+from vocabulary.prompts import Study, TokenRow
+from vocabulary.requests import Progress
 from model import Edit, Model
 from patching import find_position
 from sweeps import statistics
 from drawings import published
-from wiring import (
-    LOGITS,
-    REST,
-    Circuit,
-    Compare,
-    CompareResult,
-    Discover,
-    DiscoverResult,
-    Interval,
-    Score,
-    ScoreResult,
-    check_circuit,
-    connected,
-    owner,
-    parse_edge,
-)
 
 WHAT = ("faithfulness", "completeness", "minimality", "effects")
 DRAWS = 2000

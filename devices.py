@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch as t
 
-from messages import UserError
+from vocabulary.nodes import UserError
 from utils import show_bytes
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")

@@ -14,9 +14,12 @@ import torch as t
 
 from edge_index import EdgeIndex, edge_index
 from edges import EMBED, EdgeRun, edge_runs, gather, time_left
-from messages import METRICS, Progress, UserError, parse_node
+from techniques.circuits.requests import Discover, DiscoverResult, METHODS, REST
+from vocabulary.circuit import Circuit, LOGITS, owner, parse_edge
+from vocabulary.nodes import parse_node, UserError
+from vocabulary.prompts import METRICS
+from vocabulary.requests import Progress
 from model import Model
-from wiring import LOGITS, METHODS, REST, Circuit, Discover, DiscoverResult, owner, parse_edge
 
 FIRST, MOST = 8, 64  # edges that ACDC tries as one chain
 COUNTS = (1, 2, 3, 5, 8, 12, 16, 20, 30, 40, 60, 80, 100, 150, 200, 300, 400, 600, 800, 1000, 2000, 4000, 8000, 16000)

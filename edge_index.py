@@ -6,8 +6,9 @@ from functools import cached_property
 
 import numpy as np
 
-from messages import ModelInfo, Node, UserError, parse_node
-from wiring import ARROW, LOGITS, Edge, owner, parse_edge
+from vocabulary.circuit import ARROW, Edge, LOGITS, owner, parse_edge
+from vocabulary.nodes import Node, parse_node, UserError
+from vocabulary.requests import ModelInfo
 
 PARTS = ("q", "k", "v")
 

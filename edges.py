@@ -16,13 +16,16 @@ from torch import Tensor
 
 from edge_index import PARTS, EdgeIndex, all_edges, edge_index, own_edge, receivers, senders
 from lens import frozen_norm
-from messages import ModelInfo, Progress, Study, Sweep, UserError
+from techniques.circuits.requests import REST
+from techniques.patching.requests import Sweep
+from vocabulary.nodes import UserError
+from vocabulary.prompts import Study
+from vocabulary.requests import ModelInfo, Progress
 from model import FINAL, TOLERANCE, Edit, Model, out_of_memory
 from patching import Runs, means
 from kept import Score
 from sweeps import Plan, check_lengths, chunk_bytes, others, read_member
 from utils import tec
-from wiring import REST
 
 __all__ = ["PARTS", "EdgeRun", "all_edges", "edge_runs", "edge_values", "gather", "own_edge", "receivers", "senders", "time_left"]
 EMBED = "blocks.0.hook_resid_pre"

@@ -13,7 +13,9 @@ import torch as t
 from torch import Tensor
 
 from lens import frozen_norm
-from messages import ESTIMATES, Estimate, Progress, Sweep, SweepResult, UserError
+from techniques.patching.requests import Estimate, ESTIMATES, Sweep, SweepResult
+from vocabulary.nodes import UserError
+from vocabulary.requests import Progress
 from model import FINAL, Edit, Model
 from kept import Score, Spot
 from resume import Base, Variant

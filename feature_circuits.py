@@ -13,12 +13,14 @@ from torch import Tensor
 from circuits import Bench, NodeRun
 from discovery import COUNTS
 from features import check, slope_at
-from messages import Progress, UserError, parse_node
+from techniques.circuits.requests import Discover, DiscoverResult, METHODS, REST
+from vocabulary.circuit import Circuit, rank
+from vocabulary.nodes import parse_node, UserError
+from vocabulary.requests import Progress
 from model import Edit, Model
 from patching import find_position
 from saes import Dictionary, for_layer, load
 from steering import write
-from wiring import METHODS, REST, Circuit, Discover, DiscoverResult, rank
 
 
 def dictionaries(model: Model, sources: tuple[str, ...], nodes: tuple[str, ...]) -> Generator[Progress, None, dict[Dictionary, list[int]]]:

@@ -17,7 +17,7 @@ from transformer_lens.model_bridge.generalized_components.position_embeddings_at
 from transformers import DynamicCache
 
 from lens import measure, rows_at_once
-from messages import Node, UserError
+from vocabulary.nodes import Node, UserError
 from model import FINAL, Edit, Model
 from patching import Runs, hook_name
 from shortcuts import fused, last_rows, quick_attention, slow_modules

@@ -8,7 +8,10 @@ import numpy as np
 import torch as t
 from torch import Tensor
 
-from messages import LENSES, LensResult, Node, Progress, RunResult, Side, UserError, parse_node
+from techniques.lens.requests import LENSES, LensResult
+from techniques.output.requests import RunResult, Side
+from vocabulary.nodes import Node, parse_node, UserError
+from vocabulary.requests import Progress
 from model import FINAL, Model, in_chunks
 from patching import Runs, find_position, hook_name
 from tuned import Translators, read_translators

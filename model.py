@@ -35,9 +35,12 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources.transformers import determine_architecture_from_hf_config
 from transformer_lens.utilities.architectures import MASKED_LM_ARCHITECTURES, MULTIMODAL_ARCHITECTURES, SEQ2SEQ_ARCHITECTURES
 
-import align
+from vocabulary import alignment as align
 from devices import filled_by_others, pick_device, unused_gpu
-from messages import CheckResult, Identity, Load, ModelInfo, Progress, Prompt, Side, TokenRow, UserError
+from techniques.output.requests import Side
+from vocabulary.nodes import UserError
+from vocabulary.prompts import Prompt, TokenRow
+from vocabulary.requests import CheckResult, Identity, Load, ModelInfo, Progress
 from utils import ROOT, settings, show_bytes, tec
 
 transformers.utils.logging.disable_progress_bar()

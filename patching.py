@@ -9,8 +9,10 @@ import numpy as np
 import torch as t
 from torch import Tensor
 
-import align
-from messages import METRICS, NOISE, OPS, RUNS, SITES, Intervention, Node, Progress, Prompt, Study, TokenRow, UserError
+from vocabulary import alignment as align
+from vocabulary.nodes import Intervention, Node, NOISE, OPS, SITES, UserError
+from vocabulary.prompts import METRICS, Prompt, RUNS, Study, TokenRow
+from vocabulary.requests import Progress
 from model import Edit, Model, in_chunks, write_mid
 
 BATCH = 32

@@ -17,13 +17,16 @@ import numpy as np
 import torch as t
 from torch import Tensor
 
-from messages import Node, Progress, Sweep, SweepResult, UserError, parse_node
+from techniques.circuits.requests import CONVENTIONS, PathPatch
+from techniques.patching.requests import Sweep, SweepResult
+from vocabulary.circuit import LOGITS
+from vocabulary.nodes import Node, parse_node, UserError
+from vocabulary.requests import Progress
 from model import Edit, Model
 from patching import find_position
 from kept import Recorded, Spot
 from resume import PIECE, Base
 from sweeps import Board, Layout, aligned, bases, make_spot, read_plan
-from wiring import CONVENTIONS, LOGITS, PathPatch
 
 PARTS = ("q", "k", "v")
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 import kept
 from kept import Kept, Spot, make_spot
-from messages import Node, Progress
+from vocabulary.nodes import Node
+from vocabulary.requests import Progress
 from model import Edit, Keep, out_of_memory
 from shortcuts import given
 from utils import tec
@@ -356,6 +357,7 @@ class Base(Kept):
                     if len(part) == 1:
                         raise out_of_memory(error) from error
                     size = max(1, len(part) // 2)
+                    self.limit = min(self.limit, size * length * self.token_bytes())  # the groups that follow begin with what fits
                     yield Progress(0, 0, f"out of memory: {size} at a time now")
                     continue
                 self.at_once, begun = max(self.at_once, len(part)), True

@@ -1,9 +1,9 @@
 """
-The screen: one cursor, one state, panes drawn from the engine's results. Keys come from the table in actions.py; each action is a method do_<id>.
+The app: layout, the cursor, asking the engine, drawing. The panes are the rooms' (techniques/*/pane.py), the keys theirs and the screen's (screen/table.py).
 
-1. An action changes the session's state (or the cursor); `refresh_wants` derives from it which requests the visible panes need.
-2. A request whose answer is at hand is drawn at once; others are asked, one slot a pane, and drawn when they arrive. A failed request shows its line.
-3. Nothing here imports torch: the model lives in engine.py's process, at the other end of link.py.
+1. An action changes the session's state or the cursor; `refresh_wants` derives from it which requests the visible panes need.
+2. A request whose answer is at hand is drawn at once; others are asked, one slot each, and drawn when they arrive. A failed request shows its line.
+3. Nothing here imports torch: the model lives in engine.py's process, at the other end of screen/client.py.
 """
 
 import argparse
@@ -13,8 +13,8 @@ import os
 import signal
 import sys
 import textwrap
-import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,73 +24,38 @@ if "SSH_CONNECTION" in os.environ:  # remote mode: fewer frames; textual reads t
     os.environ.setdefault("TEXTUAL_ANIMATIONS", "none")
 
 from textual import work
-from rich.cells import cell_len
 from textual.app import App, ComposeResult
-from textual.binding import Binding
 from textual.containers import Container
 from textual.geometry import Region
 from textual.reactive import var
 from textual.worker import Worker, WorkerState
 
-import pictures
-from actions import TABLE, Action, key_table, remapped, show_key
-from deeds import Deeds
-from link import EngineDied, EngineError, Job, Link, Superseded
-from messages import (
-    Check,
-    CheckResult,
-    LensResult,
-    Load,
-    ModelInfo,
-    Node,
-    Prompt,
-    Run,
-    RunResult,
-    Status,
-    Study,
-    UserError,
-    read_prompt_set,
-)
-from pictures import RUN_NAMES
-from circuit_deeds import Circuits
-from circuit_pane import CircuitPane
-from feature_deeds import Dictionaries
-from feature_pane import FeaturePane
-from panes import PANES as FIRST_PANES
-from panes import Pane
-from quests import Quests
-from session import Session, State, newest_session, read_session
-from utils import ROOT, settings, show_token, visible
-from sparse import FeaturesResult, PreflightResult, SaeInfo
-from tight import TightScreen
-from wiring import Discover, DiscoverResult
-from widgets import (
-    BAD,
-    BOLD,
-    DIM,
-    GOOD,
-    PLAIN,
-    WARN,
-    Grid,
-    Lines,
-    Overlay,
-    Spans,
-)
+from techniques.features.requests import SaeInfo
+from techniques.output.requests import Run, RunResult, Side
+from vocabulary.nodes import Node, UserError
+from vocabulary.prompts import read_prompt_set, Study
+from vocabulary.requests import Load, ModelInfo
+from screen import layout, loading, top
+from screen.client import Client, Job
+from screen.compositor import TightScreen
+from screen.cursor import Cursor, clamped
+from screen.keys import Action, bindings, collect, key_table, keymap, remapped
+from screen.overlays import Overlay
+from screen.pane import Pane
+from screen.replies import Requests
+from screen.session import Session, State, add_views, newest_session, read_session
+from screen.table import SCREEN
+from techniques import parts
+from utils import ROOT, settings, visible
+from widgets import BAD, PLAIN, WARN, Lines, Spans
 
 LOG = ROOT / "logs" / "engine.log"
-PANES: dict[str, type[Pane]] = {p.key: p for p in sorted((*FIRST_PANES.values(), CircuitPane, FeaturePane), key=lambda p: (p.number == "0", p.number))}
-
-
-@dataclass(frozen=True)
-class Cursor:
-    """Shared by all panes: a layer, a head or component, a hook point of the residual stream, a position and a source position."""
-
-    layer: int = 0
-    head: int = 0
-    comp: str = "head"
-    point: str = "resid_post"
-    pos: int = -1
-    src: int = 0
+MODULES = parts("pane")
+OF_ROOMS: list[type[Pane]] = [m.PANE for m in MODULES if hasattr(m, "PANE")]
+PANES = {p.key: p for p in sorted(OF_ROOMS, key=lambda p: (p.number == "0", p.number))}
+TABLE = collect(SCREEN, OF_ROOMS, [a for m in MODULES for a in getattr(m, "ACTIONS", ())])
+for each in OF_ROOMS:
+    add_views(each.views)
 
 
 class Quiet(TightScreen, inherit_bindings=False):
@@ -99,12 +64,7 @@ class Quiet(TightScreen, inherit_bindings=False):
     focused = var(None)
 
 
-def bindings(table: tuple[Action, ...]) -> list[Binding]:
-    """Priority, so that keys that come in a burst are taken in order; check_action lets them through to an open overlay."""
-    return [Binding(a.keys, f"do('{a.id}')", a.title, show=False, id=a.id, priority=True) for a in table if a.keys]
-
-
-class Loupe(Deeds, Quests, Circuits, Dictionaries, App):
+class Loupe(App):
     BINDINGS = bindings(TABLE)
     CSS = """
     Screen { layers: base overlay; overflow: hidden; background: ansi_default; color: ansi_default; }
@@ -119,35 +79,23 @@ class Loupe(Deeds, Quests, Circuits, Dictionaries, App):
     def __init__(self, session: Session, via: str = "", note: str = "", log: Path = LOG, table: tuple[Action, ...] = TABLE, **kw):
         super().__init__(ansi_color=True, **kw)
         self.session, self.table = session, table
-        self.link = Link(log, via, self.on_progress, self.on_death)
+        self.client, self.requests = Client(log, via, self.on_progress, self.on_death), Requests(self)
         self.info: ModelInfo | None = None
-        self.loaded: Load | None = None  # what the engine was last asked to load
         self.busy = "starting the engine…"
-        self.cursor = Cursor()
-        self.at_end = True
+        self.cursor, self.at_end = Cursor(), True
+        self.panes: dict[str, Pane] = {}
         self.pane, self.recent = "lens", ["lens", "attention", "output", *(p for p in PANES if p not in ("lens", "attention", "output"))]
-        self.zoomed = self.drilled = False
+        self.zoomed, self.fixed = False, settings().get("LOUPE_PANES", "")
         self.scopes = {p.key: p.scope for p in PANES.values()}
         self.places: dict[str, Region] = {}
-        self.wanted: dict[str, object] = {}
-        self.have: dict[str, tuple[object, object]] = {}  # slot -> (request, result or error line)
-        self.answers: dict[object, object] = {}  # request -> result, the newest 64
-        self.grids: dict[str, tuple[tuple, Grid]] = {}
         self.known_saes: dict[str, SaeInfo] = {}
-        self.found: dict[str, DiscoverResult] = {}  # of circuits that were discovered here
-        self.found_by: dict[str, Discover] = {}  # and how
         self.status: Spans = [(note, WARN)] if note else []
-        self.memory = (0, 0, 0)
-        self.failed = self.progress_of = ""
         self.said_lines = 1
-        self.matches: list[dict] = []
-        self.started: set[object] = set()  # sweeps that were asked for
-        self.needle = ""
-        self.edited: tuple[Prompt, CheckResult] | None = None
-        self.slow = False
-        self.first_paint = self.first_lens = 0.0
+        self.memory = (0, 0, 0)
+        self.failed = ""
+        self.needle, self.matches = "", []
         if table is not TABLE:
-            self.set_keymap({b.id: ",".join(c.key for c in Binding.make_bindings([b])) for b in bindings(table)})
+            self.set_keymap(keymap(table))
 
     # -------------------------------------------------------------- layout and life
 
@@ -156,7 +104,7 @@ class Loupe(Deeds, Quests, Circuits, Dictionaries, App):
 
     def compose(self) -> ComposeResult:
         self.top, self.status_line, self.hint_line = Lines(id="top"), Lines(id="status"), Lines(id="hint")
-        self.panes: dict[str, Pane] = {key: pane() for key, pane in PANES.items()}
+        self.panes = {key: pane() for key, pane in PANES.items()}
         yield self.top
         with Container(id="body"):
             yield from self.panes.values()
@@ -175,385 +123,17 @@ class Loupe(Deeds, Quests, Circuits, Dictionaries, App):
         self.call_after_refresh(self.start_engine)
 
     async def on_unmount(self) -> None:
-        await self.link.stop()
+        await self.client.stop()
 
     def on_resize(self) -> None:
         if self.is_mounted:
             self.call_after_refresh(self.arrange)
 
-    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """While an overlay is open its keys are text, not commands."""
-        return not (action == "do" and self.is_mounted and any(not o.closing for o in self.query(Overlay)))
-
-    @property
-    def state(self) -> State:
-        return self.session.state
-
-    def start_engine(self) -> None:
-        self.first_paint = self.first_paint or time.monotonic()
-        self.run_engine()
-
-    @work(group="engine", exclusive=True)
-    async def run_engine(self) -> None:
-        await self.link.stop()
-        self.info, self.loaded = None, None
-        try:
-            await self.link.start()
-        except OSError as error:
-            self.say(f"the engine does not start: {error}", BAD)
-            return
-        self.refresh_wants()
-
-    def on_death(self, reason: str) -> None:
-        self.info, self.loaded, self.busy = None, None, f"no engine ({reason})"
-        self.say(f"the engine died ({reason}): ctrl+e restarts it; model, prompts and interventions are kept; its log is {self.link.log}", BAD)
-        self.draw()
-
-    def on_progress(self, job: Job) -> None:
-        p = job.progress
-        if job.slot == "load":
-            self.busy = p.text or "loading…"
-            self.draw_top()
-        elif p.total > 1 and time.monotonic() - job.started > 0.4:
-            self.say(f"{p.text or job.slot} {p.done}/{p.total}{'' if 'left' in p.text else f' {job.left}'.rstrip()}", DIM)
-            self.progress_of = job.slot
-
-    @work(group="load", exclusive=True)
-    async def load(self, request: Load) -> None:
-        self.info, self.loaded, self.busy = None, request, f"loading {request.model}…"
-        self.have.clear()
-        self.answers.clear()
-        self.draw()
-        try:
-            self.info = await self.link.ask("load", request, 0)
-        except Superseded:
-            return
-        except EngineError as error:
-            self.busy = "not loaded: M chooses a model"
-            if self.link.alive and self.session.past and self.session.past[-1][1] == "model" and not isinstance(error, EngineDied):
-                self.session.do("undo")  # back to the model before, which the engine still has
-                self.refresh_wants()
-            self.say(str(error), BAD)
-            self.draw()
-            self.failed = str(error)
-            return
-        broken = [c.name for c in self.info.checks if c.ok is False]
-        line = f"loaded {self.info.name} in {self.info.seconds:.1f} s"
-        self.say(
-            f"{line}; self-check FAILED: {', '.join(broken)}"
-            if broken
-            else f"{line}; self-check passed ({sum(c.ok is True for c in self.info.checks)} identities)",
-            BAD if broken else GOOD,
-        )
-        if self.failed:
-            self.say(f"{self.info.name} stays: {self.failed}", BAD)
-            self.failed = ""
-        if self.cursor == Cursor():
-            self.cursor = Cursor(layer=self.info.n_layers - 1)
-        self.clamp()
-        self.refresh_wants()
-
-    # -------------------------------------------------------------- what the panes need, and asking for it
-
     def visible_panes(self) -> list[str]:
         """One, two or three panes by size, the most recently used first, in the order of their numbers."""
-        w, h = self.size
-        fixed = settings().get("LOUPE_PANES", "") if not hasattr(self, "fixed") else self.fixed
-        self.fixed = fixed
-        n = 1 if self.zoomed else int(fixed) if fixed in ("1", "2", "3") else 1 if w < 100 or h < 30 else 2 if w < 160 or h < 40 else 3
+        n = 1 if self.zoomed else layout.count_that_fit(*self.size, self.fixed)
         shown = self.recent[:n]
         return [p for p in PANES if p in shown]
-
-    def refresh_wants(self) -> None:
-        """Ask for what the visible panes lack, draw what is there."""
-        if self.loaded != self.state.model and self.link.alive:
-            self.load(self.state.model)
-            return
-        if self.info is None:
-            self.wanted = {}
-            self.draw()
-            return
-        self.wanted = {"check": Check(self.state.prompt, self.state.align), "run": Run(self.study)}
-        for name in self.visible_panes():
-            self.wanted |= self.panes[name].wants(self)
-        known = False
-        for slot, request in self.wanted.items():
-            if request in self.answers:
-                known = known or (slot == "run" and self.have.get(slot, (None,))[0] != request)
-                self.have[slot] = (request, self.answers[request])
-                self.cancel_group(slot)
-            elif self.have.get(slot, (None,))[0] != request and self.asking.get(slot) != request:
-                self.ask(slot, request)
-        if known:
-            self.clamp()
-        self.draw()
-
-    @property
-    def study(self) -> Study:
-        """The state's study; without answers that are not single tokens in this model, so that everything else still runs (the top line says so)."""
-        study, check = self.state.study, self.answers.get(Check(self.state.prompt, self.state.align))
-        if isinstance(check, CheckResult) and any(len(r.ids) != 1 for r in (*check.answers, *check.foils)):
-            return replace(study, prompt=replace(study.prompt, answers=(), foils=()))
-        return study
-
-    @property
-    def asking(self) -> dict[str, object]:
-        return {j.slot: j.request for j in self.link.jobs.values()}
-
-    def left(self, slot: str) -> str:
-        """Time left of what a slot asks for, in words."""
-        return next((f", {j.left}" for j in self.link.jobs.values() if j.slot == slot and j.left), "")
-
-    def cancel_group(self, slot: str) -> None:
-        for job in [j for j in self.link.jobs.values() if j.slot == slot]:
-            self.link.cancel(job.id)
-
-    def ask(self, slot: str, request: object) -> None:
-        self.run_worker(partial(self.answer, slot, request), group=slot, exclusive=True, exit_on_error=True)
-
-    async def answer(self, slot: str, request: object) -> None:
-        parts: list[LensResult] = []
-        drawn = [0.0]
-
-        def on_partial(part: object) -> None:
-            if self.wanted.get(slot) != request:
-                return
-            if isinstance(part, LensResult):
-                parts.append(part)
-                part = pictures.joined(parts)
-            self.have[slot] = (("partial", request), part)
-            if isinstance(part, RunResult):
-                self.clamp()
-            if time.monotonic() - drawn[0] > 0.3:  # at most a few pictures a second over the wire to the terminal
-                drawn[0] = time.monotonic()
-                self.draw()
-
-        slow = self.set_timer(0.2, lambda: self.mark_slow())
-        try:
-            result = await self.link.ask(slot, request, 0 if slot in ("check", "run", "attention") else 1, on_partial)
-        except Superseded:
-            return
-        except EngineError as error:
-            if not isinstance(error, EngineDied):
-                self.say(str(error), BAD)
-            result = str(error)
-        finally:
-            slow.stop()
-        self.have[slot] = (request, result)
-        if self.progress_of == slot:
-            self.say("")
-        if not isinstance(result, str):
-            self.answers[request] = result
-            while len(self.answers) > 64:
-                del self.answers[next(iter(self.answers))]
-        if slot == "lens" and not self.first_lens:
-            self.first_lens = time.monotonic()
-        if isinstance(result, RunResult):
-            self.clamp()
-        if isinstance(result, CheckResult | PreflightResult | FeaturesResult):  # what a pane wants next depends on these
-            self.refresh_wants()
-        self.draw()
-        if not self.link.jobs:
-            self.poll_memory()
-
-    def mark_slow(self) -> None:
-        self.slow = True
-        self.draw()
-
-    @work(group="status", exclusive=True)
-    async def poll_memory(self) -> None:
-        with contextlib.suppress(Superseded, EngineError):
-            s = await self.link.ask("status", Status(), 2)
-            self.memory = (s.memory // 10**7 * 10**7, s.device_memory // 10**7 * 10**7, s.cache)
-            self.draw_top()
-
-    async def settle(self) -> None:
-        """Wait until nothing is being asked (for tests and benchmarks; no sleeping by the clock)."""
-        while True:
-            running = [w for w in self.workers if w.state in (WorkerState.PENDING, WorkerState.RUNNING)]
-            if not running:
-                return
-            await asyncio.wait([asyncio.ensure_future(self.finished(w)) for w in running])
-            await asyncio.sleep(0)
-
-    async def finished(self, worker: Worker) -> None:
-        with contextlib.suppress(Exception):
-            await worker.wait()
-
-    def stale(self, slot: str) -> bool:
-        return self.have.get(slot, (None,))[0] != self.wanted.get(slot)
-
-    def result(self, slot: str, kind: type | tuple[type, ...]) -> object | None:
-        """What a pane draws: the slot's result, unless its request failed."""
-        got = self.have.get(slot, (None, None))[1]
-        return got if isinstance(got, kind) else None
-
-    def fresh(self, slot: str, kind: type) -> object | None:
-        """The slot's result, whole or in part, only if it answers what is asked for now."""
-        wanted, got = self.wanted.get(slot), self.have.get(slot, (None, None))[0]
-        return self.result(slot, kind) if wanted is not None and got in (wanted, ("partial", wanted)) else None
-
-    def fresh_or_known(self, slot: str, request: object) -> object | None:
-        """The answer to a request, if it is at hand."""
-        got = self.have.get(slot, (None, None))
-        return got[1] if got[0] == request else self.answers.get(request)
-
-    def error(self, slot: str) -> str:
-        got = self.have.get(slot, (None, None))
-        return got[1] if isinstance(got[1], str) and got[0] == self.wanted.get(slot) else ""
-
-    # -------------------------------------------------------------- the cursor
-
-    @property
-    def tokens(self):
-        run = self.result("run", RunResult)
-        if run is None:
-            return None
-        which = self.state.views["which"].split("-")[0]
-        return run.corrupt if which == "corrupt" and run.corrupt else run.clean if which == "clean" else run.now
-
-    def length(self) -> int:
-        return len(self.tokens.tokens.ids) if self.tokens else 0
-
-    def counted(self) -> bool:
-        """Whether the tokens at hand are those of the prompt in the state, so that positions can be asked for."""
-        request = self.have.get("run", (None,))[0]
-        request = request[1] if isinstance(request, tuple) else request
-        return (
-            bool(self.length()) and isinstance(request, Run) and request.study.prompt.clean == self.state.prompt.clean and request.study.base == self.state.base
-        )
-
-    def clamp(self) -> None:
-        """Keep the cursor inside the model and the prompt; at the end it stays at the end."""
-        if self.info is None:
-            return
-        n, c = self.length(), self.cursor
-        pos = n - 1 if self.at_end or c.pos < 0 else min(c.pos, n - 1)
-        point = "resid_post" if self.info.parallel and c.point == "resid_mid" else c.point
-        before = self.cursor
-        self.cursor = replace(
-            c,
-            layer=min(c.layer, self.info.n_layers - 1),
-            head=min(c.head, self.info.n_heads - 1),
-            point=point,
-            pos=max(pos, 0),
-            src=min(c.src, max(pos, 0)),
-        )
-        if before != self.cursor:
-            self.refresh_wants()
-
-    def move(self, **where: object) -> None:
-        old = self.cursor
-        self.cursor = replace(old, **where)
-        if self.cursor == old:
-            return
-        self.at_end = self.cursor.pos == self.length() - 1
-        self.refresh_wants()
-
-    def node(self) -> Node:
-        """The node that an action acts on: the current pane's, at all positions or at the cursor's."""
-        return self.panes[self.pane].node(self, self.cursor.pos if self.scopes[self.pane] == "here" else None)
-
-    def step(self, rows: int, cols: int) -> None:
-        if self.info is not None:
-            self.panes[self.pane].step(self, rows, cols)
-
-    # -------------------------------------------------------------- drawing
-
-    def draw(self) -> None:
-        if not self.is_mounted or not hasattr(self, "panes"):
-            return
-        self.draw_top()
-        for name in self.visible_panes():
-            self.panes[name].paint(self)
-        self.place()
-        self.draw_hint()
-        self.slow = self.slow and any(self.stale(s) for s in self.wanted)
-
-    def say(self, text: str, style=PLAIN) -> None:
-        self.progress_of = ""
-        self.status = [(f" {visible(text)}", style)]
-        self.draw_hint()
-
-    def draw_hint(self) -> None:
-        if not hasattr(self, "hint_line"):
-            return
-        text, style = self.status[0] if self.status else ("", PLAIN)
-        lines = textwrap.wrap(text.strip(), max(self.size.width - 2, 10))[: 3 if self.size.height >= 20 else 1] or [""]
-        if len(lines) != self.said_lines:
-            self.said_lines = len(lines)
-            self.status_line.styles.height = len(lines)
-            self.place()
-        self.status_line.show([[(f" {line}", style)] for line in lines])
-        letter = self.panes[self.pane].number
-        hints: Spans = [(f" {self.node()!s:18}" if self.info else " ", BOLD), (" ?", BOLD), (" help ", DIM)]
-        shown = {a.keys.split(",")[0]: a for a in self.table if letter in a.hint and (a.group != "Move" or a.id == "enter")}
-        first = ("enter", "sweep", "view")  # then what only this pane has
-        own = sorted(shown.items(), key=lambda item: (first.index(item[1].id) if item[1].id in first else len(first), len(item[1].hint)))
-        for key, title in (*((show_key(k), a.title) for k, a in own), ("hjkl", "move")):
-            if sum(cell_len(text) for text, _ in hints) + cell_len(key + title) + 3 > self.size.width:
-                break
-            hints += [(f" {key}", BOLD), (f" {title} ", DIM)]
-        self.hint_line.show([hints])
-
-    def draw_top(self) -> None:
-        if not hasattr(self, "top"):
-            return
-        s, run = self.state, self.result("run", RunResult)
-        w, c, colour = self.size.width, self.cursor, self.state.views["mode"] != "shade"
-        error = self.error("run")
-        lines = [pictures.model_line(self.info, s.model.model, self.busy, self.memory)]
-        metric = pictures.metric_line(run, s.metric.kind, str(s.metric.pos), RUN_NAMES[s.base], self.fresh("run", RunResult) is None, w)
-        dropped = self.state.prompt.answers and not self.study.prompt.answers
-        if dropped:
-            metric = [(f" {s.metric.kind} —  an answer or foil is not one token in this model: t edits them", WARN)]
-        lines.append([(f" {visible(error)}", BAD)] if error else metric)
-        ids = s.views["ids"] == "on"
-        clean, corrupt = (run.clean.tokens, run.corrupt.tokens if run.corrupt else None) if run else (None, None)
-        heat = self.panes["attention"].reading(self) if "attention" in self.visible_panes() else None
-        on_corrupt = (s.views["which"].split("-")[0] == "corrupt") or (s.views["which"].startswith("now") and s.base == "corrupt")
-        heats = (None, heat) if on_corrupt else (heat, None)
-        lines.append(pictures.token_line("clean", clean, c.pos, w, None, ids, colour, s.prompt.clean, heats[0]))
-        other = s.prompt.corrupt or "none: E types one, o opens a prompt set"
-        lines.append(pictures.token_line("corrupted", corrupt, c.pos, w, clean, ids, colour, other, heats[1]))
-        label = [k for k, v in (clean.labels if clean else {}).items() if v == c.pos]
-        state: Spans = [(" " + ("off " if not s.enabled and s.interventions else ""), WARN)]
-        state += [(" ".join(str(i) for i in s.interventions) or "no interventions", (BOLD if s.enabled else DIM) if s.interventions else DIM)]
-        if s.set_path:
-            edited = s.prompt != s.prompt_set[s.index]
-            state.append((f"  set {Path(s.set_path).stem} {s.index + 1}/{len(s.prompt_set)}{' (edited)' if edited else ''}", WARN if edited else DIM))
-        state.append(
-            (
-                f"  answer {' '.join(show_token(a) for a in s.prompt.answers[:3]) or '—'} foil {' '.join(show_token(a) for a in s.prompt.foils[:3]) or '—'}",
-                DIM,
-            )
-        )
-        if s.align or s.prompt.alignment:
-            state.append((f"  aligned {'by hand' if s.prompt.alignment else f'by {s.align}'}", WARN))
-        state.append((f"  @{c.pos}{' ' + ' '.join(label) if label else ''}" if run else "", DIM))
-        lines.append(state)
-        self.top.show(lines)
-
-    def picture(self, slot: str, key: tuple, make) -> Grid:
-        """A grid, made anew only when what it shows changed."""
-        if slot not in self.grids or self.grids[slot][0] != key:
-            self.grids[slot] = (key, make())
-        return self.grids[slot][1]
-
-    def waiting(self, slot: str) -> Spans:
-        error = self.error(slot)
-        return [(f"  {visible(error)}", BAD)] if error else [("  " + (self.busy if self.info is None else "computing…"), DIM)]
-
-    def run_name(self, which: str) -> str:
-        s = self.state
-        now = f"now ({len(s.interventions)} on {RUN_NAMES[s.base]})" if s.interventions and s.enabled else f"now = {RUN_NAMES[s.base]}"
-        return RUN_NAMES[which].replace("now", now)
-
-    def late(self, slots: tuple[str, ...]) -> str:
-        """Said in a title when what is drawn is not what the state asks for."""
-        if not any(s in self.wanted and self.stale(s) for s in slots):
-            return ""
-        return "NOT CURRENT (no engine) · " if self.info is None and self.have else "⟳ computing, below is what was before · " if self.slow else ""
 
     def arrange(self) -> None:
         """Show the panes that fit, in their places, and put the focus on the current one."""
@@ -567,37 +147,213 @@ class Loupe(Deeds, Quests, Circuits, Dictionaries, App):
         self.call_after_refresh(self.draw)
 
     def place(self) -> None:
-        """One pane fills the body; two are stacked, each as high as it can use; a third that is narrow stands on the right."""
-        shown, w, h = self.visible_panes(), self.size.width, max(self.size.height - (6 if self.size.height >= 12 else 3) - self.said_lines, 1)
-        right = [p for p in shown if not self.panes[p].wide][-1:] or shown[2:] if len(shown) == 3 else []
-        stack, left = [p for p in shown if p not in right], w - 78 if right else w
-        first = h
-        if len(stack) == 2:
-            a, b = (self.panes[p].height_needed() for p in stack)
-            first = a if a + b <= h else h - b if b < h // 2 else min(a, h // 2)
-        places = {stack[0]: Region(0, 0, left, first)} | {p: Region(0, first, left, h - first) for p in stack[1:]}
-        places |= {p: Region(left + 2, 0, w - left - 2, h) for p in right}
+        width, height = self.size
+        height = max(height - (6 if height >= 12 else 3) - self.said_lines, 1)
+        places = layout.regions([self.panes[p] for p in self.visible_panes()], width, height)
         for name, r in places.items():
             if self.places.get(name) != r:
-                pane = self.panes[name]
-                pane.styles.offset, pane.styles.width, pane.styles.height = r.offset, r.width, r.height
+                styles = self.panes[name].styles
+                styles.offset, styles.width, styles.height = r.offset, r.width, r.height
         self.places = {**self.places, **places}
 
     def show_pane(self, name: str) -> None:
         before = self.visible_panes()
+        self.panes[self.pane].leave()
         self.pane = name
         self.recent.remove(name)
         self.recent.insert(0, name)
-        self.drilled = False
         if self.visible_panes() != before:
             self.arrange()
         else:
             self.panes[name].focus()
             self.draw()
 
+    # -------------------------------------------------------------- the engine
+
+    @work(group="engine", exclusive=True)
+    async def start_engine(self) -> None:
+        await self.client.stop()
+        self.info = None
+        self.requests.forget()
+        try:
+            await self.client.start()
+        except OSError as error:
+            self.say(f"the engine does not start: {error}", BAD)
+            return
+        self.refresh_wants()
+
+    def on_death(self, reason: str) -> None:
+        self.info, self.requests.model, self.busy = None, None, f"no engine ({reason})"
+        self.say(f"the engine died ({reason}): ctrl+e restarts it; model, prompts and interventions are kept; its log is {self.client.log}", BAD)
+        self.draw()
+
+    def on_progress(self, job: Job) -> None:
+        if job.slot == "load":
+            self.busy = job.progress.text or "loading…"
+            self.draw_top()
+        else:
+            self.requests.progress(job)
+
+    async def settle(self) -> None:
+        """Wait until nothing is being asked (for tests and benchmarks; no sleeping by the clock)."""
+
+        async def finished(worker: Worker) -> None:
+            with contextlib.suppress(Exception):
+                await worker.wait()
+
+        while running := [w for w in self.workers if w.state in (WorkerState.PENDING, WorkerState.RUNNING)]:
+            await asyncio.wait([asyncio.ensure_future(finished(w)) for w in running])
+            await asyncio.sleep(0)
+
+    # -------------------------------------------------------------- state, and what it needs
+
+    @property
+    def state(self) -> State:
+        return self.session.state
+
+    @property
+    def study(self) -> Study:
+        """The state's study; without answers that are not single tokens in this model, so that everything else still runs (the top line says so)."""
+        study, check = self.state.study, self.requests.check()
+        if check is not None and any(len(r.ids) != 1 for r in (*check.answers, *check.foils)):
+            return replace(study, prompt=replace(study.prompt, answers=(), foils=()))
+        return study
+
+    def act(self, name: str, /, **args: object) -> None:
+        """Change the state through the session, then show it."""
+        before = self.state.prompt
+        try:
+            self.session.do(name, **args)
+        except OSError as error:
+            raise UserError(f"the session can't be written to {self.session.path}: {error.strerror}; free space or permissions, then repeat") from error
+        if self.state.prompt != before:
+            self.at_end, self.matches = True, []
+        self.refresh_wants()
+
+    def refresh_wants(self) -> None:
+        """Ask for what the visible panes lack, draw what is there."""
+        if self.requests.model != self.state.model and self.client.alive:
+            self.run_worker(partial(loading.load, self, self.state.model), group="load", exclusive=True, exit_on_error=True)
+            return
+        if self.info is None:
+            self.requests.wanted = {}
+        elif self.requests.refresh(self.study, [self.panes[name] for name in self.visible_panes()]):
+            self.clamp()
+        self.draw()
+
+    def answered(self, result: object, more: bool) -> None:
+        """A reply has come; `more`: what the panes want next depends on it."""
+        if isinstance(result, RunResult):
+            self.clamp()
+        if more:
+            self.refresh_wants()
+        self.draw()
+        if not self.client.jobs:
+            self.run_worker(partial(loading.poll_memory, self), group="status", exclusive=True, exit_on_error=True)
+
+    # -------------------------------------------------------------- keys
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """While an overlay is open its keys are text, not commands."""
+        return not (action == "do" and self.is_mounted and any(not o.closing for o in self.query(Overlay)))
+
+    def action_do(self, name: str) -> None:
+        self.say("")
+        self.guard(lambda: next(a for a in self.table if a.id == name).do(self))
+
+    def action_noop(self) -> None: ...
+
+    def guard(self, what: Callable[[], object]) -> None:
+        """Run it; what the user did wrong is said in the status line."""
+        try:
+            what()
+        except UserError as error:
+            self.say(str(error), BAD)
+
+    def ready(self) -> None:
+        if self.info is None:
+            raise UserError(f"no model yet: {self.busy}" + ("" if self.client.alive else ": ctrl+e restarts the engine"))
+
+    def open(self, overlay: Overlay) -> None:
+        """Show an overlay; it has the focus at once."""
+        self.mount(overlay)
+        self.screen.set_focus(overlay)
+
     def on_overlay_closed(self) -> None:
         open_ones = [o for o in self.query(Overlay) if not o.closing]
         open_ones[-1].take_focus() if open_ones else self.panes[self.pane].focus()
+
+    # -------------------------------------------------------------- the cursor
+
+    @property
+    def tokens(self) -> Side | None:
+        """The side of the run that is shown: clean, corrupted or now."""
+        run = self.requests.result("run", RunResult)
+        if run is None:
+            return None
+        which = self.state.views["which"].split("-")[0]
+        return run.corrupt if which == "corrupt" and run.corrupt else run.clean if which == "clean" else run.now
+
+    def length(self) -> int:
+        return len(self.tokens.tokens.ids) if self.tokens else 0
+
+    def counted(self) -> bool:
+        """Whether the tokens at hand are those of the prompt in the state, so that positions can be asked for."""
+        reply, state = self.requests.reply("run"), self.state
+        request = reply.request if reply is not None and self.length() else None
+        return isinstance(request, Run) and request.study.prompt.clean == state.prompt.clean and request.study.base == state.base
+
+    def clamp(self) -> None:
+        """Keep the cursor inside the model and the prompt; at the end it stays at the end."""
+        if self.info is None:
+            return
+        before, self.cursor = self.cursor, clamped(self.cursor, self.info, self.length(), self.at_end)
+        if before != self.cursor:
+            self.refresh_wants()
+
+    def move(self, **where: object) -> None:
+        old, self.cursor = self.cursor, replace(self.cursor, **where)
+        if self.cursor != old:
+            self.at_end = self.cursor.pos == self.length() - 1
+            self.refresh_wants()
+
+    def node(self) -> Node:
+        """The node that an action acts on: the current pane's, at all positions or at the cursor's."""
+        return self.panes[self.pane].node(self, self.cursor.pos if self.scopes[self.pane] == "here" else None)
+
+    # -------------------------------------------------------------- drawing
+
+    def draw(self) -> None:
+        if not self.is_mounted or not self.panes:
+            return
+        self.draw_top()
+        for name in self.visible_panes():
+            self.panes[name].paint(self)
+        self.place()
+        self.draw_hint()
+        self.requests.slow = self.requests.slow and any(map(self.requests.stale, self.requests.wanted))
+
+    def draw_top(self) -> None:
+        if self.panes:
+            self.top.show(top.top_lines(self))
+
+    def say(self, text: str, style=PLAIN) -> None:
+        self.requests.progress_of = ""
+        self.status = [(f" {visible(text)}", style)]
+        self.draw_hint()
+
+    def draw_hint(self) -> None:
+        """The status line, wrapped, and the hint line below it."""
+        if not self.panes:
+            return
+        text, style = self.status[0] if self.status else ("", PLAIN)
+        lines = textwrap.wrap(text.strip(), max(self.size.width - 2, 10))[: 3 if self.size.height >= 20 else 1] or [""]
+        if len(lines) != self.said_lines:
+            self.said_lines = len(lines)
+            self.status_line.styles.height = len(lines)
+            self.place()
+        self.status_line.show([[(f" {line}", style)] for line in lines])
+        self.hint_line.show([top.hint_line(self)])
 
 
 def first_state(values: dict[str, str]) -> State:
@@ -629,12 +385,12 @@ def main() -> None:
     parser.add_argument("--keys", action="store_true", help="print the key table in Markdown and leave")
     args = parser.parse_args()
     if args.keys:
-        print(key_table(), end="")
+        print(key_table(TABLE), end="")
         return
     note = ""
     try:
         values = settings()
-        table = remapped(values.get("LOUPE_KEYMAP", ""))
+        table = remapped(values.get("LOUPE_KEYMAP", ""), TABLE)
         if args.resume is not None:
             session, note = read_session(args.resume or newest_session())
             note = note or f" restored {session.path.name}: {len(session.past)} steps back"

@@ -4,8 +4,6 @@ Widgets hold no state of the hunt: they are given a picture and draw it. Never i
 """
 
 import math
-import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -13,15 +11,9 @@ import numpy as np
 from rich.cells import cell_len, set_cell_size
 from rich.segment import Segment
 from rich.style import Style
-from textual import events
-from textual.app import ComposeResult
-from textual.binding import Binding
-from textual.containers import Horizontal, Vertical
 from textual.geometry import Region
-from textual.message import Message
 from textual.strip import Strip
 from textual.widget import Widget
-from textual.widgets import Input
 
 from utils import show_number, show_token, visible
 
@@ -87,7 +79,10 @@ class Lines(Widget):
             self.refresh()
             return
         changed = [y for y in range(max(len(old), len(new))) if y >= len(old) or y >= len(new) or old[y] != new[y]]
-        self.refresh(*(Region(0, y - top, self.size.width, 1) for y in changed if 0 <= y - top < self.size.height)) if changed and self.size else None
+        if changed and not self.size:  # hidden: what was rendered before must not come back when it is shown again
+            self.refresh()
+        elif changed:
+            self.refresh(*(Region(0, y - top, self.size.width, 1) for y in changed if 0 <= y - top < self.size.height))
 
     def render_line(self, y: int) -> Strip:
         y += self.top
@@ -212,6 +207,7 @@ class GridView(Widget):
             return
         old, self.at = self.at, at
         if not self.size:
+            self.refresh()
             return
         self.layout_cells()
         g = self.grid
@@ -316,283 +312,3 @@ def show_value(value: float, width: int) -> str:
         if len(short) <= width:
             return short.rjust(width)
     return show_number(value, width)
-
-
-# ------------------------------------------------------------------ overlays: a picker, an editor, a panel
-
-
-ESCAPES = {"\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
-UNESCAPE = re.compile(r"\\(?:([ntr\\])|u\{([0-9a-fA-F]{1,6})\})")
-
-
-def escape_line(text: str) -> str:
-    """A text in one editable line: newline as \\n, tab as \\t, what can't be printed as \\u{1b}, backslash doubled."""
-    return "".join(ESCAPES.get(c) or (c if c.isprintable() else f"\\u{{{ord(c):x}}}") for c in text)
-
-
-def unescape_line(text: str) -> str:
-    names = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
-    return UNESCAPE.sub(lambda m: names[m[1]] if m[1] else chr(int(m[2], 16)) if int(m[2], 16) < 0x110000 else m[0], text)
-
-
-class Field(Input):
-    """A one-line input that does not blink and pastes several lines as \\n instead of dropping all but the first."""
-
-    BINDINGS = [Binding("ctrl+c", "app.noop", show=False)]
-
-    def __init__(self, value: str = "", **kw):
-        super().__init__(value, compact=True, select_on_focus=False, **kw)
-        self.cursor_blink = False
-
-    def _on_paste(self, event: events.Paste) -> None:
-        self.insert_text_at_cursor(escape_line(event.text))
-        event.stop()
-        event.prevent_default()
-
-
-class Overlay(Vertical, can_focus=True):
-    """
-    What opens over the lower part of the screen and takes the keys until esc. It has the focus from the moment it is mounted, and what is typed
-    before its field is there goes into the field, so that a burst of keys never runs as commands.
-    """
-
-    DEFAULT_CSS = "Overlay { dock: bottom; height: auto; max-height: 80%; layer: overlay; background: ansi_default; border-top: solid ansi_bright_blue; }"
-    BINDINGS = [Binding("escape", "close", show=False)]
-    closing = False
-
-    @dataclass
-    class Closed(Message):
-        pass
-
-    def action_close(self) -> None:
-        self.closing = True
-        self.remove()
-        self.post_message(self.Closed())
-
-    def first_field(self) -> "Field | None":
-        return None
-
-    def take_focus(self) -> None:
-        """Focus what takes the keys here."""
-        self.screen.set_focus(self.first_field() or self)
-
-    def on_key(self, event: events.Key) -> None:
-        field = self.first_field()
-        if field is not None and event.is_printable:  # typed before the field had the focus
-            field.insert_text_at_cursor(event.character)
-            event.stop()
-            event.prevent_default()
-
-
-@dataclass(frozen=True)
-class Item:
-    key: str
-    label: str
-    note: str = ""
-    value: object = None
-
-
-class Picker(Overlay):
-    """A list to filter by typing and run from by enter. `chosen(item, typed)` is called with the item, or None and what was typed."""
-
-    BINDINGS = [
-        Binding("up,ctrl+p", "step(-1)", show=False),
-        Binding("down,ctrl+n,tab", "step(1)", show=False),
-        Binding("pageup", "step(-10)", show=False),
-        Binding("pagedown", "step(10)", show=False),
-    ]
-    DEFAULT_CSS = "Picker > .list { height: auto; }"
-
-    def __init__(self, title: str, items: list[Item], chosen: Callable[[Item | None, str], None], free: bool = False, start: str = "", **kw):
-        super().__init__(**kw)
-        self.title, self.items, self.chosen, self.free, self.at = title, items, chosen, free, 0
-        self.head, self.field, self.list = Lines(), Field(start), Lines(classes="list")
-
-    def compose(self) -> ComposeResult:
-        yield self.head
-        yield self.field
-        yield self.list
-
-    def first_field(self) -> Field:
-        return self.field
-
-    def on_mount(self) -> None:
-        self.take_focus()
-        self.draw()
-
-    def matching(self) -> list[Item]:
-        words = self.field.value.lower().split()
-        found = [i for i in self.items if all(w in f"{i.key} {i.label} {i.note}".lower() for w in words)]
-        exact = [i for i in found if words and i.key.lower() == words[0]]
-        return exact + [i for i in found if i not in exact]
-
-    def draw(self) -> None:
-        found = self.matching()
-        self.at = max(0, min(self.at, len(found) - 1))
-        height = max(3, min(len(self.items), self.app.size.height * 3 // 5 - 3))
-        top = GridView.page(self.at, 0, height, len(found))
-        wide = max([cell_len(i.key) for i in self.items], default=0) + 2
-        note = max([cell_len(i.note) for i in self.items], default=0)
-        name = max(12, min(max([cell_len(visible(i.label)) for i in self.items], default=0) + 2, self.app.size.width - wide - note - 2))
-        rows = []
-        for n, i in enumerate(found):
-            style = CURSOR_PLAIN if n == self.at else PLAIN
-            rows.append(
-                [
-                    (" " + set_cell_size(i.key, wide), style or HEAD),
-                    (set_cell_size(visible(i.label), name), style),
-                    (visible(i.note), DIM if n != self.at else style),
-                ]
-            )
-        if not found:
-            rows = [[("  enter takes what you typed" if self.free and self.field.value else "  nothing matches", DIM)]]
-        self.list.styles.height = height
-        self.list.show(rows, top)
-        self.head.show([[(f" {self.title} ", HEAD), (f" {len(found)} of {len(self.items)} · type to filter · enter · esc", DIM)]])
-
-    def on_input_changed(self) -> None:
-        self.at = 0
-        self.draw()
-
-    def action_step(self, by: int) -> None:
-        self.at += by
-        self.draw()
-
-    def on_input_submitted(self, event: Input.Submitted) -> None:
-        event.stop()
-        found = self.matching()
-        typed = self.field.value
-        item = found[self.at] if found else None
-        if item is None and not (self.free and typed.strip()):
-            return
-        self.action_close()
-        self.chosen(item, typed)
-
-
-class Editor(Overlay):
-    """Fields to edit, with lines below that the app fills as one types. `accept(values)` returns an error line, or "" to close."""
-
-    BINDINGS = [
-        Binding("tab,down", "field(1)", show=False, priority=True),
-        Binding("shift+tab,up", "field(-1)", show=False, priority=True),
-        Binding("ctrl+t", "ids", show=False, priority=True),
-    ]
-    DEFAULT_CSS = "Editor > Horizontal { height: 1; } Editor .name { width: 12; } Editor > .preview { height: 6; }"
-
-    @dataclass
-    class Changed(Message):
-        values: list[str]
-
-    def __init__(
-        self,
-        title: str,
-        fields: list[tuple[str, str]],
-        accept: Callable[[list[str]], str],
-        focus: int = 0,
-        preview: int = 0,
-        hint: str = "",
-        select: bool = False,
-        **kw,
-    ):
-        super().__init__(**kw)
-        self.title, self.names, self.accept, self.start, self.rows, self.hint, self.select = title, [n for n, _ in fields], accept, focus, preview, hint, select
-        self.fields = [Field(escape_line(v)) for _, v in fields]
-        self.head, self.preview, self.ids = Lines(), Lines(classes="preview"), False
-
-    def compose(self) -> ComposeResult:
-        yield self.head
-        for name, edit in zip(self.names, self.fields):
-            label = Lines(classes="name")
-            label.show([[(f" {name}", DIM)]])
-            yield Horizontal(label, edit)
-        yield self.preview
-
-    def on_mount(self) -> None:
-        self.preview.styles.height = self.rows
-        self.head.show([[(f" {self.title} ", HEAD), (f" {self.hint}", DIM)]])
-        self.take_focus()
-        if self.select:
-            self.first_field().action_select_all()
-        self.post_message(self.Changed(self.values()))
-
-    def first_field(self) -> Field:
-        return self.fields[self.start]
-
-    def values(self) -> list[str]:
-        return [unescape_line(f.value) for f in self.fields]
-
-    def on_input_changed(self, event: Input.Changed) -> None:
-        event.stop()
-        self.post_message(self.Changed(self.values()))
-
-    def on_input_submitted(self, event: Input.Submitted) -> None:
-        event.stop()
-        error = self.accept(self.values())
-        if error:
-            self.head.show([[(f" {error} ", BAD)]])
-        else:
-            self.action_close()
-
-    def action_field(self, by: int) -> None:
-        at = next((n for n, f in enumerate(self.fields) if f.has_focus), 0)
-        self.fields[(at + by) % len(self.fields)].focus()
-
-    def action_ids(self) -> None:
-        self.ids = not self.ids
-        self.post_message(self.Changed(self.values()))
-
-
-class Panel(Overlay):
-    """Lines to read; j and k scroll or select, `keys` maps further keys to functions of the selected line's number; any other key closes it and acts."""
-
-    DEFAULT_CSS = "Panel > .list { height: auto; }"
-
-    def __init__(
-        self,
-        title: str,
-        rows: list[Spans],
-        hint: str = "esc",
-        select: bool = False,
-        keys: dict[str, Callable[[int], None]] | None = None,
-        **kw,
-    ):
-        super().__init__(**kw)
-        self.title, self.rows, self.hint, self.select, self.keys, self.at = title, rows, hint, select, keys or {}, 0
-        self.head, self.list = Lines(), Lines(classes="list")
-
-    def compose(self) -> ComposeResult:
-        yield self.head
-        yield self.list
-
-    def on_mount(self) -> None:
-        self.take_focus()
-        self.draw()
-
-    def replace(self, rows: list[Spans]) -> None:
-        self.rows = rows
-        self.draw()
-
-    def draw(self) -> None:
-        height = max(1, min(len(self.rows), self.app.size.height * 4 // 5 - 3))
-        self.at = max(0, min(self.at, len(self.rows) - (1 if self.select else height)))
-        top = GridView.page(self.at, 0, height, len(self.rows)) if self.select else self.at
-        rows = [[(t, s + Style(reverse=True)) for t, s in r] if self.select and n == self.at else r for n, r in enumerate(self.rows)]
-        self.list.styles.height = height
-        self.list.show(rows, top)
-        self.head.show([[(f" {self.title} ", HEAD), (f" {self.hint}", DIM)]])
-
-    def on_key(self, event: events.Key) -> None:
-        name = event.character if event.is_printable else event.key
-        step = {"j": 1, "k": -1, "down": 1, "up": -1, "pagedown": 10, "pageup": -10, "g": -(10**6), "G": 10**6}.get(name)
-        if step is not None:
-            self.at += step
-            self.draw()
-        elif name in self.keys:
-            self.keys[name](self.at)
-        elif name in ("q", "escape"):
-            self.action_close()
-        else:
-            self.action_close()
-            self.app.post_message(events.Key(event.key, event.character))
-        event.stop()
-        event.prevent_default()

@@ -24,9 +24,10 @@ from transformers import GPT2LMHeadModel
 
 from edges import edge_runs
 from engine import Engine
-from messages import Study, read_prompt_set
+from techniques.circuits.requests import Discover, PathPatch, Score
+from vocabulary.circuit import Circuit
+from vocabulary.prompts import read_prompt_set, Study
 from utils import ROOT, bold, cyan, endc, gray, purple, yellow
-from wiring import Circuit, Discover, PathPatch, Score
 
 spec = importlib.util.spec_from_file_location("setting", Path(__file__).parent / "patching.py")  # the same random model, prompts and tolerance
 setting = importlib.util.module_from_spec(spec)

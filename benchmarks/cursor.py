@@ -17,8 +17,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 
-from link import Link
-from messages import Attention, Load, Study, Sweep, read_prompt_set
+from screen.client import Client
+from techniques.attention.requests import Attention
+from techniques.patching.requests import Sweep
+from vocabulary.prompts import read_prompt_set, Study
+from vocabulary.requests import Load
 from utils import ROOT, bold, cyan, endc, gray
 
 spec = importlib.util.spec_from_file_location("setting", Path(__file__).parent / "patching.py")
@@ -27,7 +30,7 @@ spec.loader.exec_module(setting)
 SECONDS = 15
 
 
-async def moves(link: Link, study: Study, sweep: Sweep, layers: int) -> dict:
+async def moves(link: Client, study: Study, sweep: Sweep, layers: int) -> dict:
     """Sweeps again and again for SECONDS; meanwhile moves. Milliseconds of each answer."""
     found, begun, sweeps = [], time.monotonic(), 0
     await link.ask("sweep", sweep, 2)
@@ -52,7 +55,7 @@ async def main() -> None:
         ioi = read_prompt_set(ROOT / "zoo" / "prompts" / "ioi_abba.jsonl")
         cases = (("zoo", "zoo", Study(ioi[0], prompt_set=ioi), 4), ("gpt2-small shape", f"{folder}/gpt2-small shape", Study(setting.prompts(1, 2)[0]), 12))
         for name, model, study, layers in cases:
-            link = Link(Path(folder) / "engine.log")
+            link = Client(Path(folder) / "engine.log")
             await link.start()
             await link.ask("load", Load(model), 0)
             for kind in ("z", "z_pos", "attn_mlp", "nodes"):

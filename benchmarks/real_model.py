@@ -94,7 +94,7 @@ def forward(engine: object, ids: object, runs: int) -> Row:
 
 def study(engine: object, tokens: int) -> object:
     """A prompt of so many tokens (a word is one in most tokenizers), and one that differs in a word."""
-    from messages import Prompt, Study
+    from vocabulary.prompts import Prompt, Study
 
     rng, words = random.Random(0), []
     count = lambda: len(engine.model.check(Prompt("".join(words))).clean.ids)  # noqa: E731
@@ -108,8 +108,13 @@ def study(engine: object, tokens: int) -> object:
 
 def requests(engine: object, ask: object) -> dict[str, tuple[object, bool]]:
     """By name the request, and whether what earlier ones left in the cache is given up first."""
-    from messages import Attention, Attribution, HeadStats, Lens, Run, Sweep
-    from wiring import Circuit, Discover, PathPatch, Score
+    from techniques.attention.requests import Attention, HeadStats
+    from techniques.attribution.requests import Attribution
+    from techniques.lens.requests import Lens
+    from techniques.output.requests import Run
+    from techniques.patching.requests import Sweep
+    from techniques.circuits.requests import Discover, PathPatch, Score
+    from vocabulary.circuit import Circuit
 
     info = engine.model.info
     layer = info.n_layers // 2
@@ -133,7 +138,7 @@ def first_answer(engine: object, request: object) -> None:
 
 def run_all(folder: str, tokens: int, device: str, only: list[str]) -> tuple[dict, list[Row]]:
     from engine import Engine
-    from messages import Load
+    from vocabulary.requests import Load
 
     held: list[Engine] = []
     rows = [measure("load", lambda: held.append(Engine(Load(folder, device=device))), "cpu")]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from session import Session
+from screen.session import Session
 from tui import Loupe, first_state
 from utils import ROOT, endc, green
 

@@ -8,7 +8,7 @@ from types import ModuleType
 from utils import settings
 from vocabulary.nodes import UserError
 
-ROOMS = ("output", "lens", "attention", "attribution", "weights", "patching", "circuits", "features", "identities")
+ROOMS = ("output", "lens", "attention", "attribution", "patching", "weights", "circuits", "features", "identities")
 
 
 def rooms() -> tuple[str, ...]:

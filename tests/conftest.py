@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from messages import Prompt
+from vocabulary.prompts import Prompt
 from utils import ROOT
 
 CLEAN = "When Mary and John went to the store, John gave a drink to"

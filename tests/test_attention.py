@@ -10,7 +10,9 @@ from conftest import CLEAN, CORRUPT, PROMPT, SHORT
 from transformer_lens import head_detector
 
 import attribution
-from messages import DETECTORS, STATS, Attention, AttentionSet, Detect, HeadStats, Intervention, Node, Prompt, Study, UserError, parse_intervention
+from techniques.attention.requests import Attention, AttentionSet, Detect, DETECTORS, HeadStats, STATS
+from vocabulary.nodes import Intervention, Node, parse_intervention, UserError
+from vocabulary.prompts import Prompt, Study
 from patching import prepare
 
 TOL = 1e-4

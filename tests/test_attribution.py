@@ -13,26 +13,13 @@ from transformer_lens.tools.analysis import direct_logit_attribution
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine import main
-from messages import (
-    WHICH,
-    AttentionSet,
-    Attribution,
-    AttributionNeurons,
-    AttributionSet,
-    AttributionSources,
-    Detect,
-    Frame,
-    Identities,
-    Metric,
-    Prompt,
-    Run,
-    Study,
-    UserError,
-    encode,
-    parse_intervention,
-    read_frame,
-    to_json,
-)
+from techniques.attention.requests import AttentionSet, Detect
+from techniques.attribution.requests import Attribution, AttributionNeurons, AttributionSet, AttributionSources
+from techniques.identities.requests import Identities
+from techniques.output.requests import Run
+from vocabulary.nodes import parse_intervention, UserError
+from vocabulary.prompts import Metric, Prompt, Study, WHICH
+from vocabulary.wire import encode, Frame, read_frame, to_json
 
 TOL = 1e-4
 STUDY = Study(PROMPT)
@@ -428,7 +415,7 @@ def test_on_the_wire(engines):
 def test_half_precision(folders):
     """bfloat16: the sum is off by its rounding, which the error says."""
     from engine import Engine
-    from messages import Load
+    from vocabulary.requests import Load
 
     engine = Engine(Load(str(folders["gpt2"]), dtype="bfloat16"))
     got = engine.run(Attribution(STUDY))

@@ -9,10 +9,11 @@ from textual.geometry import Size
 from textual.strip import Strip
 from rich.segment import Segment
 from rich.style import Style
-from ui import LocalLink, Wire, make_app, over_the_wire, press
+from ui import LocalClient, Wire, make_app, over_the_wire, press
 
-from messages import Sweep, read_prompt_set
-from tight import Difference, TightCompositor, cells_of, changes
+from techniques.patching.requests import Sweep
+from vocabulary.prompts import read_prompt_set
+from screen.compositor import Difference, TightCompositor, cells_of, changes
 from tui import first_state
 from utils import ROOT
 
@@ -69,7 +70,7 @@ async def test_features_on_the_wire(engines, tmp_path, monkeypatch, size):
             assert move <= 2_500, f"key {key}: {move} bytes"
 
 
-class Slow(LocalLink):
+class Slow(LocalClient):
     """Delivers a sweep in thirty parts a tenth of a second apart by the clock it moves, and takes down what each cost on the terminal."""
 
     def __init__(self, engine):
@@ -99,7 +100,7 @@ async def test_a_filling_heat_map(engines, tmp_path, monkeypatch, size):
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("COLORTERM", raising=False)
     link = Slow(engines["zoo"])
-    monkeypatch.setattr("tui.time", SimpleNamespace(monotonic=lambda: link.clock))
+    monkeypatch.setattr("screen.replies.time", SimpleNamespace(monotonic=lambda: link.clock))
     prompts = read_prompt_set(ROOT / "zoo" / "prompts" / "ioi_abba.jsonl")[:4]
     state = replace(first_state({}), prompt=prompts[0], prompt_set=prompts)
     state = replace(state, views={**state.views, "patching.kind": "z_pos", "patching.over": "set"})

@@ -3,23 +3,19 @@
 import json
 
 import pytest
-from ui import make_app, press, shown
+from ui import asked, grid, make_app, press, shown
 
-import circuit_deeds
-from messages import Prompt
-from session import read_session
+from techniques.circuits import discovery, files
+from techniques.circuits.requests import Discover, PathPatch, Score
+from vocabulary.prompts import Prompt
+from screen.session import read_session
 from tui import first_state
-from widgets import Panel, Picker
-from wiring import Discover, PathPatch, Score
+from screen.overlays import Panel, Picker
 
 
 @pytest.fixture
 def zoo(engines):
     return engines["zoo"]
-
-
-def asked(app, kind):
-    return [r for _, r in app.link.asked if isinstance(r, kind)]
 
 
 def small(count: int = 4):
@@ -65,7 +61,7 @@ async def test_keep_score_and_path(zoo, tmp_path, size):
 
 
 def test_cells_of_a_circuit():
-    from readings import kept_cells, map_addresses
+    from screen.pictures import kept_cells, map_addresses
 
     head_map = map_addresses(2, 3, 4)
     assert kept_cells(("L1H2", "L0.mlp", "L0H1@S2", "L0H0.v"), head_map, {}) == {(1, 2), (0, 4), (0, 1)}
@@ -84,7 +80,7 @@ async def test_kept_cells_are_marked_everywhere(zoo, tmp_path):
         await press(app, pilot, "3")
         assert any("•" in line for line in shown(app).splitlines() if "L3" in line)
         await press(app, pilot, "4", "S")
-        assert app.panes["patching"].table.grid.kept == {(3, 0)} and "•" in shown(app)
+        assert grid(app).kept == {(3, 0)} and "•" in shown(app)
         await press(app, pilot, "u")
         assert "•" not in shown(app)
 
@@ -123,7 +119,7 @@ async def test_nodes_or_edges_names_and_receivers(zoo, tmp_path):
 
 
 def test_the_curve_is_to_scale():
-    import pictures
+    from screen import pictures
 
     lines = pictures.chart("x", ["0", "14", "40"], {"x": [0.0, 0.5, 1.0]}, 80, 16, [0.0, 14.0, 40.0])
     ticks = "".join(text for text, _ in next(line for line in reversed(lines) if any("40" in t for t, _ in line)))
@@ -156,14 +152,14 @@ async def test_paths_by_position_from_embeddings_and_from_several(zoo, tmp_path)
         for _ in range(3):
             await press(app, pilot, "j")
         row, col = app.panes["circuit"].map.at
-        got = app.answers[ask]
+        got = app.requests.answers[ask].result
         assert got.rows[row] == str(app.node()) and col == app.cursor.pos
         app.act("group", name="givers", nodes=["L0H1"])
         await press(app, pilot, "Q", *"from givers", "enter", "S")
         ask = asked(app, PathPatch)[-1]
         assert ask.each == "receiver" and ask.senders == ("L0H1",) and app.state.senders == ("L0H1",)
         await press(app, pilot, "Q", *"from L0H1 L0H3", "enter", "S")
-        assert asked(app, PathPatch)[-1].senders == ("L0H1", "L0H3") and "L0H1, L0H3 → each receiver" in shown(app) and not app.error("path")
+        assert asked(app, PathPatch)[-1].senders == ("L0H1", "L0H3") and "L0H1, L0H3 → each receiver" in shown(app) and not app.requests.error("path")
         await press(app, pilot, "Q", *"from nowhere", "enter")
         assert app.state.senders == ("L0H1", "L0H3") and "nowhere" in shown(app)
 
@@ -179,7 +175,7 @@ async def test_what_a_finished_job_leaves_alone(zoo, tmp_path):
         await press(app, pilot, "S")
         assert "interventions left out" in shown(app)
         await press(app, pilot, "u")
-        app.run_discovery(Discover(app.discovery_study(), "greedy", rest="patch", name="found-by-greedy"))
+        discovery.run(app.panes["circuit"], app, Discover(app.panes["circuit"].study(app), "greedy", rest="patch", name="found-by-greedy"))
         await press(app, pilot)
         assert "found found-by-greedy" in shown(app) and app.state.circuit == "circuit"
         await press(app, pilot, "ctrl+r")
@@ -210,7 +206,7 @@ async def test_keep_from_other_panes(zoo, tmp_path):
 
 
 async def test_discovery_and_files(zoo, tmp_path, monkeypatch):
-    monkeypatch.setattr(circuit_deeds, "FOLDER", circuit_deeds.ROOT / "exports" / "test-circuits")
+    monkeypatch.setattr(files, "FOLDER", files.ROOT / "exports" / "test-circuits")
     app = make_app(zoo, tmp_path, small())
     async with app.run_test(size=(140, 45)) as pilot:
         await press(app, pilot)
@@ -227,14 +223,14 @@ async def test_discovery_and_files(zoo, tmp_path, monkeypatch):
             await press(app, pilot, "v")
         assert "faithfulness against edges" in shown(app)
         await press(app, pilot, "Y", *"save", "enter")
-        path = circuit_deeds.FOLDER / f"{found.name}.json"
+        path = files.FOLDER / f"{found.name}.json"
         assert json.loads(path.read_text())["edges"] == list(found.edges)
         for kind in ("dot", "mermaid", "table", "text", "python"):
             await press(app, pilot, "Y", *f"export {kind}", "enter")
             assert "written exports/test-circuits" in shown(app), kind
-        for p in circuit_deeds.FOLDER.iterdir():
+        for p in files.FOLDER.iterdir():
             p.unlink()
-        circuit_deeds.FOLDER.rmdir()
+        files.FOLDER.rmdir()
         await press(app, pilot, "Y", *"greater", "enter")
         assert app.state.current.name == "greater-than" and "does not have all its nodes" in shown(app)
         await press(app, pilot, "S")

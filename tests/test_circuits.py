@@ -13,11 +13,16 @@ from conftest import PROMPT
 import drawings
 from edges import all_edges, edge_runs
 from engine import Engine
-from messages import Load, Metric, Progress, Prompt, Run, Study, UserError, from_json, parse_node, read_prompt_set, to_json
-from session import Session, State, read_session
+from techniques.circuits.requests import Compare, Discover, Score
+from techniques.output.requests import Run
+from vocabulary.circuit import Circuit, combined, grouped, parse_edge, toggled
+from vocabulary.nodes import parse_node, UserError
+from vocabulary.prompts import Metric, Prompt, read_prompt_set, Study
+from vocabulary.requests import Load, Progress
+from vocabulary.wire import from_json, to_json
+from screen.session import Session, State, read_session
 from test_paths import ended
 from utils import ROOT
-from wiring import Circuit, Compare, Discover, Score, combined, grouped, parse_edge, toggled
 
 STUDY = Study(PROMPT)
 IOI = read_prompt_set(ROOT / "zoo" / "prompts" / "ioi_abba.jsonl")[:8]

@@ -15,7 +15,8 @@ import torch as t
 from gpu_checks import learned
 from gpu_checks.bench import Bench, difference, prompts
 from gpu_checks.requests import every
-from messages import REQUESTS, Study
+from vocabulary.prompts import Study
+from vocabulary.wire import REQUESTS
 
 SET = prompts(4, 15, 600)
 TABLE = every(Study(SET[0]), Study(SET[0], prompt_set=SET), 1, "random")

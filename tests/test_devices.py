@@ -11,7 +11,8 @@ import devices
 import pictures
 from devices import driver_version, filled_by_others, pick_device, unused_gpu
 from engine import Engine, main
-from messages import Load, UserError
+from vocabulary.nodes import UserError
+from vocabulary.requests import Load
 
 CLOSED = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.161.08  Sat Feb 24 12:01:03 UTC 2024\nGCC version:  gcc version 12.2.0 (Debian)\n"
 OPEN = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (root@host)\n"

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from edges import cut_bytes, edge_runs, prompt_bytes, senders
-from messages import Study
+from vocabulary.prompts import Study
 
 
 class Living(TorchDispatchMode):

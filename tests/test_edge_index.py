@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from edge_index import EdgeIndex, edge_index, own_edge, receivers, seen, senders
-from messages import ModelInfo, UserError, parse_node
-from wiring import Edge, owner, parse_edge, prune
+from vocabulary.circuit import Edge, owner, parse_edge, prune
+from vocabulary.nodes import parse_node, UserError
+from vocabulary.requests import ModelInfo
 
 SMALL = ModelInfo("m", "Llama", 3, 4, 2, 32, 8, 48, 420, 64, 0, "float32", "cpu", "rotary", "RMS", False, 0.0, "", True, 0.0)
 LARGE = replace(SMALL, n_layers=32, n_heads=32, n_kv_heads=8, d_model=4096, d_head=128, d_mlp=14336)

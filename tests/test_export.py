@@ -5,9 +5,12 @@ import io
 
 import pytest
 
-from export import python_script
-from messages import Load, Metric, Run, UserError, parse_intervention, read_prompt_set
-from session import State
+from screen.script import python_script
+from techniques.output.requests import Run
+from vocabulary.nodes import parse_intervention, UserError
+from vocabulary.prompts import Metric, read_prompt_set
+from vocabulary.requests import Load
+from screen.session import State
 from utils import ROOT
 
 SET = read_prompt_set(ROOT / "zoo" / "prompts" / "ioi_abba.jsonl")

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from conftest import PROMPT, tokenizer
-from messages import Study, Sweep
+from techniques.patching.requests import Sweep
+from vocabulary.prompts import Study
 
 SMALL = {"vocab_size": 430, "bos_token_id": 0, "eos_token_id": 1, "initializer_range": 0.2}
 WIDE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 64}

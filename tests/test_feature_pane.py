@@ -4,10 +4,10 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from ui import make_app, press, shown
+from ui import asked, make_app, press, shown
 
-from session import read_session
-from sparse import Examples, FeatureGraph, Preflight
+from screen.session import read_session
+from techniques.features.requests import Examples, FeatureGraph, Preflight
 from tui import first_state
 from utils import ROOT
 
@@ -15,10 +15,6 @@ from utils import ROOT
 @pytest.fixture
 def zoo(engines):
     return engines["zoo"]
-
-
-def asked(app, kind):
-    return [r for _, r in app.link.asked if isinstance(r, kind)]
 
 
 async def load(app, pilot, *names):
@@ -44,9 +40,9 @@ async def test_features(zoo, tmp_path, size):
         assert pane.index != first and f"L2.sae.f{pane.index}" in shown(app)
         await press(app, pilot, "P")
         assert "by attribution" in " ".join(pane.said) or "attribution" in shown(app)
-        before = app.result("run", object).now.metric
+        before = app.requests.result("run", object).now.metric
         await press(app, pilot, "a")
-        assert str(app.state.interventions[0]) == f"L2.sae.f{pane.index}=zero" and app.result("run", object).now.metric != before
+        assert str(app.state.interventions[0]) == f"L2.sae.f{pane.index}=zero" and app.requests.result("run", object).now.metric != before
         await press(app, pilot, "Z")
         assert app.state.sae_error is False and "error term dropped" in " ".join(pane.said)
         await press(app, pilot, "u", "c")

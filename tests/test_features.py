@@ -10,10 +10,16 @@ from dictionaries import build, save
 
 import patching
 import saes
-from messages import Attribution, Identities, Metric, Run, Study, Sweep, UserError, parse_intervention, read_prompt_set
-from sparse import Feature, Features
+from techniques.attribution.requests import Attribution
+from techniques.circuits.requests import Discover, Score
+from techniques.features.requests import Feature, Features
+from techniques.identities.requests import Identities
+from techniques.output.requests import Run
+from techniques.patching.requests import Sweep
+from vocabulary.circuit import Circuit
+from vocabulary.nodes import parse_intervention, UserError
+from vocabulary.prompts import Metric, read_prompt_set, Study
 from utils import ROOT
-from wiring import Circuit, Discover, Score
 
 STUDY = Study(PROMPT)
 

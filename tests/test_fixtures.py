@@ -20,10 +20,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import engine as program
 from engine import Engine
 from export import python_script
-from messages import Load, Metric, Prompt, Run, parse_intervention, read_prompt_set, to_json
+from techniques.output.requests import Run
+from vocabulary.circuit import Circuit
+from vocabulary.nodes import parse_intervention
+from vocabulary.prompts import Metric, Prompt, read_prompt_set
+from vocabulary.requests import Load
+from vocabulary.wire import to_json
 from session import VIEWS, Session, State, read_session
 from utils import ROOT
-from wiring import Circuit
 
 FIXTURES = Path(__file__).parent / "fixtures"
 IOI = ["--clean", "When Mary and John went to the store, John gave a drink to", "--answer", " Mary", "--foil", " John"]

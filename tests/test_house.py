@@ -17,8 +17,8 @@ FOLDERS = ("vocabulary", "model", "screen", "techniques")
 
 # Floors, the lowest first. A file imports from its own floor and from lower ones; engine and screen never from each other.
 WORDS, ROOM_WORDS, BASE, ROOM, TOP = range(5)  # vocabulary and utils; a room's requests; model/ and screen/; a room's other files; tui.py and engine.py
-FLAT_WORDS = {"utils", "grammar", "align"}
-FLAT_ROOM_WORDS = {"messages", "analyses", "wiring", "sparse", "drawings"}
+FLAT_WORDS = {"utils"}
+FLAT_ROOM_WORDS = {"drawings"}
 FLAT_SCREEN = {
     "actions", "circuit_deeds", "circuit_pane", "deeds", "export", "feature_deeds", "feature_pane", "link", "panes", "pictures", "quests", "readings",
     "session", "tight", "widgets",

@@ -9,7 +9,10 @@ from conftest import CLEAN, PROMPT, SHORT
 from reference import log_softmax
 
 import lens
-from messages import METRICS, Lens, Metric, Prompt, Run, Study, UserError, parse_intervention
+from techniques.lens.requests import Lens
+from techniques.output.requests import Run
+from vocabulary.nodes import parse_intervention, UserError
+from vocabulary.prompts import Metric, METRICS, Prompt, Study
 
 TOL = 1e-4
 

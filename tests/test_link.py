@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from link import EngineDied, Link
-from messages import Frame, Progress, Status, StatusResult, encode
+from vocabulary.requests import Progress, Status, StatusResult
+from vocabulary.wire import encode, Frame
 
 
 class Pipe:

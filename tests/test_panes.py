@@ -5,13 +5,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from ui import LocalLink, Superseded, make_app, press, shown
+from ui import LocalClient, Superseded, grid, make_app, press, reply, shown
 
-from link import Job
+from screen.client import Job
 
-from messages import Attribution, AttributionSet, Composition, Detect, HeadWeights, Run, Study, Sweep, parse_intervention
+from techniques.attention.requests import Detect
+from techniques.attribution.requests import Attribution, AttributionSet
+from techniques.output.requests import Run
+from techniques.patching.requests import Sweep
+from techniques.weights.requests import Composition, HeadWeights
+from vocabulary.nodes import parse_intervention
+from vocabulary.prompts import Study
 from tui import first_state
-from widgets import Panel, Picker
+from screen.overlays import Panel, Picker
 
 
 @pytest.fixture
@@ -53,7 +59,7 @@ async def test_weights(zoo, tmp_path):
     async with app.run_test(size=(120, 36)) as pilot:
         await press(app, pilot, "7")
         for expected in ("copying", "destination → source", "Q-composition", "K-composition", "V-composition", "OV", "QK", "mlp_out", "mlp_in"):
-            assert expected in shown(app) and not app.error("weights")
+            assert expected in shown(app) and not app.requests.error("weights")
             await press(app, pilot, "v")
         head = zoo.run(HeadWeights(app.cursor.layer, app.cursor.head, 40))
         assert f"copying {head.copying:.2f}" in shown(app)
@@ -73,7 +79,7 @@ async def test_more_of_the_lens(zoo, tmp_path):
         for stat in ("kl_pair", "promoted", "suppressed"):
             app.act("view", name="lens.stat", value=stat)
             await press(app, pilot)
-            assert not app.error("lens")
+            assert not app.requests.error("lens")
         app.act("view", name="lens.points", value="components")
         await press(app, pilot, "k")
         assert "L3.attn" in shown(app) and app.node().site in ("attn", "mlp")
@@ -82,9 +88,9 @@ async def test_more_of_the_lens(zoo, tmp_path):
         assert app.node().site == "head" and (app.cursor.layer, app.cursor.head) == (0, 1)
         app.act("lens", kind="tuned", artefact=str(tmp_path / "none"))
         await press(app, pilot)
-        assert app.error("lens") and "u" in app.error("lens")
+        assert app.requests.error("lens") and "u" in app.requests.error("lens")
         await press(app, pilot, "u")
-        assert not app.error("lens")
+        assert not app.requests.error("lens")
         await press(app, pilot, "K")
         assert app.query_one(Picker)
         await press(app, pilot, "escape")
@@ -99,7 +105,7 @@ async def test_more_of_attention(zoo, tmp_path):
         await press(app, pilot, "V", "V", "O", "Z")
         assert "‖value written‖" in shown(app)
         await press(app, pilot, "Z", "H")
-        stats = app.have["heads"][1].stats["induction"]
+        stats = reply(app, "heads").stats["induction"]
         best = divmod(int(np.abs(np.nan_to_num(stats)).argmax()), stats.shape[1])
         await press(app, pilot, "enter")
         assert (app.cursor.layer, app.cursor.head) == best
@@ -126,7 +132,7 @@ async def test_patching(zoo, tmp_path):
         await press(app, pilot, "S")
         truth = zoo.run(Sweep(Study(state.prompt), "z", "patch", "noise"))
         assert f"truth {truth.total}/{truth.total}" in shown(app)
-        np.testing.assert_allclose(app.panes["patching"].table.grid.values, truth.normalised - 1, atol=1e-5)
+        np.testing.assert_allclose(grid(app).values, truth.normalised - 1, atol=1e-5)
         row, col = divmod(int(np.abs(truth.normalised - 1).argmax()), truth.values.shape[1])
         await press(app, pilot, "H", "enter")
         assert (app.cursor.layer, app.cursor.head) == (row, col)
@@ -134,12 +140,12 @@ async def test_patching(zoo, tmp_path):
         patched = zoo.run(Run(Study(state.prompt, (parse_intervention(f"L{row}H{col}=patch"),))))
         assert patched.now.metric == pytest.approx(float(truth.values[row, col]), abs=1e-4)
         await press(app, pilot, "enter")
-        assert str(app.state.interventions[0]) == f"L{row}H{col}=patch" and app.have["run"][1].now.metric == pytest.approx(patched.now.metric)
+        assert str(app.state.interventions[0]) == f"L{row}H{col}=patch" and reply(app, "run").now.metric == pytest.approx(patched.now.metric)
         await press(app, pilot, "u", "d")
         assert "denoising" in shown(app) and "estimate: S runs the truth" in shown(app)
         for key in ("P", "P", "P", "P", "P", "P", "Z", "Z"):
             await press(app, pilot, key)
-            assert not app.error("sweep") and not app.error("estimate")
+            assert not app.requests.error("sweep") and not app.requests.error("estimate")
         app.act("view", name="patching.kind", value="resid_pre")
         await press(app, pilot, "S", "l", "j", "h")
         truth = zoo.run(Sweep(Study(state.prompt), "resid_pre"))
@@ -149,30 +155,31 @@ async def test_patching(zoo, tmp_path):
         assert "over the set" in shown(app) and f"/{truth.total * len(state.prompt_set)}" in shown(app) and "95 %" in shown(app)
         app.act("view", name="patching.op", value="mean")
         await press(app, pilot, "S")
-        assert "mean ablation" in shown(app) and not app.error("sweep")
+        assert "mean ablation" in shown(app) and not app.requests.error("sweep")
         app.act("view", name="patching.over", value="prompt")
         for kind in ("cells", "neurons", "nodes", "z_pos", "pairs", "cumulative"):
             for op in ("patch", "zero"):
                 app.act("view", name="patching.op", value=op)
                 app.act("view", name="patching.kind", value=kind)
                 await press(app, pilot)
-                assert not app.error("estimate"), (kind, app.error("estimate"))
+                assert not app.requests.error("estimate"), (kind, app.requests.error("estimate"))
                 await press(app, pilot, "S", "j", "l")
-                assert not app.error("sweep") and "truth" in shown(app), kind
-                grid, (_, got) = app.panes["patching"].table.grid, app.have["sweep"]
-                assert (np.isfinite(grid.values) == np.isfinite(got.values)).all(), f"{kind}: the map is that of another result"
+                assert not app.requests.error("sweep") and "truth" in shown(app), kind
+                cells, got = grid(app), reply(app, "sweep")
+                assert (np.isfinite(cells.values) == np.isfinite(got.values)).all(), f"{kind}: the map is that of another result"
 
 
-def test_pictures_are_kept_by_the_results_themselves(zoo, tmp_path):
+def test_pictures_are_kept_by_the_results_themselves():
     """A result that is gone leaves its place in memory to the next one, and id with it."""
+    from techniques.lens.pane import PANE
     from widgets import Same
 
-    app, made = make_app(zoo, tmp_path), []
+    pane, made = PANE(), []
     for n in range(20):
-        app.picture("slot", (Same(np.full(3, n)), "view"), lambda n=n: made.append(n))
+        pane.picture("slot", (Same(np.full(3, n)), "view"), lambda n=n: made.append(n))
     assert made == list(range(20))
     one = np.zeros(3)
-    assert app.picture("slot", (Same(one),), lambda: "first") == app.picture("slot", (Same(one),), lambda: "second") == "first"
+    assert pane.picture("slot", (Same(one),), lambda: "first") == pane.picture("slot", (Same(one),), lambda: "second") == "first"
 
 
 async def test_over_the_set(zoo, tmp_path):
@@ -184,9 +191,9 @@ async def test_over_the_set(zoo, tmp_path):
         assert "truth 192/192" in shown(app)
         app.act("view", name="patching.show", value="p")
         await press(app, pilot)
-        grid, got = app.panes["patching"].table.grid, app.have["sweep"][1]
+        cells, got = grid(app), reply(app, "sweep")
         best = np.unravel_index(np.nanargmin(got.p), got.p.shape)
-        assert grid.values[best] == np.nanmax(grid.values) > 0.9 and grid.shown[best] == got.p[best] < 0.002
+        assert cells.values[best] == np.nanmax(cells.values) > 0.9 and cells.shown[best] == got.p[best] < 0.002
         await press(app, pilot, "H")
         assert any(name in shown(app) for name in ("L3H2", "L3H3")) and "+0.0005" in shown(app)
         await press(app, pilot, "escape", ")")
@@ -206,7 +213,7 @@ async def test_output_of_prompts_of_unequal_length(zoo, tmp_path):
         await press(app, pilot)
         await press(app, pilot, "0")
         assert "next token after 14 ·to, corrupted after 15 ·to" in shown(app) and "aligned by diff" in shown(app)
-        run = app.result("run", object)
+        run = app.requests.result("run", object)
         first = lambda side: f"{float(side.top_probs[-1, 0]):.4f}"  # noqa: E731
         assert first(run.clean) in shown(app) and first(run.corrupt) in shown(app)
         await press(app, pilot, "d", ".")
@@ -226,8 +233,8 @@ async def test_patching_says_what_is_missing(zoo, tmp_path):
         assert "no prompt set is open" in shown(app)
 
 
-class Waiting(LocalLink):
-    """A link on which a sweep shows a part and then goes on until it is cancelled."""
+class Waiting(LocalClient):
+    """A client on which a sweep shows a part and then goes on until it is cancelled."""
 
     async def ask(self, slot, request, priority=1, on_partial=None):
         if not isinstance(request, Sweep):

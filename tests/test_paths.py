@@ -11,10 +11,14 @@ from hypothesis import strategies as st
 
 from edges import all_edges, edge_values, own_edge, receivers, senders
 from engine import Engine
-from messages import Metric, Prompt, Run, Study, Sweep, UserError, parse_node, read_prompt_set
+from techniques.circuits.requests import PathPatch
+from techniques.output.requests import Run
+from techniques.patching.requests import Sweep
+from vocabulary.circuit import parse_edge
+from vocabulary.nodes import parse_node, UserError
+from vocabulary.prompts import Metric, Prompt, read_prompt_set, Study
 from patching import where
 from utils import ROOT
-from wiring import PathPatch, parse_edge
 
 STUDY = Study(PROMPT)
 IOI = read_prompt_set(ROOT / "zoo" / "prompts" / "ioi_abba.jsonl")[:6]

@@ -10,7 +10,10 @@ import torch as t
 
 from techniques.identities import published
 from engine import Engine, main
-from messages import Progress, Prompt, Run, Study, parse_intervention
+from techniques.output.requests import Run
+from vocabulary.nodes import parse_intervention
+from vocabulary.prompts import Prompt, Study
+from vocabulary.requests import Progress
 from techniques.identities.published import GROUPS, IDS, PROMPTS, SHAPE, compare, measure
 
 RECORDED = {f"{g.title}: {name}": value for g in GROUPS for name, value in g.values.items()}

@@ -11,8 +11,10 @@ from conftest import PROMPT
 from dictionaries import KINDS, build, save
 
 import saes
-from messages import Prompt, Run, Study, UserError
-from sparse import Feature, Features, Preflight, Saes
+from techniques.features.requests import Feature, Features, Preflight, Saes
+from techniques.output.requests import Run
+from vocabulary.nodes import UserError
+from vocabulary.prompts import Prompt, Study
 
 STUDY = Study(PROMPT)
 

@@ -13,7 +13,11 @@ from hypothesis import strategies as st
 import kept
 import resume
 import sweeps
-from messages import Estimate, Frame, Metric, Progress, Prompt, Study, Sweep, SweepResult, UserError, encode, parse_intervention, parse_node, read_prompt_set
+from techniques.patching.requests import Estimate, Sweep, SweepResult
+from vocabulary.nodes import parse_intervention, parse_node, UserError
+from vocabulary.prompts import Metric, Prompt, read_prompt_set, Study
+from vocabulary.requests import Progress
+from vocabulary.wire import encode, Frame
 from utils import ROOT
 
 TOL = 1e-4
@@ -186,7 +190,7 @@ def test_ablations(engine, arch, op):
 
 
 def now(engine, study: Study) -> float:
-    from messages import Run
+    from techniques.output.requests import Run
 
     return engine.run(Run(study)).now.metric
 

@@ -6,13 +6,20 @@ import os
 import signal
 
 import pytest
-from ui import LocalLink, make_app, press, screen, shown
+from ui import LocalClient, make_app, press, reply, screen, shown
 
-from link import Link
-from messages import Lens, Load, Node, Prompt, Run, Study, parse_intervention
-from session import State, read_session
-from tui import Loupe, first_state
-from widgets import Editor, Overlay, Panel, Picker
+from techniques.lens.requests import Lens
+from techniques.output.requests import Run
+from vocabulary.nodes import Node, parse_intervention
+from vocabulary.prompts import Prompt, Study
+from vocabulary.requests import Load
+from screen import dialogs
+from screen.client import Client
+from screen.overlays import Editor, Overlay, Panel, Picker
+from screen.prompts import open_file
+from screen.session import Session, State, read_session
+from tui import TABLE, Loupe, first_state
+from utils import ROOT
 
 SIZES = [(80, 24), (120, 36), (200, 50)]
 PAIR = Prompt(
@@ -21,7 +28,7 @@ PAIR = Prompt(
 
 
 def now(app: Loupe) -> float:
-    return app.have["run"][1].now.metric
+    return reply(app, "run").now.metric
 
 
 @pytest.fixture
@@ -96,7 +103,7 @@ async def test_panes_by_size(zoo, tmp_path):
 async def test_every_key_has_an_action_and_every_view_draws(zoo, tmp_path):
     app = make_app(zoo, tmp_path, first_state({}))
     for action in app.table:
-        assert callable(getattr(app, f"do_{action.id}"))
+        assert callable(action.do)
     async with app.run_test(size=(120, 36)) as pilot:
         await press(app, pilot)
         for pane in "12":
@@ -107,14 +114,14 @@ async def test_every_key_has_an_action_and_every_view_draws(zoo, tmp_path):
                     await press(app, pilot, key)
                     seen.add(shown(app))
                     if not (key == "f" and "random" in app.state.views["attention.source"]):
-                        assert "computing" not in shown(app) and not app.error("lens") and not app.error("attention")
+                        assert "computing" not in shown(app) and not app.requests.error("lens") and not app.requests.error("attention")
                 assert len(seen) >= 2
         await press(app, pilot, "R")
         assert "random" in shown(app)
         for _ in range(3):
             await press(app, pilot, "P")
         await press(app, pilot, "i")
-        assert f":{app.have['run'][1].clean.tokens.ids[-1]}" in shown(app)
+        assert f":{reply(app, 'run').clean.tokens.ids[-1]}" in shown(app)
 
 
 async def test_the_editor_shows_tokens_and_refuses_what_cannot_work(zoo, tmp_path):
@@ -154,14 +161,14 @@ async def test_unequal_lengths_are_allowed_until_something_is_patched(zoo, tmp_p
     app = make_app(zoo, tmp_path, State(prompt=dataclasses.replace(PAIR, corrupt="When Mary went to")))
     async with app.run_test(size=(120, 36)) as pilot:
         await press(app, pilot)
-        assert "clean" in shown(app) and not app.error("run")
+        assert "clean" in shown(app) and not app.requests.error("run")
         await press(app, pilot, "2", "p")
-        assert "clean has 15 tokens, corrupted 5" in shown(app) and not app.state.interventions and not app.error("run")
+        assert "clean has 15 tokens, corrupted 5" in shown(app) and not app.state.interventions and not app.requests.error("run")
         app.act("intervene", intervention="L0H0=patch")  # as a restored session might
         await press(app, pilot)
-        assert "15" in app.error("run") and "5" in app.error("run")
+        assert "15" in app.requests.error("run") and "5" in app.requests.error("run")
         await press(app, pilot, "u")
-        assert not app.error("run")
+        assert not app.requests.error("run")
 
 
 async def test_a_burst_of_keys_goes_into_the_prompt_that_it_opens(zoo, tmp_path):
@@ -188,7 +195,22 @@ async def test_undoing_a_longer_prompt_leaves_no_cursor_behind(zoo, tmp_path):
         await press(app, pilot)
         assert app.cursor.pos == 21
         await press(app, pilot, "u")
-        assert app.cursor.pos == 14 and not any(app.error(s) for s in app.wanted) and "sum +8.8358" in shown(app)
+        assert app.cursor.pos == 14 and not any(app.requests.error(s) for s in app.requests.wanted) and "sum +8.8358" in shown(app)
+
+
+async def test_a_pane_that_comes_back_shows_what_is_now(zoo, tmp_path):
+    """Lines that changed while their pane was hidden are drawn anew: at 80×24 the lens's line about a cell was that of the prompt before."""
+    app = make_app(zoo, tmp_path, first_state({}))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await press(app, pilot, "1")
+        for index in (3, 1):
+            await press(app, pilot, "7")
+            app.act("go", index=index)
+            await press(app, pilot)
+            app.show_pane("lens")
+            await press(app, pilot)
+            for line in (app.panes["lens"].title_line, app.panes["lens"].info_line):
+                assert line.text()[:70] in shown(app), index
 
 
 async def test_nodes_outside_the_model_are_refused(zoo, tmp_path):
@@ -213,7 +235,7 @@ async def test_an_answer_of_several_tokens_costs_only_the_metric(zoo, tmp_path):
     app = make_app(zoo, tmp_path, State(prompt=dataclasses.replace(PAIR, answers=(" Wolfeschlegelstein",))))
     async with app.run_test(size=(120, 36)) as pilot:
         await press(app, pilot)
-        assert "not one token in this model" in shown(app) and "L3.resid_post" in shown(app) and not app.error("lens")
+        assert "not one token in this model" in shown(app) and "L3.resid_post" in shown(app) and not app.requests.error("lens")
 
 
 async def test_messages_say_what_to_do(zoo, tmp_path):
@@ -246,18 +268,16 @@ async def test_prompt_sets_and_mean_ablation(zoo, tmp_path):
         await press(app, pilot, "m", "e", "a", "n", "enter")
         assert app.state.ablation == "mean"
         await press(app, pilot, "2", "a")
-        assert "=mean" in shown(app) and not app.error("run")
+        assert "=mean" in shown(app) and not app.requests.error("run")
         bad = tmp_path / "bad.jsonl"
         bad.write_text('{"clean": "a"}\n{"clean": 3}\n')
-        app.guard(lambda: app.open_file(bad))
+        app.guard(lambda: open_file(app, bad))
         await press(app, pilot)
         assert "bad.jsonl line 2" in shown(app)
 
 
 async def test_search_help_palette_copy(zoo, tmp_path, monkeypatch):
-    import quests
-
-    monkeypatch.setattr(quests, "EXPORTS", quests.ROOT / "exports" / "of-tests")
+    monkeypatch.setattr(dialogs, "EXPORTS", ROOT / "exports" / "of-tests")
     app = make_app(zoo, tmp_path, first_state({}))
     async with app.run_test(size=(120, 36)) as pilot:
         await press(app, pilot)
@@ -299,13 +319,13 @@ async def test_search_help_palette_copy(zoo, tmp_path, monkeypatch):
                     await pilot.press(c)
                 await press(app, pilot, "enter")
                 await press(app, pilot)
-            files = {f.suffix: f.read_text() for f in quests.EXPORTS.iterdir()}
+            files = {f.suffix: f.read_text() for f in dialogs.EXPORTS.iterdir()}
             assert len(copied) == 5 and "hook point\t" in files[".tsv"] and "<svg" in files[".svg"] and "TransformerBridge" in files[".py"]
             assert "Lens" in copied[0] and copied[2].strip() == str(app.node())
         finally:
-            for f in quests.EXPORTS.iterdir():
+            for f in dialogs.EXPORTS.iterdir():
                 f.unlink()
-            quests.EXPORTS.rmdir()
+            dialogs.EXPORTS.rmdir()
 
 
 async def test_honesty_panel(zoo, tmp_path):
@@ -329,7 +349,7 @@ async def test_hostile_tokens_are_harmless(zoo, tmp_path):
         for key in ("2", "0", "1", "e", "escape", "i", "V", "V", "D", "escape"):
             await press(app, pilot, key)
             assert not [c for c in shown(app).replace("\n", "") if not c.isprintable()]
-        assert "[/INST]" in "".join(t for t in app.have["run"][1].clean.tokens.texts) and not app.error("run")
+        assert "[/INST]" in "".join(t for t in reply(app, "run").clean.tokens.texts) and not app.requests.error("run")
 
 
 async def test_no_color_starts_with_shades(zoo, tmp_path, monkeypatch):
@@ -341,25 +361,25 @@ async def test_no_color_starts_with_shades(zoo, tmp_path, monkeypatch):
 
 
 async def test_keymap(zoo, tmp_path):
-    from actions import remapped
-    from messages import UserError
+    from screen.keys import remapped
+    from vocabulary.nodes import UserError
 
     path = tmp_path / "keys.json"
     path.write_text('{"ablate": "z", "quit": "Q"}')
-    table = {a.id: a.keys for a in remapped(str(path))}
+    table = {a.id: a.keys for a in remapped(str(path), TABLE)}
     assert table["ablate"] == "z" and table["quit"] == "Q,ctrl+q"
-    app = make_app(zoo, tmp_path, State(prompt=PAIR), table=remapped(str(path)))
+    app = make_app(zoo, tmp_path, State(prompt=PAIR), table=remapped(str(path), TABLE))
     async with app.run_test(size=(120, 36)) as pilot:
         await press(app, pilot, "2", "z")
         assert len(app.state.interventions) == 1
     for text, words in (("[1]", "JSON"), ('{"nonsense": "z"}', "nonsense"), ("{", "JSON")):
         path.write_text(text)
         with pytest.raises(UserError, match=words):
-            remapped(str(path))
+            remapped(str(path), TABLE)
 
 
 async def test_a_failed_load_keeps_everything(zoo, tmp_path):
-    class Broken(LocalLink):
+    class Broken(LocalClient):
         async def ask(self, slot, request, priority=1, on_partial=None):
             if isinstance(request, Load) and request.model != "zoo":
                 request = Load(str(tmp_path / "no-such-model"))
@@ -376,23 +396,24 @@ async def test_a_failed_load_keeps_everything(zoo, tmp_path):
 
 async def test_a_killed_engine_is_said_and_restarted_on_a_key(tmp_path):
     """The real process: the UI says that it died, and ctrl+e brings back model, prompt and interventions. Then resume after the UI itself is gone."""
-    app = Loupe(__import__("session").Session(State(prompt=PAIR), tmp_path / "session.jsonl"), log=tmp_path / "engine.log")
-    assert isinstance(app.link, Link)
+    app = Loupe(Session(State(prompt=PAIR), tmp_path / "session.jsonl"), log=tmp_path / "engine.log")
+    assert isinstance(app.client, Client)
     async with app.run_test(size=(120, 36)) as pilot:
         await press(app, pilot)
         await press(app, pilot, "2", "a")
         before = now(app)
         assert app.info and len(app.state.interventions) == 1
         died = asyncio.Event()
-        said, app.link.on_death = app.link.on_death, lambda reason: (said(reason), died.set())
-        os.kill(app.link.process.pid, signal.SIGKILL)
+        said, app.client.on_death = app.client.on_death, lambda reason: (said(reason), died.set())
+        os.kill(app.client.process.pid, signal.SIGKILL)
         await asyncio.wait_for(died.wait(), 30)
         await press(app, pilot)
         assert "the engine died (killed by SIGKILL): ctrl+e restarts it" in shown(app)
+        assert all("NOT CURRENT" in app.panes[name].said[0] for name in app.visible_panes())
         await press(app, pilot, "ctrl+e")
         await press(app, pilot)
         assert app.info and now(app) == before and "L3H0=zero" in shown(app)
-        engine = app.link.process
+        engine = app.client.process
     assert engine.returncode == 0
     session, warning = read_session(tmp_path / "session.jsonl")
     assert not warning and session.state == app.state

@@ -10,7 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import matrices
 import weights
-from messages import Composition, Frame, HeadWeights, HeadWeightsResult, Load, Progress, Singular, UserError, encode, read_frame
+from techniques.weights.requests import Composition, HeadWeights, HeadWeightsResult, Singular
+from vocabulary.nodes import UserError
+from vocabulary.requests import Load, Progress
+from vocabulary.wire import encode, Frame, read_frame
 from reference import Reference
 
 LAYER, HEAD = 1, 3

@@ -9,11 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from actions import TABLE, key_table
-from messages import AttentionResult, HeadStatsResult, Identity, LensResult, TokenRow
-from pictures import heads_grid, identity_rows, lens_cell, lens_grid, pattern_grid, token_line
+from screen.keys import key_table
+from techniques.attention.requests import AttentionResult, HeadStatsResult
+from techniques.lens.requests import LensResult
+from vocabulary.prompts import TokenRow
+from vocabulary.requests import Identity
+from screen.top import token_line
+from techniques.attention.pictures import heads_grid, pattern_grid
+from techniques.identities.pane import identity_rows
+from techniques.lens.pictures import lens_cell, lens_grid
+from tui import TABLE
 from utils import ROOT, show_number, show_token, visible
-from widgets import ABOVE, BELOW, RAMP, GridView, escape_line, luminance, show_value, unescape_line
+from screen.overlays import escape_line, unescape_line
+from widgets import ABOVE, BELOW, RAMP, GridView, luminance, show_value
 
 
 def test_the_screen_side_never_imports_the_model_side():
@@ -110,4 +118,4 @@ def test_identities_are_red_when_broken():
 def test_the_table_has_no_clash_and_the_readme_its_keys():
     keys = [k for a in TABLE for k in a.keys.split(",")]
     assert len(keys) == len(set(keys)) and len({a.id for a in TABLE}) == len(TABLE)
-    assert key_table() in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert key_table(TABLE) in (ROOT / "README.md").read_text(encoding="utf-8")

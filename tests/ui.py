@@ -2,14 +2,15 @@
 
 from textual.drivers.headless_driver import HeadlessDriver
 
-from link import EngineDied, EngineError, Superseded
-from messages import Progress, UserError
-from session import Session, State
+from vocabulary.nodes import UserError
+from vocabulary.requests import Progress
+from screen.client import EngineDied, EngineError, Superseded
+from screen.session import Session, State
 from tui import Loupe
 
 
-class LocalLink:
-    """Link's interface over an Engine in this process: every request goes through the wire's bytes both ways, then is answered at once."""
+class LocalClient:
+    """Client's interface over an Engine in this process: every request goes through the wire's bytes both ways, then is answered at once."""
 
     def __init__(self, engine):
         self.engine, self.jobs, self.alive, self.log, self.asked = engine, {}, True, "the log", []
@@ -40,15 +41,15 @@ class LocalLink:
 def over_the_wire(body):
     import io
 
-    from messages import Frame, encode, read_frame
+    from vocabulary.wire import encode, Frame, read_frame
 
     return read_frame(io.BytesIO(encode(Frame("ask", body=body))).read).body
 
 
 def make_app(engine, tmp_path, state=None, **kw) -> Loupe:
-    """An app whose session lives in tmp_path; `engine` is an Engine or a link."""
+    """An app whose session lives in tmp_path; `engine` is an Engine or a client."""
     app = Loupe(Session(state or State(), tmp_path / "session.jsonl"), log=tmp_path / "engine.log", **kw)
-    app.link = engine if hasattr(engine, "ask") else LocalLink(engine)
+    app.client = engine if hasattr(engine, "ask") else LocalClient(engine)
     return app
 
 
@@ -58,6 +59,21 @@ async def press(app, pilot, *keys):
     await pilot.pause()
     await app.settle()
     await pilot.pause()
+
+
+def reply(app, slot):
+    """What came back in a slot."""
+    return app.requests.replies[slot].result
+
+
+def grid(app):
+    """The picture of the pane in focus, or the first of several."""
+    return next(iter(app.panes[app.pane].grids().values()))
+
+
+def asked(app, kind):
+    """Every request of a kind, in order."""
+    return [r for _, r in app.client.asked if isinstance(r, kind)]
 
 
 def screen(app) -> list[str]:
@@ -86,4 +102,4 @@ class Wire(HeadlessDriver):
         return size
 
 
-__all__ = ["EngineDied", "LocalLink", "Superseded", "Wire", "make_app", "press", "screen", "shown"]
+__all__ = ["EngineDied", "LocalClient", "Superseded", "Wire", "asked", "grid", "make_app", "press", "reply", "screen", "shown"]

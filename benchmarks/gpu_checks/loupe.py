@@ -18,40 +18,20 @@ SECONDS["engine.import_model"] = round(time.monotonic() - begun, 2)
 
 from engine import Engine  # noqa: E402, F401
 from link import EngineDied, Link  # noqa: E402, F401
-from messages import (  # noqa: E402, F401
-    Attention,
-    AttentionSet,
-    Attribution,
-    AttributionNeurons,
-    AttributionSet,
-    AttributionSources,
-    Check,
-    Composition,
-    Detect,
-    Estimate,
-    FitJacobian,
-    HeadStats,
-    HeadWeights,
-    Identities,
-    Lens,
-    Load,
-    Metric,
-    Progress,
-    Prompt,
-    Run,
-    Singular,
-    Status,
-    Study,
-    Sweep,
-    SweepResult,
-    TuneLens,
-    UserError,
-    parse_intervention,
-    read_prompt_set,
-)
+from techniques.attention.requests import Attention, AttentionSet, Detect, HeadStats  # noqa: E402, F401
+from techniques.attribution.requests import Attribution, AttributionNeurons, AttributionSet, AttributionSources  # noqa: E402, F401
+from techniques.circuits.requests import Compare, Discover, PathPatch, Score  # noqa: E402, F401
+from techniques.features.requests import Examples, Feature, FeatureGraph, Features, Preflight, TrainSae  # noqa: E402, F401
+from techniques.identities.requests import Identities  # noqa: E402, F401
+from techniques.lens.requests import FitJacobian, Lens, TuneLens  # noqa: E402, F401
+from techniques.output.requests import Run  # noqa: E402, F401
+from techniques.patching.requests import Estimate, Sweep, SweepResult  # noqa: E402, F401
+from techniques.weights.requests import Composition, HeadWeights, Singular  # noqa: E402, F401
+from vocabulary.circuit import Circuit  # noqa: E402, F401
+from vocabulary.nodes import parse_intervention, UserError  # noqa: E402, F401
+from vocabulary.prompts import Metric, Prompt, read_prompt_set, Study  # noqa: E402, F401
+from vocabulary.requests import Check, Load, Progress, Status  # noqa: E402, F401
 from model import SMALL, Model, read_tokenizer  # noqa: E402, F401
-from sparse import Examples, Feature, FeatureGraph, Features, Preflight, TrainSae  # noqa: E402, F401
-from wiring import Circuit, Compare, Discover, PathPatch, Score  # noqa: E402, F401
 
 
 def screen(device: str, folder: Path) -> object:

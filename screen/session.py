@@ -13,77 +13,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from messages import (
-    ABLATIONS,
-    ALIGNMENTS,
-    FROM_SET,
-    METRICS,
-    RUNS,
-    WHICH,
-    Intervention,
-    Load,
-    Metric,
-    Prompt,
-    Study,
-    UserError,
-    from_json,
-    parse_intervention,
-    to_json,
-)
+from vocabulary.circuit import check_receivers, Circuit, COMBINE, combined, grouped, LOGITS, parse_edge, toggled
+from vocabulary.nodes import ABLATIONS, FROM_SET, Intervention, parse_intervention, UserError
+from vocabulary.prompts import ALIGNMENTS, Metric, METRICS, Prompt, RUNS, Study, WHICH
+from vocabulary.requests import Load
+from vocabulary.wire import from_json, to_json
 from utils import ROOT
-from wiring import COMBINE, LOGITS, Circuit, check_receivers, combined, grouped, parse_edge, toggled
 
 FORMAT = 1
 SESSIONS = ROOT / "sessions"
-VIEWS = {
-    "mode": ("colour", "number", "shade"),
-    "lens.stat": ("prob", "answer", "rank", "entropy", "kl", "logit_diff", "kl_pair", "promoted", "suppressed"),
-    "lens.points": ("mid+post", "post", "all", "components", "heads"),
-    "attention.stat": ("induction", "previous", "duplicate", "first", "entropy", "pair"),
-    "attention.source": ("prompt", "random"),
-    "attention.weighted": ("off", "on"),
-    "attention.layer": ("one head", "all heads"),
-    "attention.read": ("off", "from", "to"),
-    "attribution.view": ("ranked", "drill", "set"),
-    "patching.kind": (
-        "z",
-        "resid_pre",
-        "resid_mid",
-        "resid_post",
-        "attn",
-        "mlp",
-        "attn_mlp",
-        "q",
-        "k",
-        "v",
-        "pattern",
-        "nodes",
-        "z_pos",
-        "cells",
-        "neurons",
-        "pairs",
-        "cumulative",
-        "features",
-    ),
-    "patching.op": ("patch", "zero", "mean", "mean_all", "resample", "noise"),
-    "patching.show": ("effect", "metric", "estimate", "disagreement", "spread", "p"),
-    "patching.effect": ("total", "direct"),
-    "patching.over": ("prompt", "set"),
-    "patching.estimate": ("atp", "ig"),
-    "weights.view": ("ov", "qk", "composition q", "composition k", "composition v", "OV directions", "QK directions", "mlp_out", "mlp_in"),
-    "weights.distance": ("0", "1", "2", "4", "8", "16"),
-    "circuit.view": ("map", "drawing", "list", "path", "scores", "curve", "compare"),
-    "circuit.rest": ("patch", "mean", "resample", "zero", "mean_all"),
-    "circuit.mlps": ("stay", "count"),
-    "circuit.by": ("auto", "nodes", "edges"),
-    "circuit.path": ("direct", "mlps"),
-    "circuit.each": ("sender", "position", "receiver"),
-    "circuit.over": ("set", "prompt"),
-    "features.view": ("features", "examples", "graph", "preflight"),
-    "features.order": ("activation", "attribution", "direct"),
-    "which": WHICH,
-    "ids": ("off", "on"),
-}
+VIEWS = {"mode": ("colour", "number", "shade"), "which": WHICH, "ids": ("off", "on")}  # what the screen shows; each pane adds its own
+
+
+def add_views(views: dict[str, tuple[str, ...]]) -> None:
+    """A pane's views and their values, the first of which is shown first; before those of all prompts."""
+    last = {name: VIEWS.pop(name) for name in ("which", "ids")}
+    VIEWS.update(views | last)
 
 
 @dataclass(frozen=True)

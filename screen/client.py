@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from messages import Failure, Frame, Progress, WireError, encode, read_frame_async
+from vocabulary.requests import Failure, Progress
+from vocabulary.wire import encode, Frame, read_frame_async, WireError
 from utils import ROOT
 
 
@@ -24,6 +25,10 @@ class EngineDied(EngineError): ...
 
 class Superseded(Exception):
     """A newer request took the slot, or this one was cancelled."""
+
+
+def in_words(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 @dataclass
@@ -42,11 +47,15 @@ class Job:
         p, taken = self.progress, time.monotonic() - self.started
         if not 0 < p.done < p.total or taken < 0.5:
             return ""
-        seconds = taken * (p.total - p.done) / p.done
-        return f"{seconds:.0f} s left" if seconds < 100 else f"{seconds / 60:.0f} min left"
+        return f"{in_words(taken * (p.total - p.done) / p.done)} left"
+
+    @property
+    def more(self) -> str:
+        """What a line about its progress ends with: the time left, unless the engine's own text says it."""
+        return "" if "left" in self.progress.text or not self.left else f" {self.left}"
 
 
-class Link:
+class Client:
     """
     One engine process. `ask` sends a request and awaits its result; a newer ask in the same slot replaces the older one.
     `on_progress(job)` and `on_death(reason)` are called on the event loop.

@@ -1,0 +1,256 @@
+"""What the screen's own keys do to the state and the cursor: moving, intervening, undoing, turning views, finding. Each takes the app."""
+
+import contextlib
+from pathlib import Path
+
+from techniques.output.requests import RunResult
+from vocabulary.nodes import ABLATIONS, Intervention, Node, OPS, parse_intervention, parse_node, UserError
+from vocabulary.prompts import WHICH
+from screen.overlays import Editor, Item, Picker
+from screen.pane import Host
+from screen.session import VIEWS
+from widgets import GOOD, WARN
+
+# ------------------------------------------------------------------ panes and the cursor
+
+
+def next_pane(app: Host, by: int = 1) -> None:
+    keys = list(app.panes)
+    app.show_pane(keys[(keys.index(app.pane) + by) % len(keys)])
+
+
+def zoom(app: Host, on: bool = True) -> None:
+    app.zoomed = on
+    app.arrange()
+
+
+def back(app: Host) -> None:
+    if not app.panes[app.pane].back(app) and app.zoomed:
+        zoom(app, False)
+
+
+def step(app: Host, rows: int, cols: int) -> None:
+    if app.info is not None:
+        app.panes[app.pane].step(app, rows, cols)
+
+
+def step_layer(app: Host, by: int) -> None:
+    if app.info:
+        app.move(layer=max(0, min(app.cursor.layer + by, app.info.n_layers - 1)))
+
+
+def across(app: Host, by: int) -> None:
+    app.panes[app.pane].across(app, by)
+
+
+# ------------------------------------------------------------------ interventions
+
+
+def toggle(app: Host, new: Intervention) -> None:
+    if new in app.state.interventions:
+        app.act("drop", intervention=new)
+        app.say(f"restored {new.node}", GOOD)
+    else:
+        intervene(app, new)
+
+
+def intervene(app: Host, new: Intervention) -> None:
+    """Add an intervention that this model and prompt can take; else a UserError, and nothing changes."""
+    check_node(app, new.node)
+    check_source(app, new)
+    app.act("intervene", intervention=new)
+    if new.op.startswith("mean") and app.state.prompt not in app.state.prompt_set:
+        app.say(f"{new}: the mean is over {Path(app.state.set_path).stem}, a set that this prompt is not from", WARN)
+    else:
+        app.say(f"{new}: {OPS[new.op]}", GOOD)
+
+
+def check_node(app: Host, node: Node) -> None:
+    """UserError where the model, its SAEs or the prompt have no such node."""
+    i = app.info
+    if node.site == "sae" and node.layer not in {s.layer for name, s in app.known_saes.items() if name in app.state.saes}:
+        raise UserError(f"{node}: no SAE of layer {node.layer} is loaded: z in pane 6 lists those that fit")
+    if node.layer is not None and node.layer >= i.n_layers or (node.head or 0) >= i.n_heads or (node.site == "neuron" and node.index >= i.d_mlp):
+        raise UserError(f"{node} is not in this model: it has {i.n_layers} layers, {i.n_heads} heads, {i.d_mlp} neurons")
+    if node.site == "resid_mid" and i.parallel:
+        raise UserError(f"{node}: attention and MLP are parallel in this model, so there is no resid_mid")
+    run = app.requests.result("run", RunResult)
+    if run is None:
+        return
+    row, n = run.now.tokens, len(run.now.tokens.ids)
+    if isinstance(node.pos, int) and not -n <= node.pos < n:
+        raise UserError(f"{node}: the prompt has {n} tokens, 0 to {n - 1}")
+    if isinstance(node.pos, str) and node.pos not in row.labels:
+        raise UserError(f"{node}: the prompt's labels are {', '.join(row.labels)}")
+
+
+def check_source(app: Host, new: Intervention) -> None:
+    """UserError where what an intervention takes its value from is missing."""
+    run, aligned = app.requests.result("run", RunResult), app.state.align or app.state.prompt.alignment
+    if new.op == "patch" and run is not None and run.corrupt is not None and not aligned and len(run.corrupt.tokens.ids) != len(run.clean.tokens.ids):
+        a, b = len(run.clean.tokens.ids), len(run.corrupt.tokens.ids)
+        raise UserError(f"patching is position by position, and clean has {a} tokens, corrupted {b}: make them equal with e or E, or align them with %")
+    if new.op == "patch" and app.state.prompt.corrupt is None:
+        raise UserError("patching takes the value from the other prompt, and there is no corrupted prompt: E types one, o opens a set")
+    if new.op.startswith("mean") and not app.state.prompt_set:
+        raise UserError("mean ablation averages over the corrupted prompts of a prompt set: o opens one, A chooses another kind")
+
+
+def ablate(app: Host) -> None:
+    app.ready()
+    toggle(app, Intervention(app.node(), app.state.ablation))
+
+
+def patch(app: Host) -> None:
+    app.ready()
+    toggle(app, Intervention(app.node(), "patch"))
+
+
+def choose_ablation(app: Host) -> None:
+    items = [Item(k, OPS[k]) for k in ABLATIONS]
+    choose = lambda item, typed: item and app.guard(lambda: app.act("ablation", kind=item.key))  # noqa: E731
+    app.open(Picker(f"kind of ablation (now {app.state.ablation})", items, choose))
+
+
+def scale(app: Host) -> None:
+    app.ready()
+    node = app.node()
+    accept = accepted(lambda values: intervene(app, parse_intervention(f"{node}=scale:{values[0]}")))
+    app.open(Editor(f"scale {node}", [("factor", "2.0")], accept, 0, 1, "enter · esc"))
+
+
+def type_node(app: Host) -> None:
+    app.ready()
+
+    def put(values: list[str]) -> None:
+        for new in [parse_intervention(text) for text in values[0].split()]:
+            intervene(app, new)
+
+    fields, hint = [("node=op", f"{app.node()}={app.state.ablation}")], "L2H3@S2=zero 1.2.q=patch L3.mlp=scale:0.5 · enter · esc"
+    app.open(Editor("interventions", fields, accepted(put), 0, 1, hint, True))
+
+
+def accepted(put):
+    """What an editor calls with its values: the error line of `put`, or ""."""
+
+    def accept(values: list[str]) -> str:
+        try:
+            return put(values) or ""
+        except UserError as error:
+            return str(error)
+
+    return accept
+
+
+def scope(app: Host) -> None:
+    here = app.scopes[app.pane] != "here"
+    app.scopes[app.pane] = "here" if here else "all"
+    app.say(f"a, p and s act on {app.node()}: " + ("this position only" if here else "all positions"))
+
+
+def base(app: Host) -> None:
+    new = "corrupt" if app.state.base == "clean" else "clean"
+    app.act("base", value=new)
+    app.say(
+        "denoising: interventions act on the corrupted prompt, p patches from the clean one"
+        if new == "corrupt"
+        else "noising: interventions act on the clean prompt, p patches from the corrupted one"
+    )
+
+
+def enable(app: Host) -> None:
+    if not app.state.interventions:
+        raise UserError("no interventions: a ablates the node under the cursor, p patches it")
+    app.act("enable", value=not app.state.enabled)
+    app.say("interventions are on" if app.state.enabled else "interventions are off: x turns them on again")
+
+
+def clear(app: Host) -> None:
+    if app.state.interventions:
+        app.act("clear")
+        app.say("interventions cleared; u brings them back")
+
+
+def undo(app: Host, way: str = "undo") -> None:
+    session = app.session
+    stack = session.past if way == "undo" else session.future
+    name = stack[-1][1] if stack else ""
+    app.act(way)
+    app.say(f"{'undid' if way == 'undo' else 'did again'}: {name} ({len(session.past)} back, {len(session.future)} forward)")
+
+
+# ------------------------------------------------------------------ views
+
+
+def turn(app: Host, name: str, allowed: tuple[str, ...] | None = None) -> None:
+    """The next value of a view, of all or of those allowed."""
+    values, now = allowed or VIEWS[name], app.state.views[name]
+    app.act("view", name=name, value=values[(values.index(now) + 1) % len(values) if now in values else 0])
+
+
+def turns(name: str):
+    """The handler of a pane's key that turns one of its views."""
+    return lambda pane, app: turn(app, name)
+
+
+def turn_view(app: Host) -> None:
+    pane = app.panes[app.pane]
+    turn(app, pane.view, pane.choices(app))
+
+
+def turn_which(app: Host) -> None:
+    kinds = WHICH if app.state.prompt.corrupt is not None else ("now", "clean", "now-clean")
+    turn(app, "which", tuple(k for k in kinds if "-" not in k or app.panes[app.pane].differences))
+
+
+# ------------------------------------------------------------------ finding
+
+
+def search(app: Host) -> None:
+    hint = "a token, or a node such as L2H3 or L1.resid_mid@S2 · enter · esc"
+    app.open(Editor("find", [("find", app.needle)], accepted(lambda values: find(app, values[0])), 0, 1, hint, True))
+
+
+def find(app: Host, needle: str) -> str:
+    """Go to a node, or to the first place of a token; the line that says why not, or ""."""
+    app.ready()
+    if not needle:
+        return "type a token or a node"
+    with contextlib.suppress(UserError):
+        return find_node(app, needle, parse_node(needle))
+    app.needle, app.matches = needle, app.panes[app.pane].find(app, needle)
+    if not app.matches:
+        return f"{needle!r} is not on this pane"
+    find_next(app, 0)
+    return ""
+
+
+def find_node(app: Host, needle: str, node: Node) -> str:
+    if node.layer is None or node.layer >= app.info.n_layers or (node.head or 0) >= app.info.n_heads:
+        return f"{needle} is not in this model: {app.info.n_layers} layers, {app.info.n_heads} heads"
+    row, n = (app.tokens.tokens, app.length()) if app.tokens else (None, 0)
+    if isinstance(node.pos, str) and (row is None or node.pos not in row.labels):
+        return f"the prompt's labels are {', '.join(row.labels) if row else 'not known yet'}"
+    if isinstance(node.pos, int) and not -n <= node.pos < n:
+        return f"the prompt has {n} tokens, 0 to {n - 1}"
+    pane = app.panes[app.pane]
+    if not pane.shows(node):
+        pane = next(p for p in app.panes.values() if p.shows(node))
+    if wrong := pane.go_to(app, node):
+        return wrong
+    if pane.key != app.pane:
+        app.show_pane(pane.key)
+    if node.pos is not None:
+        app.scopes[pane.key] = "here"
+        app.move(pos=row.labels[node.pos] if isinstance(node.pos, str) else node.pos % n)
+    app.say(f"a, p and s act on {app.node()}")
+    return ""
+
+
+def find_next(app: Host, by: int = 1) -> None:
+    if not app.matches:
+        raise UserError("nothing to find: / searches")
+    here = next((n for n, m in enumerate(app.matches) if all(getattr(app.cursor, k) == v for k, v in m.items())), -by if by > 0 else 0)
+    at = (here + by) % len(app.matches)
+    app.move(**app.matches[at])
+    app.say(f"{app.needle!r}: match {at + 1} of {len(app.matches)}")

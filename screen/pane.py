@@ -1,0 +1,215 @@
+"""
+What a pane is. A technique's pane.py names its class PANE: its views, its keys, what it asks of the engine, how it draws the answers and what the cursor's
+keys move. The app holds the state, the cursor and the replies; a pane draws from them, and keeps only what is its own (a scroll position, a walk).
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+from textual.app import ComposeResult
+from textual.containers import Vertical
+from textual.geometry import Region, Size
+from textual.widget import Widget
+
+from techniques.features.requests import SaeInfo
+from techniques.output.requests import Side
+from vocabulary.nodes import Node
+from vocabulary.prompts import Study
+from vocabulary.requests import ModelInfo
+from screen.client import Client
+from screen.cursor import Cursor, clip
+from screen.keys import Action, Part
+from screen.overlays import Item, Overlay
+from screen.pictures import kept_cells
+from screen.replies import Requests
+from screen.session import VIEWS, Session, State
+from widgets import BOLD, DIM, FOCUS, HEAD, PLAIN, Grid, GridView, Lines
+
+
+class Host(Protocol):
+    """What panes and actions use of the app."""
+
+    session: Session
+    state: State
+    study: Study  # what analyses run on
+    info: ModelInfo | None  # of the loaded model
+    busy: str  # what it is doing while there is none
+    client: Client
+    requests: Requests
+    cursor: Cursor
+    tokens: Side | None  # of the run that is shown
+    pane: str  # the key of the pane in focus
+    panes: "dict[str, Pane]"
+    scopes: dict[str, str]  # of each pane: whether actions act on all positions ("all") or the cursor's ("here")
+    table: tuple[Action, ...]
+    known_saes: dict[str, SaeInfo]  # of those that were loaded, by source
+    needle: str  # what is searched for, and where it is, as arguments of move
+    matches: list[dict]
+    memory: tuple[int, int, int]  # bytes of the engine, of its device, of its cache
+    failed: str  # why the model that was asked for is not there
+    size: Size
+
+    def act(self, name: str, /, **args: object) -> None: ...  # change the state through the session, then show it
+    def move(self, **where: object) -> None: ...  # the cursor
+    def clamp(self) -> None: ...  # it to the model and the prompt
+    def say(self, text: str, style=PLAIN) -> None: ...  # in the status line
+    def open(self, overlay: Overlay) -> None: ...
+    def draw(self) -> None: ...
+    def refresh_wants(self) -> None: ...  # ask for what the panes lack now, and draw
+    def show_pane(self, name: str) -> None: ...
+    def visible_panes(self) -> list[str]: ...
+    def guard(self, what: Callable[[], object]) -> None: ...  # run it; what the user did wrong is said in the status line
+    def ready(self) -> None: ...  # UserError while there is no model
+    def node(self) -> Node: ...  # that actions act on
+    def length(self) -> int: ...  # of the prompt at hand in tokens
+    def counted(self) -> bool: ...  # whether that is the prompt of the state
+
+
+class Pane(Vertical, can_focus=True):
+    """A title line (number, name, convention, scale), a body, and one line about the cell under the cursor."""
+
+    DEFAULT_CSS = """
+    Pane { position: absolute; width: 100%; height: 100%; } Pane > Horizontal { height: 1fr; } Pane > Lines.table { height: 1fr; }
+    Pane .side { width: 34; height: 1fr; padding-left: 1; } Pane .second { width: 1fr; height: 1fr; padding-left: 1; }
+    """
+    number, key, label, about, wide = "?", "", "", "", True
+    views: dict[str, tuple[str, ...]] = {}  # what it can show: names and values, the first of each at first
+    view = ""  # the one of them that `v` turns
+    differences = True  # whether `f` turns to differences of runs too
+    scope = "all"  # whether actions act on all positions or the cursor's ("here")
+    keys: tuple[Action | Part, ...] = ()
+    hints: tuple[str, ...] = ()  # ids of the actions that the hint line shows
+    urgent: tuple[str, ...] = ()  # slots that are answered before others
+    leads_on: tuple[type, ...] = ()  # results on which depends what it asks next
+
+    def __init__(self, **kw):
+        super().__init__(**kw)
+        self.title_line, self.info_line = Lines(), Lines()
+        self.said = ("", "")  # title and convention as they stand in the title line
+        self.drawn: dict[str, tuple[tuple, Grid]] = {}
+
+    def body(self) -> Widget:
+        raise NotImplementedError
+
+    def compose(self) -> ComposeResult:
+        yield self.title_line
+        yield self.body()
+        yield self.info_line
+
+    # ---------------------------------------------------------------- asking
+
+    def wants(self, app: Host) -> dict[str, object]:
+        """The requests whose results this pane draws, by slot."""
+        return {}
+
+    def merge(self, before: object | None, part: object) -> object:
+        """What is shown of a result that comes in parts: the newest part, unless parts have to be put together."""
+        return part
+
+    # ---------------------------------------------------------------- the cursor
+
+    def step(self, app: Host, rows: int, cols: int) -> None:
+        """Move the cursor."""
+
+    def across(self, app: Host, by: int) -> None:
+        """What , and . do: the position."""
+        app.move(pos=clip(app.cursor.pos + by, app.length()))
+
+    def node(self, app: Host, pos: int | None) -> Node:
+        """The node under the cursor, that actions act on."""
+        c = app.cursor
+        return Node("head", c.layer, c.head, pos=pos) if c.comp == "head" else Node(c.comp, c.layer, pos=pos)
+
+    def choices(self, app: Host) -> tuple[str, ...]:
+        """The values that `v` turns through."""
+        return VIEWS[self.view]
+
+    def back(self, app: Host) -> bool:
+        """Leave what was drilled into; whether there was something to leave."""
+        return False
+
+    def leave(self) -> None:
+        """Another pane gets the focus."""
+
+    # ---------------------------------------------------------------- finding
+
+    def find(self, app: Host, needle: str) -> list[dict]:
+        """Where a text occurs, each as arguments of app.move."""
+        texts = app.tokens.tokens.texts if app.tokens else ()
+        return [{"pos": n} for n, text in enumerate(texts) if needle.lower() in text.lower()]
+
+    def shows(self, node: Node) -> bool:
+        """Whether the cursor can stand on such a node here."""
+        return False
+
+    def go_to(self, app: Host, node: Node) -> str:
+        """Put the cursor on a node (not its position); what stops that, or ""."""
+        where = {"point": node.site} if node.site.startswith("resid") else {"comp": node.site if node.site in ("attn", "mlp") else "head"}
+        app.move(layer=node.layer, **where, **({"head": node.head} if node.head is not None else {}))
+        return ""
+
+    # ---------------------------------------------------------------- drawing
+
+    def paint(self, app: Host) -> None:
+        """Draw from the replies; cheap, called at every change."""
+
+    def heat(self, app: Host) -> np.ndarray | None:
+        """What colours the prompt's tokens in the top lines, a number a position; None: nothing."""
+
+    def height_needed(self) -> int:
+        """Lines that the pane can use."""
+        return 4 + max([len(g.rows) for g in self.grids().values()], default=8)
+
+    def show_title(self, app: Host, slots: tuple[str, ...], title: str, note: str) -> None:
+        late = app.requests.late(slots)
+        self.said = (f"{late}{title}", note)
+        focus = FOCUS if app.pane == self.key else HEAD
+        self.title_line.show([[(f" {self.number} {self.label} ", focus), (f" {late}{title}", BOLD), (f"  {note}", DIM)]])
+
+    def picture(self, name: str, key: tuple, make: Callable[[], Grid]) -> Grid:
+        """A grid, made anew only when what it shows changed."""
+        if name not in self.drawn or self.drawn[name][0] != key:
+            self.drawn[name] = (key, make())
+        return self.drawn[name][1]
+
+    def with_circuit(self, app: Host, name: str, key: tuple, make: Callable[[], Grid], cells: Callable[[Grid], Iterable]) -> Grid:
+        """A picture in which the circuit's cells are marked; `cells` gives every cell's address."""
+        nodes = app.state.current.nodes if app.state.current else ()
+        labels = app.tokens.tokens.labels if app.tokens else {}
+
+        def draw() -> Grid:
+            grid = make()
+            return replace(grid, kept=kept_cells(nodes, cells(grid), labels)) if nodes else grid
+
+        return self.picture(name, (*key, nodes, tuple(labels.items())), draw)
+
+    # ---------------------------------------------------------------- copying
+
+    def copies(self, app: Host) -> list[Item]:
+        """What else can be copied from this pane."""
+        return []
+
+    def grids(self) -> dict[str, Grid]:
+        """The numbers behind the picture, for export."""
+        return {}
+
+    def as_text(self) -> str:
+        """The pane as it stands on the screen."""
+        lines = []
+        for child in self.walk_children(Widget):
+            if isinstance(child, Lines):
+                lines.append(child.text())
+            elif isinstance(child, GridView) and child.size:
+                lines += [s.text.rstrip() for s in child.render_lines(Region(0, 0, *child.size))]
+        return "\n".join(line for line in lines if line.strip()) + "\n"
+
+
+def step_component(app: Host, rows: int, cols: int) -> None:
+    """Through layers and, across, the heads, the attention output and the MLP."""
+    c = app.cursor
+    columns = [("head", h) for h in range(app.info.n_heads)] + [("attn", c.head), ("mlp", c.head)]
+    at = next((i for i, (k, h) in enumerate(columns) if k == c.comp and (k != "head" or h == c.head)), 0)
+    comp, head = columns[clip(at + cols, len(columns))]
+    app.move(layer=clip(c.layer + rows, app.info.n_layers), comp=comp, head=head)

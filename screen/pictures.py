@@ -1,0 +1,137 @@
+"""What several panes draw with: names of runs, tokens, charts, the circuit's cells, the effect of a cell. Pure functions; no app, no torch."""
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from techniques.patching.requests import SweepResult
+from vocabulary.nodes import parse_node
+from vocabulary.prompts import TokenRow
+from screen.session import State
+from widgets import ABOVE, BELOW, BOLD, DIM, PLAIN, RAMP, Grid, Spans
+
+RUN_NAMES = {
+    "now": "now",
+    "clean": "clean",
+    "corrupt": "corrupted",
+    "clean-corrupt": "clean − corrupted",
+    "now-clean": "now − clean",
+    "now-corrupt": "now − corrupted",
+}
+
+
+def run_name(state: State, which: str) -> str:
+    """A run or a difference in words, with what is done to it."""
+    base = RUN_NAMES[state.base]
+    now = f"now ({len(state.interventions)} on {base})" if state.interventions and state.enabled else f"now = {base}"
+    return RUN_NAMES[which].replace("now", now)
+
+
+def texts_of(row: TokenRow) -> list[str]:
+    """The tokens' texts; a BOS token that was put in front reads ⟨bos⟩."""
+    return ["⟨bos⟩", *row.texts[1:]] if row.bos else list(row.texts)
+
+
+def signed(x: float | None, digits: int = 3) -> str:
+    return "—" if x is None or math.isnan(x) else f"{x:+.{digits}f}"
+
+
+def scale(grid: Grid) -> str:
+    if grid.numbers is not None and np.isfinite(grid.numbers).any():  # what is coloured is not what is shown
+        return f"{np.nanmin(grid.numbers):.0f} … {np.nanmax(grid.numbers):.0f}"
+    return f"{grid.lo:.3g} … {grid.hi:.3g}"
+
+
+def heat_code(value: float, signed_: bool) -> int:
+    if not signed_:
+        return RAMP[min(int(value * len(RAMP)), len(RAMP) - 1)]
+    ramp = ABOVE if value >= 0 else BELOW
+    return ramp[min(int(abs(value) * len(ramp)), len(ramp) - 1)]
+
+
+def chart(title: str, points: list[str], lines: dict[str, list[float]], width: int, height: int, at: list[float] | None = None) -> list[Spans]:
+    """A line chart over depth by plotext, one line a run; gaps where there is no number. `at` are the points' places on the axis (else one after the other)."""
+    import plotext
+
+    plot = plotext.figure
+    plot.clear()
+    plot.theme("simple")
+    plot.plot_size(width, height)
+    plot.title(title)
+    for (name, ys), marker in zip(lines.items(), ("braille", "•", "x")):
+        xs = [n for n, y in enumerate(ys) if not math.isnan(y)]
+        signal = plot.signal([at[n] for n in xs] if at else xs, [ys[n] for n in xs], marker=marker)
+        signal.lines()
+        if len(lines) > 1 or at is None:
+            signal.label(name)
+        plot.draw(signal)
+    if at is None:
+        step = max(1, -(-len(points) * 15 // width))
+        plot.ruler("x").ticks(list(range(0, len(points), step)), points[::step])
+    else:
+        shown: list[int] = []  # ticks that do not touch
+        for n in range(len(at)):
+            if not shown or (at[n] - at[shown[-1]]) * width > 8 * (at[-1] - at[0]):
+                shown.append(n)
+        plot.ruler("x").ticks([at[n] for n in shown], [points[n] for n in shown])
+    ansi = plot.build().string()
+    return [[(s.text, s.style or PLAIN) for s in Text.from_ansi(line).render(Console())] for line in ansi.split("\n")]
+
+
+def kept_cells(nodes: tuple[str, ...], cells: Iterable[tuple[tuple[int, int], str]], labels: dict[str, int]) -> frozenset[tuple[int, int]]:
+    """The cells (with their addresses) of a circuit's nodes. A whole head stands for its q, k, v too; a node without position for all positions."""
+    inside: dict[tuple, list[tuple]] = {}
+    for n in map(parse_node, nodes):
+        inside.setdefault((n.layer, n.site, n.head, n.index), []).append((n.part, labels.get(n.pos, n.pos)))
+    out = set()
+    for rc, address in cells if inside else ():
+        n = parse_node(address)
+        mine = inside.get((n.layer, n.site, n.head, n.index), ())
+        if any(part in ("z", n.part) and (None in (pos, n.pos) or pos == n.pos) for part, pos in mine):
+            out.add(rc)
+    return frozenset(out)
+
+
+def map_addresses(n_layers: int, n_heads: int, mlp: int) -> list[tuple[tuple[int, int], str]]:
+    """Of a map of layers × heads, with the MLPs in one column."""
+    return [((n, h), f"L{n}H{h}") for n in range(n_layers) for h in range(n_heads)] + [((n, mlp), f"L{n}.mlp") for n in range(n_layers)]
+
+
+def head_map_addresses(grid: Grid) -> list[tuple[tuple[int, int], str]]:
+    """Of a map of layers × heads whose last two columns are the attention output (or its bias) and the MLP."""
+    return map_addresses(len(grid.rows), len(grid.cols) - 2, len(grid.cols) - 1)
+
+
+def change(result: SweepResult) -> np.ndarray:
+    """What each cell does to the metric: in units of clean minus corrupted where there is such a gap, else raw."""
+    if np.isfinite(result.normalised).any():
+        gap = result.clean - (result.corrupt if result.corrupt is not None else 0.0)
+        untouched = (result.base - (result.corrupt if result.corrupt is not None else 0.0)) / gap if gap else 0.0
+        return result.normalised.astype(float) - untouched
+    return result.values.astype(float) - result.base
+
+
+def show_p(p: float) -> str:
+    return "below .001" if p < 0.001 else f"{p:.3f}"
+
+
+def sweep_cell(truth: SweepResult | None, estimate: SweepResult | None, row: int, col: int) -> Spans:
+    """One line about a cell: its node, the metric under it, effect, estimate, spread."""
+    result = truth or estimate
+    if row >= len(result.rows) or col >= len(result.cols):
+        return []
+    name = result.address(row, col) or f"{result.rows[row]} × {result.cols[col]}"
+    spans: Spans = [(f" {name} ", BOLD)]
+    if truth is not None and np.isfinite(truth.values[row, col]):
+        spans.append((f"metric {float(truth.values[row, col]):+.4f}", PLAIN))
+        if truth.std.size:
+            low, high, p = (float(x[row, col]) for x in (truth.low, truth.high, truth.p))
+            moved = float(truth.values[row, col]) - truth.base
+            spans.append((f" moved {moved:+.3f} ± {float(truth.std[row, col]):.3f} (95 % {low:+.3f} … {high:+.3f}, p {show_p(p)})", PLAIN))
+        spans.append((f" (untouched {truth.base:+.4f})  effect {change(truth)[row, col]:+.3f}", PLAIN))
+    if estimate is not None:
+        spans.append((f"  estimate {change(estimate)[row, col]:+.3f}", DIM))
+    return [*spans, (f"  {result.mechanism}", DIM)]

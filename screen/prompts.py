@@ -1,0 +1,157 @@
+"""What the keys do to prompts: edit them, choose the metric, open and step through a set, align two of unequal length."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from vocabulary.alignment import check_pairs
+from vocabulary.nodes import UserError
+from vocabulary.prompts import ALIGNMENTS, METRICS, Prompt, read_prompt_set
+from vocabulary.requests import Check, CheckResult
+from screen.overlays import Editor, Item, Picker
+from screen.pane import Host
+from screen.top import token_line
+from utils import ROOT, show_token, visible
+from widgets import BAD, DIM, GOOD, PLAIN, WARN, Spans
+
+
+def edit(app: Host, focus: int = 0) -> None:
+    app.open(PromptEditor(app, focus))
+
+
+class PromptEditor(Editor):
+    """Clean, corrupted, answer and foil; below them their tokens as one types. A prompt that the model can't take is refused."""
+
+    def __init__(self, app: Host, focus: int):
+        p = app.state.prompt
+        fields = [("clean", p.clean), ("corrupted", p.corrupt or ""), ("answer", "|".join(p.answers)), ("foil", "|".join(p.foils))]
+        hint = "enter accepts · tab next field · | between several answers · \\n newline · ctrl+t ids · esc"
+        super().__init__("prompt", fields, self.accept_prompt, focus, 7, hint)
+        self.host = app
+        self.checked: tuple[Prompt, CheckResult] | None = None
+
+    def prompt(self) -> Prompt:
+        clean, corrupt, answers, foils = self.values()
+        p = self.host.state.prompt
+        split = lambda text: tuple(part for part in text.split("|") if part)  # noqa: E731
+        return Prompt(clean, corrupt or None, split(answers), split(foils), p.labels if clean == p.clean else (), p.bos)
+
+    def accept_prompt(self, values: list[str]) -> str:
+        prompt = self.prompt()
+        if not prompt.clean:
+            return "an empty prompt: type a text"
+        if self.checked and self.checked[0] == prompt and self.checked[1].problems:
+            return self.checked[1].problems[0]
+        if prompt != self.host.state.prompt:
+            try:
+                self.host.act("prompt", prompt=prompt)
+            except UserError as error:
+                return str(error)
+        return ""
+
+    def edited(self) -> None:
+        if not self.host.info:
+            return
+        prompt = self.prompt()
+        failed = lambda error: self.preview.show([[(f" {visible(str(error))}", BAD)]])  # noqa: E731
+        self.host.requests.ask("edit", Check(prompt), lambda check: self.show_tokens(prompt, check), 0, failed=failed)
+
+    def show_tokens(self, prompt: Prompt, check: CheckResult) -> None:
+        self.checked = (prompt, check)
+        ids, w = self.ids, self.host.size.width
+        row = lambda name, r: token_line(name, r, -1, w, None, ids, True)  # noqa: E731
+        lines = [row(f"{len(check.clean.ids)} tokens", check.clean)]
+        lines.append(row(f"{len(check.corrupt.ids)} tokens", check.corrupt) if check.corrupt else [])
+        for name, rows in (("answer", check.answers), ("foil", check.foils)):
+            spans: Spans = [(f" {name:9}  ", DIM)]
+            for r in rows:
+                spans += [
+                    (" ".join(show_token(t) + (f":{i}" if ids else "") for t, i in zip(r.texts, r.ids)), GOOD if len(r.ids) == 1 else BAD),
+                    ("  ", PLAIN),
+                ]
+            lines.append(spans)
+        lines += [[(f" {visible(p)}", BAD)] for p in check.problems] + [[(f" {visible(h)}", WARN)] for h in check.hints]
+        self.preview.show(lines[:7])
+
+
+# ------------------------------------------------------------------ alignment
+
+
+def align(app: Host) -> None:
+    """How positions stand against each other: seen, chosen, edited."""
+    app.ready()
+    check, s = app.requests.check(), app.state
+    if check is None or check.corrupt is None:
+        raise UserError("an alignment is between two prompts, and there is no corrupted prompt: E types one, o opens a set")
+    now = "by hand" if s.prompt.alignment else s.align or "position by position"
+    items = [Item(how or "none", what, "now" if how == s.align and not s.prompt.alignment else "", how) for how, what in ALIGNMENTS.items()]
+    items.append(Item("edit", f"the pairs by hand (now {now})", "", "edit"))
+    here, there = check.clean.texts, check.corrupt.texts
+    items += [Item(f"{a} ↔ {b}", f"{show_token(here[a], 14)} ↔ {show_token(there[b], 14)}", "", "edit") for a, b in check.alignment]
+    alone = [f"{i} {show_token(here[i], 12, fill=False)}" for i in sorted(set(range(len(here))) - {a for a, _ in check.alignment})]
+    if alone and check.alignment:
+        items.append(Item("alone", f"without a partner: {' '.join(alone)}", "", "edit"))
+
+    def chosen(item: Item | None, typed: str) -> None:
+        if item is not None and item.value == "edit":
+            edit_alignment(app, check)
+            return
+        how = item.value if item else typed.strip()
+        if s.prompt.alignment:
+            app.act("prompt", prompt=replace(s.prompt, alignment=()))
+        app.guard(lambda: app.act("align", how=how))
+        app.say(f"alignment: {ALIGNMENTS[app.state.align]}")
+
+    app.open(Picker(f"alignment: {now}, {len(check.alignment)} pairs", items, chosen))
+
+
+def edit_alignment(app: Host, check: CheckResult) -> None:
+    def accept(values: list[str]) -> str:
+        try:
+            pairs = tuple(tuple(int(x) for x in pair.split("-")) for pair in values[0].split())
+            check_pairs(pairs, len(check.clean.texts), len(check.corrupt.texts))
+            assert all(len(p) == 2 for p in pairs)
+        except (ValueError, AssertionError):
+            return "write pairs of positions, clean-corrupted: 0-0 1-1 4-6"
+        except UserError as error:
+            return str(error)
+        app.act("prompt", prompt=replace(app.state.prompt, alignment=pairs))
+        return ""
+
+    text = " ".join(f"{a}-{b}" for a, b in check.alignment)
+    app.open(Editor("alignment", [("pairs", text)], accept, 0, 1, "clean-corrupted · enter · esc", True))
+
+
+# ------------------------------------------------------------------ sets and metrics
+
+
+def open_set(app: Host) -> None:
+    files = sorted((ROOT / "zoo" / "prompts").glob("*.jsonl")) + sorted(Path.cwd().glob("*.jsonl"))
+    items = [Item(f.stem, str(f.relative_to(ROOT) if f.is_relative_to(ROOT) else f), "", f) for f in files]
+
+    def chosen(item: Item | None, typed: str) -> None:
+        app.guard(lambda: open_file(app, item.value if item else Path(typed)))
+
+    app.open(Picker("prompt set", items, chosen, free=True))
+
+
+def open_file(app: Host, path: Path) -> None:
+    prompts = read_prompt_set(path)
+    app.act("open_set", path=str(path), prompts=prompts, index=0)
+    app.say(f"{len(prompts)} prompts of {path.name}: ( and ) step through them; mean ablation averages over their corrupted prompts", GOOD)
+
+
+def next_prompt(app: Host, by: int = 1) -> None:
+    if not app.state.prompt_set:
+        raise UserError("no prompt set is open: o opens one")
+    app.act("go", index=(app.state.index + by) % len(app.state.prompt_set))
+
+
+def choose_metric(app: Host) -> None:
+    items = [Item(k, v) for k, v in METRICS.items()]
+
+    def chosen(item: Item | None, typed: str) -> None:
+        kind, _, pos = (typed if "@" in typed else item.key if item else typed).partition("@")
+        pos = int(pos) if pos.lstrip("-").isdigit() else pos
+        app.guard(lambda: app.act("metric", kind=item.key if item and not pos else kind, pos=pos or "END"))
+
+    app.open(Picker("metric (type kind@position for another position: prob@-2, logit_diff@S2)", items, chosen, free=True))

@@ -1,0 +1,132 @@
+"""The lines around the panes: model, metric, prompts, interventions at the top; the hint line at the bottom."""
+
+from pathlib import Path
+
+import numpy as np
+from rich.cells import cell_len
+from rich.style import Style
+
+from techniques.output.requests import RunResult
+from vocabulary.prompts import TokenRow
+from vocabulary.requests import ModelInfo
+from screen.keys import hints
+from screen.pane import Host
+from screen.pictures import RUN_NAMES, heat_code, signed, texts_of
+from utils import show_bytes, show_count, show_token, visible
+from widgets import BAD, BOLD, CHANGED, CURSOR, CURSOR_PLAIN, DIM, HEAD, PLAIN, WARN, Spans, on
+
+UNDERLINE = Style(underline=True)
+
+
+def top_lines(app: Host) -> list[Spans]:
+    """Model, metric, clean prompt, corrupted prompt, state."""
+    s, run, requests = app.state, app.requests.result("run", RunResult), app.requests
+    w, pos, colour = app.size.width, app.cursor.pos, s.views["mode"] != "shade"
+    metric = metric_line(run, s.metric.kind, str(s.metric.pos), RUN_NAMES[s.base], requests.fresh("run", RunResult) is None, w)
+    if s.prompt.answers and not app.study.prompt.answers:
+        metric = [(f" {s.metric.kind} —  an answer or foil is not one token in this model: t edits them", WARN)]
+    if error := requests.error("run"):
+        metric = [(f" {visible(error)}", BAD)]
+    ids = s.views["ids"] == "on"
+    clean, corrupt = (run.clean.tokens, run.corrupt.tokens if run.corrupt else None) if run else (None, None)
+    heat = next((h for name in app.visible_panes() if (h := app.panes[name].heat(app)) is not None), None)
+    on_corrupt = (s.views["which"].split("-")[0] == "corrupt") or (s.views["which"].startswith("now") and s.base == "corrupt")
+    heats = (None, heat) if on_corrupt else (heat, None)
+    other = s.prompt.corrupt or "none: E types one, o opens a prompt set"
+    return [
+        model_line(app.info, s.model.model, app.busy, app.memory),
+        metric,
+        token_line("clean", clean, pos, w, None, ids, colour, s.prompt.clean, heats[0]),
+        token_line("corrupted", corrupt, pos, w, clean, ids, colour, other, heats[1]),
+        state_line(app, clean),
+    ]
+
+
+def state_line(app: Host, clean: TokenRow | None) -> Spans:
+    """Interventions, the prompt set, answers and foils, the alignment, the position."""
+    s, pos = app.state, app.cursor.pos
+    label = [k for k, v in (clean.labels if clean else {}).items() if v == pos]
+    line: Spans = [(" " + ("off " if not s.enabled and s.interventions else ""), WARN)]
+    line += [(" ".join(str(i) for i in s.interventions) or "no interventions", (BOLD if s.enabled else DIM) if s.interventions else DIM)]
+    if s.set_path:
+        edited = s.prompt != s.prompt_set[s.index]
+        line.append((f"  set {Path(s.set_path).stem} {s.index + 1}/{len(s.prompt_set)}{' (edited)' if edited else ''}", WARN if edited else DIM))
+    answers, foils = (" ".join(show_token(a) for a in some[:3]) or "—" for some in (s.prompt.answers, s.prompt.foils))
+    line.append((f"  answer {answers} foil {foils}", DIM))
+    if s.align or s.prompt.alignment:
+        line.append((f"  aligned {'by hand' if s.prompt.alignment else f'by {s.align}'}", WARN))
+    return [*line, (f"  @{pos}{' ' + ' '.join(label) if label else ''}" if clean else "", DIM)]
+
+
+def hint_line(app: Host) -> Spans:
+    """The node that actions act on, and the keys of the pane in focus, as many as fit."""
+    line: Spans = [(f" {app.node()!s:18}" if app.info else " ", BOLD), (" ?", BOLD), (" help ", DIM)]
+    for key, title in hints(app.table, app.panes[app.pane], app.panes.values()):
+        if sum(cell_len(text) for text, _ in line) + cell_len(key + title) + 3 > app.size.width:
+            break
+        line += [(f" {key}", BOLD), (f" {title} ", DIM)]
+    return line
+
+
+def model_line(info: ModelInfo | None, name: str, busy: str, memory: tuple[int, int, int]) -> Spans:
+    if info is None:
+        return [(" loupe ", HEAD), (f" {visible(name)} ", BOLD), (f" {busy}", WARN)]
+    broken = [c.name for c in info.checks if c.ok is False]
+    heads = f"{info.n_heads}H" + (f"/{info.n_kv_heads}KV" if info.n_kv_heads != info.n_heads else "")
+    text = f" {info.architecture} {info.n_layers}L×{heads} d{info.d_model} {show_count(info.n_params)} · {info.dtype} on {info.device}"
+    process, device, cache = memory
+    text += f" · {show_bytes(process)}" if process else ""
+    text += f" · GPU {show_bytes(device)}" if device else ""
+    text += f" · cache {show_bytes(cache)}" if cache else ""
+    return [
+        (" loupe ", HEAD),
+        (f" {visible(name)}", BOLD),
+        *([(f" {info.warning} ·", WARN)] if info.warning else []),
+        (text, DIM),
+        *([(f"  ✗ self-check: {', '.join(broken)} (D)", BAD)] if broken else []),
+    ]
+
+
+def metric_line(result: RunResult | None, kind: str, pos: str, base: str, stale: bool, width: int) -> Spans:
+    spans: Spans = [(f" {kind}@{pos}", BOLD)]
+    if result is None:
+        return [*spans, ("  clean —  corrupted —  now —", DIM), (f"  base {base}", DIM)]
+    corrupt = result.corrupt.metric if result.corrupt else None
+    spans += [("  clean ", DIM), (signed(result.clean.metric), PLAIN), ("  corrupted ", DIM), (signed(corrupt), PLAIN)]
+    spans += [("  now ", DIM), ("…" if stale else signed(result.now.metric), BOLD)]
+    if result.normalised is not None and not stale:
+        spans += [("  normalised ", DIM), (f"{result.normalised:.3f}", BOLD), (" (corrupted 0, clean 1)" if width >= 110 else "", DIM)]
+    spans += [(f"  base {base}", DIM)]
+    return [*spans, (f"  {result.warning}", WARN)] if result.warning else spans
+
+
+def token_line(
+    name: str, row: TokenRow | None, pos: int, width: int, other: TokenRow | None, ids: bool, colour: bool, text: str = "", heat: np.ndarray | None = None
+) -> Spans:
+    """
+    A prompt as tokens: the cursor's marked, those that differ from the other prompt coloured, or all coloured by `heat` (underlined where there is no
+    colour); a page of them when they do not fit.
+    """
+    spans: Spans = [(f" {name:9} ", DIM)]
+    if row is None:
+        return [*spans, (visible(text)[: width - 12], DIM)]
+    shown = [f"{show_token(t)}{f':{i}' if ids else ''}" for t, i in zip(texts_of(row), row.ids)]
+    room, page, used, pages = max(width - 16, 8), 0, 0, [0]
+    for n, t in enumerate(shown):
+        size = cell_len(t)
+        if used + size > room and n > pages[-1]:
+            pages.append(n)
+            used = 0
+        used += size
+    page = max(n for n, p in enumerate(pages) if p <= max(0, min(pos, len(shown) - 1)))
+    first, last = pages[page], pages[page + 1] if page + 1 < len(pages) else len(shown)
+    while last == len(shown) and first > 0 and sum(cell_len(t) for t in shown[first - 1 :]) <= room:
+        first -= 1  # the last page is filled from the right
+    spans.append(("‹" if first else " ", DIM))
+    for n in range(first, last):
+        differs = other is not None and (n >= len(other.ids) or other.ids[n] != row.ids[n])
+        style = (CURSOR if colour else CURSOR_PLAIN) if n == pos else CHANGED if differs else DIM if n == 0 and row.bos else PLAIN
+        if heat is not None and n != pos and n < len(heat) and abs(float(heat[n])) >= 0.05:
+            style = on(heat_code(min(abs(float(heat[n])), 1.0), bool((heat < 0).any()))) if colour else UNDERLINE
+        spans.append((shown[n], style))
+    return [*spans, ("›" if last < len(shown) else "", DIM)]

@@ -1,0 +1,153 @@
+"""Pane 2: layers × heads by a statistic, and the pattern of the head under the cursor."""
+
+import numpy as np
+from textual.containers import Horizontal
+from textual.widget import Widget
+
+from techniques.attention.requests import Attention, AttentionResult, HeadStats, HeadStatsResult
+from vocabulary.nodes import Node
+from screen.actions import turns
+from screen.cursor import clip
+from screen.keys import FIND, VIEW, Action, Part
+from screen.pane import Host, Pane, step_component
+from screen.pictures import head_map_addresses, run_name, scale, texts_of
+from techniques.attention import actions, pictures
+from utils import show_token
+from widgets import Grid, GridView, Lines, Same
+
+
+class AttentionPane(Pane):
+    number, key, label, about = "2", "attention", "Attention", "heads map and pattern"
+    view = "attention.stat"
+    views = {
+        "attention.stat": ("induction", "previous", "duplicate", "first", "entropy", "pair"),
+        "attention.source": ("prompt", "random"),
+        "attention.weighted": ("off", "on"),
+        "attention.layer": ("one head", "all heads"),
+        "attention.read": ("off", "from", "to"),
+    }
+    urgent = ("attention",)
+    hints = ("enter", "edit", "ablate", "patch", "scope", "keep", "enable", "undo", "view", "mode", "which", "source", "weighted", "multiples", "ranked")
+    keys = (
+        Part("enter", "attention", "into the head's pattern (hjkl move destination and source)", lambda pane, app: pane.enter(app)),
+        Action("source", "R", "random / set", "statistics on the prompt or on random repeated tokens", VIEW, turns("attention.source"), "which", "attention"),
+        Action("weighted", "Z", "weighted / direct", "weighted by the size of what each value writes", VIEW, turns("attention.weighted"), "fit", "attention"),
+        Action("multiples", "O", "all heads", "The patterns of all heads of the layer, small, or one head's", VIEW, turns("attention.layer"), "weighted"),
+        Action(
+            "ranked", "H", "rank", "Heads or cells ranked by what is shown: filter and go", FIND, actions.rank_heads, "multiples", reach=("lens", "output"),
+            elsewhere="H ranks the cells of pane 4, the paths of pane 5 and the heads of pane 2: here is nothing to rank",
+        ),
+        Action("reading", "T", "read", "Colour the prompt's tokens by the head's attention from the cursor, to it, or not", VIEW, turns("attention.read"), "ranked"),
+        Action("labels", "B", "labels", "Mean attention between labelled positions over the prompt set, ranked: filter and go", FIND, actions.rank_labels, "reading"),
+        Action("detect", "C", "detector", "Score heads against a pattern: a known one, or cells such as 14>2 10>4", FIND, actions.choose_detector, "labels"),
+    )  # fmt: skip
+
+    def __init__(self, **kw):
+        super().__init__(**kw)
+        self.drilled = False  # whether the keys move in the pattern
+        self.map, self.pattern, self.many = GridView(), GridView(classes="second"), Lines(classes="second")
+
+    def body(self) -> Widget:
+        return Horizontal(self.map, self.pattern, self.many)
+
+    def grids(self) -> dict[str, Grid]:
+        return {n: v.grid for n, v in (("heads", self.map), ("pattern", self.pattern)) if v.grid}
+
+    def wants(self, app: Host) -> dict[str, object]:
+        study, views, c = app.study, app.state.views, app.cursor
+        pair = (c.pos, c.src) if views["attention.stat"] == "pair" and app.counted() else None
+        source = "prompt" if pair or "-" in views["which"] else views["attention.source"]
+        return {
+            "attention": Attention(study, c.layer, views["which"], views["attention.weighted"] == "on"),
+            "heads": HeadStats(study, views["which"], source, pair),
+        }
+
+    def step(self, app: Host, rows: int, cols: int) -> None:
+        c, n = app.cursor, app.length()
+        if self.drilled:
+            app.move(pos=clip(c.pos + rows, n), src=clip(c.src + cols, n))
+            return
+        step_component(app, rows, cols)
+
+    def heat(self, app: Host) -> np.ndarray | None:
+        """The head's attention from the cursor's position, or to it, over the positions; None when that is off."""
+        way, pattern, c = app.state.views["attention.read"], app.requests.result("attention", AttentionResult), app.cursor
+        if way == "off" or pattern is None or pattern.layer != c.layer or c.pos >= len(pattern.tokens.ids):
+            return None
+        values = pattern.pattern[c.head]
+        return values[c.pos] if way == "from" else values[:, c.pos]
+
+    def back(self, app: Host) -> bool:
+        was, self.drilled = self.drilled, False
+        if was:
+            app.draw()
+        return was
+
+    def leave(self) -> None:
+        self.drilled = False
+
+    def shows(self, node: Node) -> bool:
+        return node.site != "sae" and not node.site.startswith("resid")
+
+    def enter(self, app: Host) -> None:
+        """Into the pattern and out of it; the source is where the head looks most."""
+        app.ready()
+        if self.pattern.grid is not None:
+            self.drilled = not self.drilled
+            app.move(src=self.pattern.at[1])
+            app.draw()
+
+    def paint(self, app: Host) -> None:
+        pattern = app.requests.result("attention", AttentionResult)
+        self.paint_heads(app)
+        many = app.state.views["attention.layer"] == "all heads"
+        self.pattern.set_class(many, "hidden")
+        self.many.set_class(not many, "hidden")
+        if pattern is None or pattern.layer != app.cursor.layer:
+            self.pattern.show(None, (0, 0), app.state.views["mode"], app.requests.waiting("attention"))
+            self.info_line.show([])
+        elif many:
+            self.paint_layer(app, pattern)
+        else:
+            self.paint_pattern(app, pattern)
+
+    def paint_heads(self, app: Host) -> None:
+        """The title and the map of heads."""
+        state, views, c = app.state, app.state.views, app.cursor
+        heads, stat = app.requests.result("heads", HeadStatsResult), views["attention.stat"]
+        marks = frozenset((i.node.layer, i.node.head) for i in state.interventions if i.node.site == "head" and state.enabled)
+        title, note = run_name(state, views["which"]), ""
+        if heads is None or stat not in heads.stats:
+            self.map.show(None, (0, 0), views["mode"], app.requests.waiting("heads"))
+        else:
+            grid = self.with_circuit(app, "heads", (Same(heads), stat, marks), lambda: pictures.heads_grid(heads, stat, marks), head_map_addresses)
+            self.map.styles.width = min(5 + 5 * len(grid.cols), self.size.width // 2)
+            column = c.head if c.comp == "head" else len(grid.cols) - (2 if c.comp == "attn" else 1)
+            self.map.show(grid, (clip(c.layer, len(grid.rows)), column), views["mode"])
+            name = pictures.HEAD_STATS[stat]
+            if stat == "pair" and app.tokens and max(c.pos, c.src) < app.length():
+                t = texts_of(app.tokens.tokens)
+                name = f"attention {c.pos} {show_token(t[c.pos])} → {c.src} {show_token(t[c.src])}"
+            title += f" · {name} {scale(grid)}"
+            note = f"on {'random repeated tokens' if heads.source == 'random' else 'the prompt'}"
+        weighted = "pattern × ‖value written‖ · " if views["attention.weighted"] == "on" else ""
+        self.show_title(app, ("heads", "attention"), title, ("pattern: hjkl, esc · " if self.drilled else "") + weighted + note)
+
+    def paint_layer(self, app: Host, pattern: AttentionResult) -> None:
+        """The patterns of all heads of the layer."""
+        c, width = app.cursor, self.pattern.size.width or self.many.size.width
+        self.many.show(pictures.small_patterns(pattern, c.head, width, self.size.height - 3, app.state.views["mode"]))
+        self.info_line.show([pictures.pattern_cell(pattern, c.head, clip(c.pos, len(pattern.tokens.ids)), 0, False)])
+
+    def paint_pattern(self, app: Host, pattern: AttentionResult) -> None:
+        """The pattern of the head under the cursor."""
+        c, views = app.cursor, app.state.views
+        grid = self.picture("pattern", (Same(pattern), c.head), lambda: pictures.pattern_grid(pattern, c.head))
+        pos = clip(c.pos, len(grid.rows))
+        row = np.nan_to_num(np.abs(grid.values[pos]), nan=-1.0)
+        src = c.src if self.drilled or views["attention.stat"] == "pair" else int(row.argmax())
+        self.pattern.show(grid, (pos, clip(src, len(grid.cols))), views["mode"])
+        self.info_line.show([pictures.pattern_cell(pattern, c.head, pos, src, self.drilled)])
+
+
+PANE = AttentionPane

@@ -1,0 +1,112 @@
+"""From attention results to pictures: the map of heads, one pattern, all patterns of a layer. Pure functions."""
+
+import math
+from functools import lru_cache
+
+import numpy as np
+from rich.style import Style
+
+from techniques.attention.requests import AttentionResult, HeadStatsResult
+from screen.pictures import heat_code, texts_of
+from utils import show_token
+from widgets import BOLD, CURSOR_PLAIN, DIM, PLAIN, SHADES, Grid, Spans
+
+HEAD_STATS = {
+    "induction": "attention to the token after an earlier copy",
+    "previous": "attention to the previous token",
+    "duplicate": "attention to earlier copies of the token",
+    "first": "attention to the first token",
+    "entropy": "entropy of attention, nats",
+    "pair": "attention between the cursor's two positions",
+}
+
+
+def heads_grid(result: HeadStatsResult, stat: str, marks: frozenset[tuple[int, int]]) -> Grid:
+    """Layers × heads of a statistic, with two blank columns for the whole attention and MLP output, so that the cursor can stand there."""
+    values = result.stats[stat].astype(float)
+    n_layers, n_heads = values.shape
+    values = np.concatenate([values, np.full((n_layers, 2), np.nan)], axis=1)
+    lo, hi, sign = 0.0, 1.0, False
+    if "-" in result.which:
+        hi = max(float(np.nanmax(np.abs(values), initial=0)), 1e-6)
+        lo, sign = -hi, True
+    elif stat == "entropy":
+        hi = max(float(np.nanmax(values, initial=0)), 1e-6)
+    rows, cols = [f"L{n}" for n in range(n_layers)], [*(f"H{n}" for n in range(n_heads)), "attn", "mlp"]
+    return Grid(values, rows, cols, lo, hi, signed=sign, cell=(5, 6), marks=marks, blanks=("attn", "mlp"))
+
+
+def pattern_grid(result: AttentionResult, head: int) -> Grid:
+    """Destinations × sources of one head; sources after the destination are blank, not zero."""
+    values = result.pattern[head].astype(float)
+    values[np.triu_indices(len(values), 1)] = np.nan
+    lo, hi, sign = 0.0, 1.0, False
+    if "-" in result.which:
+        hi = max(float(np.nanmax(np.abs(values), initial=0)), 1e-6)
+        lo, sign = -hi, True
+    tokens = texts_of(result.tokens)
+    rows = [f"{n:>2} {show_token(tok, 9, fill=False)}" for n, tok in enumerate(tokens)]
+    return Grid(values, rows, list(tokens), lo, hi, signed=sign, cell=(4, 4) if len(tokens) <= 40 else (2, 4), faint=(hi - lo) * 0.15, corner="to \\ from")
+
+
+def small_patterns(result: AttentionResult, head: int, width: int, height: int, mode: str) -> list[Spans]:
+    """Every head's pattern of a layer, two destinations a line by half blocks (shades without colour), wrapped to the width; pooled when long."""
+    n_heads, seq, _ = result.pattern.shape
+    top = max(float(np.abs(result.pattern).max(initial=0)), 1e-6)
+    signed_ = "-" in result.which
+    across = max(1, width // (min(seq, 24) + 2))
+    down = -(-n_heads // across)
+    lines_each = max(2, height // down - 1)
+    pool = max(1, -(-seq // min(width // across - 2, 2 * lines_each)))
+    size = -(-seq // pool)
+    blocks: list[list[Spans]] = []
+    for h in range(n_heads):
+        values = np.zeros((size * pool, size * pool), np.float32)
+        values[:seq, :seq] = result.pattern[h]
+        cells = values.reshape(size, pool, size, pool)
+        cells = np.take_along_axis(
+            cells.transpose(0, 2, 1, 3).reshape(size, size, -1), np.abs(cells.transpose(0, 2, 1, 3).reshape(size, size, -1)).argmax(-1)[..., None], -1
+        )[..., 0]
+        block: list[Spans] = [[(f"H{h}".ljust(size + 2), CURSOR_PLAIN if h == head else BOLD)]]
+        for y in range(0, size, 2):
+            spans: Spans = []
+            for x in range(size):
+                pair = [float(cells[r, x]) / top if r < size and x <= r else math.nan for r in (y, y + 1)]
+                spans.append(half_block(pair, signed_, mode))
+            block.append([*spans, ("  ", PLAIN)])
+        blocks.append(block)
+    out: list[Spans] = []
+    for start in range(0, n_heads, across):
+        group = blocks[start : start + across]
+        out += [[span for block in group for span in block[y]] for y in range(len(group[0]))]
+    return out
+
+
+def half_block(pair: list[float], signed_: bool, mode: str) -> tuple[str, Style]:
+    """Two cells above each other in one character."""
+    if mode == "shade":
+        value = max((abs(v) for v in pair if not math.isnan(v)), default=math.nan)
+        return (" " if math.isnan(value) else SHADES[min(int(value * len(SHADES)), len(SHADES) - 1)]), PLAIN
+    codes = [None if math.isnan(v) else heat_code(v, signed_) for v in pair]
+    if codes[0] is None and codes[1] is None:
+        return " ", PLAIN
+    return "▀" if codes[0] is not None else "▄", half_style(*codes)
+
+
+@lru_cache(1024)
+def half_style(above: int | None, below: int | None) -> Style:
+    front, back = (above, below) if above is not None else (below, None)
+    return Style(color=f"color({front})", bgcolor=None if back is None else f"color({back})")
+
+
+def pattern_cell(result: AttentionResult, head: int, pos: int, src: int, drilled: bool) -> Spans:
+    """One line: what the head reads at the cursor's destination."""
+    if not (head < len(result.pattern) and pos < len(result.tokens.texts)):
+        return []
+    row, tokens = result.pattern[head][pos][: pos + 1], texts_of(result.tokens)
+    order = np.argsort(-np.abs(row), kind="stable")[:3].tolist()
+    read = "  ".join(f"{s} {show_token(tokens[s])} {float(row[s]):.3f}" for s in order)
+    spans: Spans = [(f" L{result.layer}H{head} ", BOLD), (f"{pos} {show_token(tokens[pos])} attends to {read}", PLAIN)]
+    if drilled and src <= pos:
+        spans += [("  │ cursor ", DIM), (f"{src} {show_token(tokens[src])}", PLAIN), (f" {float(row[src]):.4f}", BOLD)]
+    return spans

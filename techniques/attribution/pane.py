@@ -1,0 +1,120 @@
+"""Pane 3: what every component writes straight into the logits; by source position or neuron; over the set."""
+
+from dataclasses import replace
+
+from textual.containers import Horizontal
+from textual.widget import Widget
+
+from techniques.attribution.requests import (
+    Attribution,
+    AttributionNeurons,
+    AttributionNeuronsResult,
+    AttributionResult,
+    AttributionSet,
+    AttributionSetResult,
+    AttributionSources,
+    AttributionSourcesResult,
+)
+from vocabulary.nodes import Node, UserError
+from screen.cursor import clip
+from screen.keys import FIND, Action, Part
+from screen.pane import Host, Pane, step_component
+from screen.pictures import head_map_addresses, run_name, scale, texts_of
+from techniques.attribution import pictures
+from utils import show_token
+from widgets import Grid, GridView, Lines, Same
+
+
+class AttributionPane(Pane):
+    number, key, label, about = "3", "attribution", "Attribution", "direct logit attribution of every component"
+    view = "attribution.view"
+    views = {"attribution.view": ("ranked", "drill", "set")}
+    hints = ("enter", "edit", "ablate", "patch", "scope", "keep", "enable", "undo", "view", "mode", "which")
+    keys = (
+        Part("enter", "attribution", "by source or neuron", lambda pane, app: pane.enter(app)),
+        Action("worst", "W", "worst prompt", "Attribution over the set: go to the prompt with the lowest logit difference", FIND, lambda pane, app: pane.worst(app), "points"),
+    )  # fmt: skip
+
+    def __init__(self, **kw):
+        super().__init__(**kw)
+        self.map, self.side = GridView(), Lines(classes="second")
+
+    def body(self) -> Widget:
+        return Horizontal(self.map, self.side)
+
+    def grids(self) -> dict[str, Grid]:
+        return {"attribution": self.map.grid} if self.map.grid else {}
+
+    def wants(self, app: Host) -> dict[str, object]:
+        state, c, which = app.state, app.cursor, app.state.views["which"]
+        view = state.views["attribution.view"]
+        if view == "set":
+            return {"attribution": AttributionSet(replace(app.study, prompt_set=state.prompt_set), which)}
+        if not app.counted():
+            return {}  # until the run says how long the prompt is
+        wants = {"attribution": Attribution(app.study, which, c.pos)}
+        if view == "drill":
+            if c.comp == "mlp":
+                wants["drill"] = AttributionNeurons(app.study, which, c.layer, c.pos)
+            elif c.comp == "head":
+                wants["drill"] = AttributionSources(app.study, which, c.layer, c.head, c.pos)
+        return wants
+
+    def step(self, app: Host, rows: int, cols: int) -> None:
+        step_component(app, rows, cols)
+
+    def shows(self, node: Node) -> bool:
+        return node.site != "sae" and not node.site.startswith("resid")
+
+    def worst(self, app: Host) -> None:
+        result = app.requests.result("attribution", AttributionSetResult)
+        if result is None:
+            raise UserError("the worst prompt is known after v has turned the attribution pane to the prompt set")
+        app.act("go", index=result.worst)
+
+    def enter(self, app: Host) -> None:
+        app.ready()
+        app.act("view", name=self.view, value="ranked" if app.state.views[self.view] == "drill" else "drill")
+
+    def paint(self, app: Host) -> None:
+        views, c = app.state.views, app.cursor
+        result = app.requests.result("attribution", (AttributionResult, AttributionSetResult))
+        name = run_name(app.state, views["which"])
+        if result is None:
+            self.show_title(app, ("attribution",), name, "")
+            self.map.show(None, (0, 0), views["mode"], app.requests.waiting("attribution"))
+            self.side.show([])
+            self.info_line.show([])
+            return
+        whole = isinstance(result, AttributionSetResult)
+        cells = result.mean if whole else result.cells
+        grid = self.with_circuit(app, "attribution", (Same(result),), lambda: pictures.cells_grid(cells), head_map_addresses)
+        self.map.styles.width = min(5 + 7 * len(grid.cols), self.size.width * 3 // 5)
+        column = c.head if c.comp == "head" else len(grid.cols) - (2 if c.comp == "attn" else 1)
+        self.map.show(grid, (clip(c.layer, len(grid.rows)), column), views["mode"])
+        self.paint_side(app, result)
+        if whole:
+            self.show_title(app, ("attribution",), f"{name} · mean over the prompt set {scale(grid)}", "direct logit attribution, frozen final scale")
+            self.info_line.show([pictures.set_line(result)])
+        else:
+            place = f"{result.pos} {show_token(texts_of(result.tokens)[result.pos])}"
+            self.show_title(app, ("attribution",), f"{name} · direct logits at {place} {scale(grid)}", result.convention)
+            self.info_line.show([pictures.sum_line(result.total, result.logit, result.capped, result.error, result.convention)])
+
+    def paint_side(self, app: Host, result: AttributionResult | AttributionSetResult) -> None:
+        """Beside the map: the cell's sources or neurons, or all cells ranked."""
+        views, c, whole = app.state.views, app.cursor, isinstance(result, AttributionSetResult)
+        cells = result.mean if whole else result.cells
+        n = max(2, self.size.height - 4)
+        drill = app.requests.result("drill", (AttributionSourcesResult, AttributionNeuronsResult)) if views[self.view] == "drill" else None
+        if isinstance(drill, AttributionSourcesResult) and c.comp == "head":
+            self.side.show(pictures.source_lines(drill, n - 3))
+        elif isinstance(drill, AttributionNeuronsResult) and c.comp == "mlp":
+            self.side.show(pictures.neuron_lines(drill, n - 6))
+        elif views[self.view] == "drill" and c.comp != "attn":
+            self.side.show([app.requests.waiting("drill")])
+        else:
+            self.side.show(pictures.ranked_lines(cells, result.std if whole else None, n))
+
+
+PANE = AttributionPane

@@ -1,0 +1,77 @@
+"""The key that finds a circuit: the method, how much of it, the time it will take, then the job. Each takes the pane and the app."""
+
+import dataclasses
+import math
+
+from techniques.circuits.requests import Discover, DiscoverResult, METHODS
+from vocabulary.wire import to_json
+from screen.client import in_words
+from screen.overlays import Editor, Item, Panel, Picker
+from screen.pane import Host, Pane
+from screen.replies import Reply
+from techniques.circuits.files import free_name
+from widgets import BOLD, DIM, GOOD, PLAIN, WARN
+
+FIELDS = {"acdc": [("threshold", "0.1")], "greedy": [("target", "0.85"), ("heads", "0")], "features": [("features", "30"), ("steps", "5")]}
+EDGES = [("edges", "40"), ("steps", "5")]
+
+
+def choose_method(pane: Pane, app: Host) -> None:
+    app.ready()
+    items = [Item(m, what, "", m) for m, what in METHODS.items()]
+    app.open(Picker("discover a circuit by", items, lambda item, typed: item and how_much(pane, app, item.key)))
+
+
+def how_much(pane: Pane, app: Host, method: str) -> None:
+    fields, rest = FIELDS.get(method, EDGES), app.state.views["circuit.rest"]
+
+    def accept(values: list[str]) -> str:
+        try:
+            numbers = [float(v) if name in ("threshold", "target") else int(v) for v, (name, _) in zip(values, fields)]
+        except ValueError:
+            return "write numbers, whole ones for " + " and ".join(n for n, _ in fields if n not in ("threshold", "target"))
+        if not all(map(math.isfinite, numbers)):
+            return "write finite numbers"
+        study = pane.study(app)
+        study = app.state.with_saes(study) if method == "features" else study
+        named = {{"heads": "nodes", "features": "nodes"}.get(name, name): number for (name, _), number in zip(fields, numbers)}
+        estimate(pane, app, Discover(study, method, rest=rest, name=free_name(app, method), **named))
+        return ""
+
+    app.open(Editor(f"{method} · rest {rest}", fields, accept, 0, 1, "enter estimates the time first · esc"))
+
+
+def estimate(pane: Pane, app: Host, request: Discover) -> None:
+    """The estimate of the time first; then, when it is wanted, the job."""
+    app.say(f"{request.method}: estimating the time…", DIM)
+
+    def show(dry: DiscoverResult) -> None:
+        app.say("")
+        n = len(request.study.prompt_set) or 1
+        rows = [
+            [(f" about {in_words(dry.expected)}", BOLD), (f" over {n} prompt{'s' * (n != 1)}", PLAIN)],
+            [(f" {METHODS[request.method]}", DIM)],
+        ]
+        go = lambda at: (panel.action_close(), run(pane, app, request))  # noqa: E731
+        panel = Panel(f"{request.method}", rows, "enter starts it (J lists it, x cancels it there) · esc", True, {"enter": go})
+        app.open(panel)
+
+    app.requests.ask("discover", dataclasses.replace(request, dry=True), show)
+
+
+def run(pane: Pane, app: Host, request: Discover) -> None:
+    """The job; the circuit it finds joins the others, unless something was undone that should stay redoable."""
+
+    def found(done: DiscoverResult) -> None:
+        pane.found[done.circuit.name] = Reply(request, done, model=app.requests.model)
+        name, nodes, edges = done.circuit.name, len(done.circuit.nodes), len(done.circuit.edges)
+        if not nodes:
+            app.say(done.warning or f"{request.method} found no circuit", WARN)
+        elif app.session.future:
+            app.say(f"{name} is found, faithfulness {done.score:.3f}: Y, then 'found {name}', puts it among the circuits (and ends redo)", GOOD)
+        else:
+            app.act("put_circuit", circuit=to_json(done.circuit))
+            line = f"{name}: {nodes} nodes, {edges} edges, faithfulness {done.score:.3f}, {done.seconds:.1f} s"
+            app.say(done.warning or line, WARN if done.warning else GOOD)
+
+    app.requests.ask("discover", request, found, 2, group="discovery", cancelled=f"{request.method} was cancelled")

@@ -1,0 +1,70 @@
+"""What pane 1's own keys do: the chart over depth, which lens, fitting a tuned one. Each takes the pane and the app."""
+
+import re
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from techniques.lens.requests import TuneLens
+from screen.overlays import Editor, Item, Panel, Picker
+from screen.pane import Host, Pane
+from screen.pictures import RUN_NAMES, chart as line_chart
+from techniques.lens.pictures import LENS_STATS, lens_values
+from utils import ROOT
+from widgets import BAD, GOOD
+
+
+def choose_lens(pane: Pane, app: Host) -> None:
+    folders = [f.parent for root in (ROOT / "zoo", ROOT / "exports") for f in root.glob("*/config.json")]
+    files = list((ROOT / "exports").glob("*.pt"))
+    items = [Item("logit", "the model's own norm and unembedding at every point", "", "")]
+    items += [Item("tuned", str(f.relative_to(ROOT)), "tuned lens", str(f)) for f in folders]
+    items += [Item("jacobian", str(f.relative_to(ROOT)), "Jacobian lens", str(f)) for f in files]
+
+    def chosen(item: Item | None, typed: str) -> None:
+        kind, _, artefact = typed.strip().partition(" ") if item is None else (item.key, "", item.value)
+        app.guard(lambda: app.act("lens", kind=kind, artefact=artefact.strip()))
+
+    app.open(Picker("lens (or type: tuned FOLDER, jacobian FILE; F fits a tuned lens)", items, chosen, free=True))
+
+
+def fit(pane: Pane, app: Host) -> None:
+    app.ready()
+    name = re.sub(r"\W+", "-", app.info.name).strip("-")
+
+    def accept(values: list[str]) -> str:
+        text, out, steps = values
+        if not steps.isdigit() or int(steps) < 1:
+            return "steps: a positive whole number"
+        request = TuneLens(text, out, int(steps), resume=(Path(out) / "checkpoint.safetensors").exists())
+        app.requests.ask("fit", request, fitted, 2, cancelled="the fit was cancelled; F again goes on from its checkpoint")
+        return ""
+
+    def fitted(done) -> None:
+        app.act("lens", kind="tuned", artefact=done.folder)
+        before, after = done.before[:-1].mean(), done.after[:-1].mean()
+        app.say(f"tuned lens in {done.folder}: mean KL on held-out text {before:.3f} → {after:.3f} nats in {done.seconds:.0f} s", GOOD)
+
+    fields = [("text file", ""), ("folder", str(ROOT / "exports" / f"tuned-lens-{name}")), ("steps", "250")]
+    app.open(Editor("fit a tuned lens", fields, accept, 0, 1, "text file empty: the zoo's corpus · enter starts, J shows and cancels · esc"))
+
+
+def chart(pane: Pane, app: Host) -> None:
+    if app.info is None:
+        app.say(f"no model yet: {app.busy}", BAD)
+        return
+    app.run_worker(partial(draw_chart, pane, app), group="chart", exclusive=True, exit_on_error=True)
+
+
+async def draw_chart(pane: Pane, app: Host) -> None:
+    """The statistic over depth at the cursor's position, one line a run."""
+    state, stat, pos, lines = app.state, app.state.views["lens.stat"], app.cursor.pos, {}
+    wanted = pane.wants(app)["lens"]
+    runs = [r for r in ("clean", "corrupt", "now") if (r != "corrupt" or state.prompt.corrupt) and (r != "now" or state.study.interventions)]
+    for which in runs:
+        result = await app.requests.asked("chart", replace(wanted, which=which, positions=(pos,)), 0)
+        if result is None:
+            return
+        lines[RUN_NAMES[which]] = lens_values(result, stat)[:, 0].tolist()
+    rows = line_chart(f"{LENS_STATS[stat]} at {pos}", list(result.points), lines, app.size.width - 2, max(8, app.size.height * 3 // 5))
+    app.open(Panel("over depth", rows, f"{result.convention} · esc"))

@@ -1,0 +1,127 @@
+"""Pane 1: hook points × positions, each cell the top token under a lens."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from textual.containers import Horizontal
+from textual.widget import Widget
+
+from techniques.lens.requests import Lens, LensResult
+from vocabulary.nodes import Node, parse_node
+from screen.actions import turns
+from screen.cursor import clip, place_of
+from screen.keys import VIEW, Action
+from screen.pane import Host, Pane
+from screen.pictures import run_name, scale
+from screen.session import VIEWS
+from techniques.lens import actions, pictures
+from widgets import Grid, GridView, Lines, Same
+
+
+class LensPane(Pane):
+    number, key, label, about, scope, differences = "1", "lens", "Lens", "hook points × positions", "here", False
+    view = "lens.stat"
+    views = {
+        "lens.stat": ("prob", "answer", "rank", "entropy", "kl", "logit_diff", "kl_pair", "promoted", "suppressed"),
+        "lens.points": ("mid+post", "post", "all", "components", "heads"),
+    }
+    hints = ("edit", "ablate", "patch", "scope", "keep", "enable", "undo", "view", "mode", "which", "chart", "lens_kind")
+    keys = (
+        Action("points", "P", "rows", "which hook points or components are the rows", VIEW, turns("lens.points"), "source", "lens"),
+        Action("chart", "L", "chart", "Line chart of the statistic over depth at the cursor's position, clean and corrupted", VIEW, actions.chart, "operation"),
+        Action("lens_kind", "K", "lens kind", "Logit, tuned or Jacobian lens", VIEW, actions.choose_lens, "chart"),
+        Action("fit", "F", "fit lens", "Fit a tuned lens to this model", VIEW, actions.fit, "lens_kind"),
+    )
+
+    def __init__(self, **kw):
+        super().__init__(**kw)
+        self.table, self.side = GridView(), Lines(classes="side")
+
+    def body(self) -> Widget:
+        return Horizontal(self.table, self.side)
+
+    def grids(self) -> dict[str, Grid]:
+        return {"lens": self.table.grid} if self.table.grid else {}
+
+    def points(self, app: Host) -> tuple[str, ...]:
+        kind, n, mid = app.state.views["lens.points"], app.info.n_layers, not app.info.parallel
+        if kind == "all":
+            return tuple(f"L{i}.{s}" for i in range(n) for s in ("resid_pre", "resid_mid", "resid_post") if mid or s != "resid_mid")
+        if kind == "components":
+            return tuple(f"L{i}.{s}" for i in range(n) for s in ("attn", "mlp"))
+        if kind == "heads":
+            return tuple(f"L{i}H{h}" for i in range(n) for h in range(app.info.n_heads))
+        sites = ("resid_mid", "resid_post") if kind == "mid+post" and mid else ("resid_post",)
+        return ("L0.resid_pre", *(f"L{i}.{s}" for i in range(n) for s in sites))
+
+    def which(self, app: Host) -> str:
+        """The lens shows one run; where a difference is chosen, now."""
+        return app.state.views["which"] if "-" not in app.state.views["which"] else "now"
+
+    def wants(self, app: Host) -> dict[str, object]:
+        state, points = app.state, self.points(app)
+        if state.lens != "logit":
+            points = tuple(p for p in points if p.endswith("resid_post") or p == "L0.resid_pre")
+        pair = state.views["lens.stat"] == "kl_pair"
+        return {"lens": Lens(app.study, self.which(app), points, kind=state.lens, artefact=state.artefact, pair=pair)}
+
+    def merge(self, before: object | None, part: object) -> object:
+        """The rows that have come so far."""
+        return pictures.joined([before, part]) if isinstance(before, LensResult) else part
+
+    def row(self, app: Host, points: tuple[str, ...]) -> int:
+        c = app.cursor
+        for name in (f"L{c.layer}.{c.point}", f"L{c.layer}H{c.head}", f"L{c.layer}.{c.comp}"):
+            if name in points:
+                return points.index(name)
+        return next((n for n, p in enumerate(points) if p.startswith(f"L{app.cursor.layer}.")), 0)
+
+    def step(self, app: Host, rows: int, cols: int) -> None:
+        points = self.shown(app)
+        node = parse_node(points[clip(self.row(app, points) + rows, len(points))])
+        app.move(**place_of(node), pos=clip(app.cursor.pos + cols, app.length()))
+
+    def shown(self, app: Host) -> tuple[str, ...]:
+        result = app.requests.result("lens", LensResult)
+        return result.points if result else self.points(app)
+
+    def node(self, app: Host, pos: int | None) -> Node:
+        points = self.shown(app)
+        return replace(parse_node(points[self.row(app, points)]), pos=pos)
+
+    def choices(self, app: Host) -> tuple[str, ...]:
+        stats = VIEWS[self.view] if app.state.prompt.answers else ("prob", "entropy", "kl", "kl_pair", "promoted", "suppressed")
+        return stats if app.state.prompt.corrupt else tuple(s for s in stats if s != "kl_pair")
+
+    def shows(self, node: Node) -> bool:
+        return node.site.startswith("resid")
+
+    def find(self, app: Host, needle: str) -> list[dict]:
+        lens = app.requests.result("lens", LensResult)
+        if lens is None:
+            return []
+        cells = [(parse_node(p), c, i) for p, row in zip(lens.points, lens.top_ids[..., 0].tolist()) for c, i in enumerate(row)]
+        return [place_of(node) | {"pos": c} for node, c, i in cells if needle.lower() in lens.texts[i].lower()]
+
+    def paint(self, app: Host) -> None:
+        views, result = app.state.views, app.requests.result("lens", LensResult)
+        stat, artefact = views["lens.stat"], f" {Path(app.state.artefact).name}" if app.state.artefact else ""
+        name = f"{run_name(app.state, self.which(app))} · {pictures.LENS_KINDS[app.state.lens]}{artefact}"
+        if result is None:
+            self.show_title(app, ("lens",), name, "")
+            self.table.show(None, (0, 0), views["mode"], app.requests.waiting("lens"))
+            self.side.show([])
+            self.info_line.show([])
+            return
+        grid = self.picture("lens", (Same(result), stat), lambda: pictures.lens_grid(result, stat, app.info.d_vocab if app.info else 2))
+        self.show_title(app, ("lens",), f"{name} · {pictures.LENS_STATS[stat]} {scale(grid)}", result.convention)
+        row, pos = self.row(app, result.points), clip(app.cursor.pos, len(result.tokens.texts))
+        self.table.show(grid, (row, pos), views["mode"])
+        beside = self.size.width - 34 >= 14 + grid.cell[0] * len(grid.cols)
+        self.side.set_class(not beside, "hidden")
+        if beside:
+            self.side.show(pictures.lens_side(result, row, pos, 3 if len(app.visible_panes()) == 3 else 10))
+        self.info_line.show([pictures.lens_cell(result, row, pos, 0 if beside or len(app.visible_panes()) == 3 else 4)])
+
+
+PANE = LensPane

@@ -1,0 +1,211 @@
+"""Pane 4: sweeps of interventions over every node, the estimate beside the truth."""
+
+from dataclasses import replace
+
+import numpy as np
+from textual.widget import Widget
+
+from techniques.patching.requests import Estimate, Sweep, SweepResult
+from vocabulary.nodes import Intervention, Node, parse_node, UserError
+from screen.actions import toggle, turns
+from screen.cursor import clip, place_of
+from screen.keys import VIEW, Action, Part
+from screen.overlays import Item, Picker
+from screen.pane import Host, Pane
+from screen.pictures import scale, sweep_cell
+from screen.session import VIEWS
+from techniques.patching.pictures import sweep_grid
+from widgets import DIM, Grid, GridView, Same
+
+NOT_ESTIMATED = ("pairs", "cumulative", "features")
+DIRECTIONS = {"denoise": "denoising: clean into corrupted", "noise": "noising: corrupted into clean"}
+
+
+class PatchingPane(Pane):
+    number, key, label, about = "4", "patching", "Patching", "sweeps over every node, estimate and truth"
+    view = "patching.kind"
+    views = {
+        "patching.kind": (
+            "z",
+            "resid_pre",
+            "resid_mid",
+            "resid_post",
+            "attn",
+            "mlp",
+            "attn_mlp",
+            "q",
+            "k",
+            "v",
+            "pattern",
+            "nodes",
+            "z_pos",
+            "cells",
+            "neurons",
+            "pairs",
+            "cumulative",
+            "features",
+        ),
+        "patching.op": ("patch", "zero", "mean", "mean_all", "resample", "noise"),
+        "patching.show": ("effect", "metric", "estimate", "disagreement", "spread", "p"),
+        "patching.effect": ("total", "direct"),
+        "patching.over": ("prompt", "set"),
+        "patching.estimate": ("atp", "ig"),
+    }
+    hints = ("enter", "keep", "base", "undo", "view", "mode", "source", "points", "sweep", "operation", "weighted", "ranked")
+    keys = (
+        Part("enter", "patching", "the cell as an intervention", lambda pane, app: pane.enter(app)),
+        Part("source", "patching", "over the prompt or the set", turns("patching.over")),
+        Part("points", "patching", "effect, metric, estimate, disagreement, spread, p", turns("patching.show")),
+        Action(
+            "sweep", "S", "run sweep", "run this pane's sweep: patch or ablate every cell", VIEW, lambda pane, app: pane.run(app), "worst", reach=(),
+            elsewhere="sweeps live in pane 4: 4 goes there, v chooses what is swept, S runs it",
+        ),
+        Action("operation", "b", "operation", "What the sweep does: patch, zero, mean, resample, noise", VIEW, turns("patching.op"), "sweep"),
+        Part("weighted", "patching", "total or direct effect", turns("patching.effect")),
+        Part("ranked", "", "", lambda pane, app: pane.rank(app)),
+    )  # fmt: skip
+
+    def __init__(self, **kw):
+        super().__init__(**kw)
+        self.table = GridView()
+        self.cell = (0, 0)  # for cells that are not one node
+
+    def body(self) -> Widget:
+        return self.table
+
+    def grids(self) -> dict[str, Grid]:
+        return {"patching": self.table.grid} if self.table.grid else {}
+
+    def choices(self, app: Host) -> tuple[str, ...]:
+        """Features only where an SAE is loaded."""
+        return tuple(k for k in VIEWS[self.view] if k != "features" or app.state.sae)
+
+    def request(self, app: Host) -> Sweep:
+        """The sweep that S runs: interventions act on the base prompt, so the base says which way."""
+        state, views, c = app.state, app.state.views, app.cursor
+        kind, op = views["patching.kind"], views["patching.op"]
+        over = views["patching.over"] == "set"
+        needs_set = over or op in ("mean", "mean_all", "resample")
+        study = replace(app.study, prompt_set=state.prompt_set if needs_set else ())
+        if over and state.prompt_set:  # the same for every prompt of the set
+            study = replace(study, prompt=state.prompt_set[0])
+        study = state.with_saes(study) if kind == "features" else study
+        node = f"L{c.layer}H{c.head}" if kind == "cells" else f"L{c.layer}.mlp" if kind == "neurons" else ""
+        if kind == "features":
+            known = app.known_saes.get(state.sae)
+            node, op = f"L{known.layer if known else c.layer}.sae", op if op in ("patch", "zero") else "zero"
+        direction = "noise" if state.base == "clean" else "denoise"
+        first = "estimate" if op == "patch" and kind not in NOT_ESTIMATED and views["patching.effect"] == "total" else ""
+        return Sweep(study, kind, op, direction, views["patching.effect"], node, over_set=over, first=first)
+
+    def wants(self, app: Host) -> dict[str, object]:
+        request = self.request(app)
+        wants: dict[str, object] = {"sweep": request} if request in app.requests.started else {}
+        estimated = request.op == "patch" and request.effect == "total" and request.kind not in NOT_ESTIMATED
+        if estimated and app.state.prompt.corrupt is not None:
+            way = app.state.views["patching.estimate"]
+            wants["estimate"] = Estimate(request.study, request.kind, way, request.direction, node=request.node, over_set=request.over_set)
+        return wants
+
+    def shown(self, app: Host) -> tuple[SweepResult | None, SweepResult | None]:
+        """Truth and estimate of what is asked for now; those of another direction or prompt are not shown under this one's title."""
+        reply = app.requests.reply("sweep")
+        truth = reply.of(self.request(app), SweepResult) if reply is not None else None
+        return truth, app.requests.fresh("estimate", SweepResult)
+
+    def at(self, app: Host, result: SweepResult) -> tuple[int, int]:
+        """The cell of the shared cursor."""
+        c, group = app.cursor, len(result.nodes) // max(1, len(result.rows))
+        if result.kind == "features":
+            return clip(self.cell[0], len(result.rows)), clip(c.pos, len(result.cols))
+        for n, address in enumerate(result.nodes):
+            node = parse_node(address)
+            head = node.head is None or node.head == c.head
+            site = node.site in (c.point, c.comp) if not node.site.startswith("resid") else True
+            if node.layer == c.layer and head and site and (node.pos is None or node.pos == c.pos):
+                return divmod(n, group)
+        return clip(self.cell[0], len(result.rows)), clip(self.cell[1], len(result.cols))
+
+    def step(self, app: Host, rows: int, cols: int) -> None:
+        result = next((r for r in self.shown(app) if r), None)
+        if result is None:
+            return
+        r, c = self.at(app, result)
+        self.go(app, result, clip(r + rows, len(result.rows)), clip(c + cols, len(result.cols)))
+
+    def go(self, app: Host, result: SweepResult, row: int, col: int) -> None:
+        self.cell = (row, col)
+        address = result.address(row, col)
+        if not address:
+            app.draw()
+            return
+        node = parse_node(address)
+        where = {"pos": node.pos} if isinstance(node.pos, int) else {}
+        if node.site == "sae":
+            app.move(**where)
+            return
+        app.move(**where, **place_of(node)) if node.site not in ("neuron", "embed") else app.draw()
+
+    def node(self, app: Host, pos: int | None) -> Node:
+        result = next((r for r in self.shown(app) if r), None)
+        if result is not None and (address := result.address(*self.at(app, result))):
+            return parse_node(address)
+        return super().node(app, pos)
+
+    def enter(self, app: Host) -> None:
+        """The cell's node becomes an intervention."""
+        app.ready()
+        toggle(app, Intervention(self.node(app, None), app.state.views["patching.op"]))
+
+    def run(self, app: Host) -> None:
+        """S: every cell."""
+        app.ready()
+        request = self.request(app)
+        if request.op == "patch" and app.state.prompt.corrupt is None:
+            raise UserError("patching takes values from the other prompt, and there is no corrupted prompt: E types one, o opens a set")
+        if request.over_set and not app.state.prompt_set:
+            raise UserError("no prompt set is open: o opens one, R goes back to the prompt")
+        app.requests.start(request)
+
+    def rank(self, app: Host) -> None:
+        """Cells by what is shown; choosing one puts the cursor there."""
+        grid, result = self.table.grid, next((r for r in self.shown(app) if r), None)
+        if result is None or grid is None:
+            raise UserError("nothing has been swept yet: S runs the sweep")
+        cells, show = [(int(r), int(c)) for r, c in np.argwhere(np.isfinite(grid.values))], app.state.views["patching.show"]
+        low = {"p": 0.0, "metric": result.base}.get(show)  # p: the smallest first; the metric: what moves it most
+        cells.sort(key=lambda rc: float(grid.shown[rc]) if show == "p" else -abs(float(grid.values[rc]) - (low or 0.0)))
+        items = [Item(result.address(r, c) or f"{result.rows[r]} × {result.cols[c]}", f"{float(grid.shown[r, c]):+.4f}", "", (r, c)) for r, c in cells[:2000]]
+        app.open(Picker(f"cells by {show}", items, lambda item, typed: item and self.go(app, result, *item.value)))
+
+    def title(self, app: Host, request: Sweep) -> str:
+        ablated = f"{request.op} ablation of the {'clean' if request.direction == 'noise' else 'corrupted'} run"
+        what = DIRECTIONS[request.direction] if request.op == "patch" else ablated
+        more = (" over the set" if request.over_set else "") + (" · direct" if request.effect == "direct" else "")
+        return f"{request.kind} · {what} · {app.state.views['patching.show']}{more}"
+
+    def paint(self, app: Host) -> None:
+        views, wanted = app.state.views, app.requests.wanted
+        (truth, estimate), slots, shown = self.shown(app), ("sweep", "estimate"), views["patching.show"]
+        title, result = self.title(app, self.request(app)), truth or estimate
+        if result is None:
+            self.show_title(app, slots, title, "")
+            waits = next((s for s in slots if s in wanted), None)
+            self.table.show(None, (0, 0), views["mode"], app.requests.waiting(waits) if waits else [("  S runs the sweep", DIM)])
+            self.info_line.show([])
+            return
+        if not np.isfinite(result.normalised).any() and shown not in ("metric", "p"):
+            title += " (raw metric)"
+        every = lambda g: [((r, c), a) for r in range(len(g.rows)) for c in range(len(g.cols)) if (a := result.address(r, c))]  # noqa: E731
+        grid = self.with_circuit(app, "sweep", (Same(truth), Same(estimate), shown), lambda: sweep_grid(truth, estimate, shown), every)
+        done = f"truth {truth.done}/{truth.total}" if truth else "estimate: S runs the truth"
+        if truth and truth.done < truth.total:  # first in the title, where it is seen
+            title, done = f"{done}{app.requests.left('sweep') if 'sweep' in wanted else ', cancelled: S runs it again'} · {title}", "truth"
+        warning = f"{result.warning} · " if result.warning else ""
+        self.show_title(app, slots, f"{title} {scale(grid)}", f"{done} · {warning}{result.convention}")
+        row, col = self.at(app, result)
+        self.table.show(grid, (row, col), views["mode"])
+        self.info_line.show([sweep_cell(truth, estimate, row, col)])
+
+
+PANE = PatchingPane

@@ -1,0 +1,86 @@
+"""Pane 7: OV and QK of the head under the cursor, composition with other heads, singular directions."""
+
+from textual.containers import Horizontal
+from textual.widget import Widget
+
+from techniques.weights.requests import Composition, CompositionResult, HeadWeights, HeadWeightsResult, Singular, SingularResult
+from vocabulary.nodes import Node
+from screen.cursor import clip
+from screen.pane import Host, Pane
+from screen.session import VIEWS
+from techniques.weights import pictures
+from widgets import BOLD, DIM, Grid, GridView, Lines, Same
+
+
+class WeightsPane(Pane):
+    number, key, label = "7", "weights", "Weights"
+    about = "OV and QK of the head under the cursor, composition, singular directions"
+    view = "weights.view"
+    views = {
+        "weights.view": ("ov", "qk", "composition q", "composition k", "composition v", "OV directions", "QK directions", "mlp_out", "mlp_in"),
+        "weights.distance": ("0", "1", "2", "4", "8", "16"),
+    }
+    hints = ("edit", "undo", "view", "mode")
+
+    def __init__(self, **kw):
+        super().__init__(**kw)
+        self.map, self.table = GridView(), Lines(classes="second")
+
+    def body(self) -> Widget:
+        return Horizontal(self.map, self.table)
+
+    def grids(self) -> dict[str, Grid]:
+        return {"composition": self.map.grid} if self.map.grid else {}
+
+    def height_needed(self) -> int:
+        return 24
+
+    def wants(self, app: Host) -> dict[str, object]:
+        c, view = app.cursor, app.state.views[self.view]
+        if view in ("ov", "qk"):
+            return {"weights": HeadWeights(c.layer, c.head, 40, int(app.state.views["weights.distance"]))}
+        if view.startswith("composition"):
+            return {"weights": Composition(c.layer, c.head)}
+        return {"weights": Singular(c.layer, None if view.startswith("mlp") else c.head, view.removesuffix(" directions"))}
+
+    def across(self, app: Host, by: int) -> None:
+        """The distance at which a rotary model's queries and keys are compared."""
+        distances, now = VIEWS["weights.distance"], app.state.views["weights.distance"]
+        app.act("view", name="weights.distance", value=distances[clip(distances.index(now) + by, len(distances))])
+
+    def shows(self, node: Node) -> bool:
+        return node.site != "sae" and not node.site.startswith("resid")
+
+    def step(self, app: Host, rows: int, cols: int) -> None:
+        c = app.cursor
+        app.move(layer=clip(c.layer + rows, app.info.n_layers), head=clip(c.head + cols, app.info.n_heads), comp="head")
+
+    def paint(self, app: Host) -> None:
+        views, c = app.state.views, app.cursor
+        view, n, w = views[self.view], max(2, self.size.height - 3), self.size.width - 2
+        kind = CompositionResult if view.startswith("composition") else HeadWeightsResult if view in ("ov", "qk") else SingularResult
+        result = app.requests.result("weights", kind)
+        name = f"L{c.layer} {view}" if view.startswith("mlp") else f"L{c.layer}H{c.head} {view}"
+        self.map.set_class(not view.startswith("composition"), "hidden")
+        if result is None or (result.layer, result.head) != (c.layer, None if view.startswith("mlp") else c.head):
+            self.show_title(app, ("weights",), name, "")
+            self.table.show([app.requests.waiting("weights")])
+            self.map.show(None, (0, 0), views["mode"])
+            self.info_line.show([])
+            return
+        convention = getattr(result, f"{view}_convention", result.convention)
+        self.show_title(app, ("weights",), name, convention)
+        self.info_line.show([[(f" {convention}", DIM)]])
+        if isinstance(result, CompositionResult):
+            part = view.removeprefix("composition ")
+            every = lambda g: [((n, h), f"L{n}H{h}") for n in range(len(g.rows)) for h in range(len(g.cols))]  # noqa: E731
+            grid = self.with_circuit(app, "weights", (Same(result), part), lambda: pictures.composition_grid(result, part), every)
+            self.map.show(grid, (c.layer, c.head), views["mode"])
+            self.table.show([[(f"{part.upper()}-composition of L{c.layer}H{c.head}", BOLD)], [("earlier layers: it reads what they wrote", DIM)],
+                             [("later layers: they read what it wrote", DIM)], [(f"random heads: {result.baseline:.3f} ± {result.spread:.3f}", BOLD)]])  # fmt: skip
+        else:
+            lines = {"ov": pictures.ov_lines, "qk": pictures.qk_lines}.get(view, pictures.singular_lines)
+            self.table.show(lines(result, n, w))
+
+
+PANE = WeightsPane

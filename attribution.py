@@ -8,24 +8,15 @@ import numpy as np
 import torch as t
 from torch import Tensor
 
-from messages import (
-    DETECTORS,
-    RUNS,
-    STATS,
-    WHICH,
-    AttentionResult,
-    AttentionSetResult,
-    DetectResult,
-    HeadStatsResult,
-    Progress,
-    Prompt,
-    Study,
-    UserError,
-)
+from techniques.attention.requests import AttentionResult, AttentionSetResult, DETECTORS, DetectResult, HeadStatsResult, STATS
+from vocabulary.nodes import UserError
+from vocabulary.prompts import Prompt, RUNS, Study, WHICH
+from vocabulary.requests import Progress
 from model import Edit, Model, in_chunks
 from patching import BATCH, Runs, prepare, read_study
 
 RANDOM_ROWS, RANDOM_LENGTH = 4, 50
+PATTERN_BYTES = 16 << 20  # of a layer's patterns are read at once
 
 
 def check_which(which: str) -> None:
@@ -86,7 +77,7 @@ def attention(runs: Runs, layer: int, which: str, weighted: bool = False) -> Att
 def masks(ids: Tensor) -> dict[str, Tensor]:
     """For each statistic the cells [row, destination, source] whose attention is summed, from the tokens [row, seq]."""
     seq = ids.shape[1]
-    i, j = t.arange(seq)[:, None], t.arange(seq)[None]
+    i, j = t.arange(seq, device=ids.device)[:, None], t.arange(seq, device=ids.device)[None]
     copies = (ids[:, :, None] == ids[:, None, :]) & (j < i)
     after = t.zeros_like(copies)
     after[:, :, 1:] = copies[:, :, :-1]
@@ -94,20 +85,41 @@ def masks(ids: Tensor) -> dict[str, Tensor]:
     return {"previous": later & (j == i - 1), "duplicate": copies, "induction": after, "first": later & (j == 0)}
 
 
-@t.no_grad()
-def statistics(pattern: Tensor, ids: Tensor) -> dict[str, np.ndarray]:
-    """STATS of patterns [row, head, destination, source] over tokens [row, seq], one number a head; NaN without an instance."""
-    pattern = pattern.float().cpu()
-    out = {}
-    for name, mask in masks(ids).items():
-        has = mask.any(-1)
-        n = has.sum().item()
-        total = (pattern * mask[:, None]).sum((0, 2, 3))
-        out[name] = (total / n).numpy() if n else np.full(pattern.shape[1], math.nan, np.float32)
-    entropy = t.special.entr(pattern[:, :, 1:]).sum(-1)
-    out["entropy"] = entropy.mean((0, 2)).numpy() if entropy.shape[2] else np.full(pattern.shape[1], math.nan, np.float32)
-    assert list(out) == list(STATS)
-    return out
+class HeadStatistics:
+    """STATS of one layer's patterns after the other, over tokens [row, seq]; NaN without an instance. The sums stay on the patterns' device."""
+
+    def __init__(self, ids: Tensor, pair: tuple[int, int] | None = None):
+        self.pair, self.sums = pair, []
+        self.counts, self.cells = {}, {}
+        for name, mask in masks(ids).items():
+            self.counts[name] = mask.any(-1).sum().item()
+            self.cells[name] = mask.flatten(1).nonzero(as_tuple=True)
+        self.counts["entropy"] = len(ids) * (ids.shape[1] - 1)
+
+    @t.no_grad()
+    def add(self, pattern: Tensor) -> None:
+        """Sums over patterns [row, head, destination, source], some heads at a time: no copy of a whole layer is made."""
+        rows, heads, seq, _ = pattern.shape
+        self.cells = {name: tuple(c.to(pattern.device) for c in where) for name, where in self.cells.items()}
+        size, parts = max(1, PATTERN_BYTES // (4 * rows * seq * seq)), []
+        for h in range(0, heads, size):
+            some = pattern[:, h : h + size].float()
+            sums = [some.flatten(2).transpose(0, 1)[:, *where].sum(-1) for where in self.cells.values()]
+            sums.append(entropy(some[:, :, 1:]).sum((0, 2)))
+            parts.append(t.stack(sums + ([] if self.pair is None else [some[0, :, *self.pair]])))
+        self.sums.append(t.cat(parts, 1))
+
+    def numbers(self) -> dict[str, np.ndarray]:
+        """Each statistic [layer, head]."""
+        sums = t.stack([s.to(self.sums[0].device) for s in self.sums], 1).cpu()
+        out = {name: (x / n).numpy() if n else np.full(x.shape, math.nan, np.float32) for (name, n), x in zip(self.counts.items(), sums)}
+        assert list(out) == list(STATS)
+        return out if self.pair is None else out | {"pair": sums[-1].numpy()}
+
+
+def entropy(p: Tensor) -> Tensor:
+    """Of distributions [..., n], in nats. (`entr` takes one number at a time on a CPU.)"""
+    return p.clamp_min(t.finfo(p.dtype).tiny).log_().mul_(p).sum(-1).neg_()
 
 
 def random_repeats(model: Model) -> Tensor:
@@ -116,17 +128,6 @@ def random_repeats(model: Model) -> Tensor:
     n = min(RANDOM_LENGTH, (model.info.n_ctx - len(bos)) // 2)
     half = model.random_ids(n, RANDOM_ROWS)
     return t.cat([t.tensor([bos] * RANDOM_ROWS, dtype=half.dtype).reshape(RANDOM_ROWS, -1), half, half], 1)
-
-
-def random_patterns(model: Model, ids: Tensor, names: list[str], edits: list[Edit]) -> dict[str, Tensor]:
-    """Patterns of a batch of rows; from the cache when nothing is done to the model."""
-    key = (tuple(map(tuple, ids.tolist())), ("random",))
-    found = {n: v for n in names if not edits and (v := model.cache.get((*key, n))) is not None}
-    if len(found) < len(names):
-        found = model.forward(ids, names, edits)[1]
-        for n, v in found.items() if not edits else ():
-            model.cache.put((*key, n), v)
-    return found
 
 
 def check_pair(runs: Runs, which: str, source: str, pair: tuple[int, int]) -> None:
@@ -147,23 +148,21 @@ def head_stats(runs: Runs, which: str, source: str, pair: tuple[int, int] | None
         raise UserError("random tokens have no clean and corrupted run to subtract: use the prompt, or one run")
     if pair is not None:
         check_pair(runs, which, source, pair)
-    layers, note = range(model.info.n_layers), ""
-    names = [pattern_name(layer) for layer in layers]
+    names, note = [pattern_name(layer) for layer in range(model.info.n_layers)], ""
     sides = runs.pair(which) if "-" in which else (which,)
     both = []
-    for s in sides:
+    for i, s in enumerate(sides):
+        yield Progress(i, len(sides), "head statistics")
+        ids = t.tensor([runs.row(s).ids]) if source == "prompt" else random_repeats(model)
+        found = HeadStatistics(ids.to(model.device), pair)
+        take = lambda _, x, found=found: found.add(x)  # noqa: E731
         if source == "prompt":
-            ids, acts = t.tensor([runs.row(s).ids]), runs.trace(s, names)
+            runs.visit(s, names, take)
         else:
-            ids = random_repeats(model)
             edits, left_out = runs.edits_anywhere() if which == "now" else ([], [])
-            acts = random_patterns(model, ids, names, edits)
+            model.forward(ids, names, edits, keep=None, take=take)
             note = f"{RANDOM_ROWS} rows of {ids.shape[1]} tokens" + (f", without {' '.join(left_out)}" if left_out else "")
-        rows = []
-        for layer, name in zip(layers, names):
-            rows.append(statistics(acts[name], ids) | ({} if pair is None else {"pair": acts[name][0, :, *pair].float().cpu().numpy()}))
-            yield Progress(layer + 1, len(layers), "head statistics")
-        both.append({k: np.stack([r[k] for r in rows]) for k in rows[0]})
+        both.append(found.numbers())
     stats = {k: both[0][k] - both[1][k] if len(both) == 2 else both[0][k] for k in both[0]}
     parts = [f"head statistics on {'the prompt' if source == 'prompt' else 'random repeated tokens'}, {which}", note]
     parts += [model.info.dtype, runs.convention if source == "prompt" else ""]
@@ -213,9 +212,16 @@ def detect(
     sides = runs.pair(which) if "-" in which else (which,)
     hooks, scores, found = [pattern_name(layer) for layer in range(model.info.n_layers)], [], []
     for s in sides:
-        want, acts = wanted(runs.row(s).ids, pattern, cells), runs.trace(s, hooks)
-        found.append(want)
-        rows = [detector_scores(acts[n][0].double().cpu(), want.double(), exclude_bos, exclude_current_token, error_measure) for n in hooks]
+        found.append(wanted(runs.row(s).ids, pattern, cells))
+        rows = []
+
+        def score(_: str, x: Tensor, want: Tensor = found[-1], rows: list[Tensor] = rows) -> None:
+            x = x[0] if x.device.type == "cuda" else x[0].cpu()  # others have no float64
+            want = want.to(x.device).double()
+            parts = [detector_scores(one.double(), want, exclude_bos, exclude_current_token, error_measure) for one in x.split(1)]
+            rows.append(t.cat(parts).cpu())
+
+        runs.visit(s, hooks, score)
         scores.append(t.stack(rows).numpy())
     if np.isinf(np.stack(scores)).any():
         raise UserError("the attention patterns are not finite: load the model in float32")
@@ -310,7 +316,7 @@ def attention_set(model: Model, study: Study, which: str, labels: tuple[str, ...
             where = [i.to(x.device) for i in (rows, spots[:, :, None], spots[:, None, :])]
             got.append(x.detach()[where[0], :, where[1], where[2]].float().permute(0, 3, 1, 2).cpu())
 
-        model.forward(ids, edits=[*edits, *((n, grab) for n in hooks)])
+        model.forward(ids, hooks, edits, keep=None, take=lambda _, x: grab(x))
         cells = t.stack(got, 1).double()
         for j, spot in enumerate(spots):
             cells[j][:, :, spot[:, None] < spot[None, :]] = math.nan

@@ -6,37 +6,28 @@ A circuit of nodes keeps its heads (and MLPs where they count); everything else 
 
 import time
 from collections.abc import Generator
-
+from functools import cached_property, partial
 
 import numpy as np
 import torch as t
 from torch import Tensor
 
-from edges import PARTS, EdgeRun, all_edges, edge_runs, gather, own_edge
-from messages import Node, Progress, Study, UserError, parse_node
+from edges import PARTS, EdgeRun, edge_runs, gather, own_edge, time_left
+from techniques.circuits.requests import Compare, CompareResult, Discover, DiscoverResult, Interval, REST, Score, ScoreResult
+from vocabulary.circuit import check_circuit, Circuit, connected, LOGITS, owner, parse_edge
+from vocabulary.nodes import Node, parse_node, UserError
+from vocabulary.prompts import Study, TokenRow
+from vocabulary.requests import Progress
 from model import Edit, Model
 from patching import find_position
 from sweeps import statistics
 from drawings import published
-from wiring import (
-    LOGITS,
-    REST,
-    Circuit,
-    Compare,
-    CompareResult,
-    Discover,
-    DiscoverResult,
-    Interval,
-    Score,
-    ScoreResult,
-    check_circuit,
-    connected,
-    owner,
-    parse_edge,
-)
 
 WHAT = ("faithfulness", "completeness", "minimality", "effects")
 DRAWS = 2000
+TRIED = 8  # sets that say how long one takes
+Parts = tuple[frozenset[str] | None, frozenset[str]]  # kept (None: everything), and taken away
+NONE: frozenset[str] = frozenset()
 
 
 def answer(model: Model, request: Score | Compare) -> Generator[Progress, None, object]:
@@ -51,11 +42,11 @@ def answer(model: Model, request: Score | Compare) -> Generator[Progress, None, 
 class NodeRun(EdgeRun):
     """A few prompts of equal length, on which nodes are set to the rest's values. A set is (kept or None for everything, taken away)."""
 
-    mlps_count, positions, parts = False, True, False
+    mlps_count, positions, parts, by_edges = False, True, False, False
 
-    def keep(self, acts: dict[str, Tensor]) -> None:
-        self.acts = acts
-        self.rows = [r.row("clean") for r in self.group]
+    @cached_property
+    def rows(self) -> list[TokenRow]:
+        return [r.row("clean") for r in self.group]
 
     def spread(self, nodes: set[str]) -> np.ndarray:
         """1 where some of the nodes are [prompt, layer, column, seq]; columns are heads' z, q, k, v, then the MLP."""
@@ -69,9 +60,8 @@ class NodeRun(EdgeRun):
                 out[i, node.layer, column, at] = 1
         return out
 
-    def mask(self, some: tuple[frozenset[str] | None, frozenset[str]]) -> Tensor:
+    def mask(self, kept: frozenset[str] | None, gone: frozenset[str] = frozenset()) -> Tensor:
         """1 where a value is replaced [prompt, layer, column, seq]."""
-        kept, gone = some
         h, away = self.info.n_heads, self.spread(gone)
         if kept is None:
             return t.tensor(away)
@@ -86,16 +76,15 @@ class NodeRun(EdgeRun):
             out[:, :, 4 * h] = 1 - here[:, :, 4 * h]
         return t.tensor(out)
 
-    def room(self) -> int:
+    def set_bytes(self, masks: list) -> int:
         i = self.info
-        return max(1, self.limit // (4 * (14 * i.d_model + 4 * i.d_mlp + 3 * i.n_heads * self.seq) * self.seq * len(self.ids)))
+        return len(masks) * 4 * (14 * i.d_model + 4 * i.d_mlp + 3 * i.n_heads * self.seq) * self.ids.numel()
 
     @t.no_grad()
     def metrics(self, cuts: list) -> np.ndarray:
         """The metric [set, prompt]."""
-        last = f"blocks.{self.info.n_layers - 1}.hook_resid_post"
-        _, got = self.model.forward(self.ids.repeat(len(cuts), 1), [last], self.edits(cuts))
-        return self.score.of(got[last], 0)
+        _, got = self.model.forward(self.ids.repeat(len(cuts), 1), [self.last], self.edits(cuts), keep=None)
+        return self.score.of(got[self.last], 0)
 
     def edits(self, cuts: list[Tensor]) -> list[Edit]:
         model, h, kv = self.model, self.info.n_heads, self.info.n_kv_heads
@@ -138,7 +127,8 @@ class Bench:
     def __init__(self, model: Model, study: Study, rest: str, seed: int, edges: bool, mlps: bool, positions: bool, nodes: tuple[str, ...] = ()):
         self.model, self.study, self.rest, self.seed, self.edges = model, study, rest, seed, edges
         self.mlps, self.positions, self.nodes = mlps, positions, nodes
-        self.every = frozenset(all_edges(model.info))
+        self.known: dict[Parts, np.ndarray] = {}
+        self.done, self.total, self.spent = 0, 0, 0.0  # sets cut, of how many, and the seconds that took
 
     def prepare(self) -> Generator[Progress]:
         kind = EdgeRun
@@ -155,23 +145,27 @@ class Bench:
         self.runs = yield from edge_runs(self.model, self.study, self.rest, self.seed, kind)
         self.whole = gather(self.runs, [r.value for r in self.runs])
 
-    def values(self, sets: list[tuple[frozenset[str] | None, frozenset[str]]], text: str) -> Generator[Progress, None, np.ndarray]:
-        """The metric [set, prompt] of (kept or None for everything, taken away)."""
-        found, begun, done = [], time.monotonic(), 0
-        for run in self.runs:
-            masks = [run.mask((self.every if kept is None else kept) - gone) for kept, gone in sets] if self.edges else [run.mask(s) for s in sets]
-            steps = run.run(masks)
+    def values(self, sets: list[Parts], text: str) -> Generator[Progress, None, np.ndarray]:
+        """The metric [set, prompt] of (kept or None for everything, taken away). A set that was cut before is not cut again."""
+        todo = [s for s in dict.fromkeys(sets) if s not in self.known]
+        found, begun, before = [], time.monotonic(), self.done
+        total = self.total or before + len(todo)
+        for k, run in enumerate(self.runs if todo else ()):
+            steps = run.run([partial(run.mask, *some) for some in todo])
             while True:
                 try:
                     part = next(steps)
                 except StopIteration as stop:
                     found.append(stop.value)
                     break
-                share = (done + part.done / part.total) / len(self.runs)
-                seconds = (time.monotonic() - begun) * (1 - share) / share
-                yield Progress(round(share * len(sets)), len(sets), f"{text}, {seconds:.0f} s left")
-            done += 1
-        return gather(self.runs, found)
+                done = (k + part.done / part.total) / len(self.runs) * len(todo)
+                seconds = (self.spent + time.monotonic() - begun) * max(0, total - before - done) / (before + done)
+                yield Progress(round(before + done), total, f"{text}: {before + done:,.0f} of {total:,} sets, {time_left(seconds)}")
+        self.spent += time.monotonic() - begun
+        self.done += len(todo)
+        if todo:
+            self.known |= dict(zip(todo, gather(self.runs, found)))
+        return np.stack([self.known[s] for s in sets])
 
 
 def interval(values: np.ndarray) -> Interval:
@@ -198,6 +192,8 @@ def ratio(alone: np.ndarray, empty: np.ndarray, whole: np.ndarray) -> Interval:
 
 def score(model: Model, ask: Score) -> Generator[Progress, None, ScoreResult]:
     """The scores of a circuit over the prompt set, or on the one prompt."""
+    if ask.samples < 0 or ask.subsets < 0 or ask.greedy < 0:
+        raise UserError("samples, subsets and greedy steps are not negative")
     if unknown := [w for w in ask.what if w not in WHAT]:
         raise UserError(f"{unknown[0]!r} is not a score: use some of {', '.join(WHAT)}")
     begun, circuit = time.monotonic(), ask.circuit
@@ -213,19 +209,20 @@ def score(model: Model, ask: Score) -> Generator[Progress, None, ScoreResult]:
         raise UserError(f"{circuit.name} holds only MLPs, and they stay in any case: count them (mlps), or keep a head")
     bench = Bench(model, ask.study, ask.rest, ask.seed, edges, ask.mlps, ask.positions, nodes)
     yield from bench.prepare()
-    none, mine = frozenset(), frozenset(parts)
-    found = yield from bench.values([(mine, none), (none, none)], "faithfulness")
-    alone, empty = found
+    mine = frozenset(parts)
+    alone, empty = yield from bench.values([(mine, NONE), (NONE, NONE)], "faithfulness")
     faithfulness = ratio(alone, empty, bench.whole)
+    work = Work(parts, circuit, ask)
+    expected = yield from work.pace(bench, begun)
     effects, tried, by_circuit, by_model, minimal, with_ = np.zeros(0), (), np.zeros(0), np.zeros(0), np.zeros(0), ()
-    worst, low, high = None, np.zeros(0), np.zeros(0)
-    if "effects" in ask.what:
-        single = yield from bench.values([(None, frozenset([p])) for p in parts], "single effects")
+    worst, low, high, mean = None, np.zeros(0), np.zeros(0), None
+    if "effects" in ask.what and not ask.dry:
+        single = yield from bench.values(work.effects(), "single effects")
         effects = (single - bench.whole).mean(1)
-    if "completeness" in ask.what:
-        tried, by_circuit, by_model, worst = yield from completeness(bench, parts, circuit, ask)
-    if "minimality" in ask.what:
-        minimal, with_, low, high = yield from minimality(bench, parts, circuit, ask)
+    if "completeness" in ask.what and not ask.dry:
+        tried, by_circuit, by_model, worst = yield from completeness(bench, work)
+    if "minimality" in ask.what and not ask.dry:
+        minimal, with_, low, high, mean = yield from minimality(bench, work)
     gap = float((bench.whole - empty).mean())
     warning = "" if not edges or connected(circuit) else "no path of its edges leads from embed to the logits: it is worth nothing; score it by its nodes"
     if abs(gap) < 0.05 * max(abs(float(bench.whole.mean())), abs(float(empty.mean()))):
@@ -234,28 +231,87 @@ def score(model: Model, ask: Score) -> Generator[Progress, None, ScoreResult]:
     return ScoreResult(
         circuit, interval(bench.whole), interval(alone), interval(empty), faithfulness, parts, effects.astype(np.float32), tried,
         by_circuit.astype(np.float32), by_model.astype(np.float32), float(np.abs(by_circuit - by_model).max()) if len(by_model) else np.nan,
-        minimal.astype(np.float32), with_, members, time.monotonic() - begun, warning, convention(model, ask, edges, nodes),
-        worst, low.astype(np.float32), high.astype(np.float32),
+        minimal.astype(np.float32), with_, members, time.monotonic() - begun, warning, convention(model, ask, edges, nodes, work, mean),
+        worst, low.astype(np.float32), high.astype(np.float32), mean, work.count() if ask.dry else bench.done, expected, ask.dry,
     )  # fmt: skip
 
 
-def completeness(bench: Bench, parts: tuple[str, ...], circuit: Circuit, ask: Score) -> Generator[Progress, None, tuple]:
+class Work:
+    """The sets that the scores of a circuit need. `tried` are the parts whose minimality is measured: all, or a sample."""
+
+    def __init__(self, parts: tuple[str, ...], circuit: Circuit, ask: Score):
+        self.parts, self.ask, self.mine = parts, ask, frozenset(parts)
+        self.groups = [frozenset(g) & self.mine for g in circuit.groups.values()]
+        self.bounded = 0 < ask.samples < len(parts)
+        self.rng = np.random.default_rng((ask.seed, 1))
+        self.tried = self.draw(parts)
+
+    def draw(self, parts: tuple[str, ...]) -> tuple[str, ...]:
+        """All of some parts, or as many of them as samples are asked for."""
+        some = self.rng.choice(len(parts), self.ask.samples, replace=False) if 0 < self.ask.samples < len(parts) else range(len(parts))
+        return tuple(parts[i] for i in sorted(some))
+
+    def effects(self) -> list[Parts]:
+        return [(None, frozenset([p])) for p in self.parts]
+
+    def subsets(self) -> list[frozenset[str]]:
+        """Of completeness: nothing, the circuit's groups, random halves."""
+        rng = np.random.default_rng(self.ask.seed)
+        return list(dict.fromkeys([NONE, *self.groups, *(self.random(rng, 0.5) for _ in range(self.ask.subsets))]))
+
+    def pairs(self) -> list[tuple[str, frozenset[str]]]:
+        """Of minimality: a part, and what is taken away with it: nothing, its groups, random subsets."""
+        rng = np.random.default_rng(self.ask.seed)
+        random = [self.random(rng, 0.3) for _ in range(max(1, self.ask.subsets // 4))]
+        return [(p, k - {p}) for p in self.tried for k in dict.fromkeys([NONE, *(g for g in self.groups if p in g), *random])]
+
+    def random(self, rng: np.random.Generator, share: float) -> frozenset[str]:
+        return frozenset(p for p, take in zip(self.parts, rng.random(len(self.parts)) < share) if take)
+
+    def both(self, some: list[frozenset[str]]) -> list[Parts]:
+        """Circuit and model without each subset."""
+        return [*((self.mine, k) for k in some), *((None, k) for k in some)]
+
+    def removals(self) -> list[Parts]:
+        return [s for p, k in self.pairs() for s in ((self.mine, k), (self.mine, k | {p}))]
+
+    def sets(self) -> list[Parts]:
+        """Every set that is known before any is cut."""
+        what, first = self.ask.what, [(self.mine, NONE), (NONE, NONE)]
+        first += self.effects() if "effects" in what else []
+        first += self.both(self.subsets()) if "completeness" in what else []
+        first += self.both([frozenset([p]) for p in self.parts]) if "completeness" in what and self.ask.greedy and not self.bounded else []
+        first += self.removals() if "minimality" in what else []
+        return list(dict.fromkeys(first))
+
+    def count(self) -> int:
+        """Sets in all, those of greedy steps that depend on earlier ones among them."""
+        steps = range(0 if self.bounded else 1, min(self.ask.greedy, len(self.parts))) if "completeness" in self.ask.what else ()
+        return len(self.sets()) + sum(2 * min(self.ask.samples or len(self.parts), len(self.parts) - k) for k in steps)
+
+    def pace(self, bench: Bench, begun: float) -> Generator[Progress, None, float]:
+        """How long it all takes, in seconds from the start, by a few of the sets."""
+        todo = [s for s in self.sets() if s not in bench.known]
+        prepared, bench.done, bench.spent, bench.total = time.monotonic() - begun, 0, 0.0, 0
+        some = todo[:: max(1, len(todo) // TRIED)][:TRIED]
+        if some:
+            yield from bench.values(some, "how long it takes")
+        bench.total = self.count() - 2
+        return prepared + bench.spent / max(1, bench.done) * bench.total
+
+
+def completeness(bench: Bench, work: Work) -> Generator[Progress, None, tuple]:
     """Subsets K, the metric of the circuit without K and of the model without K: groups, random subsets, and a greedy chain of the worst."""
-    rng, mine = np.random.default_rng(ask.seed), frozenset(parts)
-    sets = [frozenset(), *(frozenset(g) & mine for g in circuit.groups.values())]
-    sets += [frozenset(p for p, take in zip(parts, rng.random(len(parts)) < 0.5) if take) for _ in range(ask.subsets)]
-    sets = list(dict.fromkeys(sets))
-    chain: frozenset[str] = frozenset()
-    a, b = [], []
+    sets, parts, chain = work.subsets(), work.parts, NONE
 
     def both(some: list[frozenset[str]]) -> Generator[Progress, None, tuple[np.ndarray, np.ndarray]]:
-        found = yield from bench.values([*((mine, k) for k in some), *((None, k) for k in some)], "completeness")
+        found = yield from bench.values(work.both(some), "completeness")
         return found[: len(some)], found[len(some) :]
 
     x, y = yield from both(sets)
     a, b = [*x], [*y]  # of each set the values over prompts
-    for _ in range(min(ask.greedy, len(parts))):
-        more = [chain | {p} for p in parts if p not in chain]
+    for _ in range(min(work.ask.greedy, len(parts))):
+        more = [chain | {p} for p in work.draw(tuple(p for p in parts if p not in chain))]
         x, y = yield from both(more)
         at = int(np.argmax(np.abs((x - y).mean(1))))
         chain = more[at]
@@ -266,25 +322,27 @@ def completeness(bench: Bench, parts: tuple[str, ...], circuit: Circuit, ask: Sc
     return tuple(tuple(p for p in parts if p in k) for k in sets), np.array(a).mean(1), np.array(b).mean(1), worst
 
 
-def minimality(bench: Bench, parts: tuple[str, ...], circuit: Circuit, ask: Score) -> Generator[Progress, None, tuple[np.ndarray, tuple]]:
-    """Of each part the largest |F(C without K) - F(C without K and it)| over the K tried (nothing, its groups, random subsets), in units of F(model)."""
-    rng, mine = np.random.default_rng(ask.seed), frozenset(parts)
-    random = [frozenset(p for p, take in zip(parts, rng.random(len(parts)) < 0.3) if take) for _ in range(max(1, ask.subsets // 4))]
-    pairs = []
-    for p in parts:
-        groups = [frozenset(g) & mine for g in circuit.groups.values() if p in g]
-        pairs += [(p, k - {p}) for k in dict.fromkeys([frozenset(), *groups, *random])]
-    found = yield from bench.values([s for p, k in pairs for s in ((mine, k), (mine, k | {p}))], "minimality")
+def minimality(bench: Bench, work: Work) -> Generator[Progress, None, tuple]:
+    """
+    Of each part the largest |F(C without K) - F(C without K and it)| over the K tried (nothing, its groups, random subsets), in units of F(model); NaN where
+    it was not tried. The K, both ends of the interval over prompts, and of a sample of parts the mean over all parts.
+    """
+    pairs, parts = work.pairs(), work.parts
+    found = yield from bench.values(work.removals(), "minimality")
     size = abs(float(bench.whole.mean()))
     change = (found[::2] - found[1::2]) / (size if size > 1e-9 else np.nan)
     moved = np.abs(change.mean(1))
-    best = {p: max((i for i, (q, _) in enumerate(pairs) if q == p), key=lambda i: moved[i]) for p in parts}
-    sides = [interval(change[best[p]] * np.sign(change[best[p]].mean())) for p in parts]
-    sets = tuple(tuple(x for x in parts if x in pairs[best[p]][1]) for p in parts)
-    return np.array([moved[best[p]] for p in parts]), sets, np.array([x.low for x in sides]), np.array([x.high for x in sides])
+    best: dict[str, int] = {}
+    for i, (p, _) in enumerate(pairs):
+        best[p] = i if p not in best or moved[i] > moved[best[p]] else best[p]
+    sides = {p: interval(change[i] * np.sign(change[i].mean())) for p, i in best.items()}
+    sets = tuple(tuple(x for x in parts if x in pairs[best[p]][1]) if p in best else () for p in parts)
+    mean = interval(np.array([moved[i] for i in best.values()])) if work.bounded else None
+    of = lambda value: np.array([value(p) if p in best else np.nan for p in parts])  # noqa: E731
+    return of(lambda p: moved[best[p]]), sets, of(lambda p: sides[p].low), of(lambda p: sides[p].high), mean
 
 
-def convention(model: Model, ask: Score, edges: bool, nodes: tuple[str, ...]) -> str:
+def convention(model: Model, ask: Score, edges: bool, nodes: tuple[str, ...], work: Work, mean: Interval | None) -> str:
     parts, features, stay = by_parts(nodes), "", "MLPs and embeddings"
     n, rest = len(ask.study.prompt_set) or 1, REST[ask.rest]
     if features_of(nodes):
@@ -303,6 +361,9 @@ def convention(model: Model, ask: Score, edges: bool, nodes: tuple[str, ...]) ->
         "faithfulness (F(C) - F(nothing)) / (F(M) - F(nothing)), ratio of means, interval by drawing prompts again" if n > 1 else
         "faithfulness (F(C) - F(nothing)) / (F(M) - F(nothing))",
         f"{ask.subsets} random subsets, greedy to {ask.greedy}, seed {ask.seed}" if {"completeness", "minimality"} & set(ask.what) else "",
+        f"{ask.samples} of {len(work.parts)} parts drawn in each greedy step (its best is with 95 % among the best {1 - 0.05 ** (1 / ask.samples):.0%} of all) and for minimality"
+        if work.bounded and {"completeness", "minimality"} & set(ask.what) else "",
+        f"mean minimality over all parts {mean.mean:.4f}, 95 % {mean.low:.4f} to {mean.high:.4f}" if mean else "",
         f"seed {ask.seed}" if ask.rest == "resample" else "",
         "interventions left out" if ask.study.interventions else "",
         "k and v of a group of heads go when no head of it that is left needs them" if parts and model.info.n_kv_heads < model.info.n_heads else "",
@@ -322,9 +383,10 @@ def greedy(model: Model, ask: Discover) -> Generator[Progress, None, DiscoverRes
     bench = Bench(model, ask.study, ask.rest, 0, False, False, True)
     yield from bench.prepare()
     left = [str(Node("head", n, h)) for n in range(info.n_layers) for h in range(info.n_heads)]
-    t0 = time.monotonic()
-    empty = (yield from bench.values([(frozenset(), frozenset())] * 2, "pace"))[0]
-    expected = (time.monotonic() - t0) / 2 * len(left) ** 2 / 2
+    (empty,) = yield from bench.values([(NONE, NONE)], "pace")
+    t0, tries = time.monotonic(), [(frozenset(left) - {x}, NONE) for x in left[:4]]
+    yield from bench.values(tries, "pace")
+    expected = t0 - begun + (time.monotonic() - t0) / len(tries) * len(left) * (len(left) + 1) / 2
     gap = float((bench.whole - empty).mean())
     if abs(gap) < 1e-9:
         raise UserError("without any head the metric is the same: there is nothing to find; another metric or rest?")
@@ -341,7 +403,7 @@ def greedy(model: Model, ask: Discover) -> Generator[Progress, None, DiscoverRes
                 break
             spent = time.monotonic() - begun
             now = done + part.done
-            yield Progress(now, total, f"greedy: {len(left)} heads left, faithfulness {faithful:.3f}, at most {spent / max(now, 1) * (total - now):.0f} s left")
+            yield Progress(now, total, f"greedy: {len(left)} heads left, faithfulness {faithful:.3f}, at most {time_left(spent / max(now, 1) * (total - now))}")
         done += len(left)
         best = int(np.argmax(found))
         if not ask.nodes and found[best] < ask.target:

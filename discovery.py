@@ -7,15 +7,19 @@ EAP: Syed et al. 2310.10348. EAP-IG (inputs, activations, clean-corrupted): Hann
 import time
 from collections.abc import Generator
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch as t
-from torch import Tensor
 
-from edges import EMBED, EdgeRun, all_edges, edge_runs, gather
-from messages import METRICS, Progress, UserError, parse_node
+from edge_index import EdgeIndex, edge_index
+from edges import EMBED, EdgeRun, edge_runs, gather, time_left
+from techniques.circuits.requests import Discover, DiscoverResult, METHODS, REST
+from vocabulary.circuit import Circuit, LOGITS, owner, parse_edge
+from vocabulary.nodes import parse_node, UserError
+from vocabulary.prompts import METRICS
+from vocabulary.requests import Progress
 from model import Model
-from wiring import LOGITS, METHODS, REST, Circuit, Discover, DiscoverResult, owner, parse_edge, prune
 
 FIRST, MOST = 8, 64  # edges that ACDC tries as one chain
 COUNTS = (1, 2, 3, 5, 8, 12, 16, 20, 30, 40, 60, 80, 100, 150, 200, 300, 400, 600, 800, 1000, 2000, 4000, 8000, 16000)
@@ -42,102 +46,112 @@ def discover(model: Model, ask: Discover) -> Generator[Progress, None, DiscoverR
     return (yield from (acdc if ask.method == "acdc" else attribute)(model, ask, runs, begun))
 
 
-def pace(model: Model, runs: list[EdgeRun]) -> tuple[float, float]:
-    """Seconds of one batch of cut edges, for one set of all prompts; and of one pass for gradients."""
-    t0 = time.monotonic()
+def some_kept(index: EdgeIndex, edges: int) -> list[np.ndarray]:
+    """A few masks that keep so many edges, drawn at random."""
+    rng, places = np.random.default_rng(0), np.argwhere(index.exists)
+    return [without(index.exists, *places[rng.choice(len(places), min(edges, len(places)), replace=False)].T, False) for _ in range(4)]
+
+
+def half_way(index: EdgeIndex) -> list[np.ndarray]:
+    """Masks as ACDC's are on the way: of late receivers one edge in ten is left, of early ones all."""
+    rng, late = np.random.default_rng(0), np.arange(len(index.readers))[:, None] / len(index.readers)
+    return [index.exists & (late > share) & (rng.random(index.exists.shape) < 0.9) for share in (0.2, 0.4, 0.6, 0.8)]
+
+
+def pace(runs: list[EdgeRun], masks: list[np.ndarray]) -> tuple[float, float]:
+    """Seconds of one set of cut edges, for all prompts, in a batch; and of one pass for gradients. What is slow the first time is not counted."""
+    cut = 0.0
+    runs[0].metrics(masks[:1])
     for run in runs:
-        n = min(4, run.room())
-        run.metrics([run.mask(())] * n)
-    cut = (time.monotonic() - t0) / n
-    t0 = time.monotonic()
-    runs[0].gradients()
-    return cut, (time.monotonic() - t0) * len(runs)
-
-
-def left(seconds: float) -> str:
-    return f"{seconds:.0f} s left" if seconds < 100 else f"{seconds / 60:.0f} min left"
+        some = masks[: max(1, int(run.limit // run.set_bytes(masks[:1])))]
+        t0 = time.monotonic()
+        run.metrics(some)
+        cut += (time.monotonic() - t0) / len(some)
+    change, seconds = runs[0].change(), []
+    while not seconds or len(seconds) < 2 and seconds[0] < 2:
+        t0 = time.monotonic()
+        runs[0].slopes(change)
+        seconds.append(time.monotonic() - t0)
+    return cut, seconds[-1] * sum(len(r.ids) for r in runs) / len(runs[0].ids)
 
 
 # ------------------------------------------------------------------ attribution
 
 
 def attribute(model: Model, ask: Discover, runs: list[EdgeRun], begun: float) -> Generator[Progress, None, DiscoverResult]:
-    cut, gradient = pace(model, runs)
+    index = edge_index(model.info)
+    cut, gradient = pace(runs, some_kept(index, ask.edges))
     passes = {"eap": 1, "clean-corrupted": 2, "eap-ig": ask.steps, "eap-ig-activations": ask.steps * (2 * model.info.n_layers + 1)}[ask.method]
     counts = [c for c in COUNTS if c < ask.edges] + [ask.edges]
-    expected = passes * gradient + cut * (2 * len(counts) + 2)
-    edges = all_edges(model.info)
+    expected = time.monotonic() - begun + passes * gradient + cut * (len(counts) + 1)
     if ask.dry:
-        return result(model, ask, edges, np.zeros(0), (), np.zeros(0), np.zeros(0), expected, begun, "")
-    yield Progress(0, passes, f"{ask.method}: about {left(expected)}")
-    scores = np.zeros(len(edges))
-    done, prompts = 0, sum(len(r.ids) for r in runs)
+        return result(model, ask, (), np.zeros(0), (), np.zeros(0), np.zeros(0), expected, begun, "")
+    yield Progress(0, passes, f"{ask.method}: about {time_left(expected)}")
+    total, done, prompts = 0.0, 0, sum(len(r.ids) for r in runs)
     for run in runs:
-        total = t.zeros(len(run.readers), len(run.names), dtype=t.float64)
         for part in attributions(run, ask):
-            total += part
+            total = total + part
             done += 1
             spent = time.monotonic() - begun
-            yield Progress(done, passes * len(runs), f"{ask.method}: {left(max(0.0, expected - spent))}")
-        scores += np.array([total[run.where[e]].item() for e in edges]) / prompts
+            yield Progress(done, passes * len(runs), f"{ask.method}: {time_left(max(0.0, expected - spent))}")
+    scores = total[index.exists] / prompts
     if not np.isfinite(scores).all():
         raise UserError("an edge's score is not finite: does the model hold NaN? Try float32")
-    order = np.argsort(-np.abs(scores), kind="stable")
-    sets = [prune([edges[i] for i in order[:c]]) for c in counts]
+    order = np.argsort(-np.abs(scores), kind="stable")[: ask.edges]
+    rows, columns = (x[order] for x in np.nonzero(index.exists))
+    sets = []
+    for count in counts:
+        kept = np.zeros_like(index.exists)
+        kept[rows[:count], columns[:count]] = True
+        sets.append(index.on_paths(kept))
     curve = yield from faithful(runs, sets, f"{ask.method}: curve")
+    found = tuple(index.name(r, c) for r, c in zip(rows.tolist(), columns.tolist()) if sets[-1][r, c])
     words = f"the {ask.edges} edges of the largest |score|"
-    if len(sets[-1]) < ask.edges:
-        words += f", {ask.edges - len(sets[-1])} of them dropped that are on no path from embed to logits"
-    return result(model, ask, edges, scores, sets[-1], np.array([len(s) for s in sets]), curve, expected, begun, words)
+    if len(found) < ask.edges:
+        words += f", {ask.edges - len(found)} of them dropped that are on no path from embed to logits"
+    return result(model, ask, index.edges, scores, found, np.array([s.sum() for s in sets]), curve, expected, begun, words)
 
 
-def attributions(run: EdgeRun, ask: Discover) -> Generator[Tensor]:
+def attributions(run: EdgeRun, ask: Discover) -> Generator[np.ndarray]:
     """Parts [receiver, sender] whose sum is every edge's score, summed over the run's prompts: (other - clean) . gradient."""
-    change = run.other - run.written(run.clean)
-    dot = lambda g, d=change: t.einsum("bsrd,bsmd->rm", g.double(), d.double())  # noqa: E731
-    corrupt = None
-    if ask.method in ("eap-ig", "clean-corrupted"):
-        if ask.rest == "patch":
-            corrupt = t.tensor([r.row("corrupt").ids for r in run.group])
-        elif ask.method == "clean-corrupted":
-            raise UserError("clean-corrupted needs the corrupted run: use rest patch")
+    if ask.method in ("eap-ig", "clean-corrupted") and ask.rest == "patch":
+        corrupt = t.tensor([r.row("corrupt").ids for r in run.group])
+    elif ask.method == "clean-corrupted":
+        raise UserError("clean-corrupted needs the corrupted run: use rest patch")
+    change = run.change()
     match ask.method:
         case "eap":
-            yield dot(run.gradients())
+            yield run.slopes(change)
         case "clean-corrupted":
-            yield dot(run.gradients()) / 2
+            yield run.slopes(change) / 2
             clean, run.ids = run.ids, corrupt
             try:
-                yield dot(run.gradients()) / 2
+                yield run.slopes(change) / 2
             finally:
                 run.ids = clean
         case "eap-ig":
-            own, other = run.clean[EMBED], run.other[:, :, 0]
+            own, other = run.clean[EMBED], run.acts[EMBED]
             for k in range(ask.steps):
-                yield dot(run.gradients(embed=other + (k + 1) / ask.steps * (own - other))) / ask.steps
+                yield run.slopes(change, embed=other + (k + 1) / ask.steps * (own - other)) / ask.steps
         case _:
-            base = run.written(run.clean)
-            places = [(EMBED, 0, 1)]
+            heads, places = run.info.n_heads, [(EMBED, slice(0, 1))]
             for n in range(run.info.n_layers):
                 first = 1 + n * run.stride
-                places += [(f"blocks.{n}.hook_attn_out", first, first + run.info.n_heads)]
-                places += [(run.mlps[n], first + run.info.n_heads, first + run.info.n_heads + 1)] * (run.mlps[n] in run.model.points)
-            for name, a, b in places:
-                step = change[:, :, a:b].sum(2)
-                part = t.zeros_like(change)
-                part[:, :, a:b] = change[:, :, a:b]
-                own = base[:, :, a:b].sum(2)
-                if "attn" in name:  # with the attention's output bias
-                    own = run.model.forward(run.ids, [name])[1][name]
+                places += [(f"blocks.{n}.hook_attn_out", slice(first, first + heads))]
+                places += [(run.mlps[n], slice(first + heads, first + heads + 1))]
+            for name, some in places:
+                step = change[some].float().sum(0)
+                own = run.clean[name] if name in run.clean else run.model.forward(run.ids, [name])[1][name]
                 for k in range(ask.steps):
-                    yield dot(run.gradients(mix=(name, own + (1 - (k + 1) / ask.steps) * step)), part) / ask.steps
+                    yield run.slopes(change[some], some, mix=(name, own + (1 - (k + 1) / ask.steps) * step.to(own.device))) / ask.steps
 
 
-def faithful(runs: list[EdgeRun], sets: list[tuple[str, ...]], what: str) -> Generator[Progress, None, np.ndarray]:
-    """Faithfulness [set] by true ablation: (F(set) - F(nothing)) / (F(model) - F(nothing)), ratio of means over the prompts."""
+def faithful(runs: list[EdgeRun], sets: list[np.ndarray], what: str) -> Generator[Progress, None, np.ndarray]:
+    """Faithfulness [set] of kept edges by true ablation: (F(set) - F(nothing)) / (F(model) - F(nothing)), ratio of means over the prompts."""
     found = []
     for k, run in enumerate(runs):
-        found.append((yield from told(run.run([run.mask(s) for s in (*sets, ())]), f"{what}, prompts {k + 1} of {len(runs)}")))
+        masks = [run.index.exists & ~s for s in (*sets, np.zeros_like(run.index.exists))]
+        found.append((yield from told(run.run(masks), f"{what}, prompts {k + 1} of {len(runs)}")))
     mean, model = gather(runs, found).mean(1), float(np.concatenate([r.value for r in runs]).mean())
     gap = model - mean[-1]
     return (mean[:-1] - mean[-1]) / gap if abs(gap) > 1e-9 else np.full(len(sets), np.nan)
@@ -161,53 +175,44 @@ def acdc(model: Model, ask: Discover, runs: list[EdgeRun], begun: float) -> Gene
     From the logits back: an edge goes when the metric moves by less than the threshold without it. Removals are tried as chains, each with all before
     it, so that a batch decides as many edges as go in a row, with the same outcome as one after the other.
     """
-    edges = all_edges(model.info)
-    order = list(reversed(edges))
-    cut, _ = pace(model, runs)
-    expected = cut * len(edges) * 1.5
+    index = edge_index(model.info)
+    rows, columns = (x[::-1] for x in np.nonzero(index.exists))
+    total = len(rows)
+    expected = time.monotonic() - begun + pace(runs, half_way(index))[0] * total
     if ask.dry:
-        return result(model, ask, edges, np.zeros(0), (), np.zeros(0), np.zeros(0), expected, begun, "")
+        return result(model, ask, (), np.zeros(0), (), np.zeros(0), np.zeros(0), expected, begun, "")
     base = float(gather(runs, [r.value for r in runs]).mean())
-    now, kept, at, scores = base, set(edges), 0, np.zeros(len(edges))
-    size, place = FIRST, {e: i for i, e in enumerate(edges)}
-    last = Progress(0, len(order), "acdc")
-    curve = [(len(edges), base)]
-    while at < len(order):
-        alive = connected(kept)
-        chain = []
-        while at + len(chain) < len(order) and len(chain) < size:
-            chain.append(order[at + len(chain)])
-        dead = [e for e in chain if e not in alive]
-        if dead and dead[0] == chain[0]:  # it carries nothing to the logits any more
-            kept.discard(chain[0])
-            at += 1
+    now, kept, at, scores = base, index.exists.copy(), 0, np.zeros(total)
+    size, last = FIRST, Progress(0, total, "acdc")
+    curve = [(total, base)]
+    while at < total:
+        alive = index.to_logits(kept)[rows[at:], columns[at:]]
+        first = int(alive.argmax()) if alive.any() else len(alive)
+        if first:  # they carry nothing to the logits any more
+            kept[rows[at : at + first], columns[at : at + first]] = False
+            at += first
             continue
-        chain = chain[: chain.index(dead[0])] if dead else chain
+        chain = int((~alive[:size]).argmax()) if not alive[:size].all() else len(alive[:size])
         found = []
         for run in runs:
-            sets = [run.mask(kept - set(chain[: k + 1])) for k in range(len(chain))]
-            found.append((yield from told(run.run(sets), "", last)))
+            masks = [partial(without, index.exists & ~kept, rows[at : at + k + 1], columns[at : at + k + 1]) for k in range(chain)]
+            found.append((yield from told(run.run(masks), "", last)))
         means = gather(runs, found).mean(1)
-        decided = 0
-        for edge, value in zip(chain, means.tolist()):
-            moved = value - now if ask.study.metric.kind == "kl" else abs(value - now)
-            scores[place[edge]] = value - now
-            decided += 1
-            if moved >= ask.threshold:
+        for k, value in enumerate(means.tolist()):
+            scores[at + k] = value - now
+            if (value - now if ask.study.metric.kind == "kl" else abs(value - now)) >= ask.threshold:
+                size = max(min(2, MOST), size // 2) if k + 1 < chain else size
                 break
-            kept.discard(edge)
+            kept[rows[at + k], columns[at + k]] = False
             now = value
         else:
             size = min(MOST, size * 2)
-        if decided < len(chain):
-            size = max(min(2, MOST), size // 2)
-        at += decided
-        curve.append((len(kept), now))
+        at += k + 1
+        curve.append((int(kept.sum()), now))
         spent = time.monotonic() - begun
-        yield (last := Progress(at, len(order), f"acdc: {at} of {len(order)} edges, {len(kept)} kept, {left(spent / at * (len(order) - at))}"))
-    found = prune([e for e in edges if e in kept])
-    curve_sets = [found]
-    value = yield from faithful(runs, curve_sets, "acdc: check")
+        yield (last := Progress(at, total, f"acdc: {at} of {total} edges, {kept.sum()} kept, {time_left(spent / at * (total - at))}"))
+    final = index.on_paths(kept)
+    value = yield from faithful(runs, [final], "acdc: check")
     empty = []
     for run in runs:
         empty.append((yield from told(run.run([run.mask(())]), "")))
@@ -215,24 +220,17 @@ def acdc(model: Model, ask: Discover, runs: list[EdgeRun], begun: float) -> Gene
     curve = sorted({n: v for n, v in [*curve, (0, floor)]}.items())
     counts = np.array([n for n, _ in curve])
     values = np.array([(v - floor) / (base - floor) if abs(base - floor) > 1e-9 else np.nan for _, v in curve])
-    counts, values = np.append(counts, len(found)), np.append(values, value[0])
+    names = tuple(index.name(r, c) for r, c in np.argwhere(final).tolist())
+    counts, values = np.append(counts, len(names)), np.append(values, value[0])
     keep = np.argsort(counts, kind="stable")
     words = f"threshold {ask.threshold:g} on the mean {METRICS[ask.study.metric.kind]}, edges from the logits back, latest receiver and latest sender first"
-    return result(model, ask, edges, scores, found, counts[keep], values[keep], expected, begun, words, float(value[0]))
+    return result(model, ask, index.edges, scores[::-1], names, counts[keep], values[keep], expected, begun, words, float(value[0]))
 
 
-def connected(kept: set[str]) -> set[str]:
-    """Edges that lie on a path to the logits."""
-    into: dict[str, list] = {}
-    for e in map(parse_edge, kept):
-        into.setdefault(owner(e.receiver), []).append(e)
-    seen, todo, out = {LOGITS}, [LOGITS], set()
-    while todo:
-        for e in into.get(todo.pop(), ()):
-            out.add(str(e))
-            if e.sender not in seen:
-                seen.add(e.sender)
-                todo.append(e.sender)
+def without(cut: np.ndarray, rows: np.ndarray, columns: np.ndarray, gone: bool = True) -> np.ndarray:
+    """A mask with some more edges cut, or kept."""
+    out = cut.copy()
+    out[rows, columns] = gone
     return out
 
 

@@ -3,10 +3,13 @@
 import json
 from pathlib import Path
 
-from grammar import Study, UserError, parse_node
-from messages import ModelInfo, from_json, to_json
+from techniques.circuits.requests import ScoreResult
+from vocabulary.circuit import Circuit, LOGITS, own_node, owner, parse_edge, rank
+from vocabulary.nodes import parse_node, UserError
+from vocabulary.prompts import Study
+from vocabulary.requests import ModelInfo
+from vocabulary.wire import from_json, to_json
 from utils import ROOT
-from wiring import LOGITS, Circuit, ScoreResult, own_node, owner, parse_edge, rank
 
 FORMAT = 1
 PUBLISHED = ROOT / "published_circuits"

@@ -5,72 +5,52 @@ A sender adds to the residual stream: the embeddings, every head (its z through 
 the logits. Where an edge is cut, the receiver gets the sender's other value (of the corrupted run, a mean, ...) in place of the one of this run.
 """
 
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch as t
 from torch import Tensor
 
+from edge_index import PARTS, EdgeIndex, all_edges, edge_index, own_edge, receivers, senders
 from lens import frozen_norm
-from messages import ModelInfo, Node, Progress, Study, Sweep, UserError, parse_node
-from model import FINAL, Edit, Model, out_of_memory
+from techniques.circuits.requests import REST
+from techniques.patching.requests import Sweep
+from vocabulary.nodes import UserError
+from vocabulary.prompts import Study
+from vocabulary.requests import ModelInfo, Progress
+from model import FINAL, TOLERANCE, Edit, Model, out_of_memory
 from patching import Runs, means
 from kept import Score
 from sweeps import Plan, check_lengths, chunk_bytes, others, read_member
 from utils import tec
-from wiring import LOGITS, REST, Edge, parse_edge
 
+__all__ = ["PARTS", "EdgeRun", "all_edges", "edge_runs", "edge_values", "gather", "own_edge", "receivers", "senders", "time_left"]
 EMBED = "blocks.0.hook_resid_pre"
-PARTS = ("q", "k", "v")
+PIECE = 256 << 20  # bytes of float32 at once where scores of another dtype are added up
 
 
-def senders(info: ModelInfo) -> tuple[str, ...]:
-    """Every sender in the order of its writing."""
-    layers = ([str(Node("head", n, h)) for h in range(info.n_heads)] + [str(Node("mlp", n))] for n in range(info.n_layers))
-    return ("embed", *(s for layer in layers for s in layer))
+# ------------------------------------------------------------------ bytes
 
 
-def receivers(info: ModelInfo) -> tuple[str, ...]:
-    """Every receiver in the order of its reading; with grouped heads k and v are those of the group, named by its first head."""
-    per, out = info.n_heads // info.n_kv_heads, []
-    for n in range(info.n_layers):
-        out += [str(Node("head", n, h, p)) for p in PARTS for h in range(0, info.n_heads, 1 if p == "q" else per)] + [str(Node("mlp", n))]
-    return (*out, LOGITS)
+def block_bytes(info: ModelInfo, seq: int, size: int) -> int:
+    """Bytes a token of one block with every receiver's input apart, `size` bytes a number: inputs and norms (these in float32), MLP, attention."""
+    inputs = (info.n_heads + 2 * info.n_kv_heads) * info.d_model
+    return inputs * size + info.n_heads * info.d_model * (2 * size + 8) + 3 * info.d_mlp * size + info.n_heads * seq * (2 * size + 4)
 
 
-def seen(info: ModelInfo, receiver: str) -> int:
-    """How many of `senders` a receiver reads: those before it."""
-    if receiver == LOGITS:
-        return 1 + info.n_layers * (info.n_heads + 1)
-    node = parse_node(receiver)
-    return 1 + node.layer * (info.n_heads + 1) + (info.n_heads if node.site == "mlp" and not info.parallel else 0)
+def cut_bytes(info: ModelInfo, seq: int, size: int) -> int:
+    """Bytes a token of a run with cut edges, besides the senders held apart: a block, the stream, and what receivers read before and after the cut."""
+    return block_bytes(info, seq, size) + info.d_model * size * (4 + 2 * (info.n_heads + 2 * info.n_kv_heads))
 
 
-def all_edges(info: ModelInfo) -> tuple[str, ...]:
-    """Every edge of the model, receivers in the order of their reading."""
-    names = senders(info)
-    return tuple(str(Edge(s, r)) for r in receivers(info) for s in names[: seen(info, r)])
-
-
-def own_edge(info: ModelInfo, text: str) -> str:
-    """An edge in this model's spelling: no positions, k and v named by their group's first head. UserError when the model has no such edge."""
-    edge = parse_edge(text)
-    if "@" in text:
-        raise UserError(f"{text}: edges are scored without positions; write it without @")
-    receiver = edge.receiver
-    if receiver != LOGITS:
-        node = parse_node(receiver)
-        per = info.n_heads // info.n_kv_heads
-        if node.site == "head" and node.part in ("k", "v"):
-            receiver = str(replace(node, head=node.head // per * per))
-    names = senders(info)
-    if edge.sender not in names or receiver not in receivers(info):
-        raise UserError(f"{text}: the model has layers 0 to {info.n_layers - 1} with heads 0 to {info.n_heads - 1}")
-    if names.index(edge.sender) >= seen(info, receiver):
-        raise UserError(f"{text}: the receiver comes before the sender")
-    return str(Edge(edge.sender, receiver))
+def prompt_bytes(info: ModelInfo, seq: int, size: int) -> int:
+    """Bytes of scoring every edge by gradients on one prompt: both runs, what each sender changes, every block's input, one block forward and backward."""
+    runs = 2 * info.n_layers * (info.n_heads * info.d_head + info.d_model)
+    change = len(senders(info)) * info.d_model
+    return seq * ((runs + change + info.n_layers * info.d_model) * size + 3 * block_bytes(info, seq, size))
 
 
 # ------------------------------------------------------------------ a group of prompts
@@ -90,26 +70,27 @@ def split(model: Model) -> Generator:
 
 
 class EdgeRun:
-    """A few prompts of equal length. `other` [prompt, seq, sender, d_model] is what cut edges carry; `more` hook points to read beside."""
+    """A few prompts of equal length: `clean` what passed the hook points in their run, `acts` in the one that cut edges carry; `more` hook points to read beside."""
 
     more: tuple[str, ...] = ()
+    by_edges = True
 
     def __init__(self, model: Model, group: list[Runs], indices: list[int], plan: Plan, rest: str, limit: int):
         self.model, self.group, self.info, self.limit = model, group, model.info, limit
         self.ids = t.tensor([r.row("clean").ids for r in group])
         self.seq = self.ids.shape[1]
-        self.names, self.readers = senders(self.info), receivers(self.info)
-        self.where = {e: (self.readers.index(parse_edge(e).receiver), self.names.index(parse_edge(e).sender)) for e in all_edges(self.info)}
+        self.index = edge_index(self.info)
         self.stride = self.info.n_heads + 1
         self.plan, self.rest, self.indices = plan, rest, indices
         self.zs = [f"blocks.{n}.attn.hook_z" for n in range(self.info.n_layers)]
         self.mlps = [f"blocks.{n}.hook_mlp_out" for n in range(self.info.n_layers)]
         self.scales = [f"blocks.{n}.ln1_post.hook_scale" for n, b in enumerate(model.bridge.blocks) if hasattr(b, "ln1_post")]
+        self.last = f"blocks.{self.info.n_layers - 1}.hook_resid_post"
 
     def prepare(self) -> Generator[Progress]:
         """The clean run, the corrupted one where there is one, and what cut edges carry."""
-        model, last = self.model, f"blocks.{self.info.n_layers - 1}.hook_resid_post"
-        names = [EMBED, *self.zs, *(m for m in self.mlps if m in model.points), *self.scales, *self.more, last, FINAL]
+        model, last = self.model, self.last
+        names = [EMBED, *self.zs, *(m for m in self.mlps if self.by_edges or m in model.points), *self.scales, *self.more, last, FINAL]
         _, self.clean = model.forward(self.ids, names)
         corrupt = None
         if all(r.rows["corrupt"] is not None for r in self.group) and len({len(r.rows["corrupt"].ids) for r in self.group} | {self.seq}) == 1:
@@ -137,156 +118,285 @@ class EdgeRun:
                 some = [n for n in names if n not in (last, FINAL, *self.scales)]
                 acts = yield from means(model, self.plan.ask.study.prompt_set, some, self.rest, self.seq)
                 acts = {n: x.expand_as(self.clean[n]) for n, x in acts.items()} | {s: self.clean[s] for s in self.scales}
-        self.keep(acts)
+        self.carry(acts)
         if not np.isfinite(self.value).all():
             raise UserError("the metric is not finite: does the model hold NaN? Try float32")
 
-    def keep(self, acts: dict[str, Tensor]) -> None:
-        """What cut edges carry, of the run that says it."""
-        self.other = self.written(acts)
+    def carry(self, acts: dict[str, Tensor]) -> None:
+        """Cut edges carry what passed the hook points of this run."""
+        self.acts = acts
+        if self.by_edges:
+            self.check()
+            self.rests = self.streams(acts)
 
-    def written(self, acts: dict[str, Tensor]) -> Tensor:
-        """What every sender adds [prompt, seq, sender, d_model] in a run."""
-        parts = [acts[EMBED][:, :, None]]
-        for n in range(self.info.n_layers):
-            parts += [self.heads(n, acts[self.zs[n]], acts.get(f"blocks.{n}.ln1_post.hook_scale")), self.mlp(n, acts)]
-        return t.cat(parts, 2)
+    # ---------------------------------------------------------------- what senders add
 
-    def heads(self, layer: int, z: Tensor, scale: Tensor | None) -> Tensor:
-        """What every head adds [prompt, seq, head, d_model], a norm after attention with its scale frozen as in that run."""
+    def part(self, layer: int, acts: dict[str, Tensor]) -> Tensor:
+        """Of a run, what the heads' writing is linear in [prompt, seq, head, d_head]: z, over the scale of the norm after attention where there is one."""
+        z = acts[self.zs[layer]]
+        return z.float() / acts[self.scales[layer]].float()[:, :, None] if self.scales else z.float()
+
+    def frozen(self, layer: int, x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+        """What of the heads' writing [..., d_model] passes the norm after attention; `part` has taken its scale already."""
+        return frozen_norm(self.model.bridge.blocks[layer].ln1_post, scale, x, self.model) if self.scales else x
+
+    def writes(self, layer: int, part: Tensor, some: list[int] | slice = slice(None)) -> Tensor:
+        """What some heads add [head, prompt, seq, d_model]."""
+        out = self.model.bridge.blocks[layer].attn.W_O[some].to(part.device)
+        return self.frozen(layer, t.einsum("bshe,hed->hbsd", part[:, :, some].to(out), out))
+
+    def bias(self, layer: int, acts: dict[str, Tensor]) -> Tensor | float:
+        """What attention adds that is no head's: its output bias, and that of the norm after it."""
         block = self.model.bridge.blocks[layer]
-        x = t.einsum("bshe,hed->bshd", z, block.attn.W_O.to(z))
-        return x if scale is None else frozen_norm(block.ln1_post, scale[:, :, None], x, self.model)
+        out = getattr(block.attn, "b_O", None)
+        x = 0.0 if out is None else self.frozen(layer, out.float(), acts[self.scales[layer]].float() if self.scales else 1.0)
+        after = getattr(block.ln1_post, "bias", None) if self.scales else None
+        return x if after is None else x + after.float()
 
-    def mlp(self, layer: int, acts: dict[str, Tensor]) -> Tensor:
-        x = acts.get(self.mlps[layer])
-        return t.zeros_like(acts[EMBED])[:, :, None] if x is None else x[:, :, None]
+    def streams(self, acts: dict[str, Tensor]) -> dict[int, Tensor]:
+        """The stream that senders and biases of a run add up to, by how many senders are in it [prompt, seq, d_model]: what receivers read whose edges are all cut."""
+        x = acts[EMBED].float()
+        out = {1: x}
+        for n, mlp in enumerate(self.mlps):
+            weight, k, x = self.model.bridge.blocks[n].attn.W_O, 1 + n * self.stride, x.to(acts[mlp].device)
+            heads = self.frozen(n, t.einsum("bshe,hed->bsd", self.part(n, acts).to(weight), weight))
+            out[k + self.info.n_heads] = x = x + heads.float() + self.bias(n, acts)
+            out[k + self.stride] = x = x + acts[mlp].float()
+        return {k: x.to(self.model.dtype) for k, x in out.items()}
+
+    def check(self) -> None:
+        """UserError where embeddings, heads and MLPs do not add up to the stream: cut edges would mean nothing there."""
+        got, want = self.streams(self.clean)[len(self.index.names)].float(), self.clean[self.last].float()
+        if not (got - want.to(got.device)).norm() <= TOLERANCE[self.model.dtype] * want.norm():  # of the whole: rounding in bfloat16 grows with depth
+            raise UserError(
+                f"{self.info.architecture}: embeddings, heads and MLPs do not add up to the residual stream here, so edges can't be scored; score nodes"
+            )
+
+    def change(self) -> Tensor:
+        """What cut edges carry, less what senders add in the clean run [sender, prompt, seq, d_model]."""
+        own, other = self.clean, self.acts
+        out = own[EMBED].new_zeros(len(self.index.names), *own[EMBED].shape)
+        out[0] = other[EMBED] - own[EMBED]
+        for n, mlp in enumerate(self.mlps):
+            first = 1 + n * self.stride
+            out[first : first + self.info.n_heads] = self.writes(n, self.part(n, other) - self.part(n, own))
+            out[first + self.info.n_heads] = other[mlp] - own[mlp]
+        return out
 
     # ---------------------------------------------------------------- cut edges
 
-    def mask(self, kept: Iterable[str]) -> Tensor:
-        """1 where an edge is cut [receiver, sender]."""
-        cut = t.zeros(len(self.readers), len(self.names))
-        for r, s in self.where.values():
-            cut[r, s] = 1
-        for e in kept:
-            cut[self.where[e]] = 0
-        return cut
+    def mask(self, kept: Iterable[str] | None, gone: Iterable[str] = ()) -> np.ndarray:
+        """True where an edge is cut [receiver, sender]: all but those `kept` (None: none), and those that are `gone`."""
+        index = self.index
+        cut = np.zeros_like(index.exists) if kept is None else index.exists & ~index.array(kept)
+        return cut | index.array(gone)
 
-    def room(self) -> int:
-        """Sets of cut edges in one batch."""
-        i = self.info
-        token = 4 * i.d_model * (2 * len(self.names) + 6 * i.n_heads + 12) + 12 * i.d_mlp
-        return max(1, self.limit // (token * self.seq * len(self.ids)))
+    def set_bytes(self, masks: list) -> int:
+        """Bytes that the run of some sets together takes."""
+        apart = len(np.flatnonzero(np.logical_or.reduce([unlike(m, self.index)[1].any(0) for m in masks])))
+        size = self.model.dtype.itemsize
+        return len(masks) * self.ids.numel() * (cut_bytes(self.info, self.seq, size) + apart * self.info.d_model * size)
 
     @t.no_grad()
-    def metrics(self, cuts: list[Tensor]) -> np.ndarray:
+    def metrics(self, cuts: list[np.ndarray]) -> np.ndarray:
         """The metric [set, prompt] with the edges of each mask [receiver, sender] gone."""
-        model, info, b, n = self.model, self.info, len(self.ids), len(cuts)
-        cut = t.stack(cuts).to(model.device).repeat_interleave(b, 0)  # [row, receiver, sender]
-        other = self.other.repeat(n, 1, 1, 1)
-        diffs: list[Tensor] = []  # what senders so far add here, less what cut edges carry [row, seq, senders, d_model]
-        scale: dict[int, Tensor] = {}
-        done = 0
-
-        def add(x: Tensor) -> None:
-            nonlocal done
-            diffs.append(x - other[:, :, done : done + x.shape[2]].to(x))
-            done += x.shape[2]
-
-        def lost(first: int, count: int, k: int) -> Tensor:
-            """Of `count` receivers from `first`, what their cut edges take away [row, seq, receiver, d_model]."""
-            d = t.cat(diffs, 2)[:, :, :k]
-            return t.einsum("nsmd,nrm->nsrd", d, cut[:, first : first + count, :k])
-
-        per_layer = info.n_heads + 2 * info.n_kv_heads + 1
-        edits: list[Edit] = [(EMBED, lambda x: add(x[:, :, None]))]
-        for layer in range(info.n_layers):
-            first, block = layer * per_layer, f"blocks.{layer}."
-            before = 1 + layer * self.stride
-            at = first
-            for part, count in zip(PARTS, (info.n_heads, info.n_kv_heads, info.n_kv_heads)):
-                edits.append((f"{block}hook_{part}_input", lambda x, at=at, c=count, k=before: x - lost(at, c, k)))
-                at += count
-            if self.scales:
-                edits.append((f"{block}ln1_post.hook_scale", lambda x, n=layer: scale.__setitem__(n, x)))
-            held: dict[int, Tensor] = {}
-            edits.append((self.zs[layer], lambda x, n=layer, held=held: held.__setitem__(n, x)))
-            edits.append((f"{block}hook_attn_out", lambda x, n=layer, held=held: add(self.heads(n, held[n], scale.get(n)))))
-            k = before if info.parallel else before + info.n_heads
-            if self.mlps[layer] in model.points:
-                edits.append((f"{block}hook_mlp_in", lambda x, at=at, k=k: x - lost(at, 1, k)[:, :, 0]))
-                edits.append((self.mlps[layer], lambda x: add(x[:, :, None])))
-            else:
-                edits.append((f"{block}hook_resid_post", lambda x: add(t.zeros_like(x)[:, :, None])))
-        last = f"blocks.{info.n_layers - 1}.hook_resid_post"
+        lost, n, index = Lost(self, cuts), len(cuts), self.index
+        edits: list[Edit] = [(EMBED, lambda x: lost.add(0, self.less(x, EMBED)))]
+        for layer in range(self.info.n_layers):
+            edits += self.cut_in(layer, lost)
         got: dict[str, Tensor] = {}
-        edits.append((last, lambda x: got.__setitem__(last, x - lost(len(self.readers) - 1, 1, len(self.names))[:, :, 0])))
-        with split(model), model.hooks(edits):
-            model.bridge(self.ids.repeat(n, 1).to(model.device), use_cache=False, logits_to_keep=1)
-        return self.score.of(got[last], 0)
+        edits.append((self.last, lambda x: got.__setitem__("end", lost.take(x[:, :, None], slice(len(index.readers) - 1, None))[:, :, 0])))
+        with split(self.model):
+            self.model.forward(self.ids.repeat(n, 1), edits=edits, keep=None)
+        return self.score.of(got["end"], 0)
+
+    def less(self, x: Tensor, name: str) -> Tensor:
+        """What passes a hook point, less what cut edges carry of it, for some sets of the prompts."""
+        return (x.unflatten(0, (-1, len(self.ids))) - self.acts[name].to(x)).flatten(0, 1)
+
+    def cut_in(self, layer: int, lost: "Lost") -> list[Edit]:
+        """The edits of one block: its receivers lose their cut edges, and what its senders add is noted."""
+        info, block, held = self.info, f"blocks.{layer}.", {}
+        at, column = layer * self.index.per_layer, 1 + layer * self.stride
+        ends = [(0, info.n_heads), (info.n_heads, info.n_heads + info.n_kv_heads), (info.n_heads + info.n_kv_heads, self.index.per_layer - 1)]
+
+        def read(x: Tensor, part: str, a: int, b: int) -> Tensor:
+            """Queries, keys and values together, when the first of them is asked for."""
+            if part == "q":
+                held["read"] = lost.take(x[:, :, :1].expand(-1, -1, self.index.per_layer - 1, -1), slice(at, at + self.index.per_layer - 1))
+            return held["read"][:, :, a:b]
+
+        def heads(x: Tensor) -> None:
+            own = self.part(layer, held)
+            lost.add_heads(layer, (own.unflatten(0, (-1, len(self.ids))) - self.part(layer, self.acts)).flatten(0, 1))
+            held.clear()
+
+        edits = [(f"{block}hook_{part}_input", partial(read, part=part, a=a, b=b)) for part, (a, b) in zip(PARTS, ends)]
+        edits += [(name, partial(held.__setitem__, name)) for name in (self.zs[layer], *self.scales[layer : layer + 1])]
+        edits.append((f"{block}hook_attn_out", heads))
+        mlp, row = self.mlps[layer], slice(at + self.index.per_layer - 1, at + self.index.per_layer)
+        edits.append((f"{block}hook_mlp_in", lambda x: lost.take(x[:, :, None], row)[:, :, 0]))
+        return [*edits, (mlp, lambda x: lost.add(column + info.n_heads, self.less(x, mlp)))]
 
     def run(self, cuts: list) -> Generator[Progress, None, np.ndarray]:
-        """The same for many sets, as many at once as the limit of bytes allows; out of memory halves that."""
-        found, i, size = [], 0, self.room()
-        while i < len(cuts):
+        """The metric [set, prompt] of many masks (or functions that make them), as many at once as the limit of bytes allows; out of memory halves that."""
+        found, done, most = [], 0, len(cuts)
+        waiting: list[np.ndarray] = []
+        while done < len(cuts):
+            while done + len(waiting) < len(cuts) and len(waiting) < most:
+                mask = cuts[done + len(waiting)]
+                mask = mask() if callable(mask) else mask
+                if waiting and self.set_bytes([*waiting, mask]) > self.limit:
+                    break
+                waiting.append(mask)
             try:
-                found.append(self.metrics(cuts[i : i + size]))
+                found.append(self.metrics(waiting))
             except t.OutOfMemoryError as error:
                 tec()
-                if size == 1:
+                if len(waiting) == 1:
                     raise out_of_memory(error) from error
-                size = max(1, size // 2)
+                most = max(1, len(waiting) // 2)
+                waiting = waiting[:most]
                 continue
-            i += size
-            yield Progress(min(i, len(cuts)), len(cuts))
+            done += len(waiting)
+            waiting = []
+            yield Progress(done, len(cuts))
         return np.concatenate(found)
 
     # ---------------------------------------------------------------- gradients
 
-    def gradients(self, embed: Tensor | None = None, mix: tuple[str, Tensor] | None = None) -> Tensor:
+    def gradients(self, take: Callable[[slice, Tensor], None], embed: Tensor | None = None, mix: tuple[str, Tensor] | None = None) -> None:
         """
-        The metric's gradient at every receiver's input [prompt, seq, receiver, d_model] of the clean run; with `embed` in place of the embeddings, or `mix`
-        (a hook point and its value).
+        Give `take` the metric's gradient at every receiver's input in the clean run, as it arrives, the last layer first: the receivers' rows and
+        [prompt, seq, receiver, d_model]. With `embed` in place of the embeddings, or `mix` (a hook point and its value). Blocks run once more from their
+        kept inputs, so that one block's activations are held at a time.
         """
         from estimates import metric
 
         model, info = self.model, self.info
-        leaves: dict[str, Tensor] = {}
-
-        def leaf(name: str) -> Edit:
-            def apply(x: Tensor) -> Tensor:
-                leaves[name] = t.zeros_like(x).requires_grad_(True)
-                return x + leaves[name]
-
-            return name, apply
-
-        last = f"blocks.{info.n_layers - 1}.hook_resid_post"
-        edits = [] if embed is None else [(EMBED, lambda x: embed.to(x))]
-        edits += [] if mix is None else [(mix[0], lambda x: mix[1].to(x))]
+        swap = {} if embed is None else {EMBED: embed}
+        swap |= {} if mix is None else {mix[0]: mix[1]}
+        edits: list[Edit] = [(name, lambda x, new=new: new.to(x).requires_grad_(t.is_grad_enabled())) for name, new in swap.items()]
         for n in range(info.n_layers):
-            edits += [leaf(f"blocks.{n}.hook_{p}_input") for p in PARTS]
-            edits += [leaf(f"blocks.{n}.hook_mlp_in")] * (self.mlps[n] in model.points)
-        got: dict[str, Tensor] = {}
+            at = n * self.index.per_layer
+            for part, count in zip(PARTS, (info.n_heads, info.n_kv_heads, info.n_kv_heads)):
+                edits.append((f"blocks.{n}.hook_{part}_input", tap(slice(at, at + count), take)))
+                at += count
+            edits.append((f"blocks.{n}.hook_mlp_in", tap(slice(at, at + 1), take)))
+        with split(model), model.hooks(edits):
+            with called(model) as calls:
+                end = model.forward(self.ids, [self.last], keep=None)[1][self.last].requires_grad_(True)
+            with t.enable_grad():
+                (g,) = t.autograd.grad(metric(self.score, end).sum(), end)
+                take(slice(len(self.index.readers) - 1, None), g[:, :, None])
+                for block, (x, args, kwargs) in reversed(list(zip(model.bridge.blocks, calls))):
+                    out = block(x.requires_grad_(True), *args, **kwargs)
+                    t.autograd.backward(out[0] if isinstance(out, tuple) else out, g)  # also where nothing leads back to x
+                    g = x.grad
 
-        def end(x: Tensor) -> Tensor:
-            leaves[last] = t.zeros_like(x).requires_grad_(True)
-            got[last] = x + leaves[last]
-            return got[last]
+    def slopes(self, change: Tensor, columns: slice = slice(None), **of) -> np.ndarray:
+        """The sum over prompts of change . gradient [receiver, sender], float64, of the senders in `columns`, which `change` [sender, ...] holds; `of` as in gradients."""
+        a, b, _ = columns.indices(len(self.index.names))
+        total = t.zeros(len(self.index.readers), len(self.index.names), device=self.model.device)
 
-        edits.append((last, end))
-        with t.enable_grad(), split(model), model.hooks(edits):
-            model.bridge(self.ids.to(model.device), use_cache=False, logits_to_keep=1)
-            m = metric(self.score, got[last]).sum()
-        found = t.autograd.grad(m, list(leaves.values()), allow_unused=True)
-        grads = {n: t.zeros_like(leaves[n]) if g is None else g for n, g in zip(leaves, found)}
-        parts = []
-        for n in range(info.n_layers):
-            parts += [grads[f"blocks.{n}.hook_{p}_input"] for p in PARTS]
-            mlp = grads.get(f"blocks.{n}.hook_mlp_in")
-            parts.append((t.zeros_like(grads[last]) if mlp is None else mlp)[:, :, None])
-        parts.append(grads[last][:, :, None])
-        return t.cat(parts, 2).detach()
+        def take(rows: slice, g: Tensor) -> None:
+            if (k := min(b, int(self.index.seen[rows.start]))) > a:
+                total[rows, a:k] += dot(g, change[: k - a].to(g.device)).to(total.device)
+
+        self.gradients(take, **of)
+        return total.double().cpu().numpy()
+
+
+def dot(g: Tensor, change: Tensor) -> Tensor:
+    """Of [prompt, seq, receiver, d_model] and [sender, prompt, seq, d_model] the products' sums [receiver, sender], float32 whatever the dtype."""
+    g, change = g.flatten(0, 1), change.flatten(1, 2)
+    size = len(g) if g.dtype == t.float32 else max(1, PIECE // (4 * g.shape[-1] * (g.shape[1] + len(change))))
+    pairs = ((g[i : i + size].float().transpose(0, 1), change[:, i : i + size].float()) for i in range(0, len(g), size))
+    return sum(x.flatten(1) @ y.flatten(1).T for x, y in pairs)
+
+
+def tap(rows: slice, take: Callable[[slice, Tensor], None]) -> Callable[[Tensor], Tensor | None]:
+    """A function on a hook point that gives `take` the gradient there [prompt, seq, receiver, d_model]."""
+
+    def apply(x: Tensor) -> Tensor | None:
+        if not x.requires_grad:
+            return None
+        y = x.view_as(x)  # apart from the skip connection
+        y.register_hook(lambda g: take(rows, g if g.ndim == 4 else g[:, :, None]))
+        return y
+
+    return apply
+
+
+@contextmanager
+def called(model: Model) -> Generator[list]:
+    """What every block is called with, in order: the stream, other arguments, and named ones."""
+    calls, blocks = [], list(model.bridge.blocks)
+
+    def record(forward: Callable, x: Tensor, *args, **kwargs) -> object:
+        calls.append((x.detach(), args, kwargs))
+        return forward(x, *args, **kwargs)
+
+    for block in blocks:
+        block.__dict__["forward"] = partial(record, block.forward)
+    try:
+        yield calls
+    finally:
+        for block in blocks:
+            del block.__dict__["forward"]
+
+
+# ------------------------------------------------------------------ what cut edges take away
+
+
+def unlike(cut: np.ndarray, index: EdgeIndex) -> tuple[np.ndarray, np.ndarray]:
+    """Whether most of a receiver's edges are cut [receiver]; and the edges that are not as most of their receiver's [receiver, sender]."""
+    most = 2 * cut.sum(1) > index.seen
+    return most, (cut ^ most[:, None]) & index.exists
+
+
+class Lost:
+    """
+    What cut edges take away from receivers in one batch of sets. A receiver most of whose edges are cut reads the stream of what cut edges carry, plus the
+    difference of the senders it keeps; another one reads the run's own stream, less that of senders that are cut. So only senders that some receiver
+    treats unlike the rest are held `apart` [sender, row, seq, d_model].
+    """
+
+    def __init__(self, run: EdgeRun, cuts: list[np.ndarray]):
+        self.run, self.n = run, len(cuts)
+        self.most, odd = (np.stack(x) for x in zip(*(unlike(c, run.index) for c in cuts)))
+        self.columns = np.flatnonzero(odd.any((0, 1)))
+        self.odd = odd[:, :, self.columns]
+        self.slots = dict(zip(self.columns.tolist(), range(len(self.columns))))
+        self.apart = t.empty(len(self.columns), len(cuts) * len(run.ids), run.seq, run.info.d_model, dtype=run.model.dtype, device=run.model.device)
+
+    def add(self, column: int, x: Tensor) -> None:
+        """What a sender adds, less what cut edges carry of it [row, seq, d_model]."""
+        if column in self.slots:
+            self.apart[self.slots[column]] = x
+
+    def add_heads(self, layer: int, part: Tensor) -> None:
+        """The heads of a layer, of which `part` is what they write from (EdgeRun.part), less that of cut edges."""
+        first = 1 + layer * self.run.stride
+        if some := [h for h in range(self.run.info.n_heads) if first + h in self.slots]:
+            a = self.slots[first + some[0]]
+            self.apart[a : a + len(some)] = self.run.writes(layer, part, some)
+
+    def take(self, x: Tensor, rows: slice) -> Tensor:
+        """What some receivers read [row, seq, receiver, d_model], without what their cut edges bring."""
+        seen, b = int(self.run.index.seen[rows.start]), len(self.run.ids)
+        most, odd = self.most[:, rows], self.odd[:, rows, : np.searchsorted(self.columns, seen)]
+        if most.any():
+            rest = self.run.rests[seen].to(x)[:, :, None]
+            here = t.tensor(most).to(x.device).repeat_interleave(b, 0)[:, None, :, None]
+            x = t.where(here, rest.repeat(self.n, 1, 1, 1), x) if not most.all() else rest.repeat(self.n, 1, 1, 1).expand_as(x)
+        if odd.any():
+            some = np.flatnonzero(odd.any((0, 1)))
+            weight = t.tensor(np.where(most[..., None], 1.0, -1.0) * odd[:, :, some], dtype=x.dtype).to(x.device)
+            parts = self.apart[: odd.shape[2]] if len(some) == odd.shape[2] else self.apart[t.tensor(some, device=self.apart.device)]
+            got = t.bmm(weight, parts.to(x.device).view(len(some), self.n, -1).transpose(0, 1))
+            x = x + got.view(self.n, weight.shape[1], b, *x.shape[1::2]).permute(0, 2, 3, 1, 4).flatten(0, 1)
+        return x
 
 
 # ------------------------------------------------------------------ over prompts
@@ -309,7 +419,7 @@ def edge_runs(model: Model, study: Study, rest: str, seed: int = 0, kind: type =
     out = []
     for length in sorted({len(r.row("clean").ids) for r in runs}):
         same = [i for i, r in enumerate(runs) if len(r.row("clean").ids) == length]
-        per = max(1, plan.limit // (4 * length * model.info.d_model * 3 * len(senders(model.info))))
+        per = max(1, plan.limit // prompt_bytes(model.info, length, model.dtype.itemsize))
         for a in range(0, len(same), per):
             part = same[a : a + per]
             run = kind(model, [runs[i] for i in part], part, plan, rest, plan.limit)
@@ -317,6 +427,10 @@ def edge_runs(model: Model, study: Study, rest: str, seed: int = 0, kind: type =
             out.append(run)
             yield Progress(len(out), len(runs), "runs of the prompts")
     return out
+
+
+def time_left(seconds: float) -> str:
+    return f"{seconds:.0f} s left" if seconds < 100 else f"{seconds / 60:.0f} min left"
 
 
 def gather(runs: list[EdgeRun], found: list[np.ndarray]) -> np.ndarray:
@@ -331,5 +445,5 @@ def edge_values(model: Model, study: Study, kept: list[frozenset[str]], rest: st
     runs = yield from edge_runs(model, study, rest, seed)
     found = []
     for run in runs:
-        found.append((yield from run.run([run.mask(some) for some in known])))
+        found.append((yield from run.run([partial(run.mask, some) for some in known])))
     return gather(runs, found)

@@ -11,48 +11,14 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from messages import (
-    ATTRIBUTION_REQUESTS,
-    Attention,
-    AttentionSet,
-    Attribution,
-    AttributionNeurons,
-    AttributionSet,
-    AttributionSources,
-    Check,
-    Composition,
-    Detect,
-    Estimate,
-    Failure,
-    FitJacobian,
-    Frame,
-    HeadStats,
-    HeadWeights,
-    Identities,
-    IdentitiesResult,
-    Lens,
-    Load,
-    ModelChoice,
-    Models,
-    ModelsResult,
-    Progress,
-    Run,
-    Singular,
-    Status,
-    StatusResult,
-    Sweep,
-    TuneLens,
-    UserError,
-    WireError,
-    encode,
-    read_frame,
-)
-from sparse import FEATURE_REQUESTS, TrainSae
+import techniques
 from utils import ROOT, settings
-from wiring import CIRCUIT_REQUESTS, Compare, Discover, PathPatch, Score
+from vocabulary.nodes import UserError
+from vocabulary.requests import Check, Failure, Load, ModelChoice, Models, ModelsResult, Progress, Status, StatusResult
+from vocabulary.wire import Frame, WireError, door, encode, needs_model, read_frame
 
 WELL_KNOWN = {
     "gpt2": "124M",
@@ -65,36 +31,12 @@ WELL_KNOWN = {
     "google/gemma-2-2b": "2.6B, gated",
     "meta-llama/Llama-3.2-1B": "1.2B, gated",
 }
-NEEDS_MODEL = (
-    *ATTRIBUTION_REQUESTS,
-    TuneLens,
-    FitJacobian,
-    Check,
-    Run,
-    Lens,
-    Attention,
-    HeadStats,
-    Identities,
-    HeadWeights,
-    Composition,
-    Singular,
-    Sweep,
-    Estimate,
-    *CIRCUIT_REQUESTS,
-    *FEATURE_REQUESTS,
-)
 
 
 def import_model() -> None:
     """The heavy imports, without the garbage collector in the way."""
     gc.disable()
-    import attribution  # noqa: F401
-    import honesty  # noqa: F401
-    import lens  # noqa: F401
-    import sweeps  # noqa: F401
-    import weights  # noqa: F401
-    import logits  # noqa: F401
-
+    techniques.parts("analysis")
     gc.freeze()
     gc.enable()
     atexit.register(gc.unfreeze)
@@ -104,6 +46,7 @@ class Engine:
     """A model and what can be asked of it. `run` returns a request's result; `jobs` is the generator behind it, which yields progress and partial results."""
 
     def __init__(self, model: str | Load | None = None):
+        techniques.parts("requests")  # what may go over the wire
         self.model, self.loaded, self.seconds = None, None, 0.0
         self.swap: Callable[[], None] = lambda: None
         if model is not None:
@@ -137,7 +80,8 @@ class Engine:
             raise out_of_memory(error) from error
 
     def answer(self, request: object) -> Generator:
-        if isinstance(request, NEEDS_MODEL) and self.model is None:
+        """What the engine knows by itself; everything else is answered by the room that the request comes from."""
+        if needs_model(request) and self.model is None:
             raise UserError("no model is loaded: load one first")
         match request:
             case Load():
@@ -148,73 +92,10 @@ class Engine:
                 return find_models()
             case Check():
                 return self.model.check(request.prompt, request.align)
-            case TuneLens() | FitJacobian():
-                import tuned
-
-                return (yield from (tuned.tune if isinstance(request, TuneLens) else tuned.fit_jacobian)(self.model, request))
-        import attribution
-        import honesty
-        import lens
-        import logits
-        import patching
-        import weights
-
-        if isinstance(request, Identities):
-            rows, convention = yield from honesty.identities(self.model, request.study)
-            return IdentitiesResult(rows, convention)
-        match request:
-            case AttributionSet():
-                return (yield from logits.attribution_set(self.model, request.study, request.which, request.pos))
-            case AttentionSet():
-                return (yield from attribution.attention_set(self.model, request.study, request.which, request.labels))
-        if isinstance(request, HeadWeights | Composition | Singular):
-            return (yield from weights.answer(self.model, request))
-        if isinstance(request, Sweep | Estimate):
-            import estimates
-            import sweeps
-
-            return (yield from (sweeps.sweep if isinstance(request, Sweep) else estimates.estimate)(self.model, request))
-        match request:
-            case PathPatch():
-                import paths
-
-                return (yield from paths.path_patch(self.model, request))
-            case Score() | Compare():
-                import circuits
-
-                return (yield from circuits.answer(self.model, request))
-            case Discover():
-                import discovery
-
-                return (yield from discovery.discover(self.model, request))
-            case TrainSae():
-                import training
-
-                return (yield from training.train(self.model, request))
-        if isinstance(request, FEATURE_REQUESTS):
-            import features
-
-            return (yield from features.answer(self.model, request))
-        runs = yield from patching.prepare(self.model, request.study)
-        match request:
-            case Run():
-                return (yield from lens.run(runs, request.k))
-            case Lens():
-                return (yield from lens.read_lens(runs, request))
-            case Attention():
-                return attribution.attention(runs, request.layer, request.which, request.weighted)
-            case Detect():
-                how = (request.exclude_bos, request.exclude_current_token, request.error_measure)
-                return attribution.detect(runs, request.which, request.pattern, request.cells, *how)
-            case Attribution():
-                return logits.attribution(runs, request.which, request.pos)
-            case AttributionSources():
-                return logits.sources(runs, request.which, request.layer, request.head, request.pos)
-            case AttributionNeurons():
-                return logits.neurons(runs, request.which, request.layer, request.pos, request.k)
-            case HeadStats():
-                return (yield from attribution.head_stats(runs, request.which, request.source, request.pair))
-        raise UserError(f"{type(request).__name__} is not a request")
+            case Failure():  # a request that could not be read
+                raise UserError(request.message)
+        result = door(type(request)).answer(self.model, request)
+        return (yield from result) if isinstance(result, Generator) else result
 
     def load(self, request: Load) -> Generator:
         if "model" not in sys.modules:
@@ -244,8 +125,9 @@ class Engine:
 
     def status(self) -> StatusResult:
         device = (0, 0)
-        if "torch" in sys.modules and (t := sys.modules["torch"]).cuda.is_available():
-            device = (t.cuda.memory_reserved(), t.cuda.mem_get_info()[1])
+        if self.model and (on := self.model.device).type == "cuda":
+            cuda = sys.modules["torch"].cuda
+            device = (cuda.memory_reserved(on), cuda.mem_get_info(on)[1])
         cache = self.model.cache if self.model else None
         return StatusResult(rss(), *device, cache.size if cache else 0, cache.limit if cache else 0, cache.entries() if cache else ())
 
@@ -298,13 +180,15 @@ class Scheduler:
     slot drops the older one. While a Load waits or runs, jobs that need a model wait for it.
     """
 
-    def __init__(self, start: Callable[[object], Generator], send: Callable[[Frame], None], after: Callable[[], None] = lambda: None):
-        self.start, self.send, self.after = start, send, after
+    def __init__(
+        self, start: Callable[[object], Generator], send: Callable[[Frame], None], after: Callable[[], None] = lambda: None, model: Callable[[], str] = str
+    ):
+        self.start, self.send, self.after, self.model = start, send, after, model
         self.jobs: list[Job] = []
         self.numbers = itertools.count()
 
     def reply(self, job: Job, kind: str, body: object = None) -> None:
-        self.send(Frame(kind, job.ask.id, job.ask.slot, job.ask.priority, body))
+        self.send(Frame(kind, job.ask.id, job.ask.slot, job.ask.priority, body, self.model()))
 
     def put(self, frame: Frame) -> None:
         if frame.kind == "cancel":
@@ -325,11 +209,11 @@ class Scheduler:
 
     def drop_started(self) -> None:
         """The model they ran on is going away."""
-        self.drop(lambda job: job.steps is not None and isinstance(job.ask.body, NEEDS_MODEL))
+        self.drop(lambda job: job.steps is not None and needs_model(job.ask.body))
 
     def next_job(self) -> Job | None:
         loads = [job for job in self.jobs if isinstance(job.ask.body, Load)]
-        ready = [job for job in self.jobs if not loads or not isinstance(job.ask.body, NEEDS_MODEL) and (job is min(loads) or job not in loads)]
+        ready = [job for job in self.jobs if not loads or not needs_model(job.ask.body) and (job is min(loads) or job not in loads)]
         return min(ready, default=None)
 
     def step(self) -> bool:
@@ -376,18 +260,22 @@ def serve() -> None:
 
     def read_all() -> None:
         """Owns stdin. At its end the process goes, whatever it is doing."""
-        try:
-            while (frame := read_frame(sys.stdin.buffer.read)) is not None:
-                inbox.put(frame)
-        except WireError as error:
-            print(f"stdin: {error}", file=sys.stderr, flush=True)
-            os._exit(1)
-        os._exit(0)
+        while True:
+            try:
+                frame = read_frame(sys.stdin.buffer.read)
+            except WireError as error:
+                if error.frame is None:
+                    print(f"stdin: {error}", file=sys.stderr, flush=True)
+                    os._exit(1)
+                frame = replace(error.frame, body=Failure(str(error), "user"))
+            if frame is None:
+                os._exit(0)
+            inbox.put(frame)
 
+    engine = Engine()
     send(Frame("hello"))
     threading.Thread(target=read_all, daemon=True).start()
-    engine = Engine()
-    scheduler = Scheduler(engine.jobs, send, engine.check_hooks)
+    scheduler = Scheduler(engine.jobs, send, engine.check_hooks, lambda: engine.model.info.key if engine.model else "")
     engine.swap = scheduler.drop_started
     while True:
         while not scheduler.jobs or not inbox.empty():
@@ -395,10 +283,15 @@ def serve() -> None:
         scheduler.step()
 
 
+def main(args: list[str] | None = None) -> int:
+    """The command line."""
+    from techniques import shell
+
+    return shell.main(args, lambda: Engine(), serve)
+
+
 if __name__ == "__main__":
     if sys.argv[1:] == ["serve"]:
         serve()
     else:
-        from commands import main
-
         sys.exit(main())

@@ -13,7 +13,9 @@ import torch as t
 from torch import Tensor
 
 from lens import frozen_norm
-from messages import ESTIMATES, Estimate, Progress, Sweep, SweepResult, UserError
+from techniques.patching.requests import Estimate, ESTIMATES, Sweep, SweepResult
+from vocabulary.nodes import UserError
+from vocabulary.requests import Progress
 from model import FINAL, Edit, Model
 from kept import Score, Spot
 from resume import Base, Variant
@@ -55,9 +57,8 @@ def estimate(model, ask: Estimate) -> Generator[Progress | SweepResult, None, Sw
             for name, g in (yield from gradients(base, {s.name for s in plan.spots}, path)).items():
                 total[name] = total.get(name, 0.0) + g / len(fractions)
             yield Progress(done + 1, len(fractions), f"{ask.method}: gradients")
-        found = [sides[0] + sum(linear(plan, base, s, total[s.name]) for s in v.spots) for v in board.waiting]
-        if found:
-            board.fill(board.waiting, np.stack(found))
+        if board.waiting:
+            board.fill(board.waiting, sides[0] + linear(plan, base, board.waiting, total))
     KNOWN[model] = (same_question(plan), board.values.copy(), board.sides[0].copy())
     return board.result(True)
 
@@ -74,7 +75,7 @@ def guess(plan: Plan, base: Base, board: Board) -> Generator[Progress, None, np.
         rows = values[board.members][:, [v.cell for v in board.waiting]] - sides[board.members, None]
         return np.abs(rows.mean(0))
     found = yield from gradients(base, {s.name for v in board.waiting for s in v.spots}, None)
-    return np.abs([sum(linear(plan, base, s, found[s.name]) for s in v.spots).mean() for v in board.waiting])
+    return np.abs(linear(plan, base, board.waiting, found).mean(1))
 
 
 def between(plan: Plan, base: Base, runs: list[Runs], fraction: float) -> Tensor:
@@ -167,11 +168,20 @@ def soft(model, logits: Tensor) -> Tensor:
     return model.softcap * t.tanh(logits / model.softcap) if model.softcap else logits
 
 
-def linear(plan: Plan, base: Base, spot: Spot, gradient: Tensor) -> np.ndarray:
-    """(new value - base value) . gradient at a spot [prompt]."""
-    index = (slice(None), *spot.index(0, base.per_kv))
-    change = base.source[spot.key][index] - base.acts[reads(plan.model, spot)][index]
-    return (change.double() * gradient[index].double()).reshape(len(change), -1).sum(1).cpu().numpy()
+def linear(plan: Plan, base: Base, variants: list[Variant], gradients: dict[str, Tensor]) -> np.ndarray:
+    """The sum of (new value - base value) . gradient over each variant's spots [variant, prompt]; a hook point's products leave the device together."""
+    products: dict[tuple, np.ndarray] = {}
+
+    def of(spot: Spot) -> np.ndarray:
+        if spot.key not in products:
+            change = base.source[spot.key] - base.acts[reads(plan.model, spot)]
+            x = change.double() * gradients[spot.name].double()
+            single = spot.node.site == "neuron" or spot.node.part == "pattern" and spot.node.site == "head"  # the last axis is one that a spot picks from
+            products[spot.key] = (x if single else x.sum(-1)).cpu().numpy()
+        found = products[spot.key][(slice(None), *spot.index(0, base.per_kv))]
+        return found.reshape(len(found), -1).sum(1)
+
+    return np.array([sum(of(s) for s in v.spots) for v in variants])
 
 
 # ------------------------------------------------------------------ direct effects

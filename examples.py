@@ -12,10 +12,11 @@ import torch as t
 from torch import Tensor
 
 from features import REFUSE, choose, fit, views
-from messages import Progress, UserError
-from model import Model, Normed, in_chunks
+from techniques.features.requests import Example, Examples, ExamplesResult
+from vocabulary.nodes import UserError
+from vocabulary.requests import Progress
+from model import Model, Passed, in_chunks
 from saes import CHUNK_BYTES, Dictionary, load
-from sparse import Example, Examples, ExamplesResult
 from training import at_once, counted
 from tuned import corpus, unembed_hash, windows
 from utils import ROOT
@@ -70,7 +71,7 @@ def activations(model: Model, d: Dictionary, ids: Tensor, out: bool = False) -> 
         def keep(x: Tensor) -> None:
             got[name] = x.detach()
             if last:
-                raise Normed
+                raise Passed
 
         return name, keep
 

@@ -13,12 +13,14 @@ from torch import Tensor
 from circuits import Bench, NodeRun
 from discovery import COUNTS
 from features import check, slope_at
-from messages import Progress, UserError, parse_node
+from techniques.circuits.requests import Discover, DiscoverResult, METHODS, REST
+from vocabulary.circuit import Circuit, rank
+from vocabulary.nodes import parse_node, UserError
+from vocabulary.requests import Progress
 from model import Edit, Model
 from patching import find_position
 from saes import Dictionary, for_layer, load
 from steering import write
-from wiring import METHODS, REST, Circuit, Discover, DiscoverResult, rank
 
 
 def dictionaries(model: Model, sources: tuple[str, ...], nodes: tuple[str, ...]) -> Generator[Progress, None, dict[Dictionary, list[int]]]:
@@ -71,8 +73,8 @@ class FeatureRun(NodeRun):
     def encode(self, d: Dictionary, x: Tensor) -> Tensor:
         return t.stack([t.cat([d.encode(one[p]) for p in d.pieces(len(one))]) for one in x])
 
-    def room(self) -> int:
-        return max(1, min(super().room(), self.limit // (12 * self.seq * len(self.ids) * max(d.d_sae for d in self.known))))
+    def set_bytes(self, masks: list) -> int:
+        return max(super().set_bytes(masks), len(masks) * 12 * self.ids.numel() * max(d.d_sae for d in self.known))
 
     # ---------------------------------------------------------------- sets
 
@@ -87,11 +89,10 @@ class FeatureRun(NodeRun):
                     out[i, at, self.known[d].index(node.index)] = 1
         return out
 
-    def mask(self, some: tuple[frozenset[str] | None, frozenset[str]]) -> tuple[Tensor, bool, dict[Dictionary, Tensor]]:
+    def mask(self, kept: frozenset[str] | None, gone: frozenset[str] = frozenset()) -> tuple[Tensor, bool, dict[Dictionary, Tensor]]:
         """The heads' mask; whether all other features are replaced; and where those of the circuit are [prompt, seq, feature]."""
-        kept, gone = some
         heads = lambda nodes: frozenset(n for n in nodes if parse_node(n).site != "sae")  # noqa: E731
-        whole = super().mask((heads(kept) if kept is not None else None, heads(gone)))
+        whole = super().mask(heads(kept) if kept is not None else None, heads(gone))
         if not self.heads_count:
             whole[:, :, : 4 * self.info.n_heads] = 0
         listed = {}
@@ -169,6 +170,7 @@ def discover(model: Model, ask: Discover) -> Generator[Progress, None, DiscoverR
         counts = [*(c for c in counts if c < len(nodes)), len(nodes)]
         some = bench.runs[0].known  # one dict of all runs
         some.clear()
+        bench.known.clear()
         some |= {d: [parse_node(n).index for n in nodes if parse_node(n).layer == d.layer] for d in used}
         empty, *alone = yield from bench.values([(none, none), *((frozenset(nodes[:c]), none) for c in counts)], "features: curve")
         alone, gap = np.array(alone), float((bench.whole - empty).mean())

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from features import check, check_run, stream_reader
 from logits import SCALE, direction, inner_direction, post_norm, pull_back, true_logits
-from messages import Progress, UserError
+from techniques.features.requests import CheckEdge, CheckEdgeResult, FeatureGraph, FeatureGraphResult
+from vocabulary.nodes import UserError
+from vocabulary.requests import Progress
 from model import FINAL, Edit, Model
 from patching import Runs, prepare
 from saes import Dictionary, load
-from sparse import CheckEdge, CheckEdgeResult, FeatureGraph, FeatureGraphResult
 
 STAGES = {"pre": 0, "attn": 1, "z": 1, "mid": 2, "mlp": 3, "post": 4}
 READS = {"pre": "hook_resid_pre", "attn": "hook_attn_out", "z": "attn.hook_z", "mid": "hook_resid_mid", "post": "hook_resid_post"}

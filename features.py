@@ -16,11 +16,13 @@ from torch import Tensor
 
 from lens import largest, rows_at_once
 from logits import SCALE, direction, inner_direction, post_norm, pull_back
-from messages import RUNS, Identity, Progress, UserError
+from techniques.features.requests import CheckEdge, Examples, Feature, FeatureGraph, FeatureResult, Features, FeaturesResult, Preflight, PreflightResult, Saes
+from vocabulary.nodes import UserError
+from vocabulary.prompts import RUNS
+from vocabulary.requests import Identity, Progress
 from model import FINAL, Edit, Model, write_mid
 from patching import Runs, prepare, read_study
 from saes import Dictionary, catalogue, labels, load
-from sparse import CheckEdge, Examples, Feature, FeatureGraph, FeatureResult, Features, FeaturesResult, Preflight, PreflightResult, Saes
 from utils import settings
 
 REFUSE, WARN = 0.8, 0.9

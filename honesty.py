@@ -9,7 +9,9 @@ import torch as t
 from torch import Tensor
 
 from logits import attribution
-from messages import Identity, Intervention, Node, Progress, Study, UserError
+from vocabulary.nodes import Intervention, Node, UserError
+from vocabulary.prompts import Study
+from vocabulary.requests import Identity, Progress
 from model import FINAL, SMALL, TOLERANCE, Model, out_of_memory, read_config, read_weights
 from patching import Runs, prepare, read_study
 from utils import show_bytes, tec

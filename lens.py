@@ -8,14 +8,19 @@ import numpy as np
 import torch as t
 from torch import Tensor
 
-from messages import LENSES, LensResult, Node, Progress, RunResult, Side, UserError, parse_node
+from techniques.lens.requests import LENSES, LensResult
+from techniques.output.requests import RunResult, Side
+from vocabulary.nodes import Node, parse_node, UserError
+from vocabulary.requests import Progress
 from model import FINAL, Model, in_chunks
 from patching import Runs, find_position, hook_name
 from tuned import Translators, read_translators
 
-VOCAB_BYTES = 64 << 20  # no vocabulary-sized tensor is larger
+VOCAB_BYTES = 64 << 20  # no vocabulary-sized tensor is larger; some ten of them are held at a time
+WIDER = 1.375  # times that on an accelerator, where a chunk costs the host as much as the device
 CHUNK_BYTES = 16 << 20  # this is how much of several points is made at once
 PIECE_BYTES = 2 << 20  # and read at once, on a CPU, so that it stays in the processor's cache
+HELD_BYTES = 256 << 20  # activations of a run that stay on a device; more wait in the host's pinned memory
 SCALE = "ln_final.hook_scale"
 BLOCK = 64
 MOST = 3
@@ -48,8 +53,12 @@ def is_component(node: Node) -> bool:
     return not node.site.startswith("resid_")
 
 
+def vocab_bytes(model: Model) -> int:
+    return VOCAB_BYTES if model.final_device.type == "cpu" else int(WIDER * VOCAB_BYTES)
+
+
 def rows_at_once(model: Model) -> int:
-    return max(1, VOCAB_BYTES // (4 * model.info.d_vocab))
+    return max(1, vocab_bytes(model) // (4 * model.info.d_vocab))
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -101,52 +110,78 @@ def names_of(model: Model, nodes: list[Node]) -> list[str]:
 
 
 class Reader:
-    """The logits of points on one run, a few points and positions at a time."""
+    """
+    The logits of points on one run, a few points and positions at a time: first `go` to the positions, among the `places` that are asked for at all.
+    Where the whole prompt's activations are large, only those of these places are held, and wait on the host where they too are large.
+    """
 
-    def __init__(self, runs: Runs, which: str, nodes: list[Node], lens: Translators | None):
+    def __init__(self, runs: Runs, which: str, nodes: list[Node], lens: Translators | None, places: list[int]):
         self.model, self.nodes, self.lens = runs.model, nodes, lens
-        self.acts = runs.trace(which, names_of(runs.model, nodes))
+        names = names_of(runs.model, nodes)
+        each = len(names) * runs.model.info.d_model * t.finfo(runs.model.dtype).bits // 8
+        large = lambda n: runs.model.final_device.type != "cpu" and n * each > HELD_BYTES  # noqa: E731
+        self.on_host = large(len(places))
+        self.acts: dict[str, Tensor] = {}
+        self.where: dict[int, int] | None = None  # the row of every place held, where not all are
+        if not large(len(runs.row(which).ids)):
+            self.acts = runs.trace(which, names)
+            return
+        self.where = {p: i for i, p in enumerate(places)}
+        runs.visit(which, names, lambda name, x: self.acts.__setitem__(name, self.held(x[:, places])))
+        if self.on_host and runs.model.device.type == "cuda":
+            t.cuda.synchronize()
 
-    def act(self, name: str, places: Tensor) -> Tensor:
-        x = self.acts[name][0]
-        return x[places.to(x.device)]
+    def held(self, x: Tensor) -> Tensor:
+        if not self.on_host:
+            return x
+        pinned = x.device.type == "cuda" and t.cuda.is_initialized()
+        return t.empty(x.shape, dtype=x.dtype, pin_memory=pinned).copy_(x, non_blocking=True)
+
+    def go(self, places: Tensor) -> None:
+        """To some positions: what is read of them goes to the device here."""
+        self.n = len(places)
+        rows = places if self.where is None else t.tensor([self.where[p] for p in places.tolist()])
+        on = {x.device: rows.to(x.device) for x in self.acts.values()}
+        self.rows = {name: x[0][on[x.device]] for name, x in self.acts.items()}
+        if self.on_host:
+            self.rows = {name: x.to(self.model.final_device) for name, x in self.rows.items()}
 
     @t.no_grad()
-    def normed(self, node: Node, places: Tensor) -> Tensor:
+    def normed(self, node: Node) -> Tensor:
         """What the unembedding gets [place, d_model]: the stream through the final norm, or a component through the frozen one."""
         model = self.model
-        x = self.act(hook_name(model, node), places)
+        x = self.rows[hook_name(model, node)]
         if not is_component(node):
             x = x.to(model.final_device)
             return model.norm(x if self.lens is None else self.lens.translate(node, x).to(x.dtype))
         if node.site == "head":
-            x = self.written(node, x, places)
-        x, scale = x.to(model.final_device), self.act(SCALE, places).to(model.final_device)
+            x = self.written(node, x)
+        x, scale = x.to(model.final_device), self.rows[SCALE].to(model.final_device)
         return frozen_norm(model.bridge.ln_final, scale, x, model)
 
-    def written(self, node: Node, z: Tensor, places: Tensor) -> Tensor:
+    def written(self, node: Node, z: Tensor) -> Tensor:
         """What one head adds to the stream, without b_O; through the frozen norm that some models put after attention."""
         block = self.model.bridge.blocks[node.layer]
         alone = t.zeros_like(z)
         alone[:, node.head] = z[:, node.head]
         out = (block.attn.o(alone.flatten(1)[None]) - block.attn.o(t.zeros_like(alone[:1]).flatten(1)[None]))[0]
         if hasattr(block, "ln1_post"):
-            scale = self.act(f"blocks.{node.layer}.ln1_post.hook_scale", places)
-            out = frozen_norm(block.ln1_post, scale, out, self.model)
+            out = frozen_norm(block.ln1_post, self.rows[f"blocks.{node.layer}.ln1_post.hook_scale"], out, self.model)
         return out
 
     @t.no_grad()
-    def logits(self, start: int, stop: int, places: Tensor) -> Tensor:
+    def logits(self, start: int, stop: int) -> Tensor:
         """fp32 [points x places, vocab]; a component's without b_U and before the soft cap."""
         model, nodes = self.model, self.nodes[start:stop]
-        normed = t.cat([self.normed(n, places) for n in nodes])
         if not any(is_component(n) for n in nodes):
-            return model.unembed(normed)
+            rows = [self.rows[hook_name(model, n)].to(model.final_device) for n in nodes]
+            return model.unembed(model.norm(t.cat(rows)) if self.lens is None else t.cat([self.normed(n) for n in nodes]))
+        normed = t.cat([self.normed(n) for n in nodes])
         direct = model.scores(normed)
         direct -= model.scores(t.zeros_like(normed[:1]))
         for i, node in enumerate(nodes):
             if not is_component(node):
-                rows = slice(i * len(places), (i + 1) * len(places))
+                rows = slice(i * self.n, (i + 1) * self.n)
                 direct[rows] = model.unembed(normed[rows])
         return direct
 
@@ -155,41 +190,55 @@ class Reader:
 
 
 @t.no_grad()
-def statistics(z: Tensor, final: tuple[Tensor, Tensor], answers: list[int], foils: list[int], k: int) -> dict[str, Tensor]:
+def statistics(z: Tensor, final: tuple[Tensor, Tensor], answers: list[int] | Tensor, foils: list[int] | Tensor, k: int) -> dict[str, Tensor]:
     """
-    Of fp32 logits [rows, vocab]; their largest is taken off them in place. `final` holds the probabilities that KL(final || this) is taken
-    against, and their negative entropy. One pass over the vocabulary for each line, and one exponential.
+    Of fp32 logits [points x places, vocab]; their largest is taken off them in place. `final` holds the probabilities [place, vocab] that
+    KL(final || this) is taken against, and their negative entropy. One pass over the vocabulary for each line, and one exponential.
     """
     values, ids = largest(z, min(k, z.shape[-1]))
-    diff = z[:, answers].mean(-1) - z[:, foils].mean(-1) if answers and foils else None
+    diff = z[:, answers].mean(-1) - z[:, foils].mean(-1) if len(answers) and len(foils) else None
     z -= values[:, :1]
     p = z.exp()
     total = p.sum(-1)
     lse, nan = total.log(), t.full(total.shape, math.nan, device=z.device)
-    out = {"top_ids": ids.int(), "top_probs": (values - values[:, :1] - lse[:, None]).exp()}
+    out = {"top_ids": ids, "top_probs": (values - values[:, :1] - lse[:, None]).exp()}
     out |= {"prob": nan, "rank": nan, "logit_diff": nan if diff is None else diff, "lse": lse}
     out["entropy"] = (lse - dot(p, z) / total).clamp(min=0)
-    if answers:
+    if len(answers):
         out["prob"] = p[:, answers].sum(-1) / total
         out["rank"] = (z > z[:, answers].amax(-1, keepdim=True)).sum(-1, dtype=t.int32).float()
     q, negative = final
     del p
-    out["kl"] = (negative - dot(q, z) + lse).clamp(min=0)
+    out["kl"] = ((negative - dot(q, z.unflatten(0, (-1, len(q))))).flatten() + lse).clamp(min=0)
     return out
 
 
 @t.no_grad()
-def promoted(z: Tensor, lse: Tensor, before: tuple[Tensor, Tensor] | None, component: bool) -> dict[str, Tensor]:
-    """The tokens that rose and fell most against the row before (centred logits and log normaliser), or that a component writes most for and against."""
-    most = min(MOST, z.shape[-1])
-    if component:
-        change, offset = z - z.mean(-1, keepdim=True), t.zeros_like(lse)
-    elif before is None:
-        ids, nan = t.zeros(len(z), most, dtype=t.int32, device=z.device), t.full((len(z), most), math.nan, device=z.device)
-        return {"up_ids": ids, "up_values": nan, "down_ids": ids, "down_values": nan}
-    else:
-        change, offset = z - before[0], before[1] - lse
+def promoted(z: Tensor, lse: Tensor, nodes: list[Node], before: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
+    """
+    Of centred logits [points x places, vocab] and log normalisers: the tokens that rose and fell most against the residual row before (at first
+    `before`), or that a component writes most for and against.
+    """
+    n, most = len(z) // len(nodes), min(MOST, z.shape[-1])
+    change, offset = t.empty_like(z), t.zeros_like(lse)
+    if before is not None and not any(is_component(node) for node in nodes):
+        t.sub(z[:n], before[0], out=change[:n])
+        t.sub(z[n:], z[:-n], out=change[n:])
+        offset = t.cat([before[1], lse[:-n]]) - lse
+        nodes = []
+    for i, node in enumerate(nodes):
+        here = slice(i * n, (i + 1) * n)
+        if is_component(node):
+            t.sub(z[here], z[here].mean(-1, keepdim=True), out=change[here])
+            continue
+        if before is None:
+            change[here], offset[here] = z[here], math.nan
+        else:
+            t.sub(z[here], before[0], out=change[here])
+            offset[here] = before[1] - lse[here]
+        before = z[here], lse[here]
     (up, up_ids), (down, down_ids) = largest(change, most), largest(change, most, False)
+    up_ids, down_ids = (ids.masked_fill(offset.isnan()[:, None], 0) for ids in (up_ids, down_ids))
     return {"up_ids": up_ids, "up_values": up + offset[:, None], "down_ids": down_ids, "down_values": down + offset[:, None]}
 
 
@@ -259,7 +308,7 @@ def read_lens(runs: Runs, ask) -> Generator[Progress | LensResult, None, LensRes
     what = "the prompt" if which == "now" else f"the {which} prompt"
     places = list(dict.fromkeys(find_position(p, row, what) for p in ask.positions)) or list(range(len(row.ids)))
     with_pair, convention = others(runs, which, ask.pair), lens_convention(runs, nodes, lens)
-    readers = {r: Reader(runs, r, nodes, lens) for r in dict.fromkeys((which, *with_pair))}
+    readers = {r: Reader(runs, r, nodes, lens, places) for r in dict.fromkeys((which, *with_pair))}
     block = min(rows_at_once(model), len(places))
     table: list[dict[str, np.ndarray]] = []  # one for every stretch of positions, [point, place, ...]
 
@@ -272,7 +321,7 @@ def read_lens(runs: Runs, ask) -> Generator[Progress | LensResult, None, LensRes
         here = t.tensor(places[begin : begin + block])
         work, groups = stretch(runs, which, readers, nodes, here, ask.k), []
         shown = 0
-        for part in in_chunks(len(nodes), max(1, min(CHUNK_BYTES, VOCAB_BYTES) // (4 * model.info.d_vocab * len(here))), work):
+        for part in in_chunks(len(nodes), max(1, min(CHUNK_BYTES, vocab_bytes(model)) // (4 * model.info.d_vocab * len(here))), work):
             if isinstance(part, Progress):
                 yield part
                 continue
@@ -281,48 +330,65 @@ def read_lens(runs: Runs, ask) -> Generator[Progress | LensResult, None, LensRes
             if ready == len(nodes):
                 break
             if block == len(places):
-                yield result(part, shown)
+                yield result(to_host([part]), shown)
             else:
                 yield Progress(begin * len(nodes) + ready * len(here), len(places) * len(nodes), f"{ask.kind} lens")
             shown = ready
-        table.append({n: np.concatenate([g[n] for g in groups]) for n in CELLS})
+        table.append(to_host(groups))
     out = result({n: np.concatenate([part[n] for part in table], 1) for n in CELLS}, 0)
     if not np.isfinite(out.entropy).all() or not np.isfinite(out.kl).all():
         raise UserError("the lens gave numbers that are not finite: load the model in float32")
     return out
 
 
-def stretch(runs: Runs, which: str, readers: dict[str, Reader], nodes: list[Node], places: Tensor, k: int) -> Callable[[int, int], dict[str, np.ndarray]]:
-    """A function that reads points [start, stop) at some positions; points must come in order, since each is compared with the one before."""
-    reader, n = readers[which], len(places)
-    final = final_of(runs.model, reader.act(FINAL, places))
-    size = n if places.device.type != "cpu" else max(1, PIECE_BYTES // (4 * runs.model.info.d_vocab))
+def stretch(runs: Runs, which: str, readers: dict[str, Reader], nodes: list[Node], places: Tensor, k: int) -> Callable[[int, int], dict[str, Tensor]]:
+    """
+    A function that reads points [start, stop) at some positions into tensors [point, place, ...]; points must come in order, since each is compared
+    with the one before. A CPU takes a piece of one point's rows at a time, another device all of them: it waits for nothing.
+    """
+    reader, n, device = readers[which], len(places), runs.model.final_device
+    for one in readers.values():
+        one.go(places)
+    final = final_of(runs.model, reader.rows[FINAL].to(device))
+    answers, foils = (t.tensor(ids, dtype=t.long, device=device) for ids in (runs.answers, runs.foils))
+    size = n if device.type != "cpu" else max(1, PIECE_BYTES // (4 * runs.model.info.d_vocab))
     before: list[tuple[Tensor, Tensor]] = []  # centred logits and log normaliser of the residual row before
 
-    def work(start: int, stop: int) -> dict[str, np.ndarray]:
-        z = reader.logits(start, stop, places)
-        pair = {r: x.logits(start, stop, places) for r, x in readers.items() if r != which}
-        parts, previous = [], before[0] if before else None
-        for i, node in enumerate(nodes[start:stop]):
+    def work(start: int, stop: int) -> dict[str, Tensor]:
+        z = reader.logits(start, stop)
+        pair = {r: x.logits(start, stop) for r, x in readers.items() if r != which}
+        parts, previous, here = [], before[0] if before else None, nodes[start:stop]
+        for a, b in [(0, len(here))] if device.type != "cpu" else [(i, i + 1) for i in range(len(here))]:
             lse = []
             for first in range(0, n, size):
                 there = slice(first, min(first + size, n))
-                here = slice(i * n + there.start, i * n + there.stop)
-                out = statistics(z[here], (final[0][there], final[1][there]), runs.answers, runs.foils, k)
+                rows = slice(a * n + first, (b - 1) * n + there.stop)
+                out = statistics(z[rows], (final[0][there], final[1][there]), answers, foils, k)
                 lse.append(out.pop("lse"))
-                earlier = None if previous is None else (previous[0][there], previous[1][there])
-                out |= promoted(z[here], lse[-1], earlier, is_component(node))
-                sides = {r: x[here] for r, x in pair.items()}
-                out["kl_pair"] = pair_kl(sides.get("clean", z[here]), sides.get("corrupt", z[here])) if pair else t.full((len(lse[-1]),), math.nan)
+                out |= promoted(z[rows], lse[-1], here[a:b], None if previous is None else (previous[0][there], previous[1][there]))
+                sides = {r: x[rows] for r, x in pair.items()}
+                nan = t.full(lse[-1].shape, math.nan, device=device)
+                out["kl_pair"] = pair_kl(sides.get("clean", z[rows]), sides.get("corrupt", z[rows])) if pair else nan
                 parts.append(out)
-            if not is_component(node):
-                previous = z[i * n : (i + 1) * n], t.cat(lse)
-        before[:] = [previous] if previous is not None else []
-        cells = {name: t.cat([part[name] for part in parts]).cpu().numpy() for name in CELLS}
-        cells = {name: v.astype(np.int32 if name.endswith("ids") else np.float32, copy=False) for name, v in cells.items()}
-        return {name: v.reshape(stop - start, n, *v.shape[1:]) for name, v in cells.items()}
+            if residual := [i for i in range(a, b) if not is_component(here[i])]:
+                last = residual[-1]
+                previous = z[last * n : (last + 1) * n], t.cat(lse).view(b - a, n)[last - a]
+        before[:] = [] if previous is None else [previous if len(here) == 1 else (previous[0].clone(), previous[1])]
+        return {name: t.cat([part[name] for part in parts]).unflatten(0, (len(here), n)) for name in CELLS}
 
     return work
+
+
+def to_host(parts: list[dict[str, Tensor]]) -> dict[str, np.ndarray]:
+    """Cells [point, place, ...] of several chunks as arrays, in one transfer: a device is waited for once."""
+    whole = {name: t.cat([part[name] for part in parts]) for name in CELLS}
+    bits = [(x.int() if name.endswith("ids") else x.float().view(t.int32)).reshape(*x.shape[:2], -1) for name, x in whole.items()]
+    host, out, first = t.cat(bits, -1).cpu().numpy(), {}, 0
+    for (name, x), part in zip(whole.items(), bits):
+        cell = np.ascontiguousarray(host[..., first : first + part.shape[-1]])
+        out[name] = (cell if name.endswith("ids") else cell.view(np.float32)).reshape(x.shape)
+        first += part.shape[-1]
+    return out
 
 
 # ------------------------------------------------------------------ the run and its metric
@@ -353,53 +419,96 @@ def measure(kind: str, row: Tensor, clean: Tensor, nll: np.ndarray, answers: lis
     raise AssertionError(kind)
 
 
-def side(runs: Runs, which: str, k: int) -> Generator[Progress, None, Side]:
-    """One run's top tokens and metric, each row of logits made once; remembered, so that a key does not make clean and corrupted again."""
-    model, row, metric = runs.model, runs.row(which), runs.study.metric
-    pos = 0 if metric.kind == "loss" else runs.metric_position(which)
-    done = runs.done if which == "now" else ()
-    key = (row.ids, done, k, metric.kind, pos, tuple(runs.answers), tuple(runs.foils), runs.row("clean").ids if metric.kind == "kl" else None)
-    if key in model.cache.sides:
-        return replace(model.cache.sides[key], tokens=row)
-    last = runs.trace(which, [FINAL])[FINAL][0]
-    target = t.tensor([*row.ids[1:], 0], device=last.device)
-    clean = last[:1]
-    if metric.kind == "kl":
-        clean = runs.trace("clean", [FINAL])[FINAL][0][runs.metric_position("clean")][None]
+class SideReading:
+    """
+    One run's top tokens at ever more positions, and its metric: the metric's position and the last one first. Each row of logits is made once; a
+    finished side is remembered, so that a key does not make clean and corrupted again. Not yet read: token -1, NaN.
+    """
+
+    def __init__(self, runs: Runs, which: str, k: int):
+        model, row, metric = runs.model, runs.row(which), runs.study.metric
+        self.runs, self.which, self.row, self.loss = runs, which, row, metric.kind == "loss"
+        self.pos = 0 if self.loss else runs.metric_position(which)
+        self.clean_ids = runs.row("clean").ids if metric.kind == "kl" else None
+        self.key = (row.ids, runs.done if which == "now" else (), k, metric.kind, self.pos, tuple(runs.answers), tuple(runs.foils), self.clean_ids)
+        self.done = model.cache.sides.get(self.key)
+        if self.done is None:
+            shape = (len(row.ids), min(k, model.info.d_vocab))
+            self.ids, self.probs, self.logits = np.full(shape, -1, np.int32), *(np.full(shape, np.nan, np.float32) for _ in range(2))
+            self.nll, self.metric = np.full(shape[0], np.nan), None
+            self.last = runs.trace(which, [FINAL])[FINAL][0]
+            self.order = list(dict.fromkeys((self.pos, shape[0] - 1, *range(shape[0]))))
+
+    @property
+    def side(self) -> Side:
+        return replace(self.done, tokens=self.row) if self.done else Side(self.row, self.ids.copy(), self.probs.copy(), self.logits.copy(), self.metric)
 
     @t.no_grad()
-    def work(start: int, stop: int) -> tuple[list[np.ndarray], Tensor | None]:
-        logits = model.unembed(last[start:stop])
-        top, lse = logits.topk(min(k, logits.shape[-1]), -1), logits.logsumexp(-1, keepdim=True)
-        nll = lse - logits.gather(-1, target[start:stop, None])
-        arrays = [x.cpu().numpy() for x in (top.indices.int(), (top.values - lse).exp(), top.values, nll[:, 0].double())]
-        return arrays, logits[pos - start].clone() if start <= pos < stop else None
+    def read(self, places: list[int]) -> None:
+        model, device = self.runs.model, self.last.device
+        logits = model.unembed(self.last[t.tensor(places, device=device)])
+        (values, ids), lse = largest(logits, self.ids.shape[1]), logits.logsumexp(-1, keepdim=True)
+        numbers = [(values - lse).exp(), values]
+        if self.loss:
+            target = t.tensor([*self.row.ids[1:], 0])[places].to(device)
+            numbers.append(lse - logits.gather(-1, target[:, None]))
+        host, k = t.cat([*(x.float().view(t.int32) for x in numbers), ids.int()], -1).cpu().numpy(), self.ids.shape[1]
+        probs, values, nll = (np.ascontiguousarray(x).view(np.float32) for x in np.split(host[:, :-k], [k, 2 * k], 1))
+        self.ids[places], self.probs[places], self.logits[places] = host[:, -k:], probs, values
+        if not np.isfinite(values).all():
+            raise UserError(f"the logits of the {self.which} run are not finite: load the model in float32")
+        if self.loss:
+            self.nll[places] = nll[:, 0]
+        elif self.pos in places:
+            self.measure(logits[places.index(self.pos)])
 
-    parts = []
-    for part in in_chunks(len(row.ids), rows_at_once(model), work):
-        if isinstance(part, Progress):
-            yield part
-        else:
-            parts.append(part)
-    ids, probs, logits, nll = (np.concatenate(p) for p in zip(*(arrays for arrays, _ in parts)))
-    if not np.isfinite(logits).all():
-        raise UserError(f"the logits of the {which} run are not finite: load the model in float32")
-    at = next(x for _, x in parts if x is not None)
-    value = measure(metric.kind, at, model.unembed(clean)[0] if metric.kind == "kl" else at, nll[:-1], runs.answers, runs.foils)
-    if len(model.cache.sides) >= 64:
-        model.cache.sides.pop(next(iter(model.cache.sides)))
-    model.cache.sides[key] = Side(row, ids, probs, logits, value)
-    return model.cache.sides[key]
+    def measure(self, row: Tensor) -> None:
+        runs, clean = self.runs, row
+        if runs.study.metric.kind == "kl":
+            clean = runs.model.unembed(runs.trace("clean", [FINAL])[FINAL][0][runs.metric_position("clean")][None])[0]
+        self.metric = measure(runs.study.metric.kind, row, clean, self.nll[:-1], runs.answers, runs.foils)
+
+    def steps(self, first: bool) -> Generator[Progress | None]:
+        """Read what comes first (all of a short prompt), or what is left; None after each chunk."""
+        if self.done:
+            return
+        size, few = rows_at_once(self.runs.model), len({self.pos, len(self.row.ids) - 1})
+        if not first or self.loss or len(self.order) <= size:
+            few = len(self.order)
+        todo, self.order = self.order[:few], self.order[few:]
+        yield from in_chunks(len(todo), size, lambda start, stop: self.read(todo[start:stop]))
+        if not self.order:
+            if self.loss:
+                self.measure(self.last[0])
+            sides = self.runs.model.cache.sides
+            if len(sides) >= 64:
+                sides.pop(next(iter(sides)))
+            self.done = sides[self.key] = self.side
 
 
-def run(runs: Runs, k: int) -> Generator[Progress, None, RunResult]:
-    """Clean, corrupted and now, each with its likeliest next tokens and the metric; raw and normalised."""
+def run(runs: Runs, k: int) -> Generator[Progress | RunResult, None, RunResult]:
+    """
+    Clean, corrupted and now, each with its likeliest next tokens and the metric; raw and normalised. Of a long prompt, partial results at first: the
+    metric's position and the last one, then ever more.
+    """
     if k < 1:
         raise UserError("k must be at least 1")
-    metric = runs.study.metric
-    clean = yield from side(runs, "clean", k)
-    corrupt = (yield from side(runs, "corrupt", k)) if runs.rows["corrupt"] is not None else None
-    now = (clean if runs.study.base == "clean" else corrupt) if not runs.edits else (yield from side(runs, "now", k))
+    sides = {w: SideReading(runs, w, k) for w in ("clean", "corrupt", "now") if runs.rows[w] is not None and (w != "now" or runs.edits)}
+    for reading in sides.values():
+        yield from (part for part in reading.steps(True) if part)
+    if any(not reading.done for reading in sides.values()):
+        yield run_result(runs, sides)
+    for reading in sides.values():
+        for part in reading.steps(False):
+            yield part or run_result(runs, sides)
+    return run_result(runs, sides)
+
+
+def run_result(runs: Runs, readings: dict[str, SideReading]) -> RunResult:
+    """What is known of the runs."""
+    metric, found = runs.study.metric, {w: r.side for w, r in readings.items()}
+    clean, corrupt = found["clean"], found.get("corrupt")
+    now = found.get("now", clean if runs.study.base == "clean" else corrupt)
     normalised, warning = None, ""
     if now.metric is None:
         warning = f"{metric.kind} needs " + ("a prompt of two tokens" if metric.kind == "loss" else "an answer" if not runs.answers else "a foil")
@@ -414,7 +523,7 @@ def run(runs: Runs, k: int) -> Generator[Progress, None, RunResult]:
             if abs(gap) < 0.05 * max(abs(clean.metric), abs(corrupt.metric)):
                 warning = f"small denominator: clean and corrupted differ by {gap:+.3g} only"
     sides = [s for s in (clean, corrupt, now) if s is not None]
-    words = texts(runs.model, np.concatenate([s.top_ids.ravel() for s in sides]))
+    words = texts(runs.model, np.concatenate([s.top_ids[s.top_ids >= 0] for s in sides]))
     place = "" if metric.kind == "loss" else f" at {metric.pos}"
     parts = [f"{metric.kind}{place}", "normalised: corrupted = 0, clean = 1", f"raw weights, {runs.model.info.dtype}", runs.convention]
     return RunResult(clean, corrupt, now, normalised, warning, words, ", ".join(p for p in parts if p), tuple(runs.answers), tuple(runs.foils))

@@ -14,16 +14,10 @@ import torch as t
 from torch import Tensor
 
 from attribution import check_layer, check_which, kv_head, over_set, pattern_name, read_set, subtract
-from messages import (
-    AttributionCells,
-    AttributionNeuronsResult,
-    AttributionResult,
-    AttributionSetResult,
-    AttributionSourcesResult,
-    Progress,
-    Study,
-    UserError,
-)
+from techniques.attribution.requests import AttributionCells, AttributionNeuronsResult, AttributionResult, AttributionSetResult, AttributionSourcesResult
+from vocabulary.nodes import UserError
+from vocabulary.prompts import Study
+from vocabulary.requests import Progress
 from model import FINAL, Edit, Model
 from patching import NAMES, Runs, find_position, read_study
 

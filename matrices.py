@@ -7,7 +7,7 @@ from functools import cached_property
 import torch as t
 from torch import Tensor
 
-from messages import UserError
+from vocabulary.nodes import UserError
 from model import Model
 
 CHUNK_BYTES = 64 << 20

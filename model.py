@@ -10,8 +10,9 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import huggingface_hub
@@ -34,8 +35,12 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources.transformers import determine_architecture_from_hf_config
 from transformer_lens.utilities.architectures import MASKED_LM_ARCHITECTURES, MULTIMODAL_ARCHITECTURES, SEQ2SEQ_ARCHITECTURES
 
-import align
-from messages import CheckResult, Identity, Load, ModelInfo, Progress, Prompt, Side, TokenRow, UserError
+from vocabulary import alignment as align
+from devices import filled_by_others, pick_device, unused_gpu
+from techniques.output.requests import Side
+from vocabulary.nodes import UserError
+from vocabulary.prompts import Prompt, TokenRow
+from vocabulary.requests import CheckResult, Identity, Load, ModelInfo, Progress
 from utils import ROOT, settings, show_bytes, tec
 
 transformers.utils.logging.disable_progress_bar()
@@ -54,12 +59,12 @@ POSITIONS = {"standard": "learned"}
 Edit = tuple[str, Callable[[Tensor], Tensor | None]]
 
 
-class Normed(Exception):
-    """The final norm has been passed: the rest of the forward pass is not needed."""
+class Passed(Exception):
+    """All that was asked for has been passed: the rest of the forward pass is not needed."""
 
 
 def stop(x: Tensor) -> None:
-    raise Normed
+    raise Passed
 
 
 class Keep:
@@ -69,6 +74,24 @@ class Keep:
 
     def __call__(self, x: Tensor) -> None:
         self.x = x
+
+
+@contextmanager
+def entered(blocks: list[t.nn.Module], layer: int, x: Tensor) -> Generator:
+    """A forward pass meanwhile enters at block `layer` with the stream x: what the blocks before it hand on is not looked at."""
+    inner = blocks[layer].forward
+
+    def enter(*args, **kwargs):
+        return inner(x, *args[1:], **kwargs) if args else inner(**kwargs | {"hidden_states": x})
+
+    try:
+        for block in blocks[:layer]:
+            block.__dict__["forward"] = lambda *_, **__: x
+        blocks[layer].__dict__["forward"] = enter
+        yield
+    finally:
+        for block in blocks[: layer + 1]:
+            block.__dict__.pop("forward", None)
 
 
 def first_line(error: BaseException) -> str:
@@ -252,22 +275,6 @@ def read_tokenizer(folders: list[Path]) -> transformers.PreTrainedTokenizerBase:
     raise UserError(f"{folders[0]} has no tokenizer (tokenizer.json): copy the tokenizer files of its base model there")
 
 
-def pick_device(name: str) -> t.device:
-    if name == "auto":
-        return t.device("cuda" if t.cuda.is_available() else "cpu")
-    try:
-        device = t.device(name)
-    except RuntimeError as error:
-        raise UserError(f"{name!r} is not a device: write auto, cpu, cuda, cuda:1 or mps") from error
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"{name!r} is not a device that Loupe uses: write auto, cpu, cuda, cuda:1 or mps")
-    if device.type == "cuda" and (device.index or 0) >= t.cuda.device_count():
-        raise UserError(f"there is no device {name}: torch sees {t.cuda.device_count()} CUDA devices")
-    if device.type == "mps" and not t.backends.mps.is_available():
-        raise UserError("there is no mps device here: write auto or cpu")
-    return device
-
-
 def read_weights(folder: Path, config: transformers.PretrainedConfig, dtype: t.dtype, device: t.device, device_map: str | None) -> t.nn.Module:
     """The Hugging Face model, eager attention, safetensors only; missing or misshapen weights are an error, never random numbers."""
     where = {"device_map": device_map} if device_map else {}
@@ -310,6 +317,7 @@ def load(ask: Load, cache_mb: int, before_weights: Callable[[], None] = lambda: 
     tokenizer = read_tokenizer([folder, base])
     dtype = DTYPES[ask.dtype] if ask.dtype != "auto" else t.float32 if n_params <= SMALL else stored
     before_weights()
+    warning = (unused_gpu() if ask.device == "auto" else "") or filled_by_others(device)
     if device.type == "cpu":
         t.set_num_threads(1 if n_params < TINY else CORES)
     yield Progress(2, 5, f"reading weights ({n_params / 1e6:.1f} M parameters, {str(dtype).removeprefix('torch.')})")
@@ -318,7 +326,7 @@ def load(ask: Load, cache_mb: int, before_weights: Callable[[], None] = lambda: 
     model = Model(ask, hf, tokenizer, folder, base, dtype, cache_mb)
     yield Progress(4, 5, "checking")
     checks = model.self_check()
-    model.info = replace(model.info, n_params=n_params, seconds=time.time() - start, checks=checks)
+    model.info = replace(model.info, n_params=n_params, seconds=time.time() - start, checks=checks, warning=warning)
     return model
 
 
@@ -383,7 +391,8 @@ class Model:
         self.device_map = ask.device_map or None
         theirs = copy.deepcopy(tokenizer)
         theirs.init_kwargs["add_bos_token"] = True  # else the Bridge fetches the tokenizer a second time, from the hub if it likes
-        self.bridge = TransformerBridge.boot_transformers(str(base), hf_model=hf, tokenizer=theirs, dtype=dtype).eval()
+        where = hf.get_input_embeddings().weight.device  # else the Bridge takes the accelerator, wherever the weights are
+        self.bridge = TransformerBridge.boot_transformers(str(base), hf_model=hf, tokenizer=theirs, dtype=dtype, device=where).eval()
         for p in self.bridge.original_model.parameters():
             p.requires_grad_(False)
         cfg = self.cfg = self.bridge.cfg
@@ -455,47 +464,107 @@ class Model:
 
     @t.no_grad()
     def forward(
-        self, ids: Tensor, names: Iterable[str] = (), edits: Iterable[Edit] = (), keep: int | None = 1, cache: object = None
+        self,
+        ids: Tensor,
+        names: Iterable[str] = (),
+        edits: Iterable[Edit] = (),
+        keep: int | None = 1,
+        cache: object = None,
+        take: Callable[[str, Tensor], None] | None = None,
+        begin: tuple[int, Tensor] | None = None,
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """
-        Run [batch, seq] ids under edits; logits of the last `keep` positions (0: all; None: no logits, it ends at the final norm) and what passed the
-        named points after the edits. `cache` is Hugging Face's, for keys and values.
+        Run [batch, seq] ids under edits; logits of the last `keep` positions (0: all; None: no logits, it ends when the names have passed, without
+        names at the final norm) and what passed the named points after the edits; `take` gets it instead as it passes, and nothing is held. `cache`
+        is Hugging Face's, for keys and values. `begin`: a block and its input in such a run, instead of the blocks before it.
         """
         got: dict[str, Tensor] = {}
+        left = dict.fromkeys(names)
+        take = take or got.__setitem__
 
         def catch(name: str) -> Edit:
-            return name, lambda x: got.__setitem__(name, x.detach())
+            def fn(x: Tensor) -> None:
+                take(name, x.detach())
+                left.pop(name, None)
+                if keep is None and not left:
+                    raise Passed
+
+            return name, fn
 
         more = {} if cache is None else {"past_key_values": cache}
-        with self.hooks([*edits, *(catch(n) for n in dict.fromkeys(names)), *([(FINAL, stop)] if keep is None else [])]):
-            try:
-                logits = self.bridge(ids.to(self.device), use_cache=cache is not None, logits_to_keep=keep or 0, **more)
-            except Normed:
-                logits = None
+        with self.hooks([*edits, *map(catch, left), *([(FINAL, stop)] if keep is None else [])]):
+            with nullcontext() if begin is None else entered(list(self.bridge.blocks), *begin):
+                try:
+                    logits = self.bridge(ids.to(self.device), use_cache=cache is not None, logits_to_keep=keep or 0, **more)
+                except Passed:
+                    logits = None
         return logits, got
 
     def trace(self, ids: tuple[int, ...], names: Iterable[str], edits: Iterable[Edit] = (), done: tuple = ()) -> dict[str, Tensor]:
         """
-        Activations [1, ...] of one run, from the cache or from one forward pass. `done` names the edits, for the cache. The pass also keeps
-        what the panes will ask for next (lens points, patterns) when that is small against the cache.
+        Activations [1, ...] of one run, from the cache or from a forward pass that begins as late and ends as early as it can. `done` names the
+        edits, for the cache. The pass also keeps what the panes will ask for next: lens points and patterns where these are small against the
+        cache, else, when one layer is looked at, the inputs of the blocks up to it.
         """
-        names = list(dict.fromkeys(names))
+        names, edits = list(dict.fromkeys(names)), list(edits)
         found = {n: v for n in names if (v := self.cache.get((ids, done, n))) is not None}
         missing = [n for n in names if n not in found]
         if missing:
+            wanted = [*missing, *(n for n in self.likely(len(ids)) if (ids, done, n) not in self.cache.items)]
+            places = {self.place(n) for n in wanted}
+            begin = self.nearest(ids, done, min(places), edits)
+            beside: dict[str, Tensor] = {}
+            if not self.likely(len(ids)) and len(places - {self.info.n_layers}) == 1:
+                edits += [(n, lambda x, n=n: beside.__setitem__(n, x.detach())) for n in self.inputs(len(ids)) if self.place(n) <= min(places)]
             try:
-                _, got = self.forward(t.tensor([ids]), [*missing, *self.likely(len(ids))], edits)
-            except t.OutOfMemoryError:
-                self.cache.clear()
-                tec()
                 try:
-                    _, got = self.forward(t.tensor([ids]), missing, edits)
-                except t.OutOfMemoryError as error:
-                    raise out_of_memory(error) from error
-            for n, v in got.items():
+                    _, got = self.forward(t.tensor([ids]), wanted, edits, keep=None, begin=begin)
+                except t.OutOfMemoryError:
+                    self.cache.clear()
+                    beside.clear()
+                    tec()
+                    _, got = self.forward(t.tensor([ids]), missing, edits, keep=None)
+            except t.OutOfMemoryError as error:
+                raise out_of_memory(error) from error
+            for n, v in (got | beside).items():
                 self.cache.put((ids, done, n), v)
             found |= {n: got[n] for n in missing}
         return found
+
+    def place(self, name: str) -> int:
+        """The layer of a hook point; -1 before the blocks, n_layers behind them."""
+        if block := re.match(r"blocks\.(\d+)\.", name):
+            return int(block[1])
+        return self.info.n_layers if name.startswith("ln_final.") else -1
+
+    def inputs(self, seq: int) -> list[str]:
+        """The inputs of every block, or of every n-th so that they fit into a quarter of the cache."""
+        need = self.info.n_layers * seq * self.info.d_model * t.finfo(self.dtype).bits // 8
+        every = max(1, math.ceil(need / max(1, self.cache.limit // 4)))
+        return [f"blocks.{layer}.hook_resid_pre" for layer in range(every, self.info.n_layers, every)]
+
+    def nearest(self, ids: tuple[int, ...], done: tuple, layer: int, edits: list[Edit]) -> tuple[int, Tensor] | None:
+        """The last block up to a layer whose input in this run is at hand, and the input. Not one with an edit in it: it would act twice."""
+        found, written = None, {self.place(name) for name, _ in edits}
+        for k in range(1, min(layer, self.info.n_layers - 1) + 1):
+            for name in (f"blocks.{k}.hook_resid_pre", f"blocks.{k - 1}.hook_resid_post"):
+                if (x := self.cache.get((ids, done, name))) is not None and k not in written:
+                    found = k, x
+        return found if found and self.resumes else None
+
+    @cached_property
+    def resumes(self) -> bool:
+        """Whether passes that begin at a block give what whole ones give: not where blocks hand on more than the stream."""
+        ids, n = self.random_ids(min(8, self.info.n_ctx)), self.info.n_layers
+        layers = [k for k in {n // 2, n - 1} if k]
+        _, want = self.forward(ids, [*(f"blocks.{k}.hook_resid_pre" for k in layers), FINAL], keep=None)
+        try:
+            got = [self.forward(ids, [FINAL], keep=None, begin=(k, want[f"blocks.{k}.hook_resid_pre"]))[1][FINAL] for k in layers]
+        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:  # a model whose own loop over its blocks wants more
+            if isinstance(error, t.OutOfMemoryError):
+                raise
+            return False
+        return all(self.identity("resumed", x, want[FINAL]).ok for x in got)
 
     def likely(self, seq: int) -> list[str]:
         i, size = self.info, t.finfo(self.dtype).bits // 8

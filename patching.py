@@ -9,8 +9,10 @@ import numpy as np
 import torch as t
 from torch import Tensor
 
-import align
-from messages import METRICS, NOISE, OPS, RUNS, SITES, Intervention, Node, Progress, Prompt, Study, TokenRow, UserError
+from vocabulary import alignment as align
+from vocabulary.nodes import Intervention, Node, NOISE, OPS, SITES, UserError
+from vocabulary.prompts import METRICS, Prompt, RUNS, Study, TokenRow
+from vocabulary.requests import Progress
 from model import Edit, Model, in_chunks, write_mid
 
 BATCH = 32
@@ -215,6 +217,15 @@ class Runs:
         """Activations of a run, from the cache when it ran before."""
         edits, done = (self.edits, self.done) if which == "now" else ((), ())
         return self.model.trace(self.row(which).ids, names, edits, done)
+
+    def visit(self, which: str, names: Iterable[str], take: Callable[[str, Tensor], None]) -> None:
+        """take(name, activations [1, ...]) of one point of a run after the other: a long prompt's as they pass, and none is held."""
+        ids = self.row(which).ids
+        if self.model.likely(len(ids)):
+            for name, x in self.trace(which, names).items():
+                take(name, x)
+        else:
+            self.model.forward(t.tensor([ids]), names, self.edits if which == "now" else (), keep=None, take=take)
 
     def position(self, which: str, pos: int | str) -> int:
         return find_position(pos, self.row(which), NAMES[which])

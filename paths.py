@@ -7,6 +7,7 @@ Path patching: a sender's value from the other run, carried along chosen paths o
 Sender sets are the batch; the base run and its keys and values are kept (resume.py).
 """
 
+import time
 from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -16,13 +17,16 @@ import numpy as np
 import torch as t
 from torch import Tensor
 
-from messages import Node, Progress, Sweep, SweepResult, UserError, parse_node
+from techniques.circuits.requests import CONVENTIONS, PathPatch
+from techniques.patching.requests import Sweep, SweepResult
+from vocabulary.circuit import LOGITS
+from vocabulary.nodes import Node, parse_node, UserError
+from vocabulary.requests import Progress
 from model import Edit, Model
 from patching import find_position
 from kept import Recorded, Spot
 from resume import PIECE, Base
 from sweeps import Board, Layout, aligned, bases, make_spot, read_plan
-from wiring import CONVENTIONS, LOGITS, PathPatch
 
 PARTS = ("q", "k", "v")
 
@@ -301,6 +305,7 @@ def path_patch(model: Model, ask: PathPatch) -> Generator[Progress | SweepResult
         raise UserError("one cell is one sender or one receiver: each is sender or receiver")
     if ask.study.metric.kind == "loss":
         raise UserError("path patching reads one position, and loss has none: use another metric")
+    begun = time.monotonic()
     plan = read_plan(model, Sweep(ask.study, "nodes", "patch", ask.direction, over_set=ask.over_set, chunk_mb=ask.chunk_mb))
     row = plan.runs[0].row(plan.side)
     layout, paths = lay_out(model, ask, row)
@@ -327,7 +332,7 @@ def path_patch(model: Model, ask: PathPatch) -> Generator[Progress | SweepResult
         waiting = [cells[v.cell] for v in board.waiting]
         change = changes(base, list(dict.fromkeys(s for p in waiting for s in p.senders)))
         change = {k: v[:, : base.stop - base.shared] for k, v in change.items()}
-        size = at_once(base)
+        size, began = at_once(base), time.monotonic()
         for a in range(0, len(waiting), size):
             some = waiting[a : a + size]
             found = None
@@ -336,6 +341,9 @@ def path_patch(model: Model, ask: PathPatch) -> Generator[Progress | SweepResult
                 found = yield from told(wave, board)
             board.fill(some, (yield from told(deliver(base, some, change, found), board)))
             base.at_once = max(base.at_once, len(some))
+            if ask.dry:
+                seconds = (time.monotonic() - began) / (a + len(some)) / len(members) * (board.total - board.done) + time.monotonic() - begun
+                return replace(labelled(board.result(False), ask, model), warning=f"the whole table: about {seconds:.1f} s, by its first {len(some)} paths")
             if board.done < board.total:
                 yield labelled(board.result(False), ask, model)
     return labelled(board.result(True), ask, model)

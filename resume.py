@@ -20,7 +20,8 @@ from torch import Tensor
 
 import kept
 from kept import Kept, Spot, make_spot
-from messages import Node, Progress
+from vocabulary.nodes import Node
+from vocabulary.requests import Progress
 from model import Edit, Keep, out_of_memory
 from shortcuts import given
 from utils import tec
@@ -141,10 +142,10 @@ class Base(Kept):
         layer = next(k for k in self.source if k[1:] == ("head", part))[0]
         spot, kept = make_spot(self.model, Node("head", layer, 0, part)), dict(self.source)
         try:
-            self.source = {spot.key: self.acts[spot.name].flip(-1)}
+            self.source = {spot.key: 2 * self.acts[spot.name].flip(-1) + 0.5}  # of another norm too: some models normalise all heads' q together
             want = self.step(layer, self.resid[layer][:, : self.stop], 0, self.write([(0, spot)], 1, 0))
             got = self.attended(layer, [spot], 0)
-        except (TypeError, AttributeError, KeyError, IndexError, ValueError, RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:
             if isinstance(error, t.OutOfMemoryError):
                 raise
             return type(error).__name__
@@ -356,6 +357,7 @@ class Base(Kept):
                     if len(part) == 1:
                         raise out_of_memory(error) from error
                     size = max(1, len(part) // 2)
+                    self.limit = min(self.limit, size * length * self.token_bytes())  # the groups that follow begin with what fits
                     yield Progress(0, 0, f"out of memory: {size} at a time now")
                     continue
                 self.at_once, begun = max(self.at_once, len(part)), True

@@ -27,9 +27,10 @@ from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTP
 from safetensors import SafetensorError
 from torch import Tensor
 
-from messages import Progress, UserError
+from techniques.features.requests import SaeChoice, SaeInfo, SaesResult
+from vocabulary.nodes import UserError
+from vocabulary.requests import Progress
 from model import Model, first_line, out_of_memory, read_json
-from sparse import SaeChoice, SaeInfo, SaesResult
 from tuned import unembed_hash
 from utils import ROOT, settings
 

@@ -8,7 +8,9 @@ import torch as t
 from torch import Tensor
 
 from features import check, gradient, no_metric
-from messages import Intervention, Node, Progress, Sweep, UserError, parse_node
+from techniques.patching.requests import Sweep
+from vocabulary.nodes import Intervention, Node, parse_node, UserError
+from vocabulary.requests import Progress
 from model import Edit, Model
 from patching import NAMES, Runs, find_position, read_study, resampled
 from kept import Spot

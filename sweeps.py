@@ -15,7 +15,10 @@ import numpy as np
 import torch as t
 from torch import Tensor
 
-from messages import METRICS, SWEEP_OPS, SWEEPS, Node, Progress, Prompt, Study, Sweep, SweepResult, TokenRow, UserError, parse_node
+from techniques.patching.requests import Sweep, SWEEP_OPS, SweepResult, SWEEPS
+from vocabulary.nodes import Node, parse_node, UserError
+from vocabulary.prompts import METRICS, Prompt, Study, TokenRow
+from vocabulary.requests import Progress
 from model import FINAL, Model
 from patching import Runs, find_position, gaussian, hook_name, means, noise_scale, place_in_set, prepare, read_study, resampled
 from kept import Score, Spot, make_spot

@@ -14,10 +14,11 @@ import torch as t
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from messages import AddressError, Node, Progress, UserError, parse_node
+from techniques.features.requests import TrainSae, TrainSaeResult
+from vocabulary.nodes import AddressError, Node, parse_node, UserError
+from vocabulary.requests import Progress
 from model import TINY, Edit, Model, first_line, in_chunks, write_mid
 from patching import hook_name
-from sparse import TrainSae, TrainSaeResult
 from tuned import BROKEN, CHECKPOINT, corpus, save, unembed_hash, windows
 
 ARCHITECTURES = ("topk", "batchtopk", "standard", "jumprelu")

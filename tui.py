@@ -30,7 +30,11 @@ from textual.geometry import Region
 from textual.reactive import var
 from textual.worker import Worker, WorkerState
 
-from messages import Load, ModelInfo, Node, Run, RunResult, Side, Study, UserError, read_prompt_set
+from techniques.features.requests import SaeInfo
+from techniques.output.requests import Run, RunResult, Side
+from vocabulary.nodes import Node, UserError
+from vocabulary.prompts import read_prompt_set, Study
+from vocabulary.requests import Load, ModelInfo
 from screen import layout, loading, top
 from screen.client import Client, Job
 from screen.compositor import TightScreen
@@ -41,7 +45,6 @@ from screen.pane import Pane
 from screen.replies import Requests
 from screen.session import Session, State, add_views, newest_session, read_session
 from screen.table import SCREEN
-from sparse import SaeInfo
 from techniques import parts
 from utils import ROOT, settings, visible
 from widgets import BAD, PLAIN, WARN, Lines, Spans

@@ -19,7 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from messages import FitJacobian, FitJacobianResult, Node, Progress, TuneLens, TuneLensResult, UserError
+from techniques.lens.requests import FitJacobian, FitJacobianResult, TuneLens, TuneLensResult
+from vocabulary.nodes import Node, UserError
+from vocabulary.requests import Progress
 from model import FINAL, Model, first_line, is_hub_name
 from utils import ROOT, settings
 

@@ -8,7 +8,9 @@ import torch as t
 from torch import Tensor
 
 from matrices import CHUNK_BYTES, NOTHING, Gain, Head, Layer, Tokens, read_gain
-from messages import SINGULAR, Composition, CompositionResult, HeadWeights, HeadWeightsResult, Pairs, Progress, Readout, Singular, SingularResult, UserError
+from techniques.weights.requests import Composition, CompositionResult, HeadWeights, HeadWeightsResult, Pairs, Readout, Singular, SINGULAR, SingularResult
+from vocabulary.nodes import UserError
+from vocabulary.requests import Progress
 from model import Model
 
 SAMPLE = 1024  # tokens the copying score is taken over

@@ -24,9 +24,10 @@ from transformers import GPT2LMHeadModel
 
 from edges import edge_runs
 from engine import Engine
-from messages import Study, read_prompt_set
+from techniques.circuits.requests import Discover, PathPatch, Score
+from vocabulary.circuit import Circuit
+from vocabulary.prompts import read_prompt_set, Study
 from utils import ROOT, bold, cyan, endc, gray, purple, yellow
-from wiring import Circuit, Discover, PathPatch, Score
 
 spec = importlib.util.spec_from_file_location("setting", Path(__file__).parent / "patching.py")  # the same random model, prompts and tolerance
 setting = importlib.util.module_from_spec(spec)
@@ -127,8 +128,7 @@ def zoo(quick: bool) -> dict[str, float]:
     rank = lambda x: np.argsort(np.argsort(np.abs(x)))  # noqa: E731
     for method in ("eap", "eap-ig"):
         r = engine.run(Discover(study, method))
-        every = frozenset(r.edges)
-        true = np.concatenate([ended(run.run([run.mask(every - {e}) for e in r.edges])) for run in runs], 1).mean(1) - float(
+        true = np.concatenate([ended(run.run([run.mask(None, [e]) for e in r.edges])) for run in runs], 1).mean(1) - float(
             np.concatenate([x.value for x in runs]).mean()
         )
         figures[f"{method}_rank"] = round(float(np.corrcoef(rank(true), rank(r.scores))[0, 1]), 3)

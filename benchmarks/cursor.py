@@ -18,7 +18,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 
 from screen.client import Client
-from messages import Attention, Load, Study, Sweep, read_prompt_set
+from techniques.attention.requests import Attention
+from techniques.patching.requests import Sweep
+from vocabulary.prompts import read_prompt_set, Study
+from vocabulary.requests import Load
 from utils import ROOT, bold, cyan, endc, gray
 
 spec = importlib.util.spec_from_file_location("setting", Path(__file__).parent / "patching.py")

@@ -31,7 +31,8 @@ from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from engine import Engine
-from messages import Prompt, Study, Sweep, SweepResult
+from techniques.patching.requests import Sweep, SweepResult
+from vocabulary.prompts import Prompt, Study
 from utils import bold, cyan, endc, gray, purple
 
 SEQ, TOL = 15, 1e-4

@@ -52,7 +52,7 @@ def engine_on(folder: str):
 
 def study(engine, corrupt: bool = False):
     """A prompt of N tokens, one a byte."""
-    from messages import Prompt, Study
+    from vocabulary.prompts import Prompt, Study
 
     text = " ".join(WORDS * 3)[: N - 1]
     prompt = Prompt(text, text.replace("w", "v") if corrupt else None, ("a",), ("b",), bos=True)
@@ -76,7 +76,9 @@ def interleaved(runs: int, *sides: Callable[[], object]) -> list[float]:
 def measure(folder: str, runs: int) -> dict[str, float]:
     import torch as t
 
-    from messages import Attention, Attribution, Lens
+    from techniques.attention.requests import Attention
+    from techniques.attribution.requests import Attribution
+    from techniques.lens.requests import Lens
 
     engine = engine_on(folder)
     model, ask = engine.model, study(engine)

@@ -3,7 +3,9 @@
 import contextlib
 from pathlib import Path
 
-from messages import ABLATIONS, OPS, WHICH, Intervention, Node, RunResult, UserError, parse_intervention, parse_node
+from techniques.output.requests import RunResult
+from vocabulary.nodes import ABLATIONS, Intervention, Node, OPS, parse_intervention, parse_node, UserError
+from vocabulary.prompts import WHICH
 from screen.overlays import Editor, Item, Picker
 from screen.pane import Host
 from screen.session import VIEWS

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from messages import Failure, Frame, Progress, WireError, encode, read_frame_async
+from vocabulary.requests import Failure, Progress
+from vocabulary.wire import encode, Frame, read_frame_async, WireError
 from utils import ROOT
 
 
@@ -75,18 +76,19 @@ class Client:
     async def start(self) -> None:
         command = [*shlex.split(self.via), "uv", "run", "engine.py", "serve"] if self.via else [sys.executable, str(ROOT / "engine.py"), "serve"]
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        self.stopping = False
+        self.stopping, self.jobs = False, {}  # the reader of an engine before this one ends that one's jobs
         with open(self.log, "ab") as log:
             self.process = await asyncio.create_subprocess_exec(
                 *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=log, start_new_session=True, cwd=ROOT
             )
-        self.reader = asyncio.create_task(self.read(self.process))
+        self.reader = asyncio.create_task(self.read(self.process, self.jobs))
 
-    async def read(self, process: asyncio.subprocess.Process) -> None:
+    async def read(self, process: asyncio.subprocess.Process, jobs: dict[int, Job]) -> None:
+        """Answer this process's jobs until it ends; then those left have died with it."""
         reason = ""
         try:
             while True:
-                self.receive(await read_frame_async(process.stdout))
+                self.receive(await read_frame_async(process.stdout), jobs)
         except asyncio.IncompleteReadError:
             code = await process.wait()
             reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
@@ -95,15 +97,15 @@ class Client:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
-        jobs, self.jobs = self.jobs, {}
         for job in jobs.values():
             if not job.future.done():
                 job.future.set_exception(EngineDied(f"the engine died ({reason})"))
-        if not self.stopping:
+        jobs.clear()
+        if not self.stopping and process is self.process:
             self.on_death(reason)
 
-    def receive(self, frame: Frame) -> None:
-        job = self.jobs.get(frame.id)
+    def receive(self, frame: Frame, jobs: dict[int, Job]) -> None:
+        job = jobs.get(frame.id)
         if job is None:
             return  # an answer to a request that was replaced
         match frame.kind:
@@ -116,7 +118,7 @@ class Client:
                 if job.on_partial:
                     job.on_partial(frame.body)
             case "result" | "error" | "cancelled":
-                del self.jobs[frame.id]
+                del jobs[frame.id]
                 if job.future.done():
                     return
                 if frame.kind == "result":

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-from messages import ModelInfo, Node
+from vocabulary.nodes import Node
+from vocabulary.requests import ModelInfo
 
 
 @dataclass(frozen=True)

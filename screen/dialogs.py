@@ -5,7 +5,9 @@ import textwrap
 import time
 from pathlib import Path
 
-from messages import Load, Models, RunResult, UserError
+from techniques.output.requests import RunResult
+from vocabulary.nodes import UserError
+from vocabulary.requests import Load, Models
 from screen.keys import Action, show_keys
 from screen.overlays import Item, Overlay, Panel, Picker
 from screen.pane import Host

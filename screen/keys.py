@@ -15,7 +15,7 @@ from typing import Protocol
 
 from textual.binding import Binding
 
-from messages import UserError
+from vocabulary.nodes import UserError
 
 PANES, MOVE, PROMPT, INTERVENE, CIRCUIT, FEATURES, VIEW, FIND, LOUPE = "Panes", "Move", "Prompt", "Intervene", "Circuit", "Features", "View", "Find", "Loupe"
 

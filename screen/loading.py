@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from messages import Load, Status
+from vocabulary.requests import Load, Status
 from screen.client import EngineDied, EngineError
 from screen.cursor import Cursor
 from screen.pane import Host

@@ -13,7 +13,11 @@ from textual.containers import Vertical
 from textual.geometry import Region, Size
 from textual.widget import Widget
 
-from messages import ModelInfo, Node, Side, Study
+from techniques.features.requests import SaeInfo
+from techniques.output.requests import Side
+from vocabulary.nodes import Node
+from vocabulary.prompts import Study
+from vocabulary.requests import ModelInfo
 from screen.client import Client
 from screen.cursor import Cursor, clip
 from screen.keys import Action, Part
@@ -21,7 +25,6 @@ from screen.overlays import Item, Overlay
 from screen.pictures import kept_cells
 from screen.replies import Requests
 from screen.session import VIEWS, Session, State
-from sparse import SaeInfo
 from widgets import BOLD, DIM, FOCUS, HEAD, PLAIN, Grid, GridView, Lines
 
 

@@ -7,7 +7,9 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from messages import SweepResult, TokenRow, parse_node
+from techniques.patching.requests import SweepResult
+from vocabulary.nodes import parse_node
+from vocabulary.prompts import TokenRow
 from screen.session import State
 from widgets import ABOVE, BELOW, BOLD, DIM, PLAIN, RAMP, Grid, Spans
 

@@ -3,8 +3,10 @@
 from dataclasses import replace
 from pathlib import Path
 
-from align import check_pairs
-from messages import ALIGNMENTS, METRICS, Check, CheckResult, Prompt, UserError, read_prompt_set
+from vocabulary.alignment import check_pairs
+from vocabulary.nodes import UserError
+from vocabulary.prompts import ALIGNMENTS, METRICS, Prompt, read_prompt_set
+from vocabulary.requests import Check, CheckResult
 from screen.overlays import Editor, Item, Picker
 from screen.pane import Host
 from screen.top import token_line

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from messages import Check, CheckResult, Load, Run, RunResult, Study
+from techniques.output.requests import Run, RunResult
+from vocabulary.prompts import Study
+from vocabulary.requests import Check, CheckResult, Load
 from screen.client import EngineDied, EngineError, Job, Superseded
 from utils import visible
 from widgets import BAD, DIM, WARN, Spans

@@ -1,6 +1,9 @@
 """A script that reproduces the metric on the screen with TransformerLens alone. Never imports torch."""
 
-from messages import Intervention, ModelInfo, Prompt, RunResult, TokenRow, UserError
+from techniques.output.requests import RunResult
+from vocabulary.nodes import Intervention, UserError
+from vocabulary.prompts import Prompt, TokenRow
+from vocabulary.requests import ModelInfo
 from screen.session import State
 from utils import ROOT
 

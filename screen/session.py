@@ -13,25 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from messages import (
-    ABLATIONS,
-    ALIGNMENTS,
-    FROM_SET,
-    METRICS,
-    RUNS,
-    WHICH,
-    Intervention,
-    Load,
-    Metric,
-    Prompt,
-    Study,
-    UserError,
-    from_json,
-    parse_intervention,
-    to_json,
-)
+from vocabulary.circuit import check_receivers, Circuit, COMBINE, combined, grouped, LOGITS, parse_edge, toggled
+from vocabulary.nodes import ABLATIONS, FROM_SET, Intervention, parse_intervention, UserError
+from vocabulary.prompts import ALIGNMENTS, Metric, METRICS, Prompt, RUNS, Study, WHICH
+from vocabulary.requests import Load
+from vocabulary.wire import from_json, to_json
 from utils import ROOT
-from wiring import COMBINE, LOGITS, Circuit, check_receivers, combined, grouped, parse_edge, toggled
 
 FORMAT = 1
 SESSIONS = ROOT / "sessions"

@@ -6,7 +6,9 @@ import numpy as np
 from rich.cells import cell_len
 from rich.style import Style
 
-from messages import ModelInfo, RunResult, TokenRow
+from techniques.output.requests import RunResult
+from vocabulary.prompts import TokenRow
+from vocabulary.requests import ModelInfo
 from screen.keys import hints
 from screen.pane import Host
 from screen.pictures import RUN_NAMES, heat_code, signed, texts_of
@@ -79,6 +81,7 @@ def model_line(info: ModelInfo | None, name: str, busy: str, memory: tuple[int, 
     return [
         (" loupe ", HEAD),
         (f" {visible(name)}", BOLD),
+        *([(f" {info.warning} ·", WARN)] if info.warning else []),
         (text, DIM),
         *([(f"  ✗ self-check: {', '.join(broken)} (D)", BAD)] if broken else []),
     ]

@@ -5,8 +5,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
-from messages import UserError
 from utils import settings
+from vocabulary.nodes import UserError
 
 ROOMS = ("output", "lens", "attention", "attribution", "patching", "weights", "circuits", "features", "identities")
 

@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from messages import Prompt
+from vocabulary.prompts import Prompt
 from utils import ROOT
 
 CLEAN = "When Mary and John went to the store, John gave a drink to"
@@ -15,7 +15,17 @@ CORRUPT = "When Mary and John went to the store, Alice gave a drink to"
 SHORT = "When Mary and John went to the store, she gave it to"
 PROMPT = Prompt(CLEAN, CORRUPT, (" Mary",), (" John",), (("IO", 5), ("S1", 14), ("S2", 38)))
 ARCHS = ("gpt2", "neox", "llama", "gemma2", "qwen3", "zoo")
+QUICK = ("gpt2", "gemma2", "zoo")  # what `-m "not slow"` runs on: the plainest family, the one with the most of its own, the shipped model
 WORDS = "When Mary and John went to the store, Alice gave a drink to Mary. she it Tom Anna school milk then red green blue"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items) -> None:
+    """A test on every architecture is quick on QUICK and slow on the others."""
+    for item in items:
+        arch = getattr(item, "callspec", None) and item.callspec.params.get("arch")
+        if arch in ARCHS and arch not in QUICK:
+            item.add_marker(pytest.mark.slow)
 
 
 def tokenizer(bos: bool):

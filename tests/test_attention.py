@@ -10,10 +10,22 @@ from conftest import CLEAN, CORRUPT, PROMPT, SHORT
 from transformer_lens import head_detector
 
 import attribution
-from messages import DETECTORS, STATS, Attention, AttentionSet, Detect, HeadStats, Intervention, Node, Prompt, Study, UserError
+from techniques.attention.requests import Attention, AttentionSet, Detect, DETECTORS, HeadStats, STATS
+from vocabulary.nodes import Intervention, Node, parse_intervention, UserError
+from vocabulary.prompts import Prompt, Study
+from patching import prepare
 
 TOL = 1e-4
 REPEATS = "Mary and John went to Mary and John and the store went red red green"
+
+
+def yield_all(steps):
+    """What a generator returns."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return stop.value
 
 
 def naive(pattern: np.ndarray, ids: list[int]) -> dict[str, float]:
@@ -86,6 +98,69 @@ def test_statistics_on_random_repeats(engine, reference):
     assert not set(ids[:, -2 * n :].ravel().tolist()) & set(model.tokenizer.all_special_ids)
     assert (ids == attribution.random_repeats(model)).all()
     compare(got.stats, expected(reference.patterns(ids.tolist()), ids.tolist()))
+
+
+@pytest.fixture
+def long(engine, monkeypatch):
+    """The engine on a prompt whose patterns do not go into the cache together, and the blocks that a request runs."""
+    model, ran = engine.model, []
+    model.cache.clear()
+    assert model.resumes
+    monkeypatch.setattr(model, "likely", lambda seq: [])
+
+    def run(request) -> tuple[object, list[int]]:
+        ran.clear()
+        hooks = [b.attn.register_forward_pre_hook(lambda *_, i=i: ran.append(i)) for i, b in enumerate(model.bridge.blocks)]
+        try:
+            return engine.run(request), list(ran)
+        finally:
+            for h in hooks:
+                h.remove()
+
+    yield run
+    model.cache.clear()
+
+
+@pytest.mark.parametrize("do", [(), ("L0.mlp=scale:0.5",), ("L1H2=zero", "L1.resid_pre=scale:2"), ("L2.resid_mid=patch",)])
+def test_a_layer_runs_the_blocks_it_needs(engine, long, do):
+    """A layer's pattern is that of a whole pass; blocks behind it do not run, nor those before it whose output is at hand, but one that is edited."""
+    study, which = Study(PROMPT, tuple(parse_intervention(d.replace("mid", "post") if engine.model.parallel else d) for d in do)), "now" if do else "clean"
+    runs = yield_all(prepare(engine.model, study))
+    names = [attribution.pattern_name(layer) for layer in range(engine.model.info.n_layers)]
+    want = engine.model.forward(t.tensor([runs.row(which).ids]), names, runs.edits if do else [], keep=0)[1]
+    edited = {i.node.layer for i in study.interventions}
+    for layer in (0, 2, 1):
+        got, ran = long(Attention(study, layer, which))
+        np.testing.assert_allclose(got.pattern, want[names[layer]][0].float().numpy(), atol=1e-6)
+        begun = 1 if layer == 1 and 1 not in edited else 0  # the pass to layer 2 left the input of layer 1
+        assert ran == list(range(begun, layer + 1)), (layer, ran)
+
+
+def test_statistics_layer_by_layer(engine, long):
+    """As a pass goes, without holding patterns, the same numbers as from patterns that are all at hand."""
+    ask = HeadStats(Study(PROMPT), "clean-corrupt", pair=(7, 3))
+    got, ran = long(ask)
+    n = engine.model.info.n_layers
+    assert ran == [*range(n), *range(n)] and not engine.model.cache.items
+    sides = []
+    for which in ("clean", "corrupt"):
+        patterns = [engine.run(Attention(Study(PROMPT), layer, which)).pattern for layer in range(n)]
+        row = engine.model.check(PROMPT).clean if which == "clean" else engine.model.check(PROMPT).corrupt
+        sides.append(expected([p[None] for p in patterns], [row.ids]) | {"pair": np.stack([p[:, 7, 3] for p in patterns])})
+    for name, values in got.stats.items():
+        np.testing.assert_allclose(values, sides[0][name] - sides[1][name], atol=1e-6, err_msg=name)
+
+
+def test_a_model_that_can_not_begin_at_a_block(engines, monkeypatch):
+    """Whole passes, then: where blocks hand on more than the stream, a pass that begins at one would give other numbers."""
+    model = engines["llama"].model
+    monkeypatch.delitem(model.__dict__, "resumes", raising=False)
+    real = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda *a, begin=None, **k: real(*a, **k) if begin is None else (None, {n: x + 1 for n, x in real(*a, **k)[1].items()})
+    )
+    assert not model.resumes
+    monkeypatch.delitem(model.__dict__, "resumes")
 
 
 def test_undefined_is_nan(engines):
@@ -241,8 +316,10 @@ def test_induction_by_hand():
     pattern = t.zeros(1, 1, 7, 7)
     for i in range(7):
         pattern[0, 0, i, i - 2 if i >= 4 else i] = 1
-    got = attribution.statistics(pattern, ids)
-    assert got["induction"][0] == 1 and got["duplicate"][0] == 0 and got["entropy"][0] == 0 and got["first"][0] == 0
+    statistics = attribution.HeadStatistics(ids)
+    statistics.add(pattern)
+    got = statistics.numbers()
+    assert got["induction"] == 1 and got["duplicate"] == 0 and got["entropy"] == 0 and got["first"] == 0
 
 
 @pytest.mark.parametrize(

@@ -12,27 +12,14 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis import direct_logit_attribution
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import commands
-from messages import (
-    WHICH,
-    AttentionSet,
-    Attribution,
-    AttributionNeurons,
-    AttributionSet,
-    AttributionSources,
-    Detect,
-    Frame,
-    Identities,
-    Metric,
-    Prompt,
-    Run,
-    Study,
-    UserError,
-    encode,
-    parse_intervention,
-    read_frame,
-    to_json,
-)
+from engine import main
+from techniques.attention.requests import AttentionSet, Detect
+from techniques.attribution.requests import Attribution, AttributionNeurons, AttributionSet, AttributionSources
+from techniques.identities.requests import Identities
+from techniques.output.requests import Run
+from vocabulary.nodes import parse_intervention, UserError
+from vocabulary.prompts import Metric, Prompt, Study, WHICH
+from vocabulary.wire import encode, Frame, read_frame, to_json
 
 TOL = 1e-4
 STUDY = Study(PROMPT)
@@ -428,7 +415,7 @@ def test_on_the_wire(engines):
 def test_half_precision(folders):
     """bfloat16: the sum is off by its rounding, which the error says."""
     from engine import Engine
-    from messages import Load
+    from vocabulary.requests import Load
 
     engine = Engine(Load(str(folders["gpt2"]), dtype="bfloat16"))
     got = engine.run(Attribution(STUDY))
@@ -480,7 +467,7 @@ def test_command_line(capsys, folders, tmp_path):
     options = ["--model", str(folders["llama"]), "--clean", CLEAN, "--corrupt", CORRUPT, "--answer", " Mary", "--foil", " John"]
 
     def run(*args: str) -> str:
-        assert commands.main([*args, *options]) == 0
+        assert main([*args, *options]) == 0
         return capsys.readouterr().out
 
     got = json.loads(run("attribution", "--json", "--which", "clean-corrupt"))
@@ -496,9 +483,9 @@ def test_command_line(capsys, folders, tmp_path):
     assert json.loads(run("attention", "--weighted", "--json"))["weighted"] is True
     assert json.loads(run("detect", "--cells", "14,2", "9,4", "--json"))["cells"] == [[9, 4], [14, 2]]
     assert "attention to the previous token" in run("detect")
-    assert commands.main(["detect", "--cells", "14", *options]) == 2
+    assert main(["detect", "--cells", "14", *options]) == 2
     assert "destination,source pairs" in capsys.readouterr().err
-    assert commands.main(["attribution", "--by", "embed", *options]) == 2
+    assert main(["attribution", "--by", "embed", *options]) == 2
     assert "--by takes a head" in capsys.readouterr().err
 
 

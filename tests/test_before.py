@@ -5,7 +5,7 @@ from pathlib import Path
 
 from screen.keys import hints, key_table, show_key, show_keys
 from screen.session import VIEWS, read_session
-from messages import to_json
+from vocabulary.wire import to_json
 from tui import PANES, TABLE
 
 HERE = Path(__file__).parent / "fixtures"

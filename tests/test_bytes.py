@@ -11,7 +11,8 @@ from rich.segment import Segment
 from rich.style import Style
 from ui import LocalClient, Wire, make_app, over_the_wire, press
 
-from messages import Sweep, read_prompt_set
+from techniques.patching.requests import Sweep
+from vocabulary.prompts import read_prompt_set
 from screen.compositor import Difference, TightCompositor, cells_of, changes
 from tui import first_state
 from utils import ROOT

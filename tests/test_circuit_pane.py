@@ -6,11 +6,11 @@ import pytest
 from ui import asked, grid, make_app, press, shown
 
 from techniques.circuits import discovery, files
-from messages import Prompt
+from techniques.circuits.requests import Discover, PathPatch, Score
+from vocabulary.prompts import Prompt
 from screen.session import read_session
 from tui import first_state
 from screen.overlays import Panel, Picker
-from wiring import Discover, PathPatch, Score
 
 
 @pytest.fixture

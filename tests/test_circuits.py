@@ -13,11 +13,16 @@ from conftest import PROMPT
 import drawings
 from edges import all_edges, edge_runs
 from engine import Engine
-from messages import Load, Metric, Prompt, Run, Study, UserError, from_json, parse_node, read_prompt_set, to_json
+from techniques.circuits.requests import Compare, Discover, Score
+from techniques.output.requests import Run
+from vocabulary.circuit import Circuit, combined, grouped, parse_edge, toggled
+from vocabulary.nodes import parse_node, UserError
+from vocabulary.prompts import Metric, Prompt, read_prompt_set, Study
+from vocabulary.requests import Load, Progress
+from vocabulary.wire import from_json, to_json
 from screen.session import Session, State, read_session
 from test_paths import ended
 from utils import ROOT
-from wiring import Circuit, Compare, Discover, Score, combined, grouped, parse_edge, toggled
 
 STUDY = Study(PROMPT)
 IOI = read_prompt_set(ROOT / "zoo" / "prompts" / "ioi_abba.jsonl")[:8]
@@ -113,23 +118,46 @@ def test_completeness_and_minimality_by_brute_force(engines):
     assert again.faithfulness.low <= again.faithfulness.mean <= again.faithfulness.high and again.faithfulness.values.size == len(IOI)
 
 
+def test_a_sample_of_parts_and_an_estimate(engines):
+    """A bound on samples tries so many parts, with the values all of them have; the estimate counts the sets and cuts none but a few."""
+    zoo, circuit = engines["zoo"], Circuit("c", "", ("L0H1", "L0H2", "L0H3", "L1H0", "L3H2", "L3H3"))
+    what = ("faithfulness", "effects", "completeness", "minimality")
+    whole, some = (zoo.run(Score(SET, circuit, what, "patch", subsets=8, greedy=3, samples=n)) for n in (0, 3))
+    tried = np.isfinite(some.minimal)
+    assert tried.sum() == 3 and np.allclose(some.minimal[tried], whole.minimal[tried], atol=1e-5) and np.isfinite(whole.minimal).all()
+    assert (
+        some.minimal_mean.mean == pytest.approx(some.minimal[tried].mean(), abs=1e-5)
+        and some.minimal_mean.low < some.minimal_mean.mean < some.minimal_mean.high
+    )
+    assert "3 of 6 parts drawn" in some.convention and "mean minimality over all parts" in some.convention and whole.minimal_mean is None
+    assert some.sets < whole.sets and some.incompleteness <= whole.incompleteness + 1e-6
+    for samples, full in ((0, whole), (3, some)):
+        dry = zoo.run(Score(SET, circuit, what, "patch", subsets=8, greedy=3, samples=samples, dry=True))
+        assert dry.expected > 0 and not dry.minimal.size and not dry.effects.size and not dry.subsets
+        assert full.sets <= dry.sets <= 1.5 * full.sets and dry.faithfulness.mean == pytest.approx(full.faithfulness.mean, abs=1e-6)
+    with pytest.raises(UserError, match="not negative"):
+        zoo.run(Score(SET, circuit, samples=-1))
+
+
 # ------------------------------------------------------------------ discovery
 
 
 def test_eap_is_a_finite_difference(engine):
     """The score of an edge is the derivative of the metric along its cut: a small share of the way."""
     run = ended(edge_runs(engine.model, STUDY, "patch"))[0]
-    gradient = run.gradients()
-    change = run.other - run.written(run.clean)
-    scores = t.einsum("bsrd,bsmd->rm", gradient.double(), change.double())
+    scores = run.slopes(run.change())
     step, edges = 1e-2, all_edges(engine.model.info)
     picked = [edges[i] for i in np.random.default_rng(0).choice(len(edges), 12, replace=False)]
-    own = run.written(run.clean)
-    run.other = own + step * change
-    values = ended(run.run([run.mask(set(edges) - {e}) for e in picked]))[:, 0]
-    full = ended(run.run([run.mask(edges)]))[0, 0]
+    own, other = run.clean, run.acts
+    for scale in run.scales:  # what a head writes is linear in z over the scale
+        z = scale.replace("ln1_post.hook_scale", "attn.hook_z")
+        other = other | {z: other[z] * (own[scale] / other[scale])[:, :, None], scale: own[scale]}
+    run.carry({n: own[n] + step * (x - own[n]) for n, x in other.items()})
+    values = ended(run.run([run.mask(None, [e]) for e in picked]))[:, 0]
+    full = ended(run.run([run.mask(None)]))[0, 0]
     for edge, value in zip(picked, values):
-        assert (value - full) / step == pytest.approx(float(scores[run.where[edge]]), abs=5e-3 + 0.05 * abs(float(scores[run.where[edge]]))), edge
+        score = scores[run.index.place(edge)]
+        assert (value - full) / step == pytest.approx(score, abs=5e-3 + 0.05 * abs(score)), edge
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "zoo"])
@@ -197,19 +225,20 @@ def test_eap_on_transformer_lens_own_model(engines, folders, arch):
     np.testing.assert_allclose(found.scores, want, atol=1e-4 * max(1, *map(abs, want)))
 
 
+@pytest.mark.slow
 def test_attribution_ranks_edges_as_cutting_them_does(engines):
     """Rank correlation of EAP-IG with every edge really cut, on the zoo's IOI prompts."""
     zoo, study = engines["zoo"], replace(SET, prompt_set=IOI[:4])
     found = zoo.run(Discover(study, "eap-ig", edges=30))
     runs = ended(edge_runs(zoo.model, study, "patch"))
-    every = frozenset(found.edges)
-    true = np.concatenate([ended(r.run([r.mask(every - {e}) for e in found.edges])) for r in runs], 1).mean(1) - np.concatenate([r.value for r in runs]).mean()
+    true = np.concatenate([ended(r.run([r.mask(None, [e]) for e in found.edges])) for r in runs], 1).mean(1) - np.concatenate([r.value for r in runs]).mean()
     rank = lambda x: np.argsort(np.argsort(np.abs(x)))  # noqa: E731
     top = np.argsort(-np.abs(true))[:100]
     assert np.corrcoef(rank(true[top]), rank(found.scores[top]))[0, 1] > 0.7
     assert np.corrcoef(true, found.scores)[0, 1] > 0.7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["eap", "eap-ig", "eap-ig-activations", "clean-corrupted"])
 def test_attribution_on_the_zoo(engines, method):
     found = engines["zoo"].run(Discover(SET, method, edges=60))
@@ -218,6 +247,7 @@ def test_attribution_on_the_zoo(engines, method):
     assert engines["zoo"].run(Discover(SET, method, dry=True)).expected > 0
 
 
+@pytest.mark.slow
 def test_acdc_finds_the_induction_circuit(engines):
     """With the mean in place of what is cut: the previous-token heads, the induction heads and edges between them."""
     found = engines["zoo"].run(Discover(Study(INDUCTION[0], prompt_set=INDUCTION), "acdc", threshold=0.1, rest="mean"))
@@ -226,6 +256,7 @@ def test_acdc_finds_the_induction_circuit(engines):
     assert found.score > 0.85
 
 
+@pytest.mark.slow
 def test_circuits_of_ioi_are_small_and_faithful(engines):
     zoo = engines["zoo"]
     found = zoo.run(Discover(SET, "acdc", threshold=0.15))
@@ -236,6 +267,7 @@ def test_circuits_of_ioi_are_small_and_faithful(engines):
     assert zoo.run(Discover(SET, "greedy", rest="patch", nodes=3)).counts.min() == 0
 
 
+@pytest.mark.slow
 def test_a_chain_of_removals_is_one_after_the_other(engines, monkeypatch):
     """ACDC's batches change nothing: the same circuit with chains of one edge."""
     import discovery
@@ -271,6 +303,32 @@ def test_a_chain_of_removals_is_one_after_the_other(engines, monkeypatch):
 def test_bad_input(engines, ask, words):
     with pytest.raises(UserError, match=words):
         engines["gpt2"].run(ask)
+
+
+@pytest.fixture(scope="module")
+def half(folders):
+    """Engines in bfloat16, or float16."""
+    return {
+        (arch, dtype): Engine(Load(str(folders[arch]), dtype=dtype)) for arch, dtype in (("gpt2", "bfloat16"), ("gemma2", "bfloat16"), ("llama", "float16"))
+    }
+
+
+@pytest.mark.parametrize("arch, dtype", [("gpt2", "bfloat16"), ("gemma2", "bfloat16"), ("llama", "float16")])
+def test_half_precision(engines, half, arch, dtype):
+    """Discovery and edge scores run in the model's dtype and are close to float32's, what is cut to zero too."""
+    own, full = half[arch, dtype], engines[arch]
+    for method in ("eap", "eap-ig", "eap-ig-activations", "clean-corrupted"):
+        a, b = (e.run(Discover(STUDY, method, edges=20, steps=2)).scores for e in (own, full))
+        assert np.corrcoef(a, b)[0, 1] > 0.99 and np.abs(a - b).max() < 0.15 * np.abs(b).max(), method
+    circuit = full.run(Discover(STUDY, "eap", edges=60)).circuit
+    a, b = (e.run(Run(STUDY)) for e in (own, full))
+    noise = 0.05 + 2 * max(abs(a.clean.metric - b.clean.metric), abs(a.corrupt.metric - b.corrupt.metric))  # of the model itself in this dtype
+    for rest in ("patch", "zero"):
+        a, b = (e.run(Score(STUDY, circuit, ("faithfulness", "effects"), rest)) for e in (own, full))
+        for x, y in ((a.model, b.model), (a.alone, b.alone), (a.empty, b.empty)):
+            assert x.mean == pytest.approx(y.mean, abs=noise), rest
+        assert np.abs(a.effects - b.effects).max() < 2 * noise, rest
+    assert own.run(Discover(STUDY, "acdc", threshold=0.3)).scores.size == len(all_edges(own.model.info))
 
 
 # ------------------------------------------------------------------ the object
@@ -355,6 +413,7 @@ def printed_by(code: str) -> float:
     return float(out.getvalue().split("faithfulness")[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edges", [False, True])
 def test_the_script_prints_the_same_faithfulness(engines, edges):
     zoo = engines["zoo"]
@@ -365,6 +424,7 @@ def test_the_script_prints_the_same_faithfulness(engines, edges):
     assert printed_by(drawings.circuit_script(circuit, SET, zoo.model.info, Load(), rest, mlps, result)) == pytest.approx(result.faithfulness.mean, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rest, kept", [("patch", True), ("mean", False), ("mean_all", True), ("zero", False)])
 def test_the_script_of_features(engines, rest, kept):
     zoo, study = engines["zoo"], replace(SET, saes=("zoo/L2.resid_post", "zoo/L1.resid_post"), sae_error=kept)
@@ -401,8 +461,23 @@ def test_compare():
     assert r.nodes == pytest.approx(2 / 27) and engine is not None
 
 
+def test_progress_in_a_log(capsys, monkeypatch):
+    """Where stderr is no terminal a line comes every ten seconds."""
+    from rich.console import Console
+
+    from techniques import shell
+
+    now = [0.0]
+    monkeypatch.setattr(shell.time, "monotonic", lambda: now[0])
+    show = shell.shower(Console(stderr=True, highlight=False))
+    for now[0] in range(0, 35, 3):
+        show(Progress(int(now[0]), 35, f"at {now[0]}"))
+    assert capsys.readouterr().err.split("\n")[:-1] == ["at 12", "at 24"]
+
+
+@pytest.mark.slow
 def test_command_line(capsys, tmp_path):
-    from commands import main
+    from engine import main
 
     data = str(ROOT / "zoo" / "prompts" / "ioi_abba.jsonl")
     small = tmp_path / "small.jsonl"
@@ -410,6 +485,10 @@ def test_command_line(capsys, tmp_path):
     assert main(["discover", "--set", str(small), "--method", "eap", "--out", str(tmp_path / "c.json")]) == 0 and (tmp_path / "c.json").exists()
     assert main(["score", "--set", str(small), "--circuit", str(tmp_path / "c.json"), "--rest", "patch", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["faithfulness"]["mean"] > 0.3
+    assert (
+        main(["score", "--set", str(small), "--circuit", str(tmp_path / "c.json"), "--rest", "patch", "--dry"]) == 0
+        and "sets, about" in capsys.readouterr().out
+    )
     assert main(["circuit", "--circuit", str(tmp_path / "c.json"), "--form", "dot"]) == 0 and "digraph" in capsys.readouterr().out
     assert main(["score", "--nodes", "L9H9"]) == 2 and main(["compare", "--circuit", "nothing"]) == 2
     assert isinstance(IOI[0], Prompt)

@@ -9,11 +9,16 @@ import numpy as np
 import pytest
 from conftest import CLEAN, CORRUPT, PROMPT, SHORT
 
-import commands
 import engine as e
-import messages as m
-from engine import Engine, Scheduler
-from messages import Attention, Check, Frame, HeadStats, Identities, Lens, Load, Models, Progress, Run, Status, Study, UserError, parse_intervention
+from techniques.attention.requests import Attention, HeadStats
+from techniques.identities.requests import Identities
+from techniques.lens.requests import Lens
+from techniques.output.requests import Run
+from vocabulary.nodes import parse_intervention, UserError
+from vocabulary.prompts import Prompt, Study
+from vocabulary.requests import Check, Failure, Load, Models, Progress, Status
+from vocabulary.wire import encode, Frame, read_frame
+from engine import Engine, Scheduler, main
 from utils import ROOT
 
 
@@ -113,7 +118,7 @@ def test_errors_are_results(capsys):
     while scheduler.step():
         pass
     bodies = {f.id: f.body for f in sent if f.kind == "error"}
-    assert bodies == {1: m.Failure("type a text", "user"), 2: m.Failure("ValueError: two lines", "internal")}
+    assert bodies == {1: Failure("type a text", "user"), 2: Failure("ValueError: two lines", "internal")}
     assert "Traceback" in capsys.readouterr().err
 
 
@@ -192,7 +197,7 @@ def test_an_engine_in_the_scheduler(engines):
     finally:
         lens.VOCAB_BYTES = bound
     for frame in sent:
-        assert m.read_frame(__import__("io").BytesIO(m.encode(frame)).read).id == frame.id
+        assert read_frame(__import__("io").BytesIO(encode(frame)).read).id == frame.id
 
 
 # ------------------------------------------------------------------ the engine in Python
@@ -244,11 +249,11 @@ class Server:
         )
 
     def ask(self, *frames: Frame) -> None:
-        self.process.stdin.write(b"".join(m.encode(f) for f in frames))
+        self.process.stdin.write(b"".join(encode(f) for f in frames))
         self.process.stdin.flush()
 
     def read(self) -> Frame | None:
-        return m.read_frame(self.process.stdout.read)
+        return read_frame(self.process.stdout.read)
 
     def until(self, ident: int, kinds: tuple[str, ...] = ("result", "error", "cancelled")) -> list[Frame]:
         frames = []
@@ -280,6 +285,7 @@ def test_hello_load_run(server, engines):
     assert words[:2] == ["importing torch", "importing TransformerLens"] and any("reading weights" in w for w in words) and "checking" in words
     results = {f.id: f.body for f in frames if f.kind == "result"}
     assert results[1].name == "zoo" and all(c.ok for c in results[1].checks)
+    assert {f.model for f in frames if f.id > 1} == {results[1].key} and {f.model for f in frames if f.kind == "progress" and f.id == 1} == {""}
     here = engines["zoo"]
     want, lens = here.run(Run(Study(PROMPT))), here.run(Lens(Study(PROMPT)))
     np.testing.assert_allclose(results[2].clean.top_logits, want.clean.top_logits, atol=1e-4)
@@ -288,15 +294,25 @@ def test_hello_load_run(server, engines):
 
 
 def test_errors_and_noise_do_not_harm_the_protocol(server):
-    server.ask(Frame("ask", 10, "run", 1, Run(Study(m.Prompt("")))), Frame("ask", 11, "", 1, Status()))
+    server.ask(Frame("ask", 10, "run", 1, Run(Study(Prompt("")))), Frame("ask", 11, "", 1, Status()))
     frames = {f.id: f for f in server.until(11)}
     server.ask(Frame("ask", 12, "", 1, Load("/nowhere/at all")))
     frames |= {f.id: f for f in server.until(12)}
-    assert frames[10].kind == "error" and frames[10].body == m.Failure("the clean prompt is empty: type a text", "user")
+    assert frames[10].kind == "error" and frames[10].body == Failure("the clean prompt is empty: type a text", "user")
     assert frames[11].kind == "result" and frames[11].body.memory > 1 << 20
     assert frames[12].kind == "error" and "no folder at" in frames[12].body.message
     server.ask(Frame("ask", 13, "", 1, Check(PROMPT)))
     assert server.until(13)[-1].body.clean.texts[-1] == " to"
+
+
+def test_a_request_that_can_not_be_read_is_an_error(server):
+    """Of another version or a technique that the engine does not have: said, and the engine goes on."""
+    wrong = encode(Frame("ask", 30, "", 1, Check(PROMPT, "diff")))
+    server.process.stdin.write(wrong.replace(b"\xa5Check", b"\xa5Chuck") + wrong.replace(b"\xa4diff", b"\xa4daff").replace(b"\x1e", b"\x1f", 1))
+    server.ask(Frame("ask", 32, "", 1, Status()))
+    frames = {f.id: f for f in server.until(32)}
+    assert frames[30].kind == "error" and "an unknown message 'Chuck'" in frames[30].body.message
+    assert frames[31].kind == "error" and "a Check that can't be read" in frames[31].body.message and frames[32].kind == "result"
 
 
 def test_a_superseded_request(server):
@@ -312,7 +328,7 @@ def test_a_request_before_any_model():
         assert server.read().kind == "hello"
         server.ask(Frame("ask", 1, "", 1, Run(Study(PROMPT))), Frame("ask", 2, "", 1, Models()))
         frames = server.until(2)
-        assert frames[0].body == m.Failure("no model is loaded: load one first", "user")
+        assert frames[0].body == Failure("no model is loaded: load one first", "user")
         server.process.stdin.close()
         assert server.process.wait(30) == 0
         assert server.read() is None
@@ -355,7 +371,7 @@ def test_killed(server):
 
 
 def call(capsys, *args: str) -> tuple[int, str, str]:
-    code = commands.main(list(args))
+    code = main(list(args))
     out = capsys.readouterr()
     return code, out.out, out.err
 

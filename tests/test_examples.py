@@ -7,8 +7,8 @@ from dictionaries import build, save
 from test_features import loaded
 
 import examples
-from messages import UserError
-from sparse import Examples
+from techniques.features.requests import Examples
+from vocabulary.nodes import UserError
 from training import counted
 from tuned import windows
 

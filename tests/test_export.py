@@ -6,7 +6,10 @@ import io
 import pytest
 
 from screen.script import python_script
-from messages import Load, Metric, Run, UserError, parse_intervention, read_prompt_set
+from techniques.output.requests import Run
+from vocabulary.nodes import parse_intervention, UserError
+from vocabulary.prompts import Metric, read_prompt_set
+from vocabulary.requests import Load
 from screen.session import State
 from utils import ROOT
 

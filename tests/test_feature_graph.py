@@ -8,8 +8,10 @@ from conftest import PROMPT
 from dictionaries import build, save
 from test_features import firing, ids_of, loaded, sources  # noqa: F401
 
-from messages import Attribution, Metric, Study, UserError, parse_intervention
-from sparse import CheckEdge, FeatureGraph
+from techniques.attribution.requests import Attribution
+from techniques.features.requests import CheckEdge, FeatureGraph
+from vocabulary.nodes import parse_intervention, UserError
+from vocabulary.prompts import Metric, Study
 
 STUDY = Study(PROMPT)
 

@@ -7,7 +7,7 @@ import pytest
 from ui import asked, make_app, press, shown
 
 from screen.session import read_session
-from sparse import Examples, FeatureGraph, Preflight
+from techniques.features.requests import Examples, FeatureGraph, Preflight
 from tui import first_state
 from utils import ROOT
 

@@ -10,10 +10,16 @@ from dictionaries import build, save
 
 import patching
 import saes
-from messages import Attribution, Identities, Metric, Run, Study, Sweep, UserError, parse_intervention, read_prompt_set
-from sparse import Feature, Features
+from techniques.attribution.requests import Attribution
+from techniques.circuits.requests import Discover, Score
+from techniques.features.requests import Feature, Features
+from techniques.identities.requests import Identities
+from techniques.output.requests import Run
+from techniques.patching.requests import Sweep
+from vocabulary.circuit import Circuit
+from vocabulary.nodes import parse_intervention, UserError
+from vocabulary.prompts import Metric, read_prompt_set, Study
 from utils import ROOT
-from wiring import Circuit, Discover, Score
 
 STUDY = Study(PROMPT)
 
@@ -92,6 +98,7 @@ def firing(d, x, pos, n=2):
 # ------------------------------------------------------------------ acting
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what, place", [("post", "resid_post"), ("mlp", "mlp"), ("z", "z")])
 def test_ablation_with_the_error_kept_takes_off_the_decoder_row(engines, references, sources, arch, what, place):
     engine, reference = engines[arch], references[arch]
@@ -337,6 +344,7 @@ def test_under_the_centred_view(engines, sources, tmp_path):
     assert one.total == pytest.approx(f[found.index[0]], abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["post", "mid", "attn", "z", "transcoder"])
 def test_identities(engines, sources, arch, what):
     if what == "mid" and engines[arch].model.parallel:
@@ -346,16 +354,18 @@ def test_identities(engines, sources, arch, what):
     assert all(r.ok and study.saes[0] in r.name for r in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     ["saes", "preflight SAE", "features SAE", "feature SAE --index 3", "feature-graph --up SAE --target -1", "sweep --kind features --op zero --node L2.sae"],
 )
 @pytest.mark.parametrize("json", [False, True])
 def test_commands(capsys, command, json):
-    from commands import main
+    from engine import main
 
     sae = "zoo/L2.resid_post"
-    args = [*command.replace("SAE", sae).split(), "--answer", " Mary", "--foil", " John", "--sae", sae, *["--json"] * json]
+    study = [] if command == "saes" else ["--answer", " Mary", "--foil", " John", "--sae", sae]
+    args = [*command.replace("SAE", sae).split(), *study, *["--json"] * json]
     assert main(args) == 0
     out, err = capsys.readouterr()
     assert sae in out and not err
@@ -392,6 +402,7 @@ def test_labels(engines, sources, monkeypatch):
 # ------------------------------------------------------------------ sweeping
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["post", "mid", "attn", "mlp", "transcoder"])
 @pytest.mark.parametrize("op", ["zero", "patch"])
 def test_a_sweep_over_features_is_one_intervention_a_cell(engines, sources, arch, what, op):
@@ -447,6 +458,7 @@ def test_gradients_are_kept_apart(engines, sources):
 # ------------------------------------------------------------------ in circuits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("rest", ["zero", "patch"])
 def test_a_circuit_of_features_by_hooks(engines, references, sources, arch, rest, kept):
@@ -527,6 +539,7 @@ def test_means_of_features_in_a_circuit(engines, sources):
         zoo.run(Score(replace(study, saes=()), Circuit("c", "", ("L0.sae.f3",))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rest", ["zero", "patch"])
 def test_scores_of_all_features_add_up(engines, sources, arch, rest):
     """Gradients integrated along the replacement: the scores' sum is what replacing all of them does to the metric."""

@@ -9,7 +9,10 @@ from conftest import CLEAN, PROMPT, SHORT
 from reference import log_softmax
 
 import lens
-from messages import METRICS, Lens, Metric, Prompt, Run, Study, UserError, parse_intervention
+from techniques.lens.requests import Lens
+from techniques.output.requests import Run
+from vocabulary.nodes import parse_intervention, UserError
+from vocabulary.prompts import Metric, METRICS, Prompt, Study
 
 TOL = 1e-4
 
@@ -86,6 +89,35 @@ def test_metrics(engine, reference, kind, pos):
             "kl": (np.exp(log_softmax(clean)[index]) * (log_softmax(clean)[index] - logp)).sum(),
         }[kind]
         assert side.metric == pytest.approx(want, abs=TOL)
+
+
+@pytest.mark.parametrize("kind", METRICS)
+@pytest.mark.parametrize("pos", ["END", 4])
+def test_first_answer_of_a_run(engine, monkeypatch, kind, pos):
+    """Of a prompt longer than a chunk the metric's position and the last one come first, one row of logits each; then the rest, to the same result."""
+    ask = Run(Study(PROMPT, metric=Metric(kind, pos), interventions=(parse_intervention("L1H0=zero"),)), k=4)
+    engine.model.cache.clear()
+    whole = engine.run(ask)
+    engine.model.cache.clear()
+    monkeypatch.setattr(lens, "VOCAB_BYTES", 4 * engine.model.info.d_vocab * 4)
+    rows, parts, real = [], [], engine.model.unembed
+    monkeypatch.setattr(engine.model, "unembed", lambda x: rows.append(len(x)) or real(x))
+    again = engine.run(ask, lambda part: parts.append((part, sum(rows))) if hasattr(part, "clean") else None)
+    n = len(again.now.tokens.ids)
+    for side, want in ((again.clean, whole.clean), (again.corrupt, whole.corrupt), (again.now, whole.now)):
+        np.testing.assert_allclose(side.top_logits, want.top_logits, atol=1e-5)
+        np.testing.assert_allclose(side.top_probs, want.top_probs, atol=1e-5)
+        assert side.metric == pytest.approx(want.metric, abs=1e-5) and (side.top_ids >= 0).all()
+    if kind == "loss":  # which is over all positions
+        assert not parts
+        return
+    first, read = parts[0]
+    known = {n - 1, n - 1 if pos == "END" else pos}
+    assert read == 3 * len(known) + 3 * (kind == "kl") and len(parts) == 1 + 3 * -(-(n - len(known)) // 4)
+    for side, want in ((first.clean, again.clean), (first.corrupt, again.corrupt), (first.now, again.now)):
+        assert side.metric == want.metric and set(np.flatnonzero(side.top_ids[:, 0] >= 0)) == known
+        assert np.isnan(side.top_probs[[i for i in range(n) if i not in known]]).all() and set(first.texts) >= set(side.top_ids[-1].tolist())
+    assert first.normalised == again.normalised and first.convention == again.convention
 
 
 def test_metric_without_answers(engines):

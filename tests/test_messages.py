@@ -11,23 +11,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import messages as m
-from messages import Frame, Intervention, Node, Prompt, UserError, WireError
+import msgspec
+from techniques.attention.requests import Attention, HeadStats, HeadStatsResult
+from techniques.identities.requests import Identities
+from techniques.lens.requests import Lens, LensResult
+from techniques.output.requests import Run
+from vocabulary.nodes import AddressError, format_node, Intervention, LABEL, Node, OPS, parse_intervention, parse_node, PARTS, RESIDS, UserError
+from vocabulary.prompts import Metric, METRICS, Prompt, read_prompt_set, Study, TokenRow, WHICH
+from vocabulary.requests import Check, Load, Models, Status
+from vocabulary.wire import DTYPES, encode, Frame, from_json, KINDS, read_frame, read_frame_async, to_json, WireError
 
 settings.register_profile("fixed", deadline=None, derandomize=True)
 settings.load_profile("fixed")
 
 small = st.integers(0, 10_000)
-positions = st.none() | st.integers(-5000, 5000) | st.from_regex(rf"\A{m.LABEL}\Z", fullmatch=True)
+positions = st.none() | st.integers(-5000, 5000) | st.from_regex(rf"\A{LABEL}\Z", fullmatch=True)
 nodes = st.one_of(
     st.builds(Node, st.just("embed"), pos=positions),
-    st.builds(Node, st.sampled_from((*m.RESIDS, "attn", "mlp")), small, pos=positions),
-    st.builds(Node, st.just("head"), small, small, st.sampled_from(m.PARTS), pos=positions),
+    st.builds(Node, st.sampled_from((*RESIDS, "attn", "mlp")), small, pos=positions),
+    st.builds(Node, st.just("head"), small, small, st.sampled_from(PARTS), pos=positions),
     st.builds(Node, st.sampled_from(("neuron", "sae")), small, index=small, pos=positions),
 )
 factors = st.floats(allow_nan=False, allow_infinity=False)
 interventions = st.one_of(
-    st.builds(Intervention, nodes, st.sampled_from([o for o in m.OPS if o not in ("scale", "set", "add")])),
+    st.builds(Intervention, nodes, st.sampled_from([o for o in OPS if o not in ("scale", "set", "add")])),
     st.builds(Intervention, nodes, st.sampled_from(["scale", "set", "add"]), factors),
 )
 texts = st.text(max_size=12)
@@ -37,37 +44,37 @@ prompts = st.builds(
     st.none() | texts,
     st.lists(texts, max_size=2).map(tuple),
     st.lists(texts, max_size=2).map(tuple),
-    st.lists(st.tuples(st.from_regex(rf"\A{m.LABEL}\Z", fullmatch=True), small), max_size=2).map(tuple),
+    st.lists(st.tuples(st.from_regex(rf"\A{LABEL}\Z", fullmatch=True), small), max_size=2).map(tuple),
     st.none() | st.booleans(),
 )
-metrics = st.builds(m.Metric, st.sampled_from(list(m.METRICS)), st.integers(-50, 50) | st.sampled_from(("END", "S2")))
+metrics = st.builds(Metric, st.sampled_from(list(METRICS)), st.integers(-50, 50) | st.sampled_from(("END", "S2")))
 studies = st.builds(
-    m.Study, prompts, st.lists(interventions, max_size=3).map(tuple), st.sampled_from(("clean", "corrupt")), metrics, st.lists(prompts, max_size=2).map(tuple)
+    Study, prompts, st.lists(interventions, max_size=3).map(tuple), st.sampled_from(("clean", "corrupt")), metrics, st.lists(prompts, max_size=2).map(tuple)
 )
 requests = st.one_of(
-    st.builds(m.Load, texts, st.none() | texts, texts, texts, st.none() | texts),
-    st.builds(m.Check, prompts),
-    st.builds(m.Run, studies, small),
-    st.builds(m.Lens, studies, st.sampled_from(m.WHICH), st.lists(texts, max_size=3).map(tuple), small),
-    st.builds(m.Attention, studies, small, st.sampled_from(m.WHICH)),
-    st.builds(m.HeadStats, studies, st.sampled_from(m.WHICH), texts, st.none() | st.tuples(small, small)),
-    st.builds(m.Identities, studies),
-    st.just(m.Status()),
-    st.just(m.Models()),
+    st.builds(Load, texts, st.none() | texts, texts, texts, st.none() | texts),
+    st.builds(Check, prompts),
+    st.builds(Run, studies, small),
+    st.builds(Lens, studies, st.sampled_from(WHICH), st.lists(texts, max_size=3).map(tuple), small),
+    st.builds(Attention, studies, small, st.sampled_from(WHICH)),
+    st.builds(HeadStats, studies, st.sampled_from(WHICH), st.sampled_from(("prompt", "random")), st.none() | st.tuples(small, small)),
+    st.builds(Identities, studies),
+    st.just(Status()),
+    st.just(Models()),
 )
-frames = st.builds(Frame, st.sampled_from(m.KINDS), st.integers(0, 2**40), texts, st.integers(-5, 5), st.none() | requests)
+frames = st.builds(Frame, st.sampled_from(KINDS), st.integers(0, 2**40), texts, st.integers(-5, 5), st.none() | requests, texts)
 
 
 @st.composite
 def arrays(draw):
-    dtype = draw(st.sampled_from(m.DTYPES))
+    dtype = draw(st.sampled_from(DTYPES))
     shape = draw(st.lists(st.integers(0, 4), max_size=3))
     data = draw(st.binary(min_size=np.dtype(dtype).itemsize * math.prod(shape), max_size=np.dtype(dtype).itemsize * math.prod(shape)))
     return np.frombuffer(data, dtype).reshape(shape)
 
 
 def read(data: bytes) -> Frame | None:
-    return m.read_frame(io.BytesIO(data).read)
+    return read_frame(io.BytesIO(data).read)
 
 
 def equal(a: object, b: object) -> bool:
@@ -85,22 +92,22 @@ def equal(a: object, b: object) -> bool:
 
 @given(nodes)
 def test_node_round_trip(node):
-    assert m.parse_node(m.format_node(node)) == node
+    assert parse_node(format_node(node)) == node
 
 
 @given(interventions)
 def test_intervention_round_trip(intervention):
-    assert m.parse_intervention(str(intervention)) == intervention
+    assert parse_intervention(str(intervention)) == intervention
 
 
 @given(st.text(max_size=20))
 def test_any_text_is_a_node_or_an_address_error(text):
     try:
-        node = m.parse_node(text)
-    except m.AddressError as error:
+        node = parse_node(text)
+    except AddressError as error:
         assert "\n" not in str(error)
     else:
-        assert m.parse_node(str(node)) == node
+        assert parse_node(str(node)) == node
 
 
 @pytest.mark.parametrize(
@@ -119,15 +126,15 @@ def test_any_text_is_a_node_or_an_address_error(text):
     ],
 )
 def test_addresses(text, node):
-    assert m.parse_node(text) == node
+    assert parse_node(text) == node
 
 
 @pytest.mark.parametrize(
     "text", ["", "L9", "H9", "L9H", "L-1H2", "L9H9@", "L9H9@@1", "L9H9@1.5", "L9.z", "resid_pre", "L9H9 @1x", "L3.mlp.412", "embed.q", "9"]
 )
 def test_not_addresses(text):
-    with pytest.raises(m.AddressError, match="is not a node"):
-        m.parse_node(text)
+    with pytest.raises(AddressError, match="is not a node"):
+        parse_node(text)
 
 
 @pytest.mark.parametrize(
@@ -147,8 +154,8 @@ def test_not_addresses(text):
     ],
 )
 def test_not_interventions(text, why):
-    with pytest.raises(m.AddressError, match=why):
-        m.parse_intervention(text)
+    with pytest.raises(AddressError, match=why):
+        parse_intervention(text)
 
 
 # ------------------------------------------------------------------ the wire
@@ -156,38 +163,38 @@ def test_not_interventions(text, why):
 
 @given(frames)
 def test_frame_round_trip(frame):
-    assert equal(read(m.encode(frame)), frame)
+    assert equal(read(encode(frame)), frame)
 
 
 @given(arrays(), arrays(), st.dictionaries(small, texts, max_size=3))
 def test_arrays_round_trip(a, b, words):
-    body = m.LensResult(m.TokenRow((1,), ("x",), {"END": 0}, True), ("p",), a, b, a, a, b, b, a, words, "c")
-    assert equal(read(m.encode(Frame("result", 1, "s", 1, body))).body, body)
-    stats = m.HeadStatsResult({"one": a, "two": b}, "now", "prompt", "")
-    assert equal(read(m.encode(Frame("partial", body=stats))).body, stats)
+    body = LensResult(TokenRow((1,), ("x",), {"END": 0}, True), ("p",), a, b, a, a, b, b, a, words, "c")
+    assert equal(read(encode(Frame("result", 1, "s", 1, body))).body, body)
+    stats = HeadStatsResult({"one": a, "two": b}, "now", "prompt", "")
+    assert equal(read(encode(Frame("partial", body=stats))).body, stats)
 
 
 @given(st.lists(frames, max_size=4))
 def test_frames_follow_one_another(some):
-    stream = io.BytesIO(b"".join(m.encode(f) for f in some))
-    assert all(equal(m.read_frame(stream.read), f) for f in some)
-    assert m.read_frame(stream.read) is None
+    stream = io.BytesIO(b"".join(encode(f) for f in some))
+    assert all(equal(read_frame(stream.read), f) for f in some)
+    assert read_frame(stream.read) is None
 
 
 @given(frames)
 def test_the_asynchronous_reader_reads_the_same(frame):
     async def go() -> Frame:
         reader = asyncio.StreamReader()
-        reader.feed_data(m.encode(frame))
+        reader.feed_data(encode(frame))
         reader.feed_eof()
-        return await m.read_frame_async(reader)
+        return await read_frame_async(reader)
 
     assert equal(asyncio.run(go()), frame)
 
 
 @given(frames, st.data())
 def test_a_cut_frame_is_an_error(frame, data):
-    whole = m.encode(frame)
+    whole = encode(frame)
     cut = data.draw(st.integers(1, len(whole) - 1))
     with pytest.raises(WireError, match="middle of a frame"):
         read(whole[:cut])
@@ -203,7 +210,7 @@ def test_garbage_is_an_error(data):
 
 @given(frames, st.data())
 def test_a_changed_byte_is_an_error_or_another_frame(frame, data):
-    whole = bytearray(m.encode(frame))
+    whole = bytearray(encode(frame))
     whole[data.draw(st.integers(0, len(whole) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     try:
         got = read(bytes(whole))
@@ -228,18 +235,18 @@ def test_garbage_says_what_it_is(data, why):
 
 def test_unknown_messages_and_wild_headers():
     def frame(*fields) -> bytes:
-        head = m.msgspec.msgpack.encode(list(fields))
+        head = msgspec.msgpack.encode(list(fields))
         return len(head).to_bytes(4, "big") + head
 
     for fields, why in (
-        (("ask", 1, "", 1, "Rocket", {}, []), "unknown message 'Rocket'"),
-        (("shout", 1, "", 1, "", None, []), "kind 'shout'"),
-        (("ask", "one", "", 1, "", None, []), "id 'one'"),
-        (("ask", 1, "", 1, "Load", {"model": 3}, []), "a Load that can't be read"),
-        (("ask", 1, "", 1, "", None, [["<f4", [2**40]]]), "bytes of arrays"),
-        (("ask", 1, "", 1, "", None, [["<f4", [-1]]]), "an array of type"),
-        (("ask", 1, "", 1, "", None, [["|O8", [1]]]), "an array of type"),
-        (("result", 1, "", 1, "AttentionResult", {"tokens": {}, "layer": 0, "pattern": 4, "which": "", "convention": ""}, []), "can't be read"),
+        (("ask", 1, "", 1, "", "Rocket", {}, []), "unknown message 'Rocket'"),
+        (("shout", 1, "", 1, "", "", None, []), "kind 'shout'"),
+        (("ask", "one", "", 1, "", "", None, []), "id 'one'"),
+        (("ask", 1, "", 1, "", "Load", {"model": 3}, []), "a Load that can't be read"),
+        (("ask", 1, "", 1, "", "", None, [["<f4", [2**40]]]), "bytes of arrays"),
+        (("ask", 1, "", 1, "", "", None, [["<f4", [-1]]]), "an array of type"),
+        (("ask", 1, "", 1, "", "", None, [["|O8", [1]]]), "an array of type"),
+        (("result", 1, "", 1, "", "AttentionResult", {"tokens": {}, "layer": 0, "pattern": 4, "which": "", "convention": ""}, []), "can't be read"),
     ):
         with pytest.raises(WireError, match=why):
             read(frame(*fields))
@@ -250,12 +257,12 @@ def test_unknown_messages_and_wild_headers():
 
 @given(studies)
 def test_json_round_trip(study):
-    back = m.from_json(json.loads(json.dumps(m.to_json(study))), m.Study)
+    back = from_json(json.loads(json.dumps(to_json(study))), Study)
     assert back == study
 
 
 def test_json_has_no_nan():
-    assert m.to_json(np.array([[1.0, math.nan], [math.inf, 2.0]])) == [[1.0, None], [None, 2.0]]
+    assert to_json(np.array([[1.0, math.nan], [math.inf, 2.0]])) == [[1.0, None], [None, 2.0]]
 
 
 @pytest.mark.parametrize(
@@ -275,16 +282,16 @@ def test_prompt_set_errors_name_the_line(tmp_path, line, why):
     file = tmp_path / "set.jsonl"
     file.write_text('{"clean": "When Mary", "answer": " x"}\n' + line + "\n")
     with pytest.raises(UserError, match=why) as error:
-        m.read_prompt_set(file)
+        read_prompt_set(file)
     assert str(error.value).startswith("set.jsonl line 2:")
 
 
 def test_prompt_set(tmp_path):
     with pytest.raises(UserError, match="no prompt set at"):
-        m.read_prompt_set(tmp_path / "none.jsonl")
+        read_prompt_set(tmp_path / "none.jsonl")
     file = tmp_path / "set.jsonl"
     file.write_text("\n\n")
     with pytest.raises(UserError, match="holds no prompt"):
-        m.read_prompt_set(file)
+        read_prompt_set(file)
     file.write_text('{"clean": "abc", "corrupt": "abd", "answer": " x", "foil": [" y", " z"], "labels": {"S1": 1}, "bos": false}\n')
-    assert m.read_prompt_set(file) == (Prompt("abc", "abd", (" x",), (" y", " z"), (("S1", 1),), False),)
+    assert read_prompt_set(file) == (Prompt("abc", "abd", (" x",), (" y", " z"), (("S1", 1),), False),)

@@ -15,7 +15,10 @@ from safetensors.torch import load_file, save_file
 
 import model as m
 from engine import Engine
-from messages import Check, Load, Prompt, Run, Study, UserError
+from techniques.output.requests import Run
+from vocabulary.nodes import UserError
+from vocabulary.prompts import Prompt, Study
+from vocabulary.requests import Check, Load
 
 
 def failure(ask: Load) -> str:
@@ -383,7 +386,9 @@ def test_cache_bound_and_order():
 
 
 def test_keypresses_do_not_run_the_model_again(engine):
-    from messages import Attention, HeadStats, Lens, parse_intervention
+    from techniques.attention.requests import Attention, HeadStats
+    from techniques.lens.requests import Lens
+    from vocabulary.nodes import parse_intervention
 
     engine.model.cache.clear()
     calls = []

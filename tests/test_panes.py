@@ -9,7 +9,13 @@ from ui import LocalClient, Superseded, grid, make_app, press, reply, shown
 
 from screen.client import Job
 
-from messages import Attribution, AttributionSet, Composition, Detect, HeadWeights, Run, Study, Sweep, parse_intervention
+from techniques.attention.requests import Detect
+from techniques.attribution.requests import Attribution, AttributionSet
+from techniques.output.requests import Run
+from techniques.patching.requests import Sweep
+from techniques.weights.requests import Composition, HeadWeights
+from vocabulary.nodes import parse_intervention
+from vocabulary.prompts import Study
 from tui import first_state
 from screen.overlays import Panel, Picker
 

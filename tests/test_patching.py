@@ -7,7 +7,11 @@ import pytest
 import torch as t
 from conftest import CLEAN, CORRUPT, PROMPT, SHORT
 
-from messages import Identities, Intervention, Lens, Node, Prompt, Run, Study, UserError, parse_intervention
+from techniques.identities.requests import Identities
+from techniques.lens.requests import Lens
+from techniques.output.requests import Run
+from vocabulary.nodes import Intervention, Node, parse_intervention, UserError
+from vocabulary.prompts import Prompt, Study
 
 TOL = 1e-4
 NAMES = ("Alice", "Tom", "Anna", "she")

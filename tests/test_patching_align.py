@@ -10,9 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_sweeps import TOL, ZOO_SET, difference, missing, place_of, slopes, sweep
 
-import align
-from messages import Attention, Check, Estimate, Metric, Prompt, Run, Study, Sweep, TokenRow, UserError, parse_intervention, parse_node, read_prompt
-from wiring import PathPatch
+from vocabulary import alignment as align
+from techniques.attention.requests import Attention
+from techniques.circuits.requests import PathPatch
+from techniques.output.requests import Run
+from techniques.patching.requests import Estimate, Sweep
+from vocabulary.nodes import parse_intervention, parse_node, UserError
+from vocabulary.prompts import Metric, Prompt, read_prompt, Study, TokenRow
+from vocabulary.requests import Check
 
 LONG = "When Mary and John went to the red store, Alice gave a drink to"
 UNEQUAL = replace(PROMPT, corrupt=LONG)

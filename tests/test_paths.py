@@ -11,10 +11,14 @@ from hypothesis import strategies as st
 
 from edges import all_edges, edge_values, own_edge, receivers, senders
 from engine import Engine
-from messages import Metric, Prompt, Run, Study, Sweep, UserError, parse_node, read_prompt_set
+from techniques.circuits.requests import PathPatch
+from techniques.output.requests import Run
+from techniques.patching.requests import Sweep
+from vocabulary.circuit import parse_edge
+from vocabulary.nodes import parse_node, UserError
+from vocabulary.prompts import Metric, Prompt, read_prompt_set, Study
 from patching import where
 from utils import ROOT
-from wiring import PathPatch, parse_edge
 
 STUDY = Study(PROMPT)
 IOI = read_prompt_set(ROOT / "zoo" / "prompts" / "ioi_abba.jsonl")[:6]
@@ -33,6 +37,7 @@ def everything(info) -> tuple[str, ...]:
     return (*heads, *(f"L{n}.mlp" for n in range(info.n_layers)), "logits")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["noise", "denoise"])
 def test_to_everything_is_activation_patching(engine, direction):
     """All receivers and the logits at once: the sender's whole effect."""
@@ -133,6 +138,12 @@ def test_positions_and_sets(engines):
     assert np.nanargmax(np.abs(whole.values[1:] - whole.base)) // 5 < 3
     small = zoo.run(PathPatch(study, receivers=("L3H3.v",), over_set=True, chunk_mb=1))
     assert np.allclose(whole.values, small.values, atol=1e-5, equal_nan=True)
+
+
+def test_an_estimate_runs_the_first_paths(engines):
+    study = Study(IOI[0], prompt_set=IOI)
+    dry = engines["zoo"].run(PathPatch(study, receivers=("L3H3.v",), over_set=True, chunk_mb=1, dry=True))
+    assert 0 < dry.done < dry.total and "the whole table: about" in dry.warning
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch as t
 
-import commands
-import published
-from engine import Engine
-from messages import Progress, Prompt, Run, Study, parse_intervention
-from published import GROUPS, IDS, PROMPTS, SHAPE, compare, measure
+from techniques.identities import published
+from engine import Engine, main
+from techniques.output.requests import Run
+from vocabulary.nodes import parse_intervention
+from vocabulary.prompts import Prompt, Study
+from vocabulary.requests import Progress
+from techniques.identities.published import GROUPS, IDS, PROMPTS, SHAPE, compare, measure
 
 RECORDED = {f"{g.title}: {name}": value for g in GROUPS for name, value in g.values.items()}
 
@@ -135,6 +137,7 @@ def difference(engine, reference, edits_of) -> float:
     return total / len(PROMPTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["L8.resid_pre@S2", "L8.resid_pre@END", "L5.attn@S2", "L0.mlp@S2", "L10H7", "L9H9.q", "L10H7.k", "L8H6.v"])
 def test_denoising_equals_hugging_face_with_plain_hooks(engine, reference, measured, name):
     node = parse_intervention(f"{name}=patch").node
@@ -223,6 +226,7 @@ def test_a_model_of_gpt2s_shape_is_known_by_its_config(tokenizer, tmp_path):
     assert (info.architecture, info.d_vocab, info.n_heads, info.dtype) == ("GPT2LMHeadModel", SHAPE["d_vocab"], SHAPE["n_heads"], "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [None, "IOI denoising: L8H6.v"])
 def test_check_shows_the_figures_and_fails_on_one_that_is_off(folder, measured, monkeypatch, capsys, wrong):
     """The command on the small model, taken for gpt2, with the recorded values as what was measured."""
@@ -234,7 +238,7 @@ def test_check_shows_the_figures_and_fails_on_one_that_is_off(folder, measured, 
     args = ["check", str(folder), "--clean", PROMPTS[0].clean, "--corrupt", PROMPTS[0].corrupt]
     monkeypatch.setattr(published, "SHAPE", {"n_layers": 12})
     monkeypatch.setattr(published, "measure", recorded)
-    assert commands.main(args) == (1 if wrong else 0)
+    assert main(args) == (1 if wrong else 0)
     out, err = capsys.readouterr()
     shown = [line for line in out.splitlines() if "  published " in line]
     assert len(shown) == len(RECORDED) and all(f"published {k} " in line for k, line in zip(RECORDED, shown))
@@ -244,6 +248,6 @@ def test_check_shows_the_figures_and_fails_on_one_that_is_off(folder, measured, 
 
 def test_check_says_nothing_of_them_on_another_model(folder, capsys):
     args = ["check", str(folder), "--clean", PROMPTS[0].clean, "--corrupt", PROMPTS[0].corrupt, "--json"]
-    assert commands.main(args) == 0
+    assert main(args) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert rows and not [r for r in rows if "published" in r["name"]]

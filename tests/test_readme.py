@@ -8,10 +8,17 @@ import numpy as np
 
 import pytest
 
-from messages import Attribution, HeadStats, Lens, Run, Study, Sweep, parse_intervention, read_prompt_set
-from sparse import Features
+from techniques.attention.requests import HeadStats
+from techniques.attribution.requests import Attribution
+from techniques.circuits.requests import Discover, PathPatch, Score
+from techniques.features.requests import Features
+from techniques.lens.requests import Lens
+from techniques.output.requests import Run
+from techniques.patching.requests import Sweep
+from vocabulary.circuit import Circuit
+from vocabulary.nodes import parse_intervention
+from vocabulary.prompts import read_prompt_set, Study
 from utils import ROOT
-from wiring import Circuit, Discover, PathPatch, Score
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SET = read_prompt_set(ROOT / "zoo" / "prompts" / "ioi_abba.jsonl")

@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 from ui import EngineError, LocalClient, asked, make_app, press, reply, screen
 
-from messages import Check, Lens, Load, ModelInfo
+from techniques.circuits.requests import Discover, Score
+from techniques.lens.requests import Lens
+from vocabulary.requests import Check, Load, ModelInfo
 from screen.session import VIEWS
 from techniques.circuits import discovery
 from tui import PANES, first_state
-from wiring import Discover, Score
 
 
 class TwoModels(LocalClient):

@@ -11,8 +11,10 @@ from conftest import PROMPT
 from dictionaries import KINDS, build, save
 
 import saes
-from messages import Prompt, Run, Study, UserError
-from sparse import Feature, Features, Preflight, Saes
+from techniques.features.requests import Feature, Features, Preflight, Saes
+from techniques.output.requests import Run
+from vocabulary.nodes import UserError
+from vocabulary.prompts import Prompt, Study
 
 STUDY = Study(PROMPT)
 
@@ -41,6 +43,7 @@ def make(engine, kind, folder, seed=0, hook=None, **more):
     return save(build(kind, hook or "blocks.1.mlp.hook_in", width, width, seed, pairs, **more), folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("norm", ["none", "layer_norm", "constant_norm_rescale"])
 def test_what_save_model_writes_is_read_and_encodes_as_sae_lens_does(engines, kind, norm, tmp_path):
@@ -140,6 +143,7 @@ def test_a_features_pre_activation_as_a_direction(engines, kind, norm, view, tmp
         assert (x[3] @ w).item() + constant == pytest.approx(f[3, index].item(), abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "hook", ["hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "attn.hook_z", "ln2.hook_normalized", "mlp.hook_post"]
 )
@@ -260,6 +264,7 @@ def test_what_is_refused_in_one_line(engines, tmp_path):
     assert loaded(engine, good) is not first and loaded(engine, good).kind == "topk"
 
 
+@pytest.mark.slow
 def test_a_release_without_a_network_is_a_line_and_quick(engines, monkeypatch):
     import huggingface_hub
 
@@ -296,6 +301,7 @@ def test_preflight_refuses_and_says_why(engines, tmp_path):
     assert verdict(centred).info.view == "centred" and verdict(centred, "raw").info.view == "raw"
 
 
+@pytest.mark.slow
 def test_memory_of_16k_features_on_a_model_as_wide_as_gpt2(tmp_path):
     """The weights and what fires: no dense [seq, d_sae] beyond CHUNK_BYTES on the way, and nothing left behind."""
     import gc

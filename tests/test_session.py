@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from messages import Prompt, UserError, from_json, to_json
+from vocabulary.nodes import UserError
+from vocabulary.prompts import Prompt
+from vocabulary.wire import from_json, to_json
 import tui  # noqa: F401  (the panes' views)
 from screen.session import VIEWS, Session, State, apply, newest_session, read_session
 

@@ -13,7 +13,11 @@ from hypothesis import strategies as st
 import kept
 import resume
 import sweeps
-from messages import Estimate, Frame, Metric, Progress, Prompt, Study, Sweep, SweepResult, UserError, encode, parse_intervention, parse_node, read_prompt_set
+from techniques.patching.requests import Estimate, Sweep, SweepResult
+from vocabulary.nodes import parse_intervention, parse_node, UserError
+from vocabulary.prompts import Metric, Prompt, read_prompt_set, Study
+from vocabulary.requests import Progress
+from vocabulary.wire import encode, Frame
 from utils import ROOT
 
 TOL = 1e-4
@@ -77,6 +81,7 @@ def hooked(engine, reference, node, op: str, base: str, source: int | None = Non
     return difference(engine, reference.run([own], edits=[(spot, edit)])[0][0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_equal_to_hugging_face(engine, reference, arch, kind):
     """Some cells of every kind: patches both ways, and zero."""
@@ -106,6 +111,7 @@ def test_equal_to_hugging_face(engine, reference, arch, kind):
 # ------------------------------------------------------------------ transformer_lens.patching
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["gpt2", "zoo"])
 def test_equal_to_transformer_lens(engines, arch, monkeypatch):
     """Every function of transformer_lens.patching whose table is a sweep's."""
@@ -153,6 +159,7 @@ def test_identities(engine, arch):
         assert (one.clean, one.corrupt) == pytest.approx((two.corrupt, two.clean), abs=TOL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["z", "attn_mlp", "pattern"])
 def test_batch_of_one_is_batch_of_many(engine, arch, kind):
     some = ZOO_SET if arch == "zoo" else SET
@@ -183,11 +190,12 @@ def test_ablations(engine, arch, op):
 
 
 def now(engine, study: Study) -> float:
-    from messages import Run
+    from techniques.output.requests import Run
 
     return engine.run(Run(study)).now.metric
 
 
+@pytest.mark.slow
 def test_under_interventions(engine, arch):
     """The study's interventions stay in force, before and after the changed node."""
     do = ("L0.resid_pre@2=scale:1.5", "L0H1=zero", "L1.mlp@S2=scale:0.5", "L2H3.q=scale:-1", "L2.attn@-1=patch")
@@ -362,6 +370,7 @@ def test_pairs_and_cumulative(engine, arch):
 # ------------------------------------------------------------------ estimates and direct effects
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["resid_mid", "attn_mlp", "z", "q", "v", "pattern", "neurons", "cells"])
 def test_small_step_of_attribution_patching_is_a_finite_difference(engine, arch, kind):
     """The sweep with new values a little off the base run's, both ways, against the gradient."""
@@ -412,6 +421,7 @@ def test_estimates_are_transformer_lens_attribution_patching(engine, arch):
         np.testing.assert_allclose((mlps.values - mlps.base)[layer], [theirs[Node("mlp_out", p, layer)] for p in range(seq)], atol=TOL * max(1, scale))
 
 
+@pytest.mark.slow
 def test_estimates_know_their_limits(engines):
     """On the zoo the estimates rank cells as the truth does; integrated gradients add up to the whole effect at the first layer."""
     engine = engines["zoo"]
@@ -630,10 +640,11 @@ def test_nan_in_the_model(engines):
     engine.check_hooks()
 
 
+@pytest.mark.slow
 def test_command_line(capsys):
     import json
 
-    from commands import main
+    from engine import main
 
     some = str(ROOT / "zoo" / "prompts" / "ioi_abba.jsonl")
     assert main(["sweep", "--set", some, "--kind", "z", "--mean"]) == 0

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 
 import training
 import tuned
-from commands import main
-from messages import Progress, UserError
-from sparse import TrainSae
+from engine import main
+from techniques.features.requests import TrainSae
+from vocabulary.nodes import UserError
+from vocabulary.requests import Progress
 from test_tuned import text  # noqa: F401
 
 TINY = {"features": 64, "k": 4, "tokens": 1280, "batch": 64, "length": 16, "lr": 0.005, "seed": 3}

@@ -8,7 +8,11 @@ import signal
 import pytest
 from ui import LocalClient, make_app, press, reply, screen, shown
 
-from messages import Lens, Load, Node, Prompt, Run, Study, parse_intervention
+from techniques.lens.requests import Lens
+from techniques.output.requests import Run
+from vocabulary.nodes import Node, parse_intervention
+from vocabulary.prompts import Prompt, Study
+from vocabulary.requests import Load
 from screen import dialogs
 from screen.client import Client
 from screen.overlays import Editor, Overlay, Panel, Picker
@@ -358,7 +362,7 @@ async def test_no_color_starts_with_shades(zoo, tmp_path, monkeypatch):
 
 async def test_keymap(zoo, tmp_path):
     from screen.keys import remapped
-    from messages import UserError
+    from vocabulary.nodes import UserError
 
     path = tmp_path / "keys.json"
     path.write_text('{"ablate": "z", "quit": "Q"}')

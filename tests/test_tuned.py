@@ -11,7 +11,9 @@ from reference import log_softmax
 from transformer_lens.tools.analysis.jacobian_lens import JacobianLens
 
 import tuned
-from messages import FitJacobian, Lens, Prompt, Study, TuneLens, UserError
+from techniques.lens.requests import FitJacobian, Lens, TuneLens
+from vocabulary.nodes import UserError
+from vocabulary.prompts import Prompt, Study
 
 TOL = 1e-4
 

@@ -10,7 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import matrices
 import weights
-from messages import Composition, Frame, HeadWeights, HeadWeightsResult, Load, Progress, Singular, UserError, encode, read_frame
+from techniques.weights.requests import Composition, HeadWeights, HeadWeightsResult, Singular
+from vocabulary.nodes import UserError
+from vocabulary.requests import Load, Progress
+from vocabulary.wire import encode, Frame, read_frame
 from reference import Reference
 
 LAYER, HEAD = 1, 3
@@ -143,6 +146,7 @@ def check_pairs(best, worst, plain: Plain, full: np.ndarray, k: int) -> None:
 # ------------------------------------------------------------------ OV and QK in tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mlp0", [False, True])
 def test_pairs_are_those_of_the_full_matrices(engine, plain, mlp0):
     for distance in (0, 5):
@@ -463,6 +467,7 @@ def test_an_architecture_read_wrongly_is_refused(engines, monkeypatch):
         engines["llama"].run(HeadWeights(LAYER, HEAD, 3, 5))
 
 
+@pytest.mark.slow
 def test_other_kinds_of_attention(tmp_path):
     """ALiBi; a model without scale whose attention is Hugging Face's own; embeddings scaled outside the embedding; rotary in pairs, which is refused."""
     import transformers as tr
@@ -524,8 +529,9 @@ def test_a_model_without_mlps(engines, monkeypatch):
         engine.run(HeadWeights(LAYER, 0, mlp0=True))
 
 
+@pytest.mark.slow
 def test_command_line(folders, capsys):
-    from commands import main
+    from engine import main
 
     common = ["weights", "--model", str(folders["llama"])]
     assert main([*common, "--head", "L1H3", "--k", "3", "--distance", "2", "--json"]) == 0

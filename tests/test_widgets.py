@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from screen.keys import key_table
-from messages import AttentionResult, HeadStatsResult, Identity, LensResult, TokenRow
+from techniques.attention.requests import AttentionResult, HeadStatsResult
+from techniques.lens.requests import LensResult
+from vocabulary.prompts import TokenRow
+from vocabulary.requests import Identity
 from screen.top import token_line
 from techniques.attention.pictures import heads_grid, pattern_grid
 from techniques.identities.pane import identity_rows

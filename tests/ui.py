@@ -2,7 +2,8 @@
 
 from textual.drivers.headless_driver import HeadlessDriver
 
-from messages import Progress, UserError
+from vocabulary.nodes import UserError
+from vocabulary.requests import Progress
 from screen.client import EngineDied, EngineError, Superseded
 from screen.session import Session, State
 from tui import Loupe
@@ -40,7 +41,7 @@ class LocalClient:
 def over_the_wire(body):
     import io
 
-    from messages import Frame, encode, read_frame
+    from vocabulary.wire import encode, Frame, read_frame
 
     return read_frame(io.BytesIO(encode(Frame("ask", body=body))).read).body
 

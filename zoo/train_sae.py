@@ -62,7 +62,7 @@ def measured(model, folder: Path, held: t.Tensor) -> tuple[dict, object]:
     """An SAE on disk against held-out rows: explained variance, L0, dead fraction, loss recovered against zeros and against the mean."""
     from sae_lens import SAE
 
-    from messages import parse_node
+    from vocabulary.nodes import parse_node
     from training import measure, recovered
 
     sae = SAE.load_from_disk(folder)
@@ -72,7 +72,7 @@ def measured(model, folder: Path, held: t.Tensor) -> tuple[dict, object]:
 
 
 def train(model, cfg: SaesConfig, hook: str) -> None:
-    from sparse import TrainSae
+    from techniques.features.requests import TrainSae
     from training import fit
 
     architecture = ARCHITECTURES.get(hook, "topk")

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from messages import DETECTORS, AttentionSet, Detect, HeadStatsResult, UserError
+from techniques.attention.requests import AttentionSet, Detect, DETECTORS, HeadStatsResult
+from vocabulary.nodes import UserError
 from screen.overlays import Editor, Item, Picker
 from screen.pane import Host, Pane
 from screen.pictures import RUN_NAMES

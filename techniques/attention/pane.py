@@ -4,7 +4,8 @@ import numpy as np
 from textual.containers import Horizontal
 from textual.widget import Widget
 
-from messages import Attention, AttentionResult, HeadStats, HeadStatsResult, Node
+from techniques.attention.requests import Attention, AttentionResult, HeadStats, HeadStatsResult
+from vocabulary.nodes import Node
 from screen.actions import turns
 from screen.cursor import clip
 from screen.keys import FIND, VIEW, Action, Part

@@ -6,7 +6,7 @@ from functools import lru_cache
 import numpy as np
 from rich.style import Style
 
-from messages import AttentionResult, HeadStatsResult
+from techniques.attention.requests import AttentionResult, HeadStatsResult
 from screen.pictures import heat_code, texts_of
 from utils import show_token
 from widgets import BOLD, CURSOR_PLAIN, DIM, PLAIN, SHADES, Grid, Spans

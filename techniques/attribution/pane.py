@@ -5,7 +5,7 @@ from dataclasses import replace
 from textual.containers import Horizontal
 from textual.widget import Widget
 
-from messages import (
+from techniques.attribution.requests import (
     Attribution,
     AttributionNeurons,
     AttributionNeuronsResult,
@@ -14,9 +14,8 @@ from messages import (
     AttributionSetResult,
     AttributionSources,
     AttributionSourcesResult,
-    Node,
-    UserError,
 )
+from vocabulary.nodes import Node, UserError
 from screen.cursor import clip
 from screen.keys import FIND, Action, Part
 from screen.pane import Host, Pane, step_component

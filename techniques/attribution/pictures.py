@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from messages import AttributionCells, AttributionNeuronsResult, AttributionSetResult, AttributionSourcesResult
+from techniques.attribution.requests import AttributionCells, AttributionNeuronsResult, AttributionSetResult, AttributionSourcesResult
 from screen.pictures import signed, texts_of
 from utils import show_token
 from widgets import BAD, BOLD, DIM, GOOD, NEGATIVE, PLAIN, POSITIVE, Grid, Spans

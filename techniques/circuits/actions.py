@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from messages import Node, UserError, parse_node
+from vocabulary.circuit import check_receivers, LOGITS
+from vocabulary.nodes import Node, parse_node, UserError
 from screen.actions import find
 from screen.overlays import Item, Picker
 from screen.pane import Host, Pane
 from widgets import GOOD
-from wiring import LOGITS, check_receivers
 
 
 def keep(pane: Pane, app: Host) -> None:

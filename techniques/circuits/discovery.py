@@ -3,14 +3,14 @@
 import dataclasses
 import math
 
-from messages import to_json
+from techniques.circuits.requests import Discover, DiscoverResult, METHODS
+from vocabulary.wire import to_json
 from screen.client import in_words
 from screen.overlays import Editor, Item, Panel, Picker
 from screen.pane import Host, Pane
 from screen.replies import Reply
 from techniques.circuits.files import free_name
 from widgets import BOLD, DIM, GOOD, PLAIN, WARN
-from wiring import METHODS, Discover, DiscoverResult
 
 FIELDS = {"acdc": [("threshold", "0.1")], "greedy": [("target", "0.85"), ("heads", "0")], "features": [("features", "30"), ("steps", "5")]}
 EDGES = [("edges", "40"), ("steps", "5")]

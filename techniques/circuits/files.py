@@ -6,7 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import drawings
-from messages import UserError, parse_node, to_json
+from techniques.circuits.requests import Compare
+from vocabulary.circuit import Circuit, COMBINE
+from vocabulary.nodes import parse_node, UserError
+from vocabulary.wire import to_json
 from screen.actions import accepted
 from screen.dialogs import write_file
 from screen.overlays import Editor, Item, Panel, Picker
@@ -15,7 +18,6 @@ from screen.replies import Reply
 from screen.session import VIEWS
 from utils import ROOT
 from widgets import GOOD, WARN
-from wiring import COMBINE, Circuit, Compare
 
 FOLDER = ROOT / "exports" / "circuits"
 EXPORTS = {

@@ -6,7 +6,11 @@ from textual.containers import Horizontal
 from textual.widget import Widget
 
 import drawings
-from messages import Node, Study, SweepResult, UserError, parse_node
+from techniques.circuits.requests import CompareResult, PathPatch, Score, ScoreResult
+from techniques.patching.requests import SweepResult
+from vocabulary.circuit import connected, LOGITS
+from vocabulary.nodes import Node, parse_node, UserError
+from vocabulary.prompts import Study
 from screen.actions import turns
 from screen.cursor import clip
 from screen.keys import CIRCUIT, Action, Part
@@ -16,7 +20,6 @@ from screen.replies import Reply
 from techniques.circuits import actions, discovery, files
 from techniques.circuits.pictures import NO_CIRCUIT, about_node, all_scores, compared, curve, listing, map_grid, members, path_grid, summary, wrap
 from widgets import BAD, DIM, PLAIN, Grid, GridView, Lines, Same, Spans
-from wiring import LOGITS, CompareResult, PathPatch, Score, ScoreResult, connected
 
 PATHS = {"direct": "direct edge", "mlps": "through MLPs"}
 FULL = ("faithfulness", "effects", "completeness", "minimality")

@@ -4,11 +4,14 @@ import textwrap
 
 import numpy as np
 
-from messages import ModelInfo, SweepResult, parse_node
+from techniques.circuits.requests import CompareResult, Interval, PathPatch, ScoreResult
+from techniques.patching.requests import SweepResult
+from vocabulary.circuit import Circuit, owner, parse_edge
+from vocabulary.nodes import parse_node
+from vocabulary.requests import ModelInfo
 from screen.pictures import change, chart, texts_of
 from screen.replies import Reply
 from widgets import BOLD, DIM, GOOD, PLAIN, WARN, Grid, Spans
-from wiring import Circuit, CompareResult, Interval, PathPatch, ScoreResult, owner, parse_edge
 
 NO_CIRCUIT: list[Spans] = [
     [("c keeps the node under the cursor, in any pane", PLAIN)],

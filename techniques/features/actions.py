@@ -2,11 +2,11 @@
 
 import math
 
-from messages import Intervention, UserError
+from techniques.features.requests import CheckEdge, FeatureGraphResult, Saes
+from vocabulary.nodes import Intervention, UserError
 from screen.actions import intervene
 from screen.overlays import Editor, Item, Picker
 from screen.pane import Host, Pane
-from sparse import CheckEdge, FeatureGraphResult, Saes
 from widgets import BAD, DIM, GOOD, WARN
 
 

@@ -6,14 +6,25 @@ from dataclasses import replace
 from textual.containers import Horizontal
 from textual.widget import Widget
 
-from messages import Node, UserError
+from techniques.features.requests import (
+    Examples,
+    ExamplesResult,
+    Feature,
+    FeatureGraph,
+    FeatureGraphResult,
+    FeatureResult,
+    Features,
+    FeaturesResult,
+    Preflight,
+    PreflightResult,
+)
+from vocabulary.nodes import Node, UserError
 from screen.actions import turns
 from screen.cursor import clip
 from screen.keys import FEATURES, Action, Part
 from screen.overlays import Item
 from screen.pane import Host, Pane
 from screen.pictures import run_name, texts_of
-from sparse import Examples, ExamplesResult, Feature, FeatureGraph, FeatureGraphResult, FeatureResult, Features, FeaturesResult, Preflight, PreflightResult
 from techniques.features import actions
 from techniques.features.pictures import detail_lines, example_lines, feature_lines, graph_lines, preflight_lines
 from utils import show_token

@@ -7,7 +7,7 @@ import numpy as np
 from rich.style import Style
 
 from screen.pictures import texts_of
-from sparse import ExamplesResult, FeatureGraphResult, FeatureResult, FeaturesResult, PreflightResult
+from techniques.features.requests import ExamplesResult, FeatureGraphResult, FeatureResult, FeaturesResult, PreflightResult
 from utils import ROOT, show_token
 from widgets import BAD, BOLD, DIM, GOOD, PLAIN, SHADES, WARN, Spans
 

@@ -1,6 +1,7 @@
 """The honesty panel: the identities, checked on the loaded model and prompt."""
 
-from messages import Identities, Identity
+from techniques.identities.requests import Identities
+from vocabulary.requests import Identity
 from screen.keys import LOUPE, Action
 from screen.overlays import Panel
 from screen.pane import Host

@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from messages import TuneLens
+from techniques.lens.requests import TuneLens
 from screen.overlays import Editor, Item, Panel, Picker
 from screen.pane import Host, Pane
 from screen.pictures import RUN_NAMES, chart as line_chart

@@ -6,7 +6,8 @@ from pathlib import Path
 from textual.containers import Horizontal
 from textual.widget import Widget
 
-from messages import Lens, LensResult, Node, parse_node
+from techniques.lens.requests import Lens, LensResult
+from vocabulary.nodes import Node, parse_node
 from screen.actions import turns
 from screen.cursor import clip, place_of
 from screen.keys import VIEW, Action

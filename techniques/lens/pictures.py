@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from messages import LensResult
+from techniques.lens.requests import LensResult
 from screen.pictures import texts_of
 from utils import show_token
 from widgets import BOLD, DIM, PLAIN, Grid, Spans

@@ -2,7 +2,8 @@
 
 from textual.widget import Widget
 
-from messages import RunResult, UserError
+from techniques.output.requests import RunResult
+from vocabulary.nodes import UserError
 from screen.cursor import clip
 from screen.pane import Host, Pane
 from screen.pictures import texts_of

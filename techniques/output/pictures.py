@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from messages import RunResult, Side
+from techniques.output.requests import RunResult, Side
 from utils import show_token
 from widgets import BAD, DIM, GOOD, HEAD, PLAIN, Spans
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 from textual.widget import Widget
 
-from messages import Estimate, Intervention, Node, Sweep, SweepResult, UserError, parse_node
+from techniques.patching.requests import Estimate, Sweep, SweepResult
+from vocabulary.nodes import Intervention, Node, parse_node, UserError
 from screen.actions import toggle, turns
 from screen.cursor import clip, place_of
 from screen.keys import VIEW, Action, Part

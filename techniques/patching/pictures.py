@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from messages import SweepResult
+from techniques.patching.requests import SweepResult
 from screen.pictures import change, texts_of
 from widgets import FAINT, Grid
 

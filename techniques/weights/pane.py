@@ -3,7 +3,8 @@
 from textual.containers import Horizontal
 from textual.widget import Widget
 
-from messages import Composition, CompositionResult, HeadWeights, HeadWeightsResult, Node, Singular, SingularResult
+from techniques.weights.requests import Composition, CompositionResult, HeadWeights, HeadWeightsResult, Singular, SingularResult
+from vocabulary.nodes import Node
 from screen.cursor import clip
 from screen.pane import Host, Pane
 from screen.session import VIEWS

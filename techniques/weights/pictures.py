@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from messages import CompositionResult, HeadWeightsResult, Pairs, SingularResult
+from techniques.weights.requests import CompositionResult, HeadWeightsResult, Pairs, SingularResult
 from utils import show_token
 from widgets import BOLD, DIM, HEAD, PLAIN, Grid, Spans
 

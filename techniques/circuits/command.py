@@ -1,5 +1,6 @@
-"""The command line of circuits: path patching, scores, discovery, comparison, and what a circuit's file can be turned into."""
+"""The command line of this room: path, score, discover, compare, and what a circuit's file can be turned into."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -8,10 +9,12 @@ import numpy as np
 from rich.console import Console
 
 import drawings
-from commands import CYAN, GRAY, YELLOW, Options, plain, table
-from messages import UserError
+from techniques.circuits.requests import Compare, CompareResult, Discover, DiscoverResult, Interval, PathPatch, Score, ScoreResult
+from techniques.shell import CYAN, DO, GRAY, YELLOW, options, plain, table
 from utils import show_number
-from wiring import LOGITS, Circuit, Compare, CompareResult, Discover, DiscoverResult, Interval, PathPatch, Score, ScoreResult
+from vocabulary.circuit import Circuit
+from vocabulary.nodes import UserError
+from vocabulary.requests import ModelInfo
 
 
 def read(path: str) -> Circuit:
@@ -22,123 +25,85 @@ def read(path: str) -> Circuit:
     return circuit
 
 
+def named(path: str) -> Circuit:
+    if not path:
+        raise UserError("give --circuit FILE")
+    return read(path)
+
+
 @dataclass
-class PathCommand(Options):
+class PathCommand(options(PathPatch, names={"senders": "sender", "receivers": "receiver"})):
     """Path patching: from senders (unset: every node) to receivers."""
 
-    sender: tuple[str, ...] = ()
-    """L0H1, L3.mlp, embed; with @S2 for a position"""
-    receiver: tuple[str, ...] = (LOGITS,)
-    """L2H3.q, .k, .v, L3.mlp, logits"""
-    each: Literal["sender", "receiver"] = "sender"
-    """a cell is one sender (to all receivers), or one receiver (from all senders; --receiver is not used)"""
-    convention: str = PathPatch.convention
-    """direct (all else frozen) or mlps (through MLPs, other heads frozen)"""
-    direction: str = PathPatch.direction
-    """noise (corrupted value into the clean run) or denoise"""
-    by_pos: bool = False
-    mean: bool = False
-    """over --set, with statistics"""
-    chunk_mb: int = 0
-
     def request(self) -> PathPatch:
-        receivers = () if self.each == "receiver" else self.receiver
-        return PathPatch(self.study(), self.sender, receivers, self.each, self.convention, self.direction, self.by_pos, self.mean, self.chunk_mb)
+        return self.ask(PathPatch, receivers=() if self.each == "receiver" else self.receiver)
 
 
 @dataclass
-class ScoreCommand(Options):
+class ScoreCommand(options(Score, hide=("circuit",), unused=DO, what=("faithfulness", "effects"))):
     """Faithfulness, completeness, minimality and single effects of a circuit, over --set or the prompt."""
 
     circuit: str = ""
     """a .json file, or ioi, greater-than"""
     nodes: tuple[str, ...] = ()
     """instead of a file: L0H1 L3H2.v L2.mlp"""
-    what: tuple[str, ...] = ("faithfulness", "effects")
-    """faithfulness, completeness, minimality, effects"""
-    rest: str = Score.rest
-    """what is not in it is set to: mean, mean_all, resample, zero, patch"""
-    edges: bool = True
-    """score it by its edges when it has any"""
-    mlps: bool = False
-    """replace MLPs that are not in it too"""
-    subsets: int = Score.subsets
-    greedy: int = Score.greedy
-    seed: int = 0
 
     def request(self) -> Score:
         if bool(self.circuit) == bool(self.nodes):
             raise UserError("give --circuit FILE or --nodes L0H1 L3H2")
-        circuit = read(self.circuit) if self.circuit else Circuit("these nodes", self.model or "zoo", self.nodes)
-        return Score(self.study(), circuit, self.what, self.rest, self.edges, True, self.mlps, self.subsets, self.greedy, self.seed)
+        return self.ask(Score, circuit=read(self.circuit) if self.circuit else Circuit("these nodes", self.model or "zoo", self.nodes))
 
 
 @dataclass
-class DiscoverCommand(Options):
+class DiscoverCommand(options(Discover, hide=("name",), unused=DO)):
     """Find a circuit, over --set or the prompt; --out saves it."""
 
-    method: str = Discover.method
-    """eap, eap-ig, eap-ig-activations, clean-corrupted, acdc, greedy, features (of --sae)"""
-    edges: int = Discover.edges
-    nodes: int = Discover.nodes
-    """greedy: stop at so many heads (0: at --target); features: so many (0: 30)"""
-    threshold: float = Discover.threshold
-    """acdc, in units of the metric"""
-    steps: int = Discover.steps
-    target: float = Discover.target
-    """greedy: the faithfulness to stay at"""
-    rest: str = Discover.rest
-    dry: bool = False
-    """only the estimate of the time"""
     out: Path | None = None
 
     def request(self) -> Discover:
-        name = self.out.stem if self.out else ""
-        return Discover(self.study(), self.method, self.edges, self.nodes, self.threshold, self.steps, self.target, self.rest, name, self.dry)
+        return self.ask(Discover, name=self.out.stem if self.out else "")
 
-    def finish(self, result: DiscoverResult) -> None:
+    def finish(self, result: DiscoverResult, engine, show: Callable[[object], None]) -> DiscoverResult:
         if self.out and not self.dry:
             drawings.write_circuit(result.circuit, self.out)
+        return result
 
 
 @dataclass
-class CompareCommand(Options):
+class CompareCommand(options(Compare, hide=("circuit", "other", "published", "edges", "scores"))):
     """A circuit's overlap with a published one (ioi, greater-than) or another file."""
 
     circuit: str = ""
     other: str = "ioi"
 
     def request(self) -> Compare:
-        if not self.circuit:
-            raise UserError("give --circuit FILE")
-        return Compare(read(self.circuit), read(self.other))
+        return Compare(named(self.circuit), read(self.other))
 
 
 @dataclass
-class CircuitCommand(Options):
+class CircuitCommand(options(Score, hide=("circuit", "what", "edges", "positions", "subsets", "greedy", "seed", "samples", "dry"), unused=DO)):
     """Turn a circuit's file into text, Graphviz, Mermaid, a table, or a TransformerLens script."""
 
     circuit: str = ""
     form: Literal["text", "dot", "mermaid", "table", "python"] = "text"
-    rest: str = "mean"
-    mlps: bool = False
 
     def request(self) -> Score:
-        if not self.circuit:
-            raise UserError("give --circuit FILE")
-        return Score(self.study(), read(self.circuit), ("faithfulness",), self.rest, mlps=self.mlps)
+        return self.ask(Score, circuit=named(self.circuit))
 
-    def text(self, info) -> str:
-        """What is printed; no model is run."""
-        ask = self.request()
-        if self.form == "python":
-            return drawings.circuit_script(ask.circuit, ask.study, info, self.load(), self.rest, self.mlps)
-        return {"text": lambda c: "\n".join(drawings.draw(c)) + "\n", "dot": drawings.dot, "mermaid": drawings.mermaid, "table": drawings.table}[self.form](
-            ask.circuit
-        )
+    def printed(self, info: ModelInfo) -> str:
+        circuit = named(self.circuit)
+        match self.form:
+            case "text":
+                return "\n".join(drawings.draw(circuit)) + "\n"
+            case "python":
+                return drawings.circuit_script(circuit, self.study(), info, self.load(), self.rest, self.mlps)
+        return {"dot": drawings.dot, "mermaid": drawings.mermaid, "table": drawings.table}[self.form](circuit)
 
 
 COMMANDS = {"path": PathCommand, "score": ScoreCommand, "discover": DiscoverCommand, "compare": CompareCommand, "circuit": CircuitCommand}
+
+
+# ------------------------------------------------------------------ tables
 
 
 def said(x: Interval) -> str:
@@ -147,6 +112,8 @@ def said(x: Interval) -> str:
 
 def show_score(out: Console, r: ScoreResult) -> None:
     out.print(plain(f"{r.circuit.name}: faithfulness {said(r.faithfulness)}", CYAN))
+    if r.dry:
+        out.print(plain(f"the scores: {r.sets:,} sets, about {r.expected:.1f} s", CYAN))
     out.print(plain(f"F model {said(r.model)}  circuit alone {said(r.alone)}  nothing {said(r.empty)}"))
     if r.effects.size or r.minimal.size:
         rows = table("parts", "part", "alone away", "minimality", "with K away too")

@@ -6,7 +6,8 @@ An alignment is a tuple of pairs (clean index, corrupted index), one to one. Pos
 
 from difflib import SequenceMatcher
 
-from grammar import ALIGNMENTS, Prompt, TokenRow, UserError
+from vocabulary.nodes import UserError
+from vocabulary.prompts import ALIGNMENTS, Prompt, TokenRow
 
 Pairs = tuple[tuple[int, int], ...]
 

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from messages import Attribution, HeadStats, Identity, ModelInfo, Progress, Prompt, Run, RunResult, Study, Sweep, UserError, parse_node
-
-if TYPE_CHECKING:
-    from engine import Engine
+from techniques.attention.requests import HeadStats
+from techniques.attribution.requests import Attribution
+from techniques.output.requests import Run, RunResult
+from techniques.patching.requests import Sweep
+from vocabulary.nodes import UserError, parse_node
+from vocabulary.prompts import Prompt, Study
+from vocabulary.requests import Identity, ModelInfo, Progress
 
 SHAPE = {"architecture": "GPT2LMHeadModel", "n_layers": 12, "n_heads": 12, "d_model": 768, "d_vocab": 50257}
 TOKENS, S2, END = 15, 10, 14
@@ -138,7 +140,7 @@ def check_places(run: RunResult) -> None:
             raise UserError(f"the published prompts have {TOKENS} tokens with S2 at {S2}, and here {len(row.ids)} with S2 at {row.labels['S2']}")
 
 
-def value_biases(engine: "Engine", study: Study, layer: int) -> list[float]:
+def value_biases(engine, study: Study, layer: int) -> list[float]:
     """
     What each head adds to the logit difference at END whatever it looks at, since its attention sums to one: (b_V + b W_V) W_O, with b the bias of
     the norm before it. The published weights had the norm folded into W_V and b_V, and b_V then into b_O.
@@ -154,7 +156,7 @@ def value_biases(engine: "Engine", study: Study, layer: int) -> list[float]:
     return [((b_v[h] + norm @ w_v[h]) @ w_o[h] @ d.to(w_o.device)).item() for h in range(len(w_o))]
 
 
-def patches(engine: "Engine") -> Generator[Progress, None, dict[str, float]]:
+def patches(engine) -> Generator[Progress, None, dict[str, float]]:
     """Every patch of PATCHED over the 8 prompts, one sweep for all the cells of a kind: the metric's mean, normalised."""
     nodes, out = {n: parse_node(n) for n in PATCHED.values}, {}
     kind = {n: node.part if node.site == "head" else node.site for n, node in nodes.items()}
@@ -170,7 +172,7 @@ def patches(engine: "Engine") -> Generator[Progress, None, dict[str, float]]:
     return out
 
 
-def measure(engine: "Engine") -> Generator[Progress, None, dict[str, float]]:
+def measure(engine) -> Generator[Progress, None, dict[str, float]]:
     """Every figure of the table on the loaded model, by the engine's own requests."""
     plain = []
     for i, prompt in enumerate(PROMPTS):
@@ -203,7 +205,7 @@ def applies(info: ModelInfo) -> bool:
     return all(getattr(info, k) == v for k, v in SHAPE.items())
 
 
-def rows(engine: "Engine", info: ModelInfo, show: Callable[[object], None] = lambda part: None) -> tuple[Identity, ...]:
+def rows(engine, info: ModelInfo, show: Callable[[object], None] = lambda part: None) -> tuple[Identity, ...]:
     """The figures beside the loaded model's own; nothing unless it has GPT-2 small's shape, and one row that says why where they can't be compared."""
     absent = lambda why: (Identity("published figures of gpt2", math.nan, 0.0, None, why),)  # noqa: E731
     if not applies(info):

@@ -1,15 +1,11 @@
-"""The command line of features: saes, preflight, features, feature, examples, feature-graph."""
+"""The command line of this room: saes, preflight, features, feature, examples, feature-graph, train-sae."""
 
 from dataclasses import dataclass, replace
-from typing import Annotated
 
 import numpy as np
-import tyro
 from rich.console import Console
 
-from commands import CYAN, GRAY, GREEN, PURPLE, RED, YELLOW, Options, plain, table
-from grammar import Study, UserError
-from sparse import (
+from techniques.features.requests import (
     CheckEdge,
     CheckEdgeResult,
     Examples,
@@ -25,118 +21,70 @@ from sparse import (
     SaeInfo,
     Saes,
     SaesResult,
+    TrainSae,
+    TrainSaeResult,
 )
+from techniques.shell import ANSWERS, CYAN, DO, GRAY, GREEN, METRIC, PURPLE, RED, YELLOW, options, plain, table
 from utils import show_bytes, show_number, show_token
-
-Source = Annotated[str, tyro.conf.Positional]
+from vocabulary.nodes import UserError
+from vocabulary.prompts import Study
 
 
 @dataclass
-class SaesCommand(Options):
+class SaesCommand(options(Saes)):
     """SAEs and transcoders that fit the model, without a network."""
 
-    every: bool = False
-    """those of other models too"""
 
-    def request(self) -> Saes:
-        return Saes(self.every)
-
-
-@dataclass
-class FeatureOptions(Options):
-    """What the analyses of one SAE take."""
-
-    source: Source = ""
-    """a folder that SAE.save_model wrote, zoo/NAME, or RELEASE:ID of sae_lens's list"""
-    which: str = "now"
-    """now, clean or corrupt"""
-    at: str = ""
-    """a position: a number or a label; unset, the metric's"""
-
-    @property
-    def place(self) -> int | str | None:
-        return int(self.at) if self.at.lstrip("-").isdigit() else self.at or None
+class OfOneSae:
+    """The SAE that the command is about is also the one that nodes speak of, and the other way round when there is but one."""
 
     def study(self) -> Study:
         study = super().study()
-        return study if study.saes else replace(study, saes=(self.source,))
+        return study if study.saes or not self.source else replace(study, saes=(self.source,))
+
+    def ask(self, kind: type, **given: object) -> object:
+        return super().ask(kind, source=self.source or (self.sae[0] if len(self.sae) == 1 else ""), **given)
 
 
 @dataclass
-class PreflightCommand(FeatureOptions):
+class PreflightCommand(OfOneSae, options(Preflight, first=("source",), unused=("corrupt", "align", "sae_error", *ANSWERS, *DO, *METRIC))):
     """Load an SAE and check it on the prompt."""
 
-    view: str = "auto"
-    """of the activation: auto, raw or centred"""
-
-    def request(self) -> Preflight:
-        return Preflight(self.study(), self.source, self.view)
-
 
 @dataclass
-class FeaturesCommand(FeatureOptions):
+class FeaturesCommand(OfOneSae, options(Features, first=("source",))):
     """The largest features at a position."""
 
-    order: str = Features.order
-    """activation, attribution or direct"""
-    k: int = Features.k
-
-    def request(self) -> Features:
-        return Features(self.study(), self.source, self.which, self.place, self.order, self.k)
-
 
 @dataclass
-class FeatureCommand(FeatureOptions):
+class FeatureCommand(OfOneSae, options(Feature, first=("source",))):
     """One feature: where it fires, what it promotes, what makes it fire."""
 
-    index: int = 0
-    k: int = Feature.k
-
-    def request(self) -> Feature:
-        return Feature(self.study(), self.source, self.index, self.which, self.place, self.k)
-
 
 @dataclass
-class ExamplesCommand(Options):
+class ExamplesCommand(options(Examples, first=("source",))):
     """Maximal activating examples over a text file; kept on disk under saes/.cache."""
 
-    source: Source = ""
-    text: str = ""
-    """a text file; unset, the zoo's corpus"""
-    indices: tuple[int, ...] = ()
-    """features; unset, all of them"""
-    k: int = Examples.k
-    tokens: int = Examples.tokens
-    length: int = Examples.length
-
-    def request(self) -> Examples:
-        return Examples(self.source, self.text, self.indices, self.k, self.tokens, self.length)
-
 
 @dataclass
-class FeatureGraphCommand(Options):
+class FeatureGraphCommand(options(FeatureGraph)):
     """What makes a feature of one SAE fire, by the features of an earlier one; --check FEATURE --check-at POSITION runs the real intervention on one edge."""
 
-    up: str = ""
-    """the earlier SAE"""
-    down: str = ""
-    """the later SAE, or nothing for the metric"""
-    target: int = FeatureGraph.target
-    """a feature of the later SAE, or -1 for the metric"""
-    which: str = "now"
-    at: str = ""
-    """the target's position; unset, the metric's"""
-    k: int = FeatureGraph.k
     check: int = -1
+    """a feature of the earlier SAE"""
     check_at: int = 0
 
     def request(self) -> FeatureGraph | CheckEdge:
-        pos = int(self.at) if self.at.lstrip("-").isdigit() else self.at or None
         if not self.up:
             raise UserError("name the earlier SAE with --up, and the later one with --down (or --target -1 for the metric)")
-        if self.check >= 0:
-            return CheckEdge(self.study(), self.up, self.down, self.check, self.check_at, self.target, pos, self.which)
-        return FeatureGraph(self.study(), self.up, self.down, self.target, pos, self.which, self.k)
+        return self.ask(FeatureGraph) if self.check < 0 else self.ask(CheckEdge, feature=self.check, at=self.check_at)
+
+
+@dataclass
+class TrainSaeCommand(options(TrainSae)):
+    """Train a small SAE through sae_lens. Interrupted, it leaves a checkpoint: go on with --resume."""
+
+    interruptible = True
 
 
 COMMANDS = {
@@ -146,6 +94,7 @@ COMMANDS = {
     "feature": FeatureCommand,
     "examples": ExamplesCommand,
     "feature-graph": FeatureGraphCommand,
+    "train-sae": TrainSaeCommand,
 }
 
 
@@ -257,6 +206,13 @@ def show_edge(out: Console, r: CheckEdgeResult) -> None:
     out.print(plain(r.convention, GRAY))
 
 
+def show_trained(out: Console, r: TrainSaeResult) -> None:
+    out.print(plain(f"SAE in {r.folder}: {r.architecture}, {r.features} features at {r.hook}, {r.tokens} tokens, {r.seconds:.0f} s", PURPLE))
+    figures = {"explained variance": r.explained, "L0": r.l0, "dead": r.dead, "loss recovered": r.recovered, "loss": float(r.losses[-1])}
+    out.print(plain("  ".join(f"{name} {value:.4f}" for name, value in figures.items()), CYAN))
+    out.print(plain(r.convention, GRAY))
+
+
 SHOW = {
     SaesResult: show_saes,
     PreflightResult: show_preflight,
@@ -265,4 +221,5 @@ SHOW = {
     ExamplesResult: show_examples,
     FeatureGraphResult: show_graph,
     CheckEdgeResult: show_edge,
+    TrainSaeResult: show_trained,
 }

@@ -1,34 +1,36 @@
-"""Requests and results of SAEs and transcoders: the part of the vocabulary that speaks of features. Never imports torch."""
+"""SAEs and transcoders: choosing, checking and training one, its features, examples, graphs."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from grammar import Study, TokenRow
+from vocabulary.prompts import OneRun, Study, TokenRow
+from vocabulary.wire import message, request
 
 VIEWS_OF_ACTIVATIONS = {"raw": "the activation as it is", "centred": "the activation minus its mean over the model's width (TransformerLens's centred weights)"}
 
-# ------------------------------------------------------------------ requests
-# A `source` names an SAE everywhere: a folder that `SAE.save_model` wrote, "zoo/L2.resid_post" (shipped), or "release:id" of sae_lens's list.
 
-
-@dataclass(frozen=True)
+@request
 class Saes:
     """SAEs that fit the loaded model: shipped ones, folders under saes/, and sae_lens's list; no network. `every` lists those of other models too."""
 
     every: bool = False
+    """those of other models too"""
 
 
-@dataclass(frozen=True)
+@request
 class Preflight:
     """Load an SAE and check it on the prompt (clean run) before anything is shown: view, cosine, variance, L0, loss. `view`: auto, raw or centred."""
 
     study: Study
     source: str = ""
-    view: str = "auto"
+    """a folder that SAE.save_model wrote, zoo/NAME, or RELEASE:ID of sae_lens's list"""
+    view: Literal["auto", "raw", "centred"] = "auto"
+    """of the activation"""
 
 
-@dataclass(frozen=True)
+@request
 class Features:
     """
     The k features with the largest `order` (activation, attribution: activation x gradient of the metric; direct: through the decoder and the final
@@ -37,13 +39,15 @@ class Features:
 
     study: Study
     source: str = ""
-    which: str = "now"
+    """a folder that SAE.save_model wrote, zoo/NAME, or RELEASE:ID of sae_lens's list"""
+    which: OneRun = "now"
     pos: int | str | None = None
-    order: str = "activation"
+    """a position: a number or a label; unset, the metric's"""
+    order: Literal["activation", "attribution", "direct"] = "activation"
     k: int = 20
 
 
-@dataclass(frozen=True)
+@request
 class Feature:
     """
     One feature: its activation over the tokens, decoder to logits, nearest features, the features that fire with it, source tokens, its address.
@@ -52,25 +56,30 @@ class Feature:
 
     study: Study
     source: str = ""
+    """a folder that SAE.save_model wrote, zoo/NAME, or RELEASE:ID of sae_lens's list"""
     index: int = 0
-    which: str = "now"
+    which: OneRun = "now"
     pos: int | str | None = None
+    """a position: a number or a label; unset, where it fires most"""
     k: int = 10
 
 
-@dataclass(frozen=True)
+@request
 class Examples:
     """Maximal activating examples and histograms of features over a text file ("": zoo/corpus.txt), cached on disk. `indices` empty: all features."""
 
     source: str = ""
+    """a folder that SAE.save_model wrote, zoo/NAME, or RELEASE:ID of sae_lens's list"""
     text: str = ""
+    """a text file; unset, the zoo's corpus"""
     indices: tuple[int, ...] = ()
+    """features; unset, all of them"""
     k: int = 20
     tokens: int = 200_000
     length: int = 64
 
 
-@dataclass(frozen=True)
+@request
 class FeatureGraph:
     """
     What makes a feature of `down` fire at `pos`, by the features of `up` at every position, the embeddings and `up`'s error: linear, with attention
@@ -79,14 +88,18 @@ class FeatureGraph:
 
     study: Study
     up: str = ""
+    """the earlier SAE"""
     down: str = ""
+    """the later SAE, or nothing for the metric"""
     target: int = 0
+    """a feature of the later SAE, or -1 for the metric"""
     pos: int | str | None = None
-    which: str = "now"
+    """the target's position; unset, the metric's"""
+    which: OneRun = "now"
     k: int = 20
 
 
-@dataclass(frozen=True)
+@request
 class CheckEdge:
     """One edge of FeatureGraph by the real intervention: the up feature to zero at its position, the target feature before and after (frozen, and total)."""
 
@@ -97,23 +110,31 @@ class CheckEdge:
     at: int = 0
     target: int = 0
     pos: int | str | None = None
-    which: str = "now"
+    which: OneRun = "now"
 
 
-@dataclass(frozen=True)
+@request
 class TrainSae:
     """Train a small SAE on a hook point of the loaded model and a text file ("": zoo/corpus.txt); written to `out` by sae_lens. `resume` goes on."""
 
     hook: str = "L2.resid_post"
+    """L2.resid_pre, L2.resid_mid, L2.resid_post, L2.attn or L2.mlp"""
     text: str = ""
+    """a text file; unset, the zoo's corpus"""
     out: str = "saes/mine"
-    architecture: str = "topk"
+    """a new folder, for cfg.json and sae_weights.safetensors"""
+    architecture: Literal["topk", "batchtopk", "standard", "jumprelu"] = "topk"
+    """standard: with l1"""
     features: int = 512
     k: int = 8
+    """features active at once: exactly (topk), on average (batchtopk), or wanted (jumprelu)"""
     l1: float = 1.0
+    """the sparsity coefficient of standard"""
     tokens: int = 500_000
+    """tokens to train on; a shorter text is repeated"""
     batch: int = 1024
     length: int = 64
+    """tokens of a row of text"""
     lr: float = 0.001
     seed: int = 0
     resume: bool = False
@@ -137,7 +158,7 @@ class SaeChoice:
     note: str = ""
 
 
-@dataclass(frozen=True)
+@message
 class SaesResult:
     choices: tuple[SaeChoice, ...]
 
@@ -161,7 +182,7 @@ class SaeInfo:
     bytes: int
 
 
-@dataclass(frozen=True)
+@message
 class PreflightResult:
     """
     On the prompt without position 0: cosine of reconstruction and target, fraction of variance unexplained, L0, loss of the model, with the SAE
@@ -183,7 +204,7 @@ class PreflightResult:
     convention: str
 
 
-@dataclass(frozen=True)
+@message
 class FeaturesResult:
     """
     index, activation, attribution and direct [k], largest first by `order`; `rest` of the active features (activation norm aside) as (count, attribution,
@@ -211,7 +232,7 @@ class FeaturesResult:
     convention: str
 
 
-@dataclass(frozen=True)
+@message
 class FeatureResult:
     """
     activation [seq]; top and bottom tokens of the decoder through the final norm's gain and the unembedding; nearest features by decoder cosine; features that
@@ -253,7 +274,7 @@ class Example:
     at: int
 
 
-@dataclass(frozen=True)
+@message
 class ExamplesResult:
     """Of each feature asked for: its examples, best first, the histogram of its positive activations (counts, edges), and how often it fires."""
 
@@ -271,7 +292,7 @@ class ExamplesResult:
     convention: str
 
 
-@dataclass(frozen=True)
+@message
 class FeatureGraphResult:
     """
     Edges into the target at `pos`: feature index, its position, activation and contribution [k], largest size first; `rest` of the other features;
@@ -295,7 +316,7 @@ class FeatureGraphResult:
     convention: str
 
 
-@dataclass(frozen=True)
+@message
 class CheckEdgeResult:
     """The contribution the graph claims, and the target's pre-activation lost when the up feature is set to zero: frozen (must agree) and total."""
 
@@ -307,7 +328,7 @@ class CheckEdgeResult:
     convention: str
 
 
-@dataclass(frozen=True)
+@message
 class TrainSaeResult:
     """A trained SAE, measured on held-out text without position 0: explained variance, L0, dead fraction, loss recovered, and the training losses."""
 
@@ -323,7 +344,3 @@ class TrainSaeResult:
     tokens: int
     seconds: float
     convention: str
-
-
-FEATURE_REQUESTS = (Saes, Preflight, Features, Feature, Examples, FeatureGraph, CheckEdge, TrainSae)
-FEATURE_RESULTS = (SaesResult, PreflightResult, FeaturesResult, FeatureResult, ExamplesResult, FeatureGraphResult, CheckEdgeResult, TrainSaeResult)

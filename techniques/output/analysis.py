@@ -1,0 +1,13 @@
+"""The door of this room: the likeliest next tokens and the metric."""
+
+from collections.abc import Generator
+
+import lens
+from model import Model
+from patching import prepare
+from techniques.output.requests import Run
+
+
+def answer(model: Model, request: Run) -> Generator:
+    runs = yield from prepare(model, request.study)
+    return (yield from lens.run(runs, request.k))

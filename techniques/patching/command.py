@@ -1,0 +1,67 @@
+"""The command line of this room: sweep."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from rich.console import Console
+
+from techniques.patching.requests import Estimate, Sweep, SweepResult
+from techniques.shell import CYAN, GRAY, YELLOW, options, plain, table
+from utils import show_number, show_token
+from vocabulary.nodes import UserError
+
+
+@dataclass
+class SweepCommand(options(Sweep, Estimate, hide=("method",))):
+    """Patch or ablate one cell after the other; or estimate it by gradients."""
+
+    estimate: Literal["", "atp", "ig"] = ""
+    """instead of patching: attribution patching, or integrated gradients"""
+
+    def request(self) -> Sweep | Estimate:
+        if not self.estimate:
+            return self.ask(Sweep)
+        if self.op != "patch" or self.effect != "total":
+            raise UserError("--estimate is of patching and its total effect")
+        return self.ask(Estimate, method=self.estimate)
+
+
+COMMANDS = {"sweep": SweepCommand}
+
+
+# ------------------------------------------------------------------ tables
+
+
+def show_sweep(out: Console, r: SweepResult) -> None:
+    """Normalised values, the metric where there are none; the largest effects in words."""
+    raw = bool(np.isnan(r.normalised).all())
+    shown = r.values if raw else r.normalised
+    if len(r.cols) <= 128:
+        by_position = len(r.cols) == len(r.tokens.texts) and r.cols[0] == "0"
+        heads = (f"{c} {show_token(x, 6, fill=False)}" for c, x in zip(r.cols, r.tokens.texts)) if by_position else r.cols
+        rows = table("metric" if raw else "normalised metric", "", *heads)
+        for name, values in zip(r.rows, shown.tolist()):
+            rows.add_row(name, *(show_number(v) for v in values))
+        out.print(rows)
+    effect = np.abs(r.values - r.base)
+    order = [i for i in np.argsort(-np.where(np.isnan(effect), -1.0, effect), axis=None, kind="stable")[:10].tolist() if not np.isnan(effect.flat[i])]
+    names = [r.address(*divmod(i, len(r.cols))) or f"{r.rows[i // len(r.cols)]}, {r.cols[i % len(r.cols)]}" for i in order]
+    stats = [("std", r.std), ("low", r.low), ("high", r.high), ("p", r.p)] if r.p.size else []
+    rows = table("largest effects", "node", "metric", "normalised", "change", *(name for name, _ in stats))
+    for name, i in zip(names, order):
+        cells = [r.values.flat[i], r.normalised.flat[i], r.values.flat[i] - r.base, *(x.flat[i] for _, x in stats)]
+        rows.add_row(plain(name), *(show_number(float(v), 8) for v in cells))
+    out.print(rows)
+    corrupt = "" if r.corrupt is None else f"  corrupted {r.corrupt:.4f}"
+    out.print(plain(f"base run {r.base:.4f}  clean {r.clean:.4f}{corrupt}  {r.mechanism}", CYAN))
+    if r.at_once:
+        out.print(
+            plain(f"{r.at_once} cells in the largest batch, peak {r.peak_mb:.1f} MB (on a GPU all that was allocated, else the batch's activations)", GRAY)
+        )
+    if r.warning:
+        out.print(plain(r.warning, YELLOW))
+    out.print(plain(r.convention, GRAY))
+
+
+SHOW = {SweepResult: show_sweep}

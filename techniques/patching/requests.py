@@ -1,0 +1,165 @@
+"""Sweeps: patching and ablation, one cell after the other, and their estimates by gradients."""
+
+from typing import Literal
+
+import numpy as np
+
+from vocabulary.nodes import OPS
+from vocabulary.prompts import Study, TokenRow
+from vocabulary.wire import message, request
+
+SweepKind = Literal[
+    "resid_pre",
+    "resid_mid",
+    "resid_post",
+    "attn",
+    "mlp",
+    "attn_mlp",
+    "z",
+    "q",
+    "k",
+    "v",
+    "pattern",
+    "nodes",
+    "z_pos",
+    "cells",
+    "neurons",
+    "features",
+    "pairs",
+    "cumulative",
+]
+SweepOp = Literal["patch", "zero", "mean", "mean_all", "resample", "noise"]
+Direction = Literal["denoise", "noise"]
+SWEEPS: dict[SweepKind, str] = {
+    "resid_pre": "residual stream before each layer, by position",
+    "resid_mid": "residual stream between attention and MLP, by position",
+    "resid_post": "residual stream after each layer, by position",
+    "attn": "attention output of each layer, by position",
+    "mlp": "MLP output of each layer, by position",
+    "attn_mlp": "attention and MLP output of each layer, by position",
+    "z": "every head's output z, at all positions",
+    "q": "every head's queries, at all positions",
+    "k": "every head's keys (with grouped heads: every group's), at all positions",
+    "v": "every head's values (with grouped heads: every group's), at all positions",
+    "pattern": "every head's attention pattern, all destinations",
+    "nodes": "every head's z and every MLP's output, at all positions",
+    "z_pos": "every head's output z, by position",
+    "cells": "one head's pattern, by destination (row) and source (column)",
+    "neurons": "every neuron of one MLP",
+    "features": "features of one SAE, by position, its error term kept",
+    "pairs": "two nodes at a time; the diagonal is one node alone",
+    "cumulative": "nodes together, one more in each column, the largest effect first",
+}
+SWEEP_OPS: dict[SweepOp, str] = {
+    "patch": "the value in the other prompt's run",
+    "zero": "zero",
+    "mean": OPS["mean"],
+    "mean_all": OPS["mean_all"],
+    "resample": OPS["resample"],
+    "noise": "its own value plus Gaussian noise",
+}
+ESTIMATES: dict[Literal["atp", "ig"], str] = {
+    "atp": "attribution patching: (source - base) . gradient of the metric in the base run",
+    "ig": "integrated gradients: the same with the gradient's mean over token embeddings between base and source",
+}
+
+
+@request
+class Sweep:
+    """
+    The metric under one change a cell. `op` patch, "denoise": the corrupted run gets the clean run's values, "noise" the reverse; other ops act on
+    `study.base`. Effect "direct": what comes after the node stays as in the base run (attention, MLPs, norm scales). `node` is the head of "cells"
+    and the MLP of "neurons" (there with @ for one position), and of "features" the SAE ("L8.sae", one of the study's); `nodes` those of "pairs" and
+    "cumulative" (empty: the k largest of "nodes") and of "features" (L8.sae.f12; empty: the k of the largest attribution). Over
+    `study.prompt_set` with `over_set`. `noise` counts standard deviations of the embedding. `only` limits the cells (row, column). `chunk_mb`
+    bounds the activations at once (0: LOUPE_SWEEP_MB of .env). `plain`: whole forward passes under hooks. `first`: "estimate" runs the cells with the
+    largest estimated effects first, with the early layers and MLP 0, where estimates are least to be trusted; "": the cheapest order.
+    """
+
+    study: Study
+    kind: SweepKind = "resid_pre"
+    """resid_pre to attn_mlp and z_pos by position; z to nodes at all positions"""
+    op: SweepOp = "patch"
+    direction: Direction = "denoise"
+    """denoise (clean values into the corrupted run) or noise (the reverse)"""
+    effect: Literal["total", "direct"] = "total"
+    node: str = ""
+    """the head of cells (L2H3), the MLP of neurons (L3.mlp), the SAE of features (L2.sae, with --sae SOURCE)"""
+    nodes: tuple[str, ...] = ()
+    """those of pairs, cumulative and features; unset, the k largest"""
+    k: int = 8
+    over_set: bool = False
+    """over --set, with statistics"""
+    noise: float = 3.0
+    """standard deviations of the embedding"""
+    seed: int = 0
+    only: tuple[tuple[int, int], ...] = ()
+    """these cells: row,column pairs such as 3,14"""
+    chunk_mb: int = 0
+    """bound of the activations at once; unset, LOUPE_SWEEP_MB of .env"""
+    plain: bool = False
+    """whole forward passes under hooks"""
+    first: Literal["", "estimate"] = ""
+    """estimate: the largest estimated effects and the early layers first"""
+
+
+@request
+class Estimate:
+    """A sweep's cells (patching only) by gradients, all at once: one of ESTIMATES; `steps` of the integral."""
+
+    study: Study
+    kind: SweepKind = "resid_pre"
+    method: Literal["atp", "ig"] = "atp"
+    direction: Direction = "denoise"
+    steps: int = 5
+    """of the integral of ig"""
+    node: str = ""
+    over_set: bool = False
+
+
+# ------------------------------------------------------------------ results
+
+
+@message
+class SweepResult:
+    """
+    values and normalised (corrupted = 0, clean = 1; without a corrupted prompt 0 = nothing left, 1 = untouched) [row, column], means over the
+    prompts; NaN: no such cell, or not yet run (`done` of `total` are). Over a set also std, low and high (95 % confidence, Student's t) and p (sign
+    flips) of the effect, value - base paired by prompt [row, column], and per_prompt [prompt, row, column]; empty otherwise and in a partial result.
+    `prompts` are indices into the set. `base` is the metric of the run that the cells change. `method` is "truth" or one of ESTIMATES. `mechanism` says how it was run, and why
+    when that is not the fast way; `at_once` the most variants in one batch. `peak_mb`: on a GPU the most memory allocated meanwhile, the model
+    included; elsewhere the activations of the largest batch, as the bound counts them.
+    """
+
+    kind: str
+    op: str
+    direction: str
+    effect: str
+    method: str
+    rows: tuple[str, ...]
+    cols: tuple[str, ...]
+    nodes: tuple[str, ...]
+    tokens: TokenRow
+    values: np.ndarray
+    normalised: np.ndarray
+    base: float
+    clean: float
+    corrupt: float | None
+    done: int
+    total: int
+    std: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    p: np.ndarray
+    per_prompt: np.ndarray
+    prompts: tuple[int, ...]
+    mechanism: str
+    at_once: int
+    warning: str
+    convention: str
+    peak_mb: float = 0.0
+
+    def address(self, row: int, col: int) -> str:
+        """The node of a cell as an address, for an intervention; "" where the cell is not one node."""
+        group = len(self.nodes) // max(1, len(self.rows))
+        return self.nodes[row * group + col] if group else ""

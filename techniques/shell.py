@@ -1,0 +1,317 @@
+"""
+The command line's common part: a request is its own command. `options(Request)` is the dataclass that tyro reads, made from the request's fields
+(their types, defaults, and the text under each) with what its model and prompt need; a room's command.py adds switches of its own and the tables.
+"""
+
+import ast
+import inspect
+import json
+import re
+import signal
+import sys
+import time
+import typing
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields, make_dataclass
+from dataclasses import field as data_field
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import techniques
+from utils import settings
+from vocabulary.nodes import UserError, parse_intervention
+from vocabulary.prompts import Align, Base, Metric, MetricKind, Prompt, Study, read_prompt_set
+from vocabulary.requests import Identity, Load, ModelInfo, Progress
+from vocabulary.wire import to_json
+
+GRAY, GREEN, CYAN, YELLOW, RED, PURPLE = (
+    "rgb(127,127,127)",
+    "rgb(0,255,0)",
+    "rgb(0,255,255)",
+    "rgb(255,255,0)",
+    "rgb(255,0,0)",
+    "rgb(255,0,255)",
+)
+Cells = tuple[tuple[int, int], ...]
+Place = int | str | None
+NAMES = {"pos": "at", "over_set": "mean"}  # options that are called otherwise than the request's field
+ANSWERS, DO, METRIC = ("answer", "foil"), ("do", "base", "do_seed"), ("metric", "pos")  # of a study; what analyses may have no use for
+
+
+# ------------------------------------------------------------------ options
+
+
+@dataclass
+class ModelOptions:
+    """What every command takes. Defaults for model, dtype and device come from .env."""
+
+    model: str | None = None
+    """zoo, a Hugging Face folder, or a hub name"""
+    base_model: str | None = None
+    """the architecture (and tokenizer), when the model is a folder of fine-tuned weights"""
+    dtype: str | None = None
+    """auto, float32, bfloat16, float16"""
+    device: str | None = None
+    """auto, cpu, cuda, cuda:1, mps"""
+    device_map: str | None = None
+    """auto spreads the model over the GPUs"""
+    json: bool = False
+    """print the result as JSON, and nothing else"""
+
+    asks: ClassVar[tuple[type, ...]] = ()
+    names: ClassVar[dict[str, str]] = NAMES
+    unused: ClassVar[tuple[str, ...]] = ()
+    interruptible: ClassVar[bool] = False  # Ctrl-C waits for the step it is at
+
+    def load(self) -> Load:
+        env = settings()
+        ask = {"dtype": self.dtype or env.get("LOUPE_DTYPE"), "device": self.device or env.get("LOUPE_DEVICE")}
+        name = self.model or env.get("LOUPE_MODEL") or "zoo"
+        return Load(name, self.base_model, **{k: v for k, v in ask.items() if v}, device_map=self.device_map or env.get("LOUPE_DEVICE_MAP") or None)
+
+    def ask(self, kind: type, **given: object) -> object:
+        """A request of this kind from the options of its fields' names, and what is given here."""
+        hints = typing.get_type_hints(kind)
+        for f in fields(kind):
+            if f.name not in given and hints[f.name] is Study:
+                given[f.name] = self.study()
+            elif f.name not in given and hasattr(self, name := self.names.get(f.name, f.name)):
+                given[f.name] = READ.get(hints[f.name], lambda value, name: value)(getattr(self, name), name)
+        return kind(**given)
+
+    def request(self) -> object:
+        return self.ask(self.asks[0])
+
+    def printed(self, info: ModelInfo) -> str | None:
+        """What is printed without running anything; None: the request is run."""
+        return None
+
+    def finish(self, result: object, engine, show: Callable[[object], None]) -> object:
+        """What is done with a result before it is shown."""
+        return result
+
+    def checked(self, result: object) -> tuple[Identity, ...]:
+        """Identities that the exit code is about: 1 when one is broken."""
+        return ()
+
+
+@dataclass
+class StudyOptions(ModelOptions):
+    """What an analysis of a prompt takes."""
+
+    clean: str = "When Mary and John went to the store, John gave a drink to"
+    """the prompt"""
+    corrupt: str | None = None
+    """the corrupted prompt"""
+    answer: tuple[str, ...] = ()
+    """answer tokens, with their leading space"""
+    foil: tuple[str, ...] = ()
+    """foil tokens"""
+    bos: bool | None = None
+    """BOS in front; unset, what the model was trained with"""
+    set: Path | None = None
+    """a .jsonl prompt set, for means; its first prompt is used when neither --answer nor --corrupt is given and --clean is left alone"""
+    do: tuple[str, ...] = ()
+    """interventions such as L9H9=zero "L3.mlp@-1=scale:0.5" L5.resid_pre@S2=patch"""
+    base: Base = Study.base
+    """which prompt the interventions act on"""
+    do_seed: int = Study.seed
+    """the seed of the interventions resample and noise"""
+    align: Align = Study.align
+    """how to patch across prompts of unequal length"""
+    metric: MetricKind = Metric.kind
+    pos: str = str(Metric.pos)
+    """the metric's position: a number or a label"""
+    sae: tuple[str, ...] = ()
+    """SAEs that nodes such as L2.sae.f12 speak of: folders, zoo/NAME, RELEASE:ID"""
+    sae_error: bool = Study.sae_error
+    """keep what the SAE does not explain when one of its features is changed"""
+
+    def study(self) -> Study:
+        prompts = read_prompt_set(self.set) if self.set else ()
+        prompt = Prompt(self.clean, self.corrupt, self.answer, self.foil, bos=self.bos)
+        if prompts and prompt == Prompt(StudyOptions.clean, bos=self.bos):
+            prompt = prompts[0]
+        metric, done = Metric(self.metric, read_place(self.pos)), tuple(parse_intervention(d) for d in self.do)
+        return Study(prompt, done, self.base, metric, prompts, self.sae, self.sae_error, self.align, self.do_seed)
+
+
+def read_place(text: str, name: str = "") -> Place:
+    """A position: a number, a label, or nothing."""
+    return int(text) if text.lstrip("-").isdigit() else text or None
+
+
+def read_cells(some: tuple[str, ...], name: str = "") -> Cells:
+    pairs = [re.fullmatch(r"(\d+),(\d+)", c) for c in some]
+    if not all(pairs):
+        raise UserError(f"--{name} takes destination,source pairs of positions such as 14,2")
+    return tuple((int(p[1]), int(p[2])) for p in pairs)
+
+
+TYPED: dict[object, tuple[type, object]] = {Place: (str, ""), Cells: (tuple[str, ...], ())}  # how a field is typed, where tyro has no short form for it
+READ: dict[object, Callable[[typing.Any, str], object]] = {Place: read_place, Cells: read_cells}
+
+
+def helps(kind: type) -> dict[str, str]:
+    """The text under each field of a class."""
+    body = ast.parse(inspect.cleandoc("\n" + inspect.getsource(kind))).body[0].body
+    pairs = [(a, b) for a, b in zip(body, body[1:]) if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr) and isinstance(b.value, ast.Constant)]
+    return {a.target.id: inspect.cleandoc(b.value.value) for a, b in pairs}
+
+
+def options(*kinds: type, hide=(), first=(), unused=(), names: dict[str, str] | None = None, **defaults: object) -> type:
+    """
+    A dataclass for tyro with the fields of these requests, but those in `hide`; of a name that several have, the first's. `first` are given without
+    their name, `unused` are options of the study that make no difference (accepted, but not in the help), `names` call a field otherwise, `defaults` replace the request's.
+    """
+    names = NAMES | (names or {})
+    made = {}
+    studied = False
+    for kind in kinds:
+        hints, texts = typing.get_type_hints(kind), helps(kind)
+        for f in fields(kind):
+            studied |= hints[f.name] is Study
+            name = names.get(f.name, f.name)
+            if f.name in hide or name in made or hints[f.name] is Study:
+                continue
+            typed, empty = TYPED.get(hints[f.name], (hints[f.name], f.default))
+            marks = (tyro.conf.Positional,) if f.name in first else ()
+            assert f.default is not MISSING, f"{kind.__name__}.{f.name} needs a default to be an option"
+            assert not hasattr(StudyOptions, name), f"{kind.__name__}.{f.name}: every command has a {name}; give it another name with names="
+            made[name] = (name, Annotated[typed, tyro.conf.arg(help=texts.get(f.name, "")), *marks], data_field(default=defaults.get(name, empty)))
+    out = make_dataclass(f"{kinds[0].__name__}Options", list(made.values()), bases=(StudyOptions if studied else ModelOptions,))
+    out.asks, out.names, out.unused, out.__doc__ = kinds, names, unused, kinds[0].__doc__
+    return out
+
+
+def without_unused(kind: type) -> type:
+    """A command as its help shows it."""
+    hidden = [(f.name, Annotated[f.type, tyro.conf.Suppress], data_field(default=f.default)) for f in fields(kind) if f.name in kind.unused]
+    return make_dataclass(kind.__name__, hidden, bases=(kind,), namespace={"__doc__": kind.__doc__})
+
+
+# ------------------------------------------------------------------ tables
+
+
+def plain(text: str, style: str = "") -> Text:
+    """Text that is never read as markup."""
+    return Text(text, style)
+
+
+def table(title: str, *columns: str) -> Table:
+    out = Table(title=plain(title, PURPLE) if title else None, title_justify="left", box=None, pad_edge=False)
+    for c in columns:
+        out.add_column(plain(c, GRAY), no_wrap=True, overflow="fold")
+    return out
+
+
+# ------------------------------------------------------------------ running one
+
+
+@dataclass
+class ServeCommand:
+    """Answer requests on stdin and stdout, for tui.py."""
+
+
+def read_command(args: list[str]) -> ModelOptions | ServeCommand:
+    """The command that these words call, of every room's."""
+    every = {name: kind for part in techniques.parts("command") for name, kind in part.COMMANDS.items()}
+    if {"-h", "--help"} & {*args}:
+        every = {name: without_unused(kind) for name, kind in every.items()}
+    return tyro.extras.subcommand_cli_from_dict(every | {"serve": ServeCommand}, prog="engine.py", description="Loupe without a screen.", args=args)
+
+
+def tables() -> dict[type, Callable[[Console, object], None]]:
+    return {kind: show for part in techniques.parts("command") for kind, show in part.SHOW.items()}
+
+
+def shower(errors: Console) -> Callable[[object], None]:
+    """Prints progress: all of it on a terminal, elsewhere (a log of a batch job) a line every ten seconds."""
+    last = time.monotonic()
+
+    def show(part: object) -> None:
+        nonlocal last
+        if isinstance(part, Progress) and part.text and (errors.is_terminal or time.monotonic() - last >= 10):
+            errors.print(plain(part.text, GRAY), soft_wrap=True)
+            last = time.monotonic()
+
+    return show
+
+
+@contextmanager
+def interruptible(show: Callable[[object], None]) -> Generator[Callable[[object], None]]:
+    """Ctrl-C ends a fit after the step it is at, so that its checkpoint is whole; a second one ends it at once."""
+    asked = []
+
+    def note(*_) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(True)
+
+    def between_steps(part: object) -> None:
+        show(part)
+        if asked:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield between_steps
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def run(command: ModelOptions, engine, show: Callable[[object], None], errors: Console) -> tuple[ModelInfo, object]:
+    """What is loaded, and the request's result, or the text of a command that runs nothing."""
+    request = command.request()
+    info = engine.run(command.load(), show)
+    if info.warning:
+        errors.print(plain(info.warning, YELLOW), soft_wrap=True)
+    text = command.printed(info)
+    if text is not None:
+        return info, text
+    if command.interruptible:
+        with interruptible(show) as show_or_stop:
+            result = engine.run(request, show_or_stop)
+    else:
+        result = engine.run(request, show)
+    return info, command.finish(result, engine, show)
+
+
+def main(args: list[str] | None, engine: Callable[[], object], serve: Callable[[], None]) -> int:
+    """0, or 1 when an identity is broken, or 2 for input that can't be used, or 130 after Ctrl-C."""
+    errors = Console(stderr=True, highlight=False)
+    show = shower(errors)
+    try:
+        command = read_command(sys.argv[1:] if args is None else args)
+        if isinstance(command, ServeCommand):
+            serve()
+            return 0
+        info, result = run(command, engine(), show, errors)
+    except UserError as error:
+        errors.print(plain(str(error), RED), soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        errors.print(plain("interrupted", YELLOW))
+        return 130
+    if isinstance(result, str):
+        sys.stdout.write(result)
+        return 0
+    if command.json:
+        sys.stdout.write(json.dumps(to_json(result), ensure_ascii=False, allow_nan=False) + "\n")
+    else:
+        out = Console(highlight=False)
+        out.width = out.width if out.is_terminal else 10_000
+        device = f"{info.dtype} on {info.device}"
+        out.print(plain(f"{info.name}: {info.architecture}, {info.n_layers} layers x {info.n_heads} heads, d_model {info.d_model}, {device}", GRAY))
+        tables()[type(result)](out, result)
+    rows = command.checked(result)
+    broken = [i for i in (*info.checks, *rows) if i.ok is False]
+    for i in broken:
+        errors.print(plain(f"identity broken: {i.name}, error {i.error:.2g} against {i.tolerance:.2g}. {i.note}", RED), soft_wrap=True)
+    return 1 if broken and rows else 0

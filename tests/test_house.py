@@ -1,0 +1,161 @@
+"""
+How the house stands: which file may import which, no circles, and nothing too large. Imports inside functions count too.
+
+What is listed as an exception (UPWARD, CIRCLES, LARGE_*) was so when the test was written. The lists only get shorter.
+"""
+
+import ast
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("vocabulary", "model", "screen", "techniques")
+
+# Floors, the lowest first. A file imports from its own floor and from lower ones; engine and screen never from each other.
+WORDS, ROOM_WORDS, BASE, ROOM, TOP = range(5)  # vocabulary and utils; a room's requests; model/ and screen/; a room's other files; tui.py and engine.py
+FLAT_WORDS = {"utils"}
+FLAT_ROOM_WORDS = {"drawings"}
+FLAT_SCREEN = {
+    "actions", "circuit_deeds", "circuit_pane", "deeds", "export", "feature_deeds", "feature_pane", "link", "panes", "pictures", "quests", "readings",
+    "session", "tight", "widgets",
+}  # fmt: skip
+FLAT_MODEL = {"model", "devices", "matrices", "shortcuts", "patching", "kept", "resume", "steering", "saes", "tuned"}
+
+UPWARD = {
+    ("kept", "lens"), ("saes", "tuned"), ("steering", "features"),
+    ("circuit_pane", "tui"), ("feature_pane", "tui"), ("panes", "tui"),
+}  # fmt: skip
+CIRCLES = (
+    {"attribution", "estimates", "examples", "feature_graph", "features", "kept", "lens", "logits", "patching", "resume", "steering", "sweeps", "training"},
+    {"circuits", "discovery", "feature_circuits"},
+    {"circuit_pane", "feature_pane", "panes", "tui"},
+)
+MODULE, CLASS, FUNCTION = 500, 300, 60  # lines at most
+LARGE_MODULES = {
+    "deeds": 554, "features": 570, "lens": 530, "model": 815, "panes": 664, "saes": 582, "sweeps": 608, "tui": 653, "widgets": 598,
+}  # fmt: skip
+LARGE_CLASSES = {"Circuits": 316, "CircuitPane": 317, "Deeds": 521, "Model": 423, "Quests": 385, "Base": 324, "Loupe": 494}
+LARGE_FUNCTIONS = {"acdc": 63, "FeaturePane.paint": 65, "fit": 89, "tune": 74}
+
+
+def modules() -> dict[str, Path]:
+    files = [*ROOT.glob("*.py"), *(p for folder in FOLDERS for p in (ROOT / folder).rglob("*.py"))]
+    names = {p: ".".join(p.relative_to(ROOT).with_suffix("").parts) for p in files}
+    return {name.removesuffix(".__init__"): p for p, name in names.items()}
+
+
+@cache
+def imported(path: Path) -> frozenset[str]:
+    """What a file imports, anywhere in it: modules, and `module.name` of each name from one."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        match node:
+            case ast.Import():
+                found |= {a.name for a in node.names}
+            case ast.ImportFrom():
+                found |= {node.module, *(f"{node.module}.{a.name}" for a in node.names)}
+    return frozenset(found)
+
+
+def own(path: Path, known: dict[str, Path]) -> set[str]:
+    """The project's modules that a file imports; a package only where something of its own is meant."""
+    found = imported(path) & set(known)
+    return {m for m in found if not any(other.startswith(f"{m}.") for other in found)}
+
+
+GRAPH = {name: own(path, modules()) - {name} for name, path in modules().items()}
+
+
+def floor(name: str) -> tuple[int, str]:
+    """The floor of a module, and its side: "engine", "screen", or "" for what both may import."""
+    folder, *rest = name.split(".")
+    if not rest and folder not in FOLDERS:
+        if folder in ("tui", "engine"):
+            return TOP, "screen" if folder == "tui" else "engine"
+        if folder in FLAT_WORDS:
+            return WORDS, ""
+        if folder in FLAT_ROOM_WORDS:
+            return ROOM_WORDS, ""
+        return (BASE, "screen") if folder in FLAT_SCREEN else (BASE if folder in FLAT_MODEL else ROOM, "engine")
+    match folder:
+        case "vocabulary":
+            return WORDS, ""
+        case "model" | "screen":
+            return BASE, "engine" if folder == "model" else "screen"
+    if rest == ["shell"]:
+        return BASE, "engine"
+    if len(rest) < 2:  # techniques itself, and a room
+        return WORDS, ""
+    return (ROOM_WORDS, "") if rest[-1] == "requests" else (ROOM, side(name))
+
+
+@cache
+def side(name: str) -> str:
+    """Of a room's file: what it imports says where it belongs; "" when it serves both."""
+    found = {text.split(".")[0] for text in imported(modules()[name])}
+    if name.endswith((".pane", ".actions")) or found & {"textual", "screen", "widgets"}:
+        return "screen"
+    return "engine" if name.endswith((".analysis", ".command")) or found & {"torch", *FLAT_MODEL} else ""
+
+
+def upward(a: str, b: str) -> bool:
+    """Whether `a` must not import `b`."""
+    (here, my), (there, its) = floor(a), floor(b)
+    return there > here or bool(its) and my != its
+
+
+def circles() -> list[set[str]]:
+    """Sets of modules that import each other in a circle: those that reach themselves, grouped."""
+    reach = {m: set(some) for m, some in GRAPH.items()}
+    while True:
+        more = {m: some | {x for s in some for x in reach[s]} for m, some in reach.items()}
+        if more == reach:
+            break
+        reach = more
+    return [set(c) for c in {frozenset(x for x in reach[m] if m in reach[x]) for m in reach if m in reach[m]}]
+
+
+def sizes() -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+    """Lines of modules (by their own name), of classes and of functions (Class.function)."""
+    files, classes, functions = {}, {}, {}
+
+    def walk(node: ast.AST, outer: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            inside = outer
+            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                table = classes if isinstance(child, ast.ClassDef) else functions
+                table[outer + child.name] = max(child.end_lineno - child.lineno + 1, table.get(outer + child.name, 0))
+                inside = f"{outer}{child.name}."
+            walk(child, inside)
+
+    for name, path in modules().items():
+        text = path.read_text(encoding="utf-8")
+        files[name] = len(text.splitlines())
+        walk(ast.parse(text), "")
+    return files, classes, functions
+
+
+def test_no_arrow_upward():
+    found = {(a, b) for a, some in GRAPH.items() for b in some if upward(a, b)}
+    assert not found - UPWARD, "these import what stands above them, or on the other side"
+
+
+def test_no_circles():
+    for circle in circles():
+        assert any(circle <= allowed for allowed in CIRCLES), f"these import each other: {sorted(circle)}"
+
+
+@pytest.mark.parametrize("what, limit, allowed", [(0, MODULE, LARGE_MODULES), (1, CLASS, LARGE_CLASSES), (2, FUNCTION, LARGE_FUNCTIONS)])
+def test_nothing_is_too_large(what, limit, allowed):
+    large = {name: lines for name, lines in sizes()[what].items() if lines > max(limit, allowed.get(name, 0))}
+    assert not large, f"over {limit} lines"
+
+
+@pytest.mark.parametrize("module, absent", [("tui", "torch"), ("engine", "textual"), ("engine", "torch")])
+def test_what_an_import_does_not_load(module, absent):
+    code = f"import sys, {module}; sys.exit({absent!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,0 +1,82 @@
+"""The screen's end of the wire, with processes that are only pipes."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from link import EngineDied, Link
+from vocabulary.requests import Progress, Status, StatusResult
+from vocabulary.wire import encode, Frame
+
+
+class Pipe:
+    """A process: what it prints is fed by hand, and it ends when told."""
+
+    def __init__(self):
+        self.stdout, self.returncode, self.pid, self.ended = asyncio.StreamReader(), None, 0, asyncio.Event()
+        self.stdin = SimpleNamespace(is_closing=lambda: False, write=lambda data: None, close=self.end)
+
+    async def wait(self) -> int:
+        await self.ended.wait()
+        return self.returncode
+
+    def end(self, code: int = 0) -> None:
+        self.returncode = code
+        self.ended.set()
+        self.stdout.feed_eof()
+
+
+@pytest.fixture
+def pipes(monkeypatch):
+    made = []
+
+    async def start(*args, **kwargs):
+        made.append(Pipe())
+        return made[-1]
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", start)
+    return made
+
+
+def answer(ident: int) -> bytes:
+    return encode(Frame("result", ident, "status", 1, StatusResult(ident, 0, 0, 0, 0, ())))
+
+
+async def asked(link: Link, slot: str = "status") -> asyncio.Task:
+    """A request on its way."""
+    task = asyncio.create_task(link.ask(slot, Status()))
+    await asyncio.sleep(0)
+    return task
+
+
+async def test_a_dead_engines_reader_leaves_the_new_engines_jobs_alone(pipes, tmp_path):
+    deaths = []
+    link = Link(tmp_path / "log", on_death=deaths.append)
+    await link.start()
+    old, reader, first = pipes[0], link.reader, await asked(link, "before")
+    old.returncode = -9  # dead, and its reader does not know it yet
+    await link.start()
+    second = await asked(link, "after")
+    old.end(-9)
+    await reader
+    with pytest.raises(EngineDied, match="SIGKILL"):
+        await first
+    assert not second.done() and deaths == []
+    pipes[1].stdout.feed_data(answer(link.count))
+    assert (await second).memory == link.count
+    await link.stop()
+
+
+async def test_a_death_ends_the_jobs_and_is_told_once(pipes, tmp_path):
+    deaths, seen = [], []
+    link = Link(tmp_path / "log", on_progress=lambda job: seen.append(job.progress), on_death=deaths.append)
+    await link.start()
+    task = await asked(link)
+    pipes[0].stdout.feed_data(encode(Frame("progress", link.count, "status", 1, Progress(1, 2))))
+    pipes[0].end(3)
+    with pytest.raises(EngineDied, match="exit code 3"):
+        await task
+    assert seen == [Progress(1, 2)] and deaths == ["exit code 3"] and link.jobs == {}
+    with pytest.raises(EngineDied, match="not running"):
+        await link.ask("status", Status())

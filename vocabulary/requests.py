@@ -1,0 +1,140 @@
+"""What is asked of a model itself: load one, check a prompt, memory, which there are. Never imports torch."""
+
+from dataclasses import dataclass
+
+from vocabulary.prompts import Align, Prompt, TokenRow
+from vocabulary.wire import message, request
+
+
+@request(needs_model=False)
+class Load:
+    """Load a model: `zoo`, a Hugging Face folder or a hub name; `base` names the architecture when `model` holds only fine-tuned weights."""
+
+    model: str = "zoo"
+    base: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    device_map: str | None = None
+
+
+@request
+class Check:
+    """Tokenise a prompt, its answers and foils, align its positions (ALIGNMENTS), and say what stops an analysis."""
+
+    prompt: Prompt
+    align: Align = ""
+
+
+@request(needs_model=False)
+class Status:
+    """Memory and what the activation cache holds."""
+
+
+@request(needs_model=False)
+class Models:
+    """The models that can be named: the zoo, folders beside the program, what the hub cache holds, well-known names."""
+
+
+# ------------------------------------------------------------------ results
+
+
+@dataclass(frozen=True)
+class Identity:
+    """One self-check: the largest absolute error, the tolerance it was held against, and what was compared. `ok` None means not applicable."""
+
+    name: str
+    error: float
+    tolerance: float
+    ok: bool | None
+    note: str = ""
+
+
+@message
+class ModelInfo:
+    """
+    What is loaded. `bos` is the text of the BOS token ("" when there is none) and `default_bos` whether prompts get it unasked. `warning`: a GPU that is
+    here and not used, or filled by others.
+    """
+
+    name: str
+    architecture: str
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_model: int
+    d_head: int
+    d_mlp: int
+    d_vocab: int
+    n_ctx: int
+    n_params: int
+    dtype: str
+    device: str
+    positions: str
+    norm: str
+    parallel: bool
+    softcap: float
+    bos: str
+    default_bos: bool
+    seconds: float
+    checks: tuple[Identity, ...] = ()
+    warning: str = ""
+
+    @property
+    def key(self) -> str:
+        """What replies are marked with that were computed on this model."""
+        return f"{self.name}, {self.dtype} on {self.device}"
+
+
+@message
+class CheckResult:
+    """
+    A prompt as the model reads it. `problems` stop an analysis; `hints` are advice such as a missing leading space. `alignment` holds the pairs
+    (clean index, corrupted index) that patching goes across; empty when there is no corrupted prompt, or nothing says how to align unequal lengths.
+    """
+
+    clean: TokenRow
+    corrupt: TokenRow | None
+    answers: tuple[TokenRow, ...]
+    foils: tuple[TokenRow, ...]
+    problems: tuple[str, ...]
+    hints: tuple[str, ...]
+    alignment: tuple[tuple[int, int], ...] = ()
+
+
+@message
+class StatusResult:
+    """Bytes: the process, the accelerator (0 without one), the activation cache and its limit; `entries` says what the cache holds."""
+
+    memory: int
+    device_memory: int
+    device_total: int
+    cache: int
+    cache_limit: int
+    entries: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    name: str
+    where: str
+    note: str = ""
+
+
+@message
+class ModelsResult:
+    choices: tuple[ModelChoice, ...]
+
+
+@message
+class Progress:
+    done: int
+    total: int
+    text: str = ""
+
+
+@message
+class Failure:
+    """An error as a result: one line for the screen; the full story is in the engine's log. `kind` is "user" or "internal"."""
+
+    message: str
+    kind: str = "internal"

@@ -1,0 +1,231 @@
+"""
+The wire between screen and engine: `@request` and `@message` register what may go over it; a frame is a 4-byte length, a msgpack header, raw array bytes.
+The same dataclasses are the Python interface, the command line and (as JSON) the session file. Never imports torch.
+"""
+
+import dataclasses
+import importlib
+import math
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import msgspec
+import numpy as np
+
+from vocabulary.nodes import Intervention, Node, UserError, parse_intervention, parse_node
+
+
+class WireError(Exception):
+    """A frame that is garbage, truncated or not of this vocabulary. `frame` is the frame without its body, when only that can't be read."""
+
+    def __init__(self, words: str, frame: "Frame | None" = None):
+        super().__init__(words)
+        self.frame = frame
+
+
+# ------------------------------------------------------------------ registration
+
+TYPES: dict[str, type] = {}
+REQUESTS: dict[str, type] = {}
+
+
+@typing.dataclass_transform(frozen_default=True)
+def message(cls: type) -> type:
+    """A frozen dataclass that may go over the wire, by its name: a result or a part of one that comes by itself."""
+    cls = dataclass(frozen=True)(cls)
+    known = TYPES.setdefault(cls.__name__, cls)
+    assert (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__), f"two messages are called {cls.__name__}: {known} and {cls}"
+    TYPES[cls.__name__] = cls
+    return cls
+
+
+@typing.dataclass_transform(frozen_default=True)
+def request(cls: type | None = None, *, needs_model: bool = True) -> type:
+    """A message that asks. It is answered by `answer(model, request)` of the module `analysis` beside the one that declares it."""
+    if cls is None:
+        return lambda cls: request(cls, needs_model=needs_model)
+    cls = message(cls)
+    cls.needs_model = needs_model
+    REQUESTS[cls.__name__] = cls
+    return cls
+
+
+def needs_model(body: object) -> bool:
+    return getattr(type(body), "needs_model", False)
+
+
+def door(kind: type) -> ModuleType:
+    """The module whose `answer` answers requests of this kind. UserError for what is no request."""
+    if REQUESTS.get(kind.__name__) is not kind:
+        raise UserError(f"{kind.__name__} is not a request")
+    return importlib.import_module(f"{kind.__module__.rpartition('.')[0]}.analysis")
+
+
+# ------------------------------------------------------------------ frames
+
+KINDS = ("ask", "cancel", "hello", "progress", "partial", "result", "error", "cancelled")
+MAX_HEADER = 64 << 20
+MAX_ARRAY = 4 << 30
+DTYPES = ("<f4", "<f8", "<f2", "<i4", "<i8", "<i2", "|u1", "|i1", "|b1")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """
+    One message. `slot` is the pane that asks: a newer request replaces an older one in the same slot. Lower `priority` runs first. `model` of a reply:
+    the `ModelInfo.key` of what was loaded then ("": nothing).
+    """
+
+    kind: str
+    id: int = 0
+    slot: str = ""
+    priority: int = 1
+    body: object = None
+    model: str = ""
+
+
+def encode(frame: Frame) -> bytes:
+    """A frame as bytes."""
+    arrays: list[np.ndarray] = []
+
+    def hook(obj: object) -> int:
+        if not isinstance(obj, np.ndarray):
+            raise NotImplementedError(f"{type(obj).__name__} does not go on the wire")
+        arrays.append(np.asarray(obj, order="C"))
+        return len(arrays) - 1
+
+    name = "" if frame.body is None else type(frame.body).__name__
+    assert name == "" or TYPES.get(name) is type(frame.body), f"{name} is not in the vocabulary"
+    body = msgspec.to_builtins(frame.body, enc_hook=hook)
+    head = msgspec.msgpack.encode([frame.kind, frame.id, frame.slot, frame.priority, frame.model, name, body, [[a.dtype.str, a.shape] for a in arrays]])
+    return len(head).to_bytes(4, "big") + head + b"".join(a.tobytes() for a in arrays)
+
+
+def head_size(prefix: bytes) -> int:
+    size = int.from_bytes(prefix, "big")
+    if len(prefix) != 4 or not 0 < size <= MAX_HEADER:
+        raise WireError(f"a header of {size} bytes: this is not Loupe's wire (does the other side print to stdout?)")
+    return size
+
+
+def array_sizes(head: bytes) -> tuple[list, list[int]]:
+    """The decoded header and the byte count of each array that follows it."""
+    try:
+        fields = msgspec.msgpack.decode(head)
+        kind, ident, slot, priority, model, name, _, specs = fields
+        sizes = []
+        for dtype, shape in specs:
+            if dtype not in DTYPES or not all(isinstance(n, int) and n >= 0 for n in shape):
+                raise WireError(f"an array of type {dtype!r} and shape {shape!r}")
+            sizes.append(np.dtype(dtype).itemsize * math.prod(shape))
+    except (msgspec.DecodeError, ValueError, TypeError) as error:
+        raise WireError(f"a header that can't be read: {error}") from error
+    if kind not in KINDS or [*map(type, (ident, slot, priority, model, name))] != [int, str, int, str, str]:
+        raise WireError(f"a header with kind {kind!r}, id {ident!r}")
+    if sum(sizes) > MAX_ARRAY:
+        raise WireError(f"{sum(sizes)} bytes of arrays in one frame")
+    return fields, sizes
+
+
+def build(fields: list, buffers: list[bytes]) -> Frame:
+    kind, ident, slot, priority, model, name, body, specs = fields
+    bare = Frame(kind, ident, slot, priority, None, model)
+    if name == "":
+        return bare
+    if name not in TYPES:
+        raise WireError(f"an unknown message {name!r}: do screen and engine have the same version?", bare)
+    arrays = [np.frombuffer(b, dtype).reshape(shape) for b, (dtype, shape) in zip(buffers, specs)]
+
+    def hook(kind: type, obj: object) -> object:
+        if kind is not np.ndarray or not isinstance(obj, int) or not 0 <= obj < len(arrays):
+            raise ValueError(f"no array {obj!r}")
+        return arrays[obj]
+
+    try:
+        return dataclasses.replace(bare, body=msgspec.convert(body, TYPES[name], dec_hook=hook))
+    except (msgspec.ValidationError, ValueError) as error:
+        raise WireError(f"a {name} that can't be read: {error}", bare) from error
+
+
+def read_frame(read: Callable[[int], bytes]) -> Frame | None:
+    """Read one frame through `read(n)`, which returns fewer than n bytes only at the end. None at a clean end of the stream."""
+
+    def exactly(n: int) -> bytes:
+        data = read(n)
+        if len(data) < n:
+            raise WireError("the stream ended in the middle of a frame")
+        return data
+
+    prefix = read(4)
+    if not prefix:
+        return None
+    if len(prefix) < 4:
+        raise WireError("the stream ended in the middle of a frame")
+    fields, sizes = array_sizes(exactly(head_size(prefix)))
+    return build(fields, [exactly(n) for n in sizes])
+
+
+async def read_frame_async(reader) -> Frame:
+    """Read one frame from an asyncio StreamReader; raises asyncio.IncompleteReadError at the end of the stream."""
+    fields, sizes = array_sizes(await reader.readexactly(head_size(await reader.readexactly(4))))
+    return build(fields, [await reader.readexactly(n) for n in sizes])
+
+
+# ------------------------------------------------------------------ JSON, for the command line, sessions and exports
+
+
+def to_json(obj: object) -> object:
+    """Builtins that json.dumps takes: arrays as lists, NaN as None, nodes and interventions as their addresses."""
+    match obj:
+        case Node() | Intervention():
+            return str(obj)
+        case np.ndarray():
+            return to_json(obj.tolist())
+        case float():
+            return obj if math.isfinite(obj) else None
+        case dict():
+            return {str(k): to_json(v) for k, v in obj.items()}
+        case list() | tuple():
+            return [to_json(v) for v in obj]
+        case _ if dataclasses.is_dataclass(obj):
+            return {f.name: to_json(getattr(obj, f.name)) for f in dataclasses.fields(obj)}
+    return obj
+
+
+def from_json(obj: object, kind: type) -> object:
+    """The inverse of `to_json` for the dataclasses of a session (prompts, interventions, metrics)."""
+
+    def hook(kind: type, obj: object) -> object:
+        raise ValueError(f"no {kind.__name__} in JSON")
+
+    def revive(obj: object, kind: object) -> object:
+        origin, args = typing.get_origin(kind), typing.get_args(kind)
+        if kind is Node or kind is Intervention:
+            if not isinstance(obj, str):
+                raise UserError(f"expected an address, got {obj!r}")
+            return parse_node(obj) if kind is Node else parse_intervention(obj)
+        if origin in (typing.Union, types.UnionType):
+            some = [a for a in args if a is not type(None)]
+            if obj is None and len(some) < len(args) or len(some) > 1:
+                return msgspec.convert(obj, kind)
+            return revive(obj, some[0])
+        if origin is tuple and args and isinstance(obj, list):
+            return tuple(
+                revive(v, args[0] if len(args) == 2 and args[1] is ... else a)
+                for v, a in zip(obj, args if args[-1] is not ... else args[:1] * len(obj), strict=True)
+            )
+        if dataclasses.is_dataclass(kind) and isinstance(obj, dict):
+            hints = typing.get_type_hints(kind)
+            unknown = set(obj) - set(hints)
+            if unknown:
+                raise UserError(f"{kind.__name__} has no field {min(unknown)!r}")
+            return kind(**{k: revive(v, hints[k]) for k, v in obj.items()})
+        return msgspec.convert(obj, kind, dec_hook=hook)
+
+    try:
+        return revive(obj, kind)
+    except (msgspec.ValidationError, TypeError, ValueError) as error:
+        raise UserError(f"not a {getattr(kind, '__name__', kind)}: {error}") from error

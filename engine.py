@@ -72,7 +72,7 @@ class Engine:
         try:
             return (yield from self.answer(request))
         except getattr(sys.modules.get("torch"), "OutOfMemoryError", ()) as error:
-            from model import out_of_memory, tec
+            from model.bridge import out_of_memory, tec
 
             if self.model:
                 self.model.cache.clear()
@@ -98,14 +98,14 @@ class Engine:
         return (yield from result) if isinstance(result, Generator) else result
 
     def load(self, request: Load) -> Generator:
-        if "model" not in sys.modules:
+        if "model.bridge" not in sys.modules:
             yield Progress(0, 5, "importing torch")
             gc.disable()
             import torch  # noqa: F401
 
             yield Progress(1, 5, "importing TransformerLens")
             import_model()
-        import model
+        from model import bridge as model
 
         megabytes = settings().get("LOUPE_CACHE_MB") or "512"
         if not megabytes.isdigit():

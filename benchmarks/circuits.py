@@ -22,7 +22,7 @@ import numpy as np
 import torch as t
 from transformers import GPT2LMHeadModel
 
-from edges import edge_runs
+from techniques.circuits.edges import edge_runs
 from engine import Engine
 from techniques.circuits.requests import Discover, PathPatch, Score
 from vocabulary.circuit import Circuit

@@ -9,11 +9,11 @@ import torch as t
 from conftest import CLEAN, CORRUPT, PROMPT, SHORT
 from transformer_lens import head_detector
 
-import attribution
+from techniques.attention import patterns as attribution
 from techniques.attention.requests import Attention, AttentionSet, Detect, DETECTORS, HeadStats, STATS
 from vocabulary.nodes import Intervention, Node, parse_intervention, UserError
 from vocabulary.prompts import Prompt, Study
-from patching import prepare
+from model.runs import prepare
 
 TOL = 1e-4
 REPEATS = "Mary and John went to Mary and John and the store went red red green"

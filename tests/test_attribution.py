@@ -442,7 +442,7 @@ def test_identity(engine, prompt):
 def test_a_wrong_row_is_seen(engines, monkeypatch):
     """The check is no tautology: a layer's MLP that is left out shows in the error, with interventions too."""
     engine = engines["gpt2"]
-    import logits
+    from techniques.attribution import logits
 
     split = logits.split
     monkeypatch.setattr(logits, "split", lambda *a: {k: v * (k != "mlps") for k, v in split(*a).items()})

@@ -7,8 +7,8 @@ import pytest
 import torch as t
 from conftest import CLEAN
 
-import devices
-from devices import driver_version, filled_by_others, pick_device, unused_gpu
+from model import devices
+from model.devices import driver_version, filled_by_others, pick_device, unused_gpu
 from engine import Engine, main
 from vocabulary.nodes import UserError
 from vocabulary.requests import Load

@@ -11,7 +11,7 @@ from test_paths import ended
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from edges import cut_bytes, edge_runs, prompt_bytes, senders
+from techniques.circuits.edges import cut_bytes, edge_runs, prompt_bytes, senders
 from vocabulary.prompts import Study
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from edge_index import EdgeIndex, edge_index, own_edge, receivers, seen, senders
+from techniques.circuits.edge_index import EdgeIndex, edge_index, own_edge, receivers, seen, senders
 from vocabulary.circuit import Edge, owner, parse_edge, prune
 from vocabulary.nodes import parse_node, UserError
 from vocabulary.requests import ModelInfo

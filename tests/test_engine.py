@@ -174,7 +174,7 @@ def test_a_new_model_drops_what_ran_on_the_old():
 
 def test_an_engine_in_the_scheduler(engines):
     """Real analyses in chunks: a lens in parts, a small run between them, and a superseded lens."""
-    import lens
+    from techniques.lens import reading as lens
 
     sent = []
     engine = engines["llama"]
@@ -428,7 +428,7 @@ def test_bad_input(capsys, folders):
 
 
 def test_check_fails_on_a_broken_model(capsys, folders, monkeypatch):
-    import model
+    from model import bridge as model
 
     code, out, err = call(capsys, "check", str(folders["gemma2"]))
     assert code == 0 and "BROKEN" not in out

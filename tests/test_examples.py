@@ -6,11 +6,11 @@ import torch as t
 from dictionaries import build, save
 from test_features import loaded
 
-import examples
+from techniques.features import examples
 from techniques.features.requests import Examples
 from vocabulary.nodes import UserError
-from training import counted
-from tuned import windows
+from techniques.features.training import counted
+from techniques.lens.translators import windows
 
 
 @pytest.fixture

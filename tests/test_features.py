@@ -8,8 +8,8 @@ import torch as t
 from conftest import CORRUPT, PROMPT
 from dictionaries import build, save
 
-import patching
-import saes
+from model import runs as patching
+from model import sae as saes
 from techniques.attribution.requests import Attribution
 from techniques.circuits.requests import Discover, Score
 from techniques.features.requests import Feature, Features
@@ -381,7 +381,7 @@ def test_labels(engines, sources, monkeypatch):
     import io
     import json
 
-    import features
+    from techniques.features import reading as features
 
     known = saes.labels("zoo/L2.resid_post")
     index = next(iter(known))

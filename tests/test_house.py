@@ -16,21 +16,15 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("vocabulary", "model", "screen", "techniques")
 
 # Floors, the lowest first. A file imports from its own floor and from lower ones; engine and screen never from each other.
-WORDS, ROOM_WORDS, BASE, ROOM, TOP = range(5)  # vocabulary and utils; a room's requests; model/ and screen/; a room's other files; tui.py and engine.py
-FLAT_WORDS = {"utils"}
-FLAT_ROOM_WORDS = {"drawings"}
-FLAT_SCREEN = {"widgets"}
-FLAT_MODEL = {"model", "devices", "matrices", "shortcuts", "patching", "kept", "resume", "steering", "saes", "tuned"}
+WORDS, ROOM_WORDS, BASE, ROOM, TOP = range(5)  # vocabulary and utils; a room's requests; model/, widgets and screen/; a room's other files; tui.py and engine.py
+TOP_LEVEL = {"tui": (TOP, "screen"), "engine": (TOP, "engine"), "utils": (WORDS, ""), "widgets": (BASE, "screen")}
 
-UPWARD = {("kept", "lens"), ("steering", "features")}
-CIRCLES = (
-    {"attribution", "estimates", "examples", "feature_graph", "features", "kept", "lens", "logits", "patching", "resume", "steering", "sweeps", "training"},
-    {"circuits", "discovery", "feature_circuits"},
-)
+UPWARD: set[tuple[str, str]] = set()
+CIRCLES: tuple[set[str], ...] = ()
 MODULE, CLASS, FUNCTION = 500, 300, 60  # lines at most
-LARGE_MODULES = {"features": 566, "lens": 529, "model": 811, "saes": 575, "sweeps": 602}
-LARGE_CLASSES = {"Model": 423, "Base": 325}
-LARGE_FUNCTIONS = {"fit": 89, "tune": 74}
+LARGE_MODULES: dict[str, int] = {}
+LARGE_CLASSES: dict[str, int] = {}
+LARGE_FUNCTIONS: dict[str, int] = {}
 
 
 def modules() -> dict[str, Path]:
@@ -64,14 +58,8 @@ GRAPH = {name: own(path, modules()) - {name} for name, path in modules().items()
 def floor(name: str) -> tuple[int, str]:
     """The floor of a module, and its side: "engine", "screen", or "" for what both may import."""
     folder, *rest = name.split(".")
-    if not rest and folder not in FOLDERS:
-        if folder in ("tui", "engine"):
-            return TOP, "screen" if folder == "tui" else "engine"
-        if folder in FLAT_WORDS:
-            return WORDS, ""
-        if folder in FLAT_ROOM_WORDS:
-            return ROOM_WORDS, ""
-        return (BASE, "screen") if folder in FLAT_SCREEN else (BASE if folder in FLAT_MODEL else ROOM, "engine")
+    if name in TOP_LEVEL:
+        return TOP_LEVEL[name]
     match folder:
         case "vocabulary":
             return WORDS, ""
@@ -90,7 +78,7 @@ def side(name: str) -> str:
     found = {text.split(".")[0] for text in imported(modules()[name])}
     if name.endswith((".pane", ".actions")) or found & {"textual", "screen", "widgets"}:
         return "screen"
-    return "engine" if name.endswith((".analysis", ".command")) or found & {"torch", *FLAT_MODEL} else ""
+    return "engine" if name.endswith((".analysis", ".command")) or found & {"torch", "model"} else ""
 
 
 def upward(a: str, b: str) -> bool:

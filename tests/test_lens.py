@@ -8,7 +8,7 @@ import torch as t
 from conftest import CLEAN, PROMPT, SHORT
 from reference import log_softmax
 
-import lens
+from techniques.lens import reading as lens
 from techniques.lens.requests import Lens
 from techniques.output.requests import Run
 from vocabulary.nodes import parse_intervention, UserError

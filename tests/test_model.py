@@ -13,7 +13,7 @@ import torch as t
 from conftest import ARCHS, CLEAN, CORRUPT, PROMPT, SHORT
 from safetensors.torch import load_file, save_file
 
-import model as m
+from model import bridge as m
 from engine import Engine
 from techniques.output.requests import Run
 from vocabulary.nodes import UserError

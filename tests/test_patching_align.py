@@ -249,7 +249,7 @@ def test_resample_and_noise(engine, reference, arch, address):
         others = [engine.model.check(Prompt(p.corrupt)).clean.ids for p in some if p != PROMPT]
         wants = [plain(engine, reference, node, PROMPT, reference.read(ids, spot)[0, :, cols]) for ids in others]
         assert min(abs(got["resample"].now.metric - w) for w in wants) < TOL
-    from patching import noise_scale
+    from model.runs import noise_scale
 
     embed = reference.hf.get_input_embeddings().weight.detach()
     scale = (embed.std() * (embed.shape[1] ** 0.5 if arch == "gemma2" else 1)).item()
@@ -283,7 +283,7 @@ def test_freeze_and_add(engine, reference, arch):
 @pytest.mark.parametrize("base", ["clean", "corrupt"])
 def test_paths_across_an_alignment(engine, arch, base):
     """From a sender to all receivers and the logits at once: the activation patch of the sender across the same alignment; embeddings too."""
-    from edges import receivers
+    from techniques.circuits.edges import receivers
 
     study, every = Study(UNEQUAL, base=base, align="diff"), tuple(receivers(engine.model.info))
     for node, done in (("L0H1", "L0H1=patch"), ("embed", "L0.resid_pre=patch")):

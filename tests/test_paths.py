@@ -9,7 +9,7 @@ from conftest import PROMPT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edges import all_edges, edge_values, own_edge, receivers, senders
+from techniques.circuits.edges import all_edges, edge_values, own_edge, receivers, senders
 from engine import Engine
 from techniques.circuits.requests import PathPatch
 from techniques.output.requests import Run
@@ -17,7 +17,7 @@ from techniques.patching.requests import Sweep
 from vocabulary.circuit import parse_edge
 from vocabulary.nodes import parse_node, UserError
 from vocabulary.prompts import Metric, Prompt, read_prompt_set, Study
-from patching import where
+from model.runs import where
 from utils import ROOT
 
 STUDY = Study(PROMPT)

@@ -189,7 +189,7 @@ def test_direct_attribution_leaves_out_the_folded_value_bias(engine, reference, 
 
 
 def test_head_scores_on_random_repeated_tokens(engine, reference, measured):
-    from attribution import random_repeats
+    from techniques.attention.patterns import random_repeats
 
     rows = random_repeats(engine.model).tolist()
     patterns = reference.patterns(rows)

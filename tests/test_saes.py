@@ -10,7 +10,7 @@ import torch as t
 from conftest import PROMPT
 from dictionaries import KINDS, build, save
 
-import saes
+from model import sae as saes
 from techniques.features.requests import Feature, Features, Preflight, Saes
 from techniques.output.requests import Run
 from vocabulary.nodes import UserError

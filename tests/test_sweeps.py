@@ -10,9 +10,9 @@ from conftest import ARCHS, CLEAN, PROMPT, SHORT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import kept
-import resume
-import sweeps
+from model import base_run as kept
+from model import variants as resume
+from techniques.patching import sweeps
 from techniques.patching.requests import Estimate, Sweep, SweepResult
 from vocabulary.nodes import parse_intervention, parse_node, UserError
 from vocabulary.prompts import Metric, Prompt, read_prompt_set, Study

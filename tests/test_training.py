@@ -9,8 +9,8 @@ import torch as t
 from reference import log_softmax
 from safetensors.torch import load_file
 
-import training
-import tuned
+from techniques.features import training
+from techniques.lens import translators as tuned
 from engine import main
 from techniques.features.requests import TrainSae
 from vocabulary.nodes import UserError

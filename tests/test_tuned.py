@@ -10,7 +10,7 @@ from conftest import PROMPT
 from reference import log_softmax
 from transformer_lens.tools.analysis.jacobian_lens import JacobianLens
 
-import tuned
+from techniques.lens import translators as tuned
 from techniques.lens.requests import FitJacobian, Lens, TuneLens
 from vocabulary.nodes import UserError
 from vocabulary.prompts import Prompt, Study

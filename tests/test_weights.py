@@ -8,8 +8,8 @@ import pytest
 import torch as t
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import matrices
-import weights
+from techniques.weights import matrices
+from techniques.weights import heads as weights
 from techniques.weights.requests import Composition, HeadWeights, HeadWeightsResult, Singular
 from vocabulary.nodes import UserError
 from vocabulary.requests import Load, Progress

@@ -71,7 +71,7 @@ def test_figures_on_held_out_text(saes, references, rows, name):
 
 @pytest.mark.parametrize("name", SAES)
 def test_what_is_written_about_them(saes, engines, name):
-    from tuned import unembed_hash
+    from techniques.lens.translators import unembed_hash
 
     cfg = saes[f"zoo/{name}"].cfg
     about = cfg.metadata

@@ -156,7 +156,7 @@ class Sample:
 
 
 def sample(model, tokens: int, seed: int) -> Sample:
-    from training import counted
+    from techniques.features.training import counted
 
     rows = t.from_numpy(c.build_rows(model.tokenizer, tokens, LENGTH, seed).astype(np.int64))[: tokens // LENGTH]
     return Sample(rows, [[model.token_text(i) for i in row] for row in rows.tolist()], counted(model, rows))

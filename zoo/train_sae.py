@@ -63,7 +63,7 @@ def measured(model, folder: Path, held: t.Tensor) -> tuple[dict, object]:
     from sae_lens import SAE
 
     from vocabulary.nodes import parse_node
-    from training import measure, recovered
+    from techniques.features.training import measure, recovered
 
     sae = SAE.load_from_disk(folder)
     got = finish(measure(model, sae, parse_node(folder.name), sae.cfg.metadata.hook_name, held))
@@ -73,7 +73,7 @@ def measured(model, folder: Path, held: t.Tensor) -> tuple[dict, object]:
 
 def train(model, cfg: SaesConfig, hook: str) -> None:
     from techniques.features.requests import TrainSae
-    from training import fit
+    from techniques.features.training import fit
 
     architecture = ARCHITECTURES.get(hook, "topk")
     run = HERE / "runs/saes" / f"{hook}_{architecture}_{cfg.features}_{cfg.k}_{cfg.tokens}_{cfg.lr:g}_{cfg.seed}"

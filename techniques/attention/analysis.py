@@ -2,9 +2,9 @@
 
 from collections.abc import Generator
 
-import attribution
-from model import Model
-from patching import prepare
+from techniques.attention import patterns as attribution
+from model.bridge import Model
+from model.runs import prepare
 from techniques.attention.requests import Attention, AttentionSet, Detect, HeadStats
 
 

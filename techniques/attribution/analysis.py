@@ -2,9 +2,9 @@
 
 from collections.abc import Generator
 
-import logits
-from model import Model
-from patching import prepare
+from techniques.attribution import logits
+from model.bridge import Model
+from model.runs import prepare
 from techniques.attribution.requests import Attribution, AttributionNeurons, AttributionSet, AttributionSources
 
 

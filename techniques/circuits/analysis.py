@@ -2,10 +2,10 @@
 
 from collections.abc import Generator
 
-import circuits
-import discovery
-import paths
-from model import Model
+from techniques.circuits import scores as circuits
+from techniques.circuits import search as discovery
+from techniques.circuits import paths
+from model.bridge import Model
 from techniques.circuits.requests import Compare, Discover, PathPatch, Score
 
 

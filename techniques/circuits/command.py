@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from rich.console import Console
 
-import drawings
+from techniques.circuits import drawings
 from techniques.circuits.requests import Compare, CompareResult, Discover, DiscoverResult, Interval, PathPatch, Score, ScoreResult
 from techniques.shell import CYAN, DO, GRAY, YELLOW, options, plain, table
 from utils import show_number

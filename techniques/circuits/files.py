@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import drawings
+from techniques.circuits import drawings
 from techniques.circuits.requests import Compare
 from vocabulary.circuit import Circuit, COMBINE
 from vocabulary.nodes import parse_node, UserError

@@ -5,7 +5,7 @@ from dataclasses import replace
 from textual.containers import Horizontal
 from textual.widget import Widget
 
-import drawings
+from techniques.circuits import drawings
 from techniques.circuits.requests import CompareResult, PathPatch, Score, ScoreResult
 from techniques.patching.requests import SweepResult
 from vocabulary.circuit import connected, LOGITS

@@ -2,14 +2,14 @@
 
 from collections.abc import Generator
 
-import features
-from model import Model
+from techniques.features import reading as features
+from model.bridge import Model
 from techniques.features.requests import TrainSae
 
 
 def answer(model: Model, request: object) -> Generator:
     if isinstance(request, TrainSae):
-        import training  # sae_lens takes seconds
+        from techniques.features import training  # sae_lens takes seconds
 
         return training.train(model, request)
     return features.answer(model, request)

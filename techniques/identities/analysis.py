@@ -2,8 +2,8 @@
 
 from collections.abc import Generator
 
-import honesty
-from model import Model
+from techniques.identities import checks as honesty
+from model.bridge import Model
 from techniques.identities.requests import Identities, IdentitiesResult
 
 

@@ -145,8 +145,8 @@ def value_biases(engine, study: Study, layer: int) -> list[float]:
     What each head adds to the logit difference at END whatever it looks at, since its attention sums to one: (b_V + b W_V) W_O, with b the bias of
     the norm before it. The published weights had the norm folded into W_V and b_V, and b_V then into b_O.
     """
-    from logits import frozen
-    from patching import read_study
+    from techniques.attribution.logits import frozen
+    from model.runs import read_study
 
     runs = read_study(engine.model, study)
     _, d, _ = frozen(runs, "clean", runs.position("clean", "END"), layer, "attn", [])

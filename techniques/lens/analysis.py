@@ -2,10 +2,10 @@
 
 from collections.abc import Generator
 
-import lens
-import tuned
-from model import Model
-from patching import prepare
+from techniques.lens import reading as lens
+from techniques.lens import translators as tuned
+from model.bridge import Model
+from model.runs import prepare
 from techniques.lens.requests import FitJacobian, Lens, TuneLens
 
 

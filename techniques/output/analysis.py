@@ -2,9 +2,9 @@
 
 from collections.abc import Generator
 
-import lens
-from model import Model
-from patching import prepare
+from techniques.lens import reading as lens
+from model.bridge import Model
+from model.runs import prepare
 from techniques.output.requests import Run
 
 

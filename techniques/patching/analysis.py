@@ -2,9 +2,9 @@
 
 from collections.abc import Generator
 
-import estimates
-import sweeps
-from model import Model
+from techniques.patching import estimates
+from techniques.patching import sweeps
+from model.bridge import Model
 from techniques.patching.requests import Estimate, Sweep
 
 

@@ -1,5 +1,5 @@
 """The door of this room: what weights say."""
 
-from weights import answer
+from techniques.weights.heads import answer
 
 __all__ = ["answer"]

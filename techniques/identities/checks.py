@@ -8,12 +8,12 @@ from dataclasses import replace
 import torch as t
 from torch import Tensor
 
-from logits import attribution
+from techniques.attribution.logits import attribution
 from vocabulary.nodes import Intervention, Node, UserError
 from vocabulary.prompts import Study
 from vocabulary.requests import Identity, Progress
-from model import FINAL, SMALL, TOLERANCE, Model, out_of_memory, read_config, read_weights
-from patching import Runs, prepare, read_study
+from model.bridge import FINAL, SMALL, TOLERANCE, Model, out_of_memory, read_config, read_weights
+from model.runs import Runs, prepare, read_study
 from utils import show_bytes, tec
 
 STEPS = 5
@@ -34,7 +34,7 @@ def identities(model: Model, study: Study) -> Generator[Progress, None, tuple[tu
     yield Progress(4, STEPS, "Hugging Face's own forward pass")
     rows.append(hugging_face(model, ids))
     if study.saes:
-        import features
+        from techniques.features import reading as features
 
         for source in study.saes:
             rows += yield from features.identities(runs, source)

@@ -12,14 +12,14 @@ from functools import partial
 import numpy as np
 import torch as t
 
-from edge_index import EdgeIndex, edge_index
-from edges import EMBED, EdgeRun, edge_runs, gather, time_left
+from techniques.circuits.edge_index import EdgeIndex, edge_index
+from techniques.circuits.edges import EMBED, EdgeRun, edge_runs, gather, time_left
 from techniques.circuits.requests import Discover, DiscoverResult, METHODS, REST
 from vocabulary.circuit import Circuit, LOGITS, owner, parse_edge
 from vocabulary.nodes import parse_node, UserError
 from vocabulary.prompts import METRICS
 from vocabulary.requests import Progress
-from model import Model
+from model.bridge import Model
 
 FIRST, MOST = 8, 64  # edges that ACDC tries as one chain
 COUNTS = (1, 2, 3, 5, 8, 12, 16, 20, 30, 40, 60, 80, 100, 150, 200, 300, 400, 600, 800, 1000, 2000, 4000, 8000, 16000)
@@ -30,11 +30,11 @@ def discover(model: Model, ask: Discover) -> Generator[Progress, None, DiscoverR
     if ask.method not in METHODS:
         raise UserError(f"{ask.method!r} is not a way to find a circuit: use one of {', '.join(METHODS)}")
     if ask.method == "greedy":
-        import circuits
+        from techniques.circuits import scores as circuits
 
         return (yield from circuits.greedy(model, ask))
     if ask.method == "features":
-        import feature_circuits
+        from techniques.circuits import feature_nodes as feature_circuits
 
         return (yield from feature_circuits.discover(model, ask))
     if ask.study.metric.kind == "rank":

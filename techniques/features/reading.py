@@ -14,15 +14,15 @@ import numpy as np
 import torch as t
 from torch import Tensor
 
-from lens import largest, rows_at_once
-from logits import SCALE, direction, inner_direction, post_norm, pull_back
+from techniques.lens.reading import largest, rows_at_once
+from techniques.attribution.logits import SCALE, direction, inner_direction, post_norm, pull_back
 from techniques.features.requests import CheckEdge, Examples, Feature, FeatureGraph, FeatureResult, Features, FeaturesResult, Preflight, PreflightResult, Saes
 from vocabulary.nodes import UserError
 from vocabulary.prompts import RUNS
 from vocabulary.requests import Identity, Progress
-from model import FINAL, Edit, Model, write_mid
-from patching import Runs, prepare, read_study
-from saes import Dictionary, catalogue, labels, load
+from model.bridge import FINAL, Edit, Model, write_mid
+from model.runs import Runs, prepare, read_study
+from model.sae import Dictionary, catalogue, labels, load
 from utils import settings
 
 REFUSE, WARN = 0.8, 0.9
@@ -39,11 +39,11 @@ def answer(model: Model, ask: object) -> Generator:
         case Preflight():
             return (yield from preflight(model, ask))
         case Examples():
-            import examples
+            from techniques.features import examples
 
             return (yield from examples.examples(model, ask))
         case FeatureGraph() | CheckEdge():
-            import feature_graph
+            from techniques.features import graph as feature_graph
 
             return (yield from feature_graph.answer(model, ask))
     d = yield from load(model, ask.source)
@@ -270,7 +270,7 @@ def extra_names(model: Model, d: Dictionary) -> list[str]:
 
 def gradient(runs: Runs, d: Dictionary, which: str) -> Tensor:
     """The metric's gradient at what the SAE writes [seq, d_out] of a run."""
-    from kept import Score
+    from model.base_run import Score
 
     model, asked = runs.model, runs.study.metric
     name = f"blocks.{d.layer}.hook_attn_out" if d.out.endswith("resid_mid") else d.out
@@ -291,7 +291,7 @@ def gradient(runs: Runs, d: Dictionary, which: str) -> Tensor:
 
 def slope_at(model: Model, score: object, ids: Tensor, d: Dictionary, edits: list[Edit] | tuple = (), delta: Tensor | None = None) -> Tensor:
     """The metric's gradient at the hook point where an SAE writes [prompt, seq, ...], under edits and with `delta` added there."""
-    from estimates import metric
+    from techniques.patching.estimates import metric
 
     kept: dict[str, Tensor] = {}
     name = f"blocks.{d.layer}.hook_attn_out" if d.out.endswith("resid_mid") else d.out

@@ -13,7 +13,7 @@ from vocabulary import alignment as align
 from vocabulary.nodes import Intervention, Node, NOISE, OPS, SITES, UserError
 from vocabulary.prompts import METRICS, Prompt, RUNS, Study, TokenRow
 from vocabulary.requests import Progress
-from model import Edit, Model, in_chunks, write_mid
+from model.bridge import Edit, Model, in_chunks, write_mid
 
 BATCH = 32
 NAMES = {"clean": "the clean prompt", "corrupt": "the corrupted prompt", "now": "the prompt"}
@@ -340,7 +340,7 @@ def prepare(model: Model, study: Study) -> Generator[Progress, None, Runs]:
     for i in study.interventions:
         if i.node.site == "sae":  # all features of one SAE are one edit
             if i.node.layer not in layers:
-                import steering
+                from model import steering
 
                 layers.add(i.node.layer)
                 some, mark = yield from steering.edits(runs, [j for j in study.interventions if (j.node.site, j.node.layer) == ("sae", i.node.layer)])

@@ -16,11 +16,11 @@ from torch import Tensor
 from transformer_lens.model_bridge.generalized_components.position_embeddings_attention import PositionEmbeddingsAttentionBridge
 from transformers import DynamicCache
 
-from lens import measure, rows_at_once
+from techniques.lens.reading import measure, rows_at_once
 from vocabulary.nodes import Node, UserError
-from model import FINAL, Edit, Model
-from patching import Runs, hook_name
-from shortcuts import fused, last_rows, quick_attention, slow_modules
+from model.bridge import FINAL, Edit, Model
+from model.runs import Runs, hook_name
+from model.fast_blocks import fused, last_rows, quick_attention, slow_modules
 
 TRIED: WeakKeyDictionary[Model, dict[object, str]] = WeakKeyDictionary()  # why a model's runs can't be resumed, with and without interventions
 CALLED: WeakKeyDictionary[Model, dict[tuple, dict[tuple, list]]] = WeakKeyDictionary()  # what blocks are called with, of a few prompts

@@ -10,17 +10,17 @@ import numpy as np
 import torch as t
 from torch import Tensor
 
-from circuits import Bench, NodeRun
-from discovery import COUNTS
-from features import check, slope_at
+from techniques.circuits.scores import Bench, NodeRun
+from techniques.circuits.search import COUNTS
+from techniques.features.reading import check, slope_at
 from techniques.circuits.requests import Discover, DiscoverResult, METHODS, REST
 from vocabulary.circuit import Circuit, rank
 from vocabulary.nodes import parse_node, UserError
 from vocabulary.requests import Progress
-from model import Edit, Model
-from patching import find_position
-from saes import Dictionary, for_layer, load
-from steering import write
+from model.bridge import Edit, Model
+from model.runs import find_position
+from model.sae import Dictionary, for_layer, load
+from model.steering import write
 
 
 def dictionaries(model: Model, sources: tuple[str, ...], nodes: tuple[str, ...]) -> Generator[Progress, None, dict[Dictionary, list[int]]]:

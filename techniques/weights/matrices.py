@@ -8,7 +8,7 @@ import torch as t
 from torch import Tensor
 
 from vocabulary.nodes import UserError
-from model import Model
+from model.bridge import Model
 
 CHUNK_BYTES = 64 << 20
 

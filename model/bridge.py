@@ -36,7 +36,7 @@ from transformer_lens.model_bridge.sources.transformers import determine_archite
 from transformer_lens.utilities.architectures import MASKED_LM_ARCHITECTURES, MULTIMODAL_ARCHITECTURES, SEQ2SEQ_ARCHITECTURES
 
 from vocabulary import alignment as align
-from devices import filled_by_others, pick_device, unused_gpu
+from model.devices import filled_by_others, pick_device, unused_gpu
 from techniques.output.requests import Side
 from vocabulary.nodes import UserError
 from vocabulary.prompts import Prompt, TokenRow

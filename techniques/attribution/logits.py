@@ -13,13 +13,13 @@ import numpy as np
 import torch as t
 from torch import Tensor
 
-from attribution import check_layer, check_which, kv_head, over_set, pattern_name, read_set, subtract
+from techniques.attention.patterns import check_layer, check_which, kv_head, over_set, pattern_name, read_set, subtract
 from techniques.attribution.requests import AttributionCells, AttributionNeuronsResult, AttributionResult, AttributionSetResult, AttributionSourcesResult
 from vocabulary.nodes import UserError
 from vocabulary.prompts import Study
 from vocabulary.requests import Progress
-from model import FINAL, Edit, Model
-from patching import NAMES, Runs, find_position, read_study
+from model.bridge import FINAL, Edit, Model
+from model.runs import NAMES, Runs, find_position, read_study
 
 SCALE = "ln_final.hook_scale"
 POSITION = "pos_embed.hook_out"  # hook_pos_embed is there without position embeddings too, and silent
@@ -104,7 +104,7 @@ def sae_sites(runs: Runs) -> set[tuple[str, int]]:
     layers = {i.node.layer for i in runs.study.interventions if i.node.site == "sae"}
     if not layers:
         return set()
-    from steering import sites
+    from model.steering import sites
 
     return sites(runs.model, runs.study.saes, layers)
 

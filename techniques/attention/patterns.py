@@ -12,8 +12,8 @@ from techniques.attention.requests import AttentionResult, AttentionSetResult, D
 from vocabulary.nodes import UserError
 from vocabulary.prompts import Prompt, RUNS, Study, WHICH
 from vocabulary.requests import Progress
-from model import Edit, Model, in_chunks
-from patching import BATCH, Runs, prepare, read_study
+from model.bridge import Edit, Model, in_chunks
+from model.runs import BATCH, Runs, prepare, read_study
 
 RANDOM_ROWS, RANDOM_LENGTH = 4, 50
 PATTERN_BYTES = 16 << 20  # of a layer's patterns are read at once

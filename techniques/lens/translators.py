@@ -22,7 +22,7 @@ from torch import Tensor
 from techniques.lens.requests import FitJacobian, FitJacobianResult, TuneLens, TuneLensResult
 from vocabulary.nodes import Node, UserError
 from vocabulary.requests import Progress
-from model import FINAL, Model, first_line, is_hub_name
+from model.bridge import FINAL, Model, first_line, is_hub_name
 from utils import ROOT, settings
 
 SPACE = "AlignmentResearch/tuned-lens"

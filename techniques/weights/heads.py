@@ -7,11 +7,11 @@ import numpy as np
 import torch as t
 from torch import Tensor
 
-from matrices import CHUNK_BYTES, NOTHING, Gain, Head, Layer, Tokens, read_gain
+from techniques.weights.matrices import CHUNK_BYTES, NOTHING, Gain, Head, Layer, Tokens, read_gain
 from techniques.weights.requests import Composition, CompositionResult, HeadWeights, HeadWeightsResult, Pairs, Readout, Singular, SINGULAR, SingularResult
 from vocabulary.nodes import UserError
 from vocabulary.requests import Progress
-from model import Model
+from model.bridge import Model
 
 SAMPLE = 1024  # tokens the copying score is taken over
 NEAR_TOP = 5

@@ -18,12 +18,12 @@ import numpy as np
 import torch as t
 from torch import Tensor
 
-import kept
-from kept import Kept, Spot, make_spot
+from model import base_run as kept
+from model.base_run import Kept, Spot, make_spot
 from vocabulary.nodes import Node
 from vocabulary.requests import Progress
-from model import Edit, Keep, out_of_memory
-from shortcuts import given
+from model.bridge import Edit, Keep, out_of_memory
+from model.fast_blocks import given
 from utils import tec
 
 PACK = 160  # tokens of a packed row

@@ -30,8 +30,8 @@ from torch import Tensor
 from techniques.features.requests import SaeChoice, SaeInfo, SaesResult
 from vocabulary.nodes import UserError
 from vocabulary.requests import Progress
-from model import Model, first_line, out_of_memory, read_json
-from tuned import unembed_hash
+from model.bridge import Model, first_line, out_of_memory, read_json
+from techniques.lens.translators import unembed_hash
 from utils import ROOT, settings
 
 CHUNK_BYTES = 16 << 20  # of feature activations made at once

@@ -12,16 +12,16 @@ import numpy as np
 import torch as t
 from torch import Tensor
 
-from edges import PARTS, EdgeRun, edge_runs, gather, own_edge, time_left
+from techniques.circuits.edges import PARTS, EdgeRun, edge_runs, gather, own_edge, time_left
 from techniques.circuits.requests import Compare, CompareResult, Discover, DiscoverResult, Interval, REST, Score, ScoreResult
 from vocabulary.circuit import check_circuit, Circuit, connected, LOGITS, owner, parse_edge
 from vocabulary.nodes import Node, parse_node, UserError
 from vocabulary.prompts import Study, TokenRow
 from vocabulary.requests import Progress
-from model import Edit, Model
-from patching import find_position
-from sweeps import statistics
-from drawings import published
+from model.bridge import Edit, Model
+from model.runs import find_position
+from techniques.patching.sweeps import statistics
+from techniques.circuits.drawings import published
 
 WHAT = ("faithfulness", "completeness", "minimality", "effects")
 DRAWS = 2000
@@ -136,7 +136,7 @@ class Bench:
             more = tuple(f"blocks.{n}.attn.hook_{p}" for n in range(self.model.info.n_layers) for p in PARTS) if by_parts(self.nodes) else ()
             kind = type("NodeRun", (NodeRun,), {"more": more, "mlps_count": self.mlps, "positions": self.positions})
             if some := features_of(self.nodes):
-                from feature_circuits import FeatureRun, dictionaries
+                from techniques.circuits.feature_nodes import FeatureRun, dictionaries
 
                 known = yield from dictionaries(self.model, self.study.saes, some)
                 heads = any(parse_node(n).site == "head" for n in self.nodes)

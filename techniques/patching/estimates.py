@@ -12,15 +12,15 @@ import numpy as np
 import torch as t
 from torch import Tensor
 
-from lens import frozen_norm
+from techniques.lens.reading import frozen_norm
 from techniques.patching.requests import Estimate, ESTIMATES, Sweep, SweepResult
 from vocabulary.nodes import UserError
 from vocabulary.requests import Progress
-from model import FINAL, Edit, Model
-from kept import Score, Spot
-from resume import Base, Variant
-from patching import Runs
-from sweeps import Board, Plan, aligned, bases, read_plan, reads
+from model.bridge import FINAL, Edit, Model
+from model.base_run import Score, Spot
+from model.variants import Base, Variant
+from model.runs import Runs
+from techniques.patching.sweeps import Board, Plan, aligned, bases, read_plan, reads
 
 SCALE = "ln_final.hook_scale"
 FIRST = "blocks.0.hook_resid_pre"

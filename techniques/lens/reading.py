@@ -12,9 +12,9 @@ from techniques.lens.requests import LENSES, LensResult
 from techniques.output.requests import RunResult, Side
 from vocabulary.nodes import Node, parse_node, UserError
 from vocabulary.requests import Progress
-from model import FINAL, Model, in_chunks
-from patching import Runs, find_position, hook_name
-from tuned import Translators, read_translators
+from model.bridge import FINAL, Model, in_chunks
+from model.runs import Runs, find_position, hook_name
+from techniques.lens.translators import Translators, read_translators
 
 VOCAB_BYTES = 64 << 20  # no vocabulary-sized tensor is larger; some ten of them are held at a time
 WIDER = 1.375  # times that on an accelerator, where a chunk costs the host as much as the device

@@ -12,7 +12,7 @@ from vocabulary.wire import from_json, to_json
 from utils import ROOT
 
 FORMAT = 1
-PUBLISHED = ROOT / "published_circuits"
+PUBLISHED = ROOT / "techniques" / "circuits" / "published"
 FIELDS = {"loupe_circuit", "name", "model", "nodes", "edges", "groups", "found"}
 
 # ------------------------------------------------------------------ files

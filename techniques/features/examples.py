@@ -11,14 +11,14 @@ import numpy as np
 import torch as t
 from torch import Tensor
 
-from features import REFUSE, choose, fit, views
+from techniques.features.reading import REFUSE, choose, fit, views
 from techniques.features.requests import Example, Examples, ExamplesResult
 from vocabulary.nodes import UserError
 from vocabulary.requests import Progress
-from model import Model, Passed, in_chunks
-from saes import CHUNK_BYTES, Dictionary, load
-from training import at_once, counted
-from tuned import corpus, unembed_hash, windows
+from model.bridge import Model, Passed, in_chunks
+from model.sae import CHUNK_BYTES, Dictionary, load
+from techniques.features.training import at_once, counted
+from techniques.lens.translators import corpus, unembed_hash, windows
 from utils import ROOT
 
 BEFORE, AFTER = 12, 6  # tokens shown around a maximum

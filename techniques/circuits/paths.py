@@ -22,11 +22,11 @@ from techniques.patching.requests import Sweep, SweepResult
 from vocabulary.circuit import LOGITS
 from vocabulary.nodes import Node, parse_node, UserError
 from vocabulary.requests import Progress
-from model import Edit, Model
-from patching import find_position
-from kept import Recorded, Spot
-from resume import PIECE, Base
-from sweeps import Board, Layout, aligned, bases, make_spot, read_plan
+from model.bridge import Edit, Model
+from model.runs import find_position
+from model.base_run import Recorded, Spot
+from model.variants import PIECE, Base
+from techniques.patching.sweeps import Board, Layout, aligned, bases, make_spot, read_plan
 
 PARTS = ("q", "k", "v")
 

@@ -19,10 +19,10 @@ from techniques.patching.requests import Sweep, SWEEP_OPS, SweepResult, SWEEPS
 from vocabulary.nodes import Node, parse_node, UserError
 from vocabulary.prompts import METRICS, Prompt, Study, TokenRow
 from vocabulary.requests import Progress
-from model import FINAL, Model
-from patching import Runs, find_position, gaussian, hook_name, means, noise_scale, place_in_set, prepare, read_study, resampled
-from kept import Score, Spot, make_spot
-from resume import Base, Variant
+from model.bridge import FINAL, Model
+from model.runs import Runs, find_position, gaussian, hook_name, means, noise_scale, place_in_set, prepare, read_study, resampled
+from model.base_run import Score, Spot, make_spot
+from model.variants import Base, Variant
 from utils import settings
 
 CHUNK_MB = 128
@@ -82,7 +82,7 @@ def lay_out(model: Model, ask: Sweep, row: TokenRow) -> Layout:
             neurons = [f"n{i}" for i in range(info.d_mlp)]
             return one_each(model, [f"L{node.layer}.mlp"], neurons, lambda r, c: Node("neuron", node.layer, index=c, pos=pos))
         case "features":
-            import steering
+            from model import steering
 
             return Layout(*steering.lay_out(model, ask, seq))
         case "pairs" | "cumulative":
@@ -317,7 +317,7 @@ def new_values(plan: Plan, base: Base, other: dict[str, Tensor], indices: list[i
     """Fill base.source: for every node that some spot is part of, its new values [prompt, ...]."""
     model, ask = plan.model, plan.ask
     if ask.kind == "features":
-        import steering
+        from model import steering
 
         base.source |= steering.new_values(plan.spots, base, other, [plan.runs[i] for i in indices], ask.op, plan.side)
         return
@@ -371,13 +371,13 @@ def sweep(model: Model, ask: Sweep) -> Generator[Progress | SweepResult, None, S
         check(ask)
         ask = replace(ask, nodes=(yield from largest(model, ask)))
     if ask.kind == "features":
-        import steering
+        from model import steering
 
         check(ask)
         ask = replace(ask, nodes=(yield from steering.find_nodes(model, ask)))
     plan = read_plan(model, ask)
     if ask.effect == "direct":
-        from estimates import direct, direct_names
+        from techniques.patching.estimates import direct, direct_names
 
         more, run = direct_names(plan), direct
     else:
@@ -411,7 +411,7 @@ def rounds(plan: Plan, base: Base, board: "Board") -> Generator[Progress, None, 
     ask, waiting = plan.ask, board.waiting
     if ask.first != "estimate" or ask.effect == "direct" or ask.study.metric.kind == "rank" or any(len(v.spots) != 1 for v in waiting) or len(waiting) < 20:
         return [waiting]
-    from estimates import guess
+    from techniques.patching.estimates import guess
 
     size = yield from guess(plan, base, board)
     top = set(sorted(range(len(waiting)), key=lambda i: -size[i])[: math.ceil(len(waiting) / 10)])
@@ -589,7 +589,7 @@ def convention(plan: Plan, method: str) -> str:
     if ask.kind in ("k", "v") and model.info.n_kv_heads < model.info.n_heads:
         parts.append("a column is a group of heads that share keys and values")
     if ask.kind == "features":
-        import steering
+        from model import steering
 
         d = steering.loaded(model, ask.study.saes, parse_node(ask.nodes[0]).layer)
         parts.append(f"SAE {d.source}, {d.view} activation")

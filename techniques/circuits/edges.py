@@ -14,17 +14,17 @@ import numpy as np
 import torch as t
 from torch import Tensor
 
-from edge_index import PARTS, EdgeIndex, all_edges, edge_index, own_edge, receivers, senders
-from lens import frozen_norm
+from techniques.circuits.edge_index import PARTS, EdgeIndex, all_edges, edge_index, own_edge, receivers, senders
+from techniques.lens.reading import frozen_norm
 from techniques.circuits.requests import REST
 from techniques.patching.requests import Sweep
 from vocabulary.nodes import UserError
 from vocabulary.prompts import Study
 from vocabulary.requests import ModelInfo, Progress
-from model import FINAL, TOLERANCE, Edit, Model, out_of_memory
-from patching import Runs, means
-from kept import Score
-from sweeps import Plan, check_lengths, chunk_bytes, others, read_member
+from model.bridge import FINAL, TOLERANCE, Edit, Model, out_of_memory
+from model.runs import Runs, means
+from model.base_run import Score
+from techniques.patching.sweeps import Plan, check_lengths, chunk_bytes, others, read_member
 from utils import tec
 
 __all__ = ["PARTS", "EdgeRun", "all_edges", "edge_runs", "edge_values", "gather", "own_edge", "receivers", "senders", "time_left"]
@@ -271,7 +271,7 @@ class EdgeRun:
         [prompt, seq, receiver, d_model]. With `embed` in place of the embeddings, or `mix` (a hook point and its value). Blocks run once more from their
         kept inputs, so that one block's activations are held at a time.
         """
-        from estimates import metric
+        from techniques.patching.estimates import metric
 
         model, info = self.model, self.info
         swap = {} if embed is None else {EMBED: embed}

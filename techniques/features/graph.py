@@ -12,14 +12,14 @@ import numpy as np
 import torch as t
 from torch import Tensor
 
-from features import check, check_run, stream_reader
-from logits import SCALE, direction, inner_direction, post_norm, pull_back, true_logits
+from techniques.features.reading import check, check_run, stream_reader
+from techniques.attribution.logits import SCALE, direction, inner_direction, post_norm, pull_back, true_logits
 from techniques.features.requests import CheckEdge, CheckEdgeResult, FeatureGraph, FeatureGraphResult
 from vocabulary.nodes import UserError
 from vocabulary.requests import Progress
-from model import FINAL, Edit, Model
-from patching import Runs, prepare
-from saes import Dictionary, load
+from model.bridge import FINAL, Edit, Model
+from model.runs import Runs, prepare
+from model.sae import Dictionary, load
 
 STAGES = {"pre": 0, "attn": 1, "z": 1, "mid": 2, "mlp": 3, "post": 4}
 READS = {"pre": "hook_resid_pre", "attn": "hook_attn_out", "z": "attn.hook_z", "mid": "hook_resid_mid", "post": "hook_resid_post"}
@@ -259,7 +259,7 @@ def edge(runs: Runs, up: Dictionary, down: Dictionary, target: Target, ask: Chec
     mine = (where == ask.at) & (index == ask.feature)
     if not mine.any():
         raise UserError(f"feature {ask.feature} of {up.source} does not fire at position {ask.at}: choose one of the graph's edges")
-    from steering import Change, changed, write
+    from model.steering import Change, changed, write
 
     without = write(up, changed(up, [Change(ask.feature, ask.at, "zero")], [ask.at], True))
     edits = runs.edits if which == "now" else []

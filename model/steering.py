@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 import torch as t
 from torch import Tensor
 
-from features import check, gradient, no_metric
+from techniques.features.reading import check, gradient, no_metric
 from techniques.patching.requests import Sweep
 from vocabulary.nodes import Intervention, Node, parse_node, UserError
 from vocabulary.requests import Progress
-from model import Edit, Model
-from patching import NAMES, Runs, find_position, read_study, resampled
-from kept import Spot
-from resume import Base
-from saes import LOADED, Dictionary, for_layer
+from model.bridge import Edit, Model
+from model.runs import NAMES, Runs, find_position, read_study, resampled
+from model.base_run import Spot
+from model.variants import Base
+from model.sae import LOADED, Dictionary, for_layer
 
 
 @dataclass(frozen=True)

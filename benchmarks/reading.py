@@ -131,7 +131,8 @@ sys.path.insert(0, {here!r})
 from reading import engine_on, study
 from engine import rss
 from pathlib import Path
-from messages import Lens, Run
+from techniques.lens.requests import Lens
+from techniques.output.requests import Run
 
 engine = engine_on({folder!r})
 ask = study(engine, corrupt={pair})

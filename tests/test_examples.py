@@ -28,6 +28,7 @@ def text(tmp_path):
     return file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("few", [True, False])
 def test_examples_are_the_largest_activations(engine, text, tmp_path, monkeypatch, few):
     if few:  # as if there were too many features to count all pairs, and little room

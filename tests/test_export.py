@@ -16,6 +16,7 @@ from utils import ROOT
 SET = read_prompt_set(ROOT / "zoo" / "prompts" / "ioi_abba.jsonl")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "base, metric, done",
     [

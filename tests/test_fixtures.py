@@ -18,15 +18,16 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import engine as program
+import tui  # noqa: F401  (the panes bring their views)
 from engine import Engine
-from export import python_script
+from screen.script import python_script
 from techniques.output.requests import Run
 from vocabulary.circuit import Circuit
 from vocabulary.nodes import parse_intervention
 from vocabulary.prompts import Metric, Prompt, read_prompt_set
 from vocabulary.requests import Load
 from vocabulary.wire import to_json
-from session import VIEWS, Session, State, read_session
+from screen.session import VIEWS, Session, State, read_session
 from utils import ROOT
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -19,27 +19,18 @@ FOLDERS = ("vocabulary", "model", "screen", "techniques")
 WORDS, ROOM_WORDS, BASE, ROOM, TOP = range(5)  # vocabulary and utils; a room's requests; model/ and screen/; a room's other files; tui.py and engine.py
 FLAT_WORDS = {"utils"}
 FLAT_ROOM_WORDS = {"drawings"}
-FLAT_SCREEN = {
-    "actions", "circuit_deeds", "circuit_pane", "deeds", "export", "feature_deeds", "feature_pane", "link", "panes", "pictures", "quests", "readings",
-    "session", "tight", "widgets",
-}  # fmt: skip
+FLAT_SCREEN = {"widgets"}
 FLAT_MODEL = {"model", "devices", "matrices", "shortcuts", "patching", "kept", "resume", "steering", "saes", "tuned"}
 
-UPWARD = {
-    ("kept", "lens"), ("saes", "tuned"), ("steering", "features"),
-    ("circuit_pane", "tui"), ("feature_pane", "tui"), ("panes", "tui"),
-}  # fmt: skip
+UPWARD = {("kept", "lens"), ("steering", "features")}
 CIRCLES = (
     {"attribution", "estimates", "examples", "feature_graph", "features", "kept", "lens", "logits", "patching", "resume", "steering", "sweeps", "training"},
     {"circuits", "discovery", "feature_circuits"},
-    {"circuit_pane", "feature_pane", "panes", "tui"},
 )
 MODULE, CLASS, FUNCTION = 500, 300, 60  # lines at most
-LARGE_MODULES = {
-    "deeds": 554, "features": 570, "lens": 530, "model": 815, "panes": 664, "saes": 582, "sweeps": 608, "tui": 653, "widgets": 598,
-}  # fmt: skip
-LARGE_CLASSES = {"Circuits": 316, "CircuitPane": 317, "Deeds": 521, "Model": 423, "Quests": 385, "Base": 324, "Loupe": 494}
-LARGE_FUNCTIONS = {"acdc": 63, "FeaturePane.paint": 65, "fit": 89, "tune": 74}
+LARGE_MODULES = {"features": 566, "lens": 529, "model": 811, "saes": 575, "sweeps": 602}
+LARGE_CLASSES = {"Model": 423, "Base": 325}
+LARGE_FUNCTIONS = {"fit": 89, "tune": 74}
 
 
 def modules() -> dict[str, Path]:

@@ -36,6 +36,7 @@ def points(reference) -> list[tuple]:
     return [("resid_pre", 0)] + [(s, i) for i in range(len(reference.blocks)) for s in sites]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["clean", "corrupt"])
 def test_lens_every_point(engine, reference, which):
     got = engine.run(Lens(Study(PROMPT), which, k=5))
@@ -67,6 +68,7 @@ def test_run_is_the_forward_pass(engine, reference):
     assert got.now.metric == got.clean.metric and got.normalised == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", METRICS)
 @pytest.mark.parametrize("pos", ["END", "S2", -3, 4])
 def test_metrics(engine, reference, kind, pos):

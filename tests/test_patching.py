@@ -83,6 +83,7 @@ def expected(engine, reference, text: str, base: str, some: tuple[Prompt, ...]) 
     return reference.run([row.ids], edits=[(place, edit)])[0][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("node", NODES)
 def test_every_site_and_operation(engine, reference, arch, node):
     if arch == "neox" and "resid_mid" in node:

@@ -107,6 +107,7 @@ def hooked(engine, reference, node, prompt: Prompt, how: str, base: str, source:
     return difference(engine, reference.run([own], edits=[(spot, edit)])[0][0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_sweeps_across_an_alignment(engine, reference, arch, kind):
     """Some cells of every kind, both ways, by diff and by labels; cells without partner are none."""
@@ -171,6 +172,7 @@ def test_set_of_several_alignments(engines):
         assert not (np.isnan(alone) & np.isfinite(got.values)).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["attn_mlp", "z", "k"])
 def test_estimates_across_an_alignment(engine, kind):
     slope, estimate = slopes(engine, Sweep(Study(UNEQUAL, align="diff"), kind))

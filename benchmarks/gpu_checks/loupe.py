@@ -17,7 +17,7 @@ engine.import_model()
 SECONDS["engine.import_model"] = round(time.monotonic() - begun, 2)
 
 from engine import Engine  # noqa: E402, F401
-from link import EngineDied, Link  # noqa: E402, F401
+from screen.client import Client, EngineDied  # noqa: E402, F401
 from techniques.attention.requests import Attention, AttentionSet, Detect, HeadStats  # noqa: E402, F401
 from techniques.attribution.requests import Attribution, AttributionNeurons, AttributionSet, AttributionSources  # noqa: E402, F401
 from techniques.circuits.requests import Compare, Discover, PathPatch, Score  # noqa: E402, F401
@@ -36,7 +36,7 @@ from model import SMALL, Model, read_tokenizer  # noqa: E402, F401
 
 def screen(device: str, folder: Path) -> object:
     """The app on the zoo's model, its session and log in a folder."""
-    from session import Session
+    from screen.session import Session
     from tui import Loupe, first_state
 
     return Loupe(Session(first_state({"LOUPE_DEVICE": device}), folder / "session.jsonl"), log=folder / "engine.log")

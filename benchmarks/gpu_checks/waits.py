@@ -13,7 +13,7 @@ import torch as t
 
 from gpu_checks.bench import Bench, Outcome, number, prompts
 from gpu_checks.card import nvidia_smi
-from gpu_checks.loupe import Attention, EngineDied, Lens, Link, Load, Status, Study, Sweep, screen as open_screen
+from gpu_checks.loupe import Attention, Client, EngineDied, Lens, Load, Status, Study, Sweep, screen as open_screen
 
 
 def words(times: list[float]) -> dict:
@@ -46,7 +46,7 @@ def cursor(b: Bench) -> Outcome:
 
 
 async def cursor_moves(b: Bench) -> Outcome:
-    link = Link(b.work / "cursor.log")
+    link = Client(b.work / "cursor.log")
     await link.start()
     try:
         start = time.monotonic()
@@ -111,7 +111,7 @@ def process(b: Bench) -> Outcome:
 async def process_life(b: Bench) -> Outcome:
     path, other, died = b.saved("gpt2"), b.saved("pythia-410m"), []
     b.forget()
-    link, before = Link(b.work / "process.log", on_death=died.append), b.free()
+    link, before = Client(b.work / "process.log", on_death=died.append), b.free()
     out = {"free_before_gib": number(before)}
     await link.start()
     try:
@@ -140,7 +140,7 @@ async def process_life(b: Bench) -> Outcome:
     return "killed" in out and (not b.cuda or after > before - 0.3) and (out["same"] or 0) < 1e-3, out
 
 
-async def killed(b: Bench, link: Link, s: Study) -> dict:
+async def killed(b: Bench, link: Client, s: Study) -> dict:
     job = asyncio.create_task(link.ask("b", Sweep(s, "z_pos"), 2))
     await asyncio.sleep(0.05 if b.tiny else 0.5)
     os.killpg(link.process.pid, signal.SIGKILL)
@@ -150,7 +150,7 @@ async def killed(b: Bench, link: Link, s: Study) -> dict:
     return {"killed": str(job.exception())}
 
 
-async def cancelled(b: Bench, link: Link, s: Study) -> float | None:
+async def cancelled(b: Bench, link: Client, s: Study) -> float | None:
     """Milliseconds from cancelling a sweep to the next answer."""
     job = asyncio.create_task(link.ask("c", Sweep(s, "z_pos"), 2))
     await asyncio.sleep(0.02 if b.tiny else 0.3)

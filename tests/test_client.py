@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from link import EngineDied, Link
+from screen.client import Client, EngineDied
 from vocabulary.requests import Progress, Status, StatusResult
 from vocabulary.wire import encode, Frame
 
@@ -43,7 +43,7 @@ def answer(ident: int) -> bytes:
     return encode(Frame("result", ident, "status", 1, StatusResult(ident, 0, 0, 0, 0, ())))
 
 
-async def asked(link: Link, slot: str = "status") -> asyncio.Task:
+async def asked(link: Client, slot: str = "status") -> asyncio.Task:
     """A request on its way."""
     task = asyncio.create_task(link.ask(slot, Status()))
     await asyncio.sleep(0)
@@ -52,7 +52,7 @@ async def asked(link: Link, slot: str = "status") -> asyncio.Task:
 
 async def test_a_dead_engines_reader_leaves_the_new_engines_jobs_alone(pipes, tmp_path):
     deaths = []
-    link = Link(tmp_path / "log", on_death=deaths.append)
+    link = Client(tmp_path / "log", on_death=deaths.append)
     await link.start()
     old, reader, first = pipes[0], link.reader, await asked(link, "before")
     old.returncode = -9  # dead, and its reader does not know it yet
@@ -70,7 +70,7 @@ async def test_a_dead_engines_reader_leaves_the_new_engines_jobs_alone(pipes, tm
 
 async def test_a_death_ends_the_jobs_and_is_told_once(pipes, tmp_path):
     deaths, seen = [], []
-    link = Link(tmp_path / "log", on_progress=lambda job: seen.append(job.progress), on_death=deaths.append)
+    link = Client(tmp_path / "log", on_progress=lambda job: seen.append(job.progress), on_death=deaths.append)
     await link.start()
     task = await asked(link)
     pipes[0].stdout.feed_data(encode(Frame("progress", link.count, "status", 1, Progress(1, 2))))

@@ -25,7 +25,7 @@ from widgets import ABOVE, BELOW, RAMP, GridView, luminance, show_value
 
 
 def test_the_screen_side_never_imports_the_model_side():
-    code = "import tui, widgets, messages, sys; print([m for m in ('torch', 'transformer_lens', 'sae_lens', 'transformers') if m in sys.modules])"
+    code = "import tui, widgets, vocabulary.wire, sys; print([m for m in ('torch', 'transformer_lens', 'sae_lens', 'transformers') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
     assert out.strip() == "[]"
 

@@ -104,4 +104,4 @@ async def test_on_the_screen(room, own_tui, engines, tmp_path):
         assert reply(app, "norms").norms[-2, -2] == 0, "now is asked again under the intervention"
         await press(app, pilot, "?", *"position 0")
         assert "Norms: with or without position 0" in shown(app), "the help"
-    assert "| `&` | Norms: with or without position 0, where the norm is often huge | `norms_first` |" in own_tui.key_table(own_tui.TABLE)
+    assert "| `&` | Norms: with or without position 0, where the norm is often huge | `norms_first` |" in own_tui.key_page(own_tui.TABLE)

@@ -182,10 +182,8 @@ def remapped(path: str, table: tuple[Action, ...]) -> tuple[Action, ...]:
 
 def key_table(table: tuple[Action, ...]) -> str:
     """The key table in Markdown."""
-    rows = ["| key | action | id |", "|---|---|---|"]
-    for a in table:
-        rows.append("| " + " ".join(f"`{show_key(k)}`" for k in a.keys.split(",")) + f" | {a.help} | `{a.id}` |")
-    return "\n".join(rows) + "\n"
+    keys = [" ".join(f"`{show_key(k)}`" for k in a.keys.split(",")) for a in table]
+    return "\n".join(["| key | action | id |", "|---|---|---|", *(f"| {k} | {a.help} | `{a.id}` |" for k, a in zip(keys, table))]) + "\n"
 
 
 def key_page(table: tuple[Action, ...]) -> str:

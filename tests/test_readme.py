@@ -123,6 +123,11 @@ def test_the_readme_is_short_and_names_every_pane():
         assert not pane.number.isdigit() or f"| `{pane.number}` | {pane.label} |" in README
 
 
+def test_the_picture_is_the_third_step():
+    picture = (ROOT / "screenshot.svg").read_text(encoding="utf-8")
+    assert "+10.444" in picture and "L1H0=zero" in picture
+
+
 def test_every_command_is_one():
     """Each is read as the program reads it; and the programs exist."""
     assert len(calls("engine.py")) > 8 and len(calls("tui.py")) > 10

@@ -30,7 +30,9 @@ from torch import Tensor
 from techniques.features.requests import SaeChoice, SaeInfo, SaesResult
 from vocabulary.nodes import UserError
 from vocabulary.requests import Progress
-from model.bridge import Model, first_line, out_of_memory, read_json
+from model.bridge import Model
+from model.memory import first_line, out_of_memory
+from model.loading import read_json
 from model.artefacts import unembed_hash
 from utils import ROOT, settings
 

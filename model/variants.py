@@ -22,7 +22,8 @@ from model import base_run as kept
 from model.base_run import Kept, PatchSite, patch_site
 from vocabulary.nodes import Node
 from vocabulary.requests import Progress
-from model.bridge import Edit, Keep, out_of_memory
+from model.bridge import Edit, Keep
+from model.memory import out_of_memory
 from model.fast_blocks import given
 from utils import tec
 

@@ -12,7 +12,8 @@ from techniques.attention.requests import AttentionResult, AttentionSetResult, D
 from vocabulary.nodes import UserError
 from vocabulary.prompts import Prompt, RUNS, Study, WHICH
 from vocabulary.requests import Progress
-from model.bridge import Edit, Model, in_chunks
+from model.bridge import Edit, Model
+from model.memory import in_chunks
 from model.interventions import prepare
 from model.runs import BATCH, Runs, read_study
 

@@ -20,7 +20,8 @@ from techniques.patching.requests import Sweep
 from vocabulary.nodes import UserError
 from vocabulary.prompts import Study
 from vocabulary.requests import ModelInfo, Progress
-from model.bridge import FINAL, TOLERANCE, Edit, Model, out_of_memory
+from model.bridge import FINAL, TOLERANCE, Edit, Model
+from model.memory import out_of_memory
 from model.runs import Runs, means
 from model.metrics import MetricReader, metric
 from model.writes import frozen_norm

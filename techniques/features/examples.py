@@ -14,7 +14,8 @@ from torch import Tensor
 from techniques.features.requests import Example, Examples, ExamplesResult
 from vocabulary.nodes import UserError
 from vocabulary.requests import Progress
-from model.bridge import Model, Passed, in_chunks
+from model.bridge import Model, Passed
+from model.memory import in_chunks
 from model.artefacts import corpus, unembed_hash, windows
 from model.sae import CHUNK_BYTES, SparseAutoencoder, load
 from model.sae_fit import REFUSE, choose, fit, views

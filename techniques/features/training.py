@@ -17,7 +17,9 @@ from torch import Tensor
 from techniques.features.requests import TrainSae, TrainSaeResult
 from vocabulary.nodes import AddressError, Node, parse_node, UserError
 from vocabulary.requests import Progress
-from model.bridge import TINY, Edit, Model, first_line, in_chunks, write_mid
+from model.loading import TINY
+from model.bridge import Edit, Model, write_mid
+from model.memory import first_line, in_chunks
 from model.runs import hook_name
 from model.artefacts import BROKEN, CHECKPOINT, corpus, save, unembed_hash, windows
 

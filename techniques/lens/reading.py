@@ -12,7 +12,8 @@ from techniques.lens.requests import LENSES, LensResult
 from techniques.output.requests import RunResult, Side
 from vocabulary.nodes import Node, parse_node, UserError
 from vocabulary.requests import Progress
-from model.bridge import FINAL, Model, in_chunks
+from model.bridge import FINAL, Model
+from model.memory import in_chunks
 from model.metrics import measure, rows_at_once, vocab_bytes
 from model.writes import frozen_norm
 from model.runs import Runs, find_position, hook_name

@@ -21,7 +21,9 @@ from techniques.lens.requests import FitJacobian, FitJacobianResult, TuneLens, T
 from vocabulary.nodes import Node, UserError
 from vocabulary.requests import Progress
 from model.artefacts import BROKEN, CHECKPOINT, corpus, save, unembed_hash, windows
-from model.bridge import FINAL, Model, first_line, is_hub_name
+from model.bridge import FINAL, Model
+from model.memory import first_line
+from model.loading import is_hub_name
 from utils import ROOT, settings
 
 SPACE = "AlignmentResearch/tuned-lens"

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from model.cache import Cache
+from model.notes import Notes
 from model.memory import out_of_memory
 from model.tokens import Tokens
 from utils import tec
@@ -85,7 +86,7 @@ class Model:
         self.softcap = max(float(getattr(cfg, "output_logits_soft_cap", None) or 0), 0.0)
         text_config = hf.config.get_text_config()
         self.logit_scale = (getattr(text_config, "logit_scale", None) or 1) / (getattr(text_config, "logits_scaling", None) or 1)
-        self.cache = Cache(cache_mb << 20)
+        self.cache, self.notes = Cache(cache_mb << 20), Notes()
         self.bos = tokenizer.bos_token_id
         self.n_embed = hf.get_input_embeddings().weight.shape[0]
         self.info = ModelInfo(

@@ -19,7 +19,8 @@ from vocabulary.nodes import parse_node, UserError
 from vocabulary.requests import Progress
 from model.bridge import Edit, Model
 from model.runs import find_position
-from model.sae import SparseAutoencoder, for_layer, load
+from model.sae import SparseAutoencoder
+from model.sae_loading import for_layer, load
 from model.sae_fit import check
 from model.steering import write
 

@@ -4,7 +4,7 @@ Path patching: a sender's value from the other run, carried along chosen paths o
 1. `changes`: what the residual stream gains when a sender has its value in the other run.
 2. `deliver`: the base run in which each receiver reads the stream plus what its senders changed, everything else computed again; the metric.
 3. `through_mlps`: the other convention: first what receivers get when all other heads stay as they are and MLPs are computed again.
-Sender sets are the batch; the base run and its keys and values are kept (resume.py).
+Sender sets are the batch; the base run and its keys and values are kept (base_run.py).
 """
 
 import time
@@ -25,7 +25,8 @@ from vocabulary.requests import Progress
 from model.bridge import Edit, Model
 from model.runs import find_position
 from model.base_run import Recorded, PatchSite, patch_site
-from model.variants import PIECE, Base
+from model.changed_blocks import PIECE
+from model.variants import Base
 from techniques.patching.sweeps import Board, Layout, aligned, bases, read_plan
 
 PARTS = ("q", "k", "v")

@@ -17,7 +17,8 @@ from vocabulary.requests import Progress
 from model.bridge import Model, Passed
 from model.memory import in_chunks
 from model.artefacts import corpus, unembed_hash, windows
-from model.sae import CHUNK_BYTES, SparseAutoencoder, load
+from model.sae import CHUNK_BYTES, SparseAutoencoder
+from model.sae_loading import load
 from model.sae_fit import REFUSE, choose, fit, views
 from techniques.features.training import at_once, counted
 from utils import ROOT

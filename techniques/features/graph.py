@@ -20,7 +20,8 @@ from vocabulary.requests import Progress
 from model.bridge import FINAL, Edit, Model
 from model.interventions import prepare
 from model.runs import Runs
-from model.sae import SparseAutoencoder, load
+from model.sae import SparseAutoencoder
+from model.sae_loading import load
 from model.sae_fit import check
 from model.steering import Change, changed, write
 

@@ -24,7 +24,9 @@ from model.bridge import FINAL, Edit, Model, write_mid
 from model.interventions import prepare
 from model.metrics import MetricReader, metric, rows_at_once
 from model.runs import Runs, read_study
-from model.sae import SparseAutoencoder, catalogue, labels, load
+from model.sae import SparseAutoencoder, labels
+from model.sae_catalogue import catalogue
+from model.sae_loading import load
 from model.sae_fit import REFUSE, WARN, cause, check, choose, fits
 from utils import settings
 

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
 import huggingface_hub
 import numpy as np
@@ -30,7 +29,6 @@ SPACE = "AlignmentResearch/tuned-lens"
 SAVE_EVERY = 50
 HELD_OUT = 64
 ROW_BYTES = 32 << 20
-READ: WeakKeyDictionary[Model, dict] = WeakKeyDictionary()
 
 
 @dataclass
@@ -76,7 +74,7 @@ def read_translators(model: Model, kind: str, artefact: str) -> Generator[Progre
     """Read an artefact, or give the one read before when its file is still the same."""
     file = yield from (find_tuned if kind == "tuned" else find_jacobian)(model, artefact)
     key = (kind, str(file), file.stat().st_mtime_ns)
-    known = READ.setdefault(model, {})
+    known = model.notes.translators
     if key not in known:
         known.clear()
         known[key] = read_tuned(model, file) if kind == "tuned" else read_jacobian(model, file)

@@ -3,7 +3,7 @@ Sweeps: the metric under one change a cell, over one prompt or a set.
 
 1. `lay_out` turns a kind into a table: row and column labels, and for each cell the spots that change.
 2. `Plan` reads the study; `bases` runs the base prompts and finds every spot's new values (from the other prompt, a mean, zero, ...).
-3. `sweep` lets resume.py run the variants, fills the table as they come, and ends with statistics over the prompts.
+3. `sweep` lets variants.py run the variants, fills the table as they come, and ends with statistics over the prompts.
 """
 
 import math

@@ -24,7 +24,7 @@ from vocabulary.requests import ModelInfo, Progress
 from model.bridge import FINAL, TOLERANCE, Edit, Model, out_of_memory
 from model.runs import Runs, means
 from model.base_run import Score
-from techniques.patching.sweeps import Plan, check_lengths, chunk_bytes, others, read_member
+from techniques.patching.plan import Plan, check_lengths, chunk_bytes, others, read_member
 from utils import tec
 
 __all__ = ["PARTS", "EdgeRun", "all_edges", "edge_runs", "edge_values", "gather", "own_edge", "receivers", "senders", "time_left"]

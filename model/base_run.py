@@ -16,9 +16,9 @@ from torch import Tensor
 from transformer_lens.model_bridge.generalized_components.position_embeddings_attention import PositionEmbeddingsAttentionBridge
 from transformers import DynamicCache
 
-from techniques.lens.reading import measure, rows_at_once
 from vocabulary.nodes import Node, UserError
 from model.bridge import FINAL, Edit, Model
+from model.metrics import MetricReader
 from model.runs import Runs, hook_name
 from model.fast_blocks import fused, last_rows, quick_attention, slow_modules
 
@@ -29,7 +29,7 @@ DONE = ("a sweep's base run",)  # its mark in the model's cache
 
 
 @dataclass(frozen=True)
-class Spot:
+class PatchSite:
     """A node with its position as an index (None: all), the hook point it is written at, and of a pattern optionally one source position."""
 
     node: Node
@@ -59,10 +59,10 @@ class Spot:
         return (pos,)
 
 
-def make_spot(model: Model, node: Node, source: int | None = None) -> Spot:
+def patch_site(model: Model, node: Node, source: int | None = None) -> PatchSite:
     """resid_mid is written through the attention's output: the hook of its name does not reach the skip connection."""
     name = hook_name(model, node)
-    return Spot(node, f"blocks.{node.layer}.hook_attn_out" if node.site == "resid_mid" else name, source)
+    return PatchSite(node, f"blocks.{node.layer}.hook_attn_out" if node.site == "resid_mid" else name, source)
 
 
 def id_rows(ids: Tensor) -> tuple:
@@ -116,80 +116,6 @@ class Prefix:
         return self.keys.shape[2]
 
 
-# ------------------------------------------------------------------ the metric
-
-
-class Score:
-    """The metric of runs that differ in what reaches the final norm; of a logit difference only the answers' and foils' logits are made."""
-
-    def __init__(self, group: list[Runs], clean: Tensor | None = None, which: str = "now"):
-        runs = self.runs = group[0]
-        self.model, self.group, self.kind = runs.model, group, runs.study.metric.kind
-        self.whole = self.kind == "loss"
-        self.ids = [r.row(which).ids for r in group]
-        self.places = [len(ids) - 1 if self.whole else r.metric_position(which) for r, ids in zip(group, self.ids)]
-        self.base: np.ndarray | None = None  # the metric of the unchanged run [prompt]
-        self.clean = clean  # [prompt, d_model] normed, for KL
-        self.nll: Tensor | None = None  # of the base run's own tokens [prompt, seq - 1]
-        if self.kind == "logit_diff":
-            tokens = sorted({i for r in group for i in (*r.answers, *r.foils)})
-            self.weights = t.zeros(len(group), len(tokens), dtype=t.float64)
-            for row, r in zip(self.weights, group):
-                row[[tokens.index(i) for i in r.answers]] += 1 / len(r.answers)
-                row[[tokens.index(i) for i in r.foils]] -= 1 / len(r.foils)
-            self.columns = self.model.bridge.W_U[:, tokens].contiguous()
-            self.bias = self.model.bridge.b_U[tokens].float()
-
-    def diff(self, normed: Tensor) -> Tensor:
-        """Logit difference [variant, prompt] of normed rows [variant, prompt, d_model]; differentiable."""
-        model = self.model
-        logits = ((normed @ self.columns.to(normed.device)).float() + self.bias.to(normed.device)) * model.logit_scale
-        logits = model.softcap * t.tanh(logits / model.softcap) if model.softcap else logits
-        return (logits.double() * self.weights.to(logits.device)).sum(-1)
-
-    @t.no_grad()
-    def of(self, x: Tensor, start: int) -> np.ndarray:
-        """[variant, prompt] of the stream after the last block, [variant x prompt, seq from start, d_model]."""
-        model, b = self.model, len(self.group)
-        x = x.view(-1, b, *x.shape[1:])
-        if self.whole:
-            return self.losses(x, start)
-        out = self.of_normed(model.norm(x[:, t.arange(b, device=x.device), [max(0, p - start) for p in self.places]]))
-        for j, place in enumerate(self.places):
-            if place < start:  # nothing before `start` changes
-                out[:, j] = self.base[j]
-        return out
-
-    def of_normed(self, normed: Tensor) -> np.ndarray:
-        """[variant, prompt] of normed rows at the metric's positions."""
-        model = self.model
-        if self.kind == "logit_diff":
-            return self.diff(normed).cpu().numpy()
-        out = np.zeros(normed.shape[:2])
-        for j, r in enumerate(self.group):
-            clean = model.unembed(self.clean[j : j + 1])[0] if self.kind == "kl" else None
-            for i in range(0, len(normed), size := rows_at_once(model)):
-                for k, row in enumerate(model.unembed(normed[i : i + size, j])):
-                    out[i + k, j] = measure(self.kind, row, row if clean is None else clean, np.zeros(0), r.answers, r.foils)
-        return out
-
-    def losses(self, x: Tensor, start: int) -> np.ndarray:
-        model, out = self.model, np.zeros(x.shape[:2])
-        for j, ids in enumerate(self.ids):
-            target = t.tensor(ids[start + 1 :], device=x.device)
-            known = 0.0 if not start else self.nll[j, :start].sum().item()
-            flat = x[:, j, : len(target)].flatten(0, 1)
-            found = [self.tokens(flat[i : i + rows_at_once(model)], target, i) for i in range(0, len(flat), rows_at_once(model))]
-            nll = t.cat(found).view(len(x), -1) if found else t.zeros(len(x), 0)
-            out[:, j] = ((nll.sum(1) + known) / (len(ids) - 1)).cpu().numpy()
-        return out
-
-    def tokens(self, x: Tensor, target: Tensor, first: int) -> Tensor:
-        logits = self.model.unembed(self.model.norm(x)).double()
-        right = target[(first + t.arange(len(x), device=x.device)) % len(target)]
-        return logits.logsumexp(-1) - logits.gather(-1, right[:, None])[:, 0]
-
-
 # ------------------------------------------------------------------ the base run
 
 
@@ -207,7 +133,7 @@ class Kept:
         self.ids = t.tensor([r.row("now").ids for r in group])
         self.per_kv = self.model.info.n_heads // self.model.info.n_kv_heads
         self.source: dict[tuple, Tensor] = {}
-        self.score: Score | None = None
+        self.score: MetricReader | None = None
         known = CALLED.setdefault(self.model, {})
         if len(known) > 8:
             known.clear()
@@ -269,7 +195,7 @@ class Kept:
                 model.cache.put((id_rows(some), DONE, name), x)
         return found
 
-    def begin(self, score: Score) -> np.ndarray:
+    def begin(self, score: MetricReader) -> np.ndarray:
         """The metric of the base run itself [prompt]; decides whether the fast way gives this model's own numbers."""
         self.score = score
         self.stop = self.ids.shape[1] if score.whole or self.edits else max(score.places) + 1

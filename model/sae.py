@@ -31,12 +31,12 @@ from techniques.features.requests import SaeChoice, SaeInfo, SaesResult
 from vocabulary.nodes import UserError
 from vocabulary.requests import Progress
 from model.bridge import Model, first_line, out_of_memory, read_json
-from techniques.lens.translators import unembed_hash
+from model.artefacts import unembed_hash
 from utils import ROOT, settings
 
 CHUNK_BYTES = 16 << 20  # of feature activations made at once
 KEPT = 6  # loaded SAEs
-LOADED: WeakKeyDictionary[Model, OrderedDict[str, "Dictionary"]] = WeakKeyDictionary()
+LOADED: WeakKeyDictionary[Model, OrderedDict[str, "SparseAutoencoder"]] = WeakKeyDictionary()
 HOOK = re.compile(r"blocks\.(\d+)\.(.+)")
 SITES = {
     "hook_resid_pre": "resid_pre",
@@ -160,7 +160,7 @@ def catalogue(model: Model, every: bool = False) -> SaesResult:
 # ------------------------------------------------------------------ one SAE
 
 
-class Dictionary(t.nn.Module):
+class SparseAutoencoder(t.nn.Module):
     """
     An SAE or transcoder in fp32, without hooks. `point` is read, `out` written (the same for an SAE); both are hook points of the model. `site` and
     `site_out` say what they are in Loupe's terms (resid_pre, attn, mlp, z, normed, ...; "" for other points).
@@ -412,7 +412,7 @@ def stamp(folder: Path | None) -> tuple:
     return () if folder is None else tuple((p.name, p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(folder.glob("*")))
 
 
-def load(model: Model, source: str) -> Generator[Progress, None, Dictionary]:
+def load(model: Model, source: str) -> Generator[Progress, None, SparseAutoencoder]:
     """The SAE of a source, on the model's device; the last few stay loaded as long as their files do not change."""
     folder, kept = find(source), LOADED.setdefault(model, OrderedDict())
     if source in kept and kept[source].stamp == stamp(folder):
@@ -434,7 +434,7 @@ def load(model: Model, source: str) -> Generator[Progress, None, Dictionary]:
             sae = yield from read_release(model, source, published["repo_id"])
         check_model(model, source, sae.cfg.metadata.model_name)
         check_weights(model, source, sae.cfg.metadata)
-        kept[source] = Dictionary(source, sae, model, published)
+        kept[source] = SparseAutoencoder(source, sae, model, published)
     except t.OutOfMemoryError as error:
         raise out_of_memory(error) from error
     kept[source].stamp = stamp(folder)
@@ -554,7 +554,7 @@ def check_weights(model: Model, source: str, meta) -> None:
         )
 
 
-def for_layer(model: Model, sources: tuple[str, ...], layer: int) -> Generator[Progress, None, Dictionary]:
+def for_layer(model: Model, sources: tuple[str, ...], layer: int) -> Generator[Progress, None, SparseAutoencoder]:
     """The one among a study's SAEs that `L8.sae.f12` speaks of."""
     if not sources:
         raise UserError("no SAE is chosen for this study: load one first (on the command line: --sae SOURCE)")

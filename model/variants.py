@@ -19,7 +19,7 @@ import torch as t
 from torch import Tensor
 
 from model import base_run as kept
-from model.base_run import Kept, Spot, make_spot
+from model.base_run import Kept, PatchSite, patch_site
 from vocabulary.nodes import Node
 from vocabulary.requests import Progress
 from model.bridge import Edit, Keep, out_of_memory
@@ -37,7 +37,7 @@ class Variant:
     """A cell and the spots that are changed for it."""
 
     cell: int
-    spots: tuple[Spot, ...]
+    spots: tuple[PatchSite, ...]
 
     @property
     def first(self) -> int:
@@ -70,7 +70,7 @@ class Base(Kept):
         flops = 2 * i.d_model * (4 * i.d_model + 3 * i.d_mlp) * len(self.ids) * length
         return max(1, int((PIECE * t.get_num_threads() if self.model.device.type == "cpu" else 1e3 * PIECE) / flops))
 
-    def write(self, rows: list[tuple[int, Spot]], n: int, start: int) -> list[Edit]:
+    def write(self, rows: list[tuple[int, PatchSite]], n: int, start: int) -> list[Edit]:
         """Edits that give some variants' rows (of n) their new values. What resid_mid lacks is added to the attention's output."""
         by_name: dict[str, list] = {}
         for i, spot in rows:
@@ -92,7 +92,7 @@ class Base(Kept):
         catch = [(name.replace("attn_out", "resid_pre"), keep) for name, keep in before.items()]
         return [*catch, *((name, edit(mine)) for name, mine in by_name.items())]
 
-    def values(self, spot: Spot, start: int) -> Tensor:
+    def values(self, spot: PatchSite, start: int) -> Tensor:
         """New values [prompt, positions from start to stop, ...]."""
         x = self.source[spot.key]
         return x[:, :, start : self.stop, : self.stop] if spot.node.part == "pattern" and spot.node.site == "head" else x[:, start : self.stop]
@@ -116,7 +116,7 @@ class Base(Kept):
 
     # ---------------------------------------------------------------- heads at all positions
 
-    def by_heads(self, spot: Spot) -> bool:
+    def by_heads(self, spot: PatchSite) -> bool:
         """
         Whether a head's change is known as a new z of that head: z itself, and q, k, v or pattern, since heads do not see one another before their
         outputs are added (tried once a model). Then its block needs no attention, only what attention puts out.
@@ -132,7 +132,7 @@ class Base(Kept):
             known["heads", part] = self.trial_heads(part)
         return not known["heads", part]
 
-    def heads_of(self, spot: Spot) -> int | slice:
+    def heads_of(self, spot: PatchSite) -> int | slice:
         """The heads whose z a change moves: one key and value serve a group of them."""
         first = spot.node.head - spot.node.head % self.per_kv
         return slice(first, first + self.per_kv) if spot.node.part in ("k", "v") else spot.node.head
@@ -140,7 +140,7 @@ class Base(Kept):
     def trial_heads(self, part: str) -> str:
         """One head changed alone and all heads changed together give that head one z; a block finished from it is the block under that change."""
         layer = next(k for k in self.source if k[1:] == ("head", part))[0]
-        spot, kept = make_spot(self.model, Node("head", layer, 0, part)), dict(self.source)
+        spot, kept = patch_site(self.model, Node("head", layer, 0, part)), dict(self.source)
         try:
             self.source = {spot.key: 2 * self.acts[spot.name].flip(-1) + 0.5}  # of another norm too: some models normalise all heads' q together
             want = self.step(layer, self.resid[layer][:, : self.stop], 0, self.write([(0, spot)], 1, 0))
@@ -166,7 +166,7 @@ class Base(Kept):
         return self.source[layer, "z of", part]
 
     @t.no_grad()
-    def attended(self, layer: int, spots: list[Spot], start: int) -> Tensor:
+    def attended(self, layer: int, spots: list[PatchSite], start: int) -> Tensor:
         """The stream after a block [variant x prompt, seq from start, d_model] for changes of one head's z each; its attention is not run."""
         block = self.model.bridge.blocks[layer]
         z = self.acts[f"blocks.{layer}.attn.hook_z"][:, start : self.stop]
@@ -208,10 +208,10 @@ class Base(Kept):
             yield
         return x.flatten(0, 1)
 
-    def runs_alone(self, spot: Spot) -> bool:
+    def runs_alone(self, spot: PatchSite) -> bool:
         return spot.node.site in ROWWISE and not (spot.node.site == "attn" and self.model.parallel)
 
-    def alone(self, rows: list[tuple[int, Spot]]) -> Tensor:
+    def alone(self, rows: list[tuple[int, PatchSite]]) -> Tensor:
         """A block on single tokens, one a variant: what it puts out at the changed position [variant, prompt, d_model]."""
         spots = [s for _, s in rows]
         layer, b = spots[0].node.layer, len(self.ids)

@@ -8,7 +8,7 @@ import torch as t
 from conftest import CORRUPT, PROMPT
 from dictionaries import build, save
 
-from model import runs as patching
+from model import interventions as patching
 from model import sae as saes
 from techniques.attribution.requests import Attribution
 from techniques.circuits.requests import Discover, Score

@@ -8,6 +8,7 @@ import torch as t
 from conftest import CLEAN, PROMPT, SHORT
 from reference import log_softmax
 
+from model import metrics
 from techniques.lens import reading as lens
 from techniques.lens.requests import Lens
 from techniques.output.requests import Run
@@ -101,7 +102,7 @@ def test_first_answer_of_a_run(engine, monkeypatch, kind, pos):
     engine.model.cache.clear()
     whole = engine.run(ask)
     engine.model.cache.clear()
-    monkeypatch.setattr(lens, "VOCAB_BYTES", 4 * engine.model.info.d_vocab * 4)
+    monkeypatch.setattr(metrics, "VOCAB_BYTES", 4 * engine.model.info.d_vocab * 4)
     rows, parts, real = [], [], engine.model.unembed
     monkeypatch.setattr(engine.model, "unembed", lambda x: rows.append(len(x)) or real(x))
     again = engine.run(ask, lambda part: parts.append((part, sum(rows))) if hasattr(part, "clean") else None)
@@ -148,7 +149,7 @@ def test_corrupted_of_another_length(engine, reference):
 def test_chunks_give_the_same_numbers(engine, monkeypatch, rows):
     """However small the bound on vocabulary-sized tensors, the same numbers, in parts that lie in order."""
     whole = engine.run(Lens(Study(PROMPT)))
-    monkeypatch.setattr(lens, "VOCAB_BYTES", 4 * engine.model.info.d_vocab * rows)
+    monkeypatch.setattr(metrics, "VOCAB_BYTES", 4 * engine.model.info.d_vocab * rows)
     parts = []
     again = engine.run(Lens(Study(PROMPT)), lambda part: parts.append(part))
     for name in ("top_probs", *lens.STATS, "kl_pair", "up_values", "down_values"):

@@ -13,7 +13,8 @@ from vocabulary.nodes import UserError
 from vocabulary.prompts import Prompt, RUNS, Study, WHICH
 from vocabulary.requests import Progress
 from model.bridge import Edit, Model, in_chunks
-from model.runs import BATCH, Runs, prepare, read_study
+from model.interventions import prepare
+from model.runs import BATCH, Runs, read_study
 
 RANDOM_ROWS, RANDOM_LENGTH = 4, 50
 PATTERN_BYTES = 16 << 20  # of a layer's patterns are read at once

@@ -19,6 +19,7 @@ from vocabulary.nodes import UserError
 from vocabulary.prompts import Study
 from vocabulary.requests import Progress
 from model.bridge import FINAL, Edit, Model
+from model.steering import sites
 from model.runs import NAMES, Runs, find_position, read_study
 
 SCALE = "ln_final.hook_scale"
@@ -104,8 +105,6 @@ def sae_sites(runs: Runs) -> set[tuple[str, int]]:
     layers = {i.node.layer for i in runs.study.interventions if i.node.site == "sae"}
     if not layers:
         return set()
-    from model.steering import sites
-
     return sites(runs.model, runs.study.saes, layers)
 
 

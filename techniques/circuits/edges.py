@@ -15,7 +15,6 @@ import torch as t
 from torch import Tensor
 
 from techniques.circuits.edge_index import PARTS, EdgeIndex, all_edges, edge_index, own_edge, receivers, senders
-from techniques.lens.reading import frozen_norm
 from techniques.circuits.requests import REST
 from techniques.patching.requests import Sweep
 from vocabulary.nodes import UserError
@@ -23,7 +22,8 @@ from vocabulary.prompts import Study
 from vocabulary.requests import ModelInfo, Progress
 from model.bridge import FINAL, TOLERANCE, Edit, Model, out_of_memory
 from model.runs import Runs, means
-from model.base_run import Score
+from model.metrics import MetricReader, metric
+from model.writes import frozen_norm
 from techniques.patching.plan import Plan, check_lengths, chunk_bytes, others, read_member
 from utils import tec
 
@@ -98,11 +98,11 @@ class EdgeRun:
         normed = None
         if self.group[0].study.metric.kind == "kl":
             normed = t.stack([x[r.position("clean", r.study.metric.pos)] for r, x in zip(self.group, self.clean[FINAL])])
-        self.score = Score(self.group, normed, "clean")
+        self.score = MetricReader(self.group, normed, "clean")
         if self.score.whole:
             raise UserError("circuits are scored at one position, and loss has none: use another metric")
         self.score.base = self.value = self.score.of(self.clean[last], 0)[0]
-        self.corrupted = None if corrupt is None else Score(self.group, normed, "corrupt").of(corrupt[last], 0)[0]
+        self.corrupted = None if corrupt is None else MetricReader(self.group, normed, "corrupt").of(corrupt[last], 0)[0]
         match self.rest:
             case "patch":
                 if corrupt is None:
@@ -271,8 +271,6 @@ class EdgeRun:
         [prompt, seq, receiver, d_model]. With `embed` in place of the embeddings, or `mix` (a hook point and its value). Blocks run once more from their
         kept inputs, so that one block's activations are held at a time.
         """
-        from techniques.patching.estimates import metric
-
         model, info = self.model, self.info
         swap = {} if embed is None else {EMBED: embed}
         swap |= {} if mix is None else {mix[0]: mix[1]}

@@ -12,20 +12,21 @@ from torch import Tensor
 
 from techniques.circuits.scores import Bench, NodeRun
 from techniques.circuits.search import COUNTS
-from techniques.features.reading import check, slope_at
+from techniques.features.reading import slope_at
 from techniques.circuits.requests import Discover, DiscoverResult, METHODS, REST
 from vocabulary.circuit import Circuit, rank
 from vocabulary.nodes import parse_node, UserError
 from vocabulary.requests import Progress
 from model.bridge import Edit, Model
 from model.runs import find_position
-from model.sae import Dictionary, for_layer, load
+from model.sae import SparseAutoencoder, for_layer, load
+from model.sae_fit import check
 from model.steering import write
 
 
-def dictionaries(model: Model, sources: tuple[str, ...], nodes: tuple[str, ...]) -> Generator[Progress, None, dict[Dictionary, list[int]]]:
+def dictionaries(model: Model, sources: tuple[str, ...], nodes: tuple[str, ...]) -> Generator[Progress, None, dict[SparseAutoencoder, list[int]]]:
     """The SAEs of a circuit's features, each with the indices of its features."""
-    out: dict[Dictionary, list[int]] = {}
+    out: dict[SparseAutoencoder, list[int]] = {}
     for node in map(parse_node, nodes):
         d = yield from for_layer(model, sources, node.layer)
         d.check_index(node.index)
@@ -41,7 +42,7 @@ class FeatureRun(NodeRun):
     where the circuit has one. The SAEs' error terms stay, or go in runs of the circuit alone.
     """
 
-    known: dict[Dictionary, list[int]] = {}
+    known: dict[SparseAutoencoder, list[int]] = {}
     heads_count, error = True, True
 
     def prepare(self) -> Generator[Progress]:
@@ -54,7 +55,7 @@ class FeatureRun(NodeRun):
             self.others[d] = yield from self.rest_of(d)
 
     @t.no_grad()
-    def rest_of(self, d: Dictionary) -> Generator[Progress, None, Tensor]:
+    def rest_of(self, d: SparseAutoencoder) -> Generator[Progress, None, Tensor]:
         """What a feature outside the circuit is set to, [prompt, seq, feature] or with 1 where it is the same for all."""
         if self.rest in ("patch", "resample"):
             return self.encode(d, self.acts[d.point])
@@ -70,7 +71,7 @@ class FeatureRun(NodeRun):
             raise UserError("mean_all leaves out the first position, and the set's corrupted prompts have no other")
         return total / count
 
-    def encode(self, d: Dictionary, x: Tensor) -> Tensor:
+    def encode(self, d: SparseAutoencoder, x: Tensor) -> Tensor:
         return t.stack([t.cat([d.encode(one[p]) for p in d.pieces(len(one))]) for one in x])
 
     def set_bytes(self, masks: list) -> int:
@@ -78,7 +79,7 @@ class FeatureRun(NodeRun):
 
     # ---------------------------------------------------------------- sets
 
-    def places(self, nodes: frozenset[str], d: Dictionary) -> np.ndarray:
+    def places(self, nodes: frozenset[str], d: SparseAutoencoder) -> np.ndarray:
         """1 where a feature of the circuit is named [prompt, seq, feature]; the first position only by name."""
         out = np.zeros((len(self.rows), self.seq, len(self.known[d])), np.float32)
         for node in map(parse_node, nodes):
@@ -89,7 +90,7 @@ class FeatureRun(NodeRun):
                     out[i, at, self.known[d].index(node.index)] = 1
         return out
 
-    def mask(self, kept: frozenset[str] | None, gone: frozenset[str] = frozenset()) -> tuple[Tensor, bool, dict[Dictionary, Tensor]]:
+    def mask(self, kept: frozenset[str] | None, gone: frozenset[str] = frozenset()) -> tuple[Tensor, bool, dict[SparseAutoencoder, Tensor]]:
         """The heads' mask; whether all other features are replaced; and where those of the circuit are [prompt, seq, feature]."""
         heads = lambda nodes: frozenset(n for n in nodes if parse_node(n).site != "sae")  # noqa: E731
         whole = super().mask(heads(kept) if kept is not None else None, heads(gone))
@@ -110,7 +111,7 @@ class FeatureRun(NodeRun):
             found += write(d, lambda x, y, d=d: self.written_by(d, x, y, cuts))
         return found
 
-    def written_by(self, d: Dictionary, x: Tensor, y: Tensor, cuts: list) -> Tensor:
+    def written_by(self, d: SparseAutoencoder, x: Tensor, y: Tensor, cuts: list) -> Tensor:
         """What the SAE reads and what is written there [set x prompt, seq, ...]: the same with features replaced, y + decode(f') - decode(f), or decode(f')."""
         x, b = d.flat(x), len(self.ids)
         out = y.clone()
@@ -190,7 +191,7 @@ def discover(model: Model, ask: Discover) -> Generator[Progress, None, DiscoverR
     )  # fmt: skip
 
 
-def attributions(runs: list[FeatureRun], some: list[Dictionary], steps: int, prompts: int, begun: float) -> Generator[Progress, None, dict[str, float]]:
+def attributions(runs: list[FeatureRun], some: list[SparseAutoencoder], steps: int, prompts: int, begun: float) -> Generator[Progress, None, dict[str, float]]:
     """Of every feature (replaced - own activation) . gradient, integrated along the replacement of its whole SAE, summed over positions but the first."""
     out, done, passes = {}, 0, steps * len(some) * len(runs)
     for d in some:
@@ -212,6 +213,6 @@ def attributions(runs: list[FeatureRun], some: list[Dictionary], steps: int, pro
     return out
 
 
-def slope(run: FeatureRun, d: Dictionary, delta: Tensor | None) -> Tensor:
+def slope(run: FeatureRun, d: SparseAutoencoder, delta: Tensor | None) -> Tensor:
     """The metric's gradient at what the SAE writes [prompt, seq, d_out], of the clean run with `delta` added there."""
     return d.flat(slope_at(run.model, run.score, run.ids, d, delta=delta))

@@ -24,7 +24,7 @@ from vocabulary.nodes import Node, parse_node, UserError
 from vocabulary.requests import Progress
 from model.bridge import Edit, Model
 from model.runs import find_position
-from model.base_run import Recorded, Spot, make_spot
+from model.base_run import Recorded, PatchSite, patch_site
 from model.variants import PIECE, Base
 from techniques.patching.plan import Layout, aligned, bases, read_plan
 from techniques.patching.table import SweepTable
@@ -63,7 +63,7 @@ def read_receiver(model: Model, address: str, row) -> Node | None:
 def placed(model: Model, node: Node, row) -> Node:
     """The node, which has to be in the model, with its position as an index."""
     if node.site != "embed":
-        make_spot(model, node)
+        patch_site(model, node)
     return node if node.pos is None else replace(node, pos=find_position(node.pos, row, "the prompt"))
 
 
@@ -125,7 +125,7 @@ def lay_out(model: Model, ask: PathPatch, row) -> tuple[Layout, dict[tuple[int, 
     return Layout(
         tuple(rows),
         tuple(cols),
-        {rc: tuple(Spot(n if n.site != "embed" else Node("resid_pre", 0, pos=n.pos), "") for n in p.senders) for rc, p in paths.items()},
+        {rc: tuple(PatchSite(n if n.site != "embed" else Node("resid_pre", 0, pos=n.pos), "") for n in p.senders) for rc, p in paths.items()},
         tuple(addresses),
     ), paths
 

@@ -8,24 +8,26 @@ import json
 import math
 import urllib.request
 from collections.abc import Generator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch as t
 from torch import Tensor
 
-from techniques.lens.reading import largest, rows_at_once
+from techniques.lens.reading import largest
 from techniques.attribution.logits import SCALE, direction, inner_direction, post_norm, pull_back
 from techniques.features.requests import CheckEdge, Examples, Feature, FeatureGraph, FeatureResult, Features, FeaturesResult, Preflight, PreflightResult, Saes
 from vocabulary.nodes import UserError
 from vocabulary.prompts import RUNS
 from vocabulary.requests import Identity, Progress
 from model.bridge import FINAL, Edit, Model, write_mid
-from model.runs import Runs, prepare, read_study
-from model.sae import Dictionary, catalogue, labels, load
+from model.interventions import prepare
+from model.metrics import MetricReader, metric, rows_at_once
+from model.runs import Runs, read_study
+from model.sae import SparseAutoencoder, catalogue, labels, load
+from model.sae_fit import REFUSE, WARN, cause, check, choose, fits
 from utils import settings
 
-REFUSE, WARN = 0.8, 0.9
 CHUNK = 1 << 22  # numbers of decoder rows looked at at once
 ORDERS = ("activation", "attribution", "direct")
 STREAM = ("resid_pre", "resid_mid", "resid_post", "attn", "mlp")
@@ -56,109 +58,7 @@ def answer(model: Model, ask: object) -> Generator:
 # ------------------------------------------------------------------ is it the right SAE?
 
 
-@dataclass(frozen=True)
-class Fit:
-    """How well an SAE explains what it writes, over positions: cosine of reconstruction and target, variance unexplained, features on, norms' ratio."""
-
-    cosine: float
-    unexplained: float
-    l0: float
-    ratio: float
-
-
-@t.no_grad()
-def fit(d: Dictionary, x: Tensor, y: Tensor, view: str) -> Fit:
-    """Of inputs x and targets y [position, ...] under a view of the activation; both without position 0."""
-    before, d.view = d.view, view
-    try:
-        parts, count = [], 0
-        for piece in d.pieces(len(x)):
-            f = d.encode(x[piece])
-            parts.append(d.decode(f, x[piece]))
-            count += int((f != 0).sum())
-        found = t.cat(parts)
-    finally:
-        d.view = before
-    y = d.flat(y)
-    if view == "centred":
-        y, found = y - y.mean(-1, keepdim=True), found - found.mean(-1, keepdim=True)
-    cosine = t.cosine_similarity(found.double(), y.double(), dim=-1).mean().item()
-    variance = (y - y.mean(0)).double().pow(2).sum().item()
-    unexplained = (y - found).double().pow(2).sum().item() / variance if variance > 0 else math.nan
-    return Fit(cosine, unexplained, count / len(x), (found.norm() / y.norm()).item())
-
-
-def views(model: Model) -> tuple[str, ...]:
-    return ("raw",) if model.cfg.uses_rms_norm else ("raw", "centred")
-
-
-@t.no_grad()
-def fits(runs: Runs, d: Dictionary, which: str = "clean") -> dict[str, Fit]:
-    """By view, on a run without position 0; remembered."""
-    row = runs.row(which)
-    if len(row.ids) < 2:
-        raise UserError("an SAE is checked without position 0, and the prompt has one token: make it longer")
-    key = (which == "now" and runs.done, row.ids)
-    if key not in d.verdicts:
-        acts = runs.trace(which, [d.point, d.out])
-        d.verdicts[key] = {v: fit(d, acts[d.point][0, 1:], acts[d.out][0, 1:], v) for v in views(runs.model)}
-    return d.verdicts[key]
-
-
-def choose(d: Dictionary, found: dict[str, Fit], view: str) -> str:
-    """The view asked for; else the metadata's, unless it does not explain this prompt and the other one does."""
-    if view in found:
-        return view
-    if view != "auto":
-        words = "this model's norm has no mean to take off: use auto or raw" if view == "centred" else "use auto, raw or centred"
-        raise UserError(f"{view!r} is not a view of the activation here: {words}")
-    best = max(found, key=lambda v: found[v].cosine)
-    return best if found[d.view].cosine < REFUSE <= found[best].cosine else d.view
-
-
-def check(runs: Runs, d: Dictionary) -> None:
-    """Sets the view at first use, and refuses an SAE that does not explain the clean prompt."""
-    found = fits(runs, d)
-    d.view = choose(d, found, d.view if d.asked or d.passed else "auto")
-    if found[d.view].cosine < REFUSE or not math.isfinite(found[d.view].cosine):
-        raise UserError(f"{d.source} does not explain this prompt (cosine {found[d.view].cosine:.2f}, at least {REFUSE} is needed): {cause(runs, d, found)}")
-    d.passed = True
-
-
-def cause(runs: Runs, d: Dictionary, found: dict[str, Fit]) -> str:
-    """The likeliest reason for a low cosine."""
-    mine = found[d.view]
-    other = max(found.values(), key=lambda f: f.cosine)
-    if not math.isfinite(mine.cosine):
-        return "the reconstruction is not finite; load the model in float32"
-    if other.cosine - mine.cosine > 0.05 and other.cosine >= REFUSE:
-        return f"the other view of the activation fits (cosine {other.cosine:.2f}); use view auto"
-    if d.normalisation == "expected_average_only_in":
-        return "its inputs are to be multiplied by a constant (expected_average_only_in) that is not in the file; save it with the constant folded in"
-    if mine.l0 > 10 * d.l0 or mine.l0 > d.d_sae / 4:
-        return (
-            f"{mine.l0:.0f} features fire at a position"
-            + ("" if math.isnan(d.l0) else f" and {d.l0:g} are published")
-            + ": wrong activation function, or model"
-        )
-    if (where := elsewhere(runs, d)) is not None:
-        return f"it fits {where[0]} better (cosine {where[1]:.2f}): its hook point is named wrongly"
-    if not 0.5 < mine.ratio < 2:
-        return f"the reconstruction is {mine.ratio:.2g} times as long as the activation: a normalisation is missing, or it is of another model"
-    return "it is of another model or hook point, or not trained"
-
-
-def elsewhere(runs: Runs, d: Dictionary) -> tuple[str, float] | None:
-    """Another residual point of the model that the SAE explains."""
-    if d.transcoder or not d.site.startswith("resid"):
-        return None
-    names = [n for n in runs.model.lens_points() if n != d.point]
-    acts = runs.trace("clean", names)
-    best = max(((n, fit(d, acts[n][0, 1:], acts[n][0, 1:], d.view).cosine) for n in names), key=lambda found: found[1])
-    return best if best[1] >= REFUSE else None
-
-
-def splice(d: Dictionary, model: Model, work) -> list[Edit]:
+def splice(d: SparseAutoencoder, model: Model, work) -> list[Edit]:
     """Edits that let work(x, y) say what is written at the SAE's output, from its input x and what was there, y [batch, seq, ...]."""
     if d.out.endswith("hook_resid_mid"):
         return write_mid(d.layer, lambda y: work(y, y))
@@ -250,7 +150,7 @@ def identities(runs: Runs, source: str) -> Generator[Progress, None, list[Identi
 # ------------------------------------------------------------------ what a feature writes, and what it does
 
 
-def to_stream(model: Model, d: Dictionary, acts: dict[str, Tensor], pos: int, u: Tensor) -> Tensor | None:
+def to_stream(model: Model, d: SparseAutoencoder, acts: dict[str, Tensor], pos: int, u: Tensor) -> Tensor | None:
     """A direction [d_model] in the residual stream as one at what the SAE writes [d_out]; None for what is not added to the stream."""
     if d.site_out in STREAM:
         return u.to(d.device)
@@ -263,15 +163,13 @@ def to_stream(model: Model, d: Dictionary, acts: dict[str, Tensor], pos: int, u:
     return (w @ inner[0].to(w.device)).flatten().to(d.device)
 
 
-def extra_names(model: Model, d: Dictionary) -> list[str]:
+def extra_names(model: Model, d: SparseAutoencoder) -> list[str]:
     post = post_norm(model, d.layer, "attn") if d.site_out == "z" else None
     return [SCALE, *([post[1]] if post else [])]
 
 
-def gradient(runs: Runs, d: Dictionary, which: str) -> Tensor:
+def gradient(runs: Runs, d: SparseAutoencoder, which: str) -> Tensor:
     """The metric's gradient at what the SAE writes [seq, d_out] of a run."""
-    from model.base_run import Score
-
     model, asked = runs.model, runs.study.metric
     name = f"blocks.{d.layer}.hook_attn_out" if d.out.endswith("resid_mid") else d.out
     clean = None
@@ -284,15 +182,13 @@ def gradient(runs: Runs, d: Dictionary, which: str) -> Tensor:
     if asked.kind == "kl":
         clean = runs.trace("clean", [FINAL])[FINAL][0, [runs.metric_position("clean")]]
     ids, edits = t.tensor([runs.row(which).ids]), runs.edits if which == "now" else []
-    out = slope_at(model, Score([runs], clean, which), ids, d, edits)[0]
+    out = slope_at(model, MetricReader([runs], clean, which), ids, d, edits)[0]
     model.cache.put(key, out)
     return d.flat(out)
 
 
-def slope_at(model: Model, score: object, ids: Tensor, d: Dictionary, edits: list[Edit] | tuple = (), delta: Tensor | None = None) -> Tensor:
+def slope_at(model: Model, score: MetricReader, ids: Tensor, d: SparseAutoencoder, edits: list[Edit] | tuple = (), delta: Tensor | None = None) -> Tensor:
     """The metric's gradient at the hook point where an SAE writes [prompt, seq, ...], under edits and with `delta` added there."""
-    from techniques.patching.estimates import metric
-
     kept: dict[str, Tensor] = {}
     name = f"blocks.{d.layer}.hook_attn_out" if d.out.endswith("resid_mid") else d.out
 
@@ -328,7 +224,7 @@ def check_run(runs: Runs, which: str) -> None:
 
 
 @t.no_grad()
-def features(runs: Runs, d: Dictionary, ask: Features) -> FeaturesResult:
+def features(runs: Runs, d: SparseAutoencoder, ask: Features) -> FeaturesResult:
     """The k largest features at a position by activation, attribution or direct effect; with rows of their own for what is no feature."""
     model, which = runs.model, ask.which
     check_run(runs, which)
@@ -375,7 +271,7 @@ def features(runs: Runs, d: Dictionary, ask: Features) -> FeaturesResult:
     )  # fmt: skip
 
 
-def words(runs: Runs, d: Dictionary, which: str, named: int | str, no: str = "") -> str:
+def words(runs: Runs, d: SparseAutoencoder, which: str, named: int | str, no: str = "") -> str:
     model, metric = runs.model, runs.study.metric
     place = "" if metric.kind == "loss" else f" at {metric.pos}"
     parts = [
@@ -408,7 +304,7 @@ def pull_forward(model: Model, row: Tensor) -> Tensor:
 
 
 @t.no_grad()
-def written(model: Model, d: Dictionary, index: int) -> Tensor | None:
+def written(model: Model, d: SparseAutoencoder, index: int) -> Tensor | None:
     """What a feature adds to the stream [d_model], a unit of it; without the norm that some models put after attention's output."""
     row = d.rows([index])[0]
     if d.site_out in STREAM:
@@ -420,7 +316,7 @@ def written(model: Model, d: Dictionary, index: int) -> Tensor | None:
 
 
 @t.no_grad()
-def nearest(d: Dictionary, index: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+def nearest(d: SparseAutoencoder, index: int, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k features whose decoder rows have the largest cosine with this one's."""
     row = d.rows([index])[0]
     row, size, parts = row / row.norm().clamp(min=1e-12), max(1, CHUNK // d.d_out), []
@@ -445,7 +341,7 @@ def together(where: Tensor, index: Tensor, feature: int, k: int, d_sae: int) -> 
     return top.indices.cpu().numpy().astype(np.int32), top.values.cpu().numpy()
 
 
-def stream_reader(runs: Runs, d: Dictionary, which: str, w: Tensor, pos: int) -> tuple[str, Tensor, float] | None:
+def stream_reader(runs: Runs, d: SparseAutoencoder, which: str, w: Tensor, pos: int) -> tuple[str, Tensor, float] | None:
     """
     A direction at what the SAE reads as one at the stream in front of it, norms frozen: where ("pre", "mid", "post", "attn": attention's output, "z"),
     the direction, and what a norm's bias adds. None behind an MLP.
@@ -472,7 +368,7 @@ def stream_reader(runs: Runs, d: Dictionary, which: str, w: Tensor, pos: int) ->
 
 
 @t.no_grad()
-def sources_of(runs: Runs, d: Dictionary, which: str, place: str, w: Tensor, pos: int) -> np.ndarray:
+def sources_of(runs: Runs, d: SparseAutoencoder, which: str, place: str, w: Tensor, pos: int) -> np.ndarray:
     """What each source token adds through each head [layer, head, seq] to direction . stream at pos: pattern x value through W_O, later norms frozen."""
     model = runs.model
     i, seq = model.info, len(runs.row(which).ids)
@@ -507,7 +403,7 @@ def neuronpedia(ident: str, index: int) -> str:
 
 
 @t.no_grad()
-def feature(runs: Runs, d: Dictionary, ask: Feature) -> FeatureResult:
+def feature(runs: Runs, d: SparseAutoencoder, ask: Feature) -> FeatureResult:
     """One feature: where it fires, what it promotes, its neighbours, and which source tokens make it fire at a position."""
     model, which, k = runs.model, ask.which, ask.k
     check_run(runs, which)

@@ -19,7 +19,7 @@ from vocabulary.nodes import AddressError, Node, parse_node, UserError
 from vocabulary.requests import Progress
 from model.bridge import TINY, Edit, Model, first_line, in_chunks, write_mid
 from model.runs import hook_name
-from techniques.lens.translators import BROKEN, CHECKPOINT, corpus, save, unembed_hash, windows
+from model.artefacts import BROKEN, CHECKPOINT, corpus, save, unembed_hash, windows
 
 ARCHITECTURES = ("topk", "batchtopk", "standard", "jumprelu")
 POINTS = ("resid_pre", "resid_mid", "resid_post", "attn", "mlp")

@@ -13,7 +13,8 @@ from vocabulary.nodes import Intervention, Node, UserError
 from vocabulary.prompts import Study
 from vocabulary.requests import Identity, Progress
 from model.bridge import FINAL, SMALL, TOLERANCE, Model, out_of_memory, read_config, read_weights
-from model.runs import Runs, prepare, read_study
+from model.interventions import prepare
+from model.runs import Runs, read_study
 from utils import show_bytes, tec
 
 STEPS = 5

@@ -13,11 +13,11 @@ from techniques.output.requests import RunResult, Side
 from vocabulary.nodes import Node, parse_node, UserError
 from vocabulary.requests import Progress
 from model.bridge import FINAL, Model, in_chunks
+from model.metrics import measure, rows_at_once, vocab_bytes
+from model.writes import frozen_norm
 from model.runs import Runs, find_position, hook_name
 from techniques.lens.translators import Translators, read_translators
 
-VOCAB_BYTES = 64 << 20  # no vocabulary-sized tensor is larger; some ten of them are held at a time
-WIDER = 1.375  # times that on an accelerator, where a chunk costs the host as much as the device
 CHUNK_BYTES = 16 << 20  # this is how much of several points is made at once
 PIECE_BYTES = 2 << 20  # and read at once, on a CPU, so that it stays in the processor's cache
 HELD_BYTES = 256 << 20  # activations of a run that stay on a device; more wait in the host's pinned memory
@@ -53,14 +53,6 @@ def is_component(node: Node) -> bool:
     return not node.site.startswith("resid_")
 
 
-def vocab_bytes(model: Model) -> int:
-    return VOCAB_BYTES if model.final_device.type == "cpu" else int(WIDER * VOCAB_BYTES)
-
-
-def rows_at_once(model: Model) -> int:
-    return max(1, vocab_bytes(model) // (4 * model.info.d_vocab))
-
-
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Row by row. A matrix product is not used: it adds up 50 000 numbers one after the other, and entropies came out wrong by 0.004 nats."""
     return t.linalg.vecdot(a, b)
@@ -85,13 +77,6 @@ def largest(x: Tensor, k: int, most: bool = True) -> tuple[Tensor, Tensor]:
 
 
 # ------------------------------------------------------------------ what a point's logits are made of
-
-
-def frozen_norm(norm: t.nn.Module, scale: Tensor, x: Tensor, model: Model) -> Tensor:
-    """A norm as the linear map it is with its scale frozen, without its bias. LayerNorm takes the mean off first."""
-    weight = norm.weight + 1 if getattr(model.cfg, "rmsnorm_uses_offset", False) else norm.weight
-    x = x if model.cfg.uses_rms_norm else x - x.mean(-1, keepdim=True)
-    return (x / scale * weight).to(x.dtype)
 
 
 def has_norm(model: Model) -> None:
@@ -392,31 +377,6 @@ def to_host(parts: list[dict[str, Tensor]]) -> dict[str, np.ndarray]:
 
 
 # ------------------------------------------------------------------ the run and its metric
-
-
-def measure(kind: str, row: Tensor, clean: Tensor, nll: np.ndarray, answers: list[int], foils: list[int]) -> float | None:
-    """The metric from a run's logits at the metric's position; None when it needs answers (or foils) that the prompt does not have."""
-    if kind == "loss":
-        return float(nll.mean()) if len(nll) else None
-    logits = row.double()
-    logp = logits.log_softmax(-1)
-    if kind == "kl":
-        final = clean.double().log_softmax(-1)
-        return max(0.0, (final.exp() * (final - logp)).sum().item())
-    if not answers or (kind in ("logit_diff", "prob_diff") and not foils):
-        return None
-    match kind:
-        case "logit_diff":
-            return (logits[answers].mean() - logits[foils].mean()).item()
-        case "prob":
-            return logp[answers].exp().sum().item()
-        case "prob_diff":
-            return (logp[answers].exp().sum() - logp[foils].exp().sum()).item()
-        case "logprob":
-            return logp[answers].logsumexp(0).item()
-        case "rank":
-            return float((logits > logits[answers].max()).sum().item())
-    raise AssertionError(kind)
 
 
 class SideReading:

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import pickle
 import time
 import warnings
 from collections.abc import Generator
@@ -15,22 +13,21 @@ import huggingface_hub
 import numpy as np
 import torch as t
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from techniques.lens.requests import FitJacobian, FitJacobianResult, TuneLens, TuneLensResult
 from vocabulary.nodes import Node, UserError
 from vocabulary.requests import Progress
+from model.artefacts import BROKEN, CHECKPOINT, corpus, save, unembed_hash, windows
 from model.bridge import FINAL, Model, first_line, is_hub_name
 from utils import ROOT, settings
 
 SPACE = "AlignmentResearch/tuned-lens"
-CHECKPOINT = "checkpoint.safetensors"
 SAVE_EVERY = 50
 HELD_OUT = 64
 ROW_BYTES = 32 << 20
-BROKEN = (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, pickle.UnpicklingError, SafetensorError)
 READ: WeakKeyDictionary[Model, dict] = WeakKeyDictionary()
 
 
@@ -62,14 +59,6 @@ class Translators:
         out = h.float() @ weight.T
         out = out if self.whole else h.float() + out
         return out if bias is None else out + bias
-
-
-def unembed_hash(model: Model) -> str:
-    """As the tuned-lens package makes it: sha256 of how numpy prints the unembedding [vocab, d_model] with one digit, its corners only."""
-    weight = model.bridge.original_model.get_output_embeddings().weight.detach()
-    corners = weight.cpu() if weight.dtype != t.bfloat16 else weight.float().cpu()
-    with np.printoptions(threshold=1000, edgeitems=3, linewidth=75, suppress=False):
-        return hashlib.sha256(np.array_str(corners.numpy(), precision=1).encode()).hexdigest()
 
 
 def is_this_model(model: Model, what: str, name: str | None, its_hash: str | None) -> None:
@@ -163,26 +152,6 @@ def read_tuned(model: Model, file: Path) -> Translators:
 # ------------------------------------------------------------------ the tuned lens: fitting
 
 
-def windows(model: Model, file: Path, length: int, seed: int) -> Tensor:
-    """A text file as rows of `length` tokens, BOS first where the model wants it, in a random order; a shuffle by `seed`."""
-    if not file.is_file():
-        raise UserError(f"no text at {file}: give a text file")
-    if not 2 <= length <= model.info.n_ctx:
-        raise UserError(f"length must be 2 to {model.info.n_ctx}, the model's context")
-    ids = model.encode(file.read_text(encoding="utf-8", errors="replace"))[0]
-    ids = [i for i in ids if i < model.n_embed]
-    bos = [model.bos] * (model.info.default_bos and model.bos is not None)
-    own = length - len(bos)
-    rows = [bos + ids[i : i + own] for i in range(0, len(ids) - own + 1, own)]
-    if len(rows) < 4:
-        raise UserError(f"{file} has {len(ids)} tokens: a fit needs at least {4 * own}")
-    return t.tensor(rows)[t.randperm(len(rows), generator=t.Generator().manual_seed(seed))]
-
-
-def corpus(text: str) -> Path:
-    return Path(text).expanduser() if text else ROOT / "zoo" / "corpus.txt"
-
-
 def log_probs(model: Model, h: Tensor) -> Tensor:
     """The model's own read-out of a stream [rows, d_model], with gradients."""
     logits = model.bridge.unembed(model.bridge.ln_final(h.to(model.dtype))).float() * model.logit_scale
@@ -215,16 +184,6 @@ def kl_by_layer(model: Model, ids: Tensor, weight: Tensor | None, bias: Tensor |
                     (kl / len(names)).backward()
             total[i] += kl.detach().cpu()
     return total
-
-
-def save(out: Path, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Whole or not at all."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, out / f".{name}", metadata)
-        os.replace(out / f".{name}", out / name)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{out / name} can't be written: {first_line(error)}") from error
 
 
 class Fitting:

@@ -4,7 +4,7 @@ from collections.abc import Generator
 
 from techniques.lens import reading as lens
 from model.bridge import Model
-from model.runs import prepare
+from model.interventions import prepare
 from techniques.output.requests import Run
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import torch as t
 from torch import Tensor
 
-from model.base_run import Spot
+from model.base_run import PatchSite
 from model.bridge import FINAL
 from model.variants import Base, Variant
-from techniques.lens.reading import frozen_norm
+from model.writes import frozen_norm
 from techniques.patching.plan import Plan, reads
 from vocabulary.nodes import UserError
 
@@ -48,7 +48,7 @@ def direct(base: Base, variants: list[Variant], begun: bool = False) -> Generato
         yield mine, base.score.of_normed(normed)
 
 
-def written(base: Base, spots: list[Spot], at) -> Tensor:
+def written(base: Base, spots: list[PatchSite], at) -> Tensor:
     """What changed nodes of one hook point add to the stream at the metric's positions [spot, prompt, d_model]; q, k, v and pattern by their head's z."""
     node, key = spots[0].node, spots[0].key
     block = base.model.bridge.blocks[node.layer]

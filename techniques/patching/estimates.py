@@ -12,8 +12,9 @@ import numpy as np
 import torch as t
 from torch import Tensor
 
-from model.base_run import Score, Spot
+from model.base_run import PatchSite
 from model.bridge import Edit, Model
+from model.metrics import metric
 from model.runs import Runs
 from model.variants import Base, Variant
 from techniques.patching.plan import Plan, aligned, bases, read_plan, reads
@@ -132,43 +133,11 @@ def whole(base: Base, names: set[str], path: Tensor | None) -> dict[str, Tensor]
     return {name: t.zeros_like(x) if g is None else g for (name, x), g in zip(leaves.items(), found)}
 
 
-def metric(score: Score, x: Tensor) -> Tensor:
-    """The metric [prompt] of the stream after the last block, differentiable."""
-    model, b = score.model, len(score.group)
-    logits = lambda rows: soft(model, model.bridge.unembed(model.bridge.ln_final(rows.to(model.final_device))))  # noqa: E731
-    if score.kind == "loss":
-        rows = [logits(x[j, :-1]).log_softmax(-1) for j in range(b)]
-        return t.stack([-r.gather(-1, t.tensor(ids[1:], device=r.device)[:, None]).mean() for r, ids in zip(rows, score.ids)])
-    rows = x[t.arange(b, device=x.device), score.places]
-    if score.kind == "logit_diff":
-        return score.diff(model.bridge.ln_final(rows.to(model.final_device))[None])[0]
-    logp = logits(rows).double().log_softmax(-1)
-    out = []
-    for j, r in enumerate(score.group):
-        right, wrong = logp[j, r.answers], logp[j, r.foils]
-        match score.kind:
-            case "prob":
-                out.append(right.exp().sum())
-            case "prob_diff":
-                out.append(right.exp().sum() - wrong.exp().sum())
-            case "logprob":
-                out.append(right.logsumexp(0))
-            case "kl":
-                clean = model.unembed(score.clean[j : j + 1])[0].double().log_softmax(-1)
-                out.append((clean.exp() * (clean - logp[j])).sum())
-    return t.stack(out)
-
-
-def soft(model, logits: Tensor) -> Tensor:
-    logits = logits.float() * model.logit_scale
-    return model.softcap * t.tanh(logits / model.softcap) if model.softcap else logits
-
-
 def linear(plan: Plan, base: Base, variants: list[Variant], gradients: dict[str, Tensor]) -> np.ndarray:
     """The sum of (new value - base value) . gradient over each variant's spots [variant, prompt]; a hook point's products leave the device together."""
     products: dict[tuple, np.ndarray] = {}
 
-    def of(spot: Spot) -> np.ndarray:
+    def of(spot: PatchSite) -> np.ndarray:
         if spot.key not in products:
             change = base.source[spot.key] - base.acts[reads(plan.model, spot)]
             x = change.double() * gradients[spot.name].double()

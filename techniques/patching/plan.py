@@ -14,10 +14,13 @@ import numpy as np
 import torch as t
 from torch import Tensor
 
-from model.base_run import Score, Spot, make_spot
+from model.base_run import PatchSite, patch_site
 from model.bridge import FINAL, Model
-from model.runs import Runs, find_position, gaussian, hook_name, means, noise_scale, place_in_set, prepare, read_study, resampled
+from model.interventions import prepare
+from model.metrics import MetricReader
+from model.runs import Runs, find_position, gaussian, hook_name, means, noise_scale, place_in_set, read_study, resampled
 from model.variants import Base
+from techniques.patching import feature_sweep
 from techniques.patching.requests import SWEEP_OPS, SWEEPS, Sweep
 from utils import settings
 from vocabulary.nodes import Node, UserError, parse_node
@@ -37,14 +40,14 @@ class Layout:
 
     rows: tuple[str, ...]
     cols: tuple[str, ...]
-    cells: dict[tuple[int, int], tuple[Spot, ...]]
+    cells: dict[tuple[int, int], tuple[PatchSite, ...]]
     nodes: tuple[str, ...] = ()
 
 
 def one_each(model: Model, rows: list[str], cols: list[str], node: Callable[[int, int], Node]) -> Layout:
     """A table in which every cell is one node."""
     nodes = {(r, c): node(r, c) for r in range(len(rows)) for c in range(len(cols))}
-    return Layout(tuple(rows), tuple(cols), {rc: (make_spot(model, n),) for rc, n in nodes.items()}, tuple(str(n) for n in nodes.values()))
+    return Layout(tuple(rows), tuple(cols), {rc: (patch_site(model, n),) for rc, n in nodes.items()}, tuple(str(n) for n in nodes.values()))
 
 
 def lay_out(model: Model, ask: Sweep, row: TokenRow) -> Layout:
@@ -71,7 +74,7 @@ def lay_out(model: Model, ask: Sweep, row: TokenRow) -> Layout:
             return one_each(model, rows, places, lambda r, c: Node("head", r // info.n_heads, r % info.n_heads, pos=c))
         case "cells":
             node = one_node(ask, "head", "L2H3")
-            spots = {(d, s): (make_spot(model, replace(node, part="pattern", pos=d), s),) for d in range(seq) for s in range(d + 1)}
+            spots = {(d, s): (patch_site(model, replace(node, part="pattern", pos=d), s),) for d in range(seq) for s in range(d + 1)}
             return Layout(tuple(places), tuple(places), spots)
         case "neurons":
             node = one_node(ask, "mlp", "L3.mlp")
@@ -79,11 +82,9 @@ def lay_out(model: Model, ask: Sweep, row: TokenRow) -> Layout:
             neurons = [f"n{i}" for i in range(info.d_mlp)]
             return one_each(model, [f"L{node.layer}.mlp"], neurons, lambda r, c: Node("neuron", node.layer, index=c, pos=pos))
         case "features":
-            from model import steering
-
-            return Layout(*steering.lay_out(model, ask, seq))
+            return Layout(*feature_sweep.lay_out(model, ask, seq))
         case "pairs" | "cumulative":
-            spots = [make_spot(model, some_node(a, row)) for a in ask.nodes]
+            spots = [patch_site(model, some_node(a, row)) for a in ask.nodes]
             names = tuple(ask.nodes)
             if ask.kind == "cumulative":
                 return Layout(("together",), ("nothing", *(f"+ {a}" for a in names)), {(0, i): tuple(spots[:i]) for i in range(len(spots) + 1)})
@@ -127,7 +128,7 @@ class Plan:
         return replace(self.ask.study, base=self.side)
 
     @property
-    def spots(self) -> list[Spot]:
+    def spots(self) -> list[PatchSite]:
         return list(dict.fromkeys(s for spots in self.layout.cells.values() for s in spots))
 
     @property
@@ -241,7 +242,7 @@ def chunk_bytes(model: Model, megabytes: int) -> int:
 # ------------------------------------------------------------------ base runs and new values
 
 
-def reads(model: Model, spot: Spot) -> str:
+def reads(model: Model, spot: PatchSite) -> str:
     """The hook point whose values say what a spot holds."""
     return hook_name(model, spot.node)
 
@@ -277,10 +278,10 @@ def bases(plan: Plan, more: tuple[str, ...] = ()) -> Generator[Progress | tuple]
         clean = None
         if ask.study.metric.kind == "kl":
             clean = t.stack([x[r.metric_position("clean")] for r, x in zip(group, acts["clean"][FINAL])])
-        sides = {which: Score(group, clean, which).of(a[last], 0)[0] for which, a in acts.items()}
+        sides = {which: MetricReader(group, clean, which).of(a[last], 0)[0] for which, a in acts.items()}
         if not all(np.isfinite(v).all() for v in sides.values()):
             raise UserError("the metric of the clean or corrupted run is not finite: does the model hold NaN? Try float32")
-        value = base.begin(Score(group, clean))
+        value = base.begin(MetricReader(group, clean))
         yield from new_values(plan, base, acts.get(plan.other, {}), indices)
         missing = np.full(len(group), math.nan)
         yield indices, base, (value, sides.get("clean", missing), sides.get("corrupt", missing))
@@ -314,9 +315,7 @@ def new_values(plan: Plan, base: Base, other: dict[str, Tensor], indices: list[i
     """Fill base.source: for every node that some spot is part of, its new values [prompt, ...]."""
     model, ask = plan.model, plan.ask
     if ask.kind == "features":
-        from model import steering
-
-        base.source |= steering.new_values(plan.spots, base, other, [plan.runs[i] for i in indices], ask.op, plan.side)
+        base.source |= feature_sweep.new_values(plan.spots, base, other, [plan.runs[i] for i in indices], ask.op, plan.side)
         return
     hooks = {s.key: reads(model, s) for s in plan.spots}
     if ask.op in ("mean", "mean_all"):

@@ -9,6 +9,7 @@ import torch as t
 
 from model.bridge import Model
 from model.variants import Base, Variant
+from techniques.patching import feature_sweep
 from techniques.patching.direct import direct, direct_names
 from techniques.patching.estimates import guess
 from techniques.patching.plan import Plan, bases, check, read_plan
@@ -23,10 +24,8 @@ def sweep(model: Model, ask: Sweep) -> Generator[Progress | SweepResult, None, S
         check(ask)
         ask = replace(ask, nodes=(yield from largest(model, ask)))
     if ask.kind == "features":
-        from model import steering
-
         check(ask)
-        ask = replace(ask, nodes=(yield from steering.find_nodes(model, ask)))
+        ask = replace(ask, nodes=(yield from feature_sweep.find_nodes(model, ask)))
     plan = read_plan(model, ask)
     if ask.effect == "direct":
         more, run = direct_names(plan), direct

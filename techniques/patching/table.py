@@ -7,6 +7,7 @@ import numpy as np
 import torch as t
 
 from model.variants import Base, Variant
+from techniques.patching import feature_sweep
 from techniques.patching.plan import Plan
 from techniques.patching.requests import SWEEP_OPS, SWEEPS, SweepResult
 from vocabulary.nodes import UserError, parse_node
@@ -145,9 +146,7 @@ def convention(plan: Plan, method: str) -> str:
     if ask.kind in ("k", "v") and model.info.n_kv_heads < model.info.n_heads:
         parts.append("a column is a group of heads that share keys and values")
     if ask.kind == "features":
-        from model import steering
-
-        d = steering.loaded(model, ask.study.saes, parse_node(ask.nodes[0]).layer)
+        d = feature_sweep.loaded(model, ask.study.saes, parse_node(ask.nodes[0]).layer)
         parts.append(f"SAE {d.source}, {d.view} activation")
     parts.append(f"raw weights, {model.info.dtype}")
     if ask.op == "patch" and not all(r.by_index for r in plan.runs):

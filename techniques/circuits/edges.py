@@ -25,7 +25,7 @@ from model.memory import out_of_memory
 from model.runs import Runs, means
 from model.metrics import MetricReader, metric
 from model.writes import frozen_norm
-from techniques.patching.sweeps import Plan, check_lengths, chunk_bytes, others, read_member
+from techniques.patching.plan import Plan, check_lengths, chunk_bytes, others, read_member
 from utils import tec
 
 __all__ = ["PARTS", "EdgeRun", "all_edges", "edge_runs", "edge_values", "gather", "own_edge", "receivers", "senders", "time_left"]

@@ -27,7 +27,8 @@ from model.runs import find_position
 from model.base_run import Recorded, PatchSite, patch_site
 from model.changed_blocks import PIECE
 from model.variants import Base
-from techniques.patching.sweeps import Board, Layout, aligned, bases, read_plan
+from techniques.patching.plan import Layout, aligned, bases, read_plan
+from techniques.patching.table import SweepTable
 
 PARTS = ("q", "k", "v")
 
@@ -327,7 +328,7 @@ def path_patch(model: Model, ask: PathPatch) -> Generator[Progress | SweepResult
         other = model.forward(t.tensor([r.row(plan.other).ids for r in runs]), [embed])[1][embed] if other is None else other
         base.source["embed"] = aligned(plan, other, base.resid[0], (0, "resid_pre", "z"), runs[0])
         if board is None:
-            board = Board(replace(plan, layout=layout))
+            board = SweepTable(replace(plan, layout=layout))
         board.begin(members, base, sides)
         cells = {p.cell: p for p in paths.values()}
         waiting = [cells[v.cell] for v in board.waiting]
@@ -350,7 +351,7 @@ def path_patch(model: Model, ask: PathPatch) -> Generator[Progress | SweepResult
     return labelled(board.result(True), ask, model)
 
 
-def told(wave: Generator, board: Board) -> Generator[Progress, None, object]:
+def told(wave: Generator, board: SweepTable) -> Generator[Progress, None, object]:
     """A wave's result; its pauses as progress."""
     while True:
         try:

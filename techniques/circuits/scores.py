@@ -20,11 +20,10 @@ from vocabulary.prompts import Study, TokenRow
 from vocabulary.requests import Progress
 from model.bridge import Edit, Model
 from model.runs import find_position
-from techniques.patching.sweeps import statistics
+from vocabulary.statistics import paired_effects, ratio_of_means
 from techniques.circuits.drawings import published
 
 WHAT = ("faithfulness", "completeness", "minimality", "effects")
-DRAWS = 2000
 TRIED = 8  # sets that say how long one takes
 Parts = tuple[frozenset[str] | None, frozenset[str]]  # kept (None: everything), and taken away
 NONE: frozenset[str] = frozenset()
@@ -170,21 +169,15 @@ class Bench:
 
 def interval(values: np.ndarray) -> Interval:
     """Mean over prompts with Student's t."""
-    some = statistics(values[:, None], values * 0, 0)
+    some = paired_effects(values[:, None], values * 0, 0)
     return Interval(float(values.mean()), float(some["low"][0]), float(some["high"][0]), values.astype(np.float32))
 
 
 def ratio(alone: np.ndarray, empty: np.ndarray, whole: np.ndarray) -> Interval:
-    """A ratio of means with its 95 % interval over prompts drawn again (percentiles, fixed seed); values are each prompt's own ratio."""
+    """(alone - empty) / (whole - empty) as a ratio of means over prompts; values are each prompt's own ratio."""
     a, b = alone - empty, whole - empty
     with np.errstate(divide="ignore", invalid="ignore"):
-        each = (a / b).astype(np.float32)
-        mean = float(a.mean() / b.mean()) if abs(b.mean()) > 1e-9 else np.nan
-        low = high = np.nan
-        if len(a) > 1 and np.isfinite(mean):
-            draw = np.random.default_rng(0).integers(len(a), size=(DRAWS, len(a)))
-            low, high = np.percentile(a[draw].mean(1) / b[draw].mean(1), [2.5, 97.5])
-    return Interval(mean, float(low), float(high), each)
+        return Interval(*ratio_of_means(a, b), (a / b).astype(np.float32))
 
 
 # ------------------------------------------------------------------ scores

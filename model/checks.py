@@ -7,6 +7,7 @@ import torch as t
 from torch import Tensor
 
 from model.bridge import FINAL, Model, write_mid
+from model.writes import attention_out, post_scales
 from vocabulary.requests import Identity
 
 
@@ -37,18 +38,14 @@ def self_check(model: Model, ids: Tensor | None = None) -> tuple[Identity, ...]:
 @t.no_grad()
 def heads_check(model: Model, a: dict[str, Tensor]) -> Identity:
     """Heads plus b_O against attn_out, through the norm that some models put after attention."""
-    name, worst, normed = "heads + b_O = attention", None, False
+    name, worst = "heads + b_O = attention", None
     for layer in range(model.info.n_layers):
-        block = model.bridge.blocks[layer]
         z = a[f"blocks.{layer}.attn.hook_z"]
         if z.ndim != 4:
             return Identity(name, math.nan, 0.0, None, "z is not split into heads here")
-        out = block.attn.o(z.flatten(2))
-        if hasattr(block, "ln1_post"):
-            out, normed = block.ln1_post(out), True
-        row = model.identity(name, out, a[f"blocks.{layer}.hook_attn_out"])
+        row = model.identity(name, attention_out(model, layer, z), a[f"blocks.{layer}.hook_attn_out"])
         worst = row if worst is None or not row.error <= worst.error else worst
-    return replace(worst, note="through the norm after attention" if normed else "")
+    return replace(worst, note="through the norm after attention" if post_scales(model, "attn") else "")
 
 
 def write_checks(model: Model, ids: Tensor, a: dict[str, Tensor]) -> list[Identity]:

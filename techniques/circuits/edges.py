@@ -24,7 +24,7 @@ from model.bridge import FINAL, TOLERANCE, Edit, Model
 from model.memory import out_of_memory
 from model.runs import Runs, means
 from model.metrics import MetricReader, metric
-from model.writes import frozen_norm
+from model.writes import bias_write, head_writes, heads_write, over_scale, post_scales
 from techniques.patching.plan import Plan, check_lengths, chunk_bytes, others, read_member
 from utils import tec
 
@@ -85,7 +85,7 @@ class EdgeRun:
         self.plan, self.rest, self.indices = plan, rest, indices
         self.zs = [f"blocks.{n}.attn.hook_z" for n in range(self.info.n_layers)]
         self.mlps = [f"blocks.{n}.hook_mlp_out" for n in range(self.info.n_layers)]
-        self.scales = [f"blocks.{n}.ln1_post.hook_scale" for n, b in enumerate(model.bridge.blocks) if hasattr(b, "ln1_post")]
+        self.scales = post_scales(model, "attn")  # of all layers, or none
         self.last = f"blocks.{self.info.n_layers - 1}.hook_resid_post"
 
     def prepare(self) -> Generator[Progress]:
@@ -134,34 +134,20 @@ class EdgeRun:
 
     def part(self, layer: int, acts: dict[str, Tensor]) -> Tensor:
         """Of a run, what the heads' writing is linear in [prompt, seq, head, d_head]: z, over the scale of the norm after attention where there is one."""
-        z = acts[self.zs[layer]]
-        return z.float() / acts[self.scales[layer]].float()[:, :, None] if self.scales else z.float()
+        return over_scale(acts[self.zs[layer]], self.scale(layer, acts))
 
-    def frozen(self, layer: int, x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-        """What of the heads' writing [..., d_model] passes the norm after attention; `part` has taken its scale already."""
-        return frozen_norm(self.model.bridge.blocks[layer].ln1_post, scale, x, self.model) if self.scales else x
-
-    def writes(self, layer: int, part: Tensor, some: list[int] | slice = slice(None)) -> Tensor:
-        """What some heads add [head, prompt, seq, d_model]."""
-        out = self.model.bridge.blocks[layer].attn.W_O[some].to(part.device)
-        return self.frozen(layer, t.einsum("bshe,hed->hbsd", part[:, :, some].to(out), out))
-
-    def bias(self, layer: int, acts: dict[str, Tensor]) -> Tensor | float:
-        """What attention adds that is no head's: its output bias, and that of the norm after it."""
-        block = self.model.bridge.blocks[layer]
-        out = getattr(block.attn, "b_O", None)
-        x = 0.0 if out is None else self.frozen(layer, out.float(), acts[self.scales[layer]].float() if self.scales else 1.0)
-        after = getattr(block.ln1_post, "bias", None) if self.scales else None
-        return x if after is None else x + after.float()
+    def scale(self, layer: int, acts: dict[str, Tensor]) -> Tensor | None:
+        """That of the norm after attention in a run, where there is one."""
+        return acts[self.scales[layer]] if self.scales else None
 
     def streams(self, acts: dict[str, Tensor]) -> dict[int, Tensor]:
         """The stream that senders and biases of a run add up to, by how many senders are in it [prompt, seq, d_model]: what receivers read whose edges are all cut."""
         x = acts[EMBED].float()
         out = {1: x}
         for n, mlp in enumerate(self.mlps):
-            weight, k, x = self.model.bridge.blocks[n].attn.W_O, 1 + n * self.stride, x.to(acts[mlp].device)
-            heads = self.frozen(n, t.einsum("bshe,hed->bsd", self.part(n, acts).to(weight), weight))
-            out[k + self.info.n_heads] = x = x + heads.float() + self.bias(n, acts)
+            k, x = 1 + n * self.stride, x.to(acts[mlp].device)
+            heads = heads_write(self.model, n, self.part(n, acts))
+            out[k + self.info.n_heads] = x = x + heads.float() + bias_write(self.model, n, self.scale(n, acts))
             out[k + self.stride] = x = x + acts[mlp].float()
         return {k: x.to(self.model.dtype) for k, x in out.items()}
 
@@ -180,7 +166,7 @@ class EdgeRun:
         out[0] = other[EMBED] - own[EMBED]
         for n, mlp in enumerate(self.mlps):
             first = 1 + n * self.stride
-            out[first : first + self.info.n_heads] = self.writes(n, self.part(n, other) - self.part(n, own))
+            out[first : first + self.info.n_heads] = head_writes(self.model, n, self.part(n, other) - self.part(n, own))
             out[first + self.info.n_heads] = other[mlp] - own[mlp]
         return out
 
@@ -379,7 +365,7 @@ class Lost:
         first = 1 + layer * self.run.stride
         if some := [h for h in range(self.run.info.n_heads) if first + h in self.slots]:
             a = self.slots[first + some[0]]
-            self.apart[a : a + len(some)] = self.run.writes(layer, part, some)
+            self.apart[a : a + len(some)] = head_writes(self.run.model, layer, part, some)
 
     def take(self, x: Tensor, rows: slice) -> Tensor:
         """What some receivers read [row, seq, receiver, d_model], without what their cut edges bring."""

@@ -27,6 +27,7 @@ from model.runs import find_position
 from model.base_run import Recorded, PatchSite, patch_site
 from model.changed_blocks import PIECE
 from model.variants import Base
+from model.writes import change_of_head, post_scales
 from techniques.patching.plan import Layout, aligned, bases, read_plan
 from techniques.patching.table import SweepTable
 
@@ -144,17 +145,8 @@ def changes(base: Base, nodes: list[Node]) -> dict[Node, Tensor]:
         elif node.site == "mlp":
             x = base.source[node.layer, "mlp", "z"] - base.acts[f"blocks.{node.layer}.hook_mlp_out"]
         else:
-            block, name = base.model.bridge.blocks[node.layer], f"blocks.{node.layer}.attn.hook_z"
-            z, own = base.source[node.layer, "head", "z"], base.acts[name]
-            alone = t.zeros_like(own)
-            alone[:, :, node.head] = z[:, :, node.head]
-            if hasattr(block, "ln1_post"):
-                alone = own.clone()
-                alone[:, :, node.head] = z[:, :, node.head]
-                x = block.ln1_post(block.attn.o(alone.flatten(2))) - block.ln1_post(block.attn.o(own.flatten(2)))
-            else:
-                alone[:, :, node.head] -= own[:, :, node.head]
-                x = block.attn.o(alone.flatten(2)) - block.attn.o(t.zeros_like(alone[:1, :1]).flatten(2))
+            own = base.acts[f"blocks.{node.layer}.attn.hook_z"]
+            x = change_of_head(base.model, node.layer, node.head, own, base.source[node.layer, "head", "z"])
         if node.pos is not None:
             here = t.zeros_like(x)
             here[:, node.pos] = x[:, node.pos]
@@ -380,7 +372,7 @@ def labelled(result: SweepResult, ask: PathPatch, model: Model) -> SweepResult:
     words = [f"path patching {ends}", way, CONVENTIONS[ask.convention]]
     if model.info.n_kv_heads < model.info.n_heads:
         words.append("k and v are shared by a group of heads")
-    if any(hasattr(b, "ln1_post") for b in model.bridge.blocks):
+    if post_scales(model, "attn"):
         words.append("a sender's norm after attention is computed again")
     words += [f"{ask.study.metric.kind}@{ask.study.metric.pos}", model.info.dtype]
     if ask.study.interventions:

@@ -15,14 +15,13 @@ from vocabulary.requests import Progress
 from model.bridge import FINAL, Model
 from model.memory import in_chunks
 from model.metrics import measure, rows_at_once, vocab_bytes
-from model.writes import frozen_norm
+from model.writes import SCALE, adds, frozen_norm, post_norm
 from model.runs import Runs, find_position, hook_name
 from techniques.lens.translators import Translators, read_translators
 
 CHUNK_BYTES = 16 << 20  # this is how much of several points is made at once
 PIECE_BYTES = 2 << 20  # and read at once, on a CPU, so that it stays in the processor's cache
 HELD_BYTES = 256 << 20  # activations of a run that stay on a device; more wait in the host's pinned memory
-SCALE = "ln_final.hook_scale"
 BLOCK = 64
 MOST = 3
 STATS = ("prob", "rank", "entropy", "kl", "logit_diff")
@@ -91,7 +90,7 @@ def names_of(model: Model, nodes: list[Node]) -> list[str]:
     if any(is_component(n) for n in nodes):
         model.point(SCALE)
         names.append(SCALE)
-    names += [f"blocks.{n.layer}.ln1_post.hook_scale" for n in nodes if n.site == "head" and hasattr(model.bridge.blocks[n.layer], "ln1_post")]
+    names += [post[1] for n in nodes if n.site == "head" and (post := post_norm(model, n.layer, "attn"))]
     return list(dict.fromkeys([*names, FINAL]))
 
 
@@ -143,17 +142,13 @@ class Reader:
         if node.site == "head":
             x = self.written(node, x)
         x, scale = x.to(model.final_device), self.rows[SCALE].to(model.final_device)
-        return frozen_norm(model.bridge.ln_final, scale, x, model)
+        return frozen_norm(model, model.bridge.ln_final, scale, x)
 
     def written(self, node: Node, z: Tensor) -> Tensor:
         """What one head adds to the stream, without b_O; through the frozen norm that some models put after attention."""
-        block = self.model.bridge.blocks[node.layer]
-        alone = t.zeros_like(z)
+        alone, post = t.zeros_like(z), post_norm(self.model, node.layer, "attn")
         alone[:, node.head] = z[:, node.head]
-        out = (block.attn.o(alone.flatten(1)[None]) - block.attn.o(t.zeros_like(alone[:1]).flatten(1)[None]))[0]
-        if hasattr(block, "ln1_post"):
-            out = frozen_norm(block.ln1_post, self.rows[f"blocks.{node.layer}.ln1_post.hook_scale"], out, self.model)
-        return out
+        return adds(self.model, node.layer, "attn", alone.flatten(1)[None], self.rows[post[1]] if post else None)[0]
 
     @t.no_grad()
     def logits(self, start: int, stop: int) -> Tensor:
@@ -252,7 +247,7 @@ def lens_convention(runs: Runs, nodes: list[Node], lens: Translators | None) -> 
     if parts:
         capped = ", before the soft cap" if model.softcap else ""
         rest.append(f"components: direct logits, final norm's scale frozen, no biases{capped}; probabilities as if these were all the logits")
-        if any(n.site == "head" for n in parts) and any(hasattr(model.bridge.blocks[n.layer], "ln1_post") for n in parts):
+        if any(n.site == "head" and post_norm(model, n.layer, "attn") for n in parts):
             rest.append("heads through the norm after attention, its scale frozen")
     rest += [lens.convention if lens else "", "no resid_mid (parallel block)" if model.parallel and resids else "", runs.convention]
     return " · ".join(first) + " · " + ", ".join(p for p in rest if p)

@@ -9,11 +9,9 @@ from torch import Tensor
 from model.base_run import PatchSite
 from model.bridge import FINAL
 from model.variants import Base, Variant
-from model.writes import frozen_norm
+from model.writes import SCALE, adds, frozen_norm, post_norm, post_scales
 from techniques.patching.plan import Plan, reads
 from vocabulary.nodes import UserError
-
-SCALE = "ln_final.hook_scale"
 
 
 def direct_names(plan: Plan) -> tuple[str, ...]:
@@ -25,9 +23,8 @@ def direct_names(plan: Plan) -> tuple[str, ...]:
     if plan.ask.plain:
         raise UserError("direct effects are not run by whole forward passes")
     plan.model.point(SCALE)
-    blocks = [(n, post) for n, b in enumerate(plan.model.bridge.blocks) for post in ("ln1_post", "ln2_post") if hasattr(b, post)]
     layers = {s.node.layer for s in plan.spots if s.node.site == "head"}
-    return (FINAL, SCALE, *(f"blocks.{n}.{post}.hook_scale" for n, post in blocks), *(f"blocks.{n}.attn.hook_z" for n in layers))
+    return (FINAL, SCALE, *post_scales(plan.model, "attn", "mlp"), *(f"blocks.{n}.attn.hook_z" for n in layers))
 
 
 @t.no_grad()
@@ -43,7 +40,7 @@ def direct(base: Base, variants: list[Variant], begun: bool = False) -> Generato
     for mine in (some[i : i + size] for some in groups.values() for i in range(0, len(some), size)):
         change = written(base, [v.spots[0] for v in mine], at).to(model.final_device)
         scale = at(base.acts[SCALE]).to(model.final_device)
-        normed = at(base.acts[FINAL]).to(model.final_device) + frozen_norm(model.bridge.ln_final, scale, change, model)
+        normed = at(base.acts[FINAL]).to(model.final_device) + frozen_norm(model, model.bridge.ln_final, scale, change)
         base.at_once = max(base.at_once, len(mine))
         yield mine, base.score.of_normed(normed)
 
@@ -51,7 +48,6 @@ def direct(base: Base, variants: list[Variant], begun: bool = False) -> Generato
 def written(base: Base, spots: list[PatchSite], at) -> Tensor:
     """What changed nodes of one hook point add to the stream at the metric's positions [spot, prompt, d_model]; q, k, v and pattern by their head's z."""
     node, key = spots[0].node, spots[0].key
-    block = base.model.bridge.blocks[node.layer]
     if node.site not in ("head", "neuron"):
         x = at(base.source[key]) - at(base.acts[reads(base.model, spots[0])])
         x = x.expand(len(spots), *x.shape)
@@ -65,10 +61,8 @@ def written(base: Base, spots: list[PatchSite], at) -> Tensor:
         for row, s in zip(alone, spots):
             i = base.heads_of(s) if head else s.node.index
             row[:, i] = change[:, i]
-        out, post = (block.attn.o, "ln1_post") if head else (block.mlp.out, "ln2_post")
-        alone = alone.flatten(2)
-        x = out(alone) - out(t.zeros_like(alone[:1]))
-        if hasattr(block, post):
-            x = frozen_norm(getattr(block, post), at(base.acts[f"blocks.{node.layer}.{post}.hook_scale"]), x, base.model)
+        part = "attn" if head else "mlp"
+        post = post_norm(base.model, node.layer, part)
+        x = adds(base.model, node.layer, part, alone.flatten(2), at(base.acts[post[1]]) if post else None)
     here = t.tensor([[s.node.pos is None or s.node.pos == p for p in base.score.places] for s in spots], device=x.device)
     return x * here[..., None]

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch as t
 from torch import Tensor
 
+from techniques.features.preflight import sae_identities
 from techniques.attribution.logits import attribution
 from vocabulary.nodes import Intervention, Node, UserError
 from vocabulary.prompts import Study
@@ -35,10 +36,8 @@ def identities(model: Model, study: Study) -> Generator[Progress, None, tuple[tu
     yield Progress(4, STEPS, "Hugging Face's own forward pass")
     rows.append(hugging_face(model, ids))
     if study.saes:
-        from techniques.features import reading as features
-
         for source in study.saes:
-            rows += yield from features.identities(runs, source)
+            rows += yield from sae_identities(runs, source)
     return tuple(rows), f"largest absolute error on the prompt, raw weights, {model.info.dtype}; tolerances grow with the values' size"
 
 

@@ -13,7 +13,7 @@ from model.runs import Runs, read_study
 from model.sae import LOADED, SparseAutoencoder, for_layer
 from model.sae_fit import check
 from model.variants import Base
-from techniques.features.reading import gradient, no_metric
+from techniques.features.effects import gradient, no_metric
 from techniques.patching.requests import Sweep
 from vocabulary.nodes import Node, parse_node, UserError
 from vocabulary.requests import Progress

@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.bridge import Model, first_line
+from model.bridge import Model
+from model.memory import first_line
 from utils import ROOT
 from vocabulary.nodes import UserError
 

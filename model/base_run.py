@@ -1,5 +1,5 @@
 """
-One run of a few prompts, kept such that changed runs can go on from any block and any position: what resume.py builds on. No model maths of its own.
+One run of a few prompts, kept such that changed runs can go on from any block and any position: what changed_blocks.py and variants.py build on. No model maths of its own.
 
 Kept are every block's input, the keys and values, the hook points that will be changed, what Hugging Face's model calls its blocks with; and the metric.
 The self-checks at the end of `begin` decide whether a model's blocks can be run one by one at all.
@@ -8,7 +8,6 @@ The self-checks at the end of `begin` decide whether a model's blocks can be run
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch as t
@@ -22,9 +21,6 @@ from model.metrics import MetricReader
 from model.runs import Runs, hook_name
 from model.fast_blocks import fused, last_rows, quick_attention, slow_modules
 
-TRIED: WeakKeyDictionary[Model, dict[object, str]] = WeakKeyDictionary()  # why a model's runs can't be resumed, with and without interventions
-CALLED: WeakKeyDictionary[Model, dict[tuple, dict[tuple, list]]] = WeakKeyDictionary()  # what blocks are called with, of a few prompts
-SLOW: WeakKeyDictionary[Model, list[dict[t.nn.Module, Callable]]] = WeakKeyDictionary()  # of every block what `fused` stands in for
 DONE = ("a sweep's base run",)  # its mark in the model's cache
 
 
@@ -119,7 +115,7 @@ class Prefix:
 # ------------------------------------------------------------------ the base run
 
 
-class Kept:
+class BaseRun:
     """
     The run that variants change: `resid` the input of every block, and the last block's output; `acts` what passed the named hook points, after the
     study's interventions. Nothing changes before `shared`. `source` gives every spot's new values. `reason` says why variants have to be whole forward passes ("": they need not).
@@ -134,13 +130,12 @@ class Kept:
         self.per_kv = self.model.info.n_heads // self.model.info.n_kv_heads
         self.source: dict[tuple, Tensor] = {}
         self.score: MetricReader | None = None
-        known = CALLED.setdefault(self.model, {})
+        notes = self.model.notes
+        known = notes.calls
         if len(known) > 8:
             known.clear()
         self.called = known.setdefault(id_rows(self.ids[:1]), {})  # what blocks are called with
-        if self.model not in SLOW:
-            SLOW[self.model] = [slow_modules(b) for b in self.model.bridge.blocks]
-        self.slow = SLOW[self.model]
+        notes.slow = self.slow = notes.slow or [slow_modules(b) for b in self.model.bridge.blocks]
         self.reason = "asked for" if plain else ""
         self.at_once = self.peak = 0  # the most variants in one batch, and its bytes as `room` counts them
         self.worked, self.work = 0, 1  # tokens through a block: done, and all of them
@@ -206,7 +201,7 @@ class Kept:
         if not np.isfinite(value).all():
             raise UserError("the metric of the unchanged run is not finite: does the model hold NaN? Try float32")
         if not self.reason:
-            known = TRIED.setdefault(self.model, {})
+            known = self.model.notes.trials
             if bool(self.edits) not in known:
                 known[bool(self.edits)] = self.trial()
             self.reason = known[bool(self.edits)]
@@ -235,7 +230,7 @@ class Kept:
         """Whether variants of several lengths can share a row: every mask is the model's to give, and a packed run equals the kept one."""
         if self.edits or self.score.whole or set(self.score.places) != {self.stop - 1}:
             return False
-        known = TRIED[self.model]
+        known = self.model.notes.trials
         if "packed" not in known:
             known["packed"] = self.trial_packed()
         return not known["packed"]
@@ -258,7 +253,7 @@ class Kept:
 
     def attends_quickly(self) -> bool:
         """Whether attention without hooks may go through torch's scaled dot product: rotary models without a soft cap, tried on every block once."""
-        known = TRIED.setdefault(self.model, {})
+        known = self.model.notes.trials
         if "attention" not in known:
             known["attention"] = "being tried"
             known["attention"] = self.trial_attention()
@@ -315,7 +310,7 @@ class Kept:
         return self.called[start, length, kept]
 
     def packed_calls(self, firsts: tuple[int, ...]) -> list[tuple[tuple, dict, object]]:
-        """The same for a row of segments, each from its first position to `stop`, behind the keys of the whole kept run."""
+        """What blocks are handed for a row of segments, each from its first position to `stop`, behind the keys of the whole kept run."""
         stop = self.stop
         if (firsts, stop) not in self.called:
             places = t.cat([t.arange(p, stop) for p in firsts]).to(self.model.device)

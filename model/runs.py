@@ -13,7 +13,8 @@ from vocabulary import alignment as align
 from vocabulary.nodes import Node, OPS, SITES, UserError
 from vocabulary.prompts import METRICS, Prompt, RUNS, Study, TokenRow
 from vocabulary.requests import Progress
-from model.bridge import Edit, Model, in_chunks
+from model.bridge import Edit, Model
+from model.memory import in_chunks
 
 BATCH = 32
 NAMES = {"clean": "the clean prompt", "corrupt": "the corrupted prompt", "now": "the prompt"}

@@ -11,7 +11,8 @@ from vocabulary.requests import Progress
 from model.bridge import Edit, Model
 from model.runs import NAMES, Runs, find_position, resampled
 from model.sae_fit import check
-from model.sae import LOADED, SparseAutoencoder, for_layer
+from model.sae import SparseAutoencoder
+from model.sae_loading import for_layer
 
 
 @dataclass(frozen=True)
@@ -170,4 +171,4 @@ def write(d: SparseAutoencoder, work: Callable[[Tensor, Tensor], Tensor]) -> lis
 
 def sites(model: Model, sources: tuple[str, ...], layers: set[int]) -> set[tuple[str, int]]:
     """(site, layer) of what the loaded SAEs of these layers write."""
-    return {(d.site_out, d.layer) for source in sources if (d := LOADED.get(model, {}).get(source)) is not None and d.layer in layers}
+    return {(d.site_out, d.layer) for source in sources if (d := model.notes.saes.get(source)) is not None and d.layer in layers}

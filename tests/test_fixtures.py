@@ -143,6 +143,8 @@ def tidy(obj: object) -> object:
     match obj:
         case float():
             return float(f"{obj:.8g}")
+        case str():
+            return obj.replace(str(ROOT), "ROOT")
         case list():
             return [tidy(x) for x in obj]
         case dict():

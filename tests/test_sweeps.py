@@ -310,7 +310,7 @@ def test_partial_results_and_cancel(engines):
 def test_what_cannot_be_resumed_runs_whole(engines, monkeypatch):
     engine = engines["llama"]
     want = sweep(engine, "resid_post").values
-    monkeypatch.setattr(kept, "TRIED", type(kept.TRIED)())
+    monkeypatch.setattr(engine.model.notes, "trials", {})
     step = resume.Base.step
     monkeypatch.setattr(resume.Base, "step", lambda self, *a: step(self, *a) * 1.01)
     got = sweep(engine, "resid_post")
@@ -572,7 +572,7 @@ def test_estimates_without_single_blocks(engines, monkeypatch):
     """A model whose blocks can't be run one by one: gradients of whole runs, the same numbers."""
     engine = engines["gemma2"]
     want = {m: engine.run(Estimate(STUDY, "attn_mlp", m)).values for m in ("atp", "ig")}
-    monkeypatch.setattr(kept, "TRIED", type(kept.TRIED)())
+    monkeypatch.setattr(engine.model.notes, "trials", {})
     monkeypatch.setattr(resume.Base, "trial", lambda self: "not today")
     for m, values in want.items():
         np.testing.assert_allclose(engine.run(Estimate(STUDY, "attn_mlp", m)).values, values, atol=TOL)
@@ -581,7 +581,7 @@ def test_estimates_without_single_blocks(engines, monkeypatch):
 def test_heads_that_see_one_another_are_run_in_full(engines, monkeypatch):
     engine = engines["qwen3"]
     want = sweep(engine, "q").values
-    monkeypatch.setattr(kept, "TRIED", type(kept.TRIED)())
+    monkeypatch.setattr(engine.model.notes, "trials", {})
     plain = resume.Base.z_of
     monkeypatch.setattr(resume.Base, "z_of", lambda self, layer, part: plain(self, layer, part) * 1.01)
     np.testing.assert_allclose(sweep(engine, "q").values, want, atol=TOL)

@@ -14,18 +14,19 @@ import numpy as np
 import torch as t
 from torch import Tensor
 
+from model.bridge import FINAL, TOLERANCE, Edit, Model
+from model.memory import out_of_memory
+from model.metrics import MetricReader, metric
+from model.runs import Runs, means
+from model.writes import frozen_norm
 from techniques.circuits.edge_index import PARTS, EdgeIndex, all_edges, edge_index, own_edge, receivers, senders
 from techniques.circuits.requests import REST
+from techniques.patching.plan import Plan, check_lengths, chunk_bytes, others, read_member
 from techniques.patching.requests import Sweep
+from utils import tec
 from vocabulary.nodes import UserError
 from vocabulary.prompts import Study
 from vocabulary.requests import ModelInfo, Progress
-from model.bridge import FINAL, TOLERANCE, Edit, Model, out_of_memory
-from model.runs import Runs, means
-from model.metrics import MetricReader, metric
-from model.writes import frozen_norm
-from techniques.patching.plan import Plan, check_lengths, chunk_bytes, others, read_member
-from utils import tec
 
 __all__ = ["PARTS", "EdgeRun", "all_edges", "edge_runs", "edge_values", "gather", "own_edge", "receivers", "senders"]
 EMBED = "blocks.0.hook_resid_pre"

@@ -7,8 +7,9 @@ import torch as t
 from torch import Tensor
 
 from model.bridge import Edit, Model
-from model.sae import SparseAutoencoder, for_layer
+from model.sae import SparseAutoencoder
 from model.sae_fit import check
+from model.sae_loading import for_layer
 from model.steering import write
 from techniques.circuits.node_runs import Counted, NodeRun
 from vocabulary.nodes import UserError, parse_node

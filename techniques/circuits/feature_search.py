@@ -8,7 +8,8 @@ import torch as t
 from torch import Tensor
 
 from model.bridge import Model
-from model.sae import SparseAutoencoder, load
+from model.sae import SparseAutoencoder
+from model.sae_loading import load
 from techniques.circuits.bench import Bench
 from techniques.circuits.edge_search import COUNTS
 from techniques.circuits.feature_nodes import FeatureRun

@@ -4,7 +4,7 @@ Path patching: a sender's value from the other run, carried along chosen paths o
 1. `changes`: what the residual stream gains when a sender has its value in the other run.
 2. `deliver`: the base run in which each receiver reads the stream plus what its senders changed, everything else computed again; the metric.
 3. `through_mlps`: the other convention: first what receivers get when all other heads stay as they are and MLPs are computed again.
-Sender sets are the batch; the base run and its keys and values are kept (resume.py).
+Sender sets are the batch; the base run and its keys and values are kept (base_run.py).
 """
 
 import time
@@ -17,18 +17,19 @@ import numpy as np
 import torch as t
 from torch import Tensor
 
+from model.base_run import PatchSite, Recorded, patch_site
+from model.bridge import Edit, Model
+from model.changed_blocks import PIECE
+from model.runs import Runs
+from model.variants import Base
 from techniques.circuits.requests import CONVENTIONS, PathPatch
+from techniques.patching.plan import Layout, aligned, bases, read_plan
 from techniques.patching.requests import Sweep, SweepResult
+from techniques.patching.table import SweepTable
 from vocabulary.circuit import LOGITS
-from vocabulary.nodes import Node, parse_node, UserError
+from vocabulary.nodes import Node, UserError, parse_node
 from vocabulary.progress import forward_progress
 from vocabulary.requests import Progress
-from model.bridge import Edit, Model
-from model.runs import Runs
-from model.base_run import Recorded, PatchSite, patch_site
-from model.variants import PIECE, Base
-from techniques.patching.plan import Layout, aligned, bases, read_plan
-from techniques.patching.table import SweepTable
 
 PARTS = ("q", "k", "v")
 

@@ -4,8 +4,9 @@ from collections.abc import Generator
 
 from model.bridge import Model
 from model.interventions import prepare
-from model.sae import catalogue, load
+from model.sae_catalogue import catalogue
 from model.sae_fit import check
+from model.sae_loading import load
 from techniques.features.examples import examples
 from techniques.features.graph import edge, find_target, graph
 from techniques.features.preflight import preflight

@@ -10,8 +10,8 @@ from torch import Tensor
 from model.bridge import FINAL, Edit, Model
 from model.metrics import rows_at_once
 from model.runs import Runs, read_study
-from model.sae import load
 from model.sae_fit import REFUSE, WARN, cause, choose, fits
+from model.sae_loading import load
 from model.steering import write
 from techniques.features.requests import Preflight, PreflightResult
 from vocabulary.requests import Identity, Progress

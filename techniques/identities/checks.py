@@ -8,15 +8,18 @@ from dataclasses import replace
 import torch as t
 from torch import Tensor
 
-from techniques.features.preflight import sae_identities
+from model.bridge import FINAL, TOLERANCE, Model
+from model.checks import self_check
+from model.interventions import prepare
+from model.loading import SMALL, read_config, read_weights
+from model.memory import out_of_memory
+from model.runs import Runs, read_study
 from techniques.attribution.logits import attribution
+from techniques.features.preflight import sae_identities
+from utils import show_bytes, tec
 from vocabulary.nodes import Intervention, Node, UserError
 from vocabulary.prompts import Study
 from vocabulary.requests import Identity, Progress
-from model.bridge import FINAL, SMALL, TOLERANCE, Model, out_of_memory, read_config, read_weights
-from model.interventions import prepare
-from model.runs import Runs, read_study
-from utils import show_bytes, tec
 
 STEPS = 5
 
@@ -26,7 +29,7 @@ def identities(model: Model, study: Study) -> Generator[Progress, None, tuple[tu
     runs = read_study(model, study)
     ids = t.tensor([runs.row("clean").ids])
     yield Progress(0, STEPS, "hook points")
-    rows = list(model.self_check(ids))
+    rows = list(self_check(model, ids))
     rows.append(attribution_sums(runs))
     yield Progress(1, STEPS, "patching")
     rows.append(patch_nothing(runs, study.base))

@@ -7,7 +7,8 @@ import numpy as np
 import torch as t
 from torch import Tensor
 
-from model.bridge import FINAL, Model, in_chunks
+from model.bridge import FINAL, Model
+from model.memory import in_chunks
 from model.metrics import rows_at_once, vocab_bytes
 from model.runs import Runs, hook_name
 from model.top_tokens import largest, texts

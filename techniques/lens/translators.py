@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
 import huggingface_hub
 import numpy as np
@@ -17,18 +16,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from model.artefacts import BROKEN, CHECKPOINT, corpus, save, unembed_hash, windows
+from model.bridge import FINAL, Model
+from model.loading import is_hub_name
+from model.memory import first_line
 from techniques.lens.requests import FitJacobian, FitJacobianResult, TuneLens, TuneLensResult
+from utils import ROOT, settings
 from vocabulary.nodes import Node, UserError
 from vocabulary.requests import Progress
-from model.artefacts import BROKEN, CHECKPOINT, corpus, save, unembed_hash, windows
-from model.bridge import FINAL, Model, first_line, is_hub_name
-from utils import ROOT, settings
 
 SPACE = "AlignmentResearch/tuned-lens"
 SAVE_EVERY = 50
 HELD_OUT = 64
 ROW_BYTES = 32 << 20
-READ: WeakKeyDictionary[Model, dict] = WeakKeyDictionary()
 
 
 @dataclass
@@ -74,7 +74,7 @@ def read_translators(model: Model, kind: str, artefact: str) -> Generator[Progre
     """Read an artefact, or give the one read before when its file is still the same."""
     file = yield from (find_tuned if kind == "tuned" else find_jacobian)(model, artefact)
     key = (kind, str(file), file.stat().st_mtime_ns)
-    known = READ.setdefault(model, {})
+    known = model.notes.translators
     if key not in known:
         known.clear()
         known[key] = read_tuned(model, file) if kind == "tuned" else read_jacobian(model, file)

@@ -7,8 +7,9 @@ import numpy as np
 import torch as t
 from torch import Tensor
 
-from model.bridge import FINAL, Model, in_chunks
+from model.bridge import FINAL, Model
 from model.interventions import prepare
+from model.memory import in_chunks
 from model.metrics import measure, rows_at_once
 from model.runs import Runs
 from model.top_tokens import largest, texts

@@ -6,14 +6,13 @@ Gradients are read at zeros that are added at every hook point (LIBRARIES: value
 
 from collections.abc import Generator
 from dataclasses import replace
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch as t
 from torch import Tensor
 
 from model.base_run import PatchSite
-from model.bridge import Edit, Model
+from model.bridge import Edit
 from model.metrics import metric
 from model.runs import Runs
 from model.variants import Base, Variant
@@ -24,7 +23,6 @@ from vocabulary.nodes import UserError
 from vocabulary.requests import Progress
 
 FIRST = "blocks.0.hook_resid_pre"
-KNOWN: WeakKeyDictionary[Model, tuple] = WeakKeyDictionary()  # the last estimate: its question, values [prompt, cell], base runs' metric [prompt]
 
 
 def estimate(model, ask: Estimate) -> Generator[Progress | SweepResult, None, SweepResult]:
@@ -56,7 +54,7 @@ def estimate(model, ask: Estimate) -> Generator[Progress | SweepResult, None, Sw
             yield Progress(done + 1, len(fractions), f"{ask.method}: gradients")
         if board.waiting:
             board.fill(board.waiting, sides[0] + linear(plan, base, board.waiting, total))
-    KNOWN[model] = (same_question(plan), board.values.copy(), board.sides[0].copy())
+    model.notes.estimate = (same_question(plan), board.values.copy(), board.sides[0].copy())
     return board.result(True)
 
 
@@ -67,7 +65,7 @@ def same_question(plan: Plan) -> tuple:
 
 def guess(plan: Plan, base: Base, board: SweepTable) -> Generator[Progress, None, np.ndarray]:
     """How large the effect of each waiting cell is by gradients [variant]: of the last estimate when that answered the same question, else made here."""
-    question, values, sides = KNOWN.get(plan.model, (None, None, None))
+    question, values, sides = plan.model.notes.estimate or (None, None, None)
     if question == same_question(plan):
         rows = values[board.members][:, [v.cell for v in board.waiting]] - sides[board.members, None]
         return np.abs(rows.mean(0))

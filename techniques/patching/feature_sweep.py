@@ -10,12 +10,13 @@ from torch import Tensor
 from model.base_run import PatchSite
 from model.bridge import Model
 from model.runs import Runs, read_study
-from model.sae import LOADED, SparseAutoencoder, for_layer
+from model.sae import SparseAutoencoder
 from model.sae_fit import check
+from model.sae_loading import for_layer
 from model.variants import Base
 from techniques.features.effects import gradient, no_metric
 from techniques.patching.requests import Sweep
-from vocabulary.nodes import Node, parse_node, UserError
+from vocabulary.nodes import Node, UserError, parse_node
 from vocabulary.requests import Progress
 
 
@@ -36,7 +37,7 @@ class FeatureSite(PatchSite):
 
 
 def loaded(model: Model, sources: tuple[str, ...], layer: int) -> SparseAutoencoder:
-    return next(d for source in sources if (d := LOADED[model].get(source)) is not None and d.layer == layer)
+    return next(d for source in sources if (d := model.notes.saes.get(source)) is not None and d.layer == layer)
 
 
 def find_nodes(model: Model, ask: Sweep) -> Generator[Progress, None, tuple[str, ...]]:

@@ -335,8 +335,11 @@ class BaseRun:
             self.called[firsts, stop] = [(tuple(rest(a, c) for a in args), {k: rest(a, c) for k, a in kwargs.items()}, c) for args, kwargs, c in full]
         return self.called[firsts, stop]
 
-    def step(self, layer: int, x: Tensor, start: int, edits: list[Edit], firsts: tuple[int, ...] = (), grad: bool = False) -> Tensor:
-        """One block on [rows, positions from start, d_model], rows being variants x prompts; on packed rows of segments from `firsts`."""
+    def step(self, layer: int, x: Tensor, start: int, edits: list[Edit], firsts: tuple[int, ...] = (), grad: bool = False, all_rows: bool = False) -> Tensor:
+        """
+        One block on [rows, positions from start, d_model], rows being variants x prompts; on packed rows of segments from `firsts`. The last block's MLP
+        runs on the position that the metric reads only, unless it is edited or `all_rows`.
+        """
         args, kwargs, cache = (self.packed_calls(firsts) if firsts else self.calls(start, x.shape[1], start > 0))[layer]
         if cache is not None:
             prefix = Prefix(*(kv[:, :, : self.stop if firsts else start] for kv in self.kept[layer]))
@@ -347,7 +350,7 @@ class BaseRun:
         ends = (np.cumsum([self.stop - p for p in firsts]) - 1).tolist() if firsts else [x.shape[1] - 1]
         short = layer == self.n - 1 and x.shape[1] > len(ends) and (bool(firsts) or start + x.shape[1] == self.stop)
         short = short and not self.edits and not self.score.whole and len(set(self.score.places)) == 1 and not any("mlp" in name for name, _ in edits)
-        rows = ends if short else []
+        rows = ends if short and not all_rows else []
         plain = not (grad or ours or edits) and "forward" not in vars(block.attn) and self.attends_quickly()
         with (
             t.set_grad_enabled(grad),

@@ -3,7 +3,7 @@
 import hashlib
 import zlib
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch as t
@@ -213,6 +213,10 @@ class Runs:
 
     def position(self, which: str, pos: int | str) -> int:
         return find_position(pos, self.row(which), NAMES[which])
+
+    def placed(self, node: Node, which: str = "now") -> Node:
+        """The node with its position as an index into a run."""
+        return node if node.pos is None else replace(node, pos=self.position(which, node.pos))
 
     @property
     def by_index(self) -> bool:

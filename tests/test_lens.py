@@ -10,6 +10,7 @@ from reference import log_softmax
 
 from model import metrics
 from techniques.lens import reading as lens
+from model.top_tokens import largest
 from techniques.lens.requests import Lens
 from techniques.output.requests import Run
 from vocabulary.nodes import parse_intervention, UserError
@@ -292,10 +293,10 @@ def test_statistics_of_a_large_vocabulary(scale):
 @pytest.mark.parametrize("k", [1, 3])
 def test_largest_is_topk(n, k):
     x = t.randn(5, n, generator=t.Generator().manual_seed(n))
-    values, ids = lens.largest(x, k)
+    values, ids = largest(x, k)
     want = x.topk(k, -1)
     assert t.equal(values, want.values) and t.equal(ids, want.indices)
-    values, ids = lens.largest(x, k, False)
+    values, ids = largest(x, k, False)
     want = x.topk(k, -1, False)
     assert t.equal(values, want.values) and t.equal(ids, want.indices)
 

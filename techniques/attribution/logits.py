@@ -21,7 +21,7 @@ from vocabulary.requests import Progress
 from model.bridge import FINAL, Edit, Model
 from model.writes import SCALE, dot, inner_direction, post_norm, post_scales, pull_back, to_heads
 from model.steering import sites
-from model.runs import NAMES, Runs, find_position, read_study
+from model.runs import Runs, read_study
 
 POSITION = "pos_embed.hook_out"  # hook_pos_embed is there without position embeddings too, and silent
 CELLS = tuple(f.name for f in fields(AttributionCells))
@@ -83,7 +83,7 @@ def factor(runs: Runs, which: str, site: str, layer: int, pos: int) -> float:
     """What is left of a part's own output at a position after interventions on its site ("attn", "mlp"): 0 when it is zeroed or replaced."""
     left = 1.0
     for i in runs.study.interventions if which == "now" else ():
-        here = i.node.pos is None or find_position(i.node.pos, runs.row("now"), NAMES[runs.study.base]) == pos
+        here = runs.placed(i.node).pos in (None, pos)
         if i.node.site == site and i.node.layer == layer and here:
             left *= i.value if i.op == "scale" else 0.0
     return left

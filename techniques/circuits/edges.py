@@ -14,21 +14,21 @@ import numpy as np
 import torch as t
 from torch import Tensor
 
+from model.bridge import FINAL, TOLERANCE, Edit, Model
+from model.memory import out_of_memory
+from model.metrics import MetricReader, metric
+from model.runs import Runs, means
+from model.writes import bias_write, head_writes, heads_write, over_scale, post_scales
 from techniques.circuits.edge_index import PARTS, EdgeIndex, all_edges, edge_index, own_edge, receivers, senders
 from techniques.circuits.requests import REST
+from techniques.patching.plan import Plan, check_lengths, chunk_bytes, others, read_member
 from techniques.patching.requests import Sweep
+from utils import tec
 from vocabulary.nodes import UserError
 from vocabulary.prompts import Study
 from vocabulary.requests import ModelInfo, Progress
-from model.bridge import FINAL, TOLERANCE, Edit, Model
-from model.memory import out_of_memory
-from model.runs import Runs, means
-from model.metrics import MetricReader, metric
-from model.writes import bias_write, head_writes, heads_write, over_scale, post_scales
-from techniques.patching.plan import Plan, check_lengths, chunk_bytes, others, read_member
-from utils import tec
 
-__all__ = ["PARTS", "EdgeRun", "all_edges", "edge_runs", "edge_values", "gather", "own_edge", "receivers", "senders", "time_left"]
+__all__ = ["PARTS", "EdgeRun", "all_edges", "edge_runs", "edge_values", "gather", "own_edge", "receivers", "senders"]
 EMBED = "blocks.0.hook_resid_pre"
 PIECE = 256 << 20  # bytes of float32 at once where scores of another dtype are added up
 
@@ -73,10 +73,10 @@ def split(model: Model) -> Generator:
 class EdgeRun:
     """A few prompts of equal length: `clean` what passed the hook points in their run, `acts` in the one that cut edges carry; `more` hook points to read beside."""
 
-    more: tuple[str, ...] = ()
     by_edges = True
 
-    def __init__(self, model: Model, group: list[Runs], indices: list[int], plan: Plan, rest: str, limit: int):
+    def __init__(self, model: Model, group: list[Runs], indices: list[int], plan: Plan, rest: str, limit: int, more: tuple[str, ...] = ()):
+        self.more = more
         self.model, self.group, self.info, self.limit = model, group, model.info, limit
         self.ids = t.tensor([r.row("clean").ids for r in group])
         self.seq = self.ids.shape[1]
@@ -98,7 +98,7 @@ class EdgeRun:
             _, corrupt = model.forward(t.tensor([r.row("corrupt").ids for r in self.group]), names)
         normed = None
         if self.group[0].study.metric.kind == "kl":
-            normed = t.stack([x[r.position("clean", r.study.metric.pos)] for r, x in zip(self.group, self.clean[FINAL])])
+            normed = t.stack([x[r.metric_position("clean")] for r, x in zip(self.group, self.clean[FINAL])])
         self.score = MetricReader(self.group, normed, "clean")
         if self.score.whole:
             raise UserError("circuits are scored at one position, and loss has none: use another metric")
@@ -387,7 +387,7 @@ class Lost:
 # ------------------------------------------------------------------ over prompts
 
 
-def edge_runs(model: Model, study: Study, rest: str, seed: int = 0, kind: type = EdgeRun) -> Generator[Progress, None, list[EdgeRun]]:
+def edge_runs(model: Model, study: Study, rest: str, seed: int = 0, make: Callable[..., EdgeRun] = EdgeRun) -> Generator[Progress, None, list[EdgeRun]]:
     """One EdgeRun a length of prompt, over the set or the one prompt. Interventions of the study are left out: an edge circuit is one of the model itself."""
     if rest not in REST:
         raise UserError(f"{rest!r} is not a value for what is left out: use one of {', '.join(REST)}")
@@ -407,15 +407,11 @@ def edge_runs(model: Model, study: Study, rest: str, seed: int = 0, kind: type =
         per = max(1, plan.limit // prompt_bytes(model.info, length, model.dtype.itemsize))
         for a in range(0, len(same), per):
             part = same[a : a + per]
-            run = kind(model, [runs[i] for i in part], part, plan, rest, plan.limit)
+            run = make(model, [runs[i] for i in part], part, plan, rest, plan.limit)
             yield from run.prepare()
             out.append(run)
             yield Progress(len(out), len(runs), "runs of the prompts")
     return out
-
-
-def time_left(seconds: float) -> str:
-    return f"{seconds:.0f} s left" if seconds < 100 else f"{seconds / 60:.0f} min left"
 
 
 def gather(runs: list[EdgeRun], found: list[np.ndarray]) -> np.ndarray:

@@ -11,17 +11,17 @@ import numpy as np
 import torch as t
 from torch import Tensor
 
-from techniques.features.requests import Example, Examples, ExamplesResult
-from vocabulary.nodes import UserError
-from vocabulary.requests import Progress
+from model.artefacts import corpus, unembed_hash, windows
 from model.bridge import Model, Passed
 from model.memory import in_chunks
-from model.artefacts import corpus, unembed_hash, windows
 from model.sae import CHUNK_BYTES, SparseAutoencoder
-from model.sae_loading import load
 from model.sae_fit import REFUSE, choose, fit, views
+from model.sae_loading import load
+from techniques.features.requests import Example, Examples, ExamplesResult
 from techniques.features.training import at_once, counted
 from utils import ROOT
+from vocabulary.nodes import UserError
+from vocabulary.requests import Progress
 
 BEFORE, AFTER = 12, 6  # tokens shown around a maximum
 EDGES = 2.0 ** (np.arange(-20, 25) / 2)

@@ -5,40 +5,23 @@ A target's pre-activation is a direction in the stream. It is carried back, laye
 the values of its source tokens. Where the earlier SAE writes, its features share what arrives; the rest is rows, and all of it adds up to the target.
 """
 
-from collections.abc import Generator
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch as t
 from torch import Tensor
 
-from techniques.features.reading import check_run, stream_reader
-from techniques.attribution.logits import SCALE, direction, inner_direction, post_norm, pull_back, true_logits
-from techniques.features.requests import CheckEdge, CheckEdgeResult, FeatureGraph, FeatureGraphResult
-from vocabulary.nodes import UserError
-from vocabulary.requests import Progress
 from model.bridge import FINAL, Edit, Model
-from model.interventions import prepare
 from model.runs import Runs
 from model.sae import SparseAutoencoder
-from model.sae_loading import load
-from model.sae_fit import check
 from model.steering import Change, changed, write
+from techniques.attribution.logits import SCALE, direction, inner_direction, post_norm, pull_back, true_logits
+from techniques.features.effects import check_run, stream_reader
+from techniques.features.requests import CheckEdge, CheckEdgeResult, FeatureGraph, FeatureGraphResult
+from vocabulary.nodes import UserError
 
 STAGES = {"pre": 0, "attn": 1, "z": 1, "mid": 2, "mlp": 3, "post": 4}
 READS = {"pre": "hook_resid_pre", "attn": "hook_attn_out", "z": "attn.hook_z", "mid": "hook_resid_mid", "post": "hook_resid_post"}
-
-
-def answer(model: Model, ask: FeatureGraph | CheckEdge) -> Generator[Progress, None, FeatureGraphResult | CheckEdgeResult]:
-    up = yield from load(model, ask.up)
-    down = (yield from load(model, ask.down)) if ask.target >= 0 else up
-    runs = yield from prepare(model, ask.study)
-    check(runs, up)
-    if down is not up:
-        check(runs, down)
-    yield Progress(1, 2, "attributing")
-    target = find_target(runs, up, down, ask)
-    return graph(runs, up, down, target, ask) if isinstance(ask, FeatureGraph) else edge(runs, up, down, target, ask)
 
 
 @dataclass(frozen=True)

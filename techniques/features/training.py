@@ -14,14 +14,14 @@ import torch as t
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from techniques.features.requests import TrainSae, TrainSaeResult
-from vocabulary.nodes import AddressError, Node, parse_node, UserError
-from vocabulary.requests import Progress
-from model.loading import TINY
+from model.artefacts import BROKEN, CHECKPOINT, corpus, save, unembed_hash, windows
 from model.bridge import Edit, Model, write_mid
+from model.loading import TINY
 from model.memory import first_line, in_chunks
 from model.runs import hook_name
-from model.artefacts import BROKEN, CHECKPOINT, corpus, save, unembed_hash, windows
+from techniques.features.requests import TrainSae, TrainSaeResult
+from vocabulary.nodes import AddressError, Node, UserError, parse_node
+from vocabulary.requests import Progress
 
 ARCHITECTURES = ("topk", "batchtopk", "standard", "jumprelu")
 POINTS = ("resid_pre", "resid_mid", "resid_post", "attn", "mlp")

@@ -8,17 +8,18 @@ from dataclasses import replace
 import torch as t
 from torch import Tensor
 
+from model.bridge import FINAL, TOLERANCE, Model
+from model.checks import self_check
+from model.interventions import prepare
+from model.loading import SMALL, read_config, read_weights
+from model.memory import out_of_memory
+from model.runs import Runs, read_study
 from techniques.attribution.logits import attribution
+from techniques.features.preflight import sae_identities
+from utils import show_bytes, tec
 from vocabulary.nodes import Intervention, Node, UserError
 from vocabulary.prompts import Study
 from vocabulary.requests import Identity, Progress
-from model.bridge import FINAL, TOLERANCE, Model
-from model.checks import self_check
-from model.loading import SMALL, read_config, read_weights
-from model.memory import out_of_memory
-from model.interventions import prepare
-from model.runs import Runs, read_study
-from utils import show_bytes, tec
 
 STEPS = 5
 
@@ -38,10 +39,8 @@ def identities(model: Model, study: Study) -> Generator[Progress, None, tuple[tu
     yield Progress(4, STEPS, "Hugging Face's own forward pass")
     rows.append(hugging_face(model, ids))
     if study.saes:
-        from techniques.features import reading as features
-
         for source in study.saes:
-            rows += yield from features.identities(runs, source)
+            rows += yield from sae_identities(runs, source)
     return tuple(rows), f"largest absolute error on the prompt, raw weights, {model.info.dtype}; tolerances grow with the values' size"
 
 

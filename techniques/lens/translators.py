@@ -16,14 +16,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from techniques.lens.requests import FitJacobian, FitJacobianResult, TuneLens, TuneLensResult
-from vocabulary.nodes import Node, UserError
-from vocabulary.requests import Progress
 from model.artefacts import BROKEN, CHECKPOINT, corpus, save, unembed_hash, windows
 from model.bridge import FINAL, Model
-from model.memory import first_line
 from model.loading import is_hub_name
+from model.memory import first_line
+from techniques.lens.requests import FitJacobian, FitJacobianResult, TuneLens, TuneLensResult
 from utils import ROOT, settings
+from vocabulary.nodes import Node, UserError
+from vocabulary.requests import Progress
 
 SPACE = "AlignmentResearch/tuned-lens"
 SAVE_EVERY = 50

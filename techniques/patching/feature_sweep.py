@@ -11,12 +11,12 @@ from model.base_run import PatchSite
 from model.bridge import Model
 from model.runs import Runs, read_study
 from model.sae import SparseAutoencoder
-from model.sae_loading import for_layer
 from model.sae_fit import check
+from model.sae_loading import for_layer
 from model.variants import Base
-from techniques.features.reading import gradient, no_metric
+from techniques.features.effects import gradient, no_metric
 from techniques.patching.requests import Sweep
-from vocabulary.nodes import Node, parse_node, UserError
+from vocabulary.nodes import Node, UserError, parse_node
 from vocabulary.requests import Progress
 
 

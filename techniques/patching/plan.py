@@ -18,13 +18,13 @@ from model.base_run import PatchSite, patch_site
 from model.bridge import FINAL, Model
 from model.interventions import prepare
 from model.metrics import MetricReader
-from model.runs import Runs, find_position, gaussian, hook_name, means, noise_scale, place_in_set, read_study, resampled
+from model.runs import Runs, gaussian, hook_name, means, noise_scale, place_in_set, read_study, resampled
 from model.variants import Base
 from techniques.patching import feature_sweep
 from techniques.patching.requests import SWEEP_OPS, SWEEPS, Sweep
 from utils import settings
 from vocabulary.nodes import Node, UserError, parse_node
-from vocabulary.prompts import Prompt, Study, TokenRow
+from vocabulary.prompts import Prompt, Study
 from vocabulary.requests import Progress
 
 CHUNK_MB = 128
@@ -50,8 +50,9 @@ def one_each(model: Model, rows: list[str], cols: list[str], node: Callable[[int
     return Layout(tuple(rows), tuple(cols), {rc: (patch_site(model, n),) for rc, n in nodes.items()}, tuple(str(n) for n in nodes.values()))
 
 
-def lay_out(model: Model, ask: Sweep, row: TokenRow) -> Layout:
-    info, seq = model.info, len(row.ids)
+def lay_out(runs: Runs, ask: Sweep) -> Layout:
+    """The table of a kind, on the run that is changed."""
+    model, info, seq = runs.model, runs.model.info, len(runs.row("now").ids)
     layers, places = [f"L{i}" for i in range(info.n_layers)], [str(i) for i in range(seq)]
     match ask.kind:
         case "resid_pre" | "resid_mid" | "resid_post" | "attn" | "mlp":
@@ -77,14 +78,13 @@ def lay_out(model: Model, ask: Sweep, row: TokenRow) -> Layout:
             spots = {(d, s): (patch_site(model, replace(node, part="pattern", pos=d), s),) for d in range(seq) for s in range(d + 1)}
             return Layout(tuple(places), tuple(places), spots)
         case "neurons":
-            node = one_node(ask, "mlp", "L3.mlp")
-            pos = None if node.pos is None else find_position(node.pos, row, "the prompt")
+            node = runs.placed(one_node(ask, "mlp", "L3.mlp"))
             neurons = [f"n{i}" for i in range(info.d_mlp)]
-            return one_each(model, [f"L{node.layer}.mlp"], neurons, lambda r, c: Node("neuron", node.layer, index=c, pos=pos))
+            return one_each(model, [f"L{node.layer}.mlp"], neurons, lambda r, c: Node("neuron", node.layer, index=c, pos=node.pos))
         case "features":
             return Layout(*feature_sweep.lay_out(model, ask, seq))
         case "pairs" | "cumulative":
-            spots = [patch_site(model, some_node(a, row)) for a in ask.nodes]
+            spots = [patch_site(model, some_node(a, runs)) for a in ask.nodes]
             names = tuple(ask.nodes)
             if ask.kind == "cumulative":
                 return Layout(("together",), ("nothing", *(f"+ {a}" for a in names)), {(0, i): tuple(spots[:i]) for i in range(len(spots) + 1)})
@@ -100,11 +100,11 @@ def one_node(ask: Sweep, site: str, example: str) -> Node:
     return node
 
 
-def some_node(address: str, row: TokenRow) -> Node:
+def some_node(address: str, runs: Runs) -> Node:
     node = parse_node(address)
     if node.site == "embed":
         raise UserError(f"{address}: use L0.resid_pre, what comes in at layer 0")
-    return node if node.pos is None else replace(node, pos=find_position(node.pos, row, "the prompt"))
+    return runs.placed(node)
 
 
 # ------------------------------------------------------------------ what is asked for
@@ -168,7 +168,7 @@ def read_plan(model: Model, ask: Sweep) -> Plan:
         except UserError as error:
             raise UserError(f"prompt {i + 1} of the set: {error}" if ask.over_set else str(error)) from error
     check_lengths(runs, side, ask)
-    layout = lay_out(model, ask, runs[0].row(side))
+    layout = lay_out(runs[0], ask)
     if ask.op == "patch":
         drop_unaligned(layout, ask, [r.partners(side) for r in runs])
     if bad := [rc for rc in ask.only if rc not in layout.cells]:

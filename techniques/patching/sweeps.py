@@ -15,6 +15,7 @@ from techniques.patching.estimates import guess
 from techniques.patching.plan import Plan, bases, check, read_plan
 from techniques.patching.requests import Sweep, SweepResult
 from techniques.patching.table import SweepTable
+from vocabulary.progress import forward_progress
 from vocabulary.requests import Progress
 
 
@@ -70,13 +71,6 @@ def rounds(plan: Plan, base: Base, board: SweepTable) -> Generator[Progress, Non
 def largest(model: Model, ask: Sweep) -> Generator[Progress | SweepResult, None, tuple[str, ...]]:
     """The k nodes of the largest effect, heads and MLPs, the largest first."""
     singles = sweep(model, replace(ask, kind="nodes", only=()))
-    while True:
-        try:
-            part = next(singles)
-        except StopIteration as stop:
-            found = stop.value
-            break
-        if isinstance(part, Progress):
-            yield part
+    found = yield from forward_progress(singles, lambda part: part if isinstance(part, Progress) else None)
     order = np.argsort(-np.abs(found.values - found.base), axis=None, kind="stable")[: ask.k]
     return tuple(found.nodes[i] for i in order.tolist())

@@ -12,6 +12,7 @@ from techniques.patching.plan import Plan
 from techniques.patching.requests import SWEEP_OPS, SWEEPS, SweepResult
 from vocabulary.nodes import UserError, parse_node
 from vocabulary.prompts import METRICS
+from vocabulary.progress import time_left
 from vocabulary.requests import Progress
 from vocabulary.statistics import paired_effects
 
@@ -57,7 +58,7 @@ class SweepTable:
         """Cells by the work that is done, and the time left in words."""
         part = (self.before + self.base.progress * len(self.members)) / len(self.plan.runs)
         spent = time.monotonic() - self.started
-        left = f", {spent * (1 - part) / part:.0f} s left" if part > 0.02 and spent > 1 else ""
+        left = f", {time_left(spent * (1 - part) / part)}" if part > 0.02 and spent > 1 else ""
         text = f"{self.plan.ask.kind} {self.done}/{self.total}{left}"
         return Progress(max(self.done, int(part * self.total)), self.total, f"{step.text}; {text}" if step.text else text)
 

@@ -21,8 +21,7 @@ from torch import Tensor
 from model.base_run import PatchSite
 from model.changed_blocks import ROWWISE, ChangedBlocks
 from vocabulary.requests import Progress
-from model.memory import out_of_memory
-from utils import tec
+from model.memory import in_chunks
 
 PACK = 160  # tokens of a packed row
 FIRST = 12  # variants of a sweep's first wave, so that something is on the screen
@@ -207,35 +206,40 @@ class Base(ChangedBlocks):
             rest = [v for v in variants if v not in packed]
             groups = [*pack_groups(some, self.stop), *((a, g, False) for a, g in position_groups(rest, self.shared, len(self.ids)))]
         for start, group, pack in groups:
-            length = self.ids.shape[1] if self.reason else self.stop - start
-            size, i = self.room(length), 0
-            group = sorted(group, key=lambda v: -(v.layer if self.reason else self.enters(v)))
-            while i < len(group):
-                part = group[i : i + size]
-                if not begun and not self.reason:
-                    part = [v for v in part if self.enters(v) == self.enters(part[0])][:FIRST]
-                try:
-                    found = self.whole(part) if self.reason else (yield from self.paused(self.packed(part) if pack else self.wave(part, start)))
-                except t.OutOfMemoryError as error:
-                    tec()
-                    if len(part) == 1:
-                        raise out_of_memory(error) from error
-                    size = max(1, len(part) // 2)
-                    self.limit = min(self.limit, size * length * self.token_bytes())  # the groups that follow begin with what fits
-                    yield Progress(0, 0, f"out of memory: {size} at a time now")
-                    continue
-                self.at_once, begun = max(self.at_once, len(part)), True
-                self.peak = max(self.peak, len(part) * length * self.token_bytes())
-                self.worked += self.n * length * len(part) if self.reason else 0
-                yield part, found
-                i += len(part)
+            yield from self.in_waves(start, group, pack, begun)
+            begun = True
 
-    def paused(self, wave: Generator) -> Generator[Progress, None, np.ndarray]:
+    def in_waves(self, start: int, group: list[Variant], pack: bool, begun: bool) -> Generator[Progress | tuple[list[Variant], np.ndarray]]:
+        """A group of variants that change nothing before `start`, as many at a time as fit."""
+        length = self.ids.shape[1] if self.reason else self.stop - start
+        group = sorted(group, key=lambda v: -(v.layer if self.reason else self.enters(v)))
+
+        def fits(i: int) -> int:
+            if begun or self.reason:
+                return self.room(length)
+            return min(self.room(length), FIRST, sum(self.enters(v) == self.enters(group[i]) for v in group[i:]))
+
+        def work(i: int, stop: int) -> Generator | tuple:
+            part = group[i:stop]
+            return (part, self.whole(part)) if self.reason else self.paused(part, self.packed(part) if pack else self.wave(part, start))
+
+        def smaller(size: int) -> None:
+            self.limit = min(self.limit, size * length * self.token_bytes())  # the groups that follow begin with what fits
+
+        for out in in_chunks(len(group), fits, work, smaller):
+            if not isinstance(out, Progress):
+                n, begun = len(out[0]), True
+                self.at_once, self.peak = max(self.at_once, n), max(self.peak, n * length * self.token_bytes())
+                self.worked += self.n * length * n if self.reason else 0
+            yield out
+
+    def paused(self, part: list[Variant], wave: Generator) -> Generator[Progress, None, tuple[list[Variant], np.ndarray]]:
+        """A wave's variants and metrics; its pauses as progress."""
         while True:
             try:
                 next(wave)
             except StopIteration as stop:
-                return stop.value
+                return part, stop.value
             yield Progress(0, 0)
 
 

@@ -27,7 +27,7 @@ def gain(model: Model, norm: t.nn.Module, dtype: t.dtype | None = None) -> Tenso
 
 def frozen_norm(model: Model, norm: t.nn.Module, scale: Tensor | float, x: Tensor) -> Tensor:
     """A norm of x [..., d_model] as the linear map it is with its scale frozen, without its bias. LayerNorm takes the mean off first."""
-    weight = gain(model, norm)
+    weight = gain(model, norm, x.dtype)
     x = x if norm.uses_rms_norm else x - x.mean(-1, keepdim=True)
     return (x / scale if weight is None else x / scale * weight).to(x.dtype)
 

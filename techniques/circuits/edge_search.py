@@ -21,6 +21,7 @@ from vocabulary.prompts import METRICS
 from vocabulary.progress import forward_progress, time_left
 from vocabulary.requests import Progress
 from model.bridge import Model
+from model.writes import post_scales
 
 FIRST, MOST = 8, 64  # edges that ACDC tries as one chain
 COUNTS = (1, 2, 3, 5, 8, 12, 16, 20, 30, 40, 60, 80, 100, 150, 200, 300, 400, 600, 800, 1000, 2000, 4000, 8000, 16000)
@@ -235,7 +236,7 @@ def result(
     parts = [METHODS[ask.method], words, f"checked by cutting all other edges: a cut edge carries {REST[ask.rest]}", "no positions", where, model.info.dtype]
     if ask.method.startswith("eap-ig"):
         parts.insert(1, f"{ask.steps} steps")
-    if any(hasattr(b, "ln1_post") for b in model.bridge.blocks):
+    if post_scales(model, "attn"):
         parts.append("a head's part behind the norm after attention has that run's own scale")
     if ask.study.interventions:
         parts.append("interventions left out")

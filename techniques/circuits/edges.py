@@ -15,7 +15,7 @@ import torch as t
 from torch import Tensor
 
 from model.bridge import FINAL, TOLERANCE, Edit, Model
-from model.memory import out_of_memory
+from model.memory import in_chunks
 from model.metrics import MetricReader, metric
 from model.runs import Runs, means
 from model.writes import bias_write, head_writes, heads_write, over_scale, post_scales
@@ -23,7 +23,6 @@ from techniques.circuits.edge_index import PARTS, EdgeIndex, all_edges, edge_ind
 from techniques.circuits.requests import REST
 from techniques.patching.plan import Plan, check_lengths, chunk_bytes, others, read_member
 from techniques.patching.requests import Sweep
-from utils import tec
 from vocabulary.nodes import UserError
 from vocabulary.prompts import Study
 from vocabulary.requests import ModelInfo, Progress
@@ -227,27 +226,24 @@ class EdgeRun:
 
     def run(self, cuts: list) -> Generator[Progress, None, np.ndarray]:
         """The metric [set, prompt] of many masks (or functions that make them), as many at once as the limit of bytes allows; out of memory halves that."""
-        found, done, most = [], 0, len(cuts)
-        waiting: list[np.ndarray] = []
-        while done < len(cuts):
-            while done + len(waiting) < len(cuts) and len(waiting) < most:
-                mask = cuts[done + len(waiting)]
+        found: list[np.ndarray] = []
+        waiting: list[np.ndarray] = []  # masks that are made and not run
+
+        def fits(i: int) -> int:
+            while len(waiting) < len(cuts) - i:
+                mask = cuts[i + len(waiting)]
                 mask = mask() if callable(mask) else mask
                 if waiting and self.set_bytes([*waiting, mask]) > self.limit:
                     break
                 waiting.append(mask)
-            try:
-                found.append(self.metrics(waiting))
-            except t.OutOfMemoryError as error:
-                tec()
-                if len(waiting) == 1:
-                    raise out_of_memory(error) from error
-                most = max(1, len(waiting) // 2)
-                waiting = waiting[:most]
-                continue
-            done += len(waiting)
-            waiting = []
-            yield Progress(done, len(cuts))
+            return len(waiting)
+
+        def work(start: int, stop: int) -> Progress:
+            found.append(self.metrics(waiting[: stop - start]))
+            del waiting[: stop - start]
+            return Progress(stop, len(cuts))
+
+        yield from in_chunks(len(cuts), fits, work)
         return np.concatenate(found)
 
     # ---------------------------------------------------------------- gradients

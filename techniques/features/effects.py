@@ -8,7 +8,7 @@ from model.bridge import FINAL, Edit, Model
 from model.metrics import MetricReader, metric
 from model.runs import Runs
 from model.sae import SparseAutoencoder
-from techniques.attribution.logits import SCALE, inner_direction, post_norm, pull_back
+from model.writes import SCALE, frozen_norm, post_norm, pull_back, to_heads
 from vocabulary.nodes import UserError
 from vocabulary.prompts import RUNS
 
@@ -26,9 +26,7 @@ def to_stream(model: Model, d: SparseAutoencoder, acts: dict[str, Tensor], pos: 
         return None
     post = post_norm(model, d.layer, "attn")
     here = {post[1]: acts[post[1]][0, pos][None]} if post else {}
-    inner, _ = inner_direction(model, d.layer, "attn", here, u[None])
-    w = model.bridge.blocks[d.layer].attn.W_O.float()
-    return (w @ inner[0].to(w.device)).flatten().to(d.device)
+    return to_heads(model, d.layer, here, u[None])[0].flatten().to(d.device)
 
 
 def extra_names(model: Model, d: SparseAutoencoder) -> list[str]:
@@ -37,11 +35,8 @@ def extra_names(model: Model, d: SparseAutoencoder) -> list[str]:
 
 
 def pull_forward(model: Model, row: Tensor) -> Tensor:
-    norm = model.bridge.ln_final
-    weight = getattr(norm.original_component, "weight", None)
-    row = row.to(model.final_device)
-    row = row if norm.uses_rms_norm else row - row.mean()
-    return row if weight is None else row * (weight.float() + (1.0 if getattr(model.cfg, "rmsnorm_uses_offset", False) else 0.0))
+    """A row of the stream [d_model] through the final norm's gain (and centring), without its scale."""
+    return frozen_norm(model, model.bridge.ln_final, 1.0, row.to(model.final_device))
 
 
 @t.no_grad()
@@ -150,17 +145,15 @@ def sources_of(runs: Runs, d: SparseAutoencoder, which: str, place: str, w: Tens
     i, seq = model.info, len(runs.row(which).ids)
     out = np.zeros((i.n_layers, i.n_heads, seq))
     through = {"pre": range(d.layer), "attn": [d.layer], "z": [d.layer]}.get(place, range(d.layer + 1))
-    posts = {layer: post[1] for layer in through if place != "z" and (post := post_norm(model, layer, "attn"))}
-    acts = runs.trace(which, [f"blocks.{layer}.attn.{n}" for layer in through for n in ("hook_v", "hook_pattern")] + list(posts.values()))
+    posts = [post[1] for layer in through if place != "z" and (post := post_norm(model, layer, "attn"))]
+    acts = runs.trace(which, [f"blocks.{layer}.attn.{n}" for layer in through for n in ("hook_v", "hook_pattern")] + posts)
     for layer in through:
         v, pattern = acts[f"blocks.{layer}.attn.hook_v"][0].float(), acts[f"blocks.{layer}.attn.hook_pattern"][0, :, pos].float()
         if place == "z":
             into = w.view(i.n_heads, -1).to(v.device)
         else:
-            inner = w[None]
-            if post := posts.get(layer):
-                inner, _ = inner_direction(model, layer, "attn", {post: acts[post][0, pos][None]}, inner)
-            into = model.bridge.blocks[layer].attn.W_O.float() @ inner[0].to(v.device)
+            scales = {post: acts[post][0, pos][None] for post in posts}
+            into = to_heads(model, layer, scales, w[None])[0][0].to(v.device)
         v = v.repeat_interleave(i.n_heads // i.n_kv_heads, 1)
         out[layer] = (pattern * t.einsum("shd,hd->hs", v, into)).double().cpu().numpy()
     return out

@@ -15,7 +15,8 @@ from model.bridge import FINAL, Edit, Model
 from model.runs import Runs
 from model.sae import SparseAutoencoder
 from model.steering import Change, changed, write
-from techniques.attribution.logits import SCALE, direction, inner_direction, post_norm, pull_back, true_logits
+from model.writes import SCALE, post_norm, pull_back, to_heads
+from techniques.attribution.logits import direction, true_logits
 from techniques.features.effects import check_run, stream_reader
 from techniques.features.requests import CheckEdge, CheckEdgeResult, FeatureGraph, FeatureGraphResult
 from vocabulary.nodes import UserError
@@ -139,11 +140,8 @@ def through_attention(runs: Runs, which: str, up: SparseAutoencoder, layer: int,
     names = [f"{name}.attn.hook_pattern", f"{name}.ln1.hook_scale", *([post[1]] if post else [])]
     acts = {n: x[0].float() for n, x in runs.trace(which, names).items()}
     if heads is None:
-        inner, constant = inner_direction(model, layer, "attn", acts, g)
+        z, constant = to_heads(model, layer, acts, g)
         shares.add("biases", constant.sum().item())
-        if attn.b_O is not None:
-            shares.add("biases", dot(inner, attn.b_O.float().expand_as(inner)))
-        z = t.einsum("hem,sm->she", attn.W_O.float(), inner.to(attn.W_O.device))
         if (up.site_out, up.layer) == ("z", layer):
             shares.here = z.flatten(1)
             return t.zeros_like(g)

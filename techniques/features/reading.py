@@ -14,10 +14,11 @@ from torch import Tensor
 
 from model.runs import Runs
 from model.sae import SparseAutoencoder, labels
-from techniques.attribution.logits import SCALE, direction, pull_back
+from techniques.attribution.logits import direction
 from techniques.features.effects import check_run, extra_names, gradient, no_metric, pull_forward, sources_of, stream_reader, to_stream, written
 from techniques.features.requests import Feature, FeatureResult, Features, FeaturesResult
 from model.top_tokens import largest
+from model.writes import SCALE, pull_back
 from utils import settings
 from vocabulary.nodes import UserError
 

@@ -43,7 +43,7 @@ class NormsResult:
 ANALYSIS_PY = """
 import torch as t
 
-from model.runs import prepare
+from model.interventions import prepare
 from techniques.norms.requests import Norms, NormsResult
 
 

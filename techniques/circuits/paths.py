@@ -356,7 +356,7 @@ def needed(node: Node, paths: dict) -> bool:
 
 
 def labelled(result: SweepResult, ask: PathPatch, model: Model) -> SweepResult:
-    """The same as a result of path patching, with its convention."""
+    """A sweep's result as one of path patching, with its convention."""
     way = "noise: clean run, the path carries the corrupted value" if ask.direction == "noise" else "denoise: corrupted run, the path carries the clean value"
     ends = f"{', '.join(ask.senders) or 'every node'} → {', '.join(ask.receivers) or 'every receiver'}"
     words = [f"path patching {ends}", way, CONVENTIONS[ask.convention]]

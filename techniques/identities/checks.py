@@ -100,7 +100,7 @@ def noise_floor(runs: Runs, study: Study) -> Generator[Progress, None, Identity]
 
 @t.no_grad()
 def hugging_face(model: Model, ids: Tensor) -> Identity:
-    """The same weights read afresh into Hugging Face's own class, eager attention."""
+    """The weights read afresh into Hugging Face's own class, eager attention."""
     name, n = "forward pass = Hugging Face's own", model.info.n_params
     tolerance = TOLERANCE[model.dtype]
     if n > SMALL or model.device_map:

@@ -120,7 +120,7 @@ def leaf(name: str, leaves: dict[str, Tensor]) -> Edit:
 
 
 def whole(base: Base, names: set[str], path: Tensor | None) -> dict[str, Tensor]:
-    """The same by one forward and one backward pass."""
+    """The gradients by one forward and one backward pass of the whole model."""
     leaves, kept = {}, {}
     last = f"blocks.{base.n - 1}.hook_resid_post"
     begin = [] if path is None else [(FIRST, lambda x: path)]

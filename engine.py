@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import techniques
-from utils import ROOT, settings
+from utils import ROOT, settings, tec
 from vocabulary.nodes import UserError
 from vocabulary.requests import Check, Failure, Load, ModelChoice, Models, ModelsResult, Progress, Status, StatusResult
 from vocabulary.wire import Frame, WireError, door, encode, needs_model, read_frame
@@ -72,7 +72,7 @@ class Engine:
         try:
             return (yield from self.answer(request))
         except getattr(sys.modules.get("torch"), "OutOfMemoryError", ()) as error:
-            from model.bridge import out_of_memory, tec
+            from model.memory import out_of_memory
 
             if self.model:
                 self.model.cache.clear()
@@ -105,7 +105,7 @@ class Engine:
 
             yield Progress(1, 5, "importing TransformerLens")
             import_model()
-        from model import bridge as model
+        from model import loading
 
         megabytes = settings().get("LOUPE_CACHE_MB") or "512"
         if not megabytes.isdigit():
@@ -115,11 +115,11 @@ class Engine:
             self.swap()
             self.model = None
             gc.collect()
-            model.tec()
+            tec()
 
         if self.model is not None and self.loaded == request:
             return self.model.info
-        self.model = yield from model.load(request, int(megabytes), forget)
+        self.model = yield from loading.load(request, int(megabytes), forget)
         self.loaded = request
         return self.model.info
 

@@ -1,5 +1,5 @@
 """
-One run of a few prompts, kept such that changed runs can go on from any block and any position: what resume.py builds on. No model maths of its own.
+One run of a few prompts, kept such that changed runs can go on from any block and any position: what changed_blocks.py and variants.py build on. No model maths of its own.
 
 Kept are every block's input, the keys and values, the hook points that will be changed, what Hugging Face's model calls its blocks with; and the metric.
 The self-checks at the end of `begin` decide whether a model's blocks can be run one by one at all.
@@ -8,7 +8,6 @@ The self-checks at the end of `begin` decide whether a model's blocks can be run
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch as t
@@ -16,20 +15,17 @@ from torch import Tensor
 from transformer_lens.model_bridge.generalized_components.position_embeddings_attention import PositionEmbeddingsAttentionBridge
 from transformers import DynamicCache
 
-from techniques.lens.reading import measure, rows_at_once
 from vocabulary.nodes import Node, UserError
 from model.bridge import FINAL, Edit, Model
+from model.metrics import MetricReader
 from model.runs import Runs, hook_name
 from model.fast_blocks import fused, last_rows, quick_attention, slow_modules
 
-TRIED: WeakKeyDictionary[Model, dict[object, str]] = WeakKeyDictionary()  # why a model's runs can't be resumed, with and without interventions
-CALLED: WeakKeyDictionary[Model, dict[tuple, dict[tuple, list]]] = WeakKeyDictionary()  # what blocks are called with, of a few prompts
-SLOW: WeakKeyDictionary[Model, list[dict[t.nn.Module, Callable]]] = WeakKeyDictionary()  # of every block what `fused` stands in for
 DONE = ("a sweep's base run",)  # its mark in the model's cache
 
 
 @dataclass(frozen=True)
-class Spot:
+class PatchSite:
     """A node with its position as an index (None: all), the hook point it is written at, and of a pattern optionally one source position."""
 
     node: Node
@@ -59,10 +55,10 @@ class Spot:
         return (pos,)
 
 
-def make_spot(model: Model, node: Node, source: int | None = None) -> Spot:
+def patch_site(model: Model, node: Node, source: int | None = None) -> PatchSite:
     """resid_mid is written through the attention's output: the hook of its name does not reach the skip connection."""
     name = hook_name(model, node)
-    return Spot(node, f"blocks.{node.layer}.hook_attn_out" if node.site == "resid_mid" else name, source)
+    return PatchSite(node, f"blocks.{node.layer}.hook_attn_out" if node.site == "resid_mid" else name, source)
 
 
 def id_rows(ids: Tensor) -> tuple:
@@ -116,84 +112,10 @@ class Prefix:
         return self.keys.shape[2]
 
 
-# ------------------------------------------------------------------ the metric
-
-
-class Score:
-    """The metric of runs that differ in what reaches the final norm; of a logit difference only the answers' and foils' logits are made."""
-
-    def __init__(self, group: list[Runs], clean: Tensor | None = None, which: str = "now"):
-        runs = self.runs = group[0]
-        self.model, self.group, self.kind = runs.model, group, runs.study.metric.kind
-        self.whole = self.kind == "loss"
-        self.ids = [r.row(which).ids for r in group]
-        self.places = [len(ids) - 1 if self.whole else r.metric_position(which) for r, ids in zip(group, self.ids)]
-        self.base: np.ndarray | None = None  # the metric of the unchanged run [prompt]
-        self.clean = clean  # [prompt, d_model] normed, for KL
-        self.nll: Tensor | None = None  # of the base run's own tokens [prompt, seq - 1]
-        if self.kind == "logit_diff":
-            tokens = sorted({i for r in group for i in (*r.answers, *r.foils)})
-            self.weights = t.zeros(len(group), len(tokens), dtype=t.float64)
-            for row, r in zip(self.weights, group):
-                row[[tokens.index(i) for i in r.answers]] += 1 / len(r.answers)
-                row[[tokens.index(i) for i in r.foils]] -= 1 / len(r.foils)
-            self.columns = self.model.bridge.W_U[:, tokens].contiguous()
-            self.bias = self.model.bridge.b_U[tokens].float()
-
-    def diff(self, normed: Tensor) -> Tensor:
-        """Logit difference [variant, prompt] of normed rows [variant, prompt, d_model]; differentiable."""
-        model = self.model
-        logits = ((normed @ self.columns.to(normed.device)).float() + self.bias.to(normed.device)) * model.logit_scale
-        logits = model.softcap * t.tanh(logits / model.softcap) if model.softcap else logits
-        return (logits.double() * self.weights.to(logits.device)).sum(-1)
-
-    @t.no_grad()
-    def of(self, x: Tensor, start: int) -> np.ndarray:
-        """[variant, prompt] of the stream after the last block, [variant x prompt, seq from start, d_model]."""
-        model, b = self.model, len(self.group)
-        x = x.view(-1, b, *x.shape[1:])
-        if self.whole:
-            return self.losses(x, start)
-        out = self.of_normed(model.norm(x[:, t.arange(b, device=x.device), [max(0, p - start) for p in self.places]]))
-        for j, place in enumerate(self.places):
-            if place < start:  # nothing before `start` changes
-                out[:, j] = self.base[j]
-        return out
-
-    def of_normed(self, normed: Tensor) -> np.ndarray:
-        """[variant, prompt] of normed rows at the metric's positions."""
-        model = self.model
-        if self.kind == "logit_diff":
-            return self.diff(normed).cpu().numpy()
-        out = np.zeros(normed.shape[:2])
-        for j, r in enumerate(self.group):
-            clean = model.unembed(self.clean[j : j + 1])[0] if self.kind == "kl" else None
-            for i in range(0, len(normed), size := rows_at_once(model)):
-                for k, row in enumerate(model.unembed(normed[i : i + size, j])):
-                    out[i + k, j] = measure(self.kind, row, row if clean is None else clean, np.zeros(0), r.answers, r.foils)
-        return out
-
-    def losses(self, x: Tensor, start: int) -> np.ndarray:
-        model, out = self.model, np.zeros(x.shape[:2])
-        for j, ids in enumerate(self.ids):
-            target = t.tensor(ids[start + 1 :], device=x.device)
-            known = 0.0 if not start else self.nll[j, :start].sum().item()
-            flat = x[:, j, : len(target)].flatten(0, 1)
-            found = [self.tokens(flat[i : i + rows_at_once(model)], target, i) for i in range(0, len(flat), rows_at_once(model))]
-            nll = t.cat(found).view(len(x), -1) if found else t.zeros(len(x), 0)
-            out[:, j] = ((nll.sum(1) + known) / (len(ids) - 1)).cpu().numpy()
-        return out
-
-    def tokens(self, x: Tensor, target: Tensor, first: int) -> Tensor:
-        logits = self.model.unembed(self.model.norm(x)).double()
-        right = target[(first + t.arange(len(x), device=x.device)) % len(target)]
-        return logits.logsumexp(-1) - logits.gather(-1, right[:, None])[:, 0]
-
-
 # ------------------------------------------------------------------ the base run
 
 
-class Kept:
+class BaseRun:
     """
     The run that variants change: `resid` the input of every block, and the last block's output; `acts` what passed the named hook points, after the
     study's interventions. Nothing changes before `shared`. `source` gives every spot's new values. `reason` says why variants have to be whole forward passes ("": they need not).
@@ -207,14 +129,13 @@ class Kept:
         self.ids = t.tensor([r.row("now").ids for r in group])
         self.per_kv = self.model.info.n_heads // self.model.info.n_kv_heads
         self.source: dict[tuple, Tensor] = {}
-        self.score: Score | None = None
-        known = CALLED.setdefault(self.model, {})
+        self.score: MetricReader | None = None
+        notes = self.model.notes
+        known = notes.calls
         if len(known) > 8:
             known.clear()
         self.called = known.setdefault(id_rows(self.ids[:1]), {})  # what blocks are called with
-        if self.model not in SLOW:
-            SLOW[self.model] = [slow_modules(b) for b in self.model.bridge.blocks]
-        self.slow = SLOW[self.model]
+        notes.slow = self.slow = notes.slow or [slow_modules(b) for b in self.model.bridge.blocks]
         self.reason = "asked for" if plain else ""
         self.at_once = self.peak = 0  # the most variants in one batch, and its bytes as `room` counts them
         self.worked, self.work = 0, 1  # tokens through a block: done, and all of them
@@ -269,7 +190,7 @@ class Kept:
                 model.cache.put((id_rows(some), DONE, name), x)
         return found
 
-    def begin(self, score: Score) -> np.ndarray:
+    def begin(self, score: MetricReader) -> np.ndarray:
         """The metric of the base run itself [prompt]; decides whether the fast way gives this model's own numbers."""
         self.score = score
         self.stop = self.ids.shape[1] if score.whole or self.edits else max(score.places) + 1
@@ -280,7 +201,7 @@ class Kept:
         if not np.isfinite(value).all():
             raise UserError("the metric of the unchanged run is not finite: does the model hold NaN? Try float32")
         if not self.reason:
-            known = TRIED.setdefault(self.model, {})
+            known = self.model.notes.trials
             if bool(self.edits) not in known:
                 known[bool(self.edits)] = self.trial()
             self.reason = known[bool(self.edits)]
@@ -309,7 +230,7 @@ class Kept:
         """Whether variants of several lengths can share a row: every mask is the model's to give, and a packed run equals the kept one."""
         if self.edits or self.score.whole or set(self.score.places) != {self.stop - 1}:
             return False
-        known = TRIED[self.model]
+        known = self.model.notes.trials
         if "packed" not in known:
             known["packed"] = self.trial_packed()
         return not known["packed"]
@@ -332,7 +253,7 @@ class Kept:
 
     def attends_quickly(self) -> bool:
         """Whether attention without hooks may go through torch's scaled dot product: rotary models without a soft cap, tried on every block once."""
-        known = TRIED.setdefault(self.model, {})
+        known = self.model.notes.trials
         if "attention" not in known:
             known["attention"] = "being tried"
             known["attention"] = self.trial_attention()
@@ -389,7 +310,7 @@ class Kept:
         return self.called[start, length, kept]
 
     def packed_calls(self, firsts: tuple[int, ...]) -> list[tuple[tuple, dict, object]]:
-        """The same for a row of segments, each from its first position to `stop`, behind the keys of the whole kept run."""
+        """What blocks are handed for a row of segments, each from its first position to `stop`, behind the keys of the whole kept run."""
         stop = self.stop
         if (firsts, stop) not in self.called:
             places = t.cat([t.arange(p, stop) for p in firsts]).to(self.model.device)
@@ -414,8 +335,11 @@ class Kept:
             self.called[firsts, stop] = [(tuple(rest(a, c) for a in args), {k: rest(a, c) for k, a in kwargs.items()}, c) for args, kwargs, c in full]
         return self.called[firsts, stop]
 
-    def step(self, layer: int, x: Tensor, start: int, edits: list[Edit], firsts: tuple[int, ...] = (), grad: bool = False) -> Tensor:
-        """One block on [rows, positions from start, d_model], rows being variants x prompts; on packed rows of segments from `firsts`."""
+    def step(self, layer: int, x: Tensor, start: int, edits: list[Edit], firsts: tuple[int, ...] = (), grad: bool = False, all_rows: bool = False) -> Tensor:
+        """
+        One block on [rows, positions from start, d_model], rows being variants x prompts; on packed rows of segments from `firsts`. The last block's MLP
+        runs on the position that the metric reads only, unless it is edited or `all_rows`.
+        """
         args, kwargs, cache = (self.packed_calls(firsts) if firsts else self.calls(start, x.shape[1], start > 0))[layer]
         if cache is not None:
             prefix = Prefix(*(kv[:, :, : self.stop if firsts else start] for kv in self.kept[layer]))
@@ -426,7 +350,7 @@ class Kept:
         ends = (np.cumsum([self.stop - p for p in firsts]) - 1).tolist() if firsts else [x.shape[1] - 1]
         short = layer == self.n - 1 and x.shape[1] > len(ends) and (bool(firsts) or start + x.shape[1] == self.stop)
         short = short and not self.edits and not self.score.whole and len(set(self.score.places)) == 1 and not any("mlp" in name for name, _ in edits)
-        rows = ends if short else []
+        rows = ends if short and not all_rows else []
         plain = not (grad or ours or edits) and "forward" not in vars(block.attn) and self.attends_quickly()
         with (
             t.set_grad_enabled(grad),

@@ -1,5 +1,5 @@
 """
-What a block need not compute, or can compute faster: modules whose forward is another one for a while. Used by resume.py.
+What a block need not compute, or can compute faster: modules whose forward is another one for a while. Used by base_run.py.
 """
 
 import math

@@ -1,42 +1,26 @@
 """
-SAEs and transcoders: which ones fit the model, loading them through sae_lens, and what Loupe uses of them: encode, decode, rows and columns.
+What Loupe uses of an SAE or transcoder: encode, decode, rows and columns.
 
 Everywhere decode is affine in the features once the input x is known: out = scale(x) * (f @ rows) + offset(x). `offset` holds the decoder's bias, a
 mean that a normalisation or the centred view took off, a skip connection; `scale` what an input normalisation has to be undone by.
 """
 
 import hashlib
-import importlib.util
 import json
 import math
-import os
 import re
-import sys
-import threading
-import warnings
-from collections import OrderedDict
-from collections.abc import Generator, Iterable
-from functools import lru_cache
-from pathlib import Path
-from weakref import WeakKeyDictionary
+from collections.abc import Iterable
 
-import huggingface_hub
 import torch as t
-import yaml
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-from safetensors import SafetensorError
 from torch import Tensor
 
-from techniques.features.requests import SaeChoice, SaeInfo, SaesResult
+from techniques.features.requests import SaeInfo
 from vocabulary.nodes import UserError
-from vocabulary.requests import Progress
-from model.bridge import Model, first_line, out_of_memory, read_json
-from techniques.lens.translators import unembed_hash
-from utils import ROOT, settings
+from model.bridge import Model
+from model.memory import first_line
+from utils import ROOT
 
 CHUNK_BYTES = 16 << 20  # of feature activations made at once
-KEPT = 6  # loaded SAEs
-LOADED: WeakKeyDictionary[Model, OrderedDict[str, "Dictionary"]] = WeakKeyDictionary()
 HOOK = re.compile(r"blocks\.(\d+)\.(.+)")
 SITES = {
     "hook_resid_pre": "resid_pre",
@@ -50,117 +34,13 @@ SITES = {
     "hook_mlp_in": "mlp_stream",
 }
 OTHERS = ("ln1.hook_normalized", "mlp.hook_pre", "mlp.hook_post")
-SUFFIXES = re.compile(r"[-_](it|pt|base|instruct|chat|hf|deduped)$")
-
-
-# ------------------------------------------------------------------ the catalogue
-
-
-def canonical(name: str) -> str:
-    """A model's name without its owner, in sae_lens's and the hub's spellings alike; instruction-tuned and base models count as one."""
-    name = Path(name).name.lower()
-    name = {"gpt2": "gpt2-small", "meta-llama-3-8b-instruct": "llama-3-8b", "mistral-7b-v0.1": "mistral-7b"}.get(name, name)
-    while (short := SUFFIXES.sub("", name)) != name:
-        name = short
-    return name
-
-
-@lru_cache(1)
-def directory() -> dict:
-    """sae_lens's list of published SAEs, read without importing sae_lens."""
-    spec = importlib.util.find_spec("sae_lens")
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError("sae_lens is not installed: run uv sync")
-    file = Path(spec.submodule_search_locations[0]) / "pretrained_saes.yaml"
-    return yaml.load(file.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-
-
-def known_models() -> set[str]:
-    return {canonical(r["model"]) for r in directory().values()} | {"zoo"}
-
-
-def guess_hook(release: str, ident: str, neuronpedia: str) -> str:
-    """Where a published SAE sits, from its names; "" when they do not say."""
-    if m := re.search(r"blocks\.(\d+)\.(?:attn\.)?(hook_resid_pre|hook_resid_mid|hook_resid_post|hook_attn_out|hook_mlp_out|hook_z)", ident):
-        return f"blocks.{m[1]}.{'attn.' * (m[2] == 'hook_z')}{m[2]}"
-    layer = re.search(r"layer_?(\d+)", ident) or re.search(r"/(\d+)-", neuronpedia) or re.match(r"l?(\d+)", ident)
-    if not layer:
-        return ""
-    words = re.split(r"[-_/]", f"{release}/{ident}".lower())
-    if "clt" in words or any("transcoder" in w for w in words):
-        return f"blocks.{layer[1]}.hook_mlp_out"
-    for word, hook in (("mlp", "hook_mlp_out"), ("lxm", "hook_mlp_out"), ("att", "attn.hook_z"), ("lxa", "hook_attn_out"), ("mid", "hook_resid_mid")):
-        if word in words:
-            return f"blocks.{layer[1]}.{hook}"
-    return f"blocks.{layer[1]}.hook_resid_post"
-
-
-def guess_width(release: str, ident: str) -> int:
-    """Number of features, from the names (width_16k, -32k, 2pow14, hook_resid_pre_12288); 0 when they do not say."""
-    if m := re.search(r"2pow(\d+)", release):
-        return 1 << int(m[1])
-    if m := re.search(r"hook_resid_pre_(\d+)$", ident):
-        return int(m[1])
-    m = re.search(r"width_(\d+)(k|m)", ident) or re.search(r"-w?(\d+)(k)(?:-|$)", release)
-    if not m:
-        return 0
-    power = 1 << round(math.log2(n := int(m[1]) * (1000 if m[2] == "k" else 1_000_000)))
-    return power if abs(power - n) < 0.06 * n else int(m[1]) * 1024  # 65k is 65536, and 80k 80 x 1024
-
-
-def cached_files(repo: str) -> set[str]:
-    """What the hub cache holds of a repository."""
-    folder = Path(huggingface_hub.constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "snapshots"
-    return {str(p.relative_to(s)) for s in folder.glob("*") for p in s.rglob("*") if p.is_file()} if folder.is_dir() else set()
 
 
 def number(x: object) -> float:
     return float(x) if isinstance(x, int | float) and not isinstance(x, bool) else math.nan
 
 
-def local_choice(folder: Path, source: str, where: str) -> SaeChoice:
-    """A folder that SAE.save_model wrote, from its cfg.json alone."""
-    try:
-        cfg = read_json(folder / "cfg.json")
-    except UserError as error:
-        return SaeChoice(source, "", "", 0, math.nan, math.nan, "", where, str(error))
-    meta = cfg.get("metadata") if isinstance(cfg.get("metadata"), dict) else cfg
-    kind = str(cfg.get("architecture", ""))
-    explained = meta.get("variance_explained", meta.get("explained_variance", meta.get("explained")))
-    return SaeChoice(
-        source, str(meta.get("model_name") or ""), str(meta.get("hook_name") or ""), int(number(cfg.get("d_sae")) or 0) if "d_sae" in cfg else 0,
-        number(meta.get("l0")), number(explained), str(meta.get("neuronpedia_id") or ""), where, kind,
-    )  # fmt: skip
-
-
-def catalogue(model: Model, every: bool = False) -> SaesResult:
-    """What fits the loaded model: shipped ones, folders under saes/, sae_lens's list. No network."""
-    mine, out = canonical(model.info.name), []
-    for root, where in ((ROOT / "zoo" / "saes", "zoo"), (ROOT / "saes", "folder")):
-        for file in sorted(root.glob("*/cfg.json")):
-            source = f"zoo/{file.parent.name}" if where == "zoo" else str(file.parent.relative_to(ROOT))
-            choice = local_choice(file.parent, source, where)
-            named = canonical(choice.model or ("zoo" if where == "zoo" else ""))
-            if every or named in ("", mine) or named not in known_models():
-                out.append(choice)
-    for release, entry in directory().items():
-        if not every and canonical(entry["model"]) != mine:
-            continue
-        files = cached_files(entry["repo_id"])
-        for sae in entry["saes"]:
-            ident, path, address = sae["id"], sae["path"], sae.get("neuronpedia") or ""
-            where = "cache" if any(f == path or f.startswith(path + "/") for f in files) else "hub"
-            hook = guess_hook(release, ident, address)
-            kind = "transcoder" if "transcoder" in release or "clt" in release else ""
-            l0, explained = number(sae.get("l0")), number(sae.get("variance_explained"))
-            out.append(SaeChoice(f"{release}:{ident}", entry["model"], hook, guess_width(release, ident), l0, explained, address, where, kind))
-    return SaesResult(tuple(out))
-
-
-# ------------------------------------------------------------------ one SAE
-
-
-class Dictionary(t.nn.Module):
+class SparseAutoencoder(t.nn.Module):
     """
     An SAE or transcoder in fp32, without hooks. `point` is read, `out` written (the same for an SAE); both are hook points of the model. `site` and
     `site_out` say what they are in Loupe's terms (resid_pre, attn, mlp, z, normed, ...; "" for other points).
@@ -385,191 +265,3 @@ def check_width(model: Model, source: str, point: str, width: int) -> None:
     wide = i.n_heads * i.d_head if point.endswith("hook_z") else i.d_mlp if point.endswith(("mlp.hook_pre", "mlp.hook_post")) else i.d_model
     if width != wide:
         raise UserError(f"{source} is {width} wide, and {point} of this model is {wide}: it is of another model")
-
-
-# ------------------------------------------------------------------ loading
-
-
-def find(source: str) -> Path | None:
-    """The folder of a source, or None for one of sae_lens's list."""
-    if not source:
-        raise UserError("no SAE is named: give a folder, zoo/NAME, or RELEASE:ID of sae_lens's list")
-    folder = ROOT / "zoo" / "saes" / source.removeprefix("zoo/") if source.startswith("zoo/") else Path(source).expanduser()
-    folder = folder if folder.is_absolute() or folder.is_dir() else ROOT / folder
-    if folder.is_dir():
-        if not (folder / "cfg.json").is_file():
-            raise UserError(f"{folder} is not an SAE: it has no cfg.json. Give a folder that SAE.save_model of sae_lens wrote")
-        return folder
-    if source.startswith("zoo/"):
-        have = sorted(p.parent.name for p in (ROOT / "zoo" / "saes").glob("*/cfg.json"))
-        raise UserError(f"the zoo has no SAE {source.removeprefix('zoo/')!r}: it has {', '.join(have) or 'none'}")
-    if ":" not in source or "/" in source.split(":")[0] and Path(source).parent.exists():
-        raise UserError(f"no folder at {folder}: give a folder that SAE.save_model wrote, zoo/NAME, or RELEASE:ID of sae_lens's list")
-    return None
-
-
-def stamp(folder: Path | None) -> tuple:
-    return () if folder is None else tuple((p.name, p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(folder.glob("*")))
-
-
-def load(model: Model, source: str) -> Generator[Progress, None, Dictionary]:
-    """The SAE of a source, on the model's device; the last few stay loaded as long as their files do not change."""
-    folder, kept = find(source), LOADED.setdefault(model, OrderedDict())
-    if source in kept and kept[source].stamp == stamp(folder):
-        kept.move_to_end(source)
-        return kept[source]
-    if "sae_lens" not in sys.modules:
-        yield Progress(0, 2, "importing sae_lens")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import sae_lens  # noqa: F401
-    yield Progress(1, 2, f"loading {source}")
-    published: dict = {}
-    try:
-        if folder is not None:
-            sae = read_folder(model, source, folder)
-        else:
-            published = listed(source)
-            check_model(model, source, published["model"])
-            sae = yield from read_release(model, source, published["repo_id"])
-        check_model(model, source, sae.cfg.metadata.model_name)
-        check_weights(model, source, sae.cfg.metadata)
-        kept[source] = Dictionary(source, sae, model, published)
-    except t.OutOfMemoryError as error:
-        raise out_of_memory(error) from error
-    kept[source].stamp = stamp(folder)
-    while len(kept) > KEPT:
-        kept.popitem(last=False)
-    return kept[source]
-
-
-def read_folder(model: Model, source: str, folder: Path) -> t.nn.Module:
-    from sae_lens import SAE
-
-    read_json(folder / "cfg.json")
-    if not (folder / "sae_weights.safetensors").is_file():
-        raise UserError(f"{folder} has no sae_weights.safetensors: copy or train the SAE again")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            sae = SAE.load_from_disk(folder, device="cpu", dtype="float32")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{folder / 'sae_weights.safetensors'} is truncated or not a safetensors file ({first_line(error)}): copy it again") from error
-    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, json.JSONDecodeError) as error:
-        raise UserError(f"{source} can't be loaded: cfg.json and the weights do not fit ({type(error).__name__}: {first_line(error)})") from error
-    if other := [n for n, p in sae.named_parameters() if not math.isfinite(p.sum(dtype=t.float64).item())]:
-        raise UserError(f"{source}: {other[0]} holds numbers that are not finite: copy or train the SAE again")
-    return sae
-
-
-def listed(source: str) -> dict:
-    """What sae_lens's list says about release:id."""
-    release, _, ident = source.partition(":")
-    entry = directory().get(release)
-    if entry is None:
-        raise UserError(f"sae_lens's list has no release {release!r}: `saes` shows what fits the model")
-    found = [s for s in entry["saes"] if s["id"] == ident]
-    if not found:
-        some = ", ".join(s["id"] for s in entry["saes"][:3])
-        raise UserError(f"release {release} has no SAE {ident!r}: it has {some}, ...")
-    return found[0] | {"model": entry["model"], "repo_id": entry["repo_id"]}
-
-
-def read_release(model: Model, source: str, repo: str) -> Generator[Progress, None, t.nn.Module]:
-    """From the hub cache; else, after one quick question to the hub, downloaded."""
-    from sae_lens import SAE
-
-    release, _, ident = source.partition(":")
-    hub, env = huggingface_hub.constants, {}
-    token = settings().get("HF_TOKEN")
-
-    def fetch() -> t.nn.Module:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return SAE.from_pretrained(release, ident, device="cpu", dtype="float32")
-
-    offline = hub.HF_HUB_OFFLINE
-    try:
-        hub.HF_HUB_OFFLINE = True
-        return fetch()
-    except (OSError, HTTPError, EntryNotFoundError):  # not, or not wholly, in the cache
-        pass
-    except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{source} can't be loaded from the hub cache: {first_line(error)}") from error
-    finally:
-        hub.HF_HUB_OFFLINE = offline
-    missing = f"{source} is not (or not wholly) in the hub cache and there is no network: give a folder, or an SAE that `saes` shows as zoo, folder or cache"
-    if offline:
-        raise UserError(missing)
-    found: list = []
-
-    def work() -> None:
-        try:
-            huggingface_hub.HfApi().model_info(repo, token=token or False, timeout=10)
-            found.append(fetch())
-        except BaseException as error:
-            found.append(error)
-
-    if token:  # sae_lens has no argument for it
-        env, os.environ["HF_TOKEN"] = {"HF_TOKEN": os.environ.get("HF_TOKEN")}, token
-    try:
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        while thread.is_alive():
-            yield Progress(0, 0, f"downloading {source}")
-            thread.join(0.1)
-    finally:
-        for name, value in env.items():
-            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
-    match found[0]:
-        case GatedRepoError():
-            raise UserError(f"{repo} is gated: accept its terms at huggingface.co/{repo} and put your HF_TOKEN into .env.local")
-        case RepositoryNotFoundError():
-            raise UserError(f"the hub has no {repo} (or it is private): put an HF_TOKEN into .env.local")
-        case LocalEntryNotFoundError() | ConnectionError() | TimeoutError():
-            raise UserError(missing)
-        case HfHubHTTPError() as error:
-            raise UserError(f"{source} can't be downloaded: {first_line(error)}")
-        case HTTPError():
-            raise UserError(missing)
-        case BaseException() as error:
-            raise UserError(f"{source} can't be loaded: {first_line(error)}") from error
-    return found[0]
-
-
-def check_model(model: Model, source: str, theirs: str | None) -> None:
-    """An SAE whose metadata names another well-known model than the one that is loaded."""
-    if not theirs or canonical(theirs) == (mine := canonical(model.info.name)):
-        return
-    known = known_models()
-    if canonical(theirs) in known and mine in known:
-        raise UserError(f"{source} was trained on {theirs}, and {model.info.name} is loaded: load that model, or another SAE")
-
-
-def check_weights(model: Model, source: str, meta) -> None:
-    """SAEs that Loupe trained carry the hash of their model's unembedding."""
-    if isinstance(meta.unembed_hash, str) and meta.unembed_hash != unembed_hash(model):
-        raise UserError(
-            f"{source} was trained on other weights{f' ({meta.model_name})' if meta.model_name else ''} than {model.info.name}'s: load that model, or another SAE"
-        )
-
-
-def for_layer(model: Model, sources: tuple[str, ...], layer: int) -> Generator[Progress, None, Dictionary]:
-    """The one among a study's SAEs that `L8.sae.f12` speaks of."""
-    if not sources:
-        raise UserError("no SAE is chosen for this study: load one first (on the command line: --sae SOURCE)")
-    found, wrong = [], None
-    for source in sources:
-        try:
-            d = yield from load(model, source)
-        except UserError as error:
-            wrong = wrong or error
-            continue
-        found += [d] if d.layer == layer else []
-    if not found and wrong:
-        raise wrong
-    if not found:
-        raise UserError(f"none of the study's SAEs is of layer {layer}: it has {', '.join(sources)}")
-    if len(found) > 1:
-        raise UserError(f"{found[0].source} and {found[1].source} are both of layer {layer}: keep one of them in the study")
-    return found[0]

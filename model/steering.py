@@ -1,21 +1,18 @@
 """Features as nodes: interventions on `L8.sae.f12` become one edit for each SAE, which encodes once and changes all features that are asked for."""
 
-import re
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch as t
 from torch import Tensor
 
-from techniques.features.reading import check, gradient, no_metric
-from techniques.patching.requests import Sweep
-from vocabulary.nodes import Intervention, Node, parse_node, UserError
+from vocabulary.nodes import Intervention, UserError
 from vocabulary.requests import Progress
 from model.bridge import Edit, Model
-from model.runs import NAMES, Runs, find_position, read_study, resampled
-from model.base_run import Spot
-from model.variants import Base
-from model.sae import LOADED, Dictionary, for_layer
+from model.runs import NAMES, Runs, find_position, resampled
+from model.sae_fit import check
+from model.sae import SparseAutoencoder
+from model.sae_loading import for_layer
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ def edits(runs: Runs, group: list[Intervention]) -> Generator[Progress, None, tu
     return write(d, changed(d, changes, places, kept)), mark
 
 
-def read_change(runs: Runs, d: Dictionary, i: Intervention) -> Generator[Progress, None, tuple[Change, tuple]]:
+def read_change(runs: Runs, d: SparseAutoencoder, i: Intervention) -> Generator[Progress, None, tuple[Change, tuple]]:
     """An intervention on a feature; and the tokens that its value comes from."""
     node, base = i.node, runs.study.base
     row = runs.row("now")
@@ -98,12 +95,12 @@ def read_change(runs: Runs, d: Dictionary, i: Intervention) -> Generator[Progres
 
 
 @t.no_grad()
-def one(d: Dictionary, x: Tensor, index: int) -> Tensor:
+def one(d: SparseAutoencoder, x: Tensor, index: int) -> Tensor:
     """A feature's activation [seq] on an input [seq, ...]."""
     return t.cat([d.encode(x[p])[:, index] for p in d.pieces(len(x))]).cpu()
 
 
-def mean(runs: Runs, d: Dictionary, i: Intervention, make: Callable) -> Generator[Progress, None, tuple[Change, tuple]]:
+def mean(runs: Runs, d: SparseAutoencoder, i: Intervention, make: Callable) -> Generator[Progress, None, tuple[Change, tuple]]:
     """The feature's mean activation over the set's corrupted prompts, position by position or over all positions but the first."""
     model, seq = runs.model, len(runs.row("now").ids)
     rows = [model.row(p.corrupt, p.bos).ids for p in runs.study.prompt_set if p.corrupt is not None]
@@ -121,7 +118,7 @@ def mean(runs: Runs, d: Dictionary, i: Intervention, make: Callable) -> Generato
     return make((total / count) * t.ones(seq)), tuple(rows)
 
 
-def changed(d: Dictionary, changes: list[Change], places: list[int], kept: bool) -> Callable[[Tensor, Tensor], Tensor]:
+def changed(d: SparseAutoencoder, changes: list[Change], places: list[int], kept: bool) -> Callable[[Tensor, Tensor], Tensor]:
     """From the SAE's input x and what is written there, y [batch, seq, ...], what is written under the changes: y + decode(f') - decode(f), or decode(f')."""
     index = sorted({c.index for c in changes})
 
@@ -155,7 +152,7 @@ def changed(d: Dictionary, changes: list[Change], places: list[int], kept: bool)
     return work
 
 
-def write(d: Dictionary, work: Callable[[Tensor, Tensor], Tensor]) -> list[Edit]:
+def write(d: SparseAutoencoder, work: Callable[[Tensor, Tensor], Tensor]) -> list[Edit]:
     """Edits that let work(x, y) say what is written; resid_mid goes through the attention's output, and gradients pass."""
     kept: dict[str, Tensor] = {}
     keep = lambda x: kept.__setitem__("x", x)  # noqa: E731
@@ -174,115 +171,4 @@ def write(d: Dictionary, work: Callable[[Tensor, Tensor], Tensor]) -> list[Edit]
 
 def sites(model: Model, sources: tuple[str, ...], layers: set[int]) -> set[tuple[str, int]]:
     """(site, layer) of what the loaded SAEs of these layers write."""
-    return {(d.site_out, d.layer) for source in sources if (d := LOADED.get(model, {}).get(source)) is not None and d.layer in layers}
-
-
-# ------------------------------------------------------------------ the sweep over features
-
-
-@dataclass(frozen=True)
-class FeatureSpot(Spot):
-    """One feature at one position: a new value of what the SAE writes there. `point` is what the SAE reads."""
-
-    feature: int = 0
-    point: str = ""
-
-    @property
-    def key(self) -> tuple:
-        return *super().key, self.feature
-
-    @property
-    def also(self) -> tuple[str, ...]:
-        return (self.point,)
-
-
-def loaded(model: Model, sources: tuple[str, ...], layer: int) -> Dictionary:
-    return next(d for source in sources if (d := LOADED[model].get(source)) is not None and d.layer == layer)
-
-
-def find_nodes(model: Model, ask: Sweep) -> Generator[Progress, None, tuple[str, ...]]:
-    """The features that are swept: those named, or the k of the largest attribution (of the change that the sweep makes) on the first prompt."""
-    named = [parse_node(a) for a in ask.nodes]
-    m = re.fullmatch(r"[Ll](\d+)\.sae", ask.node.strip())
-    if not m and not named or any(n.site != "sae" or n.layer != named[0].layer or n.pos is not None for n in named):
-        raise UserError("the sweep 'features' needs one SAE of the study, such as L8.sae, or some of its features without position, such as L8.sae.f12")
-    if ask.op not in ("zero", "patch"):
-        raise UserError(f"{ask.op}: features are swept with zero or patch")
-    layer = named[0].layer if named else int(m[1])
-    side = ask.study.base if ask.op != "patch" else {"denoise": "corrupt", "noise": "clean"}[ask.direction]
-    prompt = ask.study.prompt_set[0] if ask.over_set and ask.study.prompt_set else ask.study.prompt
-    runs = read_study(model, replace(ask.study, prompt=prompt, interventions=(), base=side))
-    d = yield from for_layer(model, ask.study.saes, layer)
-    check(runs, d)
-    if not (d.site_out.startswith("resid_") or d.site_out in ("attn", "mlp")):
-        raise UserError(f"{d.source} writes {d.out}: features are swept where they write the stream, attention's or the MLP's output")
-    if named:
-        for n in named:
-            d.check_index(n.index)
-        return tuple(dict.fromkeys(str(n) for n in named))
-    found = largest(runs, d, side, "corrupt" if side == "clean" else "clean", ask)
-    if not found:
-        raise UserError(f"no feature of {d.source} fires on this prompt")
-    return tuple(f"L{layer}.sae.f{i}" for i in found)
-
-
-@t.no_grad()
-def largest(runs: Runs, d: Dictionary, side: str, other: str, ask: Sweep) -> list[int]:
-    """Features by |change of activation x decoder row x gradient|, summed over positions but the first; by |change| for a metric without gradient."""
-    x = runs.trace(side, [d.point])[d.point][0]
-    there = runs.partners(side) if ask.op == "patch" else None
-    g = None if no_metric(runs, side) else gradient(runs, d, side).to(d.device)
-    sizes = t.zeros(d.d_sae, device=d.device)
-    terms = [(x, 1.0, list(range(len(x))))]
-    if ask.op == "patch":
-        theirs = runs.trace(other, [d.point])[d.point][0]
-        where = list(range(len(x))) if there is None else there
-        terms.append((theirs, -1.0, where))
-    change: dict[tuple[int, int], float] = {}
-    for source, sign, where in terms:
-        at, index, value = d.active(source)
-        back = {j: i for i, j in enumerate(where) if j >= 0}
-        for p, i, v in zip(at.tolist(), index.tolist(), value.tolist()):
-            if (q := back.get(p, 0)) > 0:
-                change[q, i] = change.get((q, i), 0.0) + sign * v
-    scale = d.scale(x)
-    keys = list(change)
-    for a in range(0, len(keys), 1024):
-        places, index = (t.tensor(k, device=d.device) for k in zip(*keys[a : a + 1024]))
-        amount = t.tensor([change[k] for k in keys[a : a + 1024]], device=d.device)
-        if g is not None:
-            amount = amount * (d.rows(index) * g[places]).sum(-1) * (scale[places, 0] if isinstance(scale, Tensor) else scale)
-        sizes.index_add_(0, index, amount.abs())
-    top = sizes.topk(min(ask.k, d.d_sae))
-    return [i for i, v in zip(top.indices.tolist(), top.values.tolist()) if v > 0]
-
-
-def lay_out(model: Model, ask: Sweep, seq: int) -> tuple[tuple[str, ...], tuple[str, ...], dict, tuple[str, ...]]:
-    """A row for each feature, a column for each position."""
-    nodes = [parse_node(a) for a in ask.nodes]
-    d = loaded(model, ask.study.saes, nodes[0].layer)
-    name = f"blocks.{d.layer}.hook_attn_out" if d.site_out == "resid_mid" else d.out
-    make = lambda n, c: FeatureSpot(Node(d.site_out, d.layer, pos=c), name, None, n.index, d.point)  # noqa: E731
-    cells = {(r, c): (make(n, c),) for r, n in enumerate(nodes) for c in range(seq)}
-    return tuple(ask.nodes), tuple(str(c) for c in range(seq)), cells, tuple(f"{nodes[r]}@{c}" for r, c in cells)
-
-
-@t.no_grad()
-def new_values(spots: list[FeatureSpot], base: Base, other: dict[str, Tensor], group: list[Runs], op: str, side: str) -> dict[tuple, Tensor]:
-    """By feature, what the SAE would write [prompt, seq, d_out] with it at zero, or as active as in the other run; the error term kept."""
-    d = loaded(base.model, group[0].study.saes, spots[0].node.layer)
-    index = sorted({s.feature for s in spots})
-    column = lambda x: t.cat([d.encode(x[p])[:, index] for p in d.pieces(len(x))])  # noqa: E731
-    x, there = base.acts[d.point], group[0].partners(side) if op == "patch" else None
-    change = []
-    for b in range(len(x)):
-        old = column(x[b])
-        new = t.zeros_like(old)
-        if op == "patch":
-            theirs = column(other[d.point][b])
-            new = theirs if there is None else t.stack([theirs[j] if j >= 0 else old[i] for i, j in enumerate(there)])
-        change.append((new - old) * d.scale(x[b]))
-    change, rows = t.stack(change), d.rows(index)
-    y = base.acts[d.out]
-    keys = {s.feature: s.key for s in spots}
-    return {keys[i]: y + (change[:, :, n : n + 1] * rows[n]).to(y) for n, i in enumerate(index)}
+    return {(d.site_out, d.layer) for source in sources if (d := model.notes.saes.get(source)) is not None and d.layer in layers}

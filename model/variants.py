@@ -1,7 +1,7 @@
 """
 Many changed runs of one model at the price of a few: what sweeps run on. No model maths of its own, the Bridge's blocks do all of it.
 
-1. A `Base` is one kept run of a few prompts of equal length (kept.py). `source` gives every spot's new values.
+1. A `Base` is one kept run of a few prompts of equal length (base_run.py). `source` gives every spot's new values.
 2. A `Variant` is that run with other values at some spots. Variants are the batch.
 3. A wave passes over the blocks once. A variant joins at the first block it changes, as the kept residual stream; positions before its first change
    come from the kept keys and values; after the last block only the metric's position is read.
@@ -11,25 +11,20 @@ Between two blocks no hook is on the model, so that a wave is a generator that o
 """
 
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import numpy as np
 import torch as t
 from torch import Tensor
 
-from model import base_run as kept
-from model.base_run import Kept, Spot, make_spot
-from vocabulary.nodes import Node
+from model.base_run import PatchSite
+from model.changed_blocks import ROWWISE, ChangedBlocks
 from vocabulary.requests import Progress
-from model.bridge import Edit, Keep, out_of_memory
-from model.fast_blocks import given
-from utils import tec
+from model.memory import in_chunks
 
 PACK = 160  # tokens of a packed row
 FIRST = 12  # variants of a sweep's first wave, so that something is on the screen
-PIECE = 11e9  # FLOPs of a block between two pauses, on a CPU's thread
-ROWWISE = ("attn", "resid_mid", "head", "neuron")  # one position of these changes the block's output at that position only
 
 
 @dataclass(frozen=True)
@@ -37,7 +32,7 @@ class Variant:
     """A cell and the spots that are changed for it."""
 
     cell: int
-    spots: tuple[Spot, ...]
+    spots: tuple[PatchSite, ...]
 
     @property
     def first(self) -> int:
@@ -48,13 +43,13 @@ class Variant:
         return min((s.node.layer for s in self.spots), default=0)
 
 
-class Base(Kept):
+class Base(ChangedBlocks):
     """A kept run, and its variants."""
 
     # ---------------------------------------------------------------- blocks in pieces
 
     def steps(self, layer: int, x: Tensor, rows: list[Variant], start: int, firsts: tuple[int, ...] = ()) -> Generator[None, None, Tensor]:
-        """The same in pieces, with a pause after each; edits of this block for the variants that have some."""
+        """A block in pieces of some variants, with a pause after each; edits for those that have some in it."""
         b, out, per = len(self.ids), [], self.piece(x.shape[1])
         for a in range(0, len(x) // b, per):
             piece = x[a * b : (a + per) * b]
@@ -63,39 +58,6 @@ class Base(Kept):
             self.worked += len(piece) // b * x.shape[1]
             yield
         return out[0] if len(out) == 1 else t.cat(out)
-
-    def piece(self, length: int) -> int:
-        """How many variants of so many positions go through a block between two pauses."""
-        i = self.model.info
-        flops = 2 * i.d_model * (4 * i.d_model + 3 * i.d_mlp) * len(self.ids) * length
-        return max(1, int((PIECE * t.get_num_threads() if self.model.device.type == "cpu" else 1e3 * PIECE) / flops))
-
-    def write(self, rows: list[tuple[int, Spot]], n: int, start: int) -> list[Edit]:
-        """Edits that give some variants' rows (of n) their new values. What resid_mid lacks is added to the attention's output."""
-        by_name: dict[str, list] = {}
-        for i, spot in rows:
-            by_name.setdefault(spot.name, []).append((i, spot))
-        before = {spot.name: Keep() for _, spot in rows if spot.node.site == "resid_mid"}
-
-        def edit(mine: list) -> Callable[[Tensor], Tensor]:
-            def apply(x: Tensor) -> Tensor:
-                x = x.clone(memory_format=t.contiguous_format)
-                y = x.view(n, len(self.ids), *x.shape[1:])
-                for i, spot in mine:
-                    index = (slice(None), *spot.index(start, self.per_kv))
-                    new = self.values(spot, start)[index].to(x)
-                    y[i][index] = new - before[spot.name].x.view(y.shape)[i][index] if spot.node.site == "resid_mid" else new
-                return x
-
-            return apply
-
-        catch = [(name.replace("attn_out", "resid_pre"), keep) for name, keep in before.items()]
-        return [*catch, *((name, edit(mine)) for name, mine in by_name.items())]
-
-    def values(self, spot: Spot, start: int) -> Tensor:
-        """New values [prompt, positions from start to stop, ...]."""
-        x = self.source[spot.key]
-        return x[:, :, start : self.stop, : self.stop] if spot.node.part == "pattern" and spot.node.site == "head" else x[:, start : self.stop]
 
     # ---------------------------------------------------------------- a wave
 
@@ -113,71 +75,6 @@ class Base(Kept):
             return False
         one = pos is not None and site in ROWWISE and (site != "head" or spot.node.part == "z")
         return True if one or site in ("resid_post", "mlp") or site == "attn" and self.model.parallel or self.by_heads(spot) else None
-
-    # ---------------------------------------------------------------- heads at all positions
-
-    def by_heads(self, spot: Spot) -> bool:
-        """
-        Whether a head's change is known as a new z of that head: z itself, and q, k, v or pattern, since heads do not see one another before their
-        outputs are added (tried once a model). Then its block needs no attention, only what attention puts out.
-        """
-        node = spot.node
-        if node.site != "head" or node.pos is not None or self.edits or f"blocks.{node.layer}.attn.hook_z" not in self.acts:
-            return False
-        return self.heads_apart(node.part)
-
-    def heads_apart(self, part: str) -> bool:
-        known = kept.TRIED.setdefault(self.model, {})
-        if ("heads", part) not in known:
-            known["heads", part] = self.trial_heads(part)
-        return not known["heads", part]
-
-    def heads_of(self, spot: Spot) -> int | slice:
-        """The heads whose z a change moves: one key and value serve a group of them."""
-        first = spot.node.head - spot.node.head % self.per_kv
-        return slice(first, first + self.per_kv) if spot.node.part in ("k", "v") else spot.node.head
-
-    def trial_heads(self, part: str) -> str:
-        """One head changed alone and all heads changed together give that head one z; a block finished from it is the block under that change."""
-        layer = next(k for k in self.source if k[1:] == ("head", part))[0]
-        spot, kept = make_spot(self.model, Node("head", layer, 0, part)), dict(self.source)
-        try:
-            self.source = {spot.key: 2 * self.acts[spot.name].flip(-1) + 0.5}  # of another norm too: some models normalise all heads' q together
-            want = self.step(layer, self.resid[layer][:, : self.stop], 0, self.write([(0, spot)], 1, 0))
-            got = self.attended(layer, [spot], 0)
-        except RuntimeError as error:
-            if isinstance(error, t.OutOfMemoryError):
-                raise
-            return type(error).__name__
-        finally:
-            self.source = kept
-        return "" if self.model.identity("heads", got[:, self.stop - 1], want[:, self.stop - 1]).ok else "off"
-
-    def z_of(self, layer: int, part: str) -> Tensor:
-        """z [prompt, seq, head, d_head] of every head when its own part is changed."""
-        if part == "z":
-            return self.source[layer, "head", "z"]
-        if (layer, "z of", part) not in self.source:
-            new, z = self.source[layer, "head", part], f"blocks.{layer}.attn.hook_z"
-            got: dict[str, Tensor] = {}
-            edits = [(f"blocks.{layer}.attn.hook_{part}", lambda x: new[:, :, : self.stop, : self.stop] if part == "pattern" else new[:, : self.stop])]
-            self.step(layer, self.resid[layer][:, : self.stop], 0, [*edits, (z, lambda x: got.__setitem__("z", x.detach()))])
-            self.source[layer, "z of", part] = got["z"]
-        return self.source[layer, "z of", part]
-
-    @t.no_grad()
-    def attended(self, layer: int, spots: list[Spot], start: int) -> Tensor:
-        """The stream after a block [variant x prompt, seq from start, d_model] for changes of one head's z each; its attention is not run."""
-        block = self.model.bridge.blocks[layer]
-        z = self.acts[f"blocks.{layer}.attn.hook_z"][:, start : self.stop]
-        z = z.expand(len(spots), *z.shape).clone()
-        for i, s in enumerate(spots):
-            heads = self.heads_of(s)
-            z[i, :, :, heads] = self.z_of(layer, s.node.part)[:, start : self.stop, heads].to(z)
-        out = block.attn.o(z.flatten(3).flatten(0, 1))
-        x = self.resid[layer][:, start : self.stop]
-        with given(block.attn, out):
-            return self.step(layer, x.expand(len(spots), *x.shape).flatten(0, 1), start, [])
 
     def join(self, variants: list[Variant], layer: int, start: int) -> Generator[None, None, Tensor]:
         """The rows of variants that join at a block: the kept stream, changed where the change is known as such."""
@@ -208,40 +105,6 @@ class Base(Kept):
             yield
         return x.flatten(0, 1)
 
-    def runs_alone(self, spot: Spot) -> bool:
-        return spot.node.site in ROWWISE and not (spot.node.site == "attn" and self.model.parallel)
-
-    def alone(self, rows: list[tuple[int, Spot]]) -> Tensor:
-        """A block on single tokens, one a variant: what it puts out at the changed position [variant, prompt, d_model]."""
-        spots = [s for _, s in rows]
-        layer, b = spots[0].node.layer, len(self.ids)
-        assert all(s.node.layer == layer for s in spots)
-        places = [s.node.pos for s in spots]
-        pick = lambda x: x[:, places].transpose(0, 1).flatten(0, 1)[:, None]  # noqa: E731  [variant x prompt, 1, ...]
-        zs = {s.name for s in spots if s.node.site == "head"}
-        assert not zs or len({s.name for s in spots}) == 1
-        frozen = zs or {f"blocks.{layer}.hook_attn_out"}
-        fixed = [(name, lambda x, name=name: pick(self.acts[name]).reshape(x.shape)) for name in frozen]
-        by_name: dict[str, list] = {}
-        for i, s in enumerate(spots):
-            by_name.setdefault(s.name, []).append((i, s))
-        inputs = pick(self.resid[layer])
-
-        def edit(mine: list) -> Callable[[Tensor], Tensor]:
-            def apply(x: Tensor) -> Tensor:
-                x = x.clone(memory_format=t.contiguous_format)
-                y, before = x.view(len(spots), b, *x.shape[1:]), inputs.view(len(spots), b, *inputs.shape[1:])
-                for i, s in mine:
-                    tail = s.index(0, self.per_kv)[1:]
-                    new = self.source[s.key][(slice(None), s.node.pos, *tail)].to(x)
-                    y[(i, slice(None), 0, *tail)] = new - before[i, :, 0] if s.node.site == "resid_mid" else new
-                return x
-
-            return apply
-
-        edits = [*fixed, *((name, edit(mine)) for name, mine in by_name.items())]
-        return self.step(layer, inputs, 0, edits).view(len(spots), b, -1)
-
     def wave(self, variants: list[Variant], start: int) -> Generator[None, None, np.ndarray]:
         """Metrics [variant, prompt] of variants that change nothing before `start`; pauses after every block."""
         order = sorted(range(len(variants)), key=lambda i: self.enters(variants[i]))
@@ -258,7 +121,7 @@ class Base(Kept):
         return out
 
     def packed(self, variants: list[Variant]) -> Generator[None, None, np.ndarray]:
-        """The same for variants that are known as a new row of the stream at one position: a packed row holds one for every position, where there is one."""
+        """Metrics [variant, prompt] of variants known as a new row of the stream at one position: a packed row holds one for every position, where there is one."""
         b, firsts = len(self.ids), tuple(sorted({v.first for v in variants}))
         tokens = t.cat([t.arange(p, self.stop) for p in firsts])
         begins = dict(zip(firsts, np.cumsum([0, *(self.stop - p for p in firsts)]).tolist()))
@@ -300,7 +163,7 @@ class Base(Kept):
         return [rows[i].to(self.resid[layer]) for i in range(len(variants))]
 
     def whole(self, variants: list[Variant]) -> np.ndarray:
-        """The same by whole forward passes under hooks."""
+        """Metrics [variant, prompt] by whole forward passes under hooks."""
         last = f"blocks.{self.n - 1}.hook_resid_post"
         stop, self.stop = self.stop, self.ids.shape[1]
         changed = [(i, s) for i, v in enumerate(variants) for s in v.spots]
@@ -343,35 +206,40 @@ class Base(Kept):
             rest = [v for v in variants if v not in packed]
             groups = [*pack_groups(some, self.stop), *((a, g, False) for a, g in position_groups(rest, self.shared, len(self.ids)))]
         for start, group, pack in groups:
-            length = self.ids.shape[1] if self.reason else self.stop - start
-            size, i = self.room(length), 0
-            group = sorted(group, key=lambda v: -(v.layer if self.reason else self.enters(v)))
-            while i < len(group):
-                part = group[i : i + size]
-                if not begun and not self.reason:
-                    part = [v for v in part if self.enters(v) == self.enters(part[0])][:FIRST]
-                try:
-                    found = self.whole(part) if self.reason else (yield from self.paused(self.packed(part) if pack else self.wave(part, start)))
-                except t.OutOfMemoryError as error:
-                    tec()
-                    if len(part) == 1:
-                        raise out_of_memory(error) from error
-                    size = max(1, len(part) // 2)
-                    self.limit = min(self.limit, size * length * self.token_bytes())  # the groups that follow begin with what fits
-                    yield Progress(0, 0, f"out of memory: {size} at a time now")
-                    continue
-                self.at_once, begun = max(self.at_once, len(part)), True
-                self.peak = max(self.peak, len(part) * length * self.token_bytes())
-                self.worked += self.n * length * len(part) if self.reason else 0
-                yield part, found
-                i += len(part)
+            yield from self.in_waves(start, group, pack, begun)
+            begun = True
 
-    def paused(self, wave: Generator) -> Generator[Progress, None, np.ndarray]:
+    def in_waves(self, start: int, group: list[Variant], pack: bool, begun: bool) -> Generator[Progress | tuple[list[Variant], np.ndarray]]:
+        """A group of variants that change nothing before `start`, as many at a time as fit."""
+        length = self.ids.shape[1] if self.reason else self.stop - start
+        group = sorted(group, key=lambda v: -(v.layer if self.reason else self.enters(v)))
+
+        def fits(i: int) -> int:
+            if begun or self.reason:
+                return self.room(length)
+            return min(self.room(length), FIRST, sum(self.enters(v) == self.enters(group[i]) for v in group[i:]))
+
+        def work(i: int, stop: int) -> Generator | tuple:
+            part = group[i:stop]
+            return (part, self.whole(part)) if self.reason else self.paused(part, self.packed(part) if pack else self.wave(part, start))
+
+        def smaller(size: int) -> None:
+            self.limit = min(self.limit, size * length * self.token_bytes())  # the groups that follow begin with what fits
+
+        for out in in_chunks(len(group), fits, work, smaller):
+            if not isinstance(out, Progress):
+                n, begun = len(out[0]), True
+                self.at_once, self.peak = max(self.at_once, n), max(self.peak, n * length * self.token_bytes())
+                self.worked += self.n * length * n if self.reason else 0
+            yield out
+
+    def paused(self, part: list[Variant], wave: Generator) -> Generator[Progress, None, tuple[list[Variant], np.ndarray]]:
+        """A wave's variants and metrics; its pauses as progress."""
         while True:
             try:
                 next(wave)
             except StopIteration as stop:
-                return stop.value
+                return part, stop.value
             yield Progress(0, 0)
 
 

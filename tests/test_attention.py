@@ -13,7 +13,7 @@ from techniques.attention import patterns as attribution
 from techniques.attention.requests import Attention, AttentionSet, Detect, DETECTORS, HeadStats, STATS
 from vocabulary.nodes import Intervention, Node, parse_intervention, UserError
 from vocabulary.prompts import Prompt, Study
-from model.runs import prepare
+from model.interventions import prepare
 
 TOL = 1e-4
 REPEATS = "Mary and John went to Mary and John and the store went red red green"

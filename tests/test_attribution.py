@@ -524,7 +524,7 @@ def test_bad_requests(engines, ask, text):
 def test_an_answer_outside_the_vocabulary(engines, monkeypatch):
     engine = engines["qwen3"]
     answer = engine.model.check(PROMPT).answers[0].ids[0]
-    monkeypatch.setattr(engine.model, "info", replace(engine.model.info, d_vocab=answer))
+    monkeypatch.setattr(engine.model.tokens, "info", replace(engine.model.info, d_vocab=answer))
     with pytest.raises(UserError, match=f"answer ' Mary' is token {answer}, which the model can't predict"):
         engine.run(Attribution(STUDY))
 

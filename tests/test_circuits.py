@@ -276,7 +276,7 @@ def test_circuits_of_ioi_are_small_and_faithful(engines):
 @pytest.mark.slow
 def test_a_chain_of_removals_is_one_after_the_other(engines, monkeypatch):
     """ACDC's batches change nothing: the same circuit with chains of one edge."""
-    from techniques.circuits import search as discovery
+    from techniques.circuits import edge_search as discovery
 
     gpt2 = engines["gpt2"]
     many = gpt2.run(Discover(STUDY, "acdc", threshold=1e-4))
@@ -460,7 +460,7 @@ def test_an_sae_without_a_feature_in_the_circuit_is_left_alone(engines):
 def test_compare():
     a = Circuit("a", "gpt2", ("L9H9", "L10H0", "L0H0.q"), ())
     engine = Engine.__new__(Engine)
-    from techniques.circuits.scores import compare
+    from techniques.circuits.compare import compare
 
     r = compare(Compare(a, published="ioi", edges=("L9H9->logits", "L10H0->logits", "L0H0->logits"), scores=(3.0, 2.0, 1.0)))
     assert set(r.both) == {"L9H9", "L10H0"} and r.only_here == ("L0H0",) and len(r.only_there) == 24 and r.area == pytest.approx(1.0)

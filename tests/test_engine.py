@@ -174,13 +174,13 @@ def test_a_new_model_drops_what_ran_on_the_old():
 
 def test_an_engine_in_the_scheduler(engines):
     """Real analyses in chunks: a lens in parts, a small run between them, and a superseded lens."""
-    from techniques.lens import reading as lens
+    from model import metrics
 
     sent = []
     engine = engines["llama"]
     scheduler = Scheduler(engine.jobs, sent.append, engine.check_hooks)
     whole = engine.run(Lens(Study(PROMPT)))
-    bound, lens.VOCAB_BYTES = lens.VOCAB_BYTES, 4 * engine.model.info.d_vocab * 15
+    bound, metrics.VOCAB_BYTES = metrics.VOCAB_BYTES, 4 * engine.model.info.d_vocab * 15
     try:
         scheduler.put(Frame("ask", 1, "lens", 5, Lens(Study(PROMPT))))
         scheduler.step()
@@ -195,7 +195,7 @@ def test_an_engine_in_the_scheduler(engines):
             pass
         assert sent[-1].id == 3 and sent[-1].kind == "result" and sent[-1].body.points == whole.points
     finally:
-        lens.VOCAB_BYTES = bound
+        metrics.VOCAB_BYTES = bound
     for frame in sent:
         assert read_frame(__import__("io").BytesIO(encode(frame)).read).id == frame.id
 

@@ -8,8 +8,9 @@ import torch as t
 from conftest import CORRUPT, PROMPT
 from dictionaries import build, save
 
-from model import runs as patching
+from model import interventions as patching
 from model import sae as saes
+from model.sae_loading import load
 from techniques.attribution.requests import Attribution
 from techniques.circuits.requests import Discover, Score
 from techniques.features.requests import Feature, Features
@@ -60,7 +61,7 @@ def sources(engines, tmp_path_factory):
 
 
 def loaded(engine, source):
-    steps = saes.load(engine.model, source)
+    steps = load(engine.model, source)
     while True:
         try:
             next(steps)

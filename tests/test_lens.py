@@ -8,7 +8,9 @@ import torch as t
 from conftest import CLEAN, PROMPT, SHORT
 from reference import log_softmax
 
+from model import metrics
 from techniques.lens import reading as lens
+from model.top_tokens import largest
 from techniques.lens.requests import Lens
 from techniques.output.requests import Run
 from vocabulary.nodes import parse_intervention, UserError
@@ -101,7 +103,7 @@ def test_first_answer_of_a_run(engine, monkeypatch, kind, pos):
     engine.model.cache.clear()
     whole = engine.run(ask)
     engine.model.cache.clear()
-    monkeypatch.setattr(lens, "VOCAB_BYTES", 4 * engine.model.info.d_vocab * 4)
+    monkeypatch.setattr(metrics, "VOCAB_BYTES", 4 * engine.model.info.d_vocab * 4)
     rows, parts, real = [], [], engine.model.unembed
     monkeypatch.setattr(engine.model, "unembed", lambda x: rows.append(len(x)) or real(x))
     again = engine.run(ask, lambda part: parts.append((part, sum(rows))) if hasattr(part, "clean") else None)
@@ -148,7 +150,7 @@ def test_corrupted_of_another_length(engine, reference):
 def test_chunks_give_the_same_numbers(engine, monkeypatch, rows):
     """However small the bound on vocabulary-sized tensors, the same numbers, in parts that lie in order."""
     whole = engine.run(Lens(Study(PROMPT)))
-    monkeypatch.setattr(lens, "VOCAB_BYTES", 4 * engine.model.info.d_vocab * rows)
+    monkeypatch.setattr(metrics, "VOCAB_BYTES", 4 * engine.model.info.d_vocab * rows)
     parts = []
     again = engine.run(Lens(Study(PROMPT)), lambda part: parts.append(part))
     for name in ("top_probs", *lens.STATS, "kl_pair", "up_values", "down_values"):
@@ -291,10 +293,10 @@ def test_statistics_of_a_large_vocabulary(scale):
 @pytest.mark.parametrize("k", [1, 3])
 def test_largest_is_topk(n, k):
     x = t.randn(5, n, generator=t.Generator().manual_seed(n))
-    values, ids = lens.largest(x, k)
+    values, ids = largest(x, k)
     want = x.topk(k, -1)
     assert t.equal(values, want.values) and t.equal(ids, want.indices)
-    values, ids = lens.largest(x, k, False)
+    values, ids = largest(x, k, False)
     want = x.topk(k, -1, False)
     assert t.equal(values, want.values) and t.equal(ids, want.indices)
 

@@ -13,12 +13,14 @@ import torch as t
 from conftest import ARCHS, CLEAN, CORRUPT, PROMPT, SHORT
 from safetensors.torch import load_file, save_file
 
-from model import bridge as m
+from model import loading
+from model.cache import Cache
+from model.memory import in_chunks
 from engine import Engine
 from techniques.output.requests import Run
 from vocabulary.nodes import UserError
 from vocabulary.prompts import Prompt, Study
-from vocabulary.requests import Check, Load
+from vocabulary.requests import Check, Load, Progress
 
 
 def failure(ask: Load) -> str:
@@ -82,7 +84,7 @@ def test_a_big_model_keeps_its_own_dtype(folders, tmp_path, monkeypatch):
     weights = load_file(folder / "model.safetensors")
     save_file({k: v.bfloat16() for k, v in weights.items()}, folder / "model.safetensors", {"format": "pt"})
     assert Engine(str(folder)).model.info.dtype == "float32"
-    monkeypatch.setattr(m, "SMALL", 10)
+    monkeypatch.setattr(loading, "SMALL", 10)
     assert Engine(str(folder)).model.info.dtype == "bfloat16"
 
 
@@ -220,10 +222,10 @@ def hub(monkeypatch, tmp_path, folders):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    real, here = m.huggingface_hub.snapshot_download, f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(m.huggingface_hub, "snapshot_download", lambda name, **k: real(name, cache_dir=tmp_path, **k))
-    monkeypatch.setattr(m.huggingface_hub.constants, "ENDPOINT", here)
-    monkeypatch.setattr(m.huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", here + "/{repo_id}/resolve/{revision}/{filename}")
+    real, here = loading.huggingface_hub.snapshot_download, f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(loading.huggingface_hub, "snapshot_download", lambda name, **k: real(name, cache_dir=tmp_path, **k))
+    monkeypatch.setattr(loading.huggingface_hub.constants, "ENDPOINT", here)
+    monkeypatch.setattr(loading.huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", here + "/{repo_id}/resolve/{revision}/{filename}")
 
     def cut() -> None:
         server.shutdown()
@@ -372,7 +374,7 @@ def test_hooks_go_even_when_one_fails(engines):
 
 
 def test_cache_bound_and_order():
-    cache = m.Cache(limit=100)
+    cache = Cache(limit=100)
     for i in range(5):
         cache.put(((i,), (), "x"), t.zeros(10, dtype=t.float32))
     assert cache.size == 80 and len(cache.items) == 2
@@ -430,8 +432,8 @@ def test_chunks_halve_when_memory_runs_out():
             raise t.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has 1.00 GiB free.")
         return range(a, b)
 
-    for part in m.in_chunks(20, 16, work):
-        (said if isinstance(part, m.Progress) else seen).append(part)
+    for part in in_chunks(20, 16, work):
+        (said if isinstance(part, Progress) else seen).append(part)
     assert [i for r in seen for i in r] == list(range(20))
     assert [p.text for p in said] == ["out of memory: 8 at a time now", "out of memory: 4 at a time now", "out of memory: 2 at a time now"]
 
@@ -439,7 +441,7 @@ def test_chunks_halve_when_memory_runs_out():
         raise t.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has 1.00 GiB free.")
 
     with pytest.raises(UserError, match="Tried to allocate 9.00 GiB.*1.00 GiB free"):
-        list(m.in_chunks(4, 4, never))
+        list(in_chunks(4, 4, never))
 
 
 def test_forward_out_of_memory_frees_the_cache(folders):

@@ -42,7 +42,7 @@ def columns(reference, node: Node) -> slice:
 
 def now(engine, study: Study) -> np.ndarray:
     """All logits of the run under interventions, by the model's own forward pass."""
-    from model.runs import prepare
+    from model.interventions import prepare
 
     gen = prepare(engine.model, study)
     while True:

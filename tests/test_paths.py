@@ -125,6 +125,18 @@ def test_one_sender_to_each_receiver(engine):
         assert table.values[row, col] == pytest.approx(float(alone.values[2, 1]), abs=1e-5), receiver
 
 
+@pytest.mark.parametrize("name", ["END", -1])
+def test_each_receiver_at_a_named_position(engine, name):
+    """A label or a number from the end is the index it stands for: against the cell's own path, receiver by receiver."""
+    end = len(engine.run(PathPatch(STUDY, ("L0H1",), (), each="receiver")).tokens.ids) - 1
+    table = engine.run(PathPatch(STUDY, ("L0H1",), (f"L1H1.q@{name}",), each="receiver"))
+    want = engine.run(PathPatch(STUDY, ("L0H1",), (f"L1H1.q@{end}",), each="receiver"))
+    np.testing.assert_array_equal(table.values, want.values)
+    assert table.nodes == want.nodes and f"L1H1.q@{end}" in table.nodes
+    one = engine.run(PathPatch(STUDY, ("L0H1",), (f"L1H1.q@{end}",)))
+    assert table.values[1, 3] == pytest.approx(float(one.values[1, 1]), abs=1e-5)
+
+
 def test_positions_and_sets(engines):
     zoo = engines["zoo"]
     by_pos = zoo.run(PathPatch(Study(IOI[0]), ("L0H1",), ("L3H2.k", "L3H3.k"), by_pos=True))

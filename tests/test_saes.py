@@ -11,6 +11,8 @@ from conftest import PROMPT
 from dictionaries import KINDS, build, save
 
 from model import sae as saes
+from model.sae_catalogue import canonical, catalogue, guess_hook, guess_width
+from model.sae_loading import load
 from techniques.features.requests import Feature, Features, Preflight, Saes
 from techniques.output.requests import Run
 from vocabulary.nodes import UserError
@@ -25,7 +27,7 @@ def activations(engine, *names):
 
 
 def loaded(engine, source):
-    steps = saes.load(engine.model, source)
+    steps = load(engine.model, source)
     while True:
         try:
             next(steps)
@@ -166,15 +168,15 @@ def test_hook_points(engine, hook, tmp_path):
 
 def test_the_catalogue_needs_neither_network_nor_sae_lens(engines):
     model, before = engines["gpt2"].model, "sae_lens" in sys.modules
-    none = saes.catalogue(engines["zoo"].model)
+    none = catalogue(engines["zoo"].model)
     assert all(c.where in ("zoo", "folder") for c in none.choices)
-    named = saes.catalogue(model).choices  # its folder is called gpt2
+    named = catalogue(model).choices  # its folder is called gpt2
     assert ("sae_lens" in sys.modules) == before
     some = {c.source: c for c in named}
     jb = some["gpt2-small-res-jb:blocks.8.hook_resid_pre"]
     assert (jb.l0, jb.explained, jb.hook, jb.neuronpedia, jb.where) == (60.0, 0.9, "blocks.8.hook_resid_pre", "gpt2-small/8-res-jb", "hub")
     assert all(c.model == "gpt2-small" for c in named if c.where in ("hub", "cache")) and len(named) > 100
-    every = saes.catalogue(model, True).choices
+    every = catalogue(model, True).choices
     assert len(every) > 13_000
     pick = {c.source: c for c in every}
     scope = pick["gemma-scope-2b-pt-res:layer_5/width_16k/average_l0_34"]
@@ -200,13 +202,13 @@ def test_the_catalogue_needs_neither_network_nor_sae_lens(engines):
     ],
 )
 def test_what_names_say(release, ident, hook, width):
-    assert saes.guess_hook(release, ident, "") == hook and saes.guess_width(release, ident) == width
+    assert guess_hook(release, ident, "") == hook and guess_width(release, ident) == width
 
 
 def test_models_names():
-    assert saes.canonical("openai-community/gpt2") == saes.canonical("gpt2-small") != saes.canonical("gpt2-medium")
-    assert saes.canonical("EleutherAI/pythia-70m") == saes.canonical("pythia-70m-deduped")
-    assert saes.canonical("google/gemma-2-2b-it") == saes.canonical("gemma-2-2b") != saes.canonical("gemma-2-9b")
+    assert canonical("openai-community/gpt2") == canonical("gpt2-small") != canonical("gpt2-medium")
+    assert canonical("EleutherAI/pythia-70m") == canonical("pythia-70m-deduped")
+    assert canonical("google/gemma-2-2b-it") == canonical("gemma-2-2b") != canonical("gemma-2-9b")
 
 
 def test_what_is_refused_in_one_line(engines, tmp_path):
@@ -378,5 +380,5 @@ def test_what_the_hub_cache_holds_is_marked(engines, tmp_path, monkeypatch):
     folder = tmp_path / "models--jbloom--GPT2-Small-SAEs-Reformatted" / "snapshots" / "abc" / "blocks.8.hook_resid_pre"
     folder.mkdir(parents=True)
     (folder / "cfg.json").write_text("{}")
-    cached = [c.source for c in saes.catalogue(engines["gpt2"].model).choices if c.where == "cache"]
+    cached = [c.source for c in catalogue(engines["gpt2"].model).choices if c.where == "cache"]
     assert "gpt2-small-res-jb:blocks.8.hook_resid_pre" in cached and not any("hook_resid_pre" in c and ".8." not in c for c in cached)

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from model import base_run as kept
 from model import variants as resume
-from techniques.patching import sweeps
+from techniques.patching import plan as plans
+from techniques.patching.table import SweepTable
+from vocabulary.statistics import FLIPS
 from techniques.patching.requests import Estimate, Sweep, SweepResult
 from vocabulary.nodes import parse_intervention, parse_node, UserError
 from vocabulary.prompts import Metric, Prompt, read_prompt_set, Study
@@ -245,7 +247,7 @@ def test_random_nodes_and_chunks(engines, references, data):
     size = data.draw(st.integers(1, 40))
     engine, plain = engines[arch], resume.Base.room
     ask = Sweep(STUDY, kind, op, direction, node=NODE.get(kind, ""))
-    shape = sweeps.read_plan(engine.model, ask).layout
+    shape = plans.read_plan(engine.model, ask).layout
     r, c = data.draw(st.sampled_from(sorted(shape.cells)))
     only = tuple(data.draw(st.lists(st.sampled_from(sorted(shape.cells)), max_size=12, unique=True).filter(lambda x: (r, c) not in x)))
     try:
@@ -308,7 +310,7 @@ def test_partial_results_and_cancel(engines):
 def test_what_cannot_be_resumed_runs_whole(engines, monkeypatch):
     engine = engines["llama"]
     want = sweep(engine, "resid_post").values
-    monkeypatch.setattr(kept, "TRIED", type(kept.TRIED)())
+    monkeypatch.setattr(engine.model.notes, "trials", {})
     step = resume.Base.step
     monkeypatch.setattr(resume.Base, "step", lambda self, *a: step(self, *a) * 1.01)
     got = sweep(engine, "resid_post")
@@ -336,7 +338,7 @@ def test_statistics_over_a_set(engines):
     assert got.p[3, 3] == pytest.approx(np.mean(flips), abs=1e-6)
     again = engines["zoo"].run(Sweep(replace(study, prompt_set=study.prompt_set * 2), "z", over_set=True))
     np.testing.assert_array_equal(again.p, engines["zoo"].run(Sweep(replace(study, prompt_set=study.prompt_set * 2), "z", over_set=True)).p)
-    assert again.p.min() == pytest.approx(1 / (sweeps.FLIPS + 1), rel=1e-3)
+    assert again.p.min() == pytest.approx(1 / (FLIPS + 1), rel=1e-3)
 
 
 def test_answer_key_of_the_zoo(engines):
@@ -383,11 +385,11 @@ def test_small_step_of_attribution_patching_is_a_finite_difference(engine, arch,
 def slopes(engine, ask: Sweep) -> list[np.ndarray]:
     eps, ends = 0.02, []
     for sign in (1, -1):
-        plan = sweeps.read_plan(engine.model, ask)
-        ((members, base, sides),) = [p for p in sweeps.bases(plan) if not isinstance(p, Progress)]
-        for key, name in {s.key: sweeps.reads(engine.model, s) for s in plan.spots}.items():
+        plan = plans.read_plan(engine.model, ask)
+        ((members, base, sides),) = [p for p in plans.bases(plan) if not isinstance(p, Progress)]
+        for key, name in {s.key: plans.reads(engine.model, s) for s in plan.spots}.items():
             base.source[key] = base.acts[name] + sign * eps * (base.source[key] - base.acts[name])
-        board = sweeps.Board(plan)
+        board = SweepTable(plan)
         board.begin(members, base, sides)
         for step in base.all(board.waiting):
             if not isinstance(step, Progress):
@@ -570,7 +572,7 @@ def test_estimates_without_single_blocks(engines, monkeypatch):
     """A model whose blocks can't be run one by one: gradients of whole runs, the same numbers."""
     engine = engines["gemma2"]
     want = {m: engine.run(Estimate(STUDY, "attn_mlp", m)).values for m in ("atp", "ig")}
-    monkeypatch.setattr(kept, "TRIED", type(kept.TRIED)())
+    monkeypatch.setattr(engine.model.notes, "trials", {})
     monkeypatch.setattr(resume.Base, "trial", lambda self: "not today")
     for m, values in want.items():
         np.testing.assert_allclose(engine.run(Estimate(STUDY, "attn_mlp", m)).values, values, atol=TOL)
@@ -579,7 +581,7 @@ def test_estimates_without_single_blocks(engines, monkeypatch):
 def test_heads_that_see_one_another_are_run_in_full(engines, monkeypatch):
     engine = engines["qwen3"]
     want = sweep(engine, "q").values
-    monkeypatch.setattr(kept, "TRIED", type(kept.TRIED)())
+    monkeypatch.setattr(engine.model.notes, "trials", {})
     plain = resume.Base.z_of
     monkeypatch.setattr(resume.Base, "z_of", lambda self, layer, part: plain(self, layer, part) * 1.01)
     np.testing.assert_allclose(sweep(engine, "q").values, want, atol=TOL)

@@ -274,7 +274,7 @@ def test_the_zoos_own_lens(engines):
     assert "zoo/tuned_lens" in lens.convention and lens.kl[-1].max() < 1e-5
     config = json.loads((engine.model.folder / "tuned_lens" / "config.json").read_text())
     assert all(after < before for before, after in zip(config["kl_before"], config["kl_after"]))
-    maps = next(iter(tuned.READ[engine.model].values())).maps
+    maps = next(iter(engine.model.notes.translators.values())).maps
     weight, bias = (t.stack([maps[i][j] for i in sorted(maps)]) for j in (0, 1))
     rows = tuned.windows(engine.model, tuned.corpus(""), config["fit"]["length"], config["fit"]["seed"])[:8]
     assert (tuned.kl_by_layer(engine.model, rows, weight, bias) < tuned.kl_by_layer(engine.model, rows, None, None)).all()

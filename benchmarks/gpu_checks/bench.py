@@ -16,7 +16,7 @@ import numpy as np
 import torch as t
 import transformers as tr
 
-from gpu_checks.loupe import Engine, Load, Model, Prompt, Study, read_tokenizer
+from gpu_checks.loupe import Engine, Load, Model, Prompt, Study, read_tokenizer, self_check
 from gpu_checks.requests import every
 
 GIB = 2**30
@@ -241,7 +241,7 @@ class Bench:
         ask, made, hf = Load(str(path), device=self.device, dtype="bfloat16"), Engine(), self.build(name, t.bfloat16)
         made.model = Model(ask, hf, read_tokenizer([path]), path, path, t.bfloat16, 512)
         made.model.info = replace(made.model.info, n_params=sum(p.numel() for p in hf.parameters()))
-        made.model.info = replace(made.model.info, checks=made.model.self_check())
+        made.model.info = replace(made.model.info, checks=self_check(made.model))
         made.loaded = ask
         return made
 

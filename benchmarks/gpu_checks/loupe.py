@@ -31,7 +31,9 @@ from vocabulary.circuit import Circuit  # noqa: E402, F401
 from vocabulary.nodes import parse_intervention, UserError  # noqa: E402, F401
 from vocabulary.prompts import Metric, Prompt, read_prompt_set, Study  # noqa: E402, F401
 from vocabulary.requests import Check, Load, Progress, Status  # noqa: E402, F401
-from model.bridge import SMALL, Model, read_tokenizer  # noqa: E402, F401
+from model.loading import SMALL, read_tokenizer  # noqa: E402, F401
+from model.bridge import Model  # noqa: E402, F401
+from model.checks import self_check  # noqa: E402, F401
 
 
 def screen(device: str, folder: Path) -> object:

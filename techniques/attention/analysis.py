@@ -4,7 +4,7 @@ from collections.abc import Generator
 
 from techniques.attention import patterns as attribution
 from model.bridge import Model
-from model.runs import prepare
+from model.interventions import prepare
 from techniques.attention.requests import Attention, AttentionSet, Detect, HeadStats
 
 

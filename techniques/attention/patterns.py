@@ -8,12 +8,14 @@ import numpy as np
 import torch as t
 from torch import Tensor
 
-from techniques.attention.requests import AttentionResult, AttentionSetResult, DETECTORS, DetectResult, HeadStatsResult, STATS
+from model.bridge import Edit, Model
+from model.interventions import prepare
+from model.memory import in_chunks
+from model.runs import BATCH, Runs, read_study
+from techniques.attention.requests import DETECTORS, STATS, AttentionResult, AttentionSetResult, DetectResult, HeadStatsResult
 from vocabulary.nodes import UserError
-from vocabulary.prompts import Prompt, RUNS, Study, WHICH
+from vocabulary.prompts import RUNS, WHICH, Prompt, Study
 from vocabulary.requests import Progress
-from model.bridge import Edit, Model, in_chunks
-from model.runs import BATCH, Runs, prepare, read_study
 
 RANDOM_ROWS, RANDOM_LENGTH = 4, 50
 PATTERN_BYTES = 16 << 20  # of a layer's patterns are read at once

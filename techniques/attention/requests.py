@@ -76,7 +76,7 @@ class Detect:
     """instead of a pattern: destination,source pairs such as 14,2"""
     exclude_bos: bool = False
     exclude_current_token: bool = False
-    error_measure: str = "mul"
+    error_measure: Literal["mul", "abs"] = "mul"
     """mul or abs"""
 
 
@@ -93,7 +93,7 @@ class AttentionResult:
     tokens: TokenRow
     layer: int
     pattern: np.ndarray
-    which: str
+    which: Which
     convention: str
     weighted: bool = False
 
@@ -103,7 +103,7 @@ class HeadStatsResult:
     """Per-head statistics, each [layer, head]; NaN where the tokens hold no instance (no repeated token, say)."""
 
     stats: dict[str, np.ndarray]
-    which: str
+    which: Which
     source: str
     convention: str
 
@@ -115,7 +115,7 @@ class AttentionSetResult:
     deviation; a cell counts the prompts [destination, source] in which the source is not after the destination, NaN where there is none.
     """
 
-    which: str
+    which: Which
     labels: tuple[str, ...]
     mean: np.ndarray
     std: np.ndarray
@@ -129,7 +129,7 @@ class DetectResult:
     """How well each head's pattern matches the wanted one, [layer, head]: scores of transformer_lens.head_detector. `cells` (destination, source)."""
 
     tokens: TokenRow
-    which: str
+    which: Which
     scores: np.ndarray
     cells: tuple[tuple[int, int], ...]
     convention: str

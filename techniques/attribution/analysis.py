@@ -4,7 +4,7 @@ from collections.abc import Generator
 
 from techniques.attribution import logits
 from model.bridge import Model
-from model.runs import prepare
+from model.interventions import prepare
 from techniques.attribution.requests import Attribution, AttributionNeurons, AttributionSet, AttributionSources
 
 

@@ -19,9 +19,10 @@ from vocabulary.nodes import UserError
 from vocabulary.prompts import Study
 from vocabulary.requests import Progress
 from model.bridge import FINAL, Edit, Model
-from model.runs import NAMES, Runs, find_position, read_study
+from model.writes import SCALE, dot, inner_direction, post_norm, post_scales, pull_back, to_heads
+from model.steering import sites
+from model.runs import Runs, read_study
 
-SCALE = "ln_final.hook_scale"
 POSITION = "pos_embed.hook_out"  # hook_pos_embed is there without position embeddings too, and silent
 CELLS = tuple(f.name for f in fields(AttributionCells))
 
@@ -54,35 +55,6 @@ def direction(model: Model, answers: list[int], foils: list[int]) -> tuple[Tenso
     return u * model.logit_scale, bias * model.logit_scale
 
 
-def pull_back(model: Model, norm: t.nn.Module, scale: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """A direction [batch, d_model] behind a norm as one in front of it, at a frozen scale [batch, 1]; and what the norm's bias adds [batch]."""
-    inner, u = norm.original_component, u.to(scale.device)
-    weight, bias = getattr(inner, "weight", None), getattr(inner, "bias", None)
-    constant = t.zeros(len(u), dtype=t.float64) if bias is None else dot(u, bias.float())
-    if weight is not None:
-        u = u * (weight.float() + (1.0 if getattr(model.cfg, "rmsnorm_uses_offset", False) else 0.0))
-    if not norm.uses_rms_norm:
-        u = u - u.mean(-1, keepdim=True)
-    return u / scale.float(), constant
-
-
-def post_norm(model: Model, layer: int, part: str) -> tuple[t.nn.Module, str] | None:
-    """The norm between a part of the block ("attn" or "mlp") and the residual stream, and its scale's hook; None where there is none (most models)."""
-    name = {"attn": "ln1_post", "mlp": "ln2_post"}[part]
-    block = model.bridge.blocks[layer]
-    return (getattr(block, name), f"blocks.{layer}.{name}.hook_scale") if hasattr(block, name) else None
-
-
-def inner_direction(model: Model, layer: int, part: str, acts: dict[str, Tensor], d: Tensor) -> tuple[Tensor, Tensor]:
-    """The direction at the output of W_O or W_out, in front of a norm that follows it; and that norm's constant."""
-    post = post_norm(model, layer, part)
-    return (d, t.zeros(len(d), dtype=t.float64)) if post is None else pull_back(model, post[0], acts[post[1]], d)
-
-
-def dot(x: Tensor, d: Tensor) -> Tensor:
-    return (x.float() * d.to(x.device)).cpu().double().sum(-1)
-
-
 # ------------------------------------------------------------------ the split
 
 
@@ -104,8 +76,6 @@ def sae_sites(runs: Runs) -> set[tuple[str, int]]:
     layers = {i.node.layer for i in runs.study.interventions if i.node.site == "sae"}
     if not layers:
         return set()
-    from model.steering import sites
-
     return sites(runs.model, runs.study.saes, layers)
 
 
@@ -113,7 +83,7 @@ def factor(runs: Runs, which: str, site: str, layer: int, pos: int) -> float:
     """What is left of a part's own output at a position after interventions on its site ("attn", "mlp"): 0 when it is zeroed or replaced."""
     left = 1.0
     for i in runs.study.interventions if which == "now" else ():
-        here = i.node.pos is None or find_position(i.node.pos, runs.row("now"), NAMES[runs.study.base]) == pos
+        here = runs.placed(i.node).pos in (None, pos)
         if i.node.site == site and i.node.layer == layer and here:
             left *= i.value if i.op == "scale" else 0.0
     return left
@@ -121,10 +91,9 @@ def factor(runs: Runs, which: str, site: str, layer: int, pos: int) -> float:
 
 def names(model: Model, sites: set[tuple[str, int]]) -> list[str]:
     """The hook points that `split` reads."""
-    out = [SCALE, FINAL, embed_name(model)] + [POSITION] * (POSITION in model.points)
+    out = [SCALE, FINAL, embed_name(model), *[POSITION] * (POSITION in model.points), *post_scales(model, "attn")]
     for layer in range(model.info.n_layers):
-        post = post_norm(model, layer, "attn")
-        out += [f"blocks.{layer}.attn.hook_z", f"blocks.{layer}.hook_mlp_out"] + ([post[1]] if post else [])
+        out += [f"blocks.{layer}.attn.hook_z", f"blocks.{layer}.hook_mlp_out"]
     for site, layer in sites:
         block = f"blocks.{layer}"
         if site == "resid_pre":
@@ -159,15 +128,13 @@ def split(model: Model, acts: dict[str, Tensor], u: Tensor, bias: Tensor, sites:
     n, written = len(d), t.zeros(len(d), dtype=t.float64)
     heads, mlps, biases = [], [], []
     for layer in range(model.info.n_layers):
-        attn, z = model.bridge.blocks[layer].attn, acts[f"blocks.{layer}.attn.hook_z"]
+        z = acts[f"blocks.{layer}.attn.hook_z"]
         if z.ndim != 3:
             raise UserError(f"{model.info.architecture} does not split attention's output into heads, and attribution needs it")
-        o, constant = inner_direction(model, layer, "attn", acts, d)
-        o, keep = o.to(z.device), left("attn", layer)
-        projected = t.einsum("hem,bm->bhe", attn.W_O.float(), o)
+        projected, constant = to_heads(model, layer, acts, d)
+        keep = left("attn", layer)
         heads.append(keep * dot(z, projected))
-        b_o = attn.b_O
-        biases.append(keep * (constant + (0.0 if b_o is None else dot(b_o.expand(n, -1), o))))
+        biases.append(keep * constant)
         mlps.append(dot(acts[f"blocks.{layer}.hook_mlp_out"], d))
         if ("attn", layer) in sites or ("resid_mid", layer) in sites:
             written += dot(acts[f"blocks.{layer}.hook_attn_out"], d) - heads[-1].sum(-1) - biases[-1]

@@ -95,7 +95,7 @@ class AttributionResult:
     """
 
     tokens: TokenRow
-    which: str
+    which: Which
     pos: int
     cells: AttributionCells
     total: float
@@ -115,7 +115,7 @@ class AttributionSourcesResult:
     """
 
     tokens: TokenRow
-    which: str
+    which: Which
     layer: int
     head: int
     kv_head: int
@@ -136,7 +136,7 @@ class AttributionNeuronsResult:
     """
 
     tokens: TokenRow
-    which: str
+    which: Which
     layer: int
     pos: int
     index: np.ndarray
@@ -158,7 +158,7 @@ class AttributionSetResult:
     none). `worst` is the index into the set of the prompt with the lowest logit; `error` the largest |total - logit|.
     """
 
-    which: str
+    which: Which
     mean: AttributionCells
     std: AttributionCells
     prompts: np.ndarray

@@ -14,20 +14,20 @@ import numpy as np
 import torch as t
 from torch import Tensor
 
+from model.bridge import FINAL, TOLERANCE, Edit, Model
+from model.memory import in_chunks
+from model.metrics import MetricReader, metric
+from model.runs import Runs, means
+from model.writes import bias_write, head_writes, heads_write, over_scale, post_scales
 from techniques.circuits.edge_index import PARTS, EdgeIndex, all_edges, edge_index, own_edge, receivers, senders
-from techniques.lens.reading import frozen_norm
 from techniques.circuits.requests import REST
+from techniques.patching.plan import Plan, check_lengths, chunk_bytes, others, read_member
 from techniques.patching.requests import Sweep
 from vocabulary.nodes import UserError
 from vocabulary.prompts import Study
 from vocabulary.requests import ModelInfo, Progress
-from model.bridge import FINAL, TOLERANCE, Edit, Model, out_of_memory
-from model.runs import Runs, means
-from model.base_run import Score
-from techniques.patching.sweeps import Plan, check_lengths, chunk_bytes, others, read_member
-from utils import tec
 
-__all__ = ["PARTS", "EdgeRun", "all_edges", "edge_runs", "edge_values", "gather", "own_edge", "receivers", "senders", "time_left"]
+__all__ = ["PARTS", "EdgeRun", "all_edges", "edge_runs", "edge_values", "gather", "own_edge", "receivers", "senders"]
 EMBED = "blocks.0.hook_resid_pre"
 PIECE = 256 << 20  # bytes of float32 at once where scores of another dtype are added up
 
@@ -72,10 +72,10 @@ def split(model: Model) -> Generator:
 class EdgeRun:
     """A few prompts of equal length: `clean` what passed the hook points in their run, `acts` in the one that cut edges carry; `more` hook points to read beside."""
 
-    more: tuple[str, ...] = ()
     by_edges = True
 
-    def __init__(self, model: Model, group: list[Runs], indices: list[int], plan: Plan, rest: str, limit: int):
+    def __init__(self, model: Model, group: list[Runs], indices: list[int], plan: Plan, rest: str, limit: int, more: tuple[str, ...] = ()):
+        self.more = more
         self.model, self.group, self.info, self.limit = model, group, model.info, limit
         self.ids = t.tensor([r.row("clean").ids for r in group])
         self.seq = self.ids.shape[1]
@@ -84,7 +84,7 @@ class EdgeRun:
         self.plan, self.rest, self.indices = plan, rest, indices
         self.zs = [f"blocks.{n}.attn.hook_z" for n in range(self.info.n_layers)]
         self.mlps = [f"blocks.{n}.hook_mlp_out" for n in range(self.info.n_layers)]
-        self.scales = [f"blocks.{n}.ln1_post.hook_scale" for n, b in enumerate(model.bridge.blocks) if hasattr(b, "ln1_post")]
+        self.scales = post_scales(model, "attn")  # of all layers, or none
         self.last = f"blocks.{self.info.n_layers - 1}.hook_resid_post"
 
     def prepare(self) -> Generator[Progress]:
@@ -97,12 +97,12 @@ class EdgeRun:
             _, corrupt = model.forward(t.tensor([r.row("corrupt").ids for r in self.group]), names)
         normed = None
         if self.group[0].study.metric.kind == "kl":
-            normed = t.stack([x[r.position("clean", r.study.metric.pos)] for r, x in zip(self.group, self.clean[FINAL])])
-        self.score = Score(self.group, normed, "clean")
+            normed = t.stack([x[r.metric_position("clean")] for r, x in zip(self.group, self.clean[FINAL])])
+        self.score = MetricReader(self.group, normed, "clean")
         if self.score.whole:
             raise UserError("circuits are scored at one position, and loss has none: use another metric")
         self.score.base = self.value = self.score.of(self.clean[last], 0)[0]
-        self.corrupted = None if corrupt is None else Score(self.group, normed, "corrupt").of(corrupt[last], 0)[0]
+        self.corrupted = None if corrupt is None else MetricReader(self.group, normed, "corrupt").of(corrupt[last], 0)[0]
         match self.rest:
             case "patch":
                 if corrupt is None:
@@ -133,34 +133,20 @@ class EdgeRun:
 
     def part(self, layer: int, acts: dict[str, Tensor]) -> Tensor:
         """Of a run, what the heads' writing is linear in [prompt, seq, head, d_head]: z, over the scale of the norm after attention where there is one."""
-        z = acts[self.zs[layer]]
-        return z.float() / acts[self.scales[layer]].float()[:, :, None] if self.scales else z.float()
+        return over_scale(acts[self.zs[layer]], self.scale(layer, acts))
 
-    def frozen(self, layer: int, x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-        """What of the heads' writing [..., d_model] passes the norm after attention; `part` has taken its scale already."""
-        return frozen_norm(self.model.bridge.blocks[layer].ln1_post, scale, x, self.model) if self.scales else x
-
-    def writes(self, layer: int, part: Tensor, some: list[int] | slice = slice(None)) -> Tensor:
-        """What some heads add [head, prompt, seq, d_model]."""
-        out = self.model.bridge.blocks[layer].attn.W_O[some].to(part.device)
-        return self.frozen(layer, t.einsum("bshe,hed->hbsd", part[:, :, some].to(out), out))
-
-    def bias(self, layer: int, acts: dict[str, Tensor]) -> Tensor | float:
-        """What attention adds that is no head's: its output bias, and that of the norm after it."""
-        block = self.model.bridge.blocks[layer]
-        out = getattr(block.attn, "b_O", None)
-        x = 0.0 if out is None else self.frozen(layer, out.float(), acts[self.scales[layer]].float() if self.scales else 1.0)
-        after = getattr(block.ln1_post, "bias", None) if self.scales else None
-        return x if after is None else x + after.float()
+    def scale(self, layer: int, acts: dict[str, Tensor]) -> Tensor | None:
+        """That of the norm after attention in a run, where there is one."""
+        return acts[self.scales[layer]] if self.scales else None
 
     def streams(self, acts: dict[str, Tensor]) -> dict[int, Tensor]:
         """The stream that senders and biases of a run add up to, by how many senders are in it [prompt, seq, d_model]: what receivers read whose edges are all cut."""
         x = acts[EMBED].float()
         out = {1: x}
         for n, mlp in enumerate(self.mlps):
-            weight, k, x = self.model.bridge.blocks[n].attn.W_O, 1 + n * self.stride, x.to(acts[mlp].device)
-            heads = self.frozen(n, t.einsum("bshe,hed->bsd", self.part(n, acts).to(weight), weight))
-            out[k + self.info.n_heads] = x = x + heads.float() + self.bias(n, acts)
+            k, x = 1 + n * self.stride, x.to(acts[mlp].device)
+            heads = heads_write(self.model, n, self.part(n, acts))
+            out[k + self.info.n_heads] = x = x + heads.float() + bias_write(self.model, n, self.scale(n, acts))
             out[k + self.stride] = x = x + acts[mlp].float()
         return {k: x.to(self.model.dtype) for k, x in out.items()}
 
@@ -179,7 +165,7 @@ class EdgeRun:
         out[0] = other[EMBED] - own[EMBED]
         for n, mlp in enumerate(self.mlps):
             first = 1 + n * self.stride
-            out[first : first + self.info.n_heads] = self.writes(n, self.part(n, other) - self.part(n, own))
+            out[first : first + self.info.n_heads] = head_writes(self.model, n, self.part(n, other) - self.part(n, own))
             out[first + self.info.n_heads] = other[mlp] - own[mlp]
         return out
 
@@ -240,27 +226,24 @@ class EdgeRun:
 
     def run(self, cuts: list) -> Generator[Progress, None, np.ndarray]:
         """The metric [set, prompt] of many masks (or functions that make them), as many at once as the limit of bytes allows; out of memory halves that."""
-        found, done, most = [], 0, len(cuts)
-        waiting: list[np.ndarray] = []
-        while done < len(cuts):
-            while done + len(waiting) < len(cuts) and len(waiting) < most:
-                mask = cuts[done + len(waiting)]
+        found: list[np.ndarray] = []
+        waiting: list[np.ndarray] = []  # masks that are made and not run
+
+        def fits(i: int) -> int:
+            while len(waiting) < len(cuts) - i:
+                mask = cuts[i + len(waiting)]
                 mask = mask() if callable(mask) else mask
                 if waiting and self.set_bytes([*waiting, mask]) > self.limit:
                     break
                 waiting.append(mask)
-            try:
-                found.append(self.metrics(waiting))
-            except t.OutOfMemoryError as error:
-                tec()
-                if len(waiting) == 1:
-                    raise out_of_memory(error) from error
-                most = max(1, len(waiting) // 2)
-                waiting = waiting[:most]
-                continue
-            done += len(waiting)
-            waiting = []
-            yield Progress(done, len(cuts))
+            return len(waiting)
+
+        def work(start: int, stop: int) -> Progress:
+            found.append(self.metrics(waiting[: stop - start]))
+            del waiting[: stop - start]
+            return Progress(stop, len(cuts))
+
+        yield from in_chunks(len(cuts), fits, work)
         return np.concatenate(found)
 
     # ---------------------------------------------------------------- gradients
@@ -271,8 +254,6 @@ class EdgeRun:
         [prompt, seq, receiver, d_model]. With `embed` in place of the embeddings, or `mix` (a hook point and its value). Blocks run once more from their
         kept inputs, so that one block's activations are held at a time.
         """
-        from techniques.patching.estimates import metric
-
         model, info = self.model, self.info
         swap = {} if embed is None else {EMBED: embed}
         swap |= {} if mix is None else {mix[0]: mix[1]}
@@ -380,7 +361,7 @@ class Lost:
         first = 1 + layer * self.run.stride
         if some := [h for h in range(self.run.info.n_heads) if first + h in self.slots]:
             a = self.slots[first + some[0]]
-            self.apart[a : a + len(some)] = self.run.writes(layer, part, some)
+            self.apart[a : a + len(some)] = head_writes(self.run.model, layer, part, some)
 
     def take(self, x: Tensor, rows: slice) -> Tensor:
         """What some receivers read [row, seq, receiver, d_model], without what their cut edges bring."""
@@ -402,7 +383,7 @@ class Lost:
 # ------------------------------------------------------------------ over prompts
 
 
-def edge_runs(model: Model, study: Study, rest: str, seed: int = 0, kind: type = EdgeRun) -> Generator[Progress, None, list[EdgeRun]]:
+def edge_runs(model: Model, study: Study, rest: str, seed: int = 0, make: Callable[..., EdgeRun] = EdgeRun) -> Generator[Progress, None, list[EdgeRun]]:
     """One EdgeRun a length of prompt, over the set or the one prompt. Interventions of the study are left out: an edge circuit is one of the model itself."""
     if rest not in REST:
         raise UserError(f"{rest!r} is not a value for what is left out: use one of {', '.join(REST)}")
@@ -422,15 +403,11 @@ def edge_runs(model: Model, study: Study, rest: str, seed: int = 0, kind: type =
         per = max(1, plan.limit // prompt_bytes(model.info, length, model.dtype.itemsize))
         for a in range(0, len(same), per):
             part = same[a : a + per]
-            run = kind(model, [runs[i] for i in part], part, plan, rest, plan.limit)
+            run = make(model, [runs[i] for i in part], part, plan, rest, plan.limit)
             yield from run.prepare()
             out.append(run)
             yield Progress(len(out), len(runs), "runs of the prompts")
     return out
-
-
-def time_left(seconds: float) -> str:
-    return f"{seconds:.0f} s left" if seconds < 100 else f"{seconds / 60:.0f} min left"
 
 
 def gather(runs: list[EdgeRun], found: list[np.ndarray]) -> np.ndarray:

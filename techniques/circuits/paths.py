@@ -4,7 +4,7 @@ Path patching: a sender's value from the other run, carried along chosen paths o
 1. `changes`: what the residual stream gains when a sender has its value in the other run.
 2. `deliver`: the base run in which each receiver reads the stream plus what its senders changed, everything else computed again; the metric.
 3. `through_mlps`: the other convention: first what receivers get when all other heads stay as they are and MLPs are computed again.
-Sender sets are the batch; the base run and its keys and values are kept (resume.py).
+Sender sets are the batch; the base run and its keys and values are kept (base_run.py).
 """
 
 import time
@@ -17,16 +17,20 @@ import numpy as np
 import torch as t
 from torch import Tensor
 
-from techniques.circuits.requests import CONVENTIONS, PathPatch
-from techniques.patching.requests import Sweep, SweepResult
-from vocabulary.circuit import LOGITS
-from vocabulary.nodes import Node, parse_node, UserError
-from vocabulary.requests import Progress
+from model.base_run import PatchSite, Recorded, patch_site
 from model.bridge import Edit, Model
-from model.runs import find_position
-from model.base_run import Recorded, Spot
-from model.variants import PIECE, Base
-from techniques.patching.sweeps import Board, Layout, aligned, bases, make_spot, read_plan
+from model.changed_blocks import PIECE
+from model.runs import Runs
+from model.variants import Base
+from model.writes import change_of_head, post_scales
+from techniques.circuits.requests import CONVENTIONS, PathPatch
+from techniques.patching.plan import Layout, aligned, bases, read_plan
+from techniques.patching.requests import Sweep, SweepResult
+from techniques.patching.table import SweepTable
+from vocabulary.circuit import LOGITS
+from vocabulary.nodes import Node, UserError, parse_node
+from vocabulary.progress import forward_progress
+from vocabulary.requests import Progress
 
 PARTS = ("q", "k", "v")
 
@@ -43,27 +47,27 @@ class Path:
 # ------------------------------------------------------------------ senders and receivers
 
 
-def read_sender(model: Model, address: str, row) -> Node:
+def read_sender(runs: Runs, address: str) -> Node:
     node = parse_node(address)
     if node.site not in ("embed", "mlp") and not (node.site == "head" and node.part == "z"):
         raise UserError(f"{address} does not send: a sender is a head such as L0H1, an MLP such as L3.mlp, or embed")
-    return placed(model, node, row)
+    return placed(runs, node)
 
 
-def read_receiver(model: Model, address: str, row) -> Node | None:
+def read_receiver(runs: Runs, address: str) -> Node | None:
     if address.strip() == LOGITS:
         return None
     node = parse_node(address)
     if node.site != "mlp" and not (node.site == "head" and node.part in PARTS):
         raise UserError(f"{address} does not receive: a receiver is L2H3.q, .k or .v, L3.mlp or logits")
-    return placed(model, node, row)
+    return placed(runs, node)
 
 
-def placed(model: Model, node: Node, row) -> Node:
+def placed(runs: Runs, node: Node) -> Node:
     """The node, which has to be in the model, with its position as an index."""
     if node.site != "embed":
-        make_spot(model, node)
-    return node if node.pos is None else replace(node, pos=find_position(node.pos, row, "the prompt"))
+        patch_site(runs.model, node)
+    return runs.placed(node)
 
 
 def reaches(model: Model, sender: Node, receiver: Node | None) -> bool:
@@ -84,11 +88,11 @@ def every_sender(model: Model) -> list[list[Node]]:
     return [[Node("embed")], *([Node("head", n, h) for h in range(i.n_heads)] + [Node("mlp", n)] * mlps[n] for n in range(i.n_layers))]
 
 
-def lay_out(model: Model, ask: PathPatch, row) -> tuple[Layout, dict[tuple[int, int], Path]]:
+def lay_out(runs: Runs, ask: PathPatch) -> tuple[Layout, dict[tuple[int, int], Path]]:
     """The table's labels and addresses, and the path of every cell that has one."""
-    i, seq = model.info, len(row.ids)
-    senders = [read_sender(model, a, row) for a in ask.senders]
-    receivers = tuple(read_receiver(model, a, row) for a in ask.receivers)
+    model, i, seq = runs.model, runs.model.info, len(runs.row("now").ids)
+    senders = [read_sender(runs, a) for a in ask.senders]
+    receivers = tuple(read_receiver(runs, a) for a in ask.receivers)
     heads = [f"H{h}" for h in range(i.n_heads)]
     if ask.each == "sender":
         if not receivers:
@@ -113,7 +117,7 @@ def lay_out(model: Model, ask: PathPatch, row) -> tuple[Layout, dict[tuple[int, 
             raise UserError("paths to each receiver need a sender: L0H1, L3.mlp or embed")
         cols = [f"{h}.{p}" for h in heads for p in PARTS] + ["MLP"]
         rows = [*(f"L{n}" for n in range(i.n_layers)), LOGITS]
-        pos = ask.receivers and parse_node(ask.receivers[0]).pos if ask.receivers and ask.receivers[0] != LOGITS else None
+        pos = receivers[0].pos if receivers and receivers[0] is not None else None
         line = lambda n: [Node("head", n, h, p, pos=pos) for h in range(i.n_heads) for p in PARTS] + [Node("mlp", n, pos=pos)]  # noqa: E731
         grid = [*(line(n) for n in range(i.n_layers)), [None]]
         cells = {(r, c): (tuple(senders), (x,)) for r, some in enumerate(grid) for c, x in enumerate(some) if any(reaches(model, s, x) for s in senders)}
@@ -124,7 +128,7 @@ def lay_out(model: Model, ask: PathPatch, row) -> tuple[Layout, dict[tuple[int, 
     return Layout(
         tuple(rows),
         tuple(cols),
-        {rc: tuple(Spot(n if n.site != "embed" else Node("resid_pre", 0, pos=n.pos), "") for n in p.senders) for rc, p in paths.items()},
+        {rc: tuple(PatchSite(n if n.site != "embed" else Node("resid_pre", 0, pos=n.pos), "") for n in p.senders) for rc, p in paths.items()},
         tuple(addresses),
     ), paths
 
@@ -142,17 +146,8 @@ def changes(base: Base, nodes: list[Node]) -> dict[Node, Tensor]:
         elif node.site == "mlp":
             x = base.source[node.layer, "mlp", "z"] - base.acts[f"blocks.{node.layer}.hook_mlp_out"]
         else:
-            block, name = base.model.bridge.blocks[node.layer], f"blocks.{node.layer}.attn.hook_z"
-            z, own = base.source[node.layer, "head", "z"], base.acts[name]
-            alone = t.zeros_like(own)
-            alone[:, :, node.head] = z[:, :, node.head]
-            if hasattr(block, "ln1_post"):
-                alone = own.clone()
-                alone[:, :, node.head] = z[:, :, node.head]
-                x = block.ln1_post(block.attn.o(alone.flatten(2))) - block.ln1_post(block.attn.o(own.flatten(2)))
-            else:
-                alone[:, :, node.head] -= own[:, :, node.head]
-                x = block.attn.o(alone.flatten(2)) - block.attn.o(t.zeros_like(alone[:1, :1]).flatten(2))
+            own = base.acts[f"blocks.{node.layer}.attn.hook_z"]
+            x = change_of_head(base.model, node.layer, node.head, own, base.source[node.layer, "head", "z"])
         if node.pos is not None:
             here = t.zeros_like(x)
             here[:, node.pos] = x[:, node.pos]
@@ -268,8 +263,7 @@ def deliver(base: Base, paths: list[Path], change: dict[Node, Tensor], found: di
                     extra[k, :, pos] = gain(model, change, s, -1, layer + 0.75)[:, pos]
             extra = extra.flatten(0, 1)
             edits.append((f"blocks.{layer}.hook_attn_out", lambda y, extra=extra: y + extra.to(y)))
-            edits.append((f"blocks.{layer}.hook_mlp_out", lambda y: None))  # all its rows are wanted
-        x = base.step(layer, x, start, edits)
+        x = base.step(layer, x, start, edits, all_rows=extra is not None)
         x = x if extra is None else x - extra
         yield
     out, plain = np.empty((len(paths), b)), [i for i in order if i not in set(rows)]
@@ -307,13 +301,13 @@ def path_patch(model: Model, ask: PathPatch) -> Generator[Progress | SweepResult
         raise UserError("path patching reads one position, and loss has none: use another metric")
     begun = time.monotonic()
     plan = read_plan(model, Sweep(ask.study, "nodes", "patch", ask.direction, over_set=ask.over_set, chunk_mb=ask.chunk_mb))
-    row = plan.runs[0].row(plan.side)
-    layout, paths = lay_out(model, ask, row)
+    layout, paths = lay_out(plan.runs[0], ask)
     values = plan.layout  # the nodes whose values in the other run are needed
     plan.layout = replace(values, cells={rc: spots for rc, spots in values.cells.items() if needed(spots[0].node, paths)})
     names = [f"blocks.{n}.hook_{s}_out" for n in range(model.info.n_layers) for s in ("attn", "mlp") if f"blocks.{n}.hook_{s}_out" in model.points]
     embed = "blocks.0.hook_resid_pre"
     board = None
+    say = lambda _: Progress(board.done, board.total, f"paths: {board.done} of {board.total}")  # noqa: E731
     for part in bases(plan, (*names, embed)):
         if isinstance(part, Progress):
             yield part
@@ -326,7 +320,7 @@ def path_patch(model: Model, ask: PathPatch) -> Generator[Progress | SweepResult
         other = model.forward(t.tensor([r.row(plan.other).ids for r in runs]), [embed])[1][embed] if other is None else other
         base.source["embed"] = aligned(plan, other, base.resid[0], (0, "resid_pre", "z"), runs[0])
         if board is None:
-            board = Board(replace(plan, layout=layout))
+            board = SweepTable(replace(plan, layout=layout))
         board.begin(members, base, sides)
         cells = {p.cell: p for p in paths.values()}
         waiting = [cells[v.cell] for v in board.waiting]
@@ -338,8 +332,8 @@ def path_patch(model: Model, ask: PathPatch) -> Generator[Progress | SweepResult
             found = None
             if ask.convention == "mlps":
                 wave = through_mlps(base, list(dict.fromkeys(p.senders for p in some)), change, {r for p in some for r in p.receivers})
-                found = yield from told(wave, board)
-            board.fill(some, (yield from told(deliver(base, some, change, found), board)))
+                found = yield from forward_progress(wave, say)
+            board.fill(some, (yield from forward_progress(deliver(base, some, change, found), say)))
             base.at_once = max(base.at_once, len(some))
             if ask.dry:
                 seconds = (time.monotonic() - began) / (a + len(some)) / len(members) * (board.total - board.done) + time.monotonic() - begun
@@ -347,16 +341,6 @@ def path_patch(model: Model, ask: PathPatch) -> Generator[Progress | SweepResult
             if board.done < board.total:
                 yield labelled(board.result(False), ask, model)
     return labelled(board.result(True), ask, model)
-
-
-def told(wave: Generator, board: Board) -> Generator[Progress, None, object]:
-    """A wave's result; its pauses as progress."""
-    while True:
-        try:
-            next(wave)
-        except StopIteration as stop:
-            return stop.value
-        yield Progress(board.done, board.total, f"paths: {board.done} of {board.total}")
 
 
 def at_once(base: Base) -> int:
@@ -372,13 +356,13 @@ def needed(node: Node, paths: dict) -> bool:
 
 
 def labelled(result: SweepResult, ask: PathPatch, model: Model) -> SweepResult:
-    """The same as a result of path patching, with its convention."""
+    """A sweep's result as one of path patching, with its convention."""
     way = "noise: clean run, the path carries the corrupted value" if ask.direction == "noise" else "denoise: corrupted run, the path carries the clean value"
     ends = f"{', '.join(ask.senders) or 'every node'} → {', '.join(ask.receivers) or 'every receiver'}"
     words = [f"path patching {ends}", way, CONVENTIONS[ask.convention]]
     if model.info.n_kv_heads < model.info.n_heads:
         words.append("k and v are shared by a group of heads")
-    if any(hasattr(b, "ln1_post") for b in model.bridge.blocks):
+    if post_scales(model, "attn"):
         words.append("a sender's norm after attention is computed again")
     words += [f"{ask.study.metric.kind}@{ask.study.metric.pos}", model.info.dtype]
     if ask.study.interventions:

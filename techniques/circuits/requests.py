@@ -187,7 +187,7 @@ class DiscoverResult:
     """
 
     circuit: Circuit
-    method: str
+    method: Method
     edges: tuple[str, ...]
     scores: np.ndarray
     counts: np.ndarray

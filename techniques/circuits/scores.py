@@ -1,193 +1,39 @@
 """
-What a circuit is worth: faithfulness, completeness and minimality by true ablation (Wang et al. 2211.00593), single effects, an exact greedy search, comparison.
+What a circuit is worth: faithfulness, completeness and minimality by true ablation (Wang et al. 2211.00593), and single effects.
 
 A circuit of nodes keeps its heads (and MLPs where they count); everything else has the value that `rest` says. A circuit of edges: see edges.py.
 """
 
 import time
 from collections.abc import Generator
-from functools import cached_property, partial
 
 import numpy as np
-import torch as t
-from torch import Tensor
 
-from techniques.circuits.edges import PARTS, EdgeRun, edge_runs, gather, own_edge, time_left
-from techniques.circuits.requests import Compare, CompareResult, Discover, DiscoverResult, Interval, REST, Score, ScoreResult
-from vocabulary.circuit import check_circuit, Circuit, connected, LOGITS, owner, parse_edge
-from vocabulary.nodes import Node, parse_node, UserError
-from vocabulary.prompts import Study, TokenRow
+from model.bridge import Model
+from techniques.circuits.bench import NONE, Bench, Parts
+from techniques.circuits.edges import own_edge
+from techniques.circuits.node_runs import by_parts, features_of
+from techniques.circuits.requests import REST, Interval, Score, ScoreResult
+from vocabulary.circuit import Circuit, check_circuit, connected
+from vocabulary.nodes import UserError, parse_node
 from vocabulary.requests import Progress
-from model.bridge import Edit, Model
-from model.runs import find_position
-from techniques.patching.sweeps import statistics
-from techniques.circuits.drawings import published
+from vocabulary.statistics import paired_effects, ratio_of_means
 
 WHAT = ("faithfulness", "completeness", "minimality", "effects")
-DRAWS = 2000
 TRIED = 8  # sets that say how long one takes
-Parts = tuple[frozenset[str] | None, frozenset[str]]  # kept (None: everything), and taken away
-NONE: frozenset[str] = frozenset()
-
-
-def answer(model: Model, request: Score | Compare) -> Generator[Progress, None, object]:
-    if isinstance(request, Compare):
-        return compare(request)
-    return (yield from score(model, request))
-
-
-# ------------------------------------------------------------------ nodes
-
-
-class NodeRun(EdgeRun):
-    """A few prompts of equal length, on which nodes are set to the rest's values. A set is (kept or None for everything, taken away)."""
-
-    mlps_count, positions, parts, by_edges = False, True, False, False
-
-    @cached_property
-    def rows(self) -> list[TokenRow]:
-        return [r.row("clean") for r in self.group]
-
-    def spread(self, nodes: set[str]) -> np.ndarray:
-        """1 where some of the nodes are [prompt, layer, column, seq]; columns are heads' z, q, k, v, then the MLP."""
-        h = self.info.n_heads
-        out = np.zeros((len(self.rows), self.info.n_layers, 4 * h + 1, self.seq), np.float32)
-        for address in nodes:
-            node = parse_node(address)
-            column = 4 * h if node.site == "mlp" else h * ("z", *PARTS).index(node.part) + node.head
-            for i, row in enumerate(self.rows):
-                at = slice(None) if node.pos is None or not self.positions else find_position(node.pos, row, f"prompt {self.indices[i] + 1}")
-                out[i, node.layer, column, at] = 1
-        return out
-
-    def mask(self, kept: frozenset[str] | None, gone: frozenset[str] = frozenset()) -> Tensor:
-        """1 where a value is replaced [prompt, layer, column, seq]."""
-        h, away = self.info.n_heads, self.spread(gone)
-        if kept is None:
-            return t.tensor(away)
-        here = self.spread(kept) * (1 - away)
-        z, parts = here[:, :, :h], here[:, :, h : 4 * h].reshape(*here.shape[:2], 3, h, self.seq)
-        out = np.zeros_like(here)
-        out[:, :, :h] = 1 - np.maximum(z, parts.max(2))  # a head with a part in the circuit is alive
-        lacking = (1 - np.maximum(z[:, :, None], parts)) * np.maximum(z, parts.max(2))[:, :, None]
-        whole = away[:, :, h : 4 * h].reshape(lacking.shape)
-        out[:, :, h : 4 * h] = np.maximum(lacking, whole).reshape(*here.shape[:2], 3 * h, self.seq)
-        if self.mlps_count:
-            out[:, :, 4 * h] = 1 - here[:, :, 4 * h]
-        return t.tensor(out)
-
-    def set_bytes(self, masks: list) -> int:
-        i = self.info
-        return len(masks) * 4 * (14 * i.d_model + 4 * i.d_mlp + 3 * i.n_heads * self.seq) * self.ids.numel()
-
-    @t.no_grad()
-    def metrics(self, cuts: list) -> np.ndarray:
-        """The metric [set, prompt]."""
-        _, got = self.model.forward(self.ids.repeat(len(cuts), 1), [self.last], self.edits(cuts), keep=None)
-        return self.score.of(got[self.last], 0)
-
-    def edits(self, cuts: list[Tensor]) -> list[Edit]:
-        model, h, kv = self.model, self.info.n_heads, self.info.n_kv_heads
-        cut = t.cat(cuts).to(model.device)  # [row, layer, column, seq]
-        n, edits = len(cuts), []
-
-        def put(name: str, mask: Tensor) -> None:
-            other = self.acts[name].repeat(n, *[1] * (self.acts[name].ndim - 1))
-            edits.append((name, lambda x: t.where(mask > 0, other.to(x), x)))
-
-        for layer in range(self.info.n_layers):
-            here = cut[:, layer]
-            for k, part in enumerate(PARTS):
-                some = here[:, h * (k + 1) : h * (k + 2)]
-                if some.any():
-                    if part != "q" and kv < h:  # a group's keys or values go when no living head of it keeps them
-                        alive = 1 - here[:, :h]
-                        wanted = (alive * (1 - some)).view(len(some), kv, h // kv, -1).amax(2)
-                        some = some.view(len(some), kv, h // kv, -1).amax(2) * (1 - wanted)
-                    put(f"blocks.{layer}.attn.hook_{part}", some.transpose(1, 2)[..., None])
-            if here[:, :h].any():
-                put(self.zs[layer], here[:, :h].transpose(1, 2)[..., None])
-            if here[:, 4 * h].any() and self.mlps[layer] in model.points:
-                put(self.mlps[layer], here[:, 4 * h][..., None])
-        return edits
-
-
-def features_of(nodes: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(n for n in nodes if parse_node(n).site == "sae")
-
-
-def by_parts(nodes: tuple[str, ...]) -> bool:
-    """Whether some node is a head's q, k or v."""
-    return any(n.site == "head" and n.part != "z" for n in map(parse_node, nodes))
-
-
-class Bench:
-    """A circuit on its prompts: the metric of any set of parts alone, or of the model without some."""
-
-    def __init__(self, model: Model, study: Study, rest: str, seed: int, edges: bool, mlps: bool, positions: bool, nodes: tuple[str, ...] = ()):
-        self.model, self.study, self.rest, self.seed, self.edges = model, study, rest, seed, edges
-        self.mlps, self.positions, self.nodes = mlps, positions, nodes
-        self.known: dict[Parts, np.ndarray] = {}
-        self.done, self.total, self.spent = 0, 0, 0.0  # sets cut, of how many, and the seconds that took
-
-    def prepare(self) -> Generator[Progress]:
-        kind = EdgeRun
-        if not self.edges:
-            more = tuple(f"blocks.{n}.attn.hook_{p}" for n in range(self.model.info.n_layers) for p in PARTS) if by_parts(self.nodes) else ()
-            kind = type("NodeRun", (NodeRun,), {"more": more, "mlps_count": self.mlps, "positions": self.positions})
-            if some := features_of(self.nodes):
-                from techniques.circuits.feature_nodes import FeatureRun, dictionaries
-
-                known = yield from dictionaries(self.model, self.study.saes, some)
-                heads = any(parse_node(n).site == "head" for n in self.nodes)
-                more = {"known": known, "heads_count": heads, "error": self.study.sae_error, "more": (*more, *(d.point for d in known))}
-                kind = type("FeatureRun", (FeatureRun,), {"mlps_count": self.mlps, "positions": self.positions} | more)
-        self.runs = yield from edge_runs(self.model, self.study, self.rest, self.seed, kind)
-        self.whole = gather(self.runs, [r.value for r in self.runs])
-
-    def values(self, sets: list[Parts], text: str) -> Generator[Progress, None, np.ndarray]:
-        """The metric [set, prompt] of (kept or None for everything, taken away). A set that was cut before is not cut again."""
-        todo = [s for s in dict.fromkeys(sets) if s not in self.known]
-        found, begun, before = [], time.monotonic(), self.done
-        total = self.total or before + len(todo)
-        for k, run in enumerate(self.runs if todo else ()):
-            steps = run.run([partial(run.mask, *some) for some in todo])
-            while True:
-                try:
-                    part = next(steps)
-                except StopIteration as stop:
-                    found.append(stop.value)
-                    break
-                done = (k + part.done / part.total) / len(self.runs) * len(todo)
-                seconds = (self.spent + time.monotonic() - begun) * max(0, total - before - done) / (before + done)
-                yield Progress(round(before + done), total, f"{text}: {before + done:,.0f} of {total:,} sets, {time_left(seconds)}")
-        self.spent += time.monotonic() - begun
-        self.done += len(todo)
-        if todo:
-            self.known |= dict(zip(todo, gather(self.runs, found)))
-        return np.stack([self.known[s] for s in sets])
 
 
 def interval(values: np.ndarray) -> Interval:
     """Mean over prompts with Student's t."""
-    some = statistics(values[:, None], values * 0, 0)
+    some = paired_effects(values[:, None], values * 0, 0)
     return Interval(float(values.mean()), float(some["low"][0]), float(some["high"][0]), values.astype(np.float32))
 
 
 def ratio(alone: np.ndarray, empty: np.ndarray, whole: np.ndarray) -> Interval:
-    """A ratio of means with its 95 % interval over prompts drawn again (percentiles, fixed seed); values are each prompt's own ratio."""
+    """(alone - empty) / (whole - empty) as a ratio of means over prompts; values are each prompt's own ratio."""
     a, b = alone - empty, whole - empty
     with np.errstate(divide="ignore", invalid="ignore"):
-        each = (a / b).astype(np.float32)
-        mean = float(a.mean() / b.mean()) if abs(b.mean()) > 1e-9 else np.nan
-        low = high = np.nan
-        if len(a) > 1 and np.isfinite(mean):
-            draw = np.random.default_rng(0).integers(len(a), size=(DRAWS, len(a)))
-            low, high = np.percentile(a[draw].mean(1) / b[draw].mean(1), [2.5, 97.5])
-    return Interval(mean, float(low), float(high), each)
-
-
-# ------------------------------------------------------------------ scores
+        return Interval(*ratio_of_means(a, b), (a / b).astype(np.float32))
 
 
 def score(model: Model, ask: Score) -> Generator[Progress, None, ScoreResult]:
@@ -234,6 +80,9 @@ def score(model: Model, ask: Score) -> Generator[Progress, None, ScoreResult]:
         minimal.astype(np.float32), with_, members, time.monotonic() - begun, warning, convention(model, ask, edges, nodes, work, mean),
         worst, low.astype(np.float32), high.astype(np.float32), mean, work.count() if ask.dry else bench.done, expected, ask.dry,
     )  # fmt: skip
+
+
+# ------------------------------------------------------------------ the sets that are cut
 
 
 class Work:
@@ -300,6 +149,9 @@ class Work:
         return prepared + bench.spent / max(1, bench.done) * bench.total
 
 
+# ------------------------------------------------------------------ completeness and minimality
+
+
 def completeness(bench: Bench, work: Work) -> Generator[Progress, None, tuple]:
     """Subsets K, the metric of the circuit without K and of the model without K: groups, random subsets, and a greedy chain of the worst."""
     sets, parts, chain = work.subsets(), work.parts, NONE
@@ -342,6 +194,9 @@ def minimality(bench: Bench, work: Work) -> Generator[Progress, None, tuple]:
     return of(lambda p: moved[best[p]]), sets, of(lambda p: sides[p].low), of(lambda p: sides[p].high), mean
 
 
+# ------------------------------------------------------------------ words
+
+
 def convention(model: Model, ask: Score, edges: bool, nodes: tuple[str, ...], work: Work, mean: Interval | None) -> str:
     parts, features, stay = by_parts(nodes), "", "MLPs and embeddings"
     n, rest = len(ask.study.prompt_set) or 1, REST[ask.rest]
@@ -370,101 +225,3 @@ def convention(model: Model, ask: Score, edges: bool, nodes: tuple[str, ...], wo
         model.info.dtype,
     ]  # fmt: skip
     return "; ".join(w for w in words if w)
-
-
-# ------------------------------------------------------------------ greedy
-
-
-def greedy(model: Model, ask: Discover) -> Generator[Progress, None, DiscoverResult]:
-    """Take away the head whose loss costs the least faithfulness, again and again, until `nodes` are left or the next one would go below `target`."""
-    begun, info = time.monotonic(), model.info
-    if not 0 < ask.target <= 1.5 or ask.nodes < 0:
-        raise UserError("the target is a faithfulness above 0, and nodes are not negative (0: as few as the target allows)")
-    bench = Bench(model, ask.study, ask.rest, 0, False, False, True)
-    yield from bench.prepare()
-    left = [str(Node("head", n, h)) for n in range(info.n_layers) for h in range(info.n_heads)]
-    (empty,) = yield from bench.values([(NONE, NONE)], "pace")
-    t0, tries = time.monotonic(), [(frozenset(left) - {x}, NONE) for x in left[:4]]
-    yield from bench.values(tries, "pace")
-    expected = t0 - begun + (time.monotonic() - t0) / len(tries) * len(left) * (len(left) + 1) / 2
-    gap = float((bench.whole - empty).mean())
-    if abs(gap) < 1e-9:
-        raise UserError("without any head the metric is the same: there is nothing to find; another metric or rest?")
-    curve, scores, done, total = [(len(left), 1.0)], {}, 0, len(left) * (len(left) + 1) // 2
-    faithful = 1.0
-    while left and not ask.dry and len(left) > max(ask.nodes, 1 if ask.nodes == 0 else 0):
-        tries = [frozenset(left) - {x} for x in left]
-        steps = bench.values([(k, frozenset()) for k in tries], "greedy")
-        while True:
-            try:
-                part = next(steps)
-            except StopIteration as stop:
-                found = (stop.value - empty).mean(1) / gap
-                break
-            spent = time.monotonic() - begun
-            now = done + part.done
-            yield Progress(now, total, f"greedy: {len(left)} heads left, faithfulness {faithful:.3f}, at most {time_left(spent / max(now, 1) * (total - now))}")
-        done += len(left)
-        best = int(np.argmax(found))
-        if not ask.nodes and found[best] < ask.target:
-            break
-        scores[left[best]] = faithful - float(found[best])
-        faithful = float(found[best])
-        left.pop(best)
-        curve.append((len(left), faithful))
-    curve.append((0, 0.0))
-    words = [f"greedy over heads, MLPs and embeddings stay; a head that is left out is set to {REST[ask.rest]}", f"{ask.study.metric.kind}@{ask.study.metric.pos}",
-             f"until {ask.nodes} heads" if ask.nodes else f"while faithfulness stays at {ask.target:g} or above", f"{len(ask.study.prompt_set) or 1} prompts", info.dtype]  # fmt: skip
-    found = Circuit(ask.name or "greedy", info.name, () if ask.dry else tuple(left), found="; ".join(words))
-    order = list(scores)
-    counts, values = (np.array(x) for x in zip(*sorted(curve)))
-    if ask.dry:
-        counts, values = np.zeros(0), np.zeros(0)
-    return DiscoverResult(
-        found, "greedy", tuple(order), np.array([scores[x] for x in order], np.float32), counts.astype(np.int32), values.astype(np.float32),
-        faithful, expected, time.monotonic() - begun, "", "; ".join(words),
-    )  # fmt: skip
-
-
-# ------------------------------------------------------------------ comparison
-
-
-def compare(ask: Compare) -> CompareResult:
-    """Overlap with another circuit, and of scored edges (or nodes) the ROC curve against it."""
-    there = ask.other
-    if ask.published:
-        there, _ = published(ask.published)
-    if not there.nodes and not there.edges:
-        raise UserError("compare with what? Name a published circuit, a file or another circuit")
-    heads = lambda c: {owner(n) for n in c.nodes}  # noqa: E731
-    mine, theirs = heads(ask.circuit), heads(there)
-    a, b = set(ask.circuit.edges), set(there.edges)
-    if ask.circuit.model and there.model and ask.circuit.model.split("/")[-1] != there.model.split("/")[-1]:
-        raise UserError(f"{ask.circuit.name} is a circuit of {ask.circuit.model} and {there.name} one of {there.model}")
-    overlap = lambda x, y: len(x & y) / len(x | y) if x | y else np.nan  # noqa: E731
-    wrong = right = np.zeros(0)
-    area = np.nan
-    if ask.edges and ask.scores:
-        names, values = list(ask.edges), np.abs(np.array(ask.scores))
-        truth = b
-        if not b or "->" not in names[0]:  # the circuit has no edges: every node by its best edge
-            best: dict[str, float] = {}
-            for e, v in zip(names, values.tolist()):
-                for end in {owner(parse_edge(e).sender), owner(parse_edge(e).receiver)} - {"embed", LOGITS} if "->" in e else {owner(e)}:
-                    best[end] = max(v, best.get(end, 0.0))
-            names, values, truth = list(best), np.array(list(best.values())), theirs
-        hit = np.array([e in truth for e in names])
-        if hit.any() and not hit.all():
-            order = np.argsort(-values, kind="stable")
-            last = np.append(np.diff(values[order]) != 0, True)  # ties are one step
-            right = np.append(0.0, (np.cumsum(hit[order]) / hit.sum())[last])
-            wrong = np.append(0.0, (np.cumsum(~hit[order]) / (~hit).sum())[last])
-            area = float(np.trapezoid(right, wrong))
-    words = ["nodes compared as whole heads and MLPs, positions left out", "overlap: in both / in either (Jaccard)"]
-    words += ["ROC by |score|, ties in one step"] * (len(wrong) > 0)
-    key = lambda x: (x.count("->"), parse_node(x.split("->")[0]).layer or 0, x)  # noqa: E731
-    return CompareResult(
-        ask.circuit.name, there.name, tuple(sorted((mine & theirs) | (a & b), key=key)), tuple(sorted((mine - theirs) | (a - b), key=key)),
-        tuple(sorted((theirs - mine) | (b - a), key=key)), float(overlap(mine, theirs)), float(overlap(a, b)), wrong.astype(np.float32),
-        right.astype(np.float32), area, there.found, "; ".join(words),
-    )  # fmt: skip

@@ -11,15 +11,17 @@ import numpy as np
 import torch as t
 from torch import Tensor
 
-from techniques.features.reading import REFUSE, choose, fit, views
+from model.artefacts import corpus, unembed_hash, windows
+from model.bridge import Model, Passed
+from model.memory import in_chunks
+from model.sae import CHUNK_BYTES, SparseAutoencoder
+from model.sae_fit import REFUSE, choose, fit, views
+from model.sae_loading import load
 from techniques.features.requests import Example, Examples, ExamplesResult
+from techniques.features.training import at_once, counted
+from utils import ROOT
 from vocabulary.nodes import UserError
 from vocabulary.requests import Progress
-from model.bridge import Model, Passed, in_chunks
-from model.sae import CHUNK_BYTES, Dictionary, load
-from techniques.features.training import at_once, counted
-from techniques.lens.translators import corpus, unembed_hash, windows
-from utils import ROOT
 
 BEFORE, AFTER = 12, 6  # tokens shown around a maximum
 EDGES = 2.0 ** (np.arange(-20, 25) / 2)
@@ -63,7 +65,7 @@ def read(file: Path) -> dict[str, np.ndarray] | None:
         return None
 
 
-def activations(model: Model, d: Dictionary, ids: Tensor, out: bool = False) -> tuple[Tensor, ...]:
+def activations(model: Model, d: SparseAutoencoder, ids: Tensor, out: bool = False) -> tuple[Tensor, ...]:
     """What the SAE reads (and writes) [row, seq, ...]; the forward pass ends there."""
     got: dict[str, Tensor] = {}
 
@@ -80,7 +82,7 @@ def activations(model: Model, d: Dictionary, ids: Tensor, out: bool = False) -> 
     return got[d.point], got[names[-1]]
 
 
-def check_text(model: Model, d: Dictionary, rows: Tensor, file: Path) -> None:
+def check_text(model: Model, d: SparseAutoencoder, rows: Tensor, file: Path) -> None:
     x, y = activations(model, d, rows, True)
     here = counted(model, rows).to(x.device)
     found = {v: fit(d, x[here], y[here], v) for v in views(model)}
@@ -92,7 +94,7 @@ def check_text(model: Model, d: Dictionary, rows: Tensor, file: Path) -> None:
 
 
 @t.no_grad()
-def collect(model: Model, d: Dictionary, rows: Tensor, k: int, pairs: tuple[int, ...]) -> Generator[Progress, None, dict[str, np.ndarray]]:
+def collect(model: Model, d: SparseAutoencoder, rows: Tensor, k: int, pairs: tuple[int, ...]) -> Generator[Progress, None, dict[str, np.ndarray]]:
     """
     One pass. Of every feature [d_sae, k] the largest values (one a row), their rows and positions, and the activations around them; counts by size
     of activation; of pairs (all, or the features asked for) the tokens on which both fire.
@@ -141,7 +143,7 @@ def collect(model: Model, d: Dictionary, rows: Tensor, k: int, pairs: tuple[int,
     return {name: x.numpy() for name, x in out.items()} | {"tokens": np.array(tokens)}
 
 
-def result(model: Model, d: Dictionary, ask: Examples, rows: Tensor, found: dict, file: Path, seconds: float, cached: bool) -> ExamplesResult:
+def result(model: Model, d: SparseAutoencoder, ask: Examples, rows: Tensor, found: dict, file: Path, seconds: float, cached: bool) -> ExamplesResult:
     indices = ask.indices or tuple(range(d.d_sae))
     k = max(1, min(ask.k, MOST // len(indices)))
     shown = tuple(tuple(read_example(model, rows, found, i, j) for j in range(k) if found["top"][i, j] > 0) for i in indices)

@@ -5,36 +5,24 @@ A target's pre-activation is a direction in the stream. It is carried back, laye
 the values of its source tokens. Where the earlier SAE writes, its features share what arrives; the rest is rows, and all of it adds up to the target.
 """
 
-from collections.abc import Generator
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch as t
 from torch import Tensor
 
-from techniques.features.reading import check, check_run, stream_reader
-from techniques.attribution.logits import SCALE, direction, inner_direction, post_norm, pull_back, true_logits
+from model.bridge import FINAL, Edit, Model
+from model.runs import Runs
+from model.sae import SparseAutoencoder
+from model.steering import Change, changed, write
+from model.writes import SCALE, post_norm, pull_back, to_heads
+from techniques.attribution.logits import direction, true_logits
+from techniques.features.effects import check_run, stream_reader
 from techniques.features.requests import CheckEdge, CheckEdgeResult, FeatureGraph, FeatureGraphResult
 from vocabulary.nodes import UserError
-from vocabulary.requests import Progress
-from model.bridge import FINAL, Edit, Model
-from model.runs import Runs, prepare
-from model.sae import Dictionary, load
 
 STAGES = {"pre": 0, "attn": 1, "z": 1, "mid": 2, "mlp": 3, "post": 4}
 READS = {"pre": "hook_resid_pre", "attn": "hook_attn_out", "z": "attn.hook_z", "mid": "hook_resid_mid", "post": "hook_resid_post"}
-
-
-def answer(model: Model, ask: FeatureGraph | CheckEdge) -> Generator[Progress, None, FeatureGraphResult | CheckEdgeResult]:
-    up = yield from load(model, ask.up)
-    down = (yield from load(model, ask.down)) if ask.target >= 0 else up
-    runs = yield from prepare(model, ask.study)
-    check(runs, up)
-    if down is not up:
-        check(runs, down)
-    yield Progress(1, 2, "attributing")
-    target = find_target(runs, up, down, ask)
-    return graph(runs, up, down, target, ask) if isinstance(ask, FeatureGraph) else edge(runs, up, down, target, ask)
 
 
 @dataclass(frozen=True)
@@ -50,7 +38,7 @@ class Target:
     value: float
 
 
-def stage(d: Dictionary) -> tuple[int, int]:
+def stage(d: SparseAutoencoder) -> tuple[int, int]:
     """Where an SAE writes, in the order of the forward pass."""
     site = d.site_out.removeprefix("resid_")
     if site not in STAGES:
@@ -59,7 +47,7 @@ def stage(d: Dictionary) -> tuple[int, int]:
 
 
 @t.no_grad()
-def find_target(runs: Runs, up: Dictionary, down: Dictionary, ask: FeatureGraph | CheckEdge) -> Target:
+def find_target(runs: Runs, up: SparseAutoencoder, down: SparseAutoencoder, ask: FeatureGraph | CheckEdge) -> Target:
     check_run(runs, ask.which)
     model, which = runs.model, ask.which
     pos = runs.metric_position(which) if ask.pos is None else runs.position(which, ask.pos)
@@ -103,7 +91,7 @@ def dot(a: Tensor, b: Tensor) -> float:
 
 
 @t.no_grad()
-def carry_back(runs: Runs, which: str, up: Dictionary, target: Target) -> Shares:
+def carry_back(runs: Runs, which: str, up: SparseAutoencoder, target: Target) -> Shares:
     """The target's direction from where it is read back to what the earlier SAE writes (and, when that is one part among others, to the embeddings)."""
     model, seq = runs.model, len(runs.row(which).ids)
     shares, whole = Shares(), up.site_out.startswith("resid_")
@@ -142,7 +130,7 @@ def carry_back(runs: Runs, which: str, up: Dictionary, target: Target) -> Shares
     return shares
 
 
-def through_attention(runs: Runs, which: str, up: Dictionary, layer: int, g: Tensor, heads: Tensor | None, shares: Shares) -> Tensor:
+def through_attention(runs: Runs, which: str, up: SparseAutoencoder, layer: int, g: Tensor, heads: Tensor | None, shares: Shares) -> Tensor:
     """Coefficients [seq, d_model] on a layer's input, from those on its attention's output (or on its heads' z), patterns and scales frozen."""
     model, block = runs.model, runs.model.bridge.blocks[layer]
     name, attn, post = f"blocks.{layer}", block.attn, post_norm(runs.model, layer, "attn")
@@ -152,11 +140,8 @@ def through_attention(runs: Runs, which: str, up: Dictionary, layer: int, g: Ten
     names = [f"{name}.attn.hook_pattern", f"{name}.ln1.hook_scale", *([post[1]] if post else [])]
     acts = {n: x[0].float() for n, x in runs.trace(which, names).items()}
     if heads is None:
-        inner, constant = inner_direction(model, layer, "attn", acts, g)
+        z, constant = to_heads(model, layer, acts, g)
         shares.add("biases", constant.sum().item())
-        if attn.b_O is not None:
-            shares.add("biases", dot(inner, attn.b_O.float().expand_as(inner)))
-        z = t.einsum("hem,sm->she", attn.W_O.float(), inner.to(attn.W_O.device))
         if (up.site_out, up.layer) == ("z", layer):
             shares.here = z.flatten(1)
             return t.zeros_like(g)
@@ -176,7 +161,7 @@ def through_attention(runs: Runs, which: str, up: Dictionary, layer: int, g: Ten
 
 
 @t.no_grad()
-def contributions(runs: Runs, which: str, up: Dictionary, here: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def contributions(runs: Runs, which: str, up: SparseAutoencoder, here: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of every active feature of the earlier SAE: position, index, activation, and its share of the target."""
     x = runs.trace(which, [up.point])[up.point][0]
     where, index, value = up.active(x)
@@ -190,7 +175,7 @@ def contributions(runs: Runs, which: str, up: Dictionary, here: Tensor) -> tuple
 
 
 @t.no_grad()
-def graph(runs: Runs, up: Dictionary, down: Dictionary, target: Target, ask: FeatureGraph) -> FeatureGraphResult:
+def graph(runs: Runs, up: SparseAutoencoder, down: SparseAutoencoder, target: Target, ask: FeatureGraph) -> FeatureGraphResult:
     """The k largest edges into the target; everything else is rows, and the sum is the target's pre-activation (or logit difference)."""
     if ask.k < 1:
         raise UserError("k must be at least 1")
@@ -216,7 +201,7 @@ def graph(runs: Runs, up: Dictionary, down: Dictionary, target: Target, ask: Fea
     )  # fmt: skip
 
 
-def words(runs: Runs, up: Dictionary, down: Dictionary, target: Target, which: str) -> str:
+def words(runs: Runs, up: SparseAutoencoder, down: SparseAutoencoder, target: Target, which: str) -> str:
     what = (
         f"pre-activation of {down.source} feature {target.index}"
         if target.index >= 0
@@ -249,7 +234,7 @@ def freeze(runs: Runs, which: str) -> list[Edit]:
 
 
 @t.no_grad()
-def edge(runs: Runs, up: Dictionary, down: Dictionary, target: Target, ask: CheckEdge) -> CheckEdgeResult:
+def edge(runs: Runs, up: SparseAutoencoder, down: SparseAutoencoder, target: Target, ask: CheckEdge) -> CheckEdgeResult:
     """The earlier feature set to zero at one position: what the target loses with everything else frozen (the graph's claim), and in truth."""
     model, which, row = runs.model, ask.which, runs.row(ask.which)
     up.check_index(ask.feature)
@@ -259,8 +244,6 @@ def edge(runs: Runs, up: Dictionary, down: Dictionary, target: Target, ask: Chec
     mine = (where == ask.at) & (index == ask.feature)
     if not mine.any():
         raise UserError(f"feature {ask.feature} of {up.source} does not fire at position {ask.at}: choose one of the graph's edges")
-    from model.steering import Change, changed, write
-
     without = write(up, changed(up, [Change(ask.feature, ask.at, "zero")], [ask.at], True))
     edits = runs.edits if which == "now" else []
     ids, read = t.tensor([row.ids]), f"blocks.{target.layer}.{READS[target.place]}"

@@ -1,5 +1,5 @@
 """
-Features of an SAE or transcoder on the prompt: the preflight, what fires at a position and what it does to the metric, one feature in full.
+Features of an SAE or transcoder on the prompt: what fires at a position and what it does to the metric, and one feature in full.
 
 Position 0 is left out of all statistics: its activation is unlike any other, and SAEs are not trained on it.
 """
@@ -7,328 +7,30 @@ Position 0 is left out of all statistics: its activation is unlike any other, an
 import json
 import math
 import urllib.request
-from collections.abc import Generator
-from dataclasses import dataclass, replace
 
 import numpy as np
 import torch as t
 from torch import Tensor
 
-from techniques.lens.reading import largest, rows_at_once
-from techniques.attribution.logits import SCALE, direction, inner_direction, post_norm, pull_back
-from techniques.features.requests import CheckEdge, Examples, Feature, FeatureGraph, FeatureResult, Features, FeaturesResult, Preflight, PreflightResult, Saes
-from vocabulary.nodes import UserError
-from vocabulary.prompts import RUNS
-from vocabulary.requests import Identity, Progress
-from model.bridge import FINAL, Edit, Model, write_mid
-from model.runs import Runs, prepare, read_study
-from model.sae import Dictionary, catalogue, labels, load
+from model.runs import Runs
+from model.sae import SparseAutoencoder, labels
+from techniques.attribution.logits import direction
+from techniques.features.effects import check_run, extra_names, gradient, no_metric, pull_forward, sources_of, stream_reader, to_stream, written
+from techniques.features.requests import Feature, FeatureResult, Features, FeaturesResult
+from model.top_tokens import largest
+from model.writes import SCALE, pull_back
 from utils import settings
+from vocabulary.nodes import UserError
 
-REFUSE, WARN = 0.8, 0.9
 CHUNK = 1 << 22  # numbers of decoder rows looked at at once
 ORDERS = ("activation", "attribution", "direct")
-STREAM = ("resid_pre", "resid_mid", "resid_post", "attn", "mlp")
 
 
-def answer(model: Model, ask: object) -> Generator:
-    match ask:
-        case Saes():
-            yield Progress(0, 1, "reading sae_lens's list")
-            return catalogue(model, ask.every)
-        case Preflight():
-            return (yield from preflight(model, ask))
-        case Examples():
-            from techniques.features import examples
-
-            return (yield from examples.examples(model, ask))
-        case FeatureGraph() | CheckEdge():
-            from techniques.features import graph as feature_graph
-
-            return (yield from feature_graph.answer(model, ask))
-    d = yield from load(model, ask.source)
-    runs = yield from prepare(model, ask.study)
-    check(runs, d)
-    yield Progress(1, 2, "encoding")
-    return features(runs, d, ask) if isinstance(ask, Features) else feature(runs, d, ask)
-
-
-# ------------------------------------------------------------------ is it the right SAE?
-
-
-@dataclass(frozen=True)
-class Fit:
-    """How well an SAE explains what it writes, over positions: cosine of reconstruction and target, variance unexplained, features on, norms' ratio."""
-
-    cosine: float
-    unexplained: float
-    l0: float
-    ratio: float
+# ------------------------------------------------------------------ features at a position
 
 
 @t.no_grad()
-def fit(d: Dictionary, x: Tensor, y: Tensor, view: str) -> Fit:
-    """Of inputs x and targets y [position, ...] under a view of the activation; both without position 0."""
-    before, d.view = d.view, view
-    try:
-        parts, count = [], 0
-        for piece in d.pieces(len(x)):
-            f = d.encode(x[piece])
-            parts.append(d.decode(f, x[piece]))
-            count += int((f != 0).sum())
-        found = t.cat(parts)
-    finally:
-        d.view = before
-    y = d.flat(y)
-    if view == "centred":
-        y, found = y - y.mean(-1, keepdim=True), found - found.mean(-1, keepdim=True)
-    cosine = t.cosine_similarity(found.double(), y.double(), dim=-1).mean().item()
-    variance = (y - y.mean(0)).double().pow(2).sum().item()
-    unexplained = (y - found).double().pow(2).sum().item() / variance if variance > 0 else math.nan
-    return Fit(cosine, unexplained, count / len(x), (found.norm() / y.norm()).item())
-
-
-def views(model: Model) -> tuple[str, ...]:
-    return ("raw",) if model.cfg.uses_rms_norm else ("raw", "centred")
-
-
-@t.no_grad()
-def fits(runs: Runs, d: Dictionary, which: str = "clean") -> dict[str, Fit]:
-    """By view, on a run without position 0; remembered."""
-    row = runs.row(which)
-    if len(row.ids) < 2:
-        raise UserError("an SAE is checked without position 0, and the prompt has one token: make it longer")
-    key = (which == "now" and runs.done, row.ids)
-    if key not in d.verdicts:
-        acts = runs.trace(which, [d.point, d.out])
-        d.verdicts[key] = {v: fit(d, acts[d.point][0, 1:], acts[d.out][0, 1:], v) for v in views(runs.model)}
-    return d.verdicts[key]
-
-
-def choose(d: Dictionary, found: dict[str, Fit], view: str) -> str:
-    """The view asked for; else the metadata's, unless it does not explain this prompt and the other one does."""
-    if view in found:
-        return view
-    if view != "auto":
-        words = "this model's norm has no mean to take off: use auto or raw" if view == "centred" else "use auto, raw or centred"
-        raise UserError(f"{view!r} is not a view of the activation here: {words}")
-    best = max(found, key=lambda v: found[v].cosine)
-    return best if found[d.view].cosine < REFUSE <= found[best].cosine else d.view
-
-
-def check(runs: Runs, d: Dictionary) -> None:
-    """Sets the view at first use, and refuses an SAE that does not explain the clean prompt."""
-    found = fits(runs, d)
-    d.view = choose(d, found, d.view if d.asked or d.passed else "auto")
-    if found[d.view].cosine < REFUSE or not math.isfinite(found[d.view].cosine):
-        raise UserError(f"{d.source} does not explain this prompt (cosine {found[d.view].cosine:.2f}, at least {REFUSE} is needed): {cause(runs, d, found)}")
-    d.passed = True
-
-
-def cause(runs: Runs, d: Dictionary, found: dict[str, Fit]) -> str:
-    """The likeliest reason for a low cosine."""
-    mine = found[d.view]
-    other = max(found.values(), key=lambda f: f.cosine)
-    if not math.isfinite(mine.cosine):
-        return "the reconstruction is not finite; load the model in float32"
-    if other.cosine - mine.cosine > 0.05 and other.cosine >= REFUSE:
-        return f"the other view of the activation fits (cosine {other.cosine:.2f}); use view auto"
-    if d.normalisation == "expected_average_only_in":
-        return "its inputs are to be multiplied by a constant (expected_average_only_in) that is not in the file; save it with the constant folded in"
-    if mine.l0 > 10 * d.l0 or mine.l0 > d.d_sae / 4:
-        return (
-            f"{mine.l0:.0f} features fire at a position"
-            + ("" if math.isnan(d.l0) else f" and {d.l0:g} are published")
-            + ": wrong activation function, or model"
-        )
-    if (where := elsewhere(runs, d)) is not None:
-        return f"it fits {where[0]} better (cosine {where[1]:.2f}): its hook point is named wrongly"
-    if not 0.5 < mine.ratio < 2:
-        return f"the reconstruction is {mine.ratio:.2g} times as long as the activation: a normalisation is missing, or it is of another model"
-    return "it is of another model or hook point, or not trained"
-
-
-def elsewhere(runs: Runs, d: Dictionary) -> tuple[str, float] | None:
-    """Another residual point of the model that the SAE explains."""
-    if d.transcoder or not d.site.startswith("resid"):
-        return None
-    names = [n for n in runs.model.lens_points() if n != d.point]
-    acts = runs.trace("clean", names)
-    best = max(((n, fit(d, acts[n][0, 1:], acts[n][0, 1:], d.view).cosine) for n in names), key=lambda found: found[1])
-    return best if best[1] >= REFUSE else None
-
-
-def splice(d: Dictionary, model: Model, work) -> list[Edit]:
-    """Edits that let work(x, y) say what is written at the SAE's output, from its input x and what was there, y [batch, seq, ...]."""
-    if d.out.endswith("hook_resid_mid"):
-        return write_mid(d.layer, lambda y: work(y, y))
-    if d.point == d.out:
-        return [(d.out, lambda y: work(y, y))]
-    kept: dict[str, Tensor] = {}
-    return [(d.point, lambda x: kept.__setitem__("x", x)), (d.out, lambda y: work(kept["x"], y))]
-
-
-def like(new: Tensor, y: Tensor) -> Tensor:
-    return new.view(y.shape).to(y)
-
-
-@t.no_grad()
-def loss(model: Model, ids: tuple[int, ...], edits: list[Edit]) -> float:
-    """Mean next-token cross-entropy, nats, of the predictions made after position 0."""
-    normed = model.forward(t.tensor([ids]), [FINAL], edits, keep=None)[1][FINAL][0, 1:-1]
-    target, total = t.tensor(ids[2:], device=normed.device), 0.0
-    for i in range(0, len(normed), size := rows_at_once(model)):
-        logp = model.log_probs(normed[i : i + size])
-        total -= logp.gather(-1, target[i : i + size, None].to(logp.device)).double().sum().item()
-    return total / len(target) if len(target) else math.nan
-
-
-def preflight(model: Model, ask: Preflight) -> Generator[Progress, None, PreflightResult]:
-    """Before anything is shown: the view, the fit, and what the model loses with the SAE spliced in, on the clean prompt."""
-    d = yield from load(model, ask.source)
-    runs = read_study(model, replace(ask.study, base="clean", interventions=()))
-    yield Progress(0, 4, "encoding the prompt")
-    found = fits(runs, d)
-    d.view = choose(d, found, ask.view)
-    d.asked, d.passed = ask.view != "auto", found[d.view].cosine >= REFUSE
-    mine, ids = found[d.view], runs.row("clean").ids
-
-    def spliced(x: Tensor, y: Tensor) -> Tensor:
-        new = y.clone()
-        new[0, 1:] = like(d.reconstruct(x[0, 1:]), y[0, 1:])
-        return new
-
-    def zeroed(x: Tensor, y: Tensor) -> Tensor:
-        return t.cat([y[:, :1], t.zeros_like(y[:, 1:])], 1)
-
-    losses = []
-    for i, edits in enumerate(([], splice(d, model, spliced), splice(d, model, zeroed))):
-        yield Progress(1 + i, 4, "loss with the SAE spliced in")
-        losses.append(loss(model, ids, edits))
-    gap = losses[2] - losses[0]
-    recovered = (losses[2] - losses[1]) / gap if abs(gap) > 1e-6 else math.nan
-    verdict = "good" if mine.cosine >= WARN else "warn" if mine.cosine >= REFUSE else "refuse"
-    words = "" if verdict == "good" else cause(runs, d, found)
-    parts = [
-        f"{d.source} on the clean prompt without position 0, {len(ids) - 1} positions",
-        f"{d.view} activation" + (f" ({d.point} to {d.out})" if d.transcoder else f" at {d.point}"),
-        "cosine: mean over positions; unexplained: squared error / variance around the prompt's mean",
-        "losses: no error term, position 0 as it is",
-        "SAE in float32",
-        model.info.dtype,
-    ]
-    return PreflightResult(
-        d.info, mine.cosine, mine.unexplained, mine.l0, *losses, recovered, {v: f.cosine for v, f in found.items()}, verdict, words, ", ".join(parts)
-    )
-
-
-@t.no_grad()
-def identities(runs: Runs, source: str) -> Generator[Progress, None, list[Identity]]:
-    """Of one SAE on the clean prompt: its parts are the activation, and the model with SAE and error term spliced in is the model."""
-    d, model = (yield from load(runs.model, source)), runs.model
-    acts = runs.trace("clean", [d.point, d.out])
-    x, y = acts[d.point][0], d.flat(acts[d.out][0])
-    error = y - d.reconstruct(x)
-    scale, parts = d.scale(x), d.offset(x) + error
-    where, index, value = d.active(x)
-    for i in range(0, len(index), 1024):
-        at = where[i : i + 1024]
-        rows = d.rows(index[i : i + 1024]) * value[i : i + 1024, None]
-        parts.index_add_(0, at, rows * scale[at] if isinstance(scale, Tensor) else rows * scale)
-    ids = t.tensor([runs.row("clean").ids])
-
-    def spliced(x: Tensor, y: Tensor) -> Tensor:
-        return like(d.reconstruct(x[0]) + error, y)
-
-    logits = [model.forward(ids, edits=edits, keep=0)[0] for edits in (splice(d, model, spliced), [])]
-    return [
-        model.identity(f"{source}: features + bias + error = activation", parts, y),
-        model.identity(f"{source}: spliced in with its error = the model", *logits),
-    ]
-
-
-# ------------------------------------------------------------------ what a feature writes, and what it does
-
-
-def to_stream(model: Model, d: Dictionary, acts: dict[str, Tensor], pos: int, u: Tensor) -> Tensor | None:
-    """A direction [d_model] in the residual stream as one at what the SAE writes [d_out]; None for what is not added to the stream."""
-    if d.site_out in STREAM:
-        return u.to(d.device)
-    if d.site_out != "z":
-        return None
-    post = post_norm(model, d.layer, "attn")
-    here = {post[1]: acts[post[1]][0, pos][None]} if post else {}
-    inner, _ = inner_direction(model, d.layer, "attn", here, u[None])
-    w = model.bridge.blocks[d.layer].attn.W_O.float()
-    return (w @ inner[0].to(w.device)).flatten().to(d.device)
-
-
-def extra_names(model: Model, d: Dictionary) -> list[str]:
-    post = post_norm(model, d.layer, "attn") if d.site_out == "z" else None
-    return [SCALE, *([post[1]] if post else [])]
-
-
-def gradient(runs: Runs, d: Dictionary, which: str) -> Tensor:
-    """The metric's gradient at what the SAE writes [seq, d_out] of a run."""
-    from model.base_run import Score
-
-    model, asked = runs.model, runs.study.metric
-    name = f"blocks.{d.layer}.hook_attn_out" if d.out.endswith("resid_mid") else d.out
-    clean = None
-    place = "" if asked.kind == "loss" else runs.metric_position(which)
-    mark = f"gradient of {asked.kind} at {place} for {runs.answers} {runs.foils} at {name}"
-    mark += f" against {runs.row('clean').ids}" * (asked.kind == "kl")
-    key = (runs.row(which).ids, runs.done if which == "now" else (), mark)
-    if (known := model.cache.get(key)) is not None:
-        return d.flat(known)
-    if asked.kind == "kl":
-        clean = runs.trace("clean", [FINAL])[FINAL][0, [runs.metric_position("clean")]]
-    ids, edits = t.tensor([runs.row(which).ids]), runs.edits if which == "now" else []
-    out = slope_at(model, Score([runs], clean, which), ids, d, edits)[0]
-    model.cache.put(key, out)
-    return d.flat(out)
-
-
-def slope_at(model: Model, score: object, ids: Tensor, d: Dictionary, edits: list[Edit] | tuple = (), delta: Tensor | None = None) -> Tensor:
-    """The metric's gradient at the hook point where an SAE writes [prompt, seq, ...], under edits and with `delta` added there."""
-    from techniques.patching.estimates import metric
-
-    kept: dict[str, Tensor] = {}
-    name = f"blocks.{d.layer}.hook_attn_out" if d.out.endswith("resid_mid") else d.out
-
-    def leaf(x: Tensor) -> Tensor:
-        kept["leaf"] = t.zeros_like(x).requires_grad_(True)
-        return x + kept["leaf"] + (0 if delta is None else delta.to(x).view(x.shape))
-
-    last = f"blocks.{model.info.n_layers - 1}.hook_resid_post"
-    with t.enable_grad(), model.hooks([*edits, (name, leaf), (last, lambda x: kept.__setitem__("end", x))]):
-        model.bridge(ids.to(model.device), use_cache=False, logits_to_keep=1)
-        found = t.autograd.grad(metric(score, kept["end"]).sum(), kept["leaf"], allow_unused=True)[0]
-    return (t.zeros_like(kept["leaf"]) if found is None else found).detach()
-
-
-def no_metric(runs: Runs, which: str) -> str:
-    """Why there is no gradient of the metric, or ""."""
-    kind = runs.study.metric.kind
-    if kind == "rank":
-        return "a rank has no gradient: use logit_diff, prob, logprob, kl or loss"
-    if kind not in ("kl", "loss") and not runs.answers:
-        return f"there is no answer, and {kind} needs one"
-    if kind in ("logit_diff", "prob_diff") and not runs.foils:
-        return f"there is no foil, and {kind} needs one"
-    if which == "now" and any(i.node.site == "resid_mid" for i in runs.study.interventions):
-        return "gradients do not pass an intervention at resid_mid"
-    return ""
-
-
-def check_run(runs: Runs, which: str) -> None:
-    if which not in RUNS:
-        raise UserError(f"{which!r} is not a run: use one of {', '.join(RUNS)}")
-    runs.row(which)
-
-
-@t.no_grad()
-def features(runs: Runs, d: Dictionary, ask: Features) -> FeaturesResult:
+def features(runs: Runs, d: SparseAutoencoder, ask: Features) -> FeaturesResult:
     """The k largest features at a position by activation, attribution or direct effect; with rows of their own for what is no feature."""
     model, which = runs.model, ask.which
     check_run(runs, which)
@@ -375,7 +77,7 @@ def features(runs: Runs, d: Dictionary, ask: Features) -> FeaturesResult:
     )  # fmt: skip
 
 
-def words(runs: Runs, d: Dictionary, which: str, named: int | str, no: str = "") -> str:
+def words(runs: Runs, d: SparseAutoencoder, which: str, named: int | str, no: str = "") -> str:
     model, metric = runs.model, runs.study.metric
     place = "" if metric.kind == "loss" else f" at {metric.pos}"
     parts = [
@@ -394,33 +96,8 @@ def words(runs: Runs, d: Dictionary, which: str, named: int | str, no: str = "")
 # ------------------------------------------------------------------ one feature
 
 
-def gained(model: Model, rows: Tensor) -> Tensor:
-    """Rows of the stream [n, d_model] through the final norm's gain (and centring), without its scale."""
-    return t.stack([pull_forward(model, r) for r in rows])
-
-
-def pull_forward(model: Model, row: Tensor) -> Tensor:
-    norm = model.bridge.ln_final
-    weight = getattr(norm.original_component, "weight", None)
-    row = row.to(model.final_device)
-    row = row if norm.uses_rms_norm else row - row.mean()
-    return row if weight is None else row * (weight.float() + (1.0 if getattr(model.cfg, "rmsnorm_uses_offset", False) else 0.0))
-
-
 @t.no_grad()
-def written(model: Model, d: Dictionary, index: int) -> Tensor | None:
-    """What a feature adds to the stream [d_model], a unit of it; without the norm that some models put after attention's output."""
-    row = d.rows([index])[0]
-    if d.site_out in STREAM:
-        return row
-    if d.site_out != "z":
-        return None
-    w = model.bridge.blocks[d.layer].attn.W_O.float()
-    return t.einsum("he,hem->m", row.view(w.shape[0], w.shape[1]).to(w.device), w)
-
-
-@t.no_grad()
-def nearest(d: Dictionary, index: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+def nearest(d: SparseAutoencoder, index: int, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k features whose decoder rows have the largest cosine with this one's."""
     row = d.rows([index])[0]
     row, size, parts = row / row.norm().clamp(min=1e-12), max(1, CHUNK // d.d_out), []
@@ -445,55 +122,6 @@ def together(where: Tensor, index: Tensor, feature: int, k: int, d_sae: int) -> 
     return top.indices.cpu().numpy().astype(np.int32), top.values.cpu().numpy()
 
 
-def stream_reader(runs: Runs, d: Dictionary, which: str, w: Tensor, pos: int) -> tuple[str, Tensor, float] | None:
-    """
-    A direction at what the SAE reads as one at the stream in front of it, norms frozen: where ("pre", "mid", "post", "attn": attention's output, "z"),
-    the direction, and what a norm's bias adds. None behind an MLP.
-    """
-    match d.site:
-        case "resid_pre" | "resid_mid" | "resid_post":
-            return d.site[6:], w, 0.0
-        case "mlp_stream":
-            return "pre" if runs.model.parallel else "mid", w, 0.0
-        case "attn" | "z":
-            return d.site, w, 0.0
-        case "normed" | "mlp_in":
-            model, name = runs.model, f"blocks.{d.layer}.ln2"
-            if f"{name}.hook_scale" not in model.points:
-                name = f"blocks.{d.layer}.ln1"
-            scale = runs.trace(which, [f"{name}.hook_scale"])[f"{name}.hook_scale"][0, pos][None].float()
-            norm = getattr(model.bridge.blocks[d.layer], name.rsplit(".")[-1])
-            if d.site == "mlp_in":
-                back, constant = pull_back(model, norm, scale, w[None])
-                return "pre" if model.parallel else "mid", back[0], constant.item()
-            back = w if norm.uses_rms_norm else w - w.mean()
-            return "pre" if model.parallel else "mid", back / scale[0].to(w), 0.0
-    return None
-
-
-@t.no_grad()
-def sources_of(runs: Runs, d: Dictionary, which: str, place: str, w: Tensor, pos: int) -> np.ndarray:
-    """What each source token adds through each head [layer, head, seq] to direction . stream at pos: pattern x value through W_O, later norms frozen."""
-    model = runs.model
-    i, seq = model.info, len(runs.row(which).ids)
-    out = np.zeros((i.n_layers, i.n_heads, seq))
-    through = {"pre": range(d.layer), "attn": [d.layer], "z": [d.layer]}.get(place, range(d.layer + 1))
-    posts = {layer: post[1] for layer in through if place != "z" and (post := post_norm(model, layer, "attn"))}
-    acts = runs.trace(which, [f"blocks.{layer}.attn.{n}" for layer in through for n in ("hook_v", "hook_pattern")] + list(posts.values()))
-    for layer in through:
-        v, pattern = acts[f"blocks.{layer}.attn.hook_v"][0].float(), acts[f"blocks.{layer}.attn.hook_pattern"][0, :, pos].float()
-        if place == "z":
-            into = w.view(i.n_heads, -1).to(v.device)
-        else:
-            inner = w[None]
-            if post := posts.get(layer):
-                inner, _ = inner_direction(model, layer, "attn", {post: acts[post][0, pos][None]}, inner)
-            into = model.bridge.blocks[layer].attn.W_O.float() @ inner[0].to(v.device)
-        v = v.repeat_interleave(i.n_heads // i.n_kv_heads, 1)
-        out[layer] = (pattern * t.einsum("shd,hd->hs", v, into)).double().cpu().numpy()
-    return out
-
-
 def neuronpedia(ident: str, index: int) -> str:
     """The label that Neuronpedia has for a feature; asked only with LOUPE_NEURONPEDIA=1 in .env, and "" when it does not answer within 3 s."""
     if not ident or settings().get("LOUPE_NEURONPEDIA") != "1":
@@ -507,7 +135,7 @@ def neuronpedia(ident: str, index: int) -> str:
 
 
 @t.no_grad()
-def feature(runs: Runs, d: Dictionary, ask: Feature) -> FeatureResult:
+def feature(runs: Runs, d: SparseAutoencoder, ask: Feature) -> FeatureResult:
     """One feature: where it fires, what it promotes, its neighbours, and which source tokens make it fire at a position."""
     model, which, k = runs.model, ask.which, ask.k
     check_run(runs, which)

@@ -199,7 +199,7 @@ class PreflightResult:
     loss_zero: float
     recovered: float
     cosines: dict[str, float]
-    verdict: str
+    verdict: Literal["good", "warn", "refuse"]
     cause: str
     convention: str
 
@@ -214,9 +214,9 @@ class FeaturesResult:
 
     info: SaeInfo
     tokens: TokenRow
-    which: str
+    which: OneRun
     pos: int
-    order: str
+    order: Literal["activation", "attribution", "direct"]
     active: int
     index: np.ndarray
     activation: np.ndarray
@@ -242,7 +242,7 @@ class FeatureResult:
 
     info: SaeInfo
     tokens: TokenRow
-    which: str
+    which: OneRun
     index: int
     pos: int
     activation: np.ndarray

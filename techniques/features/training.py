@@ -14,12 +14,14 @@ import torch as t
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from techniques.features.requests import TrainSae, TrainSaeResult
-from vocabulary.nodes import AddressError, Node, parse_node, UserError
-from vocabulary.requests import Progress
-from model.bridge import TINY, Edit, Model, first_line, in_chunks, write_mid
+from model.artefacts import BROKEN, CHECKPOINT, corpus, save, unembed_hash, windows
+from model.bridge import Edit, Model, write_mid
+from model.loading import TINY
+from model.memory import first_line, in_chunks
 from model.runs import hook_name
-from techniques.lens.translators import BROKEN, CHECKPOINT, corpus, save, unembed_hash, windows
+from techniques.features.requests import TrainSae, TrainSaeResult
+from vocabulary.nodes import AddressError, Node, UserError, parse_node
+from vocabulary.requests import Progress
 
 ARCHITECTURES = ("topk", "batchtopk", "standard", "jumprelu")
 POINTS = ("resid_pre", "resid_mid", "resid_post", "attn", "mlp")
@@ -286,68 +288,101 @@ def train(model: Model, ask: TrainSae) -> Generator[Progress, None, TrainSaeResu
 
 
 def fit(model: Model, ask: TrainSae, rows: Tensor, held: Tensor, text: str) -> Generator[Progress, None, TrainSaeResult]:
-    """The same on token ids [n, length]: `rows` to train on, `held` to measure on; `text` names them."""
+    """Train on token ids [n, length]: `rows` to train on, `held` to measure on; `text` names them. Writes the SAE's folder."""
     start, out = time.time(), Path(ask.out).expanduser()
     check(ask, out)
     node, name = read_hook(model, ask.hook)
     yield Progress(0, 0, "importing sae_lens")
     from sae_lens import SAE
 
-    info, steps = model.info, ask.tokens // ask.batch
     recipe = f"{ask.architecture}, {ask.features} features, {f'l1 {ask.l1:g}' if ask.architecture == 'standard' else f'k {ask.k}'}, {ask.tokens} tokens, "
     recipe += f"batch {ask.batch}, length {rows.shape[1]}, lr {ask.lr:g}, seed {ask.seed}, {name}"
     text_hash = hashlib.sha256(rows.numpy().tobytes() + held.numpy().tobytes()).hexdigest()[:16]
-    full_recipe = f"{recipe}, text {text_hash}, model {unembed_hash(model)[:16]}"
-    trainer, losses, said, due = None, [], "starting", start + SAVE_EVERY
+    trainer, losses = yield from run(model, ask, rows, name, f"{recipe}, text {text_hash}, model {unembed_hash(model)[:16]}")
+    trainer.sae.fold_activation_norm_scaling_factor(trainer.activation_scaler.scaling_factor)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer.sae.save_inference_model(folder)
+        sae = SAE.load_from_disk(folder, device=str(model.device))
+    got = yield from measure(model, sae, node, name, held)
+    got["dead"] = ((got["density"] == 0) & trainer.dead_neurons.cpu()).float().mean().item()
+    shares = {"loss_recovered": recovered(got), "loss_recovered_mean": recovered(got, "loss_mean")}
+    for key, value in metadata(model, name, rows.shape[1], text, recipe, got, shares).items():
+        setattr(sae.cfg.metadata, key, value)
+    sae.cfg.device = "cpu"
+    write(out, sae)
+    window = min(trainer.cfg.dead_feature_window, ask.tokens // ask.batch) * ask.batch
+    note = (
+        f"held-out: {got['tokens']} tokens of {text}, position 0 and BOS left out of training and of all figures; explained = 1 - ||x - x̂||² / ||x - mean||²; "
+        f"recovered = (zero - spliced) / (zero - model) in next-token loss, {got['loss_zero']:.3f}, {got['loss_spliced']:.3f}, {got['loss']:.3f} nats "
+        f"(against the mean, {got['loss_mean']:.3f}: {shares['loss_recovered_mean']:.3f}); dead: fires neither there nor in the last {window} training tokens "
+        f"· {recipe} · raw weights · {model.info.dtype}"
+    )
+    return TrainSaeResult(
+        str(out), name, ask.architecture, ask.features, got["explained"], got["l0"], got["dead"], shares["loss_recovered"], np.array(losses, np.float32),
+        len(losses) * ask.batch, time.time() - start, note,
+    )  # fmt: skip
+
+
+def run(model: Model, ask: TrainSae, rows: Tensor, name: str, recipe: str) -> Generator[Progress, None, tuple]:
+    """All steps: sae_lens's trainer and the losses. The checkpoint holds them at the end, now and then before, and when the run is cancelled."""
+    steps, out, due = ask.tokens // ask.batch, Path(ask.out).expanduser(), time.time() + SAVE_EVERY
+    trainer, losses, said = None, [], "starting"
     try:
         if ask.resume:
-            trainer = make_trainer(ask, info.d_model, str(model.device))
-            losses = restore(out, full_recipe, trainer)
+            trainer = make_trainer(ask, model.info.d_model, str(model.device))
+            losses = restore(out, recipe, trainer)
         make_folder(out)
         for batch in batches(model, name, rows, ask.batch, ask.seed, len(losses)) if len(losses) < steps else ():
             yield Progress(len(losses), steps, f"SAE: {said if batch is not None else f'activations, {said}'}")
             if not isinstance(batch, Tensor):
                 continue
             if trainer is None:
-                if not 0 < (batch - batch.mean(0)).square().sum().item() < float("inf"):
-                    raise UserError(f"what passes {ask.hook} never changes or is not finite: there is nothing to train on")
-                trainer = make_trainer(ask, info.d_model, str(model.device))
-                scale = trainer.activation_scaler.scaling_factor = info.d_model**0.5 / batch.norm(dim=1).mean().item()
-                trainer.sae.b_dec.data = (batch.mean(0) * scale).to(trainer.sae.device)
-            step = trainer.step(batch)
-            trainer.n_training_steps += 1
-            losses.append(step.loss.item())
-            if not np.isfinite(losses[-1]):
-                raise UserError("the SAE's loss is not finite: load the model in float32 or lower the learning rate")
-            with t.no_grad():
-                unexplained = ((step.sae_out - step.sae_in).square().sum() / (step.sae_in - step.sae_in.mean(0)).square().sum()).item()
-                l0 = (step.feature_acts > 0).sum(-1).float().mean().item()
-            said = f"loss {losses[-1]:.3f}, L0 {l0:.1f}, FVU {unexplained:.3f}"
+                trainer = start_at(model, ask, batch)
+            said = step(trainer, batch, losses)
             if time.time() > due:
                 begun = time.time()
-                keep(out, full_recipe, trainer, losses)
+                keep(out, recipe, trainer, losses)
                 due = time.time() + max(SAVE_EVERY, 20 * (time.time() - begun))
             if len(losses) == steps:
                 break
     except GeneratorExit:
         if losses:
-            keep(out, full_recipe, trainer, losses)
+            keep(out, recipe, trainer, losses)
         raise
-    keep(out, full_recipe, trainer, losses)
-    trainer.sae.fold_activation_norm_scaling_factor(trainer.activation_scaler.scaling_factor)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer.sae.save_inference_model(folder)
-        sae = SAE.load_from_disk(folder, device=str(model.device))
-    got = yield from measure(model, sae, node, name, held)
-    silent = (got["density"] == 0) & trainer.dead_neurons.cpu()
-    dead = silent.float().mean().item()
-    figures = {k: round(v, 6) for k, v in got.items() if k.startswith("loss")}
-    shares = {"loss_recovered": recovered(got), "loss_recovered_mean": recovered(got, "loss_mean")}
-    facts = {
-        "model_name": info.name,
+    keep(out, recipe, trainer, losses)
+    return trainer, losses
+
+
+def start_at(model: Model, ask: TrainSae, batch: Tensor):
+    """A trainer whose input scale and decoder bias come from the first batch."""
+    if not 0 < (batch - batch.mean(0)).square().sum().item() < float("inf"):
+        raise UserError(f"what passes {ask.hook} never changes or is not finite: there is nothing to train on")
+    trainer = make_trainer(ask, model.info.d_model, str(model.device))
+    scale = trainer.activation_scaler.scaling_factor = model.info.d_model**0.5 / batch.norm(dim=1).mean().item()
+    trainer.sae.b_dec.data = (batch.mean(0) * scale).to(trainer.sae.device)
+    return trainer
+
+
+def step(trainer, batch: Tensor, losses: list[float]) -> str:
+    """One step, its loss added to `losses`; and how it went, in words."""
+    done = trainer.step(batch)
+    trainer.n_training_steps += 1
+    losses.append(done.loss.item())
+    if not np.isfinite(losses[-1]):
+        raise UserError("the SAE's loss is not finite: load the model in float32 or lower the learning rate")
+    with t.no_grad():
+        unexplained = ((done.sae_out - done.sae_in).square().sum() / (done.sae_in - done.sae_in.mean(0)).square().sum()).item()
+        l0 = (done.feature_acts > 0).sum(-1).float().mean().item()
+    return f"loss {losses[-1]:.3f}, L0 {l0:.1f}, FVU {unexplained:.3f}"
+
+
+def metadata(model: Model, name: str, length: int, text: str, recipe: str, got: dict, shares: dict) -> dict:
+    """What the SAE's config says of its model, its text and its figures on held-out text."""
+    return {
+        "model_name": model.info.name,
         "hook_name": name,
-        "context_size": rows.shape[1],
-        "prepend_bos": bool(info.default_bos),
+        "context_size": length,
+        "prepend_bos": bool(model.info.default_bos),
         "exclude_special_tokens": [] if model.bos is None else [model.bos],
         "dataset_path": text,
         "unembed_hash": unembed_hash(model),
@@ -355,25 +390,10 @@ def fit(model: Model, ask: TrainSae, rows: Tensor, held: Tensor, text: str) -> G
         "l0": round(got["l0"], 4),
         "explained_variance": round(got["explained"], 6),
         **{k: round(v, 6) if np.isfinite(v) else None for k, v in shares.items()},
-        "dead_fraction": round(dead, 6),
+        "dead_fraction": round(got["dead"], 6),
         "held_out_tokens": got["tokens"],
-        **figures,
+        **{k: round(v, 6) for k, v in got.items() if k.startswith("loss")},
     }
-    for key, value in facts.items():
-        setattr(sae.cfg.metadata, key, value)
-    sae.cfg.device = "cpu"
-    write(out, sae)
-    window = min(trainer.cfg.dead_feature_window, steps) * ask.batch
-    note = (
-        f"held-out: {got['tokens']} tokens of {text}, position 0 and BOS left out of training and of all figures; explained = 1 - ||x - x̂||² / ||x - mean||²; "
-        f"recovered = (zero - spliced) / (zero - model) in next-token loss, {got['loss_zero']:.3f}, {got['loss_spliced']:.3f}, {got['loss']:.3f} nats "
-        f"(against the mean, {got['loss_mean']:.3f}: {shares['loss_recovered_mean']:.3f}); dead: fires neither there nor in the last {window} training tokens "
-        f"· {recipe} · raw weights · {info.dtype}"
-    )
-    return TrainSaeResult(
-        str(out), name, ask.architecture, ask.features, got["explained"], got["l0"], dead, shares["loss_recovered"], np.array(losses, np.float32),
-        len(losses) * ask.batch, time.time() - start, note,
-    )  # fmt: skip
 
 
 def write(out: Path, sae) -> None:

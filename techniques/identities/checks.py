@@ -8,13 +8,18 @@ from dataclasses import replace
 import torch as t
 from torch import Tensor
 
+from model.bridge import FINAL, TOLERANCE, Model
+from model.checks import self_check
+from model.interventions import prepare
+from model.loading import SMALL, read_config, read_weights
+from model.memory import out_of_memory
+from model.runs import Runs, read_study
 from techniques.attribution.logits import attribution
+from techniques.features.preflight import sae_identities
+from utils import show_bytes, tec
 from vocabulary.nodes import Intervention, Node, UserError
 from vocabulary.prompts import Study
 from vocabulary.requests import Identity, Progress
-from model.bridge import FINAL, SMALL, TOLERANCE, Model, out_of_memory, read_config, read_weights
-from model.runs import Runs, prepare, read_study
-from utils import show_bytes, tec
 
 STEPS = 5
 
@@ -24,7 +29,7 @@ def identities(model: Model, study: Study) -> Generator[Progress, None, tuple[tu
     runs = read_study(model, study)
     ids = t.tensor([runs.row("clean").ids])
     yield Progress(0, STEPS, "hook points")
-    rows = list(model.self_check(ids))
+    rows = list(self_check(model, ids))
     rows.append(attribution_sums(runs))
     yield Progress(1, STEPS, "patching")
     rows.append(patch_nothing(runs, study.base))
@@ -34,10 +39,8 @@ def identities(model: Model, study: Study) -> Generator[Progress, None, tuple[tu
     yield Progress(4, STEPS, "Hugging Face's own forward pass")
     rows.append(hugging_face(model, ids))
     if study.saes:
-        from techniques.features import reading as features
-
         for source in study.saes:
-            rows += yield from features.identities(runs, source)
+            rows += yield from sae_identities(runs, source)
     return tuple(rows), f"largest absolute error on the prompt, raw weights, {model.info.dtype}; tolerances grow with the values' size"
 
 
@@ -97,7 +100,7 @@ def noise_floor(runs: Runs, study: Study) -> Generator[Progress, None, Identity]
 
 @t.no_grad()
 def hugging_face(model: Model, ids: Tensor) -> Identity:
-    """The same weights read afresh into Hugging Face's own class, eager attention."""
+    """The weights read afresh into Hugging Face's own class, eager attention."""
     name, n = "forward pass = Hugging Face's own", model.info.n_params
     tolerance = TOLERANCE[model.dtype]
     if n > SMALL or model.device_map:

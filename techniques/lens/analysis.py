@@ -5,7 +5,7 @@ from collections.abc import Generator
 from techniques.lens import reading as lens
 from techniques.lens import translators as tuned
 from model.bridge import Model
-from model.runs import prepare
+from model.interventions import prepare
 from techniques.lens.requests import FitJacobian, Lens, TuneLens
 
 

@@ -1,28 +1,26 @@
-"""The lens: what the model would predict at every point and position; and the run itself, with its metric."""
+"""The lens: what the model would predict at every point and position."""
 
 import math
 from collections.abc import Callable, Generator
-from dataclasses import replace
 
 import numpy as np
 import torch as t
 from torch import Tensor
 
+from model.bridge import FINAL, Model
+from model.memory import in_chunks
+from model.metrics import rows_at_once, vocab_bytes
+from model.runs import Runs, hook_name
+from model.top_tokens import largest, texts
+from model.writes import SCALE, adds, frozen_norm, post_norm
 from techniques.lens.requests import LENSES, LensResult
-from techniques.output.requests import RunResult, Side
-from vocabulary.nodes import Node, parse_node, UserError
-from vocabulary.requests import Progress
-from model.bridge import FINAL, Model, in_chunks
-from model.runs import Runs, find_position, hook_name
 from techniques.lens.translators import Translators, read_translators
+from vocabulary.nodes import Node, UserError, parse_node
+from vocabulary.requests import Progress
 
-VOCAB_BYTES = 64 << 20  # no vocabulary-sized tensor is larger; some ten of them are held at a time
-WIDER = 1.375  # times that on an accelerator, where a chunk costs the host as much as the device
 CHUNK_BYTES = 16 << 20  # this is how much of several points is made at once
 PIECE_BYTES = 2 << 20  # and read at once, on a CPU, so that it stays in the processor's cache
 HELD_BYTES = 256 << 20  # activations of a run that stay on a device; more wait in the host's pinned memory
-SCALE = "ln_final.hook_scale"
-BLOCK = 64
 MOST = 3
 STATS = ("prob", "rank", "entropy", "kl", "logit_diff")
 CELLS = ("top_ids", "top_probs", *STATS, "kl_pair", "up_ids", "up_values", "down_ids", "down_values")
@@ -53,45 +51,12 @@ def is_component(node: Node) -> bool:
     return not node.site.startswith("resid_")
 
 
-def vocab_bytes(model: Model) -> int:
-    return VOCAB_BYTES if model.final_device.type == "cpu" else int(WIDER * VOCAB_BYTES)
-
-
-def rows_at_once(model: Model) -> int:
-    return max(1, vocab_bytes(model) // (4 * model.info.d_vocab))
-
-
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Row by row. A matrix product is not used: it adds up 50 000 numbers one after the other, and entropies came out wrong by 0.004 nats."""
     return t.linalg.vecdot(a, b)
 
 
-def largest(x: Tensor, k: int, most: bool = True) -> tuple[Tensor, Tensor]:
-    """
-    The k largest (or smallest) of each row [rows, n], sorted: values and indices. The rows are cut into n / BLOCK interleaved groups; the k largest
-    lie in the groups with the k largest maxima, so that only those are looked at closely. Several times faster than topk on a vocabulary.
-    """
-    rows, n = x.shape
-    groups = n // BLOCK
-    if groups < 4 * k:
-        return x.topk(k, -1, most)
-    head = x[:, : groups * BLOCK].view(rows, BLOCK, groups)
-    best = (head.amax(1) if most else head.amin(1)).topk(k, -1, most).indices
-    ids = (best[:, :, None] + groups * t.arange(BLOCK, device=x.device)).flatten(1)
-    tail = t.arange(groups * BLOCK, n, device=x.device).expand(rows, -1)
-    ids = t.cat([ids, tail], -1)
-    top = x.gather(-1, ids).topk(k, -1, most)
-    return top.values, ids.gather(-1, top.indices)
-
-
 # ------------------------------------------------------------------ what a point's logits are made of
-
-
-def frozen_norm(norm: t.nn.Module, scale: Tensor, x: Tensor, model: Model) -> Tensor:
-    """A norm as the linear map it is with its scale frozen, without its bias. LayerNorm takes the mean off first."""
-    weight = norm.weight + 1 if getattr(model.cfg, "rmsnorm_uses_offset", False) else norm.weight
-    x = x if model.cfg.uses_rms_norm else x - x.mean(-1, keepdim=True)
-    return (x / scale * weight).to(x.dtype)
 
 
 def has_norm(model: Model) -> None:
@@ -105,7 +70,7 @@ def names_of(model: Model, nodes: list[Node]) -> list[str]:
     if any(is_component(n) for n in nodes):
         model.point(SCALE)
         names.append(SCALE)
-    names += [f"blocks.{n.layer}.ln1_post.hook_scale" for n in nodes if n.site == "head" and hasattr(model.bridge.blocks[n.layer], "ln1_post")]
+    names += [post[1] for n in nodes if n.site == "head" and (post := post_norm(model, n.layer, "attn"))]
     return list(dict.fromkeys([*names, FINAL]))
 
 
@@ -157,17 +122,13 @@ class Reader:
         if node.site == "head":
             x = self.written(node, x)
         x, scale = x.to(model.final_device), self.rows[SCALE].to(model.final_device)
-        return frozen_norm(model.bridge.ln_final, scale, x, model)
+        return frozen_norm(model, model.bridge.ln_final, scale, x)
 
     def written(self, node: Node, z: Tensor) -> Tensor:
         """What one head adds to the stream, without b_O; through the frozen norm that some models put after attention."""
-        block = self.model.bridge.blocks[node.layer]
-        alone = t.zeros_like(z)
+        alone, post = t.zeros_like(z), post_norm(self.model, node.layer, "attn")
         alone[:, node.head] = z[:, node.head]
-        out = (block.attn.o(alone.flatten(1)[None]) - block.attn.o(t.zeros_like(alone[:1]).flatten(1)[None]))[0]
-        if hasattr(block, "ln1_post"):
-            out = frozen_norm(block.ln1_post, self.rows[f"blocks.{node.layer}.ln1_post.hook_scale"], out, self.model)
-        return out
+        return adds(self.model, node.layer, "attn", alone.flatten(1)[None], self.rows[post[1]] if post else None)[0]
 
     @t.no_grad()
     def logits(self, start: int, stop: int) -> Tensor:
@@ -251,10 +212,6 @@ def pair_kl(a: Tensor, b: Tensor) -> Tensor:
     return ((dot(p, a) - dot(p, b)) / total - total.log() + b.exp().sum(-1).log()).clamp(min=0)
 
 
-def texts(model: Model, ids: np.ndarray) -> dict[int, str]:
-    return {i: model.token_text(i) for i in np.unique(ids).tolist()}
-
-
 def lens_convention(runs: Runs, nodes: list[Node], lens: Translators | None) -> str:
     """What matters first: it is a pane's title."""
     model = runs.model
@@ -266,7 +223,7 @@ def lens_convention(runs: Runs, nodes: list[Node], lens: Translators | None) -> 
     if parts:
         capped = ", before the soft cap" if model.softcap else ""
         rest.append(f"components: direct logits, final norm's scale frozen, no biases{capped}; probabilities as if these were all the logits")
-        if any(n.site == "head" for n in parts) and any(hasattr(model.bridge.blocks[n.layer], "ln1_post") for n in parts):
+        if any(n.site == "head" and post_norm(model, n.layer, "attn") for n in parts):
             rest.append("heads through the norm after attention, its scale frozen")
     rest += [lens.convention if lens else "", "no resid_mid (parallel block)" if model.parallel and resids else "", runs.convention]
     return " · ".join(first) + " · " + ", ".join(p for p in rest if p)
@@ -305,8 +262,7 @@ def read_lens(runs: Runs, ask) -> Generator[Progress | LensResult, None, LensRes
     has_norm(model)
     lens = None if ask.kind == "logit" else (yield from read_translators(model, ask.kind, ask.artefact))
     nodes = lens_points(model, ask.points, lens)
-    what = "the prompt" if which == "now" else f"the {which} prompt"
-    places = list(dict.fromkeys(find_position(p, row, what) for p in ask.positions)) or list(range(len(row.ids)))
+    places = list(dict.fromkeys(runs.position(which, p) for p in ask.positions)) or list(range(len(row.ids)))
     with_pair, convention = others(runs, which, ask.pair), lens_convention(runs, nodes, lens)
     readers = {r: Reader(runs, r, nodes, lens, places) for r in dict.fromkeys((which, *with_pair))}
     block = min(rows_at_once(model), len(places))
@@ -389,141 +345,3 @@ def to_host(parts: list[dict[str, Tensor]]) -> dict[str, np.ndarray]:
         out[name] = (cell if name.endswith("ids") else cell.view(np.float32)).reshape(x.shape)
         first += part.shape[-1]
     return out
-
-
-# ------------------------------------------------------------------ the run and its metric
-
-
-def measure(kind: str, row: Tensor, clean: Tensor, nll: np.ndarray, answers: list[int], foils: list[int]) -> float | None:
-    """The metric from a run's logits at the metric's position; None when it needs answers (or foils) that the prompt does not have."""
-    if kind == "loss":
-        return float(nll.mean()) if len(nll) else None
-    logits = row.double()
-    logp = logits.log_softmax(-1)
-    if kind == "kl":
-        final = clean.double().log_softmax(-1)
-        return max(0.0, (final.exp() * (final - logp)).sum().item())
-    if not answers or (kind in ("logit_diff", "prob_diff") and not foils):
-        return None
-    match kind:
-        case "logit_diff":
-            return (logits[answers].mean() - logits[foils].mean()).item()
-        case "prob":
-            return logp[answers].exp().sum().item()
-        case "prob_diff":
-            return (logp[answers].exp().sum() - logp[foils].exp().sum()).item()
-        case "logprob":
-            return logp[answers].logsumexp(0).item()
-        case "rank":
-            return float((logits > logits[answers].max()).sum().item())
-    raise AssertionError(kind)
-
-
-class SideReading:
-    """
-    One run's top tokens at ever more positions, and its metric: the metric's position and the last one first. Each row of logits is made once; a
-    finished side is remembered, so that a key does not make clean and corrupted again. Not yet read: token -1, NaN.
-    """
-
-    def __init__(self, runs: Runs, which: str, k: int):
-        model, row, metric = runs.model, runs.row(which), runs.study.metric
-        self.runs, self.which, self.row, self.loss = runs, which, row, metric.kind == "loss"
-        self.pos = 0 if self.loss else runs.metric_position(which)
-        self.clean_ids = runs.row("clean").ids if metric.kind == "kl" else None
-        self.key = (row.ids, runs.done if which == "now" else (), k, metric.kind, self.pos, tuple(runs.answers), tuple(runs.foils), self.clean_ids)
-        self.done = model.cache.sides.get(self.key)
-        if self.done is None:
-            shape = (len(row.ids), min(k, model.info.d_vocab))
-            self.ids, self.probs, self.logits = np.full(shape, -1, np.int32), *(np.full(shape, np.nan, np.float32) for _ in range(2))
-            self.nll, self.metric = np.full(shape[0], np.nan), None
-            self.last = runs.trace(which, [FINAL])[FINAL][0]
-            self.order = list(dict.fromkeys((self.pos, shape[0] - 1, *range(shape[0]))))
-
-    @property
-    def side(self) -> Side:
-        return replace(self.done, tokens=self.row) if self.done else Side(self.row, self.ids.copy(), self.probs.copy(), self.logits.copy(), self.metric)
-
-    @t.no_grad()
-    def read(self, places: list[int]) -> None:
-        model, device = self.runs.model, self.last.device
-        logits = model.unembed(self.last[t.tensor(places, device=device)])
-        (values, ids), lse = largest(logits, self.ids.shape[1]), logits.logsumexp(-1, keepdim=True)
-        numbers = [(values - lse).exp(), values]
-        if self.loss:
-            target = t.tensor([*self.row.ids[1:], 0])[places].to(device)
-            numbers.append(lse - logits.gather(-1, target[:, None]))
-        host, k = t.cat([*(x.float().view(t.int32) for x in numbers), ids.int()], -1).cpu().numpy(), self.ids.shape[1]
-        probs, values, nll = (np.ascontiguousarray(x).view(np.float32) for x in np.split(host[:, :-k], [k, 2 * k], 1))
-        self.ids[places], self.probs[places], self.logits[places] = host[:, -k:], probs, values
-        if not np.isfinite(values).all():
-            raise UserError(f"the logits of the {self.which} run are not finite: load the model in float32")
-        if self.loss:
-            self.nll[places] = nll[:, 0]
-        elif self.pos in places:
-            self.measure(logits[places.index(self.pos)])
-
-    def measure(self, row: Tensor) -> None:
-        runs, clean = self.runs, row
-        if runs.study.metric.kind == "kl":
-            clean = runs.model.unembed(runs.trace("clean", [FINAL])[FINAL][0][runs.metric_position("clean")][None])[0]
-        self.metric = measure(runs.study.metric.kind, row, clean, self.nll[:-1], runs.answers, runs.foils)
-
-    def steps(self, first: bool) -> Generator[Progress | None]:
-        """Read what comes first (all of a short prompt), or what is left; None after each chunk."""
-        if self.done:
-            return
-        size, few = rows_at_once(self.runs.model), len({self.pos, len(self.row.ids) - 1})
-        if not first or self.loss or len(self.order) <= size:
-            few = len(self.order)
-        todo, self.order = self.order[:few], self.order[few:]
-        yield from in_chunks(len(todo), size, lambda start, stop: self.read(todo[start:stop]))
-        if not self.order:
-            if self.loss:
-                self.measure(self.last[0])
-            sides = self.runs.model.cache.sides
-            if len(sides) >= 64:
-                sides.pop(next(iter(sides)))
-            self.done = sides[self.key] = self.side
-
-
-def run(runs: Runs, k: int) -> Generator[Progress | RunResult, None, RunResult]:
-    """
-    Clean, corrupted and now, each with its likeliest next tokens and the metric; raw and normalised. Of a long prompt, partial results at first: the
-    metric's position and the last one, then ever more.
-    """
-    if k < 1:
-        raise UserError("k must be at least 1")
-    sides = {w: SideReading(runs, w, k) for w in ("clean", "corrupt", "now") if runs.rows[w] is not None and (w != "now" or runs.edits)}
-    for reading in sides.values():
-        yield from (part for part in reading.steps(True) if part)
-    if any(not reading.done for reading in sides.values()):
-        yield run_result(runs, sides)
-    for reading in sides.values():
-        for part in reading.steps(False):
-            yield part or run_result(runs, sides)
-    return run_result(runs, sides)
-
-
-def run_result(runs: Runs, readings: dict[str, SideReading]) -> RunResult:
-    """What is known of the runs."""
-    metric, found = runs.study.metric, {w: r.side for w, r in readings.items()}
-    clean, corrupt = found["clean"], found.get("corrupt")
-    now = found.get("now", clean if runs.study.base == "clean" else corrupt)
-    normalised, warning = None, ""
-    if now.metric is None:
-        warning = f"{metric.kind} needs " + ("a prompt of two tokens" if metric.kind == "loss" else "an answer" if not runs.answers else "a foil")
-    elif corrupt is None:
-        warning = "no corrupted prompt: nothing to normalise by"
-    else:
-        gap = clean.metric - corrupt.metric
-        if abs(gap) < 1e-3 * max(abs(clean.metric), abs(corrupt.metric)) or gap == 0:
-            warning = f"clean and corrupted differ by {gap:.2g} only: not normalised"
-        else:
-            normalised = (now.metric - corrupt.metric) / gap
-            if abs(gap) < 0.05 * max(abs(clean.metric), abs(corrupt.metric)):
-                warning = f"small denominator: clean and corrupted differ by {gap:+.3g} only"
-    sides = [s for s in (clean, corrupt, now) if s is not None]
-    words = texts(runs.model, np.concatenate([s.top_ids[s.top_ids >= 0] for s in sides]))
-    place = "" if metric.kind == "loss" else f" at {metric.pos}"
-    parts = [f"{metric.kind}{place}", "normalised: corrupted = 0, clean = 1", f"raw weights, {runs.model.info.dtype}", runs.convention]
-    return RunResult(clean, corrupt, now, normalised, warning, words, ", ".join(p for p in parts if p), tuple(runs.answers), tuple(runs.foils))

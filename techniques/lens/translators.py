@@ -2,36 +2,33 @@
 
 import hashlib
 import json
-import os
-import pickle
 import time
 import warnings
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
 import huggingface_hub
 import numpy as np
 import torch as t
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
+from model.artefacts import BROKEN, CHECKPOINT, corpus, save, unembed_hash, windows
+from model.bridge import FINAL, Model
+from model.loading import is_hub_name
+from model.memory import first_line
 from techniques.lens.requests import FitJacobian, FitJacobianResult, TuneLens, TuneLensResult
+from utils import ROOT, settings
 from vocabulary.nodes import Node, UserError
 from vocabulary.requests import Progress
-from model.bridge import FINAL, Model, first_line, is_hub_name
-from utils import ROOT, settings
 
 SPACE = "AlignmentResearch/tuned-lens"
-CHECKPOINT = "checkpoint.safetensors"
 SAVE_EVERY = 50
 HELD_OUT = 64
 ROW_BYTES = 32 << 20
-BROKEN = (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, pickle.UnpicklingError, SafetensorError)
-READ: WeakKeyDictionary[Model, dict] = WeakKeyDictionary()
 
 
 @dataclass
@@ -64,14 +61,6 @@ class Translators:
         return out if bias is None else out + bias
 
 
-def unembed_hash(model: Model) -> str:
-    """As the tuned-lens package makes it: sha256 of how numpy prints the unembedding [vocab, d_model] with one digit, its corners only."""
-    weight = model.bridge.original_model.get_output_embeddings().weight.detach()
-    corners = weight.cpu() if weight.dtype != t.bfloat16 else weight.float().cpu()
-    with np.printoptions(threshold=1000, edgeitems=3, linewidth=75, suppress=False):
-        return hashlib.sha256(np.array_str(corners.numpy(), precision=1).encode()).hexdigest()
-
-
 def is_this_model(model: Model, what: str, name: str | None, its_hash: str | None) -> None:
     """By the hash of the unembedding where there is one, else by the last part of the model's name."""
     if its_hash:
@@ -85,7 +74,7 @@ def read_translators(model: Model, kind: str, artefact: str) -> Generator[Progre
     """Read an artefact, or give the one read before when its file is still the same."""
     file = yield from (find_tuned if kind == "tuned" else find_jacobian)(model, artefact)
     key = (kind, str(file), file.stat().st_mtime_ns)
-    known = READ.setdefault(model, {})
+    known = model.notes.translators
     if key not in known:
         known.clear()
         known[key] = read_tuned(model, file) if kind == "tuned" else read_jacobian(model, file)
@@ -163,26 +152,6 @@ def read_tuned(model: Model, file: Path) -> Translators:
 # ------------------------------------------------------------------ the tuned lens: fitting
 
 
-def windows(model: Model, file: Path, length: int, seed: int) -> Tensor:
-    """A text file as rows of `length` tokens, BOS first where the model wants it, in a random order; a shuffle by `seed`."""
-    if not file.is_file():
-        raise UserError(f"no text at {file}: give a text file")
-    if not 2 <= length <= model.info.n_ctx:
-        raise UserError(f"length must be 2 to {model.info.n_ctx}, the model's context")
-    ids = model.encode(file.read_text(encoding="utf-8", errors="replace"))[0]
-    ids = [i for i in ids if i < model.n_embed]
-    bos = [model.bos] * (model.info.default_bos and model.bos is not None)
-    own = length - len(bos)
-    rows = [bos + ids[i : i + own] for i in range(0, len(ids) - own + 1, own)]
-    if len(rows) < 4:
-        raise UserError(f"{file} has {len(ids)} tokens: a fit needs at least {4 * own}")
-    return t.tensor(rows)[t.randperm(len(rows), generator=t.Generator().manual_seed(seed))]
-
-
-def corpus(text: str) -> Path:
-    return Path(text).expanduser() if text else ROOT / "zoo" / "corpus.txt"
-
-
 def log_probs(model: Model, h: Tensor) -> Tensor:
     """The model's own read-out of a stream [rows, d_model], with gradients."""
     logits = model.bridge.unembed(model.bridge.ln_final(h.to(model.dtype))).float() * model.logit_scale
@@ -217,39 +186,82 @@ def kl_by_layer(model: Model, ids: Tensor, weight: Tensor | None, bias: Tensor |
     return total
 
 
-def save(out: Path, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Whole or not at all."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, out / f".{name}", metadata)
-        os.replace(out / f".{name}", out / name)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{out / name} can't be written: {first_line(error)}") from error
+class Fitting:
+    """Translators that are being fitted, all layers at once: parameters, optimiser and losses. A checkpoint keeps them for the same `recipe`."""
 
+    def __init__(self, model: Model, out: Path, recipe: str, lr: float):
+        info, device = model.info, model.final_device
+        self.out, self.recipe, self.losses = out, recipe, []
+        self.weight = t.nn.Parameter(t.zeros(info.n_layers, info.d_model, info.d_model, device=device))
+        self.bias = t.nn.Parameter(t.zeros(info.n_layers, info.d_model, device=device))
+        self.params = [self.weight, self.bias]
+        self.optimiser = t.optim.Adam(self.params, lr=lr)
 
-def restore(out: Path, recipe: str, params: list[t.nn.Parameter], optimiser: t.optim.Optimizer) -> tuple[int, list[float]]:
-    """Parameters, optimiser and losses from the checkpoint, which must have been made with the same recipe."""
-    file = out / CHECKPOINT
-    if not file.is_file():
-        raise UserError(f"nothing to resume: {out} has no {CHECKPOINT}. Start without resume")
-    try:
-        with safe_open(file, "pt") as h:
-            theirs, got = h.metadata()["recipe"], {k: h.get_tensor(k) for k in h.keys()}
-        if theirs != recipe:
-            raise UserError(f"the checkpoint in {out} was made with other settings ({theirs}): give the same, or start without resume")
-        for i, p in enumerate(params):
-            p.data.copy_(got[f"param.{i}"])
-            moments = {n: got[f"{n}.{i}"].to(p.device) for n in ("exp_avg", "exp_avg_sq")}
-            optimiser.state[p] = {"step": got["step"].float().clone(), **moments}
-        return int(got["step"]), got["losses"].tolist()
-    except BROKEN as error:
-        raise UserError(f"{file} is truncated or not a checkpoint ({first_line(error)}): start without resume") from error
+    def keep(self) -> None:
+        """Write the checkpoint; nothing before the first step."""
+        if not self.losses:
+            return
+        state = {f"param.{i}": p for i, p in enumerate(self.params)}
+        state |= {"step": t.tensor(len(self.losses)), "losses": t.tensor(self.losses, dtype=t.float64)}
+        state |= {f"{n}.{i}": self.optimiser.state[p][n] for i, p in enumerate(self.params) for n in ("exp_avg", "exp_avg_sq")}
+        save(self.out, CHECKPOINT, state, {"recipe": self.recipe})
+
+    def restore(self) -> None:
+        """Go on from the checkpoint, which must have been made with this recipe."""
+        file = self.out / CHECKPOINT
+        if not file.is_file():
+            raise UserError(f"nothing to resume: {self.out} has no {CHECKPOINT}. Start without resume")
+        try:
+            with safe_open(file, "pt") as h:
+                theirs, got = h.metadata()["recipe"], {k: h.get_tensor(k) for k in h.keys()}
+            if theirs != self.recipe:
+                raise UserError(f"the checkpoint in {self.out} was made with other settings ({theirs}): give the same, or start without resume")
+            for i, p in enumerate(self.params):
+                p.data.copy_(got[f"param.{i}"])
+                moments = {n: got[f"{n}.{i}"].to(p.device) for n in ("exp_avg", "exp_avg_sq")}
+                self.optimiser.state[p] = {"step": got["step"].float().clone(), **moments}
+            self.losses = got["losses"].tolist()
+        except BROKEN as error:
+            raise UserError(f"{file} is truncated or not a checkpoint ({first_line(error)}): start without resume") from error
+
+    def step(self, model: Model, ids: Tensor, lr: float) -> None:
+        """One step of Adam on the mean KL of some rows of tokens."""
+        self.optimiser.param_groups[0]["lr"] = lr
+        self.optimiser.zero_grad(set_to_none=True)
+        loss = kl_by_layer(model, ids, self.weight, self.bias, backward=True).mean().item()
+        if not np.isfinite(loss):
+            raise UserError("the fit's KL is not finite: load the model in float32 or lower the learning rate")
+        t.nn.utils.clip_grad_norm_(self.params, 1.0)
+        self.optimiser.step()
+        self.losses.append(loss)
+
+    def run(self, model: Model, ask: TuneLens, rows: Tensor) -> Generator[Progress]:
+        """All steps that are left. Every step's batch follows from the seed; a cancelled run leaves a checkpoint."""
+        per_epoch = max(1, len(rows) // ask.batch)
+        try:
+            while (step := len(self.losses)) < ask.steps:
+                yield Progress(step, ask.steps, f"tuned lens: {f'KL {self.losses[-1]:.4f} nats' if self.losses else 'starting'}")
+                epoch, place = divmod(step, per_epoch)
+                order = t.randperm(len(rows), generator=t.Generator().manual_seed(ask.seed * 1_000_003 + epoch))
+                self.step(model, rows[order[place * ask.batch : (place + 1) * ask.batch]], ask.lr * (1 - step / ask.steps))
+                if (step + 1) % SAVE_EVERY == 0 and step + 1 < ask.steps:
+                    self.keep()
+        except GeneratorExit:
+            self.keep()
+            raise
+
+    def write(self, config: dict) -> None:
+        """The artefact, as the tuned-lens package names its parts; the checkpoint goes."""
+        n = len(self.weight)
+        save(self.out, "params.safetensors", {f"{i}.weight": self.weight[i] for i in range(n)} | {f"{i}.bias": self.bias[i] for i in range(n)})
+        (self.out / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        (self.out / CHECKPOINT).unlink(missing_ok=True)
 
 
 def tune(model: Model, ask: TuneLens) -> Generator[Progress, None, TuneLensResult]:
     """
     Fit translators h + W h + b, from W = 0 and b = 0, to KL(final || lens), all layers at once, by Adam with a rate that falls linearly to 0. A tenth
-    of the text is held out. A cancelled fit leaves a checkpoint; every step's batch follows from the seed, so that a resumed fit is the same fit.
+    of the text is held out. A resumed fit is the same fit.
     """
     if min(ask.steps, ask.batch) < 1 or not 0 < ask.lr < 1:
         raise UserError("steps and batch must be at least 1, and the learning rate between 0 and 1")
@@ -258,68 +270,41 @@ def tune(model: Model, ask: TuneLens) -> Generator[Progress, None, TuneLensResul
     [model.point(n) for n in stream_names(model)]
     start, file, out, info = time.time(), corpus(ask.text), Path(ask.out).expanduser(), model.info
     rows = windows(model, file, ask.length, ask.seed)
-    held, rows = rows[: min(HELD_OUT, max(1, len(rows) // 10))], rows[min(HELD_OUT, max(1, len(rows) // 10)) :]
+    n_held = min(HELD_OUT, max(1, len(rows) // 10))
+    held, rows = rows[:n_held], rows[n_held:]
     text_hash = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
     recipe = f"steps {ask.steps}, batch {ask.batch}, length {ask.length}, lr {ask.lr:g}, seed {ask.seed}, text {text_hash}, model {unembed_hash(model)[:16]}"
-    device = model.final_device
-    weight = t.nn.Parameter(t.zeros(info.n_layers, info.d_model, info.d_model, device=device))
-    bias = t.nn.Parameter(t.zeros(info.n_layers, info.d_model, device=device))
-    optimiser = t.optim.Adam([weight, bias], lr=ask.lr)
-    step, losses = restore(out, recipe, [weight, bias], optimiser) if ask.resume else (0, [])
-
-    def keep() -> None:
-        state = {f"param.{i}": p for i, p in enumerate((weight, bias))} | {"step": t.tensor(step), "losses": t.tensor(losses, dtype=t.float64)}
-        state |= {f"{n}.{i}": optimiser.state[p][n] for i, p in enumerate((weight, bias)) for n in ("exp_avg", "exp_avg_sq") if step}
-        save(out, CHECKPOINT, state, {"recipe": recipe})
-
-    per_epoch = max(1, len(rows) // ask.batch)
-    try:
-        while step < ask.steps:
-            yield Progress(step, ask.steps, f"tuned lens: {f'KL {losses[-1]:.4f} nats' if losses else 'starting'}")
-            epoch, place = divmod(step, per_epoch)
-            order = t.randperm(len(rows), generator=t.Generator().manual_seed(ask.seed * 1_000_003 + epoch))
-            optimiser.param_groups[0]["lr"] = ask.lr * (1 - step / ask.steps)
-            optimiser.zero_grad(set_to_none=True)
-            loss = kl_by_layer(model, rows[order[place * ask.batch : (place + 1) * ask.batch]], weight, bias, backward=True).mean().item()
-            if not np.isfinite(loss):
-                raise UserError("the fit's KL is not finite: load the model in float32 or lower the learning rate")
-            t.nn.utils.clip_grad_norm_([weight, bias], 1.0)
-            optimiser.step()
-            step, losses = step + 1, [*losses, loss]
-            if step % SAVE_EVERY == 0 and step < ask.steps:
-                keep()
-    except GeneratorExit:
-        if step:
-            keep()
-        raise
+    fit = Fitting(model, out, recipe, ask.lr)
+    if ask.resume:
+        fit.restore()
+    yield from fit.run(model, ask, rows)
     before, after = t.zeros(info.n_layers), t.zeros(info.n_layers)
     for i in range(0, len(held), ask.batch):
         yield Progress(i, len(held), "tuned lens: KL on held-out text")
         some = held[i : i + ask.batch]
         before += kl_by_layer(model, some, None, None) * len(some) / len(held)
-        after += kl_by_layer(model, some, weight.detach(), bias.detach()) * len(some) / len(held)
-    config = {
-        "base_model_name_or_path": info.name,
-        "d_model": info.d_model,
-        "num_hidden_layers": info.n_layers,
-        "bias": True,
-        "base_model_revision": None,
-        "unembed_hash": unembed_hash(model),
-        "lens_type": "linear_tuned_lens",
-        "kl_before": [round(v, 5) for v in before.tolist()],
-        "kl_after": [round(v, 5) for v in after.tolist()],
-        "held_out_tokens": held.numel(),
-        "text": file.name if file.is_relative_to(ROOT) else str(file),
-        "text_sha256": text_hash,
-        "fit": {"steps": ask.steps, "batch": ask.batch, "length": ask.length, "lr": ask.lr, "seed": ask.seed, "optimiser": "Adam, linear decay"},
-    }
-    save(out, "params.safetensors", {f"{i}.weight": weight[i] for i in range(info.n_layers)} | {f"{i}.bias": bias[i] for i in range(info.n_layers)})
-    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    (out / CHECKPOINT).unlink(missing_ok=True)
+        after += kl_by_layer(model, some, fit.weight.detach(), fit.bias.detach()) * len(some) / len(held)
+    fit.write(
+        {
+            "base_model_name_or_path": info.name,
+            "d_model": info.d_model,
+            "num_hidden_layers": info.n_layers,
+            "bias": True,
+            "base_model_revision": None,
+            "unembed_hash": unembed_hash(model),
+            "lens_type": "linear_tuned_lens",
+            "kl_before": [round(v, 5) for v in before.tolist()],
+            "kl_after": [round(v, 5) for v in after.tolist()],
+            "held_out_tokens": held.numel(),
+            "text": file.name if file.is_relative_to(ROOT) else str(file),
+            "text_sha256": text_hash,
+            "fit": {"steps": ask.steps, "batch": ask.batch, "length": ask.length, "lr": ask.lr, "seed": ask.seed, "optimiser": "Adam, linear decay"},
+        }
+    )
     points = tuple(f"L{i}.resid_pre" for i in range(info.n_layers))
     note = f"mean KL(final || lens) in nats on {held.numel()} held-out tokens of {file.name} · {recipe} · raw weights · {info.dtype}"
     curves = (x.numpy().astype(np.float32) for x in (before, after))
-    return TuneLensResult(str(out), points, *curves, np.array(losses, np.float32), step, held.numel(), time.time() - start, note)
+    return TuneLensResult(str(out), points, *curves, np.array(fit.losses, np.float32), len(fit.losses), held.numel(), time.time() - start, note)
 
 
 # ------------------------------------------------------------------ the Jacobian lens, through TransformerLens's own tool

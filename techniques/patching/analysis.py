@@ -2,11 +2,11 @@
 
 from collections.abc import Generator
 
-from techniques.patching import estimates
-from techniques.patching import sweeps
 from model.bridge import Model
+from techniques.patching.estimates import estimate
 from techniques.patching.requests import Estimate, Sweep
+from techniques.patching.sweeps import sweep
 
 
 def answer(model: Model, request: Sweep | Estimate) -> Generator:
-    return (sweeps.sweep if isinstance(request, Sweep) else estimates.estimate)(model, request)
+    return (sweep if isinstance(request, Sweep) else estimate)(model, request)

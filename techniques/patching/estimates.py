@@ -1,33 +1,28 @@
 """
-A sweep's table without a forward pass a cell: by gradients (attribution patching, integrated gradients), and the direct effects.
+A sweep's table by gradients, without a forward pass a cell: attribution patching and integrated gradients.
 
 Gradients are read at zeros that are added at every hook point (LIBRARIES: values kept by retain_grad are lost where the Bridge converts a tensor).
 """
 
 from collections.abc import Generator
 from dataclasses import replace
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch as t
 from torch import Tensor
 
-from techniques.lens.reading import frozen_norm
-from techniques.patching.requests import Estimate, ESTIMATES, Sweep, SweepResult
+from model.base_run import PatchSite
+from model.bridge import Edit
+from model.metrics import metric
+from model.runs import Runs
+from model.variants import Base, Variant
+from techniques.patching.plan import Plan, aligned, bases, read_plan, reads
+from techniques.patching.requests import ESTIMATES, Estimate, Sweep, SweepResult
+from techniques.patching.table import SweepTable
 from vocabulary.nodes import UserError
 from vocabulary.requests import Progress
-from model.bridge import FINAL, Edit, Model
-from model.base_run import Score, Spot
-from model.variants import Base, Variant
-from model.runs import Runs
-from techniques.patching.sweeps import Board, Plan, aligned, bases, read_plan, reads
 
-SCALE = "ln_final.hook_scale"
 FIRST = "blocks.0.hook_resid_pre"
-KNOWN: WeakKeyDictionary[Model, tuple] = WeakKeyDictionary()  # the last estimate: its question, values [prompt, cell], base runs' metric [prompt]
-
-
-# ------------------------------------------------------------------ gradients
 
 
 def estimate(model, ask: Estimate) -> Generator[Progress | SweepResult, None, SweepResult]:
@@ -43,7 +38,7 @@ def estimate(model, ask: Estimate) -> Generator[Progress | SweepResult, None, Sw
     if ask.kind in ("pairs", "cumulative"):
         raise UserError(f"{ask.kind}: gradients say nothing of several nodes at once; run the sweep itself")
     plan = read_plan(model, Sweep(ask.study, ask.kind, "patch", ask.direction, node=ask.node, over_set=ask.over_set))
-    board = Board(plan, ask.method)
+    board = SweepTable(plan, ask.method)
     for part in bases(plan):
         if isinstance(part, Progress):
             yield part
@@ -59,7 +54,7 @@ def estimate(model, ask: Estimate) -> Generator[Progress | SweepResult, None, Sw
             yield Progress(done + 1, len(fractions), f"{ask.method}: gradients")
         if board.waiting:
             board.fill(board.waiting, sides[0] + linear(plan, base, board.waiting, total))
-    KNOWN[model] = (same_question(plan), board.values.copy(), board.sides[0].copy())
+    model.notes.estimate = (same_question(plan), board.values.copy(), board.sides[0].copy())
     return board.result(True)
 
 
@@ -68,9 +63,9 @@ def same_question(plan: Plan) -> tuple:
     return replace(ask.study, prompt_set=()), tuple(p for _, p in plan.members), ask.kind, ask.op, plan.side, ask.node
 
 
-def guess(plan: Plan, base: Base, board: Board) -> Generator[Progress, None, np.ndarray]:
+def guess(plan: Plan, base: Base, board: SweepTable) -> Generator[Progress, None, np.ndarray]:
     """How large the effect of each waiting cell is by gradients [variant]: of the last estimate when that answered the same question, else made here."""
-    question, values, sides = KNOWN.get(plan.model, (None, None, None))
+    question, values, sides = plan.model.notes.estimate or (None, None, None)
     if question == same_question(plan):
         rows = values[board.members][:, [v.cell for v in board.waiting]] - sides[board.members, None]
         return np.abs(rows.mean(0))
@@ -125,7 +120,7 @@ def leaf(name: str, leaves: dict[str, Tensor]) -> Edit:
 
 
 def whole(base: Base, names: set[str], path: Tensor | None) -> dict[str, Tensor]:
-    """The same by one forward and one backward pass."""
+    """The gradients by one forward and one backward pass of the whole model."""
     leaves, kept = {}, {}
     last = f"blocks.{base.n - 1}.hook_resid_post"
     begin = [] if path is None else [(FIRST, lambda x: path)]
@@ -136,43 +131,11 @@ def whole(base: Base, names: set[str], path: Tensor | None) -> dict[str, Tensor]
     return {name: t.zeros_like(x) if g is None else g for (name, x), g in zip(leaves.items(), found)}
 
 
-def metric(score: Score, x: Tensor) -> Tensor:
-    """The metric [prompt] of the stream after the last block, differentiable."""
-    model, b = score.model, len(score.group)
-    logits = lambda rows: soft(model, model.bridge.unembed(model.bridge.ln_final(rows.to(model.final_device))))  # noqa: E731
-    if score.kind == "loss":
-        rows = [logits(x[j, :-1]).log_softmax(-1) for j in range(b)]
-        return t.stack([-r.gather(-1, t.tensor(ids[1:], device=r.device)[:, None]).mean() for r, ids in zip(rows, score.ids)])
-    rows = x[t.arange(b, device=x.device), score.places]
-    if score.kind == "logit_diff":
-        return score.diff(model.bridge.ln_final(rows.to(model.final_device))[None])[0]
-    logp = logits(rows).double().log_softmax(-1)
-    out = []
-    for j, r in enumerate(score.group):
-        right, wrong = logp[j, r.answers], logp[j, r.foils]
-        match score.kind:
-            case "prob":
-                out.append(right.exp().sum())
-            case "prob_diff":
-                out.append(right.exp().sum() - wrong.exp().sum())
-            case "logprob":
-                out.append(right.logsumexp(0))
-            case "kl":
-                clean = model.unembed(score.clean[j : j + 1])[0].double().log_softmax(-1)
-                out.append((clean.exp() * (clean - logp[j])).sum())
-    return t.stack(out)
-
-
-def soft(model, logits: Tensor) -> Tensor:
-    logits = logits.float() * model.logit_scale
-    return model.softcap * t.tanh(logits / model.softcap) if model.softcap else logits
-
-
 def linear(plan: Plan, base: Base, variants: list[Variant], gradients: dict[str, Tensor]) -> np.ndarray:
     """The sum of (new value - base value) . gradient over each variant's spots [variant, prompt]; a hook point's products leave the device together."""
     products: dict[tuple, np.ndarray] = {}
 
-    def of(spot: Spot) -> np.ndarray:
+    def of(spot: PatchSite) -> np.ndarray:
         if spot.key not in products:
             change = base.source[spot.key] - base.acts[reads(plan.model, spot)]
             x = change.double() * gradients[spot.name].double()
@@ -182,64 +145,3 @@ def linear(plan: Plan, base: Base, variants: list[Variant], gradients: dict[str,
         return found.reshape(len(found), -1).sum(1)
 
     return np.array([sum(of(s) for s in v.spots) for v in variants])
-
-
-# ------------------------------------------------------------------ direct effects
-
-
-def direct_names(plan: Plan) -> tuple[str, ...]:
-    """The hook points that direct effects are read from; what has no direct effect of its own is refused."""
-    if plan.ask.kind in ("pairs", "cumulative", "cells"):
-        raise UserError("a direct effect is that of one node: use another kind than pairs, cumulative and cells (pattern has one)")
-    if plan.ask.study.metric.kind == "loss":
-        raise UserError("a direct effect is read at one position, and loss has none: use another metric")
-    if plan.ask.plain:
-        raise UserError("direct effects are not run by whole forward passes")
-    plan.model.point(SCALE)
-    blocks = [(n, post) for n, b in enumerate(plan.model.bridge.blocks) for post in ("ln1_post", "ln2_post") if hasattr(b, post)]
-    layers = {s.node.layer for s in plan.spots if s.node.site == "head"}
-    return (FINAL, SCALE, *(f"blocks.{n}.{post}.hook_scale" for n, post in blocks), *(f"blocks.{n}.attn.hook_z" for n in layers))
-
-
-@t.no_grad()
-def direct(base: Base, variants: list[Variant], begun: bool = False) -> Generator[tuple[list[Variant], np.ndarray]]:
-    """The metric when only the final norm, its scale frozen, sees what changed: the base run's normed row plus the change behind that frozen norm."""
-    model, rows = base.model, t.arange(len(base.ids))
-    places = t.tensor(base.score.places)
-    at = lambda x: x[rows, places]  # noqa: E731
-    groups: dict[tuple, list[Variant]] = {}
-    for v in variants:
-        groups.setdefault(v.spots[0].key, []).append(v)
-    size = max(1, base.limit // (8 * len(rows) * (model.info.d_mlp + model.info.d_model)))
-    for mine in (some[i : i + size] for some in groups.values() for i in range(0, len(some), size)):
-        change = written(base, [v.spots[0] for v in mine], at).to(model.final_device)
-        scale = at(base.acts[SCALE]).to(model.final_device)
-        normed = at(base.acts[FINAL]).to(model.final_device) + frozen_norm(model.bridge.ln_final, scale, change, model)
-        base.at_once = max(base.at_once, len(mine))
-        yield mine, base.score.of_normed(normed)
-
-
-def written(base: Base, spots: list[Spot], at) -> Tensor:
-    """What changed nodes of one hook point add to the stream at the metric's positions [spot, prompt, d_model]; q, k, v and pattern by their head's z."""
-    node, key = spots[0].node, spots[0].key
-    block = base.model.bridge.blocks[node.layer]
-    if node.site not in ("head", "neuron"):
-        x = at(base.source[key]) - at(base.acts[reads(base.model, spots[0])])
-        x = x.expand(len(spots), *x.shape)
-    else:
-        head = node.site == "head"
-        if head and node.part != "z" and not base.heads_apart(node.part):
-            raise UserError(f"{base.model.info.architecture}: a head's {node.part} reaches other heads' z, so it has no direct effect of its own")
-        new, own = (base.z_of(node.layer, node.part), f"blocks.{node.layer}.attn.hook_z") if head else (base.source[key], spots[0].name)
-        change = at(new) - at(base.acts[own])
-        alone = change.new_zeros(len(spots), *change.shape)
-        for row, s in zip(alone, spots):
-            i = base.heads_of(s) if head else s.node.index
-            row[:, i] = change[:, i]
-        out, post = (block.attn.o, "ln1_post") if head else (block.mlp.out, "ln2_post")
-        alone = alone.flatten(2)
-        x = out(alone) - out(t.zeros_like(alone[:1]))
-        if hasattr(block, post):
-            x = frozen_norm(getattr(block, post), at(base.acts[f"blocks.{node.layer}.{post}.hook_scale"]), x, base.model)
-    here = t.tensor([[s.node.pos is None or s.node.pos == p for p in base.score.places] for s in spots], device=x.device)
-    return x * here[..., None]

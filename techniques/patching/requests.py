@@ -131,11 +131,11 @@ class SweepResult:
     included; elsewhere the activations of the largest batch, as the bound counts them.
     """
 
-    kind: str
-    op: str
-    direction: str
-    effect: str
-    method: str
+    kind: SweepKind | Literal["path"]
+    op: SweepOp
+    direction: Direction
+    effect: Literal["total", "direct", "mlps"]
+    method: Literal["truth", "atp", "ig"]
     rows: tuple[str, ...]
     cols: tuple[str, ...]
     nodes: tuple[str, ...]

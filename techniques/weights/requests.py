@@ -137,7 +137,7 @@ class SingularResult:
 
     layer: int
     head: int | None
-    which: str
+    which: Matrix
     values: np.ndarray
     share: np.ndarray
     sides: tuple[Readout, ...]

@@ -5,7 +5,7 @@ EAP: Syed et al. 2310.10348. EAP-IG (inputs, activations, clean-corrupted): Hann
 """
 
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from functools import partial
 
@@ -13,30 +13,22 @@ import numpy as np
 import torch as t
 
 from techniques.circuits.edge_index import EdgeIndex, edge_index
-from techniques.circuits.edges import EMBED, EdgeRun, edge_runs, gather, time_left
+from techniques.circuits.edges import EMBED, EdgeRun, edge_runs, gather
 from techniques.circuits.requests import Discover, DiscoverResult, METHODS, REST
 from vocabulary.circuit import Circuit, LOGITS, owner, parse_edge
 from vocabulary.nodes import parse_node, UserError
 from vocabulary.prompts import METRICS
+from vocabulary.progress import forward_progress, time_left
 from vocabulary.requests import Progress
 from model.bridge import Model
+from model.writes import post_scales
 
 FIRST, MOST = 8, 64  # edges that ACDC tries as one chain
 COUNTS = (1, 2, 3, 5, 8, 12, 16, 20, 30, 40, 60, 80, 100, 150, 200, 300, 400, 600, 800, 1000, 2000, 4000, 8000, 16000)
 
 
-def discover(model: Model, ask: Discover) -> Generator[Progress, None, DiscoverResult]:
-    """Find a circuit; progress says how long is left."""
-    if ask.method not in METHODS:
-        raise UserError(f"{ask.method!r} is not a way to find a circuit: use one of {', '.join(METHODS)}")
-    if ask.method == "greedy":
-        from techniques.circuits import scores as circuits
-
-        return (yield from circuits.greedy(model, ask))
-    if ask.method == "features":
-        from techniques.circuits import feature_nodes as feature_circuits
-
-        return (yield from feature_circuits.discover(model, ask))
+def edges(model: Model, ask: Discover) -> Generator[Progress, None, DiscoverResult]:
+    """A circuit of edges by the method asked for; progress says how long is left."""
     if ask.study.metric.kind == "rank":
         raise UserError("a rank has no gradient and no scale: use logit_diff, prob, logprob or kl")
     if ask.edges < 1 or ask.steps < 1 or not 0 < ask.threshold < np.inf:
@@ -151,20 +143,15 @@ def faithful(runs: list[EdgeRun], sets: list[np.ndarray], what: str) -> Generato
     found = []
     for k, run in enumerate(runs):
         masks = [run.index.exists & ~s for s in (*sets, np.zeros_like(run.index.exists))]
-        found.append((yield from told(run.run(masks), f"{what}, prompts {k + 1} of {len(runs)}")))
+        found.append((yield from forward_progress(run.run(masks), under(f"{what}, prompts {k + 1} of {len(runs)}"))))
     mean, model = gather(runs, found).mean(1), float(np.concatenate([r.value for r in runs]).mean())
     gap = model - mean[-1]
     return (mean[:-1] - mean[-1]) / gap if abs(gap) > 1e-9 else np.full(len(sets), np.nan)
 
 
-def told(steps: Generator, text: str, now: Progress | None = None) -> Generator[Progress, None, np.ndarray]:
-    """A run's result; its progress under another text, or as where an outer loop stands."""
-    while True:
-        try:
-            part = next(steps)
-        except StopIteration as stop:
-            return stop.value
-        yield now or replace(part, text=text)
+def under(text: str) -> Callable[[Progress], Progress]:
+    """Progress under another text."""
+    return lambda part: replace(part, text=text)
 
 
 # ------------------------------------------------------------------ ACDC
@@ -196,7 +183,7 @@ def acdc(model: Model, ask: Discover, runs: list[EdgeRun], begun: float) -> Gene
         found = []
         for run in runs:
             masks = [partial(without, index.exists & ~kept, rows[at : at + k + 1], columns[at : at + k + 1]) for k in range(chain)]
-            found.append((yield from told(run.run(masks), "", last)))
+            found.append((yield from forward_progress(run.run(masks), lambda _, last=last: last)))
         means = gather(runs, found).mean(1)
         for k, value in enumerate(means.tolist()):
             scores[at + k] = value - now
@@ -215,7 +202,7 @@ def acdc(model: Model, ask: Discover, runs: list[EdgeRun], begun: float) -> Gene
     value = yield from faithful(runs, [final], "acdc: check")
     empty = []
     for run in runs:
-        empty.append((yield from told(run.run([run.mask(())]), "")))
+        empty.append((yield from forward_progress(run.run([run.mask(())]), under(""))))
     floor = float(gather(runs, empty).mean())
     curve = sorted({n: v for n, v in [*curve, (0, floor)]}.items())
     counts = np.array([n for n, _ in curve])
@@ -249,7 +236,7 @@ def result(
     parts = [METHODS[ask.method], words, f"checked by cutting all other edges: a cut edge carries {REST[ask.rest]}", "no positions", where, model.info.dtype]
     if ask.method.startswith("eap-ig"):
         parts.insert(1, f"{ask.steps} steps")
-    if any(hasattr(b, "ln1_post") for b in model.bridge.blocks):
+    if post_scales(model, "attn"):
         parts.append("a head's part behind the norm after attention has that run's own scale")
     if ask.study.interventions:
         parts.append("interventions left out")

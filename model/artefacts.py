@@ -1,0 +1,58 @@
+"""What is fitted on a model and kept in a folder: which model it belongs to, the text it is fitted on, and files that are whole or absent."""
+
+import hashlib
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import torch as t
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model.bridge import Model
+from model.memory import first_line
+from utils import ROOT
+from vocabulary.nodes import UserError
+
+CHECKPOINT = "checkpoint.safetensors"
+BROKEN = (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, pickle.UnpicklingError, SafetensorError)
+
+
+def unembed_hash(model: Model) -> str:
+    """As the tuned-lens package makes it: sha256 of how numpy prints the unembedding [vocab, d_model] with one digit, its corners only."""
+    weight = model.bridge.original_model.get_output_embeddings().weight.detach()
+    corners = weight.cpu() if weight.dtype != t.bfloat16 else weight.float().cpu()
+    with np.printoptions(threshold=1000, edgeitems=3, linewidth=75, suppress=False):
+        return hashlib.sha256(np.array_str(corners.numpy(), precision=1).encode()).hexdigest()
+
+
+def windows(model: Model, file: Path, length: int, seed: int) -> Tensor:
+    """A text file as rows of `length` tokens, BOS first where the model wants it, in a random order; a shuffle by `seed`."""
+    if not file.is_file():
+        raise UserError(f"no text at {file}: give a text file")
+    if not 2 <= length <= model.info.n_ctx:
+        raise UserError(f"length must be 2 to {model.info.n_ctx}, the model's context")
+    ids = model.encode(file.read_text(encoding="utf-8", errors="replace"))[0]
+    ids = [i for i in ids if i < model.n_embed]
+    bos = [model.bos] * (model.info.default_bos and model.bos is not None)
+    own = length - len(bos)
+    rows = [bos + ids[i : i + own] for i in range(0, len(ids) - own + 1, own)]
+    if len(rows) < 4:
+        raise UserError(f"{file} has {len(ids)} tokens: a fit needs at least {4 * own}")
+    return t.tensor(rows)[t.randperm(len(rows), generator=t.Generator().manual_seed(seed))]
+
+
+def corpus(text: str) -> Path:
+    return Path(text).expanduser() if text else ROOT / "zoo" / "corpus.txt"
+
+
+def save(out: Path, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Whole or not at all."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, out / f".{name}", metadata)
+        os.replace(out / f".{name}", out / name)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{out / name} can't be written: {first_line(error)}") from error

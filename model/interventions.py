@@ -1,0 +1,123 @@
+"""A study's interventions as edits on hook points: `prepare` reads a study and makes its runs ready."""
+
+from collections.abc import Callable, Generator
+
+from torch import Tensor
+
+from model import steering
+from model.bridge import Model, write_mid
+from model.runs import NAMES, Runs, edit, gaussian, hook_name, means, noise_scale, place_in_set, read_study, resampled, set_key, where
+from vocabulary.nodes import Intervention, NOISE, OPS, UserError
+from vocabulary.prompts import Study, TokenRow
+from vocabulary.requests import Progress
+
+
+def prepare(model: Model, study: Study) -> Generator[Progress, None, Runs]:
+    """Read the study and turn its interventions into edits, in order; a write at resid_mid comes after those at the attention it is written through."""
+    runs = read_study(model, study)
+    base, row = study.base, runs.row("now")
+    other = "corrupt" if base == "clean" else "clean"
+    edits, late, done, layers = [], [], [], set()
+    for i in study.interventions:
+        if i.node.site == "sae":  # all features of one SAE are one edit
+            if i.node.layer not in layers:
+                layers.add(i.node.layer)
+                some, mark = yield from steering.edits(runs, [j for j in study.interventions if (j.node.site, j.node.layer) == ("sae", i.node.layer)])
+                (late if len(some) == 2 else edits).extend(some)  # two: what is read is another point than what is written
+                done.append(mark)
+            continue
+        fn, mark = yield from one_edit(runs, i, row, base, other)
+        name = hook_name(model, i.node)
+        if i.node.site == "resid_mid":
+            late += write_mid(i.node.layer, fn)
+        else:
+            edits.append((name, fn))
+        done.append(mark)
+    runs.edits, runs.done = edits + late, tuple(done)
+    return runs
+
+
+def one_edit(runs: Runs, i: Intervention, row: TokenRow, base: str, other: str) -> Generator[Progress, None, tuple[Callable, object]]:
+    """The function of one intervention, and what names it in the cache: the intervention and the tokens its value comes from."""
+    model, node = runs.model, i.node
+    name, spot = hook_name(model, node), where(model, node, row, NAMES[base])
+    match i.op:
+        case "zero":
+            return edit(spot, "zero", None, None), (str(i), spot_key(spot))
+        case "scale":
+            if i.value is None:
+                raise UserError(f"{i}: scale needs a factor, {node}=scale:0.5")
+            return edit(spot, "scale", i.value, None), (str(i), spot_key(spot))
+        case "set":
+            if node.site != "neuron":
+                raise UserError(f"{i}: set is for a feature (L8.sae.f12) or a neuron (L3.mlp.n412); use zero, scale or patch")
+            return edit(spot, "set", i.value, None), (str(i), spot_key(spot))
+        case "patch":
+            source = runs.rows[other]
+            if source is None:
+                raise UserError(f"{i}: patching needs a corrupted prompt: type one first")
+            try:
+                there = runs.partners(base)
+            except UserError as error:
+                raise UserError(f"{i}: {error}") from error
+            value = runs.trace(other, [name])[name]
+            mark = (str(i), spot_key(spot), source.ids)
+            return (edit(spot, "patch", None, value), mark) if there is None else (across(spot, value, there, i), (*mark, there))
+        case "freeze":
+            return edit(spot, "patch", None, model.trace(row.ids, [name])[name]), (str(i), spot_key(spot), row.ids)
+        case "resample":
+            ids = resampled(model, runs.study, len(row.ids), row.ids, runs.study.seed)
+            return edit(spot, "patch", None, model.trace(ids, [name])[name]), (str(i), spot_key(spot), ids)
+        case "noise":
+            shape = model.trace(row.ids, [name])[name].shape[1:]
+            key = (runs.study.seed, place_in_set(runs.study), (node.layer, node.site, node.part))
+            noise = (NOISE if i.value is None else i.value) * noise_scale(model) * gaussian(shape, key)[None].to(model.device)
+            return edit(spot, "noise", None, noise), (str(i), spot_key(spot), repr(key))
+        case "add":
+            if node.site in ("head", "neuron"):
+                raise UserError(f"{i}: the answer's direction lies in the residual stream; add it at resid_pre, resid_mid, resid_post, attn, mlp or embed")
+            u = i.value * direction(runs)
+            return edit(spot, "add", None, u.expand(1, len(row.ids), -1)), (str(i), spot_key(spot), tuple(runs.answers), tuple(runs.foils))
+        case "mean" | "mean_all":
+            if i.op == "mean_all" and node.part == "pattern" and node.site == "head":
+                raise UserError(f"{i}: a pattern has no mean over positions; use mean with a set of one template, or zero")
+            values = yield from means(model, runs.study.prompt_set, [name], i.op, len(row.ids))
+            return edit(spot, i.op, None, values[name]), (
+                str(i),
+                spot_key(spot),
+                set_key([model.row(p.corrupt, p.bos).ids for p in runs.study.prompt_set if p.corrupt is not None]),
+            )
+    raise UserError(f"{i.op!r} is not an operation: use one of {', '.join(OPS)}")
+
+
+def across(spot: tuple, value: Tensor, there: tuple[int, ...], i: Intervention) -> Callable[[Tensor], Tensor]:
+    """A function that takes values [1, seq of the other prompt, ...] to the positions they are aligned with; what has no partner stays."""
+    if i.node.site == "head" and i.node.part == "pattern":
+        raise UserError(f"{i}: a pattern's row holds sources without partner in the other prompt; patch z, q, k or v")
+    here = [p for p in range(len(there))[spot[1]] if there[p] >= 0]
+    if not here:
+        raise UserError(f"{i}: this position has no partner in the other prompt: choose another, or edit the alignment")
+    new = value[(slice(None), [there[p] for p in here], *spot[2:])]
+
+    def apply(x: Tensor) -> Tensor:
+        out = x.clone()
+        out[(slice(None), here, *spot[2:])] = new.to(x)
+        return out
+
+    return apply
+
+
+def direction(runs: Runs) -> Tensor:
+    """The unit vector [d_model] of the answers' minus the foils' columns of the unembedding, means of several."""
+    if not runs.answers:
+        raise UserError("add steers along the answer's direction, and there is no answer: give one, with its leading space")
+    w = runs.model.bridge.W_U
+    u = w[:, runs.answers].float().mean(1)
+    u = u - w[:, runs.foils].float().mean(1) if runs.foils else u
+    if u.norm() == 0:
+        raise UserError("answer and foil have the same direction: give another foil")
+    return u / u.norm()
+
+
+def spot_key(spot: tuple) -> str:
+    return str(spot[1:])

@@ -1,0 +1,252 @@
+"""From a name to a model: its folder (downloaded where it has to be), config, tokenizer and weights, each checked before the next is read."""
+
+import copy
+import io
+import json
+import math
+import queue
+import re
+import threading
+import time
+from collections.abc import Callable, Generator
+from dataclasses import replace
+from pathlib import Path
+
+import huggingface_hub
+import torch as t
+import transformers
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    HFValidationError,
+    IncompleteSnapshotError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    StrictDataclassError,
+)
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+from transformer_lens.model_bridge.sources.transformers import determine_architecture_from_hf_config
+from transformer_lens.utilities.architectures import MASKED_LM_ARCHITECTURES, MULTIMODAL_ARCHITECTURES, SEQ2SEQ_ARCHITECTURES
+
+from model.bridge import Model
+from model.checks import self_check
+from model.devices import filled_by_others, pick_device, unused_gpu
+from model.memory import first_line, out_of_memory
+from utils import ROOT, settings, show_bytes
+from vocabulary.nodes import UserError
+from vocabulary.requests import Load, Progress
+
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+
+DTYPES = {"float32": t.float32, "bfloat16": t.bfloat16, "float16": t.float16}
+STORED = {"F32": t.float32, "BF16": t.bfloat16, "F16": t.float16}
+SMALL = 2_000_000_000
+TINY = 20_000_000  # below this a second thread costs more than it brings
+CORES = t.get_num_threads()
+
+
+def is_hub_name(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.startswith(".")
+
+
+def find_folder(name: str, weights: bool = True) -> Generator[Progress, None, Path]:
+    """The folder of `zoo`, of a path or of a hub name (downloaded first when the hub cache lacks it)."""
+    path = ROOT / "zoo" if name == "zoo" else Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(f"{name} is a file: give the folder that holds config.json and model.safetensors")
+    if name == "zoo" or not is_hub_name(name):
+        raise UserError(f"no folder at {path}: give a Hugging Face folder, a hub name such as gpt2, or zoo")
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja"] + ["*.safetensors"] * weights
+    token = settings().get("HF_TOKEN") or False
+    try:
+        cached = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+        if (cached / "config.json").is_file() and (not weights or missing_weights(cached) == ""):
+            return cached
+    except (LocalEntryNotFoundError, IncompleteSnapshotError):
+        pass
+    except HFValidationError as error:
+        raise UserError(f"{name!r} is neither a folder nor a hub name") from error
+    return (yield from download(name, patterns, token))
+
+
+def download(name: str, patterns: list[str], token: str | bool) -> Generator[Progress, None, Path]:
+    """Fetch a hub model in a thread, yielding its progress. One quick question to the hub first, so that no network means no 23 s of retries."""
+    events: queue.SimpleQueue = queue.SimpleQueue()
+
+    class Bar(tqdm):
+        """Says how many bytes there are; draws nothing."""
+
+        most = 0
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs, file=io.StringIO(), mininterval=1e9)
+
+        def update(self, n=1):
+            super().update(n)
+            if self.unit == "B" and self.n > Bar.most:
+                Bar.most = int(self.n)
+                events.put(Progress(Bar.most, int(self.total or 0), f"downloading {name}: {show_bytes(self.n)}"))
+
+    def fetch() -> None:
+        try:
+            huggingface_hub.HfApi().model_info(name, token=token, timeout=10)
+            events.put(Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, token=token, tqdm_class=Bar)))
+        except BaseException as error:
+            events.put(error)
+
+    threading.Thread(target=fetch, daemon=True).start()
+    yield Progress(0, 0, f"asking the hub for {name}")
+    while True:
+        match event := events.get():
+            case Progress():
+                yield event
+            case Path():
+                return event
+            case GatedRepoError():
+                raise UserError(f"{name} is gated: accept its terms at huggingface.co/{name} and put your HF_TOKEN into .env.local")
+            case RepositoryNotFoundError():
+                raise UserError(f"the hub has no model {name!r} (or it is private): check the name, or put an HF_TOKEN into .env.local")
+            case HfHubHTTPError():
+                raise UserError(f"{name} can't be downloaded: {first_line(event)}")
+            case HTTPError() | LocalEntryNotFoundError() | ConnectionError():
+                raise UserError(f"{name} is not in the hub cache and there is no network: give a folder, the name of a cached model, or zoo")
+            case OSError():
+                raise UserError(f"{name} can't be downloaded: {first_line(event)}")
+            case _:
+                raise event
+
+
+def read_json(path: Path) -> dict:
+    try:
+        obj = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read ({first_line(error)}): copy or download the model again") from error
+    if not isinstance(obj, dict):
+        raise UserError(f"{path} does not hold a JSON object: copy or download the model again")
+    return obj
+
+
+def weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+            raise UserError(f"{index} has no weight_map: copy or download the model again")
+        return [folder / n for n in sorted(set(names.values()))]
+    return [folder / "model.safetensors"]
+
+
+def missing_weights(folder: Path) -> str:
+    """What keeps the folder's weights from being read, or ''."""
+    absent = [f.name for f in weight_files(folder) if not f.is_file()]
+    if not absent:
+        return ""
+    if list(folder.glob("*.bin")) or list(folder.glob("*.pt")):
+        return f"{folder} holds pickled weights only; Loupe reads safetensors: save it with save_pretrained(safe_serialization=True)"
+    return f"{folder} has no {absent[0]}: give a folder saved by Hugging Face's save_pretrained"
+
+
+def read_headers(folder: Path) -> tuple[int, t.dtype]:
+    """Number of parameters and stored dtype, from the headers; a truncated file is found here."""
+    if problem := missing_weights(folder):
+        raise UserError(problem)
+    count, dtype = 0, None
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, "pt") as h:
+                for key in h.keys():
+                    piece = h.get_slice(key)
+                    count += math.prod(piece.get_shape())
+                    dtype = dtype or STORED.get(piece.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} is truncated or not a safetensors file ({first_line(error)}): copy or download it again") from error
+    return count, dtype or t.float32
+
+
+def read_config(folder: Path) -> transformers.PretrainedConfig:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is not a model: it has no config.json. Give a Hugging Face folder, a hub name, or zoo")
+    read_json(folder / "config.json")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        architecture = determine_architecture_from_hf_config(config)
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise UserError(f"{folder / 'config.json'} is of no architecture that Loupe can read: {first_line(error)}") from error
+    refused = MULTIMODAL_ARCHITECTURES | SEQ2SEQ_ARCHITECTURES | MASKED_LM_ARCHITECTURES
+    names = {architecture, *(config.architectures or [])}
+    if names & refused or getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"{architecture} is not a causal language model of text alone: Loupe reads decoder-only text models")
+    return config
+
+
+def read_tokenizer(folders: list[Path]) -> transformers.PreTrainedTokenizerBase:
+    for folder in folders:
+        if any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+            for file in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
+                if file.is_file():
+                    read_json(file)
+            try:
+                return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            except (ValueError, OSError, KeyError, TypeError) as error:
+                raise UserError(f"the tokenizer of {folder} can't be read: {first_line(error)}") from error
+    raise UserError(f"{folders[0]} has no tokenizer (tokenizer.json): copy the tokenizer files of its base model there")
+
+
+def read_weights(folder: Path, config: transformers.PretrainedConfig, dtype: t.dtype, device: t.device, device_map: str | None) -> t.nn.Module:
+    """The Hugging Face model, eager attention, safetensors only; missing or misshapen weights are an error, never random numbers."""
+    where = {"device_map": device_map} if device_map else {}
+    try:
+        hf, report = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=copy.deepcopy(config),
+            dtype=dtype,
+            attn_implementation="eager",
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            generation_config=transformers.GenerationConfig.from_model_config(config),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, in words
+            **where,
+        )
+        hf = hf if device_map else hf.to(device)
+    except t.OutOfMemoryError as error:
+        raise out_of_memory(error) from error
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"the weights of {folder} can't be loaded: {first_line(error)}") from error
+    if other := sorted(report["mismatched_keys"]):
+        raise UserError(f"the weights of {folder} have other shapes than this architecture's (first: {other[0][0]}): is the base model right?")
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"the weights of {folder} lack {len(missing)} tensors of this architecture (first: {missing[0]}): is the base model right?")
+    return hf.eval()
+
+
+def load(ask: Load, cache_mb: int, before_weights: Callable[[], None] = lambda: None) -> Generator[Progress, None, Model]:
+    """Everything that can be checked is checked before `before_weights` gives up the model loaded until then."""
+    start = time.time()
+    if ask.dtype not in ("auto", *DTYPES):
+        raise UserError(f"{ask.dtype!r} is not a dtype: write auto, float32, bfloat16 or float16")
+    device = pick_device(ask.device)
+    folder = yield from find_folder(ask.model)
+    base = (yield from find_folder(ask.base, weights=False)) if ask.base else folder
+    config = read_config(base)
+    n_params, stored = read_headers(folder)
+    tokenizer = read_tokenizer([folder, base])
+    dtype = DTYPES[ask.dtype] if ask.dtype != "auto" else t.float32 if n_params <= SMALL else stored
+    before_weights()
+    warning = (unused_gpu() if ask.device == "auto" else "") or filled_by_others(device)
+    if device.type == "cpu":
+        t.set_num_threads(1 if n_params < TINY else CORES)
+    yield Progress(2, 5, f"reading weights ({n_params / 1e6:.1f} M parameters, {str(dtype).removeprefix('torch.')})")
+    hf = read_weights(folder, config, dtype, device, ask.device_map or None)
+    yield Progress(3, 5, "wrapping")
+    model = Model(ask, hf, tokenizer, folder, base, dtype, cache_mb)
+    yield Progress(4, 5, "checking")
+    checks = self_check(model)
+    model.info = replace(model.info, n_params=n_params, seconds=time.time() - start, checks=checks, warning=warning)
+    return model

@@ -1,0 +1,15 @@
+"""What was found out about a loaded model, and what else is kept for it: one place, which goes when the model goes."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Notes:
+    trials: dict[object, str] = field(default_factory=dict)  # by shortcut, why it can't be taken on this model ("": it can)
+    calls: dict[tuple, dict[tuple, list]] = field(default_factory=dict)  # by prompt, what Hugging Face's model calls its blocks with
+    slow: list[dict[object, Callable]] = field(default_factory=list)  # of every block, modules with one operation that can stand in for each
+    saes: OrderedDict[str, object] = field(default_factory=OrderedDict)  # the last few that were loaded, by source
+    translators: dict[tuple, object] = field(default_factory=dict)  # the last tuned or Jacobian lens that was read
+    estimate: tuple | None = None  # the last estimate: its question, values [prompt, cell], the base runs' metric [prompt]

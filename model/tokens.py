@@ -1,0 +1,149 @@
+"""Text as a model's tokens and tokens as text, and what is wrong with a prompt."""
+
+import re
+from dataclasses import replace
+
+import torch as t
+from torch import Tensor
+
+from vocabulary import alignment as align
+from vocabulary.nodes import UserError
+from vocabulary.prompts import Prompt, TokenRow
+from vocabulary.requests import CheckResult, ModelInfo
+
+BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTE_OF = {chr(b): b for b in BYTES} | {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in BYTES)}
+
+
+class Tokens:
+    """What a tokenizer knows, for a model with `n_embed` embeddings. Rows and spellings are remembered."""
+
+    def __init__(self, tokenizer, info: ModelInfo, n_embed: int):
+        self.tokenizer, self.info, self.n_embed, self.bos = tokenizer, info, n_embed, tokenizer.bos_token_id
+        self.texts: dict[int, str] = {}
+        self.rows: dict[tuple, TokenRow] = {}
+
+    def text(self, i: int) -> str:
+        """The text of one token, alone: spaces kept, an incomplete UTF-8 sequence as its bytes (\\xe4)."""
+        if i not in self.texts:
+            self.texts[i] = self.spell(i)
+        return self.texts[i]
+
+    def spell(self, i: int) -> str:
+        piece = self.tokenizer.convert_ids_to_tokens(i) if i < len(self.tokenizer) else None
+        if piece is None:
+            return f"[unused {i}]"
+        if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
+            code = int(byte[1], 16)
+            return chr(code) if code < 128 else f"\\x{code:02x}"
+        if "▁" in piece:
+            return piece.replace("▁", " ")
+        text = self.tokenizer.decode([i], clean_up_tokenization_spaces=False)
+        if "\ufffd" in text and all(c in BYTE_OF for c in piece):
+            return bytes(BYTE_OF[c] for c in piece).decode("utf-8", errors="backslashreplace")
+        return text
+
+    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=self.tokenizer.is_fast, verbose=False)
+        return list(out["input_ids"]), [tuple(o) for o in out.get("offset_mapping", [])]
+
+    def row(self, text: str, bos: bool | None, labels: tuple[tuple[str, int], ...] = ()) -> TokenRow:
+        key = (text, bos, labels)
+        if key not in self.rows:
+            if len(self.rows) > 8192:
+                self.rows.clear()
+            self.rows[key] = self.read_row(text, bos, labels)
+        return self.rows[key]
+
+    def read_row(self, text: str, bos: bool | None, labels: tuple[tuple[str, int], ...]) -> TokenRow:
+        """A text as tokens. A text that starts with BOS gets no second one; asked for one, that is an error."""
+        ids, offsets = self.encode(text)
+        starts = self.bos is not None and ids[:1] == [self.bos]
+        if bos and self.bos is None:
+            raise UserError("this model's tokenizer has no BOS token: turn BOS off")
+        if bos and starts:
+            raise UserError(f"the text starts with {self.info.bos} itself, and BOS would come twice: take it out of the text or turn BOS off")
+        add = not starts and (self.info.default_bos if bos is None else bos)
+        if labels and not self.tokenizer.is_fast:
+            raise UserError("labels need a fast tokenizer (tokenizer.json)")
+        where = {}
+        for name, offset in labels:
+            covering = [i for i, (a, b) in enumerate(offsets) if a <= offset < b]
+            if not covering:
+                raise UserError(f"label {name}: no token covers character {offset} of the prompt")
+            where[name] = covering[-1] + add
+        ids = [self.bos] * add + ids
+        if ids:
+            where["END"] = len(ids) - 1
+        return TokenRow(tuple(ids), tuple(self.text(i) for i in ids), where, add or starts)
+
+    def answer(self, clean: str, text: str) -> TokenRow:
+        """An answer as the tokens that would follow the clean prompt; alone when it merges with the prompt's end."""
+        base, full = self.encode(clean)[0], self.encode(clean + text)[0]
+        ids = full[len(base) :] if base and full[: len(base)] == base else self.encode(text)[0]
+        return TokenRow(tuple(ids), tuple(self.text(i) for i in ids), {"END": len(ids) - 1} if ids else {})
+
+    def check(self, prompt: Prompt, how: str = "") -> CheckResult:
+        """The prompt's rows, its alignment (`how` of ALIGNMENTS), and what is wrong with it."""
+        problems, hints, pairs = [], [], ()
+
+        def read(what: str, text: str, labels: tuple = ()) -> TokenRow:
+            try:
+                row = self.row(text, prompt.bos, labels)
+            except UserError as error:
+                problems.append(f"{what}: {error}")
+                return TokenRow()
+            if not text:
+                problems.append(f"{what} is empty: type a text")
+            elif len(row.ids) > self.info.n_ctx:
+                problems.append(f"{what} has {len(row.ids)} tokens and the model's context holds {self.info.n_ctx}: shorten it")
+            elif bad := [i for i in row.ids if i >= self.n_embed]:
+                problems.append(f"{what}: token {bad[0]} ({self.text(bad[0])!r}) is not among the model's {self.n_embed} embeddings")
+            if prompt.bos is None and self.info.default_bos and text and not problems and self.encode(text)[0][:1] == [self.bos]:
+                hints.append(f"{what} starts with {self.info.bos} itself: none was added")
+            return row
+
+        clean = read("the clean prompt", prompt.clean, prompt.labels)
+        corrupt = None if prompt.corrupt is None else read("the corrupted prompt", prompt.corrupt, prompt.corrupt_labels)
+        if corrupt is not None and clean.ids and corrupt.ids:
+            n, m = len(clean.ids), len(corrupt.ids)
+            if prompt.alignment or how:
+                try:
+                    corrupt = replace(corrupt, labels=align.find_labels(clean, corrupt, prompt.alignment))
+                    pairs = align.align(prompt, clean, corrupt, how)
+                except UserError as error:
+                    problems.append(str(error))
+            elif n == m:
+                corrupt, pairs = replace(corrupt, labels={**clean.labels, **corrupt.labels}), align.align(prompt, clean, corrupt)
+            else:
+                hints.append(f"clean has {n} tokens and corrupted {m}: patching by position needs equal lengths, or an alignment (diff or labels)")
+            if pairs and not align.is_by_index(pairs, n, m):
+                hints.append(align.words(pairs, n, m))
+        sides = [self.side(what, texts, prompt.clean, problems, hints) for what, texts in (("answer", prompt.answers), ("foil", prompt.foils))]
+        both = {r.ids for r in sides[0]} & {r.ids for r in sides[1]}
+        if both and not problems:
+            hints.append("a token is both answer and foil")
+        return CheckResult(clean, corrupt, *sides, tuple(problems), tuple(hints), pairs)
+
+    def side(self, what: str, texts: tuple[str, ...], clean: str, problems: list[str], hints: list[str]) -> tuple[TokenRow, ...]:
+        """The answers (or foils) as tokens; what is wrong with them is added to the problems and hints."""
+        rows = []
+        for text in texts:
+            row = self.answer(clean, text)
+            spaced = self.answer(clean, " " + text) if text and not text[0].isspace() else TokenRow()
+            advice = f"; {' ' + text!r} with a leading space is one token" if len(spaced.ids) == 1 else ""
+            if len(row.ids) != 1:
+                parts = " ".join(repr(s) for s in row.texts)
+                problems.append(f"{what} {text!r} is {len(row.ids)} tokens ({parts}) and must be one{advice}" if text else f"an {what} is empty")
+            elif row.ids[0] >= self.info.d_vocab:
+                problems.append(f"{what} {text!r} is token {row.ids[0]}, which the model can't predict")
+            elif advice and not clean[-1:].isspace():
+                hints.append(f"{what} {text!r} has no leading space: after this prompt {' ' + text!r} is the usual token")
+            rows.append(row)
+        return tuple(rows)
+
+    def random_ids(self, n: int, rows: int = 1, seed: int = 0) -> Tensor:
+        """Random tokens, none of them special."""
+        special = set(self.tokenizer.all_special_ids)
+        usual = t.tensor([i for i in range(min(len(self.tokenizer), self.n_embed)) if i not in special])
+        return usual[t.randint(len(usual), (rows, n), generator=t.Generator().manual_seed(seed))]

@@ -1,0 +1,358 @@
+"""
+What a sweep runs: its table, and the base runs with every spot's new values.
+
+1. `lay_out` turns a kind into a table: row and column labels, and for each cell the spots that change.
+2. `read_plan` reads the study; everything that can be refused is refused there.
+3. `bases` runs the base prompts and finds the new values (from the other prompt, a mean, zero, ...).
+"""
+
+import math
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch as t
+from torch import Tensor
+
+from model.base_run import PatchSite, patch_site
+from model.bridge import FINAL, Model
+from model.interventions import prepare
+from model.metrics import MetricReader
+from model.runs import Runs, gaussian, hook_name, means, noise_scale, place_in_set, read_study, resampled
+from model.variants import Base
+from techniques.patching import feature_sweep
+from techniques.patching.requests import SWEEP_OPS, SWEEPS, Sweep
+from utils import settings
+from vocabulary.nodes import Node, UserError, parse_node
+from vocabulary.prompts import Prompt, Study
+from vocabulary.requests import Progress
+
+CHUNK_MB = 128
+BATCH = 32
+
+
+# ------------------------------------------------------------------ cells
+
+
+@dataclass
+class Layout:
+    """A table: labels, what each cell changes (missing: no such cell), and the cells' addresses where each is one node."""
+
+    rows: tuple[str, ...]
+    cols: tuple[str, ...]
+    cells: dict[tuple[int, int], tuple[PatchSite, ...]]
+    nodes: tuple[str, ...] = ()
+
+
+def one_each(model: Model, rows: list[str], cols: list[str], node: Callable[[int, int], Node]) -> Layout:
+    """A table in which every cell is one node."""
+    nodes = {(r, c): node(r, c) for r in range(len(rows)) for c in range(len(cols))}
+    return Layout(tuple(rows), tuple(cols), {rc: (patch_site(model, n),) for rc, n in nodes.items()}, tuple(str(n) for n in nodes.values()))
+
+
+def lay_out(runs: Runs, ask: Sweep) -> Layout:
+    """The table of a kind, on the run that is changed."""
+    model, info, seq = runs.model, runs.model.info, len(runs.row("now").ids)
+    layers, places = [f"L{i}" for i in range(info.n_layers)], [str(i) for i in range(seq)]
+    match ask.kind:
+        case "resid_pre" | "resid_mid" | "resid_post" | "attn" | "mlp":
+            return one_each(model, layers, places, lambda r, c: Node(ask.kind, r, pos=c))
+        case "attn_mlp":
+            rows = [f"{layer}.{site}" for layer in layers for site in ("attn", "mlp")]
+            return one_each(model, rows, places, lambda r, c: Node(("attn", "mlp")[r % 2], r // 2, pos=c))
+        case "z" | "q" | "pattern":
+            heads = [f"H{h}" for h in range(info.n_heads)]
+            return one_each(model, layers, heads, lambda r, c: Node("head", r, c, ask.kind))
+        case "k" | "v":
+            per = info.n_heads // info.n_kv_heads
+            heads = [f"H{h}" if per == 1 else f"H{h}-{h + per - 1}" for h in range(0, info.n_heads, per)]
+            return one_each(model, layers, heads, lambda r, c: Node("head", r, c * per, ask.kind))
+        case "nodes":
+            cols = [*(f"H{h}" for h in range(info.n_heads)), "MLP"]
+            return one_each(model, layers, cols, lambda r, c: Node("mlp", r) if c == info.n_heads else Node("head", r, c))
+        case "z_pos":
+            rows = [f"L{layer}H{h}" for layer in range(info.n_layers) for h in range(info.n_heads)]
+            return one_each(model, rows, places, lambda r, c: Node("head", r // info.n_heads, r % info.n_heads, pos=c))
+        case "cells":
+            node = one_node(ask, "head", "L2H3")
+            spots = {(d, s): (patch_site(model, replace(node, part="pattern", pos=d), s),) for d in range(seq) for s in range(d + 1)}
+            return Layout(tuple(places), tuple(places), spots)
+        case "neurons":
+            node = runs.placed(one_node(ask, "mlp", "L3.mlp"))
+            neurons = [f"n{i}" for i in range(info.d_mlp)]
+            return one_each(model, [f"L{node.layer}.mlp"], neurons, lambda r, c: Node("neuron", node.layer, index=c, pos=node.pos))
+        case "features":
+            return Layout(*feature_sweep.lay_out(model, ask, seq))
+        case "pairs" | "cumulative":
+            spots = [patch_site(model, some_node(a, runs)) for a in ask.nodes]
+            names = tuple(ask.nodes)
+            if ask.kind == "cumulative":
+                return Layout(("together",), ("nothing", *(f"+ {a}" for a in names)), {(0, i): tuple(spots[:i]) for i in range(len(spots) + 1)})
+            cells = {(i, j): tuple(spots[k] for k in sorted({i, j})) for i in range(len(spots)) for j in range(len(spots))}
+            return Layout(names, names, cells)
+    raise AssertionError(ask.kind)
+
+
+def one_node(ask: Sweep, site: str, example: str) -> Node:
+    node = parse_node(ask.node) if ask.node else None
+    if node is None or node.site != site:
+        raise UserError(f"the sweep {ask.kind!r} needs one {'head' if site == 'head' else 'MLP'}, such as {example}")
+    return node
+
+
+def some_node(address: str, runs: Runs) -> Node:
+    node = parse_node(address)
+    if node.site == "embed":
+        raise UserError(f"{address}: use L0.resid_pre, what comes in at layer 0")
+    return runs.placed(node)
+
+
+# ------------------------------------------------------------------ what is asked for
+
+
+@dataclass
+class Plan:
+    """The prompts of a sweep (with their indices into the set), which run is changed and where new values come from, and the table."""
+
+    model: Model
+    ask: Sweep
+    members: list[tuple[int, Prompt]]
+    runs: list[Runs]
+    side: str
+    other: str
+    layout: Layout
+    limit: int
+
+    @property
+    def study(self) -> Study:
+        return replace(self.ask.study, base=self.side)
+
+    @property
+    def spots(self) -> list[PatchSite]:
+        return list(dict.fromkeys(s for spots in self.layout.cells.values() for s in spots))
+
+    @property
+    def seq(self) -> int:
+        return len(self.runs[0].row(self.side).ids)
+
+
+def check(ask: Sweep) -> None:
+    for what, value, known in (("a sweep", ask.kind, SWEEPS), ("an operation of a sweep", ask.op, SWEEP_OPS)):
+        if value not in known:
+            raise UserError(f"{value!r} is not {what}: use one of {', '.join(known)}")
+    if ask.direction not in ("denoise", "noise"):
+        raise UserError(f"{ask.direction!r} is not a direction: use denoise (clean values into the corrupted run) or noise (the reverse)")
+    if ask.effect not in ("total", "direct"):
+        raise UserError(f"{ask.effect!r} is not an effect: use total or direct")
+    if not math.isfinite(ask.noise) or ask.noise <= 0:
+        raise UserError("noise is a positive number of the embedding's standard deviations")
+    if ask.first not in ("", "estimate"):
+        raise UserError(f"{ask.first!r} does not say what runs first: use estimate, or nothing")
+    if ask.k < 1:
+        raise UserError("k must be at least 1")
+
+
+def read_plan(model: Model, ask: Sweep) -> Plan:
+    """Everything that can be refused is refused here."""
+    check(ask)
+    study = ask.study
+    members = list(enumerate(study.prompt_set)) if ask.over_set else [(0, study.prompt)]
+    if not members:
+        raise UserError("there is no prompt set: open one first")
+    side = study.base if ask.op != "patch" else {"denoise": "corrupt", "noise": "clean"}[ask.direction]
+    other = "corrupt" if side == "clean" else "clean"
+    runs = []
+    for i, prompt in members:
+        try:
+            runs.append(read_member(model, replace(study, prompt=prompt, base=side, interventions=()), ask.op == "patch"))
+        except UserError as error:
+            raise UserError(f"prompt {i + 1} of the set: {error}" if ask.over_set else str(error)) from error
+    check_lengths(runs, side, ask)
+    layout = lay_out(runs[0], ask)
+    if ask.op == "patch":
+        drop_unaligned(layout, ask, [r.partners(side) for r in runs])
+    if bad := [rc for rc in ask.only if rc not in layout.cells]:
+        raise UserError(f"there is no cell {bad[0]}: the table has {len(layout.rows)} rows and {len(layout.cols)} columns")
+    if ask.only:
+        layout.cells = {rc: layout.cells[rc] for rc in dict.fromkeys(ask.only)}
+    return Plan(model, ask, members, runs, side, other, layout, chunk_bytes(model, ask.chunk_mb))
+
+
+def read_member(model: Model, study: Study, patch: bool) -> Runs:
+    if study.prompt.corrupt is None and (patch or study.base == "corrupt"):
+        raise UserError("there is no corrupted prompt, and patching needs one: type one first")
+    runs, kind = read_study(model, study), study.metric.kind
+    if kind not in ("kl", "loss") and not runs.answers:
+        raise UserError(f"there is no answer, and {kind} needs one: give one, with its leading space")
+    if kind in ("logit_diff", "prob_diff") and not runs.foils:
+        raise UserError(f"there is no foil, and {kind} needs one: give one, or use the metric logprob")
+    if kind == "loss" and len(runs.row("now").ids) < 2:
+        raise UserError("loss needs a prompt of two tokens")
+    if kind != "loss":
+        for which in ("clean", "corrupt"):
+            if runs.rows[which] is not None:
+                runs.metric_position(which)
+    return runs
+
+
+def check_lengths(runs: list[Runs], side: str, ask: Sweep) -> None:
+    """Patching goes by position: clean and corrupted have to be of one length or aligned, and the base prompts of a set of one length."""
+    for i, r in enumerate(runs):
+        if ask.op == "patch":
+            try:
+                r.partners(side)
+            except UserError as error:
+                raise UserError((f"prompt {i + 1} of the set: " if ask.over_set else "") + str(error)) from error
+    counts: dict[int, int] = {}
+    for r in runs:
+        n = len(r.row(side).ids)
+        counts[n] = counts.get(n, 0) + 1
+    if len(counts) > 1:
+        words = ", ".join(f"{count} with {n} tokens" for n, count in sorted(counts.items()))
+        raise UserError(f"a sweep over a set needs prompts of equal length, and it has {words}: use a set of one template")
+
+
+def drop_unaligned(layout: Layout, ask: Sweep, sides: list[tuple[int, ...] | None]) -> None:
+    """Cells at a position without partner (in some prompt) are no cells. Where there is no other kind of cell, an error."""
+    sides = [there for there in sides if there is not None]
+    if not sides:
+        return
+    if ask.kind == "pattern" or any(s.node.part == "pattern" and s.node.site == "head" and s.source is None for spots in layout.cells.values() for s in spots):
+        raise UserError("a pattern's row holds sources without partner in the other prompt: sweep z, q, k, v, or one head's cells")
+    alone = {i for there in sides for i, j in enumerate(there) if j < 0}
+    lost = {rc for rc, spots in layout.cells.items() if any(s.node.pos in alone or s.source in alone for s in spots)}
+    if lost and (ask.kind in ("pairs", "cumulative") or len(lost) == len(layout.cells)):
+        at = min(alone & {p for rc in lost for s in layout.cells[rc] for p in (s.node.pos, s.source)} - {None})
+        raise UserError(f"position {at} has no partner in the other prompt: leave it out, or edit the alignment")
+    layout.cells = {rc: spots for rc, spots in layout.cells.items() if rc not in lost}
+
+
+def chunk_bytes(model: Model, megabytes: int) -> int:
+    """Bytes of activations at once: asked for, or LOUPE_SWEEP_MB of .env, or a third of what an accelerator has free."""
+    if not megabytes:
+        text = settings().get("LOUPE_SWEEP_MB") or "0"
+        if not text.isdigit():
+            raise UserError(f"LOUPE_SWEEP_MB in .env is {text!r}: write a number of megabytes")
+        megabytes = int(text)
+    if megabytes:
+        return megabytes << 20
+    return t.cuda.mem_get_info(model.device)[0] // 3 if model.device.type == "cuda" else CHUNK_MB << 20
+
+
+# ------------------------------------------------------------------ base runs and new values
+
+
+def reads(model: Model, spot: PatchSite) -> str:
+    """The hook point whose values say what a spot holds."""
+    return hook_name(model, spot.node)
+
+
+def bases(plan: Plan, more: tuple[str, ...] = ()) -> Generator[Progress | tuple]:
+    """
+    For a few prompts at a time: their indices, the base run with every spot's new values, the metric of base, clean and corrupted [prompt] each
+    (corrupted NaN where there is none), and the source run's activations. Under interventions, whose values differ from prompt to prompt, one by one.
+    """
+    model, ask = plan.model, plan.ask
+    last = f"blocks.{model.info.n_layers - 1}.hook_resid_post"
+    names = list(dict.fromkeys(name for s in plan.spots for name in {reads(model, s), s.name, *s.also}))
+    if not (plan.study.interventions or ask.plain):
+        names += [z for s in plan.spots if s.node.site == "head" and s.node.pos is None and (z := f"blocks.{s.node.layer}.attn.hook_z") not in names]
+    bytes_each = sum(model.info.d_model for _ in names) * plan.seq * 8
+    size = 1 if plan.study.interventions else max(1, min(BATCH, plan.limit // max(1, bytes_each), room(plan)))
+    for indices in batches(plan, size):
+        group = [plan.runs[i] for i in indices]
+        if plan.study.interventions:
+            group = [(yield from prepare(model, replace(plan.study, prompt=plan.members[indices[0]][1])))]
+        tensor = lambda which, group=group: t.tensor([r.row(which).ids for r in group])  # noqa: E731
+        shared = 0
+        if ask.op == "patch" and not plan.study.interventions:
+            shared = min(same_start(r, plan.side, plan.other) for r in group)
+        both = all(r.rows[w] is not None for r in group for w in ("clean", "corrupt")) and not plan.study.interventions
+        both = both and tensor("clean").shape == tensor("corrupt").shape
+        wanted = [*names, *more, *([FINAL] if ask.study.metric.kind == "kl" else [])]
+        base = Base(group, wanted, plan.limit, ask.plain, shared, tensor(plan.other) if both else None)
+        acts = ({} if base.edits else {plan.side: base.acts}) | ({plan.other: base.beside} if both else {})
+        for which in ("clean", "corrupt"):
+            if which not in acts and all(r.rows[which] is not None for r in group):
+                acts[which] = model.forward(tensor(which), [last, FINAL, *(names if which == plan.other and ask.op == "patch" else [])], keep=None)[1]
+        clean = None
+        if ask.study.metric.kind == "kl":
+            clean = t.stack([x[r.metric_position("clean")] for r, x in zip(group, acts["clean"][FINAL])])
+        sides = {which: MetricReader(group, clean, which).of(a[last], 0)[0] for which, a in acts.items()}
+        if not all(np.isfinite(v).all() for v in sides.values()):
+            raise UserError("the metric of the clean or corrupted run is not finite: does the model hold NaN? Try float32")
+        value = base.begin(MetricReader(group, clean))
+        yield from new_values(plan, base, acts.get(plan.other, {}), indices)
+        missing = np.full(len(group), math.nan)
+        yield indices, base, (value, sides.get("clean", missing), sides.get("corrupt", missing))
+
+
+def batches(plan: Plan, size: int) -> list[list[int]]:
+    """Prompts that can run together: source runs of one length, aligned in one way."""
+    kinds: dict[tuple, list[int]] = {}
+    for i, r in enumerate(plan.runs):
+        other = r.rows[plan.other]
+        kinds.setdefault((None if other is None else len(other.ids), r.partners(plan.side) if plan.ask.op == "patch" else None), []).append(i)
+    return [some[a : a + size] for some in kinds.values() for a in range(0, len(some), size)]
+
+
+def same_start(runs: Runs, side: str, other: str) -> int:
+    """The first position at which a patch can change something: other tokens, or tokens that are aligned with other positions."""
+    own, theirs, there = runs.row(side).ids, runs.row(other).ids, runs.partners(side)
+    for i, token in enumerate(own):
+        if i >= len(theirs) or token != theirs[i] or there is not None and there[i] not in (i, -1):
+            return i
+    return len(own)
+
+
+def room(plan: Plan) -> int:
+    """Prompts at once such that some 8 variants of all of them fit into a chunk."""
+    i = plan.model.info
+    return max(1, plan.limit // (8 * 4 * plan.seq * (12 * i.d_model + 3 * i.d_mlp + 3 * i.n_heads * plan.seq)))
+
+
+def new_values(plan: Plan, base: Base, other: dict[str, Tensor], indices: list[int]) -> Generator[Progress]:
+    """Fill base.source: for every node that some spot is part of, its new values [prompt, ...]."""
+    model, ask = plan.model, plan.ask
+    if ask.kind == "features":
+        base.source |= feature_sweep.new_values(plan.spots, base, other, [plan.runs[i] for i in indices], ask.op, plan.side)
+        return
+    hooks = {s.key: reads(model, s) for s in plan.spots}
+    if ask.op in ("mean", "mean_all"):
+        if ask.op == "mean_all" and any(name.endswith("pattern") for name in hooks.values()):
+            raise UserError("a pattern has no mean over positions; use mean with a set of one template, or zero")
+        other = yield from means(model, ask.study.prompt_set, list(hooks.values()), ask.op, plan.seq)
+    elif ask.op == "resample":
+        _, other = model.forward(t.tensor([others(plan, i) for i in indices]), list(hooks.values()), keep=None)
+    deviation = noise_scale(model) * ask.noise if ask.op == "noise" else 0.0
+    for key, name in hooks.items():
+        own = base.acts[name]
+        match ask.op:
+            case "zero":
+                x = t.zeros_like(own)
+            case "noise":
+                x = own + deviation * t.stack(
+                    [gaussian(own.shape[1:], (ask.seed, place_in_set(replace(plan.study, prompt=plan.members[i][1])), key)) for i in indices]
+                ).to(own)
+            case _:
+                x = aligned(plan, other[name], own, key, plan.runs[indices[0]]) if ask.op == "patch" else other[name].expand_as(own)
+        base.source[key] = x
+
+
+def aligned(plan: Plan, theirs: Tensor, own: Tensor, key: tuple, runs: Runs) -> Tensor:
+    """The other run's values [prompt, ...] at the base run's positions; where a position has no partner, its own value."""
+    there = runs.partners(plan.side)
+    if there is None:
+        return theirs
+    here = [i for i, j in enumerate(there) if j >= 0]
+    x, partner = own.clone(), [there[i] for i in here]
+    if key[1:] == ("head", "pattern"):
+        x[:, :, t.tensor(here)[:, None], here] = theirs[:, :, t.tensor(partner)[:, None], partner].to(x)
+    else:
+        x[:, here] = theirs[:, partner].to(x)
+    return x
+
+
+def others(plan: Plan, i: int) -> tuple[int, ...]:
+    """The corrupted prompt of the set that a prompt's values are resampled from."""
+    return resampled(plan.model, replace(plan.study, prompt=plan.members[i][1]), plan.seq, plan.runs[i].row(plan.side).ids, plan.ask.seed)

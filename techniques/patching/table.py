@@ -1,0 +1,158 @@
+"""A sweep's table as it fills: every prompt's metric in every cell, means and statistics over the prompts, and the words beside it."""
+
+import math
+import time
+
+import numpy as np
+import torch as t
+
+from model.variants import Base, Variant
+from techniques.patching import feature_sweep
+from techniques.patching.plan import Plan
+from techniques.patching.requests import SWEEP_OPS, SWEEPS, SweepResult
+from vocabulary.nodes import UserError, parse_node
+from vocabulary.prompts import METRICS
+from vocabulary.progress import time_left
+from vocabulary.requests import Progress
+from vocabulary.statistics import paired_effects
+
+
+class SweepTable:
+    """The table as it fills: every prompt's metric in every cell."""
+
+    def __init__(self, plan: Plan, method: str = "truth"):
+        self.plan, self.method, layout = plan, method, plan.layout
+        self.shape = len(layout.rows), len(layout.cols)
+        self.cells = [r * self.shape[1] + c for r, c in layout.cells]
+        n = len(plan.runs)
+        self.values = np.full((n, self.shape[0] * self.shape[1]), math.nan)
+        self.sides = np.full((3, n), math.nan)  # base, clean, corrupted
+        self.total, self.done, self.at_once, self.reason = n * len(self.cells), 0, 0, ""
+        self.members, self.base = [], None
+        self.started, self.before = time.monotonic(), 0  # of the variants; prompts that are done
+        self.peak = 0
+
+    def begin(self, members: list[int], base: Base, sides: tuple[np.ndarray, ...]) -> None:
+        """Cells before the first token that differs, or after the metric's position, are the base run."""
+        self.before += len(self.members)
+        self.members, self.base, self.reason = members, base, base.reason
+        self.sides[:, members] = sides
+        self.waiting = []
+        for cell, spots in zip(self.cells, self.plan.layout.cells.values()):
+            variant = Variant(cell, tuple(s for s in spots if s.node.pos is None or base.shared <= s.node.pos < base.stop))
+            if variant.spots and max(variant.first, base.shared) < base.stop:
+                self.waiting.append(variant)
+            else:
+                self.values[members, cell] = sides[0]
+                self.done += len(members)
+        base.plan_work(self.waiting)
+
+    def fill(self, variants: list[Variant], found: np.ndarray) -> None:
+        if not np.isfinite(found).all():
+            raise UserError("a changed run gave numbers that are not finite: load the model in float32")
+        self.values[np.ix_(self.members, [v.cell for v in variants])] = found.T
+        self.done += found.size
+        self.at_once, self.peak = max(self.at_once, self.base.at_once), max(self.peak, self.base.peak)
+
+    def progress(self, step: Progress) -> Progress:
+        """Cells by the work that is done, and the time left in words."""
+        part = (self.before + self.base.progress * len(self.members)) / len(self.plan.runs)
+        spent = time.monotonic() - self.started
+        left = f", {time_left(spent * (1 - part) / part)}" if part > 0.02 and spent > 1 else ""
+        text = f"{self.plan.ask.kind} {self.done}/{self.total}{left}"
+        return Progress(max(self.done, int(part * self.total)), self.total, f"{step.text}; {text}" if step.text else text)
+
+    @property
+    def peak_mb(self) -> float:
+        device = self.plan.model.device
+        return (t.cuda.max_memory_allocated(device) if device.type == "cuda" else self.peak) / 2**20
+
+    def result(self, whole: bool) -> SweepResult:
+        """Means over the prompts that are done; the rest with the whole table."""
+        plan, ask, layout = self.plan, self.plan.ask, self.plan.layout
+        known = ~np.isnan(self.sides[0])
+        base, clean, corrupt = (float(s[known].mean()) for s in self.sides)
+        some = ~np.isnan(self.values)
+        count = some.sum(0)
+        with np.errstate(invalid="ignore"):
+            mean = np.where(some, self.values, 0.0).sum(0) / count
+        normalised, warning = normalise(mean, base, self.sides[:, known])
+        table = lambda x: np.asarray(x, np.float32).reshape(self.shape)  # noqa: E731
+        empty, stats, every = np.zeros((0, 0), np.float32), {}, np.zeros((0, *self.shape), np.float32)
+        if whole and ask.over_set:
+            stats = {k: table(v) for k, v in paired_effects(self.values, self.sides[0], ask.seed).items()}
+            every = self.values.astype(np.float32).reshape(-1, *self.shape)
+        stats = {k: stats.get(k, empty) for k in ("std", "low", "high", "p")}
+        return SweepResult(
+            ask.kind, ask.op, ask.direction, ask.effect, self.method, layout.rows, layout.cols, layout.nodes, plan.runs[0].row(plan.side),
+            table(mean), table(normalised), base, clean, None if math.isnan(corrupt) else corrupt, self.done, self.total, **stats, per_prompt=every,
+            prompts=tuple(i for i, _ in plan.members) if ask.over_set else (), mechanism=mechanism(plan, self.reason, self.method), at_once=self.at_once,
+            warning=warning, convention=convention(plan, self.method), peak_mb=round(self.peak_mb, 1),
+        )  # fmt: skip
+
+
+def normalise(mean: np.ndarray, base: float, sides: np.ndarray) -> tuple[np.ndarray, str]:
+    """(mean - corrupted) / (clean - corrupted), a ratio of means; without a corrupted prompt mean / base. NaN, and why, where that says nothing."""
+    clean, corrupt = sides[1], sides[2]
+    if np.isnan(corrupt).any():
+        if abs(base) < 1e-6:
+            return np.full(mean.shape, math.nan), "the base run's metric is 0: not normalised"
+        return mean / base, "no corrupted prompt: normalised as a share of the base run's metric"
+    gaps = clean - corrupt
+    gap, size = gaps.mean(), max(abs(clean.mean()), abs(corrupt.mean()))
+    if abs(gap) < 1e-3 * size or gap == 0:
+        return np.full(mean.shape, math.nan), f"clean and corrupted differ by {gap:.2g} only: not normalised"
+    small = int((np.abs(gaps) < 0.1 * abs(gap)).sum())
+    words = f"{small} of {len(gaps)} prompts have a clean - corrupted below a tenth of the mean" if small else ""
+    if abs(gap) < 0.05 * size:
+        words = f"clean and corrupted differ by {gap:.2g} only: normalised values are large and noisy"
+    return (mean - corrupt.mean()) / gap, words
+
+
+# ------------------------------------------------------------------ words
+
+
+def mechanism(plan: Plan, reason: str, method: str) -> str:
+    if method != "truth":
+        return "gradients"
+    if plan.ask.effect == "direct":
+        return "direct effect, no forward pass a cell"
+    return f"whole forward passes under hooks: {reason}" if reason else "resumed at the changed layer"
+
+
+def convention(plan: Plan, method: str) -> str:
+    """What matters first: it is a pane's title."""
+    ask, model = plan.ask, plan.model
+    metric = ask.study.metric
+    assert metric.kind in METRICS
+    if ask.op == "patch":
+        what = {"denoise": "denoise: clean values into the corrupted run", "noise": "noise: corrupted values into the clean run"}[ask.direction]
+    else:
+        run = "corrupted" if plan.side == "corrupt" else "clean"
+        amount = f" of {ask.noise:g} embedding standard deviations, seed {ask.seed}" if ask.op == "noise" else ""
+        seed = f", seed {ask.seed}" if ask.op == "resample" else ""
+        what = f"{run} run, {ask.op}: {SWEEP_OPS[ask.op]}{amount}{seed}"
+    place = "" if metric.kind == "loss" else f" at {metric.pos}"
+    parts = [SWEEPS[ask.kind], what, f"{metric.kind}{place}"]
+    parts.append("normalised: corrupted = 0, clean = 1" if plan.runs[0].rows["corrupt"] is not None else "normalised: share of the base run's metric")
+    if ask.effect == "direct":
+        parts.append("direct effect: later attention, MLPs and norm scales as in the base run")
+        parts += ["through the head's own z"] * (ask.kind in ("q", "k", "v", "pattern"))
+    elif method == "truth":
+        parts.append("total effect: everything after the node recomputed")
+    if ask.over_set:
+        parts.append(f"mean over {len(plan.runs)} prompts, ratio of means; spread, interval and p of the effect, paired by prompt")
+    if ask.kind == "q" or ask.kind == "k":
+        parts += ["before the rotation"] * (model.info.positions == "rotary")
+    if ask.kind in ("k", "v") and model.info.n_kv_heads < model.info.n_heads:
+        parts.append("a column is a group of heads that share keys and values")
+    if ask.kind == "features":
+        d = feature_sweep.loaded(model, ask.study.saes, parse_node(ask.nodes[0]).layer)
+        parts.append(f"SAE {d.source}, {d.view} activation")
+    parts.append(f"raw weights, {model.info.dtype}")
+    if ask.op == "patch" and not all(r.by_index for r in plan.runs):
+        how = plan.runs[0].aligned if len(plan.runs) == 1 else "each prompt's own" + f", else by {ask.study.align}" * bool(ask.study.align)
+        parts.append(f"patched across an alignment, {how}; positions without partner stay as they are")
+    if plan.study.interventions:
+        parts.append(f"base run under {', '.join(str(i) for i in plan.study.interventions)}")
+    return " · ".join(parts)

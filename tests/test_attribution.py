@@ -463,6 +463,7 @@ def test_drill_downs_need_no_second_pass(engines, monkeypatch):
     engine.run(Attribution(STUDY, pos=3))
 
 
+@pytest.mark.slow
 def test_command_line(capsys, folders, tmp_path):
     options = ["--model", str(folders["llama"]), "--clean", CLEAN, "--corrupt", CORRUPT, "--answer", " Mary", "--foil", " John"]
 

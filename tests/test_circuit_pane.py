@@ -85,6 +85,7 @@ async def test_kept_cells_are_marked_everywhere(zoo, tmp_path):
         assert "•" not in shown(app)
 
 
+@pytest.mark.slow
 async def test_nodes_or_edges_names_and_receivers(zoo, tmp_path):
     app = make_app(zoo, tmp_path, small())
     async with app.run_test(size=(140, 45)) as pilot:
@@ -127,6 +128,7 @@ def test_the_curve_is_to_scale():
     assert (middle - first) / (last - first) == pytest.approx(14 / 40, abs=0.06)
 
 
+@pytest.mark.slow
 async def test_paths_by_position_from_embeddings_and_from_several(zoo, tmp_path):
     app = make_app(zoo, tmp_path, small())
     async with app.run_test(size=(140, 45)) as pilot:
@@ -164,6 +166,7 @@ async def test_paths_by_position_from_embeddings_and_from_several(zoo, tmp_path)
         assert app.state.senders == ("L0H1", "L0H3") and "nowhere" in shown(app)
 
 
+@pytest.mark.slow
 async def test_what_a_finished_job_leaves_alone(zoo, tmp_path):
     """The redo stack; and scores say that interventions are left out, curves how they were found; H ranks paths."""
     app = make_app(zoo, tmp_path, small())

@@ -100,6 +100,7 @@ def test_parts_and_positions(engines):
     assert alone("L1H2.q", "L1H2.k", "L1H2.v") == pytest.approx(alone("L1H2"), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_completeness_and_minimality_by_brute_force(engines):
     zoo = engines["zoo"]
     circuit = Circuit("c", "", ("L0H1", "L0H3", "L3H2", "L3H3"), groups={"copy": ("L3H2", "L3H3")})
@@ -124,6 +125,7 @@ def test_completeness_and_minimality_by_brute_force(engines):
     assert again.faithfulness.low <= again.faithfulness.mean <= again.faithfulness.high and again.faithfulness.values.size == len(IOI)
 
 
+@pytest.mark.slow
 def test_a_sample_of_parts_and_an_estimate(engines):
     """A bound on samples tries so many parts, with the values all of them have; the estimate counts the sets and cuts none but a few."""
     zoo, circuit = engines["zoo"], Circuit("c", "", ("L0H1", "L0H2", "L0H3", "L1H0", "L3H2", "L3H3"))
@@ -319,6 +321,7 @@ def half(folders):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch, dtype", [("gpt2", "bfloat16"), ("gemma2", "bfloat16"), ("llama", "float16")])
 def test_half_precision(engines, half, arch, dtype):
     """Discovery and edge scores run in the model's dtype and are close to float32's, what is cut to zero too."""
@@ -444,6 +447,7 @@ def test_the_script_of_features(engines, rest, kept):
         drawings.circuit_script(circuit, SET, zoo.model.info, Load(), rest)
 
 
+@pytest.mark.slow
 def test_an_sae_without_a_feature_in_the_circuit_is_left_alone(engines):
     """Two are loaded, and the circuit is of one: score, script and discovery agree, and the other SAE changes nothing."""
     zoo = engines["zoo"]

@@ -44,6 +44,7 @@ def test_in_bfloat16(host, name):
         host.fresh(host.engine(model, "bfloat16"), TABLE[name])
 
 
+@pytest.mark.slow
 def test_the_benchmark(host, tmp_path):
     lines = io.StringIO()
     gpu.run_checks(gpu.arguments(["--device", "cpu", "--tiny", "--only", "reference,memory_llama,profile_llama,auto", "--work", str(tmp_path)]), lines)
@@ -80,6 +81,7 @@ def test_the_pretence_and_its_end():
     assert not t.cuda.is_available() and (t.ones(2) + y).device == t.device("cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TABLE)
 def test_on_a_device(bench, name):
     """The engine on the CPU beside it was told so: that the machine has a device is no reason to use it."""
@@ -88,6 +90,7 @@ def test_on_a_device(bench, name):
     assert found["relative"] < 1e-5, found
 
 
+@pytest.mark.slow
 def test_what_is_learned_on_a_device(bench):
     for check in (learned.features, learned.fits):
         ok, found = check(bench)

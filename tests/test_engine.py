@@ -427,6 +427,7 @@ def test_bad_input(capsys, folders):
         assert code == 2 and out == "" and why in err and err.count("\n") == 1, (args, err)
 
 
+@pytest.mark.slow
 def test_check_fails_on_a_broken_model(capsys, folders, monkeypatch):
     from model import bridge as model
 

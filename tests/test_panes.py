@@ -54,6 +54,7 @@ async def test_attribution(zoo, tmp_path, size):
         assert app.cursor.pos == here.pos - 1 and "ranked" == app.state.views["attribution.view"]
 
 
+@pytest.mark.slow
 async def test_weights(zoo, tmp_path):
     app = make_app(zoo, tmp_path, first_state({}))
     async with app.run_test(size=(120, 36)) as pilot:
@@ -69,6 +70,7 @@ async def test_weights(zoo, tmp_path):
         assert f"{comp.baseline:.3f} ± {comp.spread:.3f}" in shown(app)
 
 
+@pytest.mark.slow
 async def test_more_of_the_lens(zoo, tmp_path):
     app = make_app(zoo, tmp_path, first_state({}))
     async with app.run_test(size=(120, 36)) as pilot:
@@ -123,6 +125,7 @@ async def test_more_of_attention(zoo, tmp_path):
         assert "previous_token_head" in shown(app)
 
 
+@pytest.mark.slow
 async def test_patching(zoo, tmp_path):
     state = first_state({})
     app = make_app(zoo, tmp_path, state)
@@ -182,6 +185,7 @@ def test_pictures_are_kept_by_the_results_themselves():
     assert pane.picture("slot", (Same(one),), lambda: "first") == pane.picture("slot", (Same(one),), lambda: "second") == "first"
 
 
+@pytest.mark.slow
 async def test_over_the_set(zoo, tmp_path):
     """Significant cells stand out in the p map and come first in its list; another prompt of the set and an SAE leave the set's results where they are."""
     state = first_state({})
@@ -249,6 +253,7 @@ class Waiting(LocalClient):
         self.jobs.pop(ident).future.set_exception(Superseded())
 
 
+@pytest.mark.slow
 async def test_a_cancelled_sweep_stays_cancelled(zoo, tmp_path):
     link = Waiting(zoo)
     app = make_app(link, tmp_path, first_state({}))
@@ -272,6 +277,7 @@ async def test_a_cancelled_sweep_stays_cancelled(zoo, tmp_path):
         await press(app, pilot, "ctrl+c")
 
 
+@pytest.mark.slow
 async def test_alignment(zoo, tmp_path):
     state = first_state({})
     prompt = replace(state.prompt, corrupt="When Mary and John went to the store, then Alice gave a drink to")

@@ -223,6 +223,7 @@ def test_what_cut_edges_carry(engines, rest):
         assert np.allclose(none, none[0], atol=20) and not np.allclose(none, clean, atol=1)
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_cut_edges_one_by_one_are_cut_edges_in_a_batch(engines, data):

@@ -246,6 +246,7 @@ def test_check_shows_the_figures_and_fails_on_one_that_is_off(folder, measured, 
     assert (f"published {wrong}" in err) == bool(wrong) and err.count("broken") == bool(wrong)
 
 
+@pytest.mark.slow
 def test_check_says_nothing_of_them_on_another_model(folder, capsys):
     args = ["check", str(folder), "--clean", PROMPTS[0].clean, "--corrupt", PROMPTS[0].corrupt, "--json"]
     assert main(args) == 0

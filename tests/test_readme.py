@@ -77,6 +77,7 @@ def test_the_tours_sweep(engines):
     assert abs(effect).max() < 0.05
 
 
+@pytest.mark.slow
 def test_the_tours_circuit(engines):
     zoo, study = engines["zoo"], Study(SET[0], prompt_set=SET)
     score = lambda *nodes: zoo.run(Score(study, Circuit("c", "zoo", nodes), ("faithfulness", "effects"), "patch"))  # noqa: E731
@@ -94,6 +95,7 @@ def test_the_tours_circuit(engines):
     assert f"{len(found.circuit.edges)} edges among {len(found.circuit.nodes)} nodes, faithfulness {found.score:.3f}" in TOUR
 
 
+@pytest.mark.slow
 def test_the_tours_features(engines):
     found = engines["zoo"].run(Features(Study(SET[0]), "zoo/L2.resid_post", pos=14, order="attribution"))
     first, second = zip(found.index[:2].tolist(), found.attribution[:2].tolist())

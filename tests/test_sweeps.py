@@ -238,6 +238,7 @@ def test_metric_at_an_early_position(engine, arch):
 # ------------------------------------------------------------------ many at a time, and not enough memory
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_random_nodes_and_chunks(engines, references, data):
@@ -661,6 +662,7 @@ def test_command_line(capsys):
 # ------------------------------------------------------------------ base runs are kept
 
 
+@pytest.mark.slow
 def test_base_runs_stay_in_the_cache(engine, arch, monkeypatch):
     """The second sweep of the same prompts, of another kind or the other way, runs no base prompt; what is kept is not written to, and the numbers are the same."""
     model = engine.model

@@ -258,6 +258,7 @@ def test_folders(engines, text, tmp_path):  # noqa: F811
         engine.run(TrainSae(**(ask | {"out": text + "/sae"})))
 
 
+@pytest.mark.slow
 def test_a_point_where_nothing_passes(engines, tmp_path):
     """The zoo's last MLP writes zeros."""
     with pytest.raises(UserError, match="never changes"):
@@ -267,6 +268,7 @@ def test_a_point_where_nothing_passes(engines, tmp_path):
 # ------------------------------------------------------------------ the command
 
 
+@pytest.mark.slow
 def test_command(folders, text, tmp_path, capsys):  # noqa: F811
     args = [
         "train-sae",
@@ -294,6 +296,7 @@ def test_command(folders, text, tmp_path, capsys):  # noqa: F811
     assert "explained variance" in said and "loss recovered" in said and "blocks.1.hook_resid_post" in said
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_whole_checkpoint(folders, text, tmp_path, capsys, monkeypatch):  # noqa: F811
     """The command ends after the step it is at, and the resumed run is the uninterrupted one."""
     args = ["train-sae", "--model", str(folders["gpt2"]), "--text", text, "--hook", "L1.resid_post", "--features", "64", "--k", "4", "--tokens", "1280"]

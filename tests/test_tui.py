@@ -100,6 +100,7 @@ async def test_panes_by_size(zoo, tmp_path):
         assert app.pane == "output" and "Output" in shown(app)
 
 
+@pytest.mark.slow
 async def test_every_key_has_an_action_and_every_view_draws(zoo, tmp_path):
     app = make_app(zoo, tmp_path, first_state({}))
     for action in app.table:
@@ -231,6 +232,7 @@ async def test_nodes_outside_the_model_are_refused(zoo, tmp_path):
             await press(app, pilot, "escape")
 
 
+@pytest.mark.slow
 async def test_keys_before_a_model_is_there_and_after_the_engine_died(zoo, tmp_path):
     """They say so in the status line, whichever pane has the focus; an editor that was open too."""
     client = LocalClient(zoo)
@@ -296,6 +298,7 @@ async def test_prompt_sets_and_mean_ablation(zoo, tmp_path):
         assert "bad.jsonl line 2" in shown(app)
 
 
+@pytest.mark.slow
 async def test_search_help_palette_copy(zoo, tmp_path, monkeypatch):
     monkeypatch.setattr(dialogs, "EXPORTS", ROOT / "exports" / "of-tests")
     app = make_app(zoo, tmp_path, first_state({}))
@@ -361,6 +364,7 @@ async def test_honesty_panel(zoo, tmp_path):
         assert "no jobs" in shown(app)
 
 
+@pytest.mark.slow
 async def test_hostile_tokens_are_harmless(zoo, tmp_path):
     text = "[/INST] [red]x\x1b[31m 日本語 👩‍👩‍👧 a\x00b\n\t[link=http://x]"
     app = make_app(zoo, tmp_path, State(prompt=Prompt(text, text + "!", (" Mary",))))

@@ -218,6 +218,7 @@ def drain(steps) -> list:
             return [*out, stop.value]
 
 
+@pytest.mark.slow
 def test_eigenvalues_are_those_of_the_full_matrix(engine, plain, arch):
     r = engine.run(HeadWeights(LAYER, HEAD, 1))
     x, layer = plain.embed, LAYER
@@ -327,6 +328,7 @@ def check_readout(plain: Plain, directions: dict[str, np.ndarray], sides, r: int
             np.testing.assert_allclose(side.bottom_scores[i], [want[where[j]] for j in side.bottom_ids[i].tolist()], atol=2e-3 * size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["OV", "QK", "mlp_in", "mlp_out", "mlp_gate"])
 def test_singular_directions_are_those_of_the_full_matrix(engine, plain, arch, which):
     gated = arch not in ("gpt2", "neox", "zoo")
@@ -372,6 +374,7 @@ def brute_composition(plain: Plain, sender: tuple, receiver: tuple) -> dict[str,
     return {n: f(ov @ x) / f(ov) / f(x) for n, x in (("q", qk), ("k", qk.T), ("v", ov2))}
 
 
+@pytest.mark.slow
 def test_composition_is_the_ratio_of_full_norms(engine, plain):
     r = engine.run(Composition(LAYER, HEAD))
     info = engine.model.info

@@ -127,6 +127,7 @@ def test_prompt_set_is_solved(task, tokenizer, logits_fn):
     assert right >= 0.95 * len(prompts)
 
 
+@pytest.mark.slow
 def test_behaviour_targets_on_a_small_sample(tokenizer, logits_fn):
     figures = evaluate.behaviour(logits_fn, tokenizer, n=60)
     figures["induction_drop"] = figures["induction_first"] - figures["induction_second"]
@@ -136,6 +137,7 @@ def test_behaviour_targets_on_a_small_sample(tokenizer, logits_fn):
             assert figures[key] >= target - slack if sense == ">=" else figures[key] <= target, (key, figures[key])
 
 
+@pytest.mark.slow
 def test_no_head_does_it_alone(model, tokenizer):
     table = evaluate.ioi_heads(model, tokenizer, n=24)["table"]
     assert max(row["denoise"] for row in table.values()) <= 0.75

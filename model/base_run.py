@@ -62,6 +62,7 @@ def patch_site(model: Model, node: Node, source: int | None = None) -> PatchSite
 
 
 def id_rows(ids: Tensor) -> tuple:
+    """Token ids [prompt, seq] as what names them in the cache."""
     return tuple(map(tuple, ids.tolist()))
 
 

@@ -46,4 +46,5 @@ class Cache:
 
 
 def tokens(ids: tuple) -> str:
+    """How many tokens, in words; the token ids of one prompt or of several."""
     return f"{len(ids)} × {len(ids[0])} tokens" if ids and isinstance(ids[0], tuple) else f"{len(ids)} tokens"

@@ -120,4 +120,5 @@ def direction(runs: Runs) -> Tensor:
 
 
 def spot_key(spot: tuple) -> str:
+    """An index into a hook point's tensor as text for the cache; every batch is alike."""
     return str(spot[1:])

@@ -139,6 +139,7 @@ def resampled(model: Model, study: Study, length: int, own: tuple[int, ...], see
 
 
 def place_in_set(study: Study) -> int:
+    """Where the study's prompt stands in its set; 0 where it does not."""
     return study.prompt_set.index(study.prompt) if study.prompt in study.prompt_set else 0
 
 
@@ -308,4 +309,5 @@ def read_study(model: Model, study: Study) -> Runs:
 
 
 def set_key(rows: list[tuple[int, ...]]) -> tuple:
+    """What names a set of token rows in the cache; their order does not matter."""
     return (hashlib.sha256(repr(sorted(rows)).encode()).hexdigest(),)

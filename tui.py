@@ -39,7 +39,7 @@ from screen import layout, loading, top
 from screen.client import Client, Job
 from screen.compositor import TightScreen
 from screen.cursor import Cursor, clamped
-from screen.keys import Action, bindings, collect, key_table, keymap, remapped
+from screen.keys import Action, bindings, collect, key_page, keymap, remapped
 from screen.overlays import Overlay
 from screen.pane import Pane
 from screen.replies import Requests
@@ -372,7 +372,7 @@ def first_state(values: dict[str, str]) -> State:
     return replace(state, prompt=prompts[0], set_path=str(path), prompt_set=prompts)
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tui.py", description="Loupe: a terminal microscope for transformer circuits")
     parser.add_argument("--model", help="zoo, a Hugging Face folder, or a hub name (default: LOUPE_MODEL of .env)")
     parser.add_argument("--base", help="the architecture's model, when --model holds fine-tuned weights only")
@@ -382,10 +382,14 @@ def main() -> None:
     parser.add_argument("--resume", nargs="?", const="", metavar="FILE", help="open the newest session again, or this one")
     parser.add_argument("--via", default="", help='what carries the engine: "srun --gres=gpu:1", "ssh gpu01 cd loupe &&"')
     parser.add_argument("--mouse", action="store_true", help="mouse reporting on (takes the terminal's own selection away)")
-    parser.add_argument("--keys", action="store_true", help="print the key table in Markdown and leave")
-    args = parser.parse_args()
+    parser.add_argument("--keys", action="store_true", help="print docs/keys.md, the key table, and leave")
+    return parser
+
+
+def main() -> None:
+    args = parser().parse_args()
     if args.keys:
-        print(key_table(TABLE), end="")
+        print(key_page(TABLE), end="")
         return
     note = ""
     try:

@@ -1,4 +1,4 @@
-"""The README's picture: the hunt of its tour at 120×36, keys pressed as a user would, saved as `screenshot.svg`. `uv run benchmarks/screenshot.py`."""
+"""The README's picture: the third step of its tour at 120×36, keys pressed as a user would, saved as `screenshot.svg`. `uv run benchmarks/screenshot.py`."""
 
 import argparse
 import asyncio
@@ -12,7 +12,7 @@ from screen.session import Session
 from tui import Loupe, first_state
 from utils import ROOT, endc, green
 
-KEYS = "2 j h enter escape a"
+KEYS = "2 slash L 1 H 0 enter a"
 
 
 async def picture(keys: list[str], size: tuple[int, int], path: Path) -> None:

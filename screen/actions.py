@@ -66,7 +66,8 @@ def intervene(app: Host, new: Intervention) -> None:
 
 
 def check_node(app: Host, node: Node) -> None:
-    """UserError where the model, its SAEs or the prompt have no such node."""
+    """UserError where the model, its SAEs or the prompt have no such node; also when the engine died while the node was typed."""
+    app.ready()
     i = app.info
     if node.site == "sae" and node.layer not in {s.layer for name, s in app.known_saes.items() if name in app.state.saes}:
         raise UserError(f"{node}: no SAE of layer {node.layer} is loaded: z in pane 6 lists those that fit")
@@ -143,6 +144,7 @@ def accepted(put):
 
 
 def scope(app: Host) -> None:
+    app.ready()
     here = app.scopes[app.pane] != "here"
     app.scopes[app.pane] = "here" if here else "all"
     app.say(f"a, p and s act on {app.node()}: " + ("this position only" if here else "all positions"))

@@ -148,6 +148,7 @@ def restore(app: Host, path: Path) -> None:
 
 
 def copy(app: Host) -> None:
+    app.ready()
     pane = app.panes[app.pane]
     if any(app.requests.stale(s) for s in app.requests.wanted):
         raise UserError("the screen is still computing: copy when it is done")

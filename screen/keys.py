@@ -19,6 +19,14 @@ from vocabulary.nodes import UserError
 
 PANES, MOVE, PROMPT, INTERVENE, CIRCUIT, FEATURES, VIEW, FIND, LOUPE = "Panes", "Move", "Prompt", "Intervene", "Circuit", "Features", "View", "Find", "Loupe"
 
+KEY_PAGE = """# Keys
+
+This page is the program's own table: `uv run tui.py --keys > docs/keys.md` writes it. On the screen `?` shows the same list, to filter and to run. What one key does in
+several panes is separated by semicolons, each with its pane.
+
+`LOUPE_KEYMAP` in `.env.local` names a JSON file that remaps keys by their ids: `{"ablate": "z", "saes": "f2"}`. Arrows always work too, and `ctrl+q` always quits.
+"""
+
 
 @dataclass(frozen=True)
 class Action:
@@ -173,8 +181,11 @@ def remapped(path: str, table: tuple[Action, ...]) -> tuple[Action, ...]:
 
 
 def key_table(table: tuple[Action, ...]) -> str:
-    """The key table of the documentation in Markdown."""
-    rows = ["| key | action | id |", "|---|---|---|"]
-    for a in table:
-        rows.append("| " + " ".join(f"`{show_key(k)}`" for k in a.keys.split(",")) + f" | {a.help} | `{a.id}` |")
-    return "\n".join(rows) + "\n"
+    """The key table in Markdown."""
+    keys = [" ".join(f"`{show_key(k)}`" for k in a.keys.split(",")) for a in table]
+    return "\n".join(["| key | action | id |", "|---|---|---|", *(f"| {k} | {a.help} | `{a.id}` |" for k, a in zip(keys, table))]) + "\n"
+
+
+def key_page(table: tuple[Action, ...]) -> str:
+    """docs/keys.md: the key table, and how keys are changed."""
+    return f"{KEY_PAGE}\n{key_table(table)}"

@@ -80,6 +80,12 @@ def test_faithfulness_of_edges(engine):
         assert engine.run(Score(STUDY, found.circuit, rest="patch")).faithfulness.mean == pytest.approx(found.score, abs=1e-4)
 
 
+@pytest.mark.parametrize("node", ["embed", "L0.attn", "L0.resid_pre", "L0.mlp.n3", "L0H1.pattern"])
+def test_what_no_circuit_holds_is_refused_in_words(engines, node):
+    with pytest.raises(UserError, match=f"{node}: a circuit holds heads"):
+        engines["zoo"].run(Score(STUDY, Circuit("c", "zoo", ("L0H1", node))))
+
+
 def test_parts_and_positions(engines):
     """q, k, v of a head together are the head; a head at all its positions, named one by one, is the head."""
     zoo, n = engines["zoo"], len(engines["zoo"].model.row(IOI[0].clean, None).ids)
@@ -479,9 +485,9 @@ def test_progress_in_a_log(capsys, monkeypatch):
 def test_command_line(capsys, tmp_path):
     from engine import main
 
-    data = str(ROOT / "zoo" / "prompts" / "ioi_abba.jsonl")
+    data = ROOT / "zoo" / "prompts" / "ioi_abba.jsonl"
     small = tmp_path / "small.jsonl"
-    small.write_text("\n".join(open(data).read().splitlines()[:4]))
+    small.write_text("\n".join(data.read_text().splitlines()[:4]))
     assert main(["discover", "--set", str(small), "--method", "eap", "--out", str(tmp_path / "c.json")]) == 0 and (tmp_path / "c.json").exists()
     assert main(["score", "--set", str(small), "--circuit", str(tmp_path / "c.json"), "--rest", "patch", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["faithfulness"]["mean"] > 0.3

@@ -5,7 +5,6 @@ import dataclasses
 import io
 import json
 import re
-import sys
 from typing import get_args
 
 import pytest
@@ -17,50 +16,6 @@ from techniques import shell
 from vocabulary.nodes import UserError
 from vocabulary.requests import Load, Status
 from vocabulary.wire import REQUESTS, TYPES, door, message, needs_model, request
-
-REQUESTS_PY = '''
-"""How large the residual stream is."""
-
-from vocabulary.prompts import Study
-from vocabulary.wire import message, request
-
-
-@request
-class Norms:
-    """The norm of the residual stream before every layer at one position."""
-
-    study: Study
-    pos: int | str | None = None
-    """a position"""
-    cells: tuple[tuple[int, int], ...] = ()
-    half: bool = False
-
-
-@message
-class NormsResult:
-    norms: tuple[float, ...]
-'''
-ANALYSIS_PY = """
-import torch as t
-
-from model.interventions import prepare
-from techniques.norms.requests import Norms, NormsResult
-
-
-def answer(model, request):
-    runs = yield from prepare(model, request.study)
-    names = [f"blocks.{i}.hook_resid_pre" for i in range(model.info.n_layers)]
-    _, acts = model.forward(t.tensor([runs.row("clean").ids]), names)
-    place = runs.position("clean", request.pos if request.pos is not None else "END")
-    return NormsResult(tuple(float(x[0, place].norm()) / (1 + request.half) for x in acts.values()))
-"""
-COMMAND_PY = """
-from techniques.norms.requests import Norms, NormsResult
-from techniques.shell import options
-
-COMMANDS = {"norms": options(Norms)}
-SHOW = {NormsResult: lambda out, r: out.print(r.norms)}
-"""
 
 
 def help_of(*args: str) -> str:
@@ -147,33 +102,10 @@ def test_options_that_can_not_be(monkeypatch):
         del TYPES[kind.__name__], REQUESTS[kind.__name__]
 
 
-def test_a_folder_is_a_technique(tmp_path, engines, monkeypatch, capsys):
-    """It answers by Python, over the wire and from the shell, and no existing file knows of it."""
-    from vocabulary.prompts import Prompt, Study
-    from vocabulary.wire import Frame, encode, read_frame
-
-    folder = tmp_path / "norms"
-    folder.mkdir()
-    for name, text in (("requests", REQUESTS_PY), ("analysis", ANALYSIS_PY), ("command", COMMAND_PY)):
-        (folder / f"{name}.py").write_text(text)
-    monkeypatch.setattr(techniques, "settings", lambda: {"LOUPE_TECHNIQUES": str(folder)})
-    monkeypatch.setattr(program, "Engine", lambda: engines["zoo"])
-    assert "techniques.norms.requests" in {m.__name__ for m in techniques.parts("requests")}
-    from techniques.norms.requests import Norms
-
-    ask = read_frame(io.BytesIO(encode(Frame("ask", 1, body=Norms(Study(Prompt("The capital of France is")), -1)))).read).body
-    norms = engines["zoo"].run(ask).norms
-    assert len(norms) == 4
-    assert program.main(["norms", "--clean", "The capital of France is", "--at", "-1", "--half", "--cells", "1,2", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["norms"] == pytest.approx([x / 2 for x in norms])
-    assert program.main(["norms"]) == 0 and capsys.readouterr().out.count(",") >= 3
+def test_a_folder_without_requests_is_no_technique(tmp_path, monkeypatch):
     monkeypatch.setattr(techniques, "settings", lambda: {"LOUPE_TECHNIQUES": str(tmp_path)})
     with pytest.raises(UserError, match="has no requests.py"):
         techniques.rooms()
-    techniques.__path__.remove(str(tmp_path))
-    del TYPES["Norms"], TYPES["NormsResult"], REQUESTS["Norms"]
-    for name in ("requests", "analysis", "command"):
-        del sys.modules[f"techniques.norms.{name}"]
 
 
 def test_words_of_a_field_are_those_of_its_table():

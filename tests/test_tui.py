@@ -18,7 +18,7 @@ from screen.client import Client
 from screen.overlays import Editor, Overlay, Panel, Picker
 from screen.prompts import open_file
 from screen.session import Session, State, read_session
-from tui import TABLE, Loupe, first_state
+from tui import PANES, TABLE, Loupe, first_state
 from utils import ROOT
 
 SIZES = [(80, 24), (120, 36), (200, 50)]
@@ -229,6 +229,26 @@ async def test_nodes_outside_the_model_are_refused(zoo, tmp_path):
             await press(app, pilot, "enter")
             assert words in shown(app) and not app.state.interventions, text
             await press(app, pilot, "escape")
+
+
+async def test_keys_before_a_model_is_there_and_after_the_engine_died(zoo, tmp_path):
+    """They say so in the status line, whichever pane has the focus; an editor that was open too."""
+    client = LocalClient(zoo)
+    client.alive = False
+    app = make_app(client, tmp_path)
+    client.start = client.stop  # it does not come
+    async with app.run_test(size=(120, 36)) as pilot:
+        for pane in PANES.values():
+            for key in "@yapc":
+                app.say("")
+                await press(app, pilot, pane.number, key)
+                assert "no model yet" in shown(app), (pane.key, key)
+    app = make_app(zoo, tmp_path)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot, "I")
+        app.info, app.busy = None, "no engine (killed)"
+        await press(app, pilot, "enter")
+        assert "no model yet: no engine (killed)" in shown(app) and not app.state.interventions
 
 
 async def test_an_answer_of_several_tokens_costs_only_the_metric(zoo, tmp_path):

@@ -148,11 +148,11 @@ def combined(one: Circuit, other: Circuit, how: str, name: str) -> Circuit:
 
 
 def check_circuit(circuit: Circuit, info) -> None:
-    """UserError for parts that a loaded model (its ModelInfo) does not have, or an empty circuit."""
+    """UserError for nodes that circuits do not hold or a loaded model (its ModelInfo) does not have, and for an empty circuit."""
     if not circuit.nodes and not circuit.edges:
         raise UserError(f"the circuit {circuit.name} is empty: c keeps the node under the cursor")
     for address in circuit.nodes:
-        node = parse_node(address)
+        node = parse_node(own_node(address))
         if not 0 <= node.layer < info.n_layers or node.site == "head" and not 0 <= node.head < info.n_heads:
             raise UserError(
                 f"{address} is not a node of {info.name}, which has {info.n_layers} layers of {info.n_heads} heads: is {circuit.name} of another model?"

@@ -4,7 +4,6 @@ from collections import OrderedDict
 
 from torch import Tensor
 
-from techniques.output.requests import Side
 from utils import show_bytes
 
 
@@ -14,7 +13,7 @@ class Cache:
     def __init__(self, limit: int):
         self.limit, self.size = limit, 0
         self.items: OrderedDict[tuple, Tensor] = OrderedDict()
-        self.sides: dict[tuple, Side] = {}  # a few finished sides of runs, small
+        self.sides: dict[tuple, object] = {}  # a few finished sides of runs, small
 
     def get(self, key: tuple) -> Tensor | None:
         if key in self.items:

@@ -9,7 +9,9 @@ from torch import Tensor
 from vocabulary.nodes import Intervention, UserError
 from vocabulary.requests import Progress
 from model.bridge import Edit, Model
-from model.runs import NAMES, Runs, find_position, resampled
+from model.places import find_position
+from model.replacements import resampled
+from model.runs import NAMES, Runs
 from model.sae_fit import check
 from model.sae import SparseAutoencoder
 from model.sae_loading import for_layer

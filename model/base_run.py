@@ -195,11 +195,20 @@ class BaseRun:
         if not np.isfinite(value).all():
             raise UserError("the metric of the unchanged run is not finite: does the model hold NaN? Try float32")
         if not self.reason:
-            known = self.model.notes.trials
-            if bool(self.edits) not in known:
-                known[bool(self.edits)] = self.trial()
-            self.reason = known[bool(self.edits)]
+            self.reason = self.why_not(bool(self.edits), self.trial)
         return value
+
+    def why_not(self, shortcut: object, trial: Callable[[], str]) -> str:
+        """Why a shortcut can't be taken on this model, "" where it can: tried once, and without it meanwhile."""
+        known = self.model.notes.trials
+        if shortcut not in known:
+            known[shortcut] = "being tried"
+            try:
+                known[shortcut] = trial()
+            except BaseException:  # no answer: the next one tries again
+                del known[shortcut]
+                raise
+        return known[shortcut]
 
     def trial(self) -> str:
         """
@@ -224,10 +233,7 @@ class BaseRun:
         """Whether variants of several lengths can share a row: every mask is the model's to give, and a packed run equals the kept one."""
         if self.edits or self.score.whole or set(self.score.places) != {self.stop - 1}:
             return False
-        known = self.model.notes.trials
-        if "packed" not in known:
-            known["packed"] = self.trial_packed()
-        return not known["packed"]
+        return not self.why_not("packed", self.trial_packed)
 
     def trial_packed(self) -> str:
         firsts = (self.stop // 2, self.stop - 1)
@@ -247,11 +253,7 @@ class BaseRun:
 
     def attends_quickly(self) -> bool:
         """Whether attention without hooks may go through torch's scaled dot product: rotary models without a soft cap, tried on every block once."""
-        known = self.model.notes.trials
-        if "attention" not in known:
-            known["attention"] = "being tried"
-            known["attention"] = self.trial_attention()
-        return not known["attention"]
+        return not self.why_not("attention", self.trial_attention)
 
     def trial_attention(self) -> str:
         blocks = self.model.bridge.blocks

@@ -578,6 +578,22 @@ def test_estimates_without_single_blocks(engines, monkeypatch):
         np.testing.assert_allclose(engine.run(Estimate(STUDY, "attn_mlp", m)).values, values, atol=TOL)
 
 
+def test_a_trial_that_runs_out_of_memory_is_no_answer(engines, monkeypatch):
+    """The next run tries again: nothing stays slow because memory was short once."""
+    engine = engines["llama"]
+    monkeypatch.setattr(engine.model.notes, "trials", {})
+
+    def never(self) -> str:
+        raise t.OutOfMemoryError("fake: tried to allocate")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Base, "trial_attention", never)
+        with pytest.raises(UserError, match="out of memory"):
+            sweep(engine, "resid_post")
+    sweep(engine, "resid_post")
+    assert engine.model.notes.trials["attention"] == ""
+
+
 def test_heads_that_see_one_another_are_run_in_full(engines, monkeypatch):
     engine = engines["qwen3"]
     want = sweep(engine, "q").values

@@ -18,7 +18,8 @@ from transformers import DynamicCache
 from vocabulary.nodes import Node, UserError
 from model.bridge import FINAL, Edit, Model
 from model.metrics import MetricReader
-from model.runs import Runs, hook_name
+from model.places import hook_name, node_index
+from model.runs import Runs
 from model.fast_blocks import fused, last_rows, quick_attention, slow_modules
 
 DONE = ("a sweep's base run",)  # its mark in the model's cache
@@ -43,16 +44,8 @@ class PatchSite:
 
     def index(self, start: int, group: int) -> tuple:
         """Into [position, ...] behind the batch, of a tensor that begins at `start`; a pattern is [head, destination, source]."""
-        n = self.node
-        pos = slice(None) if n.pos is None else n.pos - start
-        match n.site:
-            case "head" if n.part == "pattern":
-                return n.head, pos, slice(None) if self.source is None else self.source
-            case "head":
-                return pos, n.head // group if n.part in ("k", "v") else n.head
-            case "neuron":
-                return pos, n.index
-        return (pos,)
+        pos = slice(None) if self.node.pos is None else self.node.pos - start
+        return node_index(self.node, pos, group, slice(None) if self.source is None else self.source)
 
 
 def patch_site(model: Model, node: Node, source: int | None = None) -> PatchSite:
@@ -62,6 +55,7 @@ def patch_site(model: Model, node: Node, source: int | None = None) -> PatchSite
 
 
 def id_rows(ids: Tensor) -> tuple:
+    """Token ids [prompt, seq] as what names them in the cache."""
     return tuple(map(tuple, ids.tolist()))
 
 

@@ -249,7 +249,7 @@ def test_resample_and_noise(engine, reference, arch, address):
         others = [engine.model.check(Prompt(p.corrupt)).clean.ids for p in some if p != PROMPT]
         wants = [plain(engine, reference, node, PROMPT, reference.read(ids, spot)[0, :, cols]) for ids in others]
         assert min(abs(got["resample"].now.metric - w) for w in wants) < TOL
-    from model.runs import noise_scale
+    from model.replacements import noise_scale
 
     embed = reference.hf.get_input_embeddings().weight.detach()
     scale = (embed.std() * (embed.shape[1] ** 0.5 if arch == "gemma2" else 1)).item()

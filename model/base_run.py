@@ -259,7 +259,7 @@ class BaseRun:
         blocks = self.model.bridge.blocks
         if not self.model.bridge.original_model._supports_sdpa or any(type(b.attn) is not PositionEmbeddingsAttentionBridge for b in blocks):
             return "another attention"
-        if any(getattr(b.attn.original_component, cap, None) for b in blocks for cap in ("attn_logit_softcapping", "sinks")):
+        if any(getattr(b.attn.original_component, cap, None) is not None for b in blocks for cap in ("attn_logit_softcapping", "sinks")):
             return "the scores have a soft cap"
         for layer, block in enumerate(blocks):
             x = self.resid[layer][:, : self.stop]

@@ -83,7 +83,8 @@ def check_devices(name: str, args: tuple, host: list[Tensor]) -> None:
     if name in SIZES_ONLY or name == "copy_":
         return
     if name in ("__getitem__", "__setitem__"):
-        return check_index(name, args)
+        check_index(name, args)
+        return
     own = args[0] if args and isinstance(args[0], Tensor) else None
     in_place = name.endswith("_") and not name.endswith("__") or name.startswith("__i")
     if name in STRICT or any(x.dim() for x in host) or own is not None and not on(own) and in_place:

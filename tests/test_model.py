@@ -208,7 +208,7 @@ class Hub(BaseHTTPRequestHandler):
         if "/resolve/" in path:
             name = path.rpartition("/")[2]
             return self.answer(200, (self.folder / name).read_bytes(), X_Repo_Commit=self.sha, ETag=f'"{name}"')
-        self.answer(200, json.dumps({"id": "have/model", "sha": self.sha, "siblings": [{"rfilename": f.name} for f in files]}).encode())
+        return self.answer(200, json.dumps({"id": "have/model", "sha": self.sha, "siblings": [{"rfilename": f.name} for f in files]}).encode())
 
     do_HEAD = do_GET
 

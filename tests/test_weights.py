@@ -168,7 +168,7 @@ def test_qk_at_a_distance_is_what_layer_0_attends_by(engines, references, folder
             by_destination.setdefault(a, []).append((b, score))
         a, sources = max(by_destination.items(), key=lambda item: len(item[1]))
         (one, x), (two, y) = sources[0], sources[-1]
-        rows = [tuple([s, 40, 41, 42, a]) for s in (one, two)]
+        rows = [(s, 40, 41, 42, a) for s in (one, two)]
         logs = [np.log(ref.patterns([row])[0][0, 2, -1].astype(np.float64)) for row in rows]
         x, y = (50 * math.tanh(s / 50) if arch == "gemma2" else s for s in (x, y))
         assert one != two

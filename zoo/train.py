@@ -264,8 +264,8 @@ def train(cfg: TrainingConfig) -> None:
     peak = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     weigh = AnswerWeights(tokenizer, cfg.answer_weight, cfg.name_weight)
     order = {length: iter(()) for length in rows}
-    log = open(cfg.out / "log.jsonl", "w")
-    log.write(json.dumps(cfg.asdict()) + "\n")
+    log = cfg.out / "log.jsonl"
+    log.write_text(json.dumps(cfg.asdict()) + "\n")
     start, cpu_start = time.time(), time.process_time()
     tokens, steps, next_eval, running = 0, 0, cfg.eval_every, None
 
@@ -274,8 +274,8 @@ def train(cfg: TrainingConfig) -> None:
         figures = {key: round(value, 4) for key, value in behaviour(model, tokenizer, n=100).items()}
         model.train()
         times = {"seconds": round(time.time() - start), "cpu_seconds": round(time.process_time() - cpu_start)}
-        log.write(json.dumps({"tokens": tokens, "loss": round(running, 4), **times, **figures}) + "\n")
-        log.flush()
+        with log.open("a") as file:
+            file.write(json.dumps({"tokens": tokens, "loss": round(running, 4), **times, **figures}) + "\n")
         keys = "ioi ioi_third_name ioi_unknown_words greater_than capitals agreement successor pronouns docstring induction_second".split()
         shown = " ".join(f"{key}={figures[key]:.3f}" for key in keys)
         print(f"\n{gray}{tokens / 1e6:.2f}M {times['seconds']}s loss {running:.3f} {cyan}{shown}{endc}", flush=True)

@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from model.bridge import Model
-from model.runs import prepare
+from model.interventions import prepare
 
 from .requests import Norms, NormsResult
 

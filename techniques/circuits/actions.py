@@ -26,7 +26,7 @@ def keep(pane: Pane, app: Host) -> None:
     app.say(f"{node} {verb} {kept.name}: {len(kept.nodes)} nodes, {len(kept.edges)} edges (u undoes)", GOOD)
 
 
-def rank_paths(pane: Pane, app: Host) -> bool | None:
+def rank_paths(pane: Pane, app: Host) -> bool:
     """Paths by the size of what is shown; choosing one puts the cursor on its sender. False where no paths are shown."""
     if app.state.views[pane.view] != "path":
         return False
@@ -36,6 +36,7 @@ def rank_paths(pane: Pane, app: Host) -> bool | None:
     cells = sorted(((int(r), int(c)) for r, c in np.argwhere(np.isfinite(grid.values))), key=lambda rc: -abs(float(grid.values[rc])))
     items = [Item(result.address(r, c) or f"{result.rows[r]} {result.cols[c]}", f"{float(grid.values[r, c]):+.4f}", "", (r, c)) for r, c in cells[:2000]]
     app.open(Picker("paths by effect", items, lambda item, typed: item and item.key != "embed" and app.guard(lambda: find(app, item.key))))
+    return True
 
 
 # ------------------------------------------------------------------ where paths begin and end

@@ -105,6 +105,10 @@ class Runs:
             raise UserError(f"the metric's position {pos} has no partner in the corrupted prompt: use END or a label of both, or edit the alignment")
         return partner[i]
 
+    def place(self, which: str, pos: int | str | None = None) -> int:
+        """A position as an index into a run; None: the metric's."""
+        return self.metric_position(which) if pos is None else self.position(which, pos)
+
     def pair(self, which: str) -> tuple[str, str]:
         """The two runs of a difference, of equal length."""
         a, _, b = which.partition("-")

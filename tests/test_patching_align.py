@@ -12,6 +12,7 @@ from test_sweeps import TOL, ZOO_SET, difference, missing, place_of, slopes, swe
 
 from vocabulary import alignment as align
 from techniques.attention.requests import Attention
+from techniques.attribution.requests import Attribution, AttributionSet
 from techniques.circuits.requests import PathPatch
 from techniques.output.requests import Run
 from techniques.patching.requests import Estimate, Sweep
@@ -291,3 +292,12 @@ def test_paths_across_an_alignment(engine, arch, base):
         ask = PathPatch(study, (node,), every, direction="noise" if base == "clean" else "denoise")
         got = engine.run(ask)
         assert float(got.values[np.isfinite(got.values)][0]) == pytest.approx(want, abs=TOL), node
+
+
+def test_attribution_without_a_position_is_at_the_metrics_partner(engine):
+    """Without a position, attribution of the corrupted prompt is that of the token that the metric is read at there, as `Run` reads it."""
+    study = Study(UNEQUAL, align="diff", metric=Metric("logit_diff", 12), prompt_set=(UNEQUAL,) * 2)
+    want, there = engine.run(Run(study)).corrupt.metric, engine.run(Attribution(study, "corrupt"))
+    assert there.pos == 13 and max(abs((there.logit if there.capped is None else there.capped) - want), there.error) < TOL
+    of_set = engine.run(AttributionSet(study, "corrupt"))
+    np.testing.assert_allclose(of_set.mean.heads, there.cells.heads, atol=TOL)

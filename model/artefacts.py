@@ -45,6 +45,7 @@ def windows(model: Model, file: Path, length: int, seed: int) -> Tensor:
 
 
 def corpus(text: str) -> Path:
+    """The text file of that name, or the zoo's own."""
     return Path(text).expanduser() if text else ROOT / "zoo" / "corpus.txt"
 
 

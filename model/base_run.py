@@ -18,7 +18,8 @@ from transformers import DynamicCache
 from vocabulary.nodes import Node, UserError
 from model.bridge import FINAL, Edit, Model
 from model.metrics import MetricReader
-from model.runs import Runs, hook_name
+from model.places import hook_name, node_index
+from model.runs import Runs
 from model.fast_blocks import fused, last_rows, quick_attention, slow_modules
 
 DONE = ("a sweep's base run",)  # its mark in the model's cache
@@ -43,16 +44,8 @@ class PatchSite:
 
     def index(self, start: int, group: int) -> tuple:
         """Into [position, ...] behind the batch, of a tensor that begins at `start`; a pattern is [head, destination, source]."""
-        n = self.node
-        pos = slice(None) if n.pos is None else n.pos - start
-        match n.site:
-            case "head" if n.part == "pattern":
-                return n.head, pos, slice(None) if self.source is None else self.source
-            case "head":
-                return pos, n.head // group if n.part in ("k", "v") else n.head
-            case "neuron":
-                return pos, n.index
-        return (pos,)
+        pos = slice(None) if self.node.pos is None else self.node.pos - start
+        return node_index(self.node, pos, group, slice(None) if self.source is None else self.source)
 
 
 def patch_site(model: Model, node: Node, source: int | None = None) -> PatchSite:
@@ -62,6 +55,7 @@ def patch_site(model: Model, node: Node, source: int | None = None) -> PatchSite
 
 
 def id_rows(ids: Tensor) -> tuple:
+    """Token ids [prompt, seq] as what names them in the cache."""
     return tuple(map(tuple, ids.tolist()))
 
 
@@ -201,11 +195,20 @@ class BaseRun:
         if not np.isfinite(value).all():
             raise UserError("the metric of the unchanged run is not finite: does the model hold NaN? Try float32")
         if not self.reason:
-            known = self.model.notes.trials
-            if bool(self.edits) not in known:
-                known[bool(self.edits)] = self.trial()
-            self.reason = known[bool(self.edits)]
+            self.reason = self.why_not(bool(self.edits), self.trial)
         return value
+
+    def why_not(self, shortcut: object, trial: Callable[[], str]) -> str:
+        """Why a shortcut can't be taken on this model, "" where it can: tried once, and without it meanwhile."""
+        known = self.model.notes.trials
+        if shortcut not in known:
+            known[shortcut] = "being tried"
+            try:
+                known[shortcut] = trial()
+            except BaseException:  # no answer: the next one tries again
+                del known[shortcut]
+                raise
+        return known[shortcut]
 
     def trial(self) -> str:
         """
@@ -230,10 +233,7 @@ class BaseRun:
         """Whether variants of several lengths can share a row: every mask is the model's to give, and a packed run equals the kept one."""
         if self.edits or self.score.whole or set(self.score.places) != {self.stop - 1}:
             return False
-        known = self.model.notes.trials
-        if "packed" not in known:
-            known["packed"] = self.trial_packed()
-        return not known["packed"]
+        return not self.why_not("packed", self.trial_packed)
 
     def trial_packed(self) -> str:
         firsts = (self.stop // 2, self.stop - 1)
@@ -253,17 +253,13 @@ class BaseRun:
 
     def attends_quickly(self) -> bool:
         """Whether attention without hooks may go through torch's scaled dot product: rotary models without a soft cap, tried on every block once."""
-        known = self.model.notes.trials
-        if "attention" not in known:
-            known["attention"] = "being tried"
-            known["attention"] = self.trial_attention()
-        return not known["attention"]
+        return not self.why_not("attention", self.trial_attention)
 
     def trial_attention(self) -> str:
         blocks = self.model.bridge.blocks
         if not self.model.bridge.original_model._supports_sdpa or any(type(b.attn) is not PositionEmbeddingsAttentionBridge for b in blocks):
             return "another attention"
-        if any(getattr(b.attn.original_component, cap, None) for b in blocks for cap in ("attn_logit_softcapping", "sinks")):
+        if any(getattr(b.attn.original_component, cap, None) is not None for b in blocks for cap in ("attn_logit_softcapping", "sinks")):
             return "the scores have a soft cap"
         for layer, block in enumerate(blocks):
             x = self.resid[layer][:, : self.stop]

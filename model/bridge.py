@@ -34,6 +34,7 @@ class Passed(Exception):
 
 
 def stop(x: Tensor) -> None:
+    """A function on a hook point that ends the pass there."""
     raise Passed
 
 
@@ -258,6 +259,11 @@ class Model:
     def lens_points(self) -> list[str]:
         sites = ("post",) if self.parallel else ("mid", "post")
         return ["blocks.0.hook_resid_pre", *(f"blocks.{layer}.hook_resid_{s}" for layer in range(self.info.n_layers) for s in sites)]
+
+    def capped(self, raw: Tensor) -> Tensor:
+        """fp32 logits of what W_U and b_U give: the logit scale and the soft cap of models that have them. Gradients pass."""
+        logits = raw.float() * self.logit_scale
+        return self.softcap * t.tanh(logits / self.softcap) if self.softcap else logits
 
     @t.no_grad()
     def unembed(self, x: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from collections import OrderedDict
 
 from torch import Tensor
 
-from techniques.output.requests import Side
 from utils import show_bytes
 
 
@@ -14,7 +13,7 @@ class Cache:
     def __init__(self, limit: int):
         self.limit, self.size = limit, 0
         self.items: OrderedDict[tuple, Tensor] = OrderedDict()
-        self.sides: dict[tuple, Side] = {}  # a few finished sides of runs, small
+        self.sides: dict[tuple, object] = {}  # a few finished sides of runs, small
 
     def get(self, key: tuple) -> Tensor | None:
         if key in self.items:
@@ -46,4 +45,5 @@ class Cache:
 
 
 def tokens(ids: tuple) -> str:
+    """How many tokens, in words; the token ids of one prompt or of several."""
     return f"{len(ids)} × {len(ids[0])} tokens" if ids and isinstance(ids[0], tuple) else f"{len(ids)} tokens"

@@ -66,10 +66,7 @@ class ChangedBlocks(BaseRun):
         return self.heads_apart(node.part)
 
     def heads_apart(self, part: str) -> bool:
-        known = self.model.notes.trials
-        if ("heads", part) not in known:
-            known["heads", part] = self.trial_heads(part)
-        return not known["heads", part]
+        return not self.why_not(("heads", part), lambda: self.trial_heads(part))
 
     def heads_of(self, spot: PatchSite) -> int | slice:
         """The heads whose z a change moves: one key and value serve a group of them."""

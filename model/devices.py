@@ -68,6 +68,7 @@ def unused_gpu(file: Path | None = None) -> str:
 
 
 def torchs_reason() -> str:
+    """Why torch has no CUDA device, in its own words."""
     try:
         t.cuda.init()
     except (RuntimeError, AssertionError) as error:

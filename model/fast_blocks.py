@@ -76,7 +76,7 @@ def quick_norm(m: NormalizationBridge) -> Callable | None:
     """A norm's forward as torch's own operation, the hooks inside left to the Bridge; None where no form of it gives this norm's numbers."""
     inner, whole = m.original_component, type(m).forward.__get__(m)
     weight = getattr(inner, "weight", None)
-    if weight is None or weight.ndim != 1:
+    if weight is None or weight.ndim != 1 or weight.device.type == "meta":
         return None
     eps = getattr(inner, "eps", None) or getattr(inner, "variance_epsilon", None) or getattr(m.config, "eps", 1e-5)
     root = lambda x: t.nn.functional.rms_norm(x, weight.shape, eps=eps)  # noqa: E731

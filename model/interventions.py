@@ -6,7 +6,9 @@ from torch import Tensor
 
 from model import steering
 from model.bridge import Model, write_mid
-from model.runs import NAMES, Runs, edit, gaussian, hook_name, means, noise_scale, place_in_set, read_study, resampled, set_key, where
+from model.places import hook_name, where
+from model.replacements import gaussian, means, noise_scale, place_in_set, resampled, set_key
+from model.runs import NAMES, Runs, edit, read_study
 from vocabulary.nodes import Intervention, NOISE, OPS, UserError
 from vocabulary.prompts import Study, TokenRow
 from vocabulary.requests import Progress
@@ -120,4 +122,5 @@ def direction(runs: Runs) -> Tensor:
 
 
 def spot_key(spot: tuple) -> str:
+    """An index into a hook point's tensor as text for the cache; every batch is alike."""
     return str(spot[1:])

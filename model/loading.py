@@ -49,6 +49,7 @@ CORES = t.get_num_threads()
 
 
 def is_hub_name(name: str) -> bool:
+    """Whether a name can be one of the Hugging Face hub: gpt2, owner/model."""
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.startswith(".")
 
 
@@ -122,6 +123,7 @@ def download(name: str, patterns: list[str], token: str | bool) -> Generator[Pro
 
 
 def read_json(path: Path) -> dict:
+    """A file's JSON object. UserError where it can't be read or holds something else."""
     try:
         obj = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -132,6 +134,7 @@ def read_json(path: Path) -> dict:
 
 
 def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that a model's folder should have, by its index where there is one."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names = read_json(index).get("weight_map")
@@ -169,6 +172,7 @@ def read_headers(folder: Path) -> tuple[int, t.dtype]:
 
 
 def read_config(folder: Path) -> transformers.PretrainedConfig:
+    """The model's config. UserError for what is no causal language model of text alone."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a model: it has no config.json. Give a Hugging Face folder, a hub name, or zoo")
     read_json(folder / "config.json")
@@ -185,6 +189,7 @@ def read_config(folder: Path) -> transformers.PretrainedConfig:
 
 
 def read_tokenizer(folders: list[Path]) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer of the first folder that has one, else a UserError."""
     for folder in folders:
         if any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
             for file in (folder / "tokenizer.json", folder / "tokenizer_config.json"):

@@ -34,9 +34,11 @@ def in_chunks(n: int, size: int | Callable[[int], int], work: Callable[[int, int
 
 
 def out_of_memory(error: t.OutOfMemoryError) -> UserError:
+    """Torch's error in words that say what to do."""
     return UserError(f"out of memory: {first_line(error)} Shorten the prompt, use a smaller dtype or another device")
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type's name."""
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__

@@ -12,10 +12,12 @@ WIDER = 1.375  # times that on an accelerator, where a chunk costs the host as m
 
 
 def vocab_bytes(model: Model) -> int:
+    """How large a vocabulary-sized tensor may be on the model's device."""
     return VOCAB_BYTES if model.final_device.type == "cpu" else int(WIDER * VOCAB_BYTES)
 
 
 def rows_at_once(model: Model) -> int:
+    """How many rows of logits are made at once."""
     return max(1, vocab_bytes(model) // (4 * model.info.d_vocab))
 
 
@@ -68,8 +70,7 @@ class MetricReader:
     def diff(self, normed: Tensor) -> Tensor:
         """Logit difference [variant, prompt] of normed rows [variant, prompt, d_model]; differentiable."""
         model = self.model
-        logits = ((normed @ self.columns.to(normed.device)).float() + self.bias.to(normed.device)) * model.logit_scale
-        logits = model.softcap * t.tanh(logits / model.softcap) if model.softcap else logits
+        logits = model.capped((normed @ self.columns.to(normed.device)).float() + self.bias.to(normed.device))
         return (logits.double() * self.weights.to(logits.device)).sum(-1)
 
     @t.no_grad()
@@ -118,7 +119,7 @@ class MetricReader:
 def metric(score: MetricReader, x: Tensor) -> Tensor:
     """The metric [prompt] of the stream after the last block, differentiable."""
     model, b = score.model, len(score.group)
-    logits = lambda rows: soft(model, model.bridge.unembed(model.bridge.ln_final(rows.to(model.final_device))))  # noqa: E731
+    logits = lambda rows: model.capped(model.bridge.unembed(model.bridge.ln_final(rows.to(model.final_device))))  # noqa: E731
     if score.kind == "loss":
         rows = [logits(x[j, :-1]).log_softmax(-1) for j in range(b)]
         return t.stack([-r.gather(-1, t.tensor(ids[1:], device=r.device)[:, None]).mean() for r, ids in zip(rows, score.ids)])
@@ -140,8 +141,3 @@ def metric(score: MetricReader, x: Tensor) -> Tensor:
                 clean = model.unembed(score.clean[j : j + 1])[0].double().log_softmax(-1)
                 out.append((clean.exp() * (clean - logp[j])).sum())
     return t.stack(out)
-
-
-def soft(model, logits: Tensor) -> Tensor:
-    logits = logits.float() * model.logit_scale
-    return model.softcap * t.tanh(logits / model.softcap) if model.softcap else logits

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Notes:
+    """Empty when a model is loaded."""
+
     trials: dict[object, str] = field(default_factory=dict)  # by shortcut, why it can't be taken on this model ("": it can)
     calls: dict[tuple, dict[tuple, list]] = field(default_factory=dict)  # by prompt, what Hugging Face's model calls its blocks with
     slow: list[dict[object, Callable]] = field(default_factory=list)  # of every block, modules with one operation that can stand in for each

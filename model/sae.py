@@ -37,6 +37,7 @@ OTHERS = ("ln1.hook_normalized", "mlp.hook_pre", "mlp.hook_post")
 
 
 def number(x: object) -> float:
+    """A number from a file, or NaN."""
     return float(x) if isinstance(x, int | float) and not isinstance(x, bool) else math.nan
 
 
@@ -241,6 +242,7 @@ def place(source: str, meta, transcoder: bool) -> tuple[str, str]:
 
 
 def site(hook: str) -> str:
+    """What a hook point is in Loupe's terms; "" for one without a name there."""
     return SITES.get(HOOK.fullmatch(hook)[2], "")
 
 
@@ -261,6 +263,7 @@ def read_point(model: Model, source: str, hook: str) -> str:
 
 
 def check_width(model: Model, source: str, point: str, width: int) -> None:
+    """UserError where an SAE is not as wide as the hook point."""
     i = model.info
     wide = i.n_heads * i.d_head if point.endswith("hook_z") else i.d_mlp if point.endswith(("mlp.hook_pre", "mlp.hook_post")) else i.d_model
     if width != wide:

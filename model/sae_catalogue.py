@@ -39,6 +39,7 @@ def directory() -> dict:
 
 
 def known_models() -> set[str]:
+    """Names of the models that published SAEs are of, and of the zoo."""
     return {canonical(r["model"]) for r in directory().values()} | {"zoo"}
 
 

@@ -47,6 +47,7 @@ def fit(d: SparseAutoencoder, x: Tensor, y: Tensor, view: str) -> Fit:
 
 
 def views(model: Model) -> tuple[str, ...]:
+    """The views of an activation that make a difference under this model's norms."""
     return ("raw",) if model.cfg.uses_rms_norm else ("raw", "centred")
 
 

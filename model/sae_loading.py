@@ -46,6 +46,7 @@ def find(source: str) -> Path | None:
 
 
 def stamp(folder: Path | None) -> tuple:
+    """Names, times and sizes of a folder's files: another stamp, another SAE."""
     return () if folder is None else tuple((p.name, p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(folder.glob("*")))
 
 
@@ -81,6 +82,7 @@ def load(model: Model, source: str) -> Generator[Progress, None, SparseAutoencod
 
 
 def read_folder(model: Model, source: str, folder: Path) -> t.nn.Module:
+    """sae_lens's SAE of a folder. UserError where the files do not hold one."""
     from sae_lens import SAE
 
     read_json(folder / "cfg.json")

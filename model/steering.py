@@ -8,8 +8,10 @@ from torch import Tensor
 
 from vocabulary.nodes import Intervention, UserError
 from vocabulary.requests import Progress
-from model.bridge import Edit, Model
-from model.runs import NAMES, Runs, find_position, resampled
+from model.bridge import Edit, Model, write_mid
+from model.places import find_position
+from model.replacements import resampled
+from model.runs import NAMES, Runs
 from model.sae_fit import check
 from model.sae import SparseAutoencoder
 from model.sae_loading import for_layer
@@ -154,19 +156,12 @@ def changed(d: SparseAutoencoder, changes: list[Change], places: list[int], kept
 
 def write(d: SparseAutoencoder, work: Callable[[Tensor, Tensor], Tensor]) -> list[Edit]:
     """Edits that let work(x, y) say what is written; resid_mid goes through the attention's output, and gradients pass."""
-    kept: dict[str, Tensor] = {}
-    keep = lambda x: kept.__setitem__("x", x)  # noqa: E731
     if d.out.endswith("hook_resid_mid"):
-        block = f"blocks.{d.layer}"
-
-        def through(a: Tensor) -> Tensor:
-            mid = kept["x"] + a
-            return work(mid, mid) - kept["x"]
-
-        return [(f"{block}.hook_resid_pre", keep), (f"{block}.hook_attn_out", through)]
+        return write_mid(d.layer, lambda mid: work(mid, mid))
     if d.point == d.out:
         return [(d.out, lambda y: work(y, y))]
-    return [(d.point, keep), (d.out, lambda y: work(kept["x"], y))]
+    kept: dict[str, Tensor] = {}
+    return [(d.point, lambda x: kept.__setitem__("x", x)), (d.out, lambda y: work(kept["x"], y))]
 
 
 def sites(model: Model, sources: tuple[str, ...], layers: set[int]) -> set[tuple[str, int]]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from model.base_run import PatchSite
 from model.changed_blocks import ROWWISE, ChangedBlocks
+from vocabulary.progress import forward_progress
 from vocabulary.requests import Progress
 from model.memory import in_chunks
 
@@ -235,12 +236,7 @@ class Base(ChangedBlocks):
 
     def paused(self, part: list[Variant], wave: Generator) -> Generator[Progress, None, tuple[list[Variant], np.ndarray]]:
         """A wave's variants and metrics; its pauses as progress."""
-        while True:
-            try:
-                next(wave)
-            except StopIteration as stop:
-                return part, stop.value
-            yield Progress(0, 0)
+        return part, (yield from forward_progress(wave, lambda _: Progress(0, 0)))
 
 
 def pack_groups(variants: list[Variant], stop: int) -> list[tuple[int, list[Variant], bool]]:

@@ -444,6 +444,21 @@ def test_chunks_halve_when_memory_runs_out():
         list(in_chunks(4, 4, never))
 
 
+def test_chunks_of_a_size_that_is_asked_for_and_work_with_pauses():
+    """What fits is asked from item to item; out of memory in the middle of a chunk, after a pause, halves it too and is told."""
+    told = []
+
+    def work(a: int, b: int):
+        yield Progress(a, 9, "a pause")
+        if b - a > 2:
+            raise t.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+        return list(range(a, b))
+
+    parts = list(in_chunks(9, lambda i: 5 if i < 6 else 1, work, told.append))
+    assert [p for p in parts if isinstance(p, list)] == [[0, 1], [2, 3], [4, 5], [6], [7], [8]] and told == [2]
+    assert sum(isinstance(p, Progress) and p.text == "a pause" for p in parts) == 7
+
+
 def test_forward_out_of_memory_frees_the_cache(folders):
     engine = Engine(str(folders["gpt2"]))
     engine.run(Run(Study(Prompt(SHORT))))

@@ -12,6 +12,7 @@ from test_sweeps import TOL, ZOO_SET, difference, missing, place_of, slopes, swe
 
 from vocabulary import alignment as align
 from techniques.attention.requests import Attention
+from techniques.attribution.requests import Attribution, AttributionSet
 from techniques.circuits.requests import PathPatch
 from techniques.output.requests import Run
 from techniques.patching.requests import Estimate, Sweep
@@ -249,7 +250,7 @@ def test_resample_and_noise(engine, reference, arch, address):
         others = [engine.model.check(Prompt(p.corrupt)).clean.ids for p in some if p != PROMPT]
         wants = [plain(engine, reference, node, PROMPT, reference.read(ids, spot)[0, :, cols]) for ids in others]
         assert min(abs(got["resample"].now.metric - w) for w in wants) < TOL
-    from model.runs import noise_scale
+    from model.replacements import noise_scale
 
     embed = reference.hf.get_input_embeddings().weight.detach()
     scale = (embed.std() * (embed.shape[1] ** 0.5 if arch == "gemma2" else 1)).item()
@@ -291,3 +292,12 @@ def test_paths_across_an_alignment(engine, arch, base):
         ask = PathPatch(study, (node,), every, direction="noise" if base == "clean" else "denoise")
         got = engine.run(ask)
         assert float(got.values[np.isfinite(got.values)][0]) == pytest.approx(want, abs=TOL), node
+
+
+def test_attribution_without_a_position_is_at_the_metrics_partner(engine):
+    """Without a position, attribution of the corrupted prompt is that of the token that the metric is read at there, as `Run` reads it."""
+    study = Study(UNEQUAL, align="diff", metric=Metric("logit_diff", 12), prompt_set=(UNEQUAL,) * 2)
+    want, there = engine.run(Run(study)).corrupt.metric, engine.run(Attribution(study, "corrupt"))
+    assert there.pos == 13 and max(abs((there.logit if there.capped is None else there.capped) - want), there.error) < TOL
+    of_set = engine.run(AttributionSet(study, "corrupt"))
+    np.testing.assert_allclose(of_set.mean.heads, there.cells.heads, atol=TOL)

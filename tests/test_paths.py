@@ -17,7 +17,7 @@ from techniques.patching.requests import Sweep
 from vocabulary.circuit import parse_edge
 from vocabulary.nodes import parse_node, UserError
 from vocabulary.prompts import Metric, Prompt, read_prompt_set, Study
-from model.runs import where
+from model.places import where
 from utils import ROOT
 
 STUDY = Study(PROMPT)

@@ -10,8 +10,8 @@ from conftest import ARCHS, CLEAN, PROMPT, SHORT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import base_run as kept
-from model import variants as resume
+from model import base_run
+from model.variants import Base
 from techniques.patching import plan as plans
 from techniques.patching.table import SweepTable
 from vocabulary.statistics import FLIPS
@@ -246,16 +246,16 @@ def test_random_nodes_and_chunks(engines, references, data):
     kind = data.draw(st.sampled_from([k for k in KINDS if not missing(arch, k)]))
     op, direction = data.draw(st.sampled_from([("patch", "denoise"), ("patch", "noise"), ("zero", "noise")]))
     size = data.draw(st.integers(1, 40))
-    engine, plain = engines[arch], resume.Base.room
+    engine, plain = engines[arch], Base.room
     ask = Sweep(STUDY, kind, op, direction, node=NODE.get(kind, ""))
     shape = plans.read_plan(engine.model, ask).layout
     r, c = data.draw(st.sampled_from(sorted(shape.cells)))
     only = tuple(data.draw(st.lists(st.sampled_from(sorted(shape.cells)), max_size=12, unique=True).filter(lambda x: (r, c) not in x)))
     try:
-        resume.Base.room = lambda self, length: size
+        Base.room = lambda self, length: size
         got = engine.run(replace(ask, only=(*only, (r, c))))
     finally:
-        resume.Base.room = plain
+        Base.room = plain
     assert got.at_once <= size and np.isfinite(got.values).sum() == len(only) + 1
     node = parse_node(f"L1H2.pattern@{r}" if kind == "cells" else got.address(r, c))
     base = "corrupt" if (op, direction) == ("patch", "denoise") else "clean"
@@ -265,14 +265,14 @@ def test_random_nodes_and_chunks(engines, references, data):
 def test_out_of_memory_halves_the_chunk(engines, monkeypatch):
     engine = engines["gpt2"]
     want, words = sweep(engine, "z_pos").values, []
-    step = resume.Base.step
+    step = Base.step
 
     def limited(self, layer, x, *more):
         if x.shape[1] > 1 and x.shape[:2].numel() > 30:
             raise t.OutOfMemoryError("fake: tried to allocate")
         return step(self, layer, x, *more)
 
-    monkeypatch.setattr(resume.Base, "step", limited)
+    monkeypatch.setattr(Base, "step", limited)
     got = engine.run(Sweep(STUDY, "z_pos"), lambda part: words.append(part.text) if isinstance(part, Progress) else None)
     np.testing.assert_allclose(got.values, want, atol=TOL)
     assert got.at_once < 30 and any("out of memory" in w for w in words)
@@ -280,7 +280,7 @@ def test_out_of_memory_halves_the_chunk(engines, monkeypatch):
     def never(self, layer, x, *more):
         raise t.OutOfMemoryError("fake: tried to allocate")
 
-    monkeypatch.setattr(resume.Base, "step", never)
+    monkeypatch.setattr(Base, "step", never)
     with pytest.raises(UserError, match="out of memory"):
         sweep(engine, "z")
     engine.check_hooks()
@@ -312,8 +312,8 @@ def test_what_cannot_be_resumed_runs_whole(engines, monkeypatch):
     engine = engines["llama"]
     want = sweep(engine, "resid_post").values
     monkeypatch.setattr(engine.model.notes, "trials", {})
-    step = resume.Base.step
-    monkeypatch.setattr(resume.Base, "step", lambda self, *a: step(self, *a) * 1.01)
+    step = Base.step
+    monkeypatch.setattr(Base, "step", lambda self, *a: step(self, *a) * 1.01)
     got = sweep(engine, "resid_post")
     np.testing.assert_allclose(got.values, want, atol=TOL)
     assert "whole forward passes" in got.mechanism and "off by" in got.mechanism
@@ -574,17 +574,33 @@ def test_estimates_without_single_blocks(engines, monkeypatch):
     engine = engines["gemma2"]
     want = {m: engine.run(Estimate(STUDY, "attn_mlp", m)).values for m in ("atp", "ig")}
     monkeypatch.setattr(engine.model.notes, "trials", {})
-    monkeypatch.setattr(resume.Base, "trial", lambda self: "not today")
+    monkeypatch.setattr(Base, "trial", lambda self: "not today")
     for m, values in want.items():
         np.testing.assert_allclose(engine.run(Estimate(STUDY, "attn_mlp", m)).values, values, atol=TOL)
+
+
+def test_a_trial_that_runs_out_of_memory_is_no_answer(engines, monkeypatch):
+    """The next run tries again: nothing stays slow because memory was short once."""
+    engine = engines["llama"]
+    monkeypatch.setattr(engine.model.notes, "trials", {})
+
+    def never(self) -> str:
+        raise t.OutOfMemoryError("fake: tried to allocate")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Base, "trial_attention", never)
+        with pytest.raises(UserError, match="out of memory"):
+            sweep(engine, "resid_post")
+    sweep(engine, "resid_post")
+    assert engine.model.notes.trials["attention"] == ""
 
 
 def test_heads_that_see_one_another_are_run_in_full(engines, monkeypatch):
     engine = engines["qwen3"]
     want = sweep(engine, "q").values
     monkeypatch.setattr(engine.model.notes, "trials", {})
-    plain = resume.Base.z_of
-    monkeypatch.setattr(resume.Base, "z_of", lambda self, layer, part: plain(self, layer, part) * 1.01)
+    plain = Base.z_of
+    monkeypatch.setattr(Base, "z_of", lambda self, layer, part: plain(self, layer, part) * 1.01)
     np.testing.assert_allclose(sweep(engine, "q").values, want, atol=TOL)
     with pytest.raises(UserError, match="no direct effect of its own"):
         sweep(engine, "q", effect="direct")
@@ -676,7 +692,7 @@ def test_base_runs_stay_in_the_cache(engine, arch, monkeypatch):
     model.cache.clear()
     sweep(engine, "v")
     assert any("a sweep's base run" in line for line in model.cache.entries())
-    versions = {key: x._version for key, x in model.cache.items.items() if key[1] == kept.DONE}
+    versions = {key: x._version for key, x in model.cache.items.items() if key[1] == base_run.DONE}
     calls, forward = [], model.forward
     monkeypatch.setattr(model, "forward", lambda *args, **kw: calls.append(1) or forward(*args, **kw))
     for (kind, direction), values in cold.items():

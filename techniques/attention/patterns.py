@@ -11,7 +11,8 @@ from torch import Tensor
 from model.bridge import Edit, Model
 from model.interventions import prepare
 from model.memory import in_chunks
-from model.runs import BATCH, Runs, read_study
+from model.replacements import BATCH
+from model.runs import Runs, read_study
 from techniques.attention.requests import DETECTORS, STATS, AttentionResult, AttentionSetResult, DetectResult, HeadStatsResult
 from vocabulary.nodes import UserError
 from vocabulary.prompts import RUNS, WHICH, Prompt, Study

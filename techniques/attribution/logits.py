@@ -210,7 +210,7 @@ def setup(runs: Runs, which: str, pos: int | str | None) -> tuple[tuple[str, ...
     check_hooks(runs.model)
     named = runs.study.metric.pos if pos is None else pos
     sides = runs.pair(which) if "-" in which else (which,)
-    return sides, [runs.position(s, named) for s in sides], named
+    return sides, [runs.place(s, pos) for s in sides], named
 
 
 def attribution(runs: Runs, which: str, pos: int | str | None = None) -> AttributionResult:
@@ -330,7 +330,7 @@ def attribution_set(model: Model, study: Study, which: str, pos: int | str | Non
         raise UserError("no prompt of the set has an answer, and attribution needs one")
 
     def work(group: list[Runs], side: str, ids: Tensor, edits: list[Edit]) -> list[dict[str, np.ndarray]]:
-        places = t.tensor([r.position(side, named) for r in group])
+        places = t.tensor([r.place(side, pos) for r in group])
         sites = edited(group[0], side)
         got: dict[str, Tensor] = {}
         grab = lambda name: (name, lambda x: got.__setitem__(name, at(x.detach(), places)))  # noqa: E731
@@ -341,7 +341,7 @@ def attribution_set(model: Model, study: Study, which: str, pos: int | str | Non
         cells |= true_logits(model, got[FINAL], [(r.answers, r.foils) for r in group])
         return [{k: v[j] for k, v in cells.items()} for j in range(len(group))]
 
-    check = lambda r, side: r.position(side, named)  # noqa: E731
+    check = lambda r, side: r.place(side, pos)  # noqa: E731
     found = yield from over_set(model, study, members, which, check, work, "attribution over the prompt set")
     stacked = {k: np.stack([row[k] for row in found]) for k in found[0]}
     finite("the attribution", *stacked.values())

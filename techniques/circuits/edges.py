@@ -17,7 +17,8 @@ from torch import Tensor
 from model.bridge import FINAL, TOLERANCE, Edit, Model
 from model.memory import in_chunks
 from model.metrics import MetricReader, metric
-from model.runs import Runs, means
+from model.replacements import means
+from model.runs import Runs
 from model.writes import bias_write, head_writes, heads_write, over_scale, post_scales
 from techniques.circuits.edge_index import PARTS, EdgeIndex, all_edges, edge_index, own_edge, receivers, senders
 from techniques.circuits.requests import REST

@@ -7,7 +7,7 @@ import torch as t
 from torch import Tensor
 
 from model.bridge import Edit
-from model.runs import find_position
+from model.places import find_position
 from techniques.circuits.edges import PARTS, EdgeRun
 from vocabulary.nodes import Node, parse_node
 

@@ -50,7 +50,7 @@ def stage(d: SparseAutoencoder) -> tuple[int, int]:
 def find_target(runs: Runs, up: SparseAutoencoder, down: SparseAutoencoder, ask: FeatureGraph | CheckEdge) -> Target:
     check_run(runs, ask.which)
     model, which = runs.model, ask.which
-    pos = runs.metric_position(which) if ask.pos is None else runs.position(which, ask.pos)
+    pos = runs.place(which, ask.pos)
     if ask.target < 0:
         if not runs.answers:
             raise UserError("the metric's logit difference needs an answer: give one, or take a feature as the target")

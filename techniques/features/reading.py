@@ -39,7 +39,7 @@ def features(runs: Runs, d: SparseAutoencoder, ask: Features) -> FeaturesResult:
     if ask.k < 1:
         raise UserError("k must be at least 1")
     named = runs.study.metric.pos if ask.pos is None else ask.pos
-    pos, row = runs.metric_position(which) if ask.pos is None else runs.position(which, named), runs.row(which)
+    pos, row = runs.place(which, ask.pos), runs.row(which)
     acts = runs.trace(which, [d.point, d.out, *extra_names(model, d)])
     y = d.flat(acts[d.out][0, pos : pos + 1])[0]
     index, value, whole, offset, gain = d.at(acts[d.point][0], pos)

@@ -18,7 +18,7 @@ from model.artefacts import BROKEN, CHECKPOINT, corpus, save, unembed_hash, wind
 from model.bridge import Edit, Model, write_mid
 from model.loading import TINY
 from model.memory import first_line, in_chunks
-from model.runs import hook_name
+from model.places import hook_name
 from techniques.features.requests import TrainSae, TrainSaeResult
 from vocabulary.nodes import AddressError, Node, UserError, parse_node
 from vocabulary.requests import Progress

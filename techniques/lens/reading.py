@@ -10,7 +10,8 @@ from torch import Tensor
 from model.bridge import FINAL, Model
 from model.memory import in_chunks
 from model.metrics import rows_at_once, vocab_bytes
-from model.runs import Runs, hook_name
+from model.places import hook_name
+from model.runs import Runs
 from model.top_tokens import largest, texts
 from model.writes import SCALE, adds, frozen_norm, post_norm
 from techniques.lens.requests import LENSES, LensResult

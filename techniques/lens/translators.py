@@ -154,9 +154,7 @@ def read_tuned(model: Model, file: Path) -> Translators:
 
 def log_probs(model: Model, h: Tensor) -> Tensor:
     """The model's own read-out of a stream [rows, d_model], with gradients."""
-    logits = model.bridge.unembed(model.bridge.ln_final(h.to(model.dtype))).float() * model.logit_scale
-    logits = logits if not model.softcap else model.softcap * t.tanh(logits / model.softcap)
-    return logits.log_softmax(-1)
+    return model.capped(model.bridge.unembed(model.bridge.ln_final(h.to(model.dtype)))).log_softmax(-1)
 
 
 def stream_names(model: Model) -> list[str]:

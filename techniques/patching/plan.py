@@ -18,7 +18,9 @@ from model.base_run import PatchSite, patch_site
 from model.bridge import FINAL, Model
 from model.interventions import prepare
 from model.metrics import MetricReader
-from model.runs import Runs, gaussian, hook_name, means, noise_scale, place_in_set, read_study, resampled
+from model.places import hook_name
+from model.replacements import gaussian, means, noise_scale, place_in_set, resampled
+from model.runs import Runs, read_study
 from model.variants import Base
 from techniques.patching import feature_sweep
 from techniques.patching.requests import SWEEP_OPS, SWEEPS, Sweep

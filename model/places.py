@@ -1,0 +1,71 @@
+"""Where a node lives in a model: its hook point, its position in a prompt, its index into the hook point's tensor."""
+
+from model.bridge import Model
+from vocabulary.nodes import Node, SITES, UserError
+from vocabulary.prompts import TokenRow
+
+
+def hook_name(model: Model, node: Node) -> str:
+    """The hook point a node lives at; nodes outside the model are errors."""
+    i = model.info
+    if node.site not in SITES:
+        raise UserError(f"{node.site!r} is not a site: use one of {', '.join(SITES)}")
+    if node.site == "sae":
+        raise UserError(f"{node} is a feature of an SAE: it can be acted on as an intervention and in the sweep `features`, and not here")
+    if node.site == "embed":
+        return "hook_embed"
+    if node.layer is None or not 0 <= node.layer < i.n_layers:
+        raise UserError(f"{node}: the model has layers 0 to {i.n_layers - 1}")
+    if node.site == "head" and (node.head is None or not 0 <= node.head < i.n_heads):
+        raise UserError(f"{node}: the model has heads 0 to {i.n_heads - 1}")
+    if node.site == "neuron" and (node.index is None or not 0 <= node.index < i.d_mlp):
+        raise UserError(f"{node}: the model has neurons 0 to {i.d_mlp - 1}")
+    if node.site == "resid_mid" and model.parallel:
+        raise UserError(f"{node}: {i.architecture} adds attention and MLP in parallel, so there is no resid_mid; use resid_pre or resid_post")
+    match node.site:
+        case "head":
+            name = f"blocks.{node.layer}.attn.hook_{node.part}"
+        case "neuron":
+            name = f"blocks.{node.layer}.mlp.hook_post"
+        case "attn" | "mlp":
+            name = f"blocks.{node.layer}.hook_{node.site}_out"
+        case _:
+            name = f"blocks.{node.layer}.hook_{node.site}"
+    model.point(name)
+    return name
+
+
+def find_position(pos: int | str, row: TokenRow, what: str) -> int:
+    """A position as an index: a label, an int, a negative int from the end."""
+    if isinstance(pos, str):
+        if pos not in row.labels:
+            raise UserError(f"{what} has no position labelled {pos!r}: it has {', '.join(row.labels)}")
+        return row.labels[pos]
+    n = len(row.ids)
+    if not -n <= pos < n:
+        raise UserError(f"position {pos} is outside {what}, which has {n} tokens (0 to {n - 1}, or -{n} to -1)")
+    return pos % n
+
+
+def node_index(node: Node, pos: int | slice, per_kv: int, source: int | slice = slice(None)) -> tuple:
+    """
+    A node's index into its hook point's tensor behind the batch, [position, ...]; a pattern's is [head, destination, source]. `per_kv` heads share a key
+    and a value.
+    """
+    match node.site:
+        case "head" if node.part == "pattern":
+            return node.head, pos, source
+        case "head":
+            return pos, node.head // per_kv if node.part in ("k", "v") else node.head
+        case "neuron":
+            return pos, node.index
+    return (pos,)
+
+
+def where(model: Model, node: Node, row: TokenRow, what: str) -> tuple:
+    """The node's index into its hook point's tensor [batch, seq, ...], positions as slices; for patterns [batch, head, destination, source]."""
+    pos = slice(None)
+    if node.pos is not None:
+        p = find_position(node.pos, row, what)
+        pos = slice(p, p + 1)
+    return slice(None), *node_index(node, pos, model.info.n_heads // model.info.n_kv_heads)

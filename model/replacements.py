@@ -1,0 +1,97 @@
+"""What an activation is replaced by: means over the prompt set, another prompt of it, noise."""
+
+import hashlib
+import zlib
+from collections.abc import Generator, Iterable
+
+import numpy as np
+import torch as t
+from torch import Tensor
+
+from model.bridge import Model
+from model.memory import in_chunks
+from vocabulary.nodes import UserError
+from vocabulary.prompts import Prompt, Study
+from vocabulary.requests import Progress
+
+BATCH = 32
+
+
+def means(model: Model, prompts: tuple[Prompt, ...], names: Iterable[str], op: str, seq: int) -> Generator[Progress, None, dict[str, Tensor]]:
+    """
+    Means of hook points over the corrupted prompts of a set: position by position (equal lengths needed), or over all positions but the first.
+    Kept in the cache; the set runs in batches of prompts of equal length.
+    """
+    texts = [p.corrupt for p in prompts if p.corrupt is not None]
+    if not texts:
+        raise UserError("mean ablation needs a prompt set with corrupted prompts: open one first, or ablate to zero")
+    rows = [model.row(p.corrupt, p.bos).ids for p in prompts if p.corrupt is not None]
+    if too_long := [len(r) for r in rows if not 0 < len(r) <= model.info.n_ctx]:
+        raise UserError(f"a corrupted prompt of the set has {too_long[0]} tokens and the context holds {model.info.n_ctx}")
+    if op == "mean" and (other := sorted({len(r) for r in rows} - {seq})):
+        raise UserError(
+            f"a mean position by position needs corrupted prompts as long as the prompt: it has {seq} tokens and the set has some with {other[0]};"
+            " use mean_all or a set of one template"
+        )
+    if op == "mean_all" and max(len(r) for r in rows) < 2:
+        raise UserError("mean_all leaves out the first position, and the set's corrupted prompts have no other")
+    key = set_key(rows)
+    out = {n: v for n in names if (v := model.cache.get((key, (op,), n))) is not None}
+    wanted = [n for n in dict.fromkeys(names) if n not in out]
+    if not wanted:
+        return out
+    sums, count, done = dict.fromkeys(wanted, 0.0), 0, 0
+    for length in sorted({len(r) for r in rows}):
+        same = [r for r in rows if len(r) == length]
+        if op == "mean_all" and length < 2:
+            continue
+
+        def work(start: int, stop: int, same: list = same) -> tuple[int, dict[str, Tensor]]:
+            return stop - start, model.forward(t.tensor(same[start:stop]), wanted)[1]
+
+        for part in in_chunks(len(same), BATCH, work):
+            if isinstance(part, Progress):
+                yield part
+                continue
+            n, got = part
+            for name in wanted:
+                x = got[name].float()
+                sums[name] = sums[name] + (x.sum(0, keepdim=True) if op == "mean" else x[:, 1:].sum((0, 1)))
+            count += n * (1 if op == "mean" else length - 1)
+            done += n
+            yield Progress(done, len(rows), "means over the prompt set")
+    for name in wanted:
+        out[name] = (sums[name] / count).to(model.dtype)
+        out[name] = out[name] if op == "mean" else out[name][None, None]
+        model.cache.put((key, (op,), name), out[name])
+    return out
+
+
+def resampled(model: Model, study: Study, length: int, own: tuple[int, ...], seed: int) -> tuple[int, ...]:
+    """Token ids of another corrupted prompt of the set, as long as the prompt and not its own, drawn with the seed (and the prompt's place in the set)."""
+    rows = [model.row(p.corrupt, p.bos).ids for p in study.prompt_set if p.corrupt is not None and p != study.prompt]
+    rows = [r for r in rows if len(r) == length and r != own]
+    if not rows:
+        raise UserError(f"resample ablation needs a prompt set with another corrupted prompt of {length} tokens: open one, or ablate to zero")
+    return rows[np.random.default_rng((seed, place_in_set(study))).integers(len(rows))]
+
+
+def place_in_set(study: Study) -> int:
+    """Where the study's prompt stands in its set; 0 where it does not."""
+    return study.prompt_set.index(study.prompt) if study.prompt in study.prompt_set else 0
+
+
+def gaussian(shape: tuple[int, ...], key: tuple) -> Tensor:
+    """Standard Gaussian noise, the same for the same key on every machine."""
+    return t.randn(shape, generator=t.Generator().manual_seed(zlib.crc32(repr(key).encode())))
+
+
+@t.no_grad()
+def noise_scale(model: Model) -> float:
+    """The standard deviation of token embeddings, over (at most) 4096 random tokens."""
+    return model.bridge.embed(model.random_ids(4096).to(model.device)).float().std().item()
+
+
+def set_key(rows: list[tuple[int, ...]]) -> tuple:
+    """What names a set of token rows in the cache; their order does not matter."""
+    return (hashlib.sha256(repr(sorted(rows)).encode()).hexdigest(),)

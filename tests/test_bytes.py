@@ -28,6 +28,7 @@ async def cost(app, pilot, *keys) -> int:
     return Wire.take()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(80, 24), (120, 36), (200, 50)])
 async def test_byte_budgets(engines, tmp_path, monkeypatch, size):
     monkeypatch.setenv("TERM", "xterm-256color")

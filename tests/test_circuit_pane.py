@@ -208,6 +208,7 @@ async def test_keep_from_other_panes(zoo, tmp_path):
         assert "a circuit holds heads" in shown(app) and app.state.circuits == ()
 
 
+@pytest.mark.slow
 async def test_discovery_and_files(zoo, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "FOLDER", files.ROOT / "exports" / "test-circuits")
     app = make_app(zoo, tmp_path, small())

@@ -53,6 +53,7 @@ async def test_features(zoo, tmp_path, size):
     assert not warning and again.state.saes == app.state.saes and again.state.interventions == app.state.interventions
 
 
+@pytest.mark.slow
 async def test_examples_and_graph(zoo, tmp_path):
     app = make_app(zoo, tmp_path, first_state({}))
     async with app.run_test(size=(140, 50)) as pilot:
@@ -79,6 +80,7 @@ async def test_examples_and_graph(zoo, tmp_path):
         assert app.state.saes == ("zoo/L1.resid_post",) and not [i for i in app.state.interventions if i.node.site == "sae"]
 
 
+@pytest.mark.slow
 async def test_bad_sources(zoo, tmp_path):
     app = make_app(zoo, tmp_path, first_state({}))
     async with app.run_test(size=(140, 50)) as pilot:

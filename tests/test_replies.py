@@ -59,6 +59,7 @@ async def work_on_the_zoo(app, pilot) -> None:
     assert isinstance(app.requests.model, Load) and all(r.model is app.requests.model for r in app.requests.replies.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fails", [False, True])
 async def test_nothing_of_another_model_is_shown(engines, tmp_path, fails):
     app = make_app(TwoModels(engines, fails), tmp_path, small())

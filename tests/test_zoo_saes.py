@@ -37,6 +37,7 @@ def rows(engines):
     return corpus.build_rows(engines["zoo"].model.tokenizer, ROWS * LENGTH, LENGTH, SEED)[:ROWS].astype(np.int64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAES)
 def test_figures_on_held_out_text(saes, references, rows, name):
     """Explained variance, L0 and loss recovered, position 0 and BOS left out, without a line of Loupe."""
@@ -80,6 +81,7 @@ def test_what_is_written_about_them(saes, engines, name):
     assert about.explained_variance >= 0.9 and about.loss_recovered >= 0.98 and about.dead_fraction <= 0.02 and about.held_out_tokens > 90_000
 
 
+@pytest.mark.slow
 def test_features_fire_on_what_they_are_named_by(saes, engines):
     """Precision of at least 0.95 on the 100 strongest activations over 150k tokens, and no more than 2 % dead there."""
     counts = [sum(n["sae"] == f"zoo/{name}" for n in FEATURES) for name in SAES]

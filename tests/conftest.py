@@ -21,10 +21,11 @@ WORDS = "When Mary and John went to the store, Alice gave a drink to Mary. she i
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items) -> None:
-    """A test on every architecture is quick on QUICK and slow on the others."""
+    """A test on every architecture is quick on QUICK and slow on the others; a test at several sizes of the terminal is quick at 80×24."""
     for item in items:
-        arch = getattr(item, "callspec", None) and item.callspec.params.get("arch")
-        if arch in ARCHS and arch not in QUICK:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        arch, size = params.get("arch"), params.get("size")
+        if arch in ARCHS and arch not in QUICK or isinstance(size, tuple) and size != (80, 24):
             item.add_marker(pytest.mark.slow)
 
 

@@ -247,6 +247,7 @@ async def test_discovery_and_files(zoo, tmp_path, monkeypatch):
         assert "nodes 2" in shown(app) and app.state.current.nodes == ("L0H1",)
 
 
+@pytest.mark.slow
 async def test_bad_input(zoo, tmp_path):
     state = first_state({})
     from dataclasses import replace

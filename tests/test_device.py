@@ -18,6 +18,8 @@ from gpu_checks.requests import every
 from vocabulary.prompts import Study
 from vocabulary.wire import REQUESTS
 
+pytestmark = pytest.mark.slow
+
 SET = prompts(4, 15, 600)
 TABLE = every(Study(SET[0]), Study(SET[0], prompt_set=SET), 1, "random")
 LEARNED = {"TuneLens", "FitJacobian", "Saes", "Preflight", "Features", "Feature", "Examples", "FeatureGraph", "CheckEdge", "TrainSae"}

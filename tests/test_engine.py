@@ -438,6 +438,7 @@ def test_check_fails_on_a_broken_model(capsys, folders, monkeypatch):
     assert code == 1 and "BROKEN" in out and "identity broken: lens at the last point = logits" in err
 
 
+@pytest.mark.slow
 def test_as_a_program():
     done = subprocess.run(
         [sys.executable, "engine.py", "run", "--model", "zoo", "--answer", " Mary", "--foil", " John", "--json"], cwd=ROOT, capture_output=True, env=os.environ

@@ -98,6 +98,7 @@ async def test_more_of_the_lens(zoo, tmp_path):
         await press(app, pilot, "escape")
 
 
+@pytest.mark.slow
 async def test_more_of_attention(zoo, tmp_path):
     state = first_state({})
     app = make_app(zoo, tmp_path, state)

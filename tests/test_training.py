@@ -17,6 +17,8 @@ from vocabulary.nodes import UserError
 from vocabulary.requests import Progress
 from test_tuned import text  # noqa: F401
 
+pytestmark = pytest.mark.slow
+
 TINY = {"features": 64, "k": 4, "tokens": 1280, "batch": 64, "length": 16, "lr": 0.005, "seed": 3}
 SPOTS = {"resid_pre": ("resid_pre", 1), "resid_mid": ("resid_mid", 1), "resid_post": ("resid_post", 1), "attn": ("attn", 1), "mlp": ("mlp", 1)}
 

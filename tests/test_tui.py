@@ -214,6 +214,7 @@ async def test_a_pane_that_comes_back_shows_what_is_now(zoo, tmp_path):
                 assert line.text()[:70] in shown(app), index
 
 
+@pytest.mark.slow
 async def test_nodes_outside_the_model_are_refused(zoo, tmp_path):
     app = make_app(zoo, tmp_path, State(prompt=PAIR))
     async with app.run_test(size=(120, 36)) as pilot:
@@ -274,6 +275,7 @@ async def test_messages_say_what_to_do(zoo, tmp_path):
         assert "q quits" in shown(app)
 
 
+@pytest.mark.slow
 async def test_prompt_sets_and_mean_ablation(zoo, tmp_path):
     app = make_app(zoo, tmp_path, State(prompt=PAIR))
     async with app.run_test(size=(120, 36)) as pilot:
@@ -418,6 +420,7 @@ async def test_a_failed_load_keeps_everything(zoo, tmp_path):
         assert len(app.state.interventions) == 1 and "L3H0=zero" in shown(app)
 
 
+@pytest.mark.slow
 async def test_a_killed_engine_is_said_and_restarted_on_a_key(tmp_path):
     """The real process: the UI says that it died, and ctrl+e brings back model, prompt and interventions. Then resume after the UI itself is gone."""
     app = Loupe(Session(State(prompt=PAIR), tmp_path / "session.jsonl"), log=tmp_path / "engine.log")

@@ -24,6 +24,7 @@ async def load(app, pilot, *names):
         await press(app, pilot, "enter")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(80, 24), (120, 36), (200, 50)])
 async def test_features(zoo, tmp_path, size):
     app = make_app(zoo, tmp_path, first_state({}))

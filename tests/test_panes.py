@@ -25,6 +25,7 @@ def zoo(engines):
     return engines["zoo"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(80, 24), (120, 36), (200, 50)])
 async def test_attribution(zoo, tmp_path, size):
     state = first_state({})

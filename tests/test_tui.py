@@ -125,6 +125,7 @@ async def test_every_key_has_an_action_and_every_view_draws(zoo, tmp_path):
         assert f":{reply(app, 'run').clean.tokens.ids[-1]}" in shown(app)
 
 
+@pytest.mark.slow
 async def test_the_editor_shows_tokens_and_refuses_what_cannot_work(zoo, tmp_path):
     app = make_app(zoo, tmp_path, State(prompt=PAIR))
     async with app.run_test(size=(120, 36)) as pilot:

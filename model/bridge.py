@@ -139,6 +139,12 @@ class Model:
             raise UserError(f"{self.info.architecture} has no {name}")
         return self.points[name]
 
+    def require(self, *names: str) -> None:
+        """UserError where the checks made at load found one of these sites ("pattern", "q", "mlp" ...) or identities ("parts") wrong on this model."""
+        for name in names:
+            if why := self.notes.refused.get(name):
+                raise UserError(f"{self.info.architecture}: {why}")
+
     def leaks(self) -> int:
         return sum(len(p.fwd_hooks) for p in self.unique)
 

@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from vocabulary.nodes import Node, UserError
 from model.bridge import FINAL, Edit, Model
+from model.memory import is_out_of_memory
 from model.metrics import MetricReader
 from model.places import hook_name, node_index
 from model.runs import Runs
@@ -223,7 +224,7 @@ class BaseRun:
                 if not same.ok:
                     return f"resumed blocks of {self.model.info.architecture} are off by {same.error:.1g}"
         except RuntimeError as error:  # shapes that do not fit (ALiBi), or not implemented
-            if isinstance(error, t.OutOfMemoryError):
+            if is_out_of_memory(error):
                 raise
             return f"{self.model.info.architecture}'s blocks can't be run one by one ({type(error).__name__})"
         return ""
@@ -246,7 +247,7 @@ class BaseRun:
                 if not self.model.identity("packed", got, want).ok:
                     return f"off at layer {i}"
         except RuntimeError as error:  # shapes that do not fit (ALiBi), or not implemented
-            if isinstance(error, t.OutOfMemoryError):
+            if is_out_of_memory(error):
                 raise
             return type(error).__name__
         return ""

@@ -14,9 +14,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from model.cache import Cache
 from model.notes import Notes
-from model.memory import out_of_memory
+from model.memory import is_out_of_memory, out_of_memory, ran_out
 from model.tokens import Tokens
-from utils import tec
 from vocabulary.nodes import UserError
 from vocabulary.prompts import Prompt, TokenRow
 from vocabulary.requests import CheckResult, Identity, Load, ModelInfo
@@ -118,6 +117,11 @@ class Model:
     def device(self) -> t.device:
         return t.device(self.bridge.cfg.device)
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights."""
+        return sum(p.nbytes for p in self.bridge.original_model.parameters())
+
     # ---------------------------------------------------------------- running
 
     @contextmanager
@@ -207,19 +211,26 @@ class Model:
             if not self.likely(len(ids)) and len(places - {self.info.n_layers}) == 1:
                 edits += [(n, lambda x, n=n: beside.__setitem__(n, x.detach())) for n in self.inputs(len(ids)) if self.place(n) <= min(places)]
             try:
-                try:
-                    _, got = self.forward(t.tensor([ids]), wanted, edits, keep=None, begin=begin)
-                except t.OutOfMemoryError:
-                    self.cache.clear()
-                    beside.clear()
-                    tec()
-                    _, got = self.forward(t.tensor([ids]), missing, edits, keep=None)
-            except t.OutOfMemoryError as error:
-                raise out_of_memory(error) from error
+                _, got = self.forward(t.tensor([ids]), wanted, edits, keep=None, begin=begin)
+            except Exception as error:
+                begin = None
+                beside.clear()
+                ran_out(error)
+                got = None
+            if got is None:
+                got = self.once_more(ids, missing, edits)
             for n, v in (got | beside).items():
                 self.cache.put((ids, done, n), v)
             found |= {n: got[n] for n in missing}
         return found
+
+    def once_more(self, ids: tuple[int, ...], names: list[str], edits: list[Edit]) -> dict[str, Tensor]:
+        """What is asked for and nothing beside it, from the first block on; OutOfMemory where that does not fit either."""
+        try:
+            return self.forward(t.tensor([ids]), names, edits, keep=None)[1]
+        except Exception as error:
+            ran_out(error)
+            raise out_of_memory(error) from None
 
     def place(self, name: str) -> int:
         """The layer of a hook point; -1 before the blocks, n_layers behind them."""
@@ -251,7 +262,7 @@ class Model:
         try:
             got = [self.forward(ids, [FINAL], keep=None, begin=(k, want[f"blocks.{k}.hook_resid_pre"]))[1][FINAL] for k in layers]
         except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:  # a model whose own loop over its blocks wants more
-            if isinstance(error, t.OutOfMemoryError):
+            if is_out_of_memory(error):
                 raise
             return False
         return all(self.identity("resumed", x, want[FINAL]).ok for x in got)

@@ -33,7 +33,7 @@ from transformer_lens.utilities.architectures import MASKED_LM_ARCHITECTURES, MU
 from model.bridge import Model
 from model.checks import self_check
 from model.devices import filled_by_others, pick_device, unused_gpu
-from model.memory import first_line, out_of_memory
+from model.memory import OutOfMemory, first_line, free_bytes, is_out_of_memory
 from utils import ROOT, settings, show_bytes
 from vocabulary.nodes import UserError
 from vocabulary.requests import Load, Progress
@@ -44,6 +44,7 @@ transformers.utils.logging.set_verbosity_error()
 DTYPES = {"float32": t.float32, "bfloat16": t.bfloat16, "float16": t.float16}
 STORED = {"F32": t.float32, "BF16": t.bfloat16, "F16": t.float16}
 SMALL = 2_000_000_000
+SLACK = 512 << 20  # bytes that making a model takes beside its weights
 TINY = 20_000_000  # below this a second thread costs more than it brings
 CORES = t.get_num_threads()
 
@@ -167,6 +168,8 @@ def read_headers(folder: Path) -> tuple[int, t.dtype]:
                     count += math.prod(piece.get_shape())
                     dtype = dtype or STORED.get(piece.get_dtype())
         except (SafetensorError, OSError) as error:
+            if is_out_of_memory(error):
+                raise
             raise UserError(f"{file} is truncated or not a safetensors file ({first_line(error)}): copy or download it again") from error
     return count, dtype or t.float32
 
@@ -220,9 +223,9 @@ def read_weights(folder: Path, config: transformers.PretrainedConfig, dtype: t.d
             **where,
         )
         hf = hf if device_map else hf.to(device)
-    except t.OutOfMemoryError as error:
-        raise out_of_memory(error) from error
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"the weights of {folder} can't be loaded: {first_line(error)}") from error
     if other := sorted(report["mismatched_keys"]):
         raise UserError(f"the weights of {folder} have other shapes than this architecture's (first: {other[0][0]}): is the base model right?")
@@ -231,8 +234,25 @@ def read_weights(folder: Path, config: transformers.PretrainedConfig, dtype: t.d
     return hf.eval()
 
 
-def load(ask: Load, cache_mb: int, before_weights: Callable[[], None] = lambda: None) -> Generator[Progress, None, Model]:
-    """Everything that can be checked is checked before `before_weights` gives up the model loaded until then."""
+def room_for(ask: Load, n_params: int, dtype: t.dtype, device: t.device, held: int) -> bool:
+    """Whether a model fits beside the one of `held` bytes that is loaded on the device; OutOfMemory where it does not even fit in its place."""
+    need, free = n_params * dtype.itemsize, None if ask.device_map else free_bytes(device)
+    if free is not None and need > free + held:
+        place = f"{show_bytes(free)} are free on {device}" + f" and the model that is loaded holds {show_bytes(held)}" * bool(held)
+        smaller = ", load it in bfloat16" * (dtype == t.float32)
+        raise OutOfMemory(
+            f"out of memory: the weights of {ask.model} need {show_bytes(need)} in {str(dtype)[6:]}; {place}: take a smaller model{smaller}, or another device"
+        )
+    return free is not None and free >= 2 * need + SLACK
+
+
+def load(
+    ask: Load, cache_mb: int, give_up: Callable[[], None] = lambda: None, held: Callable[[t.device], int] = lambda device: 0
+) -> Generator[Progress, None, Model]:
+    """
+    A model. Everything that can be checked is checked before `give_up` lets go of the one loaded until then, of `held` bytes on a device; where there
+    is room for both, that is when the new one stands.
+    """
     start = time.time()
     if ask.dtype not in ("auto", *DTYPES):
         raise UserError(f"{ask.dtype!r} is not a dtype: write auto, float32, bfloat16 or float16")
@@ -243,7 +263,9 @@ def load(ask: Load, cache_mb: int, before_weights: Callable[[], None] = lambda: 
     n_params, stored = read_headers(folder)
     tokenizer = read_tokenizer([folder, base])
     dtype = DTYPES[ask.dtype] if ask.dtype != "auto" else t.float32 if n_params <= SMALL else stored
-    before_weights()
+    both = room_for(ask, n_params, dtype, device, held(device))
+    if not both:
+        give_up()
     warning = (unused_gpu() if ask.device == "auto" else "") or filled_by_others(device)
     if device.type == "cpu":
         t.set_num_threads(1 if n_params < TINY else CORES)
@@ -254,4 +276,6 @@ def load(ask: Load, cache_mb: int, before_weights: Callable[[], None] = lambda: 
     yield Progress(4, 5, "checking")
     checks = self_check(model)
     model.info = replace(model.info, n_params=n_params, seconds=time.time() - start, checks=checks, warning=warning)
+    if both:
+        give_up()
     return model

@@ -232,13 +232,13 @@ def tables() -> dict[type, Callable[[Console, object], None]]:
 
 
 def shower(errors: Console) -> Callable[[object], None]:
-    """Prints progress: all of it on a terminal, elsewhere (a log of a batch job) a line every ten seconds."""
+    """Prints progress: all of it on a terminal, elsewhere (a log of a batch job) a line every ten seconds; notices always."""
     last = time.monotonic()
 
     def show(part: object) -> None:
         nonlocal last
-        if isinstance(part, Progress) and part.text and (errors.is_terminal or time.monotonic() - last >= 10):
-            errors.print(plain(part.text, GRAY), soft_wrap=True)
+        if isinstance(part, Progress) and part.text and (part.notice or errors.is_terminal or time.monotonic() - last >= 10):
+            errors.print(plain(part.text, YELLOW if part.notice else GRAY), soft_wrap=True)
             last = time.monotonic()
 
     return show

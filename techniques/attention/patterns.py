@@ -10,8 +10,8 @@ from torch import Tensor
 
 from model.bridge import Edit, Model
 from model.interventions import prepare
-from model.memory import in_chunks
-from model.replacements import BATCH
+from model.memory import Chunks
+from model.replacements import prompts_at_once
 from model.runs import Runs, read_study
 from techniques.attention.requests import DETECTORS, STATS, AttentionResult, AttentionSetResult, DetectResult, HeadStatsResult
 from vocabulary.nodes import UserError
@@ -275,6 +275,7 @@ def over_set(
         except UserError as error:
             raise UserError(f"prompt {i + 1} of the set: {error}") from error
         everyone.append(runs)
+    chunks = Chunks("prompts", lambda _: prompts_at_once(model, length))
     for place, side in enumerate(sides):
         if side == "now" and study.interventions:
             for j, (i, prompt) in enumerate(members):
@@ -293,7 +294,7 @@ def over_set(
                 these = same[start:stop]
                 return these, work([everyone[j] for j in these], side, t.tensor([everyone[j].row(side).ids for j in these]), [])
 
-            for part in in_chunks(len(same), BATCH, batch):
+            for part in chunks.over(len(same), batch):
                 if isinstance(part, Progress):
                     yield part
                     continue

@@ -15,14 +15,14 @@ import torch as t
 from torch import Tensor
 
 from model.bridge import FINAL, TOLERANCE, Edit, Model
-from model.memory import in_chunks
+from model.memory import Chunks, chunk_bytes, halved, out_of_memory, ran_out
 from model.metrics import MetricReader, metric
 from model.replacements import means
 from model.runs import Runs
 from model.writes import bias_write, head_writes, heads_write, over_scale, post_scales
 from techniques.circuits.edge_index import PARTS, EdgeIndex, all_edges, edge_index, own_edge, receivers, senders
 from techniques.circuits.requests import REST
-from techniques.patching.plan import Plan, check_lengths, chunk_bytes, others, read_member
+from techniques.patching.plan import Plan, check_lengths, others, read_member
 from techniques.patching.requests import Sweep
 from vocabulary.nodes import UserError
 from vocabulary.prompts import Study
@@ -87,6 +87,7 @@ class EdgeRun:
         self.mlps = [f"blocks.{n}.hook_mlp_out" for n in range(self.info.n_layers)]
         self.scales = post_scales(model, "attn")  # of all layers, or none
         self.last = f"blocks.{self.info.n_layers - 1}.hook_resid_post"
+        self.remake: Callable[[list[int]], Generator] | None = None  # a run like this one, of some of its prompts
 
     def prepare(self) -> Generator[Progress]:
         """The clean run, the corrupted one where there is one, and what cut edges carry."""
@@ -228,7 +229,7 @@ class EdgeRun:
         return [*edits, (mlp, lambda x: lost.add(column + info.n_heads, self.less(x, mlp)))]
 
     def run(self, cuts: list) -> Generator[Progress, None, np.ndarray]:
-        """The metric [set, prompt] of many masks (or functions that make them), as many at once as the limit of bytes allows; out of memory halves that."""
+        """The metric [set, prompt] of many masks (or functions that make them), as many at once as the limit of bytes allows."""
         found: list[np.ndarray] = []
         waiting: list[np.ndarray] = []  # masks that are made and not run
 
@@ -236,7 +237,7 @@ class EdgeRun:
             while len(waiting) < len(cuts) - i:
                 mask = cuts[i + len(waiting)]
                 mask = mask() if callable(mask) else mask
-                if waiting and self.set_bytes([*waiting, mask]) > self.limit:
+                if waiting and self.set_bytes([*waiting, mask]) > min(self.limit, self.plan.limit):
                     break
                 waiting.append(mask)
             return len(waiting)
@@ -246,7 +247,10 @@ class EdgeRun:
             del waiting[: stop - start]
             return Progress(stop, len(cuts))
 
-        yield from in_chunks(len(cuts), fits, work)
+        def smaller(size: int) -> None:
+            self.plan.limit = min(self.plan.limit, self.set_bytes(waiting[:size]))
+
+        yield from Chunks("sets", fits, smaller).over(len(cuts), work)
         return np.concatenate(found)
 
     # ---------------------------------------------------------------- gradients
@@ -399,18 +403,49 @@ def edge_runs(model: Model, study: Study, rest: str, seed: int = 0, make: Callab
             check_lengths(runs[-1:], "clean", Sweep(study, op=rest))
         except UserError as error:
             raise UserError(f"prompt {i + 1} of the set: {error}" if study.prompt_set else str(error)) from error
-    plan = Plan(model, Sweep(study, "nodes", rest, seed=seed), members, runs, "clean", "corrupt", None, chunk_bytes(model, 0))
+    plan = Plan(model, Sweep(study, "nodes", rest, seed=seed), members, runs, "clean", "corrupt", None, chunk_bytes(model.device))
     out = []
+
+    def prepared(part: list[int]) -> Generator[Progress, None, EdgeRun]:
+        run = make(model, [runs[i] for i in part], part, plan, rest, plan.limit)
+        run.remake = prepared
+        yield from run.prepare()
+        return run
+
     for length in sorted({len(r.row("clean").ids) for r in runs}):
         same = [i for i, r in enumerate(runs) if len(r.row("clean").ids) == length]
         per = max(1, plan.limit // prompt_bytes(model.info, length, model.dtype.itemsize))
-        for a in range(0, len(same), per):
-            part = same[a : a + per]
-            run = make(model, [runs[i] for i in part], part, plan, rest, plan.limit)
-            yield from run.prepare()
+        for run in Chunks("prompts", per).over(len(same), lambda a, b, same=same: prepared(same[a:b])):
+            if isinstance(run, Progress):
+                yield run
+                continue
             out.append(run)
             yield Progress(len(out), len(runs), "runs of the prompts")
     return out
+
+
+def each(runs: list[EdgeRun], work: Callable[[EdgeRun], Generator]) -> Generator[Progress, None, list]:
+    """What work(run) returns, of each run. A run whose prompts do not fit into memory together is two in the list from there on."""
+    found = []
+    while len(found) < len(runs):
+        i = len(found)
+        try:
+            found.append((yield from work(runs[i])))
+            continue
+        except Exception as error:
+            ran_out(error)
+            if len(runs[i].indices) == 1:
+                raise out_of_memory(error) from None
+        old, runs[i : i + 1] = runs[i], []
+        indices, remake, n = old.indices, old.remake, len(old.indices)
+        parts = {"known": old.known} if hasattr(old, "known") else {}  # the features that are looked at
+        del old
+        yield halved(n, n // 2, "prompts")
+        for k, some in enumerate((indices[: n // 2], indices[n // 2 :])):
+            run = yield from remake(some)
+            vars(run).update(parts)
+            runs.insert(i + k, run)
+    return found
 
 
 def gather(runs: list[EdgeRun], found: list[np.ndarray]) -> np.ndarray:
@@ -423,7 +458,5 @@ def edge_values(model: Model, study: Study, kept: list[frozenset[str]], rest: st
     """The metric [set, prompt] of the clean run when only the `kept` edges carry it, the others what `rest` says."""
     known = [[own_edge(model.info, e) for e in some] for some in kept]
     runs = yield from edge_runs(model, study, rest, seed)
-    found = []
-    for run in runs:
-        found.append((yield from run.run([partial(run.mask, some) for some in known])))
+    found = yield from each(runs, lambda run: run.run([partial(run.mask, some) for some in known]))
     return gather(runs, found)

@@ -12,7 +12,7 @@ from model.bridge import FINAL, TOLERANCE, Model
 from model.checks import self_check
 from model.interventions import prepare
 from model.loading import SMALL, read_config, read_weights
-from model.memory import out_of_memory
+from model.memory import free_bytes
 from model.runs import Runs, read_study
 from techniques.attribution.logits import attribution
 from techniques.features.preflight import sae_identities
@@ -107,13 +107,10 @@ def hugging_face(model: Model, ids: Tensor) -> Identity:
         why = "more than 2 B parameters" if n > SMALL else "spread by a device_map"
         return Identity(name, math.nan, tolerance, None, f"not run: a second copy of the model would be needed ({why})")
     need = n * t.finfo(model.dtype).bits // 8
-    if model.device.type == "cuda" and (free := t.cuda.mem_get_info(model.device)[0]) < 1.2 * need:
+    if (free := free_bytes(model.device)) is not None and free < 1.2 * need:
         return Identity(name, math.nan, tolerance, None, f"not run: needs {show_bytes(need)}, {show_bytes(free)} are free")
-    try:
-        hf = read_weights(model.folder, read_config(model.base), model.dtype, model.device, None)
-        want = hf(ids.to(model.device), use_cache=False).logits
-    except t.OutOfMemoryError as error:
-        raise out_of_memory(error) from error
+    hf = read_weights(model.folder, read_config(model.base), model.dtype, model.device, None)
+    want = hf(ids.to(model.device), use_cache=False).logits
     del hf
     gc.collect()
     tec()

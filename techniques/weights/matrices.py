@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vocabulary.nodes import UserError
 from model.bridge import Model
+from model.memory import is_out_of_memory
 
 CHUNK_BYTES = 64 << 20
 
@@ -121,7 +122,7 @@ class Tokens:
         try:
             out = b.mlp((b.ln2 if "ln2" in b._modules else b.ln1)(x))
         except (TypeError, RuntimeError) as error:
-            if isinstance(error, t.OutOfMemoryError):
+            if is_out_of_memory(error):
                 raise
             raise UserError(f"MLP 0 of {self.model.info.architecture} does not run on its own: turn mlp0 off") from error
         out = out[0] if isinstance(out, tuple) else out
@@ -157,7 +158,7 @@ class Layer:
             self.q, self.k, self.v, self.o = (self.fp32(getattr(attn, n)) for n in ("W_Q", "W_K", "W_V", "W_O"))
             self.b_q, self.b_k, self.b_v = (self.fp32(getattr(attn, n)) for n in ("b_Q", "b_K", "b_V"))
         except (AttributeError, RuntimeError, ValueError) as error:
-            if isinstance(error, t.OutOfMemoryError):
+            if is_out_of_memory(error):
                 raise
             raise UserError(f"layer {layer} of {model.info.architecture}: its attention can't be read as one matrix a head ({error})") from error
         i = model.info

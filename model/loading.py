@@ -169,7 +169,8 @@ def read_headers(folder: Path) -> tuple[int, t.dtype]:
                     dtype = dtype or STORED.get(piece.get_dtype())
         except (SafetensorError, OSError) as error:
             if is_out_of_memory(error):
-                raise
+                size, free = file.stat().st_size, free_bytes(t.device("cpu"))
+                raise OutOfMemory(f"out of memory: {file} needs {show_bytes(size)} and {show_bytes(free or 0)} are free: take a smaller model") from error
             raise UserError(f"{file} is truncated or not a safetensors file ({first_line(error)}): copy or download it again") from error
     return count, dtype or t.float32
 

@@ -242,7 +242,8 @@ def over_bases(
     """
     work(members, base, sides) on a few prompts at a time: their indices, the base run with every spot's new values, and the metric of base, clean and
     corrupted [prompt] each (corrupted NaN where there is none). Under interventions, whose values differ from prompt to prompt, one by one. Where memory
-    runs out, what the prompts have done so far is undone and half as many go on. What work returns, unless it is None, ends it.
+    runs out, what the prompts have done so far is undone and half as many go on; a single one's clean and corrupted run then go one after the other. What
+    work returns, unless it is None, ends it.
     """
     ask, model = plan.ask, plan.model
     names = list(dict.fromkeys(name for s in plan.spots for name in {reads(model, s), s.name, *s.also}))
@@ -250,30 +251,36 @@ def over_bases(
         names += [z for s in plan.spots if s.node.site == "head" and s.node.pos is None and (z := f"blocks.{s.node.layer}.attn.hook_z") not in names]
     bytes_each = sum(model.info.d_model for _ in names) * plan.seq * 8
     size = 1 if plan.study.interventions else max(1, min(BATCH, plan.limit // max(1, bytes_each), room(plan)))
-    waiting = batches(plan, size)
+    waiting, apart = batches(plan, size), False
     while waiting:
         members = waiting.pop(0)
         try:
-            base, sides = yield from base_run(plan, members, names, more)
+            base, sides = yield from base_run(plan, members, names, more, apart)
             found = yield from work(members, base, sides)
         except Exception as error:
             base = sides = None
             ran_out(error)
             undo(members)
-            if len(members) == 1:
+            if len(members) == 1 and apart:
                 raise out_of_memory(error) from None
         else:
             plan.limit, base = min(plan.limit, base.limit), None
             if found is not None:
                 return found
             continue
+        if len(members) == 1:
+            apart, waiting = True, [members, *waiting]
+            yield Progress(0, 0, "out of memory at clean and corrupted run together: going on with one at a time", notice=True)
+            continue
         half = len(members) // 2
         waiting = [some[a : a + half] for some in (members, *waiting) for a in range(0, len(some), half)]
         yield halved(len(members), half, "prompts")
 
 
-def base_run(plan: Plan, indices: list[int], names: list[str], more: tuple[str, ...]) -> Generator[Progress, None, tuple[Base, tuple[np.ndarray, ...]]]:
-    """The base run of some prompts with every spot's new values, and the metric of base, clean and corrupted."""
+def base_run(
+    plan: Plan, indices: list[int], names: list[str], more: tuple[str, ...], apart: bool
+) -> Generator[Progress, None, tuple[Base, tuple[np.ndarray, ...]]]:
+    """The base run of some prompts with every spot's new values, and the metric of base, clean and corrupted; the two in one pass unless `apart`."""
     model, ask, group = plan.model, plan.ask, [plan.runs[i] for i in indices]
     last = f"blocks.{model.info.n_layers - 1}.hook_resid_post"
     if plan.study.interventions:
@@ -283,7 +290,7 @@ def base_run(plan: Plan, indices: list[int], names: list[str], more: tuple[str, 
     if ask.op == "patch" and not plan.study.interventions:
         shared = min(same_start(r, plan.side, plan.other) for r in group)
     both = all(r.rows[w] is not None for r in group for w in ("clean", "corrupt")) and not plan.study.interventions
-    both = both and tensor("clean").shape == tensor("corrupt").shape
+    both = both and not apart and tensor("clean").shape == tensor("corrupt").shape
     wanted = [*names, *more, *([FINAL] if ask.study.metric.kind == "kl" else [])]
     base = Base(group, wanted, plan.limit, ask.plain, shared, tensor(plan.other) if both else None)
     acts = ({} if base.edits else {plan.side: base.acts}) | ({plan.other: base.beside} if both else {})

@@ -442,7 +442,7 @@ def read_session(path: str | Path) -> tuple[Session, str]:
                 raise UserError(line.wrong or "it is not an action")
             args = session.refer(entry["args"])
             session.step(entry["do"], args)
-            actions.append(entry | {"args": args})
+            actions.append({"t": entry.get("t"), "do": entry["do"], "args": args})
         except UserError as error:
             wrong.append((line.place, str(error)))
     if not head.entry and not actions:

@@ -50,6 +50,8 @@ from techniques import parts
 from utils import ROOT, settings, visible
 from widgets import BAD, PLAIN, WARN, Lines, Spans
 
+ENDING = (signal.SIGHUP, signal.SIGTERM)
+EARLY: list[int] = []  # those that came before the app could leave the terminal as it was
 MODULES = parts("pane")
 OF_ROOMS: list[type[Pane]] = [m.PANE for m in MODULES if hasattr(m, "PANE")]
 PANES = {p.key: p for p in sorted(OF_ROOMS, key=lambda p: (p.number == "0", p.number))}
@@ -116,8 +118,10 @@ class Loupe(App):
             self.session.state = replace(self.state, views={**self.state.views, "mode": "shade"})
         if not self.is_headless:
             loop = asyncio.get_running_loop()
-            for sig in (signal.SIGHUP, signal.SIGTERM):
+            for sig in ENDING:
                 loop.add_signal_handler(sig, self.exit)
+            if EARLY:
+                self.exit()
             self.app_resume_signal.subscribe(self, lambda app: self.screen.forget())
         self.arrange()
         self.call_after_refresh(self.start_engine)
@@ -406,6 +410,8 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"loupe: {error}")
     app = Loupe(session, args.via, note, table=table)
+    for sig in ENDING:
+        signal.signal(sig, lambda number, frame: EARLY.append(number))
     app.run(mouse=args.mouse)
     if left := app.session.close():
         print(f"loupe: {left}", file=sys.stderr)

@@ -32,6 +32,7 @@ from textual.worker import Worker, WorkerState
 
 from techniques.features.requests import SaeInfo
 from techniques.output.requests import Run, RunResult, Side
+from vocabulary.files import folder
 from vocabulary.nodes import Node, UserError
 from vocabulary.prompts import read_prompt_set, Study
 from vocabulary.requests import Load, ModelInfo
@@ -49,7 +50,8 @@ from techniques import parts
 from utils import ROOT, settings, visible
 from widgets import BAD, PLAIN, WARN, Lines, Spans
 
-LOG = ROOT / "logs" / "engine.log"
+ENDING = (signal.SIGHUP, signal.SIGTERM)
+EARLY: list[int] = []  # those that came before the app could leave the terminal as it was
 MODULES = parts("pane")
 OF_ROOMS: list[type[Pane]] = [m.PANE for m in MODULES if hasattr(m, "PANE")]
 PANES = {p.key: p for p in sorted(OF_ROOMS, key=lambda p: (p.number == "0", p.number))}
@@ -76,10 +78,10 @@ class Loupe(App):
     ENABLE_COMMAND_PALETTE = False
     theme = "ansi-dark"
 
-    def __init__(self, session: Session, via: str = "", note: str = "", log: Path = LOG, table: tuple[Action, ...] = TABLE, **kw):
+    def __init__(self, session: Session, via: str = "", note: str = "", log: Path | None = None, table: tuple[Action, ...] = TABLE, **kw):
         super().__init__(ansi_color=True, **kw)
         self.session, self.table = session, table
-        self.client, self.requests = Client(log, via, self.on_progress, self.on_death), Requests(self)
+        self.client, self.requests = Client(log or folder("logs") / "engine.log", via, self.on_progress, self.on_death), Requests(self)
         self.info: ModelInfo | None = None
         self.busy = "starting the engine…"
         self.cursor, self.at_end = Cursor(), True
@@ -116,8 +118,10 @@ class Loupe(App):
             self.session.state = replace(self.state, views={**self.state.views, "mode": "shade"})
         if not self.is_headless:
             loop = asyncio.get_running_loop()
-            for sig in (signal.SIGHUP, signal.SIGTERM):
+            for sig in ENDING:
                 loop.add_signal_handler(sig, self.exit)
+            if EARLY:
+                self.exit()
             self.app_resume_signal.subscribe(self, lambda app: self.screen.forget())
         self.arrange()
         self.call_after_refresh(self.start_engine)
@@ -176,10 +180,12 @@ class Loupe(App):
         self.info = None
         self.requests.forget()
         try:
-            await self.client.start()
+            note = await self.client.start()
         except OSError as error:
             self.say(f"the engine does not start: {error}", BAD)
             return
+        if note:
+            self.say(note, WARN)
         self.refresh_wants()
 
     def on_death(self, reason: str) -> None:
@@ -222,10 +228,7 @@ class Loupe(App):
     def act(self, name: str, /, **args: object) -> None:
         """Change the state through the session, then show it."""
         before = self.state.prompt
-        try:
-            self.session.do(name, **args)
-        except OSError as error:
-            raise UserError(f"the session can't be written to {self.session.path}: {error.strerror}; free space or permissions, then repeat") from error
+        self.session.do(name, **args)
         if self.state.prompt != before:
             self.at_end, self.matches = True, []
         self.refresh_wants()
@@ -347,6 +350,8 @@ class Loupe(App):
         if not self.panes:
             return
         text, style = self.status[0] if self.status else ("", PLAIN)
+        if trouble := self.session.trouble:
+            text, style = f"{visible(trouble)} · {text.strip()}", BAD
         lines = textwrap.wrap(text.strip(), max(self.size.width - 2, 10))[: 3 if self.size.height >= 20 else 1] or [""]
         if len(lines) != self.said_lines:
             self.said_lines = len(lines)
@@ -397,7 +402,7 @@ def main() -> None:
         table = remapped(values.get("LOUPE_KEYMAP", ""), TABLE)
         if args.resume is not None:
             session, note = read_session(args.resume or newest_session())
-            note = note or f" restored {session.path.name}: {len(session.past)} steps back"
+            note = " · ".join(filter(None, (session.log.claim(), note))) or f" restored {session.path.name}: {len(session.past)} steps back"
         else:
             given = {k: v for k in ("model", "base", "dtype", "device", "device_map") if (v := getattr(args, k))}
             state = first_state(values)
@@ -405,7 +410,11 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"loupe: {error}")
     app = Loupe(session, args.via, note, table=table)
+    for sig in ENDING:
+        signal.signal(sig, lambda number, frame: EARLY.append(number))
     app.run(mouse=args.mouse)
+    if left := app.session.close():
+        print(f"loupe: {left}", file=sys.stderr)
     sys.exit(app.return_code or 0)
 
 

@@ -1,7 +1,6 @@
 """What is fitted on a model and kept in a folder: which model it belongs to, the text it is fitted on, and files that are whole or absent."""
 
 import hashlib
-import os
 import pickle
 from pathlib import Path
 
@@ -12,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.bridge import Model
-from model.memory import first_line
 from utils import ROOT
+from vocabulary.files import replacing, typed_path
 from vocabulary.nodes import UserError
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -46,14 +45,10 @@ def windows(model: Model, file: Path, length: int, seed: int) -> Tensor:
 
 def corpus(text: str) -> Path:
     """The text file of that name, or the zoo's own."""
-    return Path(text).expanduser() if text else ROOT / "zoo" / "corpus.txt"
+    return typed_path(text) if text else ROOT / "zoo" / "corpus.txt"
 
 
 def save(out: Path, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Whole or not at all."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, out / f".{name}", metadata)
-        os.replace(out / f".{name}", out / name)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{out / name} can't be written: {first_line(error)}") from error
+    with replacing(out / name, SafetensorError) as part:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, metadata)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vocabulary.files import make_folder, PRIVATE_FILE, reason
 from vocabulary.requests import Failure, Progress
 from vocabulary.wire import encode, Frame, read_frame_async, WireError
 from utils import ROOT
@@ -73,15 +74,25 @@ class Client:
     def alive(self) -> bool:
         return self.process is not None and self.process.returncode is None
 
-    async def start(self) -> None:
+    async def start(self) -> str:
+        """Start the engine. What there is to say of its log, or ""."""
         command = [*shlex.split(self.via), "uv", "run", "engine.py", "serve"] if self.via else [sys.executable, str(ROOT / "engine.py"), "serve"]
-        self.log.parent.mkdir(parents=True, exist_ok=True)
         self.stopping, self.jobs = False, {}  # the reader of an engine before this one ends that one's jobs
-        with open(self.log, "ab") as log:
+        note = ""
+        try:
+            make_folder(self.log.parent)
+            log = os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, PRIVATE_FILE)
+        except OSError as error:
+            note = f"{self.log} can't be written ({reason(error)}): what the engine says is lost"
+            log = os.open(os.devnull, os.O_WRONLY)
+        try:
             self.process = await asyncio.create_subprocess_exec(
                 *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=log, start_new_session=True, cwd=ROOT
             )
+        finally:
+            os.close(log)
         self.reader = asyncio.create_task(self.read(self.process, self.jobs))
+        return note
 
     async def read(self, process: asyncio.subprocess.Process, jobs: dict[int, Job]) -> None:
         """Answer this process's jobs until it ends; then those left have died with it."""

@@ -7,8 +7,6 @@ from vocabulary.requests import ModelInfo
 from screen.session import State
 from utils import ROOT
 
-EXPORTS = ROOT / "exports"
-
 HEAD = '''"""
 {about}
 Made by Loupe; needs torch, transformers and transformer_lens only.

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from techniques.circuits.requests import ScoreResult
 from vocabulary.circuit import Circuit, LOGITS, own_node, owner, parse_edge, rank
+from vocabulary.files import typed_path, write_text
 from vocabulary.nodes import parse_node, UserError
 from vocabulary.prompts import Study
 from vocabulary.requests import ModelInfo
@@ -20,15 +21,14 @@ FIELDS = {"loupe_circuit", "name", "model", "nodes", "edges", "groups", "found"}
 
 def write_circuit(circuit: Circuit, path: str | Path) -> Path:
     """A circuit as JSON, one node or edge a line."""
-    path = Path(path).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"loupe_circuit": FORMAT, **to_json(circuit)}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path = typed_path(path)
+    write_text(path, json.dumps({"loupe_circuit": FORMAT, **to_json(circuit)}, indent=1, ensure_ascii=False) + "\n")
     return path
 
 
 def read_circuit(path: str | Path) -> tuple[Circuit, tuple[str, ...]]:
     """A circuit from a file, and a line for every entry that can't be used; the rest is kept. UserError when it is no circuit at all."""
-    path = Path(path).expanduser()
+    path = typed_path(path)
     if not path.is_file():
         raise UserError(f"no circuit at {path}: give a .json file that Loupe wrote, or one like those in {PUBLISHED.name}/")
     try:

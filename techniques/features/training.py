@@ -20,6 +20,7 @@ from model.loading import TINY
 from model.memory import Chunks, first_line, in_chunks, is_out_of_memory
 from model.places import hook_name
 from techniques.features.requests import TrainSae, TrainSaeResult
+from vocabulary.files import PRIVATE_FILE, make_folder, reason, typed_path
 from vocabulary.nodes import AddressError, Node, UserError, parse_node
 from vocabulary.requests import Progress
 
@@ -278,16 +279,16 @@ def check(ask: TrainSae, out: Path) -> None:
         raise UserError(f"{out} is not empty: give another folder")
 
 
-def make_folder(out: Path) -> None:
+def ready(out: Path) -> None:
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
     except OSError as error:
-        raise UserError(f"{out} can't be made: {first_line(error)}") from error
+        raise UserError(f"{out} can't be made: {reason(error)}") from error
 
 
 def train(model: Model, ask: TrainSae) -> Generator[Progress, None, TrainSaeResult]:
     """Train an SAE on a text file. A tenth of the text is held out. A cancelled run leaves a checkpoint, and its resumed run is the same run."""
-    out = Path(ask.out).expanduser()
+    out = typed_path(ask.out)
     check(ask, out)
     read_hook(model, ask.hook)
     file = corpus(ask.text)
@@ -300,7 +301,7 @@ def train(model: Model, ask: TrainSae) -> Generator[Progress, None, TrainSaeResu
 
 def fit(model: Model, ask: TrainSae, rows: Tensor, held: Tensor, text: str) -> Generator[Progress, None, TrainSaeResult]:
     """Train on token ids [n, length]: `rows` to train on, `held` to measure on; `text` names them. Writes the SAE's folder."""
-    start, out = time.time(), Path(ask.out).expanduser()
+    start, out = time.time(), typed_path(ask.out)
     check(ask, out)
     node, name = read_hook(model, ask.hook)
     yield Progress(0, 0, "importing sae_lens")
@@ -336,13 +337,13 @@ def fit(model: Model, ask: TrainSae, rows: Tensor, held: Tensor, text: str) -> G
 
 def run(model: Model, ask: TrainSae, rows: Tensor, name: str, recipe: str) -> Generator[Progress, None, tuple]:
     """All steps: sae_lens's trainer and the losses. The checkpoint holds them at the end, now and then before, and when the run is cancelled or memory runs out."""
-    steps, out, due = ask.tokens // ask.batch, Path(ask.out).expanduser(), time.time() + SAVE_EVERY
+    steps, out, due = ask.tokens // ask.batch, typed_path(ask.out), time.time() + SAVE_EVERY
     trainer, losses, said = None, [], "starting"
     try:
         if ask.resume:
             trainer = make_trainer(ask, model.info.d_model, str(model.device))
             losses = restore(out, recipe, trainer)
-        make_folder(out)
+        ready(out)
         for batch in batches(model, name, rows, ask.batch, ask.seed, len(losses)) if len(losses) < steps else ():
             yield Progress(len(losses), steps, f"SAE: {said if batch is not None else f'activations, {said}'}")
             if not isinstance(batch, Tensor):
@@ -412,7 +413,7 @@ def write(out: Path, sae) -> None:
     try:
         with tempfile.TemporaryDirectory(dir=out) as folder:
             for file in map(Path, sae.save_model(folder)):
-                file.chmod(0o644)
+                file.chmod(PRIVATE_FILE)
                 os.replace(file, out / file.name)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out} can't be written: {first_line(error)}") from error

@@ -23,6 +23,7 @@ from model.loading import is_hub_name
 from model.memory import Chunks, first_line, halved, is_out_of_memory, out_of_memory, ran_out
 from techniques.lens.requests import FitJacobian, FitJacobianResult, TuneLens, TuneLensResult
 from utils import ROOT, settings
+from vocabulary.files import replacing, typed_path
 from vocabulary.nodes import Node, UserError
 from vocabulary.requests import Progress
 
@@ -100,7 +101,7 @@ def fetch(model: Model, name: str, **where) -> Path:
 
 def find_tuned(model: Model, artefact: str) -> Generator[Progress, None, Path]:
     """The file of parameters: in the folder named, beside the model, or in the tuned lens' hub space under the model's name."""
-    path = Path(artefact).expanduser() if artefact else model.folder / "tuned_lens"
+    path = typed_path(artefact) if artefact else model.folder / "tuned_lens"
     path = path.parent if path.is_file() else path
     if path.is_dir():
         files = [path / n for n in ("params.safetensors", "params.pt") if (path / n).is_file()]
@@ -273,9 +274,17 @@ class Fitting:
     def write(self, config: dict) -> None:
         """The artefact, as the tuned-lens package names its parts; the checkpoint goes."""
         n = len(self.weight)
-        save(self.out, "params.safetensors", {f"{i}.weight": self.weight[i] for i in range(n)} | {f"{i}.bias": self.bias[i] for i in range(n)})
-        (self.out / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        with replacing(self.out / "config.json") as part:  # last in its place: with it the lens is whole
+            part.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+            save(self.out, "params.safetensors", {f"{i}.weight": self.weight[i] for i in range(n)} | {f"{i}.bias": self.bias[i] for i in range(n)})
         (self.out / CHECKPOINT).unlink(missing_ok=True)
+
+
+def check_folder(out: Path) -> None:
+    """UserError where a fit would write over what is no tuned lens, such as a model's config.json."""
+    file = out / "config.json"
+    if file.exists() and b'"lens_type"' not in file.read_bytes():
+        raise UserError(f"{out} holds something else (its config.json is not a tuned lens's): give another folder")
 
 
 def tune(model: Model, ask: TuneLens) -> Generator[Progress, None, TuneLensResult]:
@@ -288,7 +297,8 @@ def tune(model: Model, ask: TuneLens) -> Generator[Progress, None, TuneLensResul
     if FINAL not in model.points:
         raise UserError(f"{model.info.architecture} has no final norm that Loupe knows: there is no lens on it")
     [model.point(n) for n in stream_names(model)]
-    start, file, out, info = time.time(), corpus(ask.text), Path(ask.out).expanduser(), model.info
+    check_folder(typed_path(ask.out))
+    start, file, out, info = time.time(), corpus(ask.text), typed_path(ask.out), model.info
     rows = windows(model, file, ask.length, ask.seed)
     n_held = min(HELD_OUT, max(1, len(rows) // 10))
     held, rows = rows[:n_held], rows[n_held:]
@@ -337,7 +347,7 @@ def tune(model: Model, ask: TuneLens) -> Generator[Progress, None, TuneLensResul
 def find_jacobian(model: Model, artefact: str) -> Generator[Progress, None, Path]:
     from transformer_lens.tools.analysis import jacobian_lens
 
-    path = Path(artefact).expanduser() if artefact else model.folder / "jacobian_lens.pt"
+    path = typed_path(artefact) if artefact else model.folder / "jacobian_lens.pt"
     if path.is_file():
         return path
     if path.is_dir():
@@ -401,7 +411,7 @@ def fit_jacobian(model: Model, ask: FitJacobian) -> Generator[Progress, None, Fi
     """TransformerLens's fit, a prompt at a time so that it can be cancelled between two; the mean is merged by its own function."""
     from transformer_lens.tools.analysis.jacobian_lens import JacobianLens
 
-    start, file, out = time.time(), corpus(ask.text), Path(ask.out).expanduser()
+    start, file, out = time.time(), corpus(ask.text), typed_path(ask.out)
     if ask.prompts < 1 or not 0 <= ask.skip < ask.length - 2:
         raise UserError("a fit needs at least one prompt, and length must be larger than skip + 2")
     if model.info.n_layers < 2:
@@ -418,12 +428,7 @@ def fit_jacobian(model: Model, ask: FitJacobian) -> Generator[Progress, None, Fi
         if lens is not None:
             change = float(np.mean([((merged.jacobians[n] - m).norm() / m.norm()).item() for n, m in lens.jacobians.items()]))
         lens = merged
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        lens.save(str(out), dtype=t.float32)
-    except (OSError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise UserError(f"{out} can't be written: {first_line(error)}") from error
+    with replacing(out, RuntimeError) as part:
+        lens.save(str(part), dtype=t.float32)
     note = f"mean over {lens.n_prompts} prompts of {ask.length} tokens of {file.name}, first {ask.skip} positions and the last left out · raw weights · {model.info.dtype}"
     return FitJacobianResult(str(out), tuple(lens.source_layers), lens.n_prompts, change if np.isfinite(change) else 0.0, time.time() - start, note)

@@ -253,5 +253,5 @@ def same(model: Model, got: Tensor, want: Tensor) -> bool:
     """Whether vectors [..., d_model] agree position by position, in the precision of the model's dtype."""
     want = want.to(got.device)
     size = want.norm(dim=-1)
-    error = (got - want).norm(dim=-1) / size.clamp(min=size.mean() / 100)
+    error = (got - want).norm(dim=-1) / size.clamp(min=size.mean() / 100 + 1e-30)
     return bool((error.max() if model.dtype == t.float32 else error.median()) <= TOLERANCE[model.dtype])

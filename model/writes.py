@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch as t
 from torch import Tensor
 
-from model.bridge import TOLERANCE, Model
+from model.bridge import FINAL, TOLERANCE, Model
 from vocabulary.nodes import UserError
 
 SCALE = "ln_final.hook_scale"
@@ -218,17 +218,21 @@ def unproven(model: Model) -> str:
 @t.no_grad()
 def trial(model: Model) -> str:
     """Heads and biases against attention's output, parts against the stream, frozen norms against the norms themselves."""
-    n, points = model.info.n_layers, model.points
-    norms = {"ln_final": model.bridge.ln_final} if SCALE in points else {}
+    n, points, ends = model.info.n_layers, model.points, []
+    stream = [f"blocks.{layer}.hook_{x}" for layer in range(n) for x in ("resid_pre", "attn_out", "mlp_out", "resid_post")]
+    zs = [f"blocks.{layer}.attn.hook_z" for layer in range(n)]
+    if absent := [x for x in (*stream, *zs, SCALE) if x not in points]:
+        return f"it has no {absent[0]}, so what its parts add to the residual stream can't be read"
+    norms = {"ln_final": model.bridge.ln_final}
     for layer in range(n):
         some = [near(model, layer, part) for part in ("attn", "mlp") for near in (post_norm, pre_norm)]
         norms |= {name.removesuffix(".hook_scale"): norm for norm, name in filter(None, some)}
-    stream = [f"blocks.{layer}.hook_{x}" for layer in range(n) for x in ("resid_pre", "attn_out", "mlp_out", "resid_post")]
-    zs = [f"blocks.{layer}.attn.hook_z" for layer in range(n)]
-    ends = [f"{name}.hook_{x}" for name in norms for x in ("in", "scale", "out")]
-    if absent := [x for x in (*stream, *zs, *ends) if x not in points]:
-        return f"it has no {absent[0]}, so what its parts add to the residual stream can't be read"
-    _, acts = model.forward(model.random_ids(min(10, model.info.n_ctx)), [*stream, *zs, *ends])
+    names = [f"{name}.hook_{x}" for name in norms for x in ("in", "scale", "out")]
+    if absent := [x for x in names if x not in points]:
+        return f"it has no {absent[0]}, so nothing can be read through that norm"
+    _, acts = model.forward(model.random_ids(min(10, model.info.n_ctx)), [*stream, *zs, *names], [(FINAL, ends.append)])
+    if len(ends) > 1:
+        return "its final norm runs more than once, so what passes it is not one thing"
     for name, norm in norms.items():
         x, scale, out = (acts[f"{name}.hook_{end}"].float() for end in ("in", "scale", "out"))
         bias = linear_norm(model, norm).bias
@@ -237,8 +241,8 @@ def trial(model: Model) -> str:
     for layer in range(n):
         pre, attn, mlp, post = (acts[f"blocks.{layer}.hook_{x}"].float() for x in ("resid_pre", "attn_out", "mlp_out", "resid_post"))
         z = acts[zs[layer]]
-        if z.ndim != 4:
-            return f"attention of layer {layer} is not split into heads"
+        if z.ndim != 4 or z.shape[2:] != (model.info.n_heads, model.info.d_head):
+            return f"attention of layer {layer} is not split into heads of {model.info.d_head} numbers"
         behind = post_norm(model, layer, "attn")
         scale = None if behind is None else acts[behind[1]]
         heads = heads_write(model, layer, over_scale(z, scale)).float() + bias_write(model, layer, scale)

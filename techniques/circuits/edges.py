@@ -66,6 +66,7 @@ class EdgeRun:
     def __init__(self, model: Model, group: list[Runs], indices: list[int], plan: Plan, rest: str, limit: int, more: tuple[str, ...] = ()):
         self.more = more
         self.model, self.group, self.info, self.limit = model, group, model.info, limit
+        self.inputs = block_inputs(model) if self.by_edges else []
         self.ids = t.tensor([r.row("clean").ids for r in group])
         self.seq = self.ids.shape[1]
         self.index = edge_index(self.info)
@@ -79,9 +80,6 @@ class EdgeRun:
     def prepare(self) -> Generator[Progress]:
         """The clean run, the corrupted one where there is one, and what cut edges carry."""
         model, last = self.model, self.last
-        if self.by_edges:
-            require_parts(model)
-            self.inputs = block_inputs(model)
         names = [EMBED, *self.zs, *(m for m in self.mlps if self.by_edges or m in model.points), *self.scales, *self.more, last, FINAL]
         _, self.clean = model.forward(self.ids, names)
         corrupt = None
@@ -389,6 +387,8 @@ def edge_runs(model: Model, study: Study, rest: str, seed: int = 0, make: Callab
     """One EdgeRun a length of prompt, over the set or the one prompt. Interventions of the study are left out: an edge circuit is one of the model itself."""
     if rest not in REST:
         raise UserError(f"{rest!r} is not a value for what is left out: use one of {', '.join(REST)}")
+    if make is EdgeRun:
+        require_parts(model)
     members = list(enumerate(study.prompt_set)) or [(0, study.prompt)]
     study = replace(study, interventions=(), base="clean")
     runs = []

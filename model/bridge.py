@@ -83,6 +83,7 @@ class Model:
         self.points = self.bridge.hook_dict
         self.unique = list({id(p): p for p in self.points.values()}.values())
         self.parallel = bool(cfg.parallel_attn_mlp) or "blocks.0.hook_resid_mid" not in self.points
+        self.rescaled = any(hasattr(b, "residual_contribution_scale") for b in getattr(self.bridge, "blocks", ()))
         self.softcap = max(float(getattr(cfg, "output_logits_soft_cap", None) or 0), 0.0)
         text_config = hf.config.get_text_config()
         self.logit_scale = (getattr(text_config, "logit_scale", None) or 1) / (getattr(text_config, "logits_scaling", None) or 1)
@@ -132,11 +133,13 @@ class Model:
             for name, fn in sorted(fns, key=lambda e: isinstance(e[1], Keep)):
                 point = self.point(name)
                 point.add_hook(lambda x, hook, fn=fn: fn(x), level=LEVEL)
+                if self.rescaled and t.is_grad_enabled():  # else Granite's blocks drop a value equal to their own, and the gradient with it
+                    point.add_hook(lambda g, hook: None, dir="bwd", level=LEVEL)
                 added.append(point)
             yield
         finally:
             for point in added:
-                point.remove_hooks(level=LEVEL)
+                point.remove_hooks("both", level=LEVEL)
 
     def point(self, name: str) -> object:
         if name not in self.points or self.bridge._gated_hook_reason(name):

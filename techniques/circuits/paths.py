@@ -340,7 +340,7 @@ def path_patch(model: Model, ask: PathPatch) -> Generator[Progress | SweepResult
                 return replace(labelled(board.result(False), ask, model), warning=f"the whole table: about {seconds:.1f} s, by its first {len(some)} paths")
             if board.done < board.total:
                 yield labelled(board.result(False), ask, model)
-    return labelled(board.result(True), ask, model)
+    return labelled((yield from board.finish()), ask, model)
 
 
 def at_once(base: Base) -> int:

@@ -150,7 +150,7 @@ class ScoreResult:
     removing this part alone from the whole model, F - F(model), in the metric's unit. Empty where not asked for. `worst` is F(C without K) - F(M without K)
     of the worst K over the prompts; `minimal_low` and `minimal_high` [part] the 95 % interval of each minimality (Student's t; NaN for a single prompt).
     Where only a sample of the parts was tried the others are NaN, and `minimal_mean` is the mean over all parts as the sample tells it. `sets` of nodes or
-    edges were (`dry`: would be) cut, which was expected to take `expected` seconds.
+    edges were (`dry`: would be) cut, which was expected to take `expected` seconds. `floor`: effects below it are noise of the dtype (model/noise.py).
     """
 
     circuit: Circuit
@@ -177,6 +177,11 @@ class ScoreResult:
     sets: int = 0
     expected: float = float("nan")
     dry: bool = False
+    floor: float = float("nan")
+
+    def noise(self, part: int) -> bool:
+        """Whether removing this part alone moves the metric by less than the noise floor."""
+        return bool(self.effects.size) and 0 < abs(float(self.effects[part])) < self.floor
 
 
 @message

@@ -55,7 +55,8 @@ def estimate(model, ask: Estimate) -> Generator[Progress | SweepResult, None, Sw
         if board.waiting:
             board.fill(board.waiting, sides[0] + linear(plan, base, board.waiting, total))
     model.notes.estimate = (same_question(plan), board.values.copy(), board.sides[0].copy())
-    return board.result(True)
+    yield board.result(False)
+    return (yield from board.finish())
 
 
 def same_question(plan: Plan) -> tuple:

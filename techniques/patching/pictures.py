@@ -3,7 +3,7 @@
 import numpy as np
 
 from techniques.patching.requests import SweepResult
-from screen.pictures import change, texts_of
+from screen.pictures import cells_of, change, texts_of
 from widgets import FAINT, Grid
 
 
@@ -27,4 +27,13 @@ def sweep_grid(truth: SweepResult | None, estimate: SweepResult | None, show: st
     cell = (5, 7) if len(result.cols) > 24 else (6, 8)
     texts, places = texts_of(result.tokens), tuple(map(str, range(len(result.tokens.ids))))
     rows, cols = (texts if names == places else list(names) for names in (result.rows, result.cols))
-    return Grid(values, rows, cols, lo, hi, None, numbers, sign, cell, 0.0 if show == "p" else FAINT, marks=frozenset(map(tuple, far)))
+    noise = below(truth, estimate, show) if show in ("effect", "metric", "estimate") else np.zeros(values.shape, bool)
+    faint = 0.0 if show == "p" else FAINT
+    return Grid(values, rows, cols, lo, hi, None, numbers, sign, cell, faint, marks=frozenset(map(tuple, far)), noise=cells_of(noise), floor=result.floor)
+
+
+def below(truth: SweepResult | None, estimate: SweepResult | None, show: str) -> np.ndarray:
+    """Where [row, column] what is shown is a change below the noise floor: of the truth where it is known, else of the estimate."""
+    if truth is None or show == "estimate":
+        return estimate.noise if estimate is not None else np.zeros(truth.values.shape, bool)
+    return np.where(np.isfinite(truth.values) | (estimate is None), truth.noise, False if estimate is None else estimate.noise)

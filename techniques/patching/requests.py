@@ -128,7 +128,8 @@ class SweepResult:
     flips) of the effect, value - base paired by prompt [row, column], and per_prompt [prompt, row, column]; empty otherwise and in a partial result.
     `prompts` are indices into the set. `base` is the metric of the run that the cells change. `method` is "truth" or one of ESTIMATES. `mechanism` says how it was run, and why
     when that is not the fast way; `at_once` the most variants in one batch. `peak_mb`: on a GPU the most memory allocated meanwhile, the model
-    included; elsewhere the activations of the largest batch, as the bound counts them.
+    included; elsewhere the activations of the largest batch, as the bound counts them. `floor`: changes of the metric below it are noise of the dtype
+    (model/noise.py); NaN while it is not measured.
     """
 
     kind: SweepKind | Literal["path"]
@@ -158,8 +159,16 @@ class SweepResult:
     warning: str
     convention: str
     peak_mb: float = 0.0
+    floor: float = float("nan")
 
     def address(self, row: int, col: int) -> str:
         """The node of a cell as an address, for an intervention; "" where the cell is not one node."""
         group = len(self.nodes) // max(1, len(self.rows))
         return self.nodes[row * group + col] if group else ""
+
+    @property
+    def noise(self) -> np.ndarray:
+        """Where [row, column] the metric changes, but by less than the noise floor."""
+        change = np.abs(self.values - np.float32(self.base))
+        with np.errstate(invalid="ignore"):
+            return (change < self.floor) & (change > 0)

@@ -50,7 +50,8 @@ def sweep(model: Model, ask: Sweep) -> Generator[Progress | SweepResult, None, S
                 board.fill(*step)
                 if board.done < board.total:
                     yield board.result(False)
-    return board.result(True)
+    yield board.result(False)
+    return (yield from board.finish())
 
 
 def rounds(plan: Plan, base: Base, board: SweepTable) -> Generator[Progress, None, list[list[Variant]]]:

@@ -2,10 +2,12 @@
 
 import math
 import time
+from collections.abc import Generator
 
 import numpy as np
 import torch as t
 
+from model.noise import known_floor, noise_floor
 from model.variants import Base, Variant
 from techniques.patching import feature_sweep
 from techniques.patching.plan import Plan
@@ -67,6 +69,11 @@ class SweepTable:
         device = self.plan.model.device
         return (t.cuda.max_memory_allocated(device) if device.type == "cuda" else self.peak) / 2**20
 
+    def finish(self) -> Generator[Progress, None, SweepResult]:
+        """The whole table, with the noise floor: measured last, so that no cell waits for it."""
+        yield from noise_floor(self.plan.runs)
+        return self.result(True)
+
     def result(self, whole: bool) -> SweepResult:
         """Means over the prompts that are done; the rest with the whole table."""
         plan, ask, layout = self.plan, self.plan.ask, self.plan.layout
@@ -83,11 +90,13 @@ class SweepTable:
             stats = {k: table(v) for k, v in paired_effects(self.values, self.sides[0], ask.seed).items()}
             every = self.values.astype(np.float32).reshape(-1, *self.shape)
         stats = {k: stats.get(k, empty) for k in ("std", "low", "high", "p")}
+        floor = known_floor(plan.runs)
         return SweepResult(
             ask.kind, ask.op, ask.direction, ask.effect, self.method, layout.rows, layout.cols, layout.nodes, plan.runs[0].row(plan.side),
             table(mean), table(normalised), base, clean, None if math.isnan(corrupt) else corrupt, self.done, self.total, **stats, per_prompt=every,
             prompts=tuple(i for i, _ in plan.members) if ask.over_set else (), mechanism=mechanism(plan, self.reason, self.method), at_once=self.at_once,
             warning=warning, convention=convention(plan, self.method), peak_mb=round(self.peak_mb, 1),
+            floor=floor,
         )  # fmt: skip
 
 

@@ -138,9 +138,11 @@ def sweep_cell(truth: SweepResult | None, estimate: SweepResult | None, row: int
     if truth is not None and np.isfinite(truth.values[row, col]):
         spans.append((f"metric {float(truth.values[row, col]):+.4f}", PLAIN))
         if truth.std.size:
-            low, high, p = (float(x[row, col]) for x in (truth.low, truth.high, truth.p))
+            low, high, p, holm = (float(x[row, col]) for x in (truth.low, truth.high, truth.p, truth.holm))
             moved = float(truth.values[row, col]) - truth.base
-            spans.append((f" moved {moved:+.3f} ± {float(truth.std[row, col]):.3f} (95 % {low:+.3f} … {high:+.3f}, p {show_p(p)})", PLAIN))
+            spans.append(
+                (f" moved {moved:+.3f} ± {float(truth.std[row, col]):.3f} (95 % {low:+.3f} … {high:+.3f}, p {show_p(p)}, corrected {show_p(holm)})", PLAIN)
+            )
         spans.append((f" (untouched {truth.base:+.4f})  effect {change(truth)[row, col]:+.3f}", PLAIN))
         if truth.noise[row, col]:
             spans.append((f"  ~ below the noise floor {truth.floor:.2g}", WARN))

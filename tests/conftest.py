@@ -15,7 +15,7 @@ CORRUPT = "When Mary and John went to the store, Alice gave a drink to"
 SHORT = "When Mary and John went to the store, she gave it to"
 PROMPT = Prompt(CLEAN, CORRUPT, (" Mary",), (" John",), (("IO", 5), ("S1", 14), ("S2", 38)))
 ARCHS = ("gpt2", "neox", "llama", "gemma2", "qwen3", "zoo")
-ADDS_BOS = ("llama", "gemma2")  # their tokenizers put BOS in front; those of gpt2 and neox have one and do not; qwen3 has none
+ADDS_BOS = ("gpt2", "llama", "gemma2")  # their tokenizers put BOS in front (as that of Llama does); that of neox has one and does not; qwen3 has none
 QUICK = ("gemma2",)  # what `-m "not slow"` runs on: the family with the most of its own; the tests of screen and command line use the shipped model
 WORDS = "When Mary and John went to the store, Alice gave a drink to Mary. she it Tom Anna school milk then red green blue"
 

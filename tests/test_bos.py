@@ -17,7 +17,7 @@ from vocabulary.prompts import Prompt
 from vocabulary.requests import Load
 
 
-@pytest.mark.parametrize("name", ("zoo", "gpt2"))
+@pytest.mark.parametrize("name", ("zoo", "neox"))
 async def test_one_key_changes_it_for_the_prompt_and_its_set(folders, tmp_path, name):
     own = name == "zoo"
     lines = [{"clean": CLEAN, "corrupt": CORRUPT, "answer": " Mary", "foil": " John"}] * 2
@@ -39,7 +39,7 @@ async def test_one_key_changes_it_for_the_prompt_and_its_set(folders, tmp_path, 
 
 
 async def test_the_key_says_what_it_cannot_do(folders, tmp_path):
-    for name, text, words in (("qwen3", CLEAN, "this tokenizer has none"), ("gpt2", "<|bos|>" + CLEAN, "starts with <|bos|> itself")):
+    for name, text, words in (("qwen3", CLEAN, "this tokenizer has none"), ("neox", "<|bos|>" + CLEAN, "starts with <|bos|> itself")):
         app = make_app(Engine(), tmp_path, State(Load(str(folders[name])), Prompt(text)))
         async with app.run_test(size=(120, 36)) as pilot:
             await press(app, pilot)

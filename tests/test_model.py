@@ -297,9 +297,9 @@ def test_labels(engine):
 
 
 def test_bos(engines):
-    gemma, gpt2, qwen = engines["gemma2"], engines["gpt2"], engines["qwen3"]
+    gemma, neox, qwen = engines["gemma2"], engines["neox"], engines["qwen3"]
     bos = gemma.model.info.bos
-    for engine in (gemma, gpt2):
+    for engine in (gemma, neox):
         started = engine.run(Check(Prompt(bos + CLEAN)))
         assert started.clean.ids.count(engine.model.bos) == 1 and started.clean.bos
         assert not engine.model.info.default_bos or "starts with" in started.hints[0]
@@ -308,7 +308,7 @@ def test_bos(engines):
     none = qwen.run(Check(Prompt(CLEAN, bos=True)))
     assert "no BOS token" in none.problems[0]
     assert gemma.run(Check(Prompt(CLEAN, bos=False))).clean.ids == gemma.run(Check(PROMPT)).clean.ids[1:]
-    assert gpt2.run(Check(Prompt(CLEAN, bos=True))).clean.ids[1:] == gpt2.run(Check(PROMPT)).clean.ids
+    assert neox.run(Check(Prompt(CLEAN, bos=True))).clean.ids[1:] == neox.run(Check(PROMPT)).clean.ids
 
 
 def test_bos_is_what_the_tokenizer_does(engine, arch):

@@ -47,7 +47,7 @@ def show_sweep(out: Console, r: SweepResult) -> None:
     effect = np.abs(r.values - r.base)
     order = [i for i in np.argsort(-np.where(np.isnan(effect), -1.0, effect), axis=None, kind="stable")[:10].tolist() if not np.isnan(effect.flat[i])]
     names = [r.address(*divmod(i, len(r.cols))) or f"{r.rows[i // len(r.cols)]}, {r.cols[i % len(r.cols)]}" for i in order]
-    stats = [("std", r.std), ("low", r.low), ("high", r.high), ("p", r.p)] if r.p.size else []
+    stats = [("std", r.std), ("low", r.low), ("high", r.high), ("p", r.p), ("corrected p", r.holm)] if r.p.size else []
     rows = table("largest effects", "node", "metric", "normalised", "change", *(name for name, _ in stats))
     for name, i in zip(names, order):
         cells = [r.values.flat[i], r.normalised.flat[i], r.values.flat[i] - r.base, *(x.flat[i] for _, x in stats)]

@@ -1,5 +1,6 @@
 """Sweeps: patching and ablation, one cell after the other, and their estimates by gradients."""
 
+from dataclasses import field
 from typing import Literal
 
 import numpy as np
@@ -124,8 +125,8 @@ class Estimate:
 class SweepResult:
     """
     values and normalised (corrupted = 0, clean = 1; without a corrupted prompt 0 = nothing left, 1 = untouched) [row, column], means over the
-    prompts; NaN: no such cell, or not yet run (`done` of `total` are). Over a set also std, low and high (95 % confidence, Student's t) and p (sign
-    flips) of the effect, value - base paired by prompt [row, column], and per_prompt [prompt, row, column]; empty otherwise and in a partial result.
+    prompts; NaN: no such cell, or not yet run (`done` of `total` are). Over a set also std, low and high (95 % confidence, Student's t), p (sign
+    flips) and holm (p corrected for all cells) of the effect, value - base paired by prompt [row, column], and per_prompt [prompt, row, column]; empty otherwise and in a partial result.
     `prompts` are indices into the set. `base` is the metric of the run that the cells change. `method` is "truth" or one of ESTIMATES. `mechanism` says how it was run, and why
     when that is not the fast way; `at_once` the most variants in one batch. `peak_mb`: on a GPU the most memory allocated meanwhile, the model
     included; elsewhere the activations of the largest batch, as the bound counts them. `floor`: changes of the metric below it are noise of the dtype
@@ -160,6 +161,7 @@ class SweepResult:
     convention: str
     peak_mb: float = 0.0
     floor: float = float("nan")
+    holm: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
     def address(self, row: int, col: int) -> str:
         """The node of a cell as an address, for an intervention; "" where the cell is not one node."""

@@ -16,7 +16,7 @@ from vocabulary.nodes import UserError, parse_node
 from vocabulary.prompts import METRICS
 from vocabulary.progress import time_left
 from vocabulary.requests import Progress
-from vocabulary.statistics import paired_effects
+from vocabulary.statistics import paired_effects, smallest_p
 
 
 class SweepTable:
@@ -89,7 +89,8 @@ class SweepTable:
         if whole and ask.over_set:
             stats = {k: table(v) for k, v in paired_effects(self.values, self.sides[0], ask.seed).items()}
             every = self.values.astype(np.float32).reshape(-1, *self.shape)
-        stats = {k: stats.get(k, empty) for k in ("std", "low", "high", "p")}
+            warning = "; ".join(w for w in (warning, too_few(len(self.values), len(self.cells))) if w)
+        stats = {k: stats.get(k, empty) for k in ("std", "low", "high", "p", "holm")}
         floor = known_floor(plan.runs)
         return SweepResult(
             ask.kind, ask.op, ask.direction, ask.effect, self.method, layout.rows, layout.cols, layout.nodes, plan.runs[0].row(plan.side),
@@ -116,6 +117,12 @@ def normalise(mean: np.ndarray, base: float, sides: np.ndarray) -> tuple[np.ndar
     if abs(gap) < 0.05 * size:
         words = f"clean and corrupted differ by {gap:.2g} only: normalised values are large and noisy"
     return (mean - corrupt.mean()) / gap, words
+
+
+def too_few(prompts: int, cells: int) -> str:
+    """Where no cell can be significant once p is corrected, the words that say so."""
+    floor = smallest_p(prompts, cells) if prompts > 1 else 1.0
+    return f"{prompts} prompts give no p below {floor:.2g}, so that none of {cells} cells can have a corrected p below .05" if floor * cells >= 0.05 else ""
 
 
 # ------------------------------------------------------------------ words
@@ -150,7 +157,9 @@ def convention(plan: Plan, method: str) -> str:
     elif method == "truth":
         parts.append("total effect: everything after the node recomputed")
     if ask.over_set:
-        parts.append(f"mean over {len(plan.runs)} prompts, ratio of means; spread, interval and p of the effect, paired by prompt")
+        parts.append(
+            f"mean over {len(plan.runs)} prompts, ratio of means; spread, interval and p (sign flips; corrected by Holm for {len(plan.layout.cells)} cells) of the effect, paired by prompt"
+        )
     if ask.kind == "q" or ask.kind == "k":
         parts += ["before the rotation"] * (model.info.positions == "rotary")
     if ask.kind in ("k", "v") and model.info.n_kv_heads < model.info.n_heads:

@@ -16,6 +16,7 @@ from techniques.circuits.feature_nodes import FeatureRun
 from techniques.circuits.requests import METHODS, REST, Discover, DiscoverResult
 from techniques.features.effects import slope_at
 from vocabulary.circuit import Circuit, rank
+from vocabulary.integral import fractions, steps_in_words
 from vocabulary.nodes import UserError, parse_node
 from vocabulary.progress import time_left
 from vocabulary.requests import Progress
@@ -46,9 +47,9 @@ def features(model: Model, ask: Discover) -> Generator[Progress, None, DiscoverR
     passes = ask.steps * len(loaded) * len(bench.runs)
     slope(bench.runs[0], loaded[0], None)
     expected = one * (len(counts) + 2) + passes * (time.monotonic() - t0 - one)
-    names, scores, words = (), np.zeros(0), f"the {k} of the largest |score|, gradients at {ask.steps} points on the way"
+    names, scores, words = (), np.zeros(0), f"the {k} of the largest |score|, {steps_in_words(ask.steps, ask.steps_at or 'mid', 'clean to replaced')}"
     if not ask.dry:
-        found = yield from attributions(bench.runs, loaded, ask.steps, len(bench.whole), begun)
+        found = yield from attributions(bench.runs, loaded, fractions(ask.steps, ask.steps_at or "mid"), len(bench.whole), begun)
         order = sorted((a for a in found if found[a]), key=lambda a: -abs(found[a]))
         names, scores = tuple(order), np.array([found[a] for a in order])
     nodes, curve, warning, used = names[:k], np.zeros(0), "", loaded
@@ -74,9 +75,11 @@ def features(model: Model, ask: Discover) -> Generator[Progress, None, DiscoverR
     )  # fmt: skip
 
 
-def attributions(runs: list[FeatureRun], some: list[SparseAutoencoder], steps: int, prompts: int, begun: float) -> Generator[Progress, None, dict[str, float]]:
+def attributions(
+    runs: list[FeatureRun], some: list[SparseAutoencoder], shares: list[float], prompts: int, begun: float
+) -> Generator[Progress, None, dict[str, float]]:
     """Of every feature (replaced - own activation) . gradient, integrated along the replacement of its whole SAE, summed over positions but the first."""
-    out, done, passes = {}, 0, steps * len(some) * len(runs)
+    out, done, passes = {}, 0, len(shares) * len(some) * len(runs)
     for d in some:
         total = t.zeros(d.d_sae, dtype=t.float64)
         for run in runs:
@@ -85,10 +88,10 @@ def attributions(runs: list[FeatureRun], some: list[SparseAutoencoder], steps: i
             change[:, 0] = 0
             change = d.weigh(change)
             delta = (change @ d.sae.W_dec) * d.scale(x)
-            for k in range(steps):
-                g = slope(run, d, delta * ((k + 0.5) / steps)) * d.scale(x)
+            for share in shares:
+                g = slope(run, d, delta * share) * d.scale(x)
                 for c, row in zip(change, g):
-                    total += (c * (row @ d.sae.W_dec.T)).sum(0).double().cpu() / steps
+                    total += (c * (row @ d.sae.W_dec.T)).sum(0).double().cpu() / len(shares)
                 done += 1
                 spent = time.monotonic() - begun
                 yield Progress(done, passes, f"features: {time_left(spent / done * (passes - done))}")

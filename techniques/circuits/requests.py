@@ -96,7 +96,8 @@ class Score:
 class Discover:
     """
     Find a circuit by one of METHODS: the `edges` edges (EAP family) or the `nodes` nodes (greedy, features) that matter most, or (acdc) every edge above
-    `threshold` (in units of the metric, or of KL). `steps` of the integral. `target`: greedy stops before faithfulness falls below it. `dry`: only the
+    `threshold` (in units of the metric, or of KL). `steps` of the integral, taken at `steps_at` on the way from corrupted to clean (of features: from clean
+    to what replaces them). `target`: greedy stops before faithfulness falls below it. `dry`: only the
     estimate of the time. The result is checked by true ablation (`rest`).
     """
 
@@ -109,6 +110,8 @@ class Discover:
     threshold: float = 0.1
     """acdc, in units of the metric"""
     steps: int = 5
+    steps_at: Literal["", "left", "right", "mid"] = ""
+    """left (0 to n-1 of n, as the EAP-IG package takes them today), right (1 to n), mid; unset: right, of features mid"""
     target: float = 0.85
     """greedy: the faithfulness to stay at"""
     rest: Rest = "patch"

@@ -5,6 +5,7 @@ from typing import Literal
 
 import numpy as np
 
+from vocabulary.integral import StepsAt
 from vocabulary.nodes import OPS
 from vocabulary.prompts import Study, TokenRow
 from vocabulary.wire import message, request
@@ -61,7 +62,7 @@ SWEEP_OPS: dict[SweepOp, str] = {
 }
 ESTIMATES: dict[Literal["atp", "ig"], str] = {
     "atp": "attribution patching: (source - base) . gradient of the metric in the base run",
-    "ig": "integrated gradients: the same with the gradient's mean over token embeddings between base and source",
+    "ig": "integrated gradients: (source - base) . the gradient's mean over token embeddings between base and source",
 }
 
 
@@ -106,7 +107,7 @@ class Sweep:
 
 @request
 class Estimate:
-    """A sweep's cells (patching only) by gradients, all at once: one of ESTIMATES; `steps` of the integral."""
+    """A sweep's cells (patching only) by gradients, all at once: one of ESTIMATES; `steps` of the integral, at `steps_at` on the way from base to source."""
 
     study: Study
     kind: SweepKind = "resid_pre"
@@ -114,6 +115,8 @@ class Estimate:
     direction: Direction = "denoise"
     steps: int = 5
     """of the integral of ig"""
+    steps_at: StepsAt = "mid"
+    """of ig: the middles of n parts, left (0 to n-1 of n) or right (1 to n)"""
     node: str = ""
     over_set: bool = False
 

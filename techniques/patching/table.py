@@ -11,7 +11,7 @@ from model.noise import known_floor, noise_floor
 from model.variants import Base, Variant
 from techniques.patching import feature_sweep
 from techniques.patching.plan import Plan
-from techniques.patching.requests import SWEEP_OPS, SWEEPS, SweepResult
+from techniques.patching.requests import ESTIMATES, SWEEP_OPS, SWEEPS, SweepResult
 from vocabulary.nodes import UserError, parse_node
 from vocabulary.prompts import METRICS
 from vocabulary.progress import time_left
@@ -22,8 +22,8 @@ from vocabulary.statistics import paired_effects, smallest_p
 class SweepTable:
     """The table as it fills: every prompt's metric in every cell."""
 
-    def __init__(self, plan: Plan, method: str = "truth"):
-        self.plan, self.method, layout = plan, method, plan.layout
+    def __init__(self, plan: Plan, method: str = "truth", how: str = ""):
+        self.plan, self.method, self.how, layout = plan, method, how, plan.layout
         self.shape = len(layout.rows), len(layout.cols)
         self.cells = [r * self.shape[1] + c for r, c in layout.cells]
         n = len(plan.runs)
@@ -96,7 +96,7 @@ class SweepTable:
             ask.kind, ask.op, ask.direction, ask.effect, self.method, layout.rows, layout.cols, layout.nodes, plan.runs[0].row(plan.side),
             table(mean), table(normalised), base, clean, None if math.isnan(corrupt) else corrupt, self.done, self.total, **stats, per_prompt=every,
             prompts=tuple(i for i, _ in plan.members) if ask.over_set else (), mechanism=mechanism(plan, self.reason, self.method), at_once=self.at_once,
-            warning=warning, convention=convention(plan, self.method), peak_mb=round(self.peak_mb, 1),
+            warning=warning, convention=convention(plan, self.method, self.how), peak_mb=round(self.peak_mb, 1),
             floor=floor,
         )  # fmt: skip
 
@@ -136,8 +136,8 @@ def mechanism(plan: Plan, reason: str, method: str) -> str:
     return f"whole forward passes under hooks: {reason}" if reason else "resumed at the changed layer"
 
 
-def convention(plan: Plan, method: str) -> str:
-    """What matters first: it is a pane's title."""
+def convention(plan: Plan, method: str, how: str = "") -> str:
+    """What matters first: it is a pane's title. `how` says where an estimate's gradients are taken."""
     ask, model = plan.ask, plan.model
     metric = ask.study.metric
     assert metric.kind in METRICS
@@ -154,7 +154,9 @@ def convention(plan: Plan, method: str) -> str:
     if ask.effect == "direct":
         parts.append("direct effect: later attention, MLPs and norm scales as in the base run")
         parts += ["through the head's own z"] * (ask.kind in ("q", "k", "v", "pattern"))
-    elif method == "truth":
+    elif method != "truth":
+        parts += [ESTIMATES[method], how]
+    else:
         parts.append("total effect: everything after the node recomputed")
     if ask.over_set:
         parts.append(
@@ -173,4 +175,4 @@ def convention(plan: Plan, method: str) -> str:
         parts.append(f"patched across an alignment, {how}; positions without partner stay as they are")
     if plan.study.interventions:
         parts.append(f"base run under {', '.join(str(i) for i in plan.study.interventions)}")
-    return " · ".join(parts)
+    return " · ".join(p for p in parts if p)

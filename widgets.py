@@ -112,7 +112,7 @@ class Same:
 class Grid:
     """
     A picture: values [rows, columns] (NaN is blank) on the scale lo..hi, what stands in the cells (the number unless there is `text`), labels, and
-    how wide a cell may be; numbers under `faint` are dots; `blanks` are columns that show their name. `numbers` are shown when they differ from what is coloured (ranks on a log scale). `signed` draws outward from zero. `marks` are underlined; `kept`, the circuit's cells, end in a dot.
+    how wide a cell may be; numbers under `faint` are dots; `blanks` are columns that show their name. `numbers` are shown when they differ from what is coloured (ranks on a log scale). `signed` draws outward from zero. `marks` are underlined; `kept`, the circuit's cells, end in a dot; `noise`, cells below the noise floor `floor`, are a dim ~ (their numbers in number mode and exports).
     """
 
     values: np.ndarray
@@ -129,6 +129,8 @@ class Grid:
     blanks: tuple[str, ...] = ()
     marks: frozenset[tuple[int, int]] = field(default_factory=frozenset)
     kept: frozenset[tuple[int, int]] = field(default_factory=frozenset)
+    noise: frozenset[tuple[int, int]] = field(default_factory=frozenset)
+    floor: float = math.nan
 
     def level(self) -> np.ndarray:
         """[rows, columns] int, -1 where blank."""
@@ -143,7 +145,8 @@ class Grid:
         return self.values if self.numbers is None else self.numbers
 
     def tsv(self) -> str:
-        head = "\t".join([self.corner, *(visible(c) for c in self.cols)])
+        corner = self.corner if math.isnan(self.floor) else f"{self.corner} noise floor {self.floor:.2g}".strip()
+        head = "\t".join([corner, *(visible(c) for c in self.cols)])
         body = ("\t".join([visible(r).strip(), *("" if math.isnan(v) else f"{v:.6g}" for v in row)]) for r, row in zip(self.rows, self.shown.tolist()))
         return "\n".join([head, *body]) + "\n"
 
@@ -261,10 +264,10 @@ class GridView(Widget):
             if (row, c) in g.kept:
                 text = set_cell_size(text, w - 1) + "•"
             if self.mode == "shade":
-                style = CURSOR_PLAIN if c == cursor else BOLD if (row, c) in g.marks else PLAIN
+                style = CURSOR_PLAIN if c == cursor else DIM if (row, c) in g.noise else BOLD if (row, c) in g.marks else PLAIN
             else:
                 faint = level < 0 or (g.text is None and self.mode == "colour" and (level in middle or abs(value) < g.faint))
-                style = CURSOR if c == cursor else PLAIN if faint else palette[level]
+                style = CURSOR if c == cursor else DIM if (row, c) in g.noise else PLAIN if faint else palette[level]
                 if (row, c) in g.marks and c != cursor:
                     style += Style(underline=True, bold=True)
             spans.append((text, style))
@@ -285,6 +288,8 @@ class GridView(Widget):
         if level < 0:
             name = g.cols[col] if g.cols[col] in g.blanks else ""
             return name.center(w - 1)[: w - 1] + " "
+        if (row, col) in g.noise:
+            return (f"~{show_value(value, w - 2)}" if self.mode == "number" else " ~"[-w:]).ljust(w)
         if self.mode != "number" and abs(value) < g.faint:
             return " ·".ljust(w)
         if self.mode == "shade" and w < 4:

@@ -15,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from model.cache import Cache
 from model.notes import Notes
 from model.memory import is_out_of_memory, out_of_memory, ran_out
-from model.tokens import Tokens
+from model.tokens import Tokens, bos_habit
 from vocabulary.nodes import UserError
 from vocabulary.prompts import Prompt, TokenRow
 from vocabulary.requests import CheckResult, Identity, Load, ModelInfo
@@ -90,6 +90,7 @@ class Model:
         self.cache, self.notes = Cache(cache_mb << 20), Notes()
         self.bos = tokenizer.bos_token_id
         self.n_embed = hf.get_input_embeddings().weight.shape[0]
+        default_bos, habit = bos_habit(tokenizer, getattr(text_config, "trained_with_bos", None))
         self.info = ModelInfo(
             name=ask.model,
             architecture=cfg.architecture,
@@ -109,8 +110,9 @@ class Model:
             parallel=self.parallel,
             softcap=self.softcap,
             bos="" if self.bos is None else tokenizer.bos_token,
-            default_bos=self.bos is not None and bool(cfg.default_prepend_bos),
+            default_bos=default_bos,
             seconds=0.0,
+            bos_habit=habit,
         )
         self.tokens = Tokens(tokenizer, self.info, self.n_embed)
 
@@ -328,7 +330,7 @@ class Model:
         return self.tokens.encode(text)
 
     def row(self, text: str, bos: bool | None, labels: tuple[tuple[str, int], ...] = ()) -> TokenRow:
-        """A prompt's text as tokens with labels; bos None is the model's own habit."""
+        """A prompt's text as tokens with labels; bos None is what bos_habit says."""
         return self.tokens.row(text, bos, labels)
 
     def answer(self, clean: str, text: str) -> TokenRow:

@@ -17,3 +17,4 @@ class Notes:
     saes: OrderedDict[str, object] = field(default_factory=OrderedDict)  # the last few that were loaded, by source
     translators: dict[tuple, object] = field(default_factory=dict)  # the last tuned or Jacobian lens that was read
     estimate: tuple | None = None  # the last estimate: its question, values [prompt, cell], the base runs' metric [prompt]
+    noise: dict[tuple, float] = field(default_factory=dict)  # by prompt and metric, the metric's variance over roundings; see noise.py

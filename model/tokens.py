@@ -15,6 +15,23 @@ BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTE_OF = {chr(b): b for b in BYTES} | {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in BYTES)}
 
 
+def bos_habit(tokenizer, trained: bool | None) -> tuple[bool, str]:
+    """Whether prompts get BOS unasked, and why: as the model's config says that it was trained (`trained_with_bos`), else as its tokenizer does by itself."""
+    if tokenizer.bos_token_id is None:
+        return False, "no BOS: this tokenizer has none"
+    if trained is not None:
+        return (
+            trained,
+            "BOS in front: the model's config says that it was trained so" if trained else "no BOS: the model's config says that it was trained without",
+        )
+    own, plain = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (True, False))
+    front = own[: next((i for i in range(len(own)) if own[i : i + len(plain)] == plain), 0)]
+    if front == [tokenizer.bos_token_id]:
+        return True, "BOS in front: this tokenizer adds it"
+    others = " ".join(tokenizer.convert_ids_to_tokens(front))
+    return False, f"no BOS: this tokenizer puts {others} in front, which is left out" if front else "no BOS: this tokenizer adds none"
+
+
 class Tokens:
     """What a tokenizer knows, for a model with `n_embed` embeddings. Rows and spellings are remembered."""
 

@@ -73,6 +73,22 @@ class PromptEditor(Editor):
         self.preview.show(lines[:7])
 
 
+def toggle_bos(app: Host) -> None:
+    """BOS in front of the prompt and its set, or not; back to what the tokenizer does by itself where that is the same."""
+    app.ready()
+    check, info = app.requests.check(), app.info
+    if not info.bos:
+        raise UserError(f"{info.bos_habit}, and none can be put in front")
+    if check is None:
+        raise UserError("the prompt is being read: press < again")
+    if app.state.prompt.clean.startswith(info.bos):
+        raise UserError(f"the text starts with {info.bos} itself: e takes it out")
+    on = not check.clean.bos
+    app.act("bos", value=None if on == info.default_bos else on)
+    asked = "put in front" if on else "left out"
+    app.say(info.bos_habit if on == info.default_bos else f"BOS is {asked}; by itself the model has {info.bos_habit}")
+
+
 # ------------------------------------------------------------------ alignment
 
 

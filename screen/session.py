@@ -98,6 +98,12 @@ def prompt(state: State, prompt: dict) -> State:
     return dataclasses.replace(state, prompt=from_json(prompt, Prompt))
 
 
+def bos(state: State, value: bool | None) -> State:
+    """Whether BOS comes before the prompt and all of the set; None: what the model's tokenizer does by itself."""
+    of = lambda p: dataclasses.replace(p, bos=value)  # noqa: E731
+    return dataclasses.replace(state, prompt=of(state.prompt), prompt_set=tuple(map(of, state.prompt_set)))
+
+
 def open_set(state: State, path: str, prompts: list | tuple[Prompt, ...], index: int = 0) -> State:
     prompts = prompts if isinstance(prompts, tuple) else from_json(prompts, tuple[Prompt, ...])
     return go(dataclasses.replace(state, set_path=path, prompt_set=prompts, align=""), index)
@@ -250,6 +256,7 @@ ACTIONS: dict[str, Callable[..., State]] = {
     for f in (
         model,
         prompt,
+        bos,
         open_set,
         go,
         metric,

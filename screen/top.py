@@ -53,6 +53,10 @@ def state_line(app: Host, clean: TokenRow | None) -> Spans:
         line.append((f"  set {Path(s.set_path).stem} {s.index + 1}/{len(s.prompt_set)}{' (edited)' if edited else ''}", WARN if edited else DIM))
     answers, foils = (" ".join(show_token(a) for a in some[:3]) or "—" for some in (s.prompt.answers, s.prompt.foils))
     line.append((f"  answer {answers} foil {foils}", DIM))
+    if app.info and clean and s.prompt.bos is None and not clean.bos:
+        line.append((f"  {app.info.bos_habit.partition(':')[0]}", DIM))
+    elif s.prompt.bos is not None and clean:
+        line.append(("  BOS asked for" if s.prompt.bos else "  no BOS asked for", WARN))
     if s.align or s.prompt.alignment:
         line.append((f"  aligned {'by hand' if s.prompt.alignment else f'by {s.align}'}", WARN))
     return [*line, (f"  @{pos}{' ' + ' '.join(label) if label else ''}" if clean else "", DIM)]
@@ -96,6 +100,8 @@ def metric_line(result: RunResult | None, kind: str, pos: str, base: str, stale:
     spans += [("  now ", DIM), ("…" if stale else signed(result.now.metric), BOLD)]
     if result.normalised is not None and not stale:
         spans += [("  normalised ", DIM), (f"{result.normalised:.3f}", BOLD), (" (corrupted 0, clean 1)" if width >= 110 else "", DIM)]
+    if result.noise and not stale:
+        spans.append((f"  ~ below the noise floor {result.floor:.2g}", WARN))
     spans += [(f"  base {base}", DIM)]
     return [*spans, (f"  {result.warning}", WARN)] if result.warning else spans
 

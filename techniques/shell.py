@@ -13,7 +13,7 @@ import time
 import typing
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields, make_dataclass
+from dataclasses import MISSING, dataclass, fields, make_dataclass, replace
 from dataclasses import field as data_field
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -114,7 +114,7 @@ class StudyOptions(ModelOptions):
     foil: tuple[str, ...] = ()
     """foil tokens"""
     bos: bool | None = None
-    """BOS in front; unset, what the model was trained with"""
+    """--bos or --no-bos: BOS in front or not, of --set too; unset, what each prompt says, else what the model's tokenizer does by itself"""
     set: Path | None = None
     """a .jsonl prompt set, for means; its first prompt is used when neither --answer nor --corrupt is given and --clean is left alone"""
     do: tuple[str, ...] = ()
@@ -135,6 +135,7 @@ class StudyOptions(ModelOptions):
 
     def study(self) -> Study:
         prompts = read_prompt_set(self.set) if self.set else ()
+        prompts = prompts if self.bos is None else tuple(replace(p, bos=self.bos) for p in prompts)
         prompt = Prompt(self.clean, self.corrupt, self.answer, self.foil, bos=self.bos)
         if prompts and prompt == Prompt(StudyOptions.clean, bos=self.bos):
             prompt = prompts[0]
@@ -219,8 +220,17 @@ class ServeCommand:
     """Answer requests on stdin and stdout, for tui.py."""
 
 
+def with_bos(args: list[str]) -> list[str]:
+    """--bos and --no-bos with the value that tyro wants of an option that is also unset."""
+    out = []
+    for word, after in zip(args, [*args[1:], ""]):
+        out += ["--bos", "False"] if word == "--no-bos" else [word, "True"] if word == "--bos" and after not in ("True", "False", "None") else [word]
+    return out
+
+
 def read_command(args: list[str]) -> ModelOptions | ServeCommand:
     """The command that these words call, of every room's."""
+    args = with_bos(args)
     every = {name: kind for part in techniques.parts("command") for name, kind in part.COMMANDS.items()}
     if {"-h", "--help"} & {*args}:
         every = {name: without_unused(kind) for name, kind in every.items()}
@@ -307,8 +317,10 @@ def main(args: list[str] | None, engine: Callable[[], object], serve: Callable[[
     else:
         out = Console(highlight=False)
         out.width = out.width if out.is_terminal else 10_000
-        device = f"{info.dtype} on {info.device}"
-        out.print(plain(f"{info.name}: {info.architecture}, {info.n_layers} layers x {info.n_heads} heads, d_model {info.d_model}, {device}", GRAY))
+        words = [f"{info.architecture}, {info.n_layers} layers x {info.n_heads} heads, d_model {info.d_model}, {info.dtype} on {info.device}"]
+        if isinstance(command, StudyOptions):
+            words.append(info.bos_habit if command.bos is None else "BOS in front: asked for" if command.bos else "no BOS: asked for")
+        out.print(plain(f"{info.name}: {'; '.join(words)}", GRAY))
         tables()[type(result)](out, result)
     rows = command.checked(result)
     broken = [i for i in (*info.checks, *rows) if i.ok is False]

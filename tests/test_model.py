@@ -10,12 +10,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import torch as t
-from conftest import ARCHS, CLEAN, CORRUPT, PROMPT, SHORT
+from conftest import ADDS_BOS, ARCHS, CLEAN, CORRUPT, PROMPT, SHORT, tokenizer
 from safetensors.torch import load_file, save_file
+from tokenizers import processors
+from transformers import AutoTokenizer
 
 from model import loading
 from model.cache import Cache
 from model.memory import Chunks, in_chunks
+from model.tokens import bos_habit
 from engine import Engine
 from techniques.output.requests import Run
 from vocabulary.nodes import UserError
@@ -48,7 +51,7 @@ def test_info(engine, reference, arch):
     assert i.norm == ("LN" if arch in ("gpt2", "zoo", "neox") else "RMS")
     assert i.softcap == (5.0 if arch == "gemma2" else 0)
     assert i.n_ctx == (256 if arch == "zoo" else 64)
-    assert i.default_bos == (arch not in ("neox", "qwen3"))
+    assert i.default_bos == (arch in (*ADDS_BOS, "zoo"))
 
 
 def test_checks_hold(engine, arch):
@@ -294,15 +297,34 @@ def test_labels(engine):
 
 
 def test_bos(engines):
-    gpt2, qwen = engines["gpt2"], engines["qwen3"]
-    bos = gpt2.model.info.bos
-    started = gpt2.run(Check(Prompt(bos + CLEAN)))
-    assert started.clean.ids.count(gpt2.model.bos) == 1 and started.clean.bos and "starts with" in started.hints[0]
-    twice = gpt2.run(Check(Prompt(bos + CLEAN, bos=True)))
-    assert "BOS would come twice" in twice.problems[0]
+    gemma, neox, qwen = engines["gemma2"], engines["neox"], engines["qwen3"]
+    bos = gemma.model.info.bos
+    for engine in (gemma, neox):
+        started = engine.run(Check(Prompt(bos + CLEAN)))
+        assert started.clean.ids.count(engine.model.bos) == 1 and started.clean.bos
+        assert not engine.model.info.default_bos or "starts with" in started.hints[0]
+        twice = engine.run(Check(Prompt(bos + CLEAN, bos=True)))
+        assert "BOS would come twice" in twice.problems[0]
     none = qwen.run(Check(Prompt(CLEAN, bos=True)))
     assert "no BOS token" in none.problems[0]
-    assert gpt2.run(Check(Prompt(CLEAN, bos=False))).clean.ids == gpt2.run(Check(PROMPT)).clean.ids[1:]
+    assert gemma.run(Check(Prompt(CLEAN, bos=False))).clean.ids == gemma.run(Check(PROMPT)).clean.ids[1:]
+    assert neox.run(Check(Prompt(CLEAN, bos=True))).clean.ids[1:] == neox.run(Check(PROMPT)).clean.ids
+
+
+def test_bos_is_what_the_tokenizer_does(engine, arch):
+    """Against Hugging Face's own call of the tokenizer; the zoo's config says how it was trained."""
+    info, ids = engine.model.info, list(engine.run(Check(PROMPT)).clean.ids)
+    own = AutoTokenizer.from_pretrained(engine.model.folder)(CLEAN)["input_ids"]
+    assert ids == ([engine.model.bos, *own] if arch == "zoo" else own)
+    why = {"zoo": "config says", "qwen3": "has none"}.get(arch, "adds it" if arch in ADDS_BOS else "adds none")
+    assert why in info.bos_habit and info.bos_habit.startswith("BOS in front" if info.default_bos else "no BOS")
+
+
+def test_other_tokens_that_a_tokenizer_puts_in_front_are_named():
+    tok = tokenizer(bos=True)
+    tok.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<|eos|> $A", special_tokens=[("<|eos|>", 1)])
+    assert bos_habit(tok, None) == (False, "no BOS: this tokenizer puts <|eos|> in front, which is left out")
+    assert bos_habit(tok, False) == (False, "no BOS: the model's config says that it was trained without")
 
 
 def test_answers(engine):

@@ -21,7 +21,7 @@ class Prompt:
     """
     A clean text, an optional corrupted one, single-token answers and foils. `labels` name positions: (label, character offset into `clean`),
     the token that covers the character; END, the last token, needs no label; `corrupt_labels` do so for the corrupted text (missing ones: the aligned
-    positions). `bos` None means what the model was trained with. `alignment`: pairs (clean index, corrupted index) of positions that are patched
+    positions). `bos` None means what the model's tokenizer does by itself (ModelInfo.bos_habit). `alignment`: pairs (clean index, corrupted index) of positions that are patched
     across, for prompts of unequal length (empty: none of its own, ALIGNMENTS).
     """
 

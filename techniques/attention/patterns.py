@@ -165,7 +165,8 @@ def head_stats(runs: Runs, which: str, source: str, pair: tuple[int, int] | None
         else:
             edits, left_out = runs.edits_anywhere() if which == "now" else ([], [])
             model.forward(ids, names, edits, keep=None, take=take)
-            note = f"{RANDOM_ROWS} rows of {ids.shape[1]} tokens" + (f", without {' '.join(left_out)}" if left_out else "")
+            first = "" if model.bos is None else "BOS, then "
+            note = f"{RANDOM_ROWS} rows of {first}{ids.shape[1] // 2} tokens twice" + (f", without {' '.join(left_out)}" if left_out else "")
         both.append(found.numbers())
     stats = {k: both[0][k] - both[1][k] if len(both) == 2 else both[0][k] for k in both[0]}
     parts = [f"head statistics on {'the prompt' if source == 'prompt' else 'random repeated tokens'}, {which}", note]

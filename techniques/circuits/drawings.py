@@ -135,7 +135,8 @@ def table(circuit: Circuit, result: ScoreResult | None = None) -> str:
     effects = dict(zip(result.parts, result.effects.tolist())) if result is not None else {}
     minimal = dict(zip(result.parts, result.minimal.tolist())) if result is not None else {}
     number = lambda d, p: f"{d[p]:.6f}" if p in d else ""  # noqa: E731
-    rows = ["part\tgroup\teffect\tminimality"]
+    floor = f" (noise floor {result.floor:.2g})" if result is not None and result.floor == result.floor else ""
+    rows = [f"part\tgroup\teffect{floor}\tminimality"]
     rows += [f"{p}\t{group_of.get(p, '')}\t{number(effects, p)}\t{number(minimal, p)}" for p in (*circuit.nodes, *circuit.edges)]
     return "\n".join(rows) + "\n"
 

@@ -16,6 +16,7 @@ from techniques.circuits.edge_index import EdgeIndex, edge_index
 from techniques.circuits.edges import EMBED, EdgeRun, each, edge_runs, gather
 from techniques.circuits.requests import Discover, DiscoverResult, METHODS, REST
 from vocabulary.circuit import Circuit, parse_edge
+from vocabulary.integral import fractions, steps_in_words
 from vocabulary.nodes import parse_node, UserError
 from vocabulary.prompts import METRICS
 from vocabulary.progress import forward_progress, time_left
@@ -33,6 +34,7 @@ def edges(model: Model, ask: Discover) -> Generator[Progress, None, DiscoverResu
         raise UserError("a rank has no gradient and no scale: use logit_diff, prob, logprob or kl")
     if ask.edges < 1 or ask.steps < 1 or not 0 < ask.threshold < np.inf:
         raise UserError("edges and steps are at least 1, and the threshold is a number above 0")
+    fractions(ask.steps, ask.steps_at or "right")  # or an error
     begun = time.monotonic()
     runs = yield from edge_runs(model, ask.study, ask.rest)
     return (yield from (acdc if ask.method == "acdc" else attribute)(model, ask, runs, begun))
@@ -132,8 +134,8 @@ def attributions(run: EdgeRun, ask: Discover) -> Generator[np.ndarray]:
                 run.ids = clean
         case "eap-ig":
             own, other = run.clean[EMBED], run.acts[EMBED]
-            for k in range(ask.steps):
-                yield run.slopes(change, embed=other + (k + 1) / ask.steps * (own - other)) / ask.steps
+            for share in fractions(ask.steps, ask.steps_at or "right"):
+                yield run.slopes(change, embed=other + share * (own - other)) / ask.steps
         case _:
             heads, places = run.info.n_heads, [(EMBED, slice(0, 1))]
             for n in range(run.info.n_layers):
@@ -143,8 +145,8 @@ def attributions(run: EdgeRun, ask: Discover) -> Generator[np.ndarray]:
             for name, some in places:
                 step = change[some].float().sum(0)
                 own = run.clean[name] if name in run.clean else run.model.forward(run.ids, [name])[1][name]
-                for k in range(ask.steps):
-                    yield run.slopes(change[some], some, mix=(name, own + (1 - (k + 1) / ask.steps) * step.to(own.device))) / ask.steps
+                for share in fractions(ask.steps, ask.steps_at or "right"):
+                    yield run.slopes(change[some], some, mix=(name, own + (1 - share) * step.to(own.device))) / ask.steps
 
 
 def faithful(runs: list[EdgeRun], sets: list[np.ndarray], what: str) -> Generator[Progress, None, np.ndarray]:
@@ -243,7 +245,7 @@ def result(
     where = f"{ask.study.metric.kind}@{ask.study.metric.pos}, mean of {n} prompt{'s' * (n != 1)}"
     parts = [METHODS[ask.method], words, f"checked by cutting all other edges: a cut edge carries {REST[ask.rest]}", "no positions", where, model.info.dtype]
     if ask.method.startswith("eap-ig"):
-        parts.insert(1, f"{ask.steps} steps")
+        parts.insert(1, steps_in_words(ask.steps, ask.steps_at or "right", "corrupted to clean"))
     if post_scales(model, "attn"):
         parts.append("a head's part behind the norm after attention has that run's own scale")
     if ask.study.interventions:

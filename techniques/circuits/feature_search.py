@@ -17,6 +17,7 @@ from techniques.circuits.feature_nodes import FeatureRun
 from techniques.circuits.requests import METHODS, REST, Discover, DiscoverResult
 from techniques.features.effects import slope_at
 from vocabulary.circuit import Circuit, rank
+from vocabulary.integral import fractions, steps_in_words
 from vocabulary.nodes import UserError, parse_node
 from vocabulary.progress import time_left
 from vocabulary.requests import Progress
@@ -46,9 +47,9 @@ def features(model: Model, ask: Discover) -> Generator[Progress, None, DiscoverR
     counts = [c for c in COUNTS if c < k] + [k]
     (seconds, *_) = yield from each(bench.runs[:1], lambda run: timed(run, loaded[0]))
     expected = one * (len(counts) + 2) + ask.steps * len(loaded) * len(bench.runs) * seconds
-    names, scores, words = (), np.zeros(0), f"the {k} of the largest |score|, gradients at {ask.steps} points on the way"
+    names, scores, words = (), np.zeros(0), f"the {k} of the largest |score|, {steps_in_words(ask.steps, ask.steps_at or 'mid', 'clean to replaced')}"
     if not ask.dry:
-        found = yield from attributions(bench.runs, loaded, ask.steps, len(bench.whole), begun)
+        found = yield from attributions(bench.runs, loaded, fractions(ask.steps, ask.steps_at or "mid"), len(bench.whole), begun)
         order = sorted((a for a in found if found[a]), key=lambda a: -abs(found[a]))
         names, scores = tuple(order), np.array([found[a] for a in order])
     nodes, curve, warning, used = names[:k], np.zeros(0), "", loaded
@@ -74,7 +75,9 @@ def features(model: Model, ask: Discover) -> Generator[Progress, None, DiscoverR
     )  # fmt: skip
 
 
-def attributions(runs: list[FeatureRun], some: list[SparseAutoencoder], steps: int, prompts: int, begun: float) -> Generator[Progress, None, dict[str, float]]:
+def attributions(
+    runs: list[FeatureRun], some: list[SparseAutoencoder], shares: list[float], prompts: int, begun: float
+) -> Generator[Progress, None, dict[str, float]]:
     """Of every feature (replaced - own activation) . gradient, integrated along the replacement of its whole SAE, summed over positions but the first."""
     out = {}
 
@@ -84,11 +87,11 @@ def attributions(runs: list[FeatureRun], some: list[SparseAutoencoder], steps: i
         change[:, 0] = 0
         change = d.weigh(change)
         delta = (change @ d.sae.W_dec) * d.scale(x)
-        for k in range(steps):
-            g = slope(run, d, delta * ((k + 0.5) / steps)) * d.scale(x)
+        for k, share in enumerate(shares):
+            g = slope(run, d, delta * share) * d.scale(x)
             for c, row in zip(change, g):
-                total += (c * (row @ d.sae.W_dec.T)).sum(0).double().cpu() / steps
-            done, passes = (some.index(d) * len(runs) + runs.index(run)) * steps + k + 1, steps * len(some) * len(runs)
+                total += (c * (row @ d.sae.W_dec.T)).sum(0).double().cpu() / len(shares)
+            done, passes = (some.index(d) * len(runs) + runs.index(run)) * len(shares) + k + 1, len(shares) * len(some) * len(runs)
             yield Progress(done, passes, f"features: {time_left((time.monotonic() - begun) / done * (passes - done))}")
         return total
 

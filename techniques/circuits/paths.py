@@ -310,7 +310,7 @@ def path_patch(model: Model, ask: PathPatch) -> Generator[Progress | SweepResult
     board = SweepTable(replace(plan, layout=layout))
     fill = partial(fill_paths, plan=plan, board=board, ask=ask, cells={p.cell: p for p in paths.values()})
     early = yield from over_bases(plan, fill, (*names, EMBED), board.forget)
-    return early or labelled(board.result(True), ask, model)
+    return early or labelled((yield from board.finish()), ask, model)
 
 
 def fill_paths(

@@ -13,6 +13,7 @@ from model.checks import self_check
 from model.interventions import prepare
 from model.loading import SMALL, read_config, read_weights
 from model.memory import free_bytes
+from model.noise import noise_floor
 from model.runs import Runs, read_study
 from techniques.attribution.logits import attribution
 from techniques.features.preflight import sae_identities
@@ -35,7 +36,8 @@ def identities(model: Model, study: Study) -> Generator[Progress, None, tuple[tu
     rows.append(patch_nothing(runs, study.base))
     rows.append((yield from patch_everything(runs, study)))
     yield Progress(3, STEPS, "noise floor")
-    rows.append((yield from noise_floor(runs, study)))
+    rows.append((yield from patch_itself(runs, study)))
+    rows.append((yield from metric_floor(runs)))
     yield Progress(4, STEPS, "Hugging Face's own forward pass")
     rows.append(hugging_face(model, ids))
     if study.saes:
@@ -86,8 +88,17 @@ def patch_everything(runs: Runs, study: Study) -> Generator[Progress, None, Iden
     return model.identity(name, got, want, "L0.resid_pre at all positions")
 
 
-def noise_floor(runs: Runs, study: Study) -> Generator[Progress, None, Identity]:
-    """What a patch of every head, MLP and residual point with its own value does to the logits: effects below this are noise."""
+def metric_floor(runs: Runs) -> Generator[Progress, None, Identity]:
+    """The metric's noise floor on this prompt: a figure, not an identity."""
+    name, kind = "noise floor of the metric", runs.study.metric.kind
+    if kind not in ("kl", "loss") and not runs.answers or kind in ("logit_diff", "prob_diff") and not runs.foils:
+        return Identity(name, math.nan, math.nan, None, f"{kind} needs an answer" + " and a foil" * kind.endswith("diff"))
+    floor = yield from noise_floor([runs])
+    return Identity(name, floor, math.nan, None, f"of {kind}: twice its standard deviation over roundings of the run; smaller changes are noise")
+
+
+def patch_itself(runs: Runs, study: Study) -> Generator[Progress, None, Identity]:
+    """What a patch of every head, MLP and residual point with its own value does to the logits: nothing."""
     model = runs.model
     sites = ("resid_pre", "attn", "mlp", "resid_post") + (() if model.parallel else ("resid_mid",))
     nodes = [Node(s, layer) for layer in range(model.info.n_layers) for s in sites]
@@ -95,7 +106,7 @@ def noise_floor(runs: Runs, study: Study) -> Generator[Progress, None, Identity]
     same = replace(study.prompt, corrupt=study.prompt.clean)
     own = yield from prepare(model, replace(study, prompt=same, interventions=tuple(Intervention(n, "patch") for n in nodes), base="clean"))
     ids = t.tensor([own.row("clean").ids])
-    return model.identity("noise floor: patch with its own value", logits(model, ids, own.edits), logits(model, ids), f"{len(nodes)} nodes at once")
+    return model.identity("patch with its own value = the run itself", logits(model, ids, own.edits), logits(model, ids), f"{len(nodes)} nodes at once")
 
 
 @t.no_grad()

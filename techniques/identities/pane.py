@@ -1,5 +1,7 @@
 """The honesty panel: the identities, checked on the loaded model and prompt."""
 
+import math
+
 from techniques.identities.requests import Identities
 from vocabulary.requests import Identity
 from screen.keys import LOUPE, Action
@@ -33,7 +35,13 @@ def identity_rows(rows: tuple[Identity, ...]) -> list[Spans]:
     lines: list[Spans] = []
     for r in rows:
         mark, style = ("✓", GOOD) if r.ok else ("·", DIM) if r.ok is None else ("✗", BAD)
-        error = "not applicable" if r.ok is None else f"{r.error:.1e} ≤ {r.tolerance:.0e}" if r.ok else f"{r.error:.1e} > {r.tolerance:.0e}"
+        error = (
+            ("not applicable" if math.isnan(r.error) else f"{r.error:.1e}")
+            if r.ok is None
+            else f"{r.error:.1e} ≤ {r.tolerance:.0e}"
+            if r.ok
+            else f"{r.error:.1e} > {r.tolerance:.0e}"
+        )
         lines.append(
             [
                 (f" {mark} ", style),

@@ -49,7 +49,8 @@ def sweep(model: Model, ask: Sweep) -> Generator[Progress | SweepResult, None, S
                     yield board.result(False)
 
     yield from over_bases(plan, fill, more, board.forget)
-    return board.result(True)
+    yield board.result(False)
+    return (yield from board.finish())
 
 
 def rounds(plan: Plan, base: Base, board: SweepTable) -> Generator[Progress, None, list[list[Variant]]]:

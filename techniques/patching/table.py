@@ -2,27 +2,29 @@
 
 import math
 import time
+from collections.abc import Generator
 from dataclasses import replace
 
 import numpy as np
 import torch as t
 
+from model.noise import known_floor, noise_floor
 from model.variants import Base, Variant
 from techniques.patching import feature_sweep
 from techniques.patching.plan import Plan
-from techniques.patching.requests import SWEEP_OPS, SWEEPS, SweepResult
+from techniques.patching.requests import ESTIMATES, SWEEP_OPS, SWEEPS, SweepResult
 from vocabulary.nodes import UserError, parse_node
 from vocabulary.prompts import METRICS
 from vocabulary.progress import time_left
 from vocabulary.requests import Progress
-from vocabulary.statistics import paired_effects
+from vocabulary.statistics import paired_effects, smallest_p
 
 
 class SweepTable:
     """The table as it fills: every prompt's metric in every cell."""
 
-    def __init__(self, plan: Plan, method: str = "truth"):
-        self.plan, self.method, layout = plan, method, plan.layout
+    def __init__(self, plan: Plan, method: str = "truth", how: str = ""):
+        self.plan, self.method, self.how, layout = plan, method, how, plan.layout
         self.shape = len(layout.rows), len(layout.cols)
         self.cells = [r * self.shape[1] + c for r, c in layout.cells]
         n = len(plan.runs)
@@ -78,6 +80,11 @@ class SweepTable:
         device = self.plan.model.device
         return (t.cuda.max_memory_allocated(device) if device.type == "cuda" else self.peak) / 2**20
 
+    def finish(self) -> Generator[Progress, None, SweepResult]:
+        """The whole table, with the noise floor: measured last, so that no cell waits for it."""
+        yield from noise_floor(self.plan.runs)
+        return self.result(True)
+
     def result(self, whole: bool) -> SweepResult:
         """Means over the prompts that are done; the rest with the whole table."""
         plan, ask, layout = self.plan, self.plan.ask, self.plan.layout
@@ -93,12 +100,15 @@ class SweepTable:
         if whole and ask.over_set:
             stats = {k: table(v) for k, v in paired_effects(self.values, self.sides[0], ask.seed).items()}
             every = self.values.astype(np.float32).reshape(-1, *self.shape)
-        stats = {k: stats.get(k, empty) for k in ("std", "low", "high", "p")}
+            warning = "; ".join(w for w in (warning, too_few(len(self.values), len(self.cells))) if w)
+        stats = {k: stats.get(k, empty) for k in ("std", "low", "high", "p", "holm")}
+        floor = known_floor(plan.runs)
         return SweepResult(
             ask.kind, ask.op, ask.direction, ask.effect, self.method, layout.rows, layout.cols, layout.nodes, plan.runs[0].row(plan.side),
             table(mean), table(normalised), base, clean, None if math.isnan(corrupt) else corrupt, self.done, self.total, **stats, per_prompt=every,
             prompts=tuple(i for i, _ in plan.members) if ask.over_set else (), mechanism=mechanism(plan, self.reason, self.method), at_once=self.at_once,
-            warning=warning, convention=convention(plan, self.method), peak_mb=round(self.peak_mb, 1),
+            warning=warning, convention=convention(plan, self.method, self.how), peak_mb=round(self.peak_mb, 1),
+            floor=floor,
         )  # fmt: skip
 
 
@@ -120,6 +130,12 @@ def normalise(mean: np.ndarray, base: float, sides: np.ndarray) -> tuple[np.ndar
     return (mean - corrupt.mean()) / gap, words
 
 
+def too_few(prompts: int, cells: int) -> str:
+    """Where no cell can be significant once p is corrected, the words that say so."""
+    floor = smallest_p(prompts, cells) if prompts > 1 else 1.0
+    return f"{prompts} prompts give no p below {floor:.2g}, so that none of {cells} cells can have a corrected p below .05" if floor * cells >= 0.05 else ""
+
+
 # ------------------------------------------------------------------ words
 
 
@@ -131,8 +147,8 @@ def mechanism(plan: Plan, reason: str, method: str) -> str:
     return f"whole forward passes under hooks: {reason}" if reason else "resumed at the changed layer"
 
 
-def convention(plan: Plan, method: str) -> str:
-    """What matters first: it is a pane's title."""
+def convention(plan: Plan, method: str, how: str = "") -> str:
+    """What matters first: it is a pane's title. `how` says where an estimate's gradients are taken."""
     ask, model = plan.ask, plan.model
     metric = ask.study.metric
     assert metric.kind in METRICS
@@ -149,10 +165,14 @@ def convention(plan: Plan, method: str) -> str:
     if ask.effect == "direct":
         parts.append("direct effect: later attention, MLPs and norm scales as in the base run")
         parts += ["through the head's own z"] * (ask.kind in ("q", "k", "v", "pattern"))
-    elif method == "truth":
+    elif method != "truth":
+        parts += [ESTIMATES[method], how]
+    else:
         parts.append("total effect: everything after the node recomputed")
     if ask.over_set:
-        parts.append(f"mean over {len(plan.runs)} prompts, ratio of means; spread, interval and p of the effect, paired by prompt")
+        parts.append(
+            f"mean over {len(plan.runs)} prompts, ratio of means; spread, interval and p (sign flips; corrected by Holm for {len(plan.layout.cells)} cells) of the effect, paired by prompt"
+        )
     if ask.kind == "q" or ask.kind == "k":
         parts += ["before the rotation"] * (model.info.positions == "rotary")
     if ask.kind in ("k", "v") and model.info.n_kv_heads < model.info.n_heads:
@@ -166,4 +186,4 @@ def convention(plan: Plan, method: str) -> str:
         parts.append(f"patched across an alignment, {how}; positions without partner stay as they are")
     if plan.study.interventions:
         parts.append(f"base run under {', '.join(str(i) for i in plan.study.interventions)}")
-    return " · ".join(parts)
+    return " · ".join(p for p in parts if p)

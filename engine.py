@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import techniques
-from utils import ROOT, settings, tec
+from utils import ROOT, setting_of_megabytes, tec
 from vocabulary.nodes import UserError
 from vocabulary.requests import Check, Failure, Load, ModelChoice, Models, ModelsResult, Progress, Status, StatusResult
 from vocabulary.wire import Frame, WireError, door, encode, needs_model, read_frame
@@ -107,9 +107,7 @@ class Engine:
             import_model()
         from model import loading
 
-        megabytes = settings().get("LOUPE_CACHE_MB") or "512"
-        if not megabytes.isdigit():
-            raise UserError(f"LOUPE_CACHE_MB in .env (or .env.local) is {megabytes!r}: write a number of megabytes")
+        megabytes = setting_of_megabytes("LOUPE_CACHE_MB", 512)
 
         def forget() -> None:
             self.swap()
@@ -119,7 +117,7 @@ class Engine:
 
         if self.model is not None and self.loaded == request:
             return self.model.info
-        self.model = yield from loading.load(request, int(megabytes), forget)
+        self.model = yield from loading.load(request, megabytes, forget)
         self.loaded = request
         return self.model.info
 

@@ -145,7 +145,7 @@ def open_circuit(app: Host, path: Path) -> None:
 
 
 def file_of(circuit: Circuit, suffix: str) -> Path:
-    return FOLDER / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', circuit.name)}{suffix}"
+    return FOLDER / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', circuit.name)[:100]}{suffix}"
 
 
 def save_circuit(app: Host) -> None:

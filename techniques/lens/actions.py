@@ -3,9 +3,9 @@
 import re
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from techniques.lens.requests import TuneLens
+from vocabulary.files import user_path, whole_number
 from screen.overlays import Editor, Item, Panel, Picker
 from screen.pane import Host, Pane
 from screen.pictures import RUN_NAMES, chart as line_chart
@@ -23,7 +23,7 @@ def choose_lens(pane: Pane, app: Host) -> None:
 
     def chosen(item: Item | None, typed: str) -> None:
         kind, _, artefact = typed.strip().partition(" ") if item is None else (item.key, "", item.value)
-        app.guard(lambda: app.act("lens", kind=kind, artefact=artefact.strip()))
+        app.act("lens", kind=kind, artefact=artefact.strip())
 
     app.open(Picker("lens (or type: tuned FOLDER, jacobian FILE; F fits a tuned lens)", items, chosen, free=True))
 
@@ -34,9 +34,9 @@ def fit(pane: Pane, app: Host) -> None:
 
     def accept(values: list[str]) -> str:
         text, out, steps = values
-        if not steps.isdigit() or int(steps) < 1:
+        if (count := whole_number(steps) or 0) < 1:
             return "steps: a positive whole number"
-        request = TuneLens(text, out, int(steps), resume=(Path(out) / "checkpoint.safetensors").exists())
+        request = TuneLens(text, out, count, resume=(user_path(out) / "checkpoint.safetensors").exists())
         app.requests.ask("fit", request, fitted, 2, cancelled="the fit was cancelled; F again goes on from its checkpoint")
         return ""
 

@@ -24,7 +24,7 @@ from model.runs import Runs, read_study
 from model.variants import Base
 from techniques.patching import feature_sweep
 from techniques.patching.requests import SWEEP_OPS, SWEEPS, Sweep
-from utils import settings
+from utils import setting_of_megabytes
 from vocabulary.nodes import Node, UserError, parse_node
 from vocabulary.prompts import Prompt, Study
 from vocabulary.requests import Progress
@@ -232,10 +232,7 @@ def drop_unaligned(layout: Layout, ask: Sweep, sides: list[tuple[int, ...] | Non
 def chunk_bytes(model: Model, megabytes: int) -> int:
     """Bytes of activations at once: asked for, or LOUPE_SWEEP_MB of .env, or a third of what an accelerator has free."""
     if not megabytes:
-        text = settings().get("LOUPE_SWEEP_MB") or "0"
-        if not text.isdigit():
-            raise UserError(f"LOUPE_SWEEP_MB in .env is {text!r}: write a number of megabytes")
-        megabytes = int(text)
+        megabytes = setting_of_megabytes("LOUPE_SWEEP_MB", 0)
     if megabytes:
         return megabytes << 20
     return t.cuda.mem_get_info(model.device)[0] // 3 if model.device.type == "cuda" else CHUNK_MB << 20

@@ -21,6 +21,7 @@ from model.memory import first_line, out_of_memory
 from model.sae import SparseAutoencoder
 from model.sae_catalogue import canonical, directory, known_models
 from utils import ROOT, settings
+from vocabulary.files import user_path
 from vocabulary.nodes import UserError
 from vocabulary.requests import Progress
 
@@ -31,7 +32,7 @@ def find(source: str) -> Path | None:
     """The folder of a source, or None for one of sae_lens's list."""
     if not source:
         raise UserError("no SAE is named: give a folder, zoo/NAME, or RELEASE:ID of sae_lens's list")
-    folder = ROOT / "zoo" / "saes" / source.removeprefix("zoo/") if source.startswith("zoo/") else Path(source).expanduser()
+    folder = ROOT / "zoo" / "saes" / source.removeprefix("zoo/") if source.startswith("zoo/") else user_path(source)
     folder = folder if folder.is_absolute() or folder.is_dir() else ROOT / folder
     if folder.is_dir():
         if not (folder / "cfg.json").is_file():

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vocabulary.circuit import check_receivers, Circuit, COMBINE, combined, grouped, LOGITS, parse_edge, toggled
+from vocabulary.files import user_path
 from vocabulary.nodes import ABLATIONS, FROM_SET, Intervention, parse_intervention, UserError
-from vocabulary.prompts import ALIGNMENTS, Metric, METRICS, Prompt, RUNS, Study, WHICH
+from vocabulary.prompts import ALIGNMENTS, Metric, METRICS, Prompt, read_place, RUNS, Study, WHICH
 from vocabulary.requests import Load
 from vocabulary.wire import from_json, to_json
 from utils import ROOT
@@ -105,7 +106,7 @@ def go(state: State, index: int) -> State:
 
 
 def metric(state: State, kind: str, pos: int | str = "END") -> State:
-    return dataclasses.replace(state, metric=Metric(one_of(kind, METRICS, "metric"), pos))
+    return dataclasses.replace(state, metric=Metric(one_of(kind, METRICS, "metric"), read_place(str(pos))))
 
 
 def base(state: State, value: str) -> State:
@@ -325,7 +326,7 @@ class Session:
 
 def read_session(path: str | Path) -> tuple[Session, str]:
     """The session of a file, and a warning ("" when the whole file was read). A damaged file is kept; its session goes on in a new one."""
-    path = Path(path).expanduser()
+    path = user_path(path)
     if not path.is_file():
         raise UserError(f"no session at {path}: give a .jsonl file of {SESSIONS.name}/")
     lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")

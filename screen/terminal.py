@@ -64,11 +64,12 @@ class Parser(XTermParser):
             return []
         held, self.held = self.held, ""
         if self.paste is not None:
+            self.paste.append(held)
             return [self.end_paste()]
         return [m for c in held if len(held) < 3 for m in self.unit(c)]
 
     def read(self, data: str) -> Iterator[Message]:
-        if self.held == "\x1b" and data[0] not in "\x1b[O":  # escape, and then another key
+        if self.paste is None and self.held == "\x1b" and data[0] not in "\x1b[O":  # escape, and then another key
             self.held = ""
             yield from self.unit("\x1b")
         data, self.held, at = self.held + data, "", 0
@@ -87,12 +88,14 @@ class Parser(XTermParser):
                 self.held = data[at:]
                 self.until = get_time() + (REST_OF_SEQUENCE if self.held.strip("\x1b") else constants.ESCAPE_DELAY)
                 return
-            else:
-                yield from self.unit("\x1b")  # it begins nothing
+            elif data.startswith("\x1b\x1b", at):
+                yield from self.unit("\x1b")
                 at += 1
+            else:  # a sequence that is none
+                at += 2
 
     def begin_paste(self, marked: bool) -> None:
-        self.paste, self.pasted, self.marked = [], 0, marked
+        self.paste, self.pasted, self.marked, self.until = [], 0, marked, get_time() + (NO_MARK if marked else SILENCE)
 
     def read_paste(self, data: str) -> Generator[Message, None, int]:
         """The part of a paste in `data`; returns where it ends."""

@@ -35,7 +35,7 @@ def user_path(text: str | Path) -> Path:
 
 
 def read_text(path: Path) -> str:
-    """A file's text. UserError where it can't be read, is no file, or is not UTF-8 (which byte, on which line)."""
+    """A file's text, with \\n for every newline. UserError where it can't be read, is no file, or is not UTF-8 (which byte, on which line)."""
     try:
         if not path.is_file():
             raise UserError(f"{path} is not a file")
@@ -45,7 +45,7 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from error
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         at = error.start - data.rfind(b"\n", 0, error.start)

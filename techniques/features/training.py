@@ -20,6 +20,7 @@ from model.loading import TINY
 from model.memory import first_line, in_chunks
 from model.places import hook_name
 from techniques.features.requests import TrainSae, TrainSaeResult
+from vocabulary.files import user_path
 from vocabulary.nodes import AddressError, Node, UserError, parse_node
 from vocabulary.requests import Progress
 
@@ -276,7 +277,7 @@ def make_folder(out: Path) -> None:
 
 def train(model: Model, ask: TrainSae) -> Generator[Progress, None, TrainSaeResult]:
     """Train an SAE on a text file. A tenth of the text is held out. A cancelled run leaves a checkpoint, and its resumed run is the same run."""
-    out = Path(ask.out).expanduser()
+    out = user_path(ask.out)
     check(ask, out)
     read_hook(model, ask.hook)
     file = corpus(ask.text)
@@ -289,7 +290,7 @@ def train(model: Model, ask: TrainSae) -> Generator[Progress, None, TrainSaeResu
 
 def fit(model: Model, ask: TrainSae, rows: Tensor, held: Tensor, text: str) -> Generator[Progress, None, TrainSaeResult]:
     """Train on token ids [n, length]: `rows` to train on, `held` to measure on; `text` names them. Writes the SAE's folder."""
-    start, out = time.time(), Path(ask.out).expanduser()
+    start, out = time.time(), user_path(ask.out)
     check(ask, out)
     node, name = read_hook(model, ask.hook)
     yield Progress(0, 0, "importing sae_lens")
@@ -325,7 +326,7 @@ def fit(model: Model, ask: TrainSae, rows: Tensor, held: Tensor, text: str) -> G
 
 def run(model: Model, ask: TrainSae, rows: Tensor, name: str, recipe: str) -> Generator[Progress, None, tuple]:
     """All steps: sae_lens's trainer and the losses. The checkpoint holds them at the end, now and then before, and when the run is cancelled."""
-    steps, out, due = ask.tokens // ask.batch, Path(ask.out).expanduser(), time.time() + SAVE_EVERY
+    steps, out, due = ask.tokens // ask.batch, user_path(ask.out), time.time() + SAVE_EVERY
     trainer, losses, said = None, [], "starting"
     try:
         if ask.resume:

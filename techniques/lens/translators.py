@@ -16,12 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model.artefacts import BROKEN, CHECKPOINT, corpus, save, unembed_hash, windows
+from model.artefacts import BROKEN, CHECKPOINT, corpus, save, unembed_hash, why_broken, windows
 from model.bridge import FINAL, Model
-from model.loading import is_hub_name
+from model.loading import is_hub_name, read_json
 from model.memory import first_line
 from techniques.lens.requests import FitJacobian, FitJacobianResult, TuneLens, TuneLensResult
 from utils import ROOT, settings
+from vocabulary.files import user_path
 from vocabulary.nodes import Node, UserError
 from vocabulary.requests import Progress
 
@@ -99,7 +100,7 @@ def fetch(model: Model, name: str, **where) -> Path:
 
 def find_tuned(model: Model, artefact: str) -> Generator[Progress, None, Path]:
     """The file of parameters: in the folder named, beside the model, or in the tuned lens' hub space under the model's name."""
-    path = Path(artefact).expanduser() if artefact else model.folder / "tuned_lens"
+    path = user_path(artefact) if artefact else model.folder / "tuned_lens"
     path = path.parent if path.is_file() else path
     if path.is_dir():
         files = [path / n for n in ("params.safetensors", "params.pt") if (path / n).is_file()]
@@ -119,10 +120,10 @@ def read_tuned(model: Model, file: Path) -> Translators:
     folder, info = file.parent, model.info
     what = f"the tuned lens {folder}"
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
         size = {n: int(config[n]) for n in ("d_model", "num_hidden_layers")}
-        name, its_hash = config.get("base_model_name_or_path"), config.get("unembed_hash")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        name, its_hash = (x if isinstance(x := config.get(n), str) else None for n in ("base_model_name_or_path", "unembed_hash"))
+    except (UserError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{what} has a config.json that can't be read ({type(error).__name__}: {first_line(error)})") from error
     if config.get("lens_type", "linear_tuned_lens") != "linear_tuned_lens":
         raise UserError(f"{what} is of type {config['lens_type']!r}: Loupe reads linear tuned lenses")
@@ -136,7 +137,7 @@ def read_tuned(model: Model, file: Path) -> Translators:
         state = load_file(file) if file.suffix == ".safetensors" else t.load(file, map_location="cpu", weights_only=True)
         state = {k.removeprefix("layer_translators."): v.float() for k, v in state.items()}
     except BROKEN as error:
-        raise UserError(f"{file} is truncated or not a tuned lens ({first_line(error)}): copy or download it again") from error
+        raise UserError(f"{file} is truncated or not a tuned lens ({why_broken(error)}): copy or download it again") from error
     wanted = {f"{i}.weight": (info.d_model, info.d_model) for i in range(info.n_layers)}
     if config.get("bias", True):
         wanted |= {f"{i}.bias": (info.d_model,) for i in range(info.n_layers)}
@@ -266,7 +267,7 @@ def tune(model: Model, ask: TuneLens) -> Generator[Progress, None, TuneLensResul
     if FINAL not in model.points:
         raise UserError(f"{model.info.architecture} has no final norm that Loupe knows: there is no lens on it")
     [model.point(n) for n in stream_names(model)]
-    start, file, out, info = time.time(), corpus(ask.text), Path(ask.out).expanduser(), model.info
+    start, file, out, info = time.time(), corpus(ask.text), user_path(ask.out), model.info
     rows = windows(model, file, ask.length, ask.seed)
     n_held = min(HELD_OUT, max(1, len(rows) // 10))
     held, rows = rows[:n_held], rows[n_held:]
@@ -311,7 +312,7 @@ def tune(model: Model, ask: TuneLens) -> Generator[Progress, None, TuneLensResul
 def find_jacobian(model: Model, artefact: str) -> Generator[Progress, None, Path]:
     from transformer_lens.tools.analysis import jacobian_lens
 
-    path = Path(artefact).expanduser() if artefact else model.folder / "jacobian_lens.pt"
+    path = user_path(artefact) if artefact else model.folder / "jacobian_lens.pt"
     if path.is_file():
         return path
     if path.is_dir():
@@ -336,7 +337,7 @@ def read_jacobian(model: Model, file: Path) -> Translators:
             warnings.simplefilter("ignore")
             lens = JacobianLens.load(str(file))
     except BROKEN as error:
-        raise UserError(f"{file} is truncated or not a Jacobian lens ({first_line(error)}): copy or download it again") from error
+        raise UserError(f"{file} is truncated or not a Jacobian lens ({why_broken(error)}): copy or download it again") from error
     skip = lens.metadata.get("skip_first_positions", 16)
     is_this_model(model, what, lens.metadata.pop("model_name", None), lens.metadata.get("unembed_hash"))
     try:
@@ -355,7 +356,7 @@ def fit_jacobian(model: Model, ask: FitJacobian) -> Generator[Progress, None, Fi
     """TransformerLens's fit, a prompt at a time so that it can be cancelled between two; the mean is merged by its own function."""
     from transformer_lens.tools.analysis.jacobian_lens import JacobianLens
 
-    start, file, out = time.time(), corpus(ask.text), Path(ask.out).expanduser()
+    start, file, out = time.time(), corpus(ask.text), user_path(ask.out)
     if ask.prompts < 1 or not 0 <= ask.skip < ask.length - 2:
         raise UserError("a fit needs at least one prompt, and length must be larger than skip + 2")
     if model.info.n_layers < 2:

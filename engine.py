@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import techniques
-from utils import ROOT, settings, tec
+from utils import ROOT, setting_of_megabytes, tec
 from vocabulary.nodes import UserError
 from vocabulary.requests import Check, Failure, Load, ModelChoice, Models, ModelsResult, Progress, Status, StatusResult
 from vocabulary.wire import Frame, WireError, door, encode, needs_model, read_frame
@@ -110,9 +110,7 @@ class Engine:
             import_model()
         from model import loading
 
-        megabytes = settings().get("LOUPE_CACHE_MB") or "512"
-        if not megabytes.isdigit():
-            raise UserError(f"LOUPE_CACHE_MB in .env (or .env.local) is {megabytes!r}: write a number of megabytes")
+        megabytes = setting_of_megabytes("LOUPE_CACHE_MB", 512)
 
         def forget() -> None:
             self.swap()
@@ -123,7 +121,7 @@ class Engine:
         if self.model is not None and self.loaded == request:
             return self.model.info
         held = lambda device: self.model.weight_bytes + self.model.cache.size if self.model and self.model.device.type == device.type else 0  # noqa: E731
-        self.model = yield from loading.load(request, int(megabytes), forget, held)
+        self.model = yield from loading.load(request, megabytes, forget, held)
         self.loaded = request
         return self.model.info
 

@@ -2,7 +2,6 @@
 
 import copy
 import io
-import json
 import math
 import queue
 import re
@@ -35,6 +34,7 @@ from model.checks import self_check
 from model.devices import filled_by_others, pick_device, unused_gpu
 from model.memory import OutOfMemory, first_line, free_bytes, is_out_of_memory
 from utils import ROOT, settings, show_bytes
+from vocabulary.typed import parse_json, read_text, user_path
 from vocabulary.nodes import UserError
 from vocabulary.requests import Load, Progress
 
@@ -56,7 +56,7 @@ def is_hub_name(name: str) -> bool:
 
 def find_folder(name: str, weights: bool = True) -> Generator[Progress, None, Path]:
     """The folder of `zoo`, of a path or of a hub name (downloaded first when the hub cache lacks it)."""
-    path = ROOT / "zoo" if name == "zoo" else Path(name).expanduser()
+    path = ROOT / "zoo" if name == "zoo" else user_path(name)
     if path.is_dir():
         return path
     if path.exists():
@@ -126,9 +126,9 @@ def download(name: str, patterns: list[str], token: str | bool) -> Generator[Pro
 def read_json(path: Path) -> dict:
     """A file's JSON object. UserError where it can't be read or holds something else."""
     try:
-        obj = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read ({first_line(error)}): copy or download the model again") from error
+        obj = parse_json(read_text(path))
+    except UserError as error:
+        raise UserError(f"{path} can't be read ({error}): copy or download the model again") from error
     if not isinstance(obj, dict):
         raise UserError(f"{path} does not hold a JSON object: copy or download the model again")
     return obj

@@ -17,7 +17,7 @@ from weakref import WeakSet
 import torch as t
 from safetensors import SafetensorError
 
-from utils import settings, show_bytes, tec
+from utils import setting_of_megabytes, show_bytes, tec
 from vocabulary.nodes import UserError
 from vocabulary.requests import ModelInfo, Progress
 
@@ -214,12 +214,7 @@ def limit_free() -> int | None:
 
 def chunk_bytes(device: t.device, megabytes: int = 0) -> int:
     """Bytes of activations at once: asked for, or LOUPE_SWEEP_MB of .env, or a third of what an accelerator has free."""
-    if not megabytes:
-        text = settings().get("LOUPE_SWEEP_MB") or "0"
-        if not text.isdigit():
-            raise UserError(f"LOUPE_SWEEP_MB in .env is {text!r}: write a number of megabytes")
-        megabytes = int(text)
-    if megabytes:
+    if megabytes := megabytes or setting_of_megabytes("LOUPE_SWEEP_MB", 0):
         return megabytes << 20
     return t.cuda.mem_get_info(device)[0] // 3 if device.type == "cuda" else CHUNK_MB << 20
 

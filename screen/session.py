@@ -10,7 +10,6 @@ import dataclasses
 import datetime
 import hashlib
 import json
-import re
 import tempfile
 import typing
 from collections.abc import Callable
@@ -21,8 +20,8 @@ import msgspec
 
 from vocabulary.circuit import check_receivers, Circuit, COMBINE, combined, grouped, LOGITS, parse_edge, toggled
 from vocabulary.files import folder, reason, typed_path
-from vocabulary.nodes import ABLATIONS, FROM_SET, Intervention, LABEL, parse_intervention, UserError
-from vocabulary.prompts import ALIGNMENTS, Metric, METRICS, Prompt, RUNS, Study, WHICH
+from vocabulary.nodes import ABLATIONS, FROM_SET, Intervention, parse_intervention, UserError
+from vocabulary.prompts import ALIGNMENTS, Metric, METRICS, Prompt, read_place, RUNS, Study, WHICH
 from vocabulary.requests import Load
 from vocabulary.wire import from_json, to_json
 from screen.log import encoded, FORMAT, Line, Log, new_path, read_lines
@@ -116,9 +115,7 @@ def go(state: State, index: int) -> State:
 
 
 def metric(state: State, kind: str, pos: int | str = "END") -> State:
-    if not (type(pos) is int and abs(pos) < 1 << 31 or isinstance(pos, str) and re.fullmatch(LABEL, pos)):
-        raise UserError(f"{str(pos)[:30]!r} is not a position: write a number such as 10 or -1, or a label such as END or S2")
-    return dataclasses.replace(state, metric=Metric(one_of(kind, METRICS, "metric"), pos))
+    return dataclasses.replace(state, metric=Metric(one_of(kind, METRICS, "metric"), read_place(str(pos))))
 
 
 def base(state: State, value: str) -> State:

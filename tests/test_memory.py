@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch as t
-from conftest import build
 from safetensors import SafetensorError
 from test_tuned import text  # noqa: F401
 
@@ -26,7 +25,7 @@ from model.memory import OutOfMemory, is_out_of_memory, out_of_memory
 from techniques.attention.requests import AttentionSet
 from techniques.attribution.requests import AttributionSet
 from techniques.circuits.requests import Discover, PathPatch, Score
-from techniques.features.requests import Examples, TrainSae
+from techniques.features.requests import TrainSae
 from techniques.lens.requests import FitJacobian, Lens, TuneLens
 from techniques.output.requests import Run
 from techniques.patching.requests import Estimate, Sweep

@@ -17,9 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model.artefacts import BROKEN, CHECKPOINT, corpus, save, unembed_hash, windows
+from model.artefacts import BROKEN, CHECKPOINT, corpus, save, unembed_hash, why_broken, windows
 from model.bridge import FINAL, Model
-from model.loading import is_hub_name
+from model.loading import is_hub_name, read_json
 from model.memory import Chunks, first_line, halved, is_out_of_memory, out_of_memory, ran_out
 from techniques.lens.requests import FitJacobian, FitJacobianResult, TuneLens, TuneLensResult
 from utils import ROOT, settings
@@ -121,10 +121,10 @@ def read_tuned(model: Model, file: Path) -> Translators:
     folder, info = file.parent, model.info
     what = f"the tuned lens {folder}"
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
         size = {n: int(config[n]) for n in ("d_model", "num_hidden_layers")}
-        name, its_hash = config.get("base_model_name_or_path"), config.get("unembed_hash")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        name, its_hash = (x if isinstance(x := config.get(n), str) else None for n in ("base_model_name_or_path", "unembed_hash"))
+    except (UserError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{what} has a config.json that can't be read ({type(error).__name__}: {first_line(error)})") from error
     if config.get("lens_type", "linear_tuned_lens") != "linear_tuned_lens":
         raise UserError(f"{what} is of type {config['lens_type']!r}: Loupe reads linear tuned lenses")
@@ -140,7 +140,7 @@ def read_tuned(model: Model, file: Path) -> Translators:
     except BROKEN as error:
         if is_out_of_memory(error):
             raise
-        raise UserError(f"{file} is truncated or not a tuned lens ({first_line(error)}): copy or download it again") from error
+        raise UserError(f"{file} is truncated or not a tuned lens ({why_broken(error)}): copy or download it again") from error
     wanted = {f"{i}.weight": (info.d_model, info.d_model) for i in range(info.n_layers)}
     if config.get("bias", True):
         wanted |= {f"{i}.bias": (info.d_model,) for i in range(info.n_layers)}
@@ -374,7 +374,7 @@ def read_jacobian(model: Model, file: Path) -> Translators:
     except BROKEN as error:
         if is_out_of_memory(error):
             raise
-        raise UserError(f"{file} is truncated or not a Jacobian lens ({first_line(error)}): copy or download it again") from error
+        raise UserError(f"{file} is truncated or not a Jacobian lens ({why_broken(error)}): copy or download it again") from error
     skip = lens.metadata.get("skip_first_positions", 16)
     is_this_model(model, what, lens.metadata.pop("model_name", None), lens.metadata.get("unembed_hash"))
     try:

@@ -5,6 +5,7 @@ Kept are every block's input, the keys and values, the hook points that will be 
 The self-checks at the end of `begin` decide whether a model's blocks can be run one by one at all.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -133,6 +134,7 @@ class BaseRun:
         notes.slow = self.slow = notes.slow or [slow_modules(b) for b in self.model.bridge.blocks]
         self.reason = "asked for" if plain else ""
         self.at_once = self.peak = 0  # the most variants in one batch, and its bytes as `room` counts them
+        self.most = math.inf  # variants at a time, once memory ran out
         self.worked, self.work = 0, 1  # tokens through a block: done, and all of them
         self.run(names, beside)
 

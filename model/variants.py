@@ -223,10 +223,10 @@ class Base(ChangedBlocks):
             part = group[i:stop]
             return (part, self.whole(part)) if self.reason else self.paused(part, self.packed(part) if pack else self.wave(part, start))
 
-        def smaller(size: int) -> None:
-            self.limit = min(self.limit, size * length * self.token_bytes())  # the groups that follow begin with what fits
+        def smaller(size: int) -> None:  # for the groups that follow, and for other prompts
+            self.most, self.limit = size, min(self.limit, size * length * self.token_bytes())
 
-        for out in Chunks("runs", fits, smaller).over(len(group), work):
+        for out in Chunks("runs", lambda i: min(fits(i), self.most), smaller).over(len(group), work):
             if not isinstance(out, Progress):
                 n, begun = len(out[0]), True
                 self.at_once, self.peak = max(self.at_once, n), max(self.peak, n * length * self.token_bytes())

@@ -8,9 +8,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-
-import conftest
+import conftest  # which finds the project
 import numpy as np
 import torch as t
 

@@ -22,6 +22,8 @@ def typed_path(text: str | Path) -> Path:
     if not (typed := str(text).strip()):
         raise UserError("the name of the file or folder is empty: type one")
     try:
+        if "\0" in typed:
+            raise ValueError("it has a null byte")
         path = Path(typed).expanduser()
         there = path.exists()
     except (RuntimeError, ValueError, OSError) as error:

@@ -120,11 +120,12 @@ def restart(app: Host) -> None:
 
 def where_written(app: Host) -> None:
     session = app.session
-    app.say(
-        f"this session is {session.path}: {session.actions} actions, written as they happen; uv run tui.py --resume opens it again"
-        if session.written
-        else "nothing has been done yet: the first action starts the session file"
-    )
+    if not session.actions:
+        app.say("nothing has been done yet: the first action starts the session file")
+    elif session.log.waiting:
+        app.say(f"{session.log.waiting} lines of this session could not be written to {session.path}", BAD)
+    else:
+        app.say(f"this session is {session.path}: {session.actions} actions, written as they happen; uv run tui.py --resume opens it again")
 
 
 def actions_in(file: Path) -> str:

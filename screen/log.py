@@ -117,7 +117,7 @@ class Log:
             self.append(b"".join(self.lines[self.saved :]))
         except OSError as error:
             self.cut()
-            return f"NOT SAVED: {self.path} can't be written ({reason(error)}); what you do is kept in memory and written with your next action: free space"
+            return f"NOT SAVED ({reason(error)}): what you do is kept in memory, and written with your next action"
         self.saved = len(self.lines)
         return self.word
 

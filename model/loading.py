@@ -201,7 +201,7 @@ def read_tokenizer(folders: list[Path]) -> transformers.PreTrainedTokenizerBase:
                     read_json(file)
             try:
                 return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            except (ValueError, OSError, KeyError, TypeError) as error:
+            except Exception as error:  # tokenizers raises nothing narrower
                 raise UserError(f"the tokenizer of {folder} can't be read: {first_line(error)}") from error
     raise UserError(f"{folders[0]} has no tokenizer (tokenizer.json): copy the tokenizer files of its base model there")
 

@@ -23,7 +23,7 @@ from textual.drivers.linux_driver import LinuxDriver
 from textual.message import Message
 
 BURST = 512  # characters of one read that are a paste, in a terminal that does not mark pastes
-SILENCE = 0.1  # seconds that end such a burst
+SILENCE = 0.25  # seconds that end such a burst
 NO_MARK = 5.0  # seconds after which a paste ends that the terminal began and did not end
 REST_OF_SEQUENCE = 0.5  # seconds in which the rest of a begun escape sequence may come, over a slow line
 MOST_PASTED = 1 << 20  # characters of one paste that are kept

@@ -106,7 +106,7 @@ WRONG = (
     ["preflight"],
     ["feature-graph", *IOI],
 )
-VOLATILE = {"seconds", "expected", "peak_mb", "cached"}
+VOLATILE = {"seconds", "expected", "peak_mb", "cached", "floor"}
 SESSION = FIXTURES / "session.jsonl"
 SCRIPTS = (
     ("clean", "logit_diff", "L3H3=patch L2.mlp@-1=scale:0.5"),

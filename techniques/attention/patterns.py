@@ -11,6 +11,7 @@ from torch import Tensor
 from model.bridge import Edit, Model
 from model.interventions import prepare
 from model.memory import Chunks
+from model.places import visible
 from model.replacements import prompts_at_once
 from model.runs import Runs, read_study
 from model.writes import output_matrix
@@ -58,7 +59,7 @@ def value_norms(model: Model, layer: int, v: Tensor) -> Tensor:
 
 
 def attention(runs: Runs, layer: int, which: str, weighted: bool = False) -> AttentionResult:
-    """Patterns of one layer's heads, [head, destination, source], of a run or a difference; weighted by the norms of what the values write."""
+    """Patterns of one layer's heads, [head, destination, source], of a run or a difference; weighted by the norms of what the values write. NaN where a head can't look."""
     check_which(which)
     model = runs.model
     check_layer(model, layer)
@@ -71,7 +72,9 @@ def attention(runs: Runs, layer: int, which: str, weighted: bool = False) -> Att
         patterns.append((pattern * value_norms(model, layer, acts[value][0])[:, None] if weighted else pattern).cpu().numpy())
     if not all(np.isfinite(p).all() for p in patterns):
         raise UserError("the attention patterns are not finite: load the model in float32")
+    hidden = ~visible(model, layer, len(patterns[0][0])).numpy() & np.all([(p == 0).all(0) for p in patterns], 0)
     pattern = patterns[0] - patterns[1] if len(patterns) == 2 else patterns[0]
+    pattern = np.where(hidden, np.float32(math.nan), pattern)  # a copy: the cache holds the runs' own
     what = "attention x || v W_O || (b_V inside, b_O not" + (", values of kv groups)" if model.info.n_kv_heads < model.info.n_heads else ")")
     parts = [f"{what if weighted else 'attention after the softmax'}, [destination, source], of query heads, {which}", model.info.dtype, runs.convention]
     return AttentionResult(runs.row(sides[0]), layer, pattern, which, ", ".join(p for p in parts if p), weighted)
@@ -313,6 +316,7 @@ def attention_set(model: Model, study: Study, which: str, labels: tuple[str, ...
     members = read_set(study)
     names = labels or common_labels(model, study, members, which)
     hooks = [pattern_name(layer) for layer in range(model.info.n_layers)]
+    seen = np.zeros((model.info.n_layers, len(names), len(names)), bool)  # in some prompt
 
     def work(group: list[Runs], side: str, ids: Tensor, edits: list[Edit]) -> list[dict[str, np.ndarray]]:
         spots = t.tensor([[r.position(side, n) for n in names] for r in group])
@@ -322,6 +326,9 @@ def attention_set(model: Model, study: Study, which: str, labels: tuple[str, ...
             where = [i.to(x.device) for i in (rows, spots[:, :, None], spots[:, None, :])]
             got.append(x.detach()[where[0], :, where[1], where[2]].float().permute(0, 3, 1, 2).cpu())
 
+        for layer in range(model.info.n_layers):
+            mask = visible(model, layer, ids.shape[1])
+            seen[layer] |= mask[spots[:, :, None], spots[:, None, :]].any(0).numpy()
         model.forward(ids, hooks, edits, keep=None, take=lambda _, x: grab(x))
         cells = t.stack(got, 1).double()
         for j, spot in enumerate(spots):
@@ -337,6 +344,7 @@ def attention_set(model: Model, study: Study, which: str, labels: tuple[str, ...
     safe = np.maximum(counts, 1)
     mean = np.where(counts > 0, np.nansum(cells, 0) / safe, math.nan)
     std = np.where(counts > 0, np.sqrt(np.nansum((cells - mean) ** 2, 0) / safe), math.nan)
+    mean, std = (np.where(seen[:, None] | (mean != 0), x, math.nan) for x in (mean, std))
     done = f"now = {study.base} under {', '.join(str(i) for i in study.interventions)}" if "now" in which and study.interventions else ""
     parts = [f"mean attention after the softmax over {len(members)} prompts of the set, [destination, source] labels, {which}", model.info.dtype, done]
     used = np.array([i for i, _ in members], np.int32)

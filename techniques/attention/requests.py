@@ -87,7 +87,8 @@ class Detect:
 class AttentionResult:
     """
     Patterns of every head of one layer, [head, destination, source]; for a difference the two runs' patterns are subtracted. Weighted: each cell
-    times the norm of what the source's value writes, || v W_O ||, so that rows do not sum to one.
+    times the norm of what the source's value writes, || v W_O ||, so that rows do not sum to one. NaN where a head can't look: at later sources, and outside
+    a sliding window.
     """
 
     tokens: TokenRow

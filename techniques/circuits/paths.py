@@ -372,7 +372,14 @@ def needed(node: Node, paths: dict) -> bool:
 def labelled(result: SweepResult, ask: PathPatch, model: Model) -> SweepResult:
     """A sweep's result as one of path patching, with its convention."""
     way = "noise: clean run, the path carries the corrupted value" if ask.direction == "noise" else "denoise: corrupted run, the path carries the clean value"
-    ends = f"{', '.join(ask.senders) or 'every node'} → {', '.join(ask.receivers) or 'every receiver'}"
+    if ask.study.interventions:
+        way += f", the {'corrupted' if ask.direction == 'noise' else 'clean'} run without the interventions"
+    if ask.each == "receiver":
+        pos = next((p for r in ask.receivers if r != LOGITS and (p := parse_node(r).pos) is not None), None)
+        to = "each receiver" + ("" if pos is None else f" at {pos}")
+    else:
+        to = ", ".join(ask.receivers)
+    ends = f"{', '.join(ask.senders) or 'every node'} → {to}"
     words = [f"path patching {ends}", way, CONVENTIONS[ask.convention]]
     if model.info.n_kv_heads < model.info.n_heads:
         words.append("k and v are shared by a group of heads")

@@ -19,7 +19,7 @@ from model.bridge import FINAL, Model
 from model.interventions import prepare
 from model.memory import block_bytes, chunk_bytes, halved, out_of_memory, ran_out
 from model.metrics import MetricReader
-from model.places import hook_name
+from model.places import hook_name, visible
 from model.replacements import gaussian, means, noise_scale, place_in_set, resampled
 from model.runs import Runs, read_study
 from model.variants import Base
@@ -76,7 +76,8 @@ def lay_out(runs: Runs, ask: Sweep) -> Layout:
             return one_each(model, rows, places, lambda r, c: Node("head", r // info.n_heads, r % info.n_heads, pos=c))
         case "cells":
             node = one_node(ask, "head", "L2H3")
-            spots = {(d, s): (patch_site(model, replace(node, part="pattern", pos=d), s),) for d in range(seq) for s in range(d + 1)}
+            seen = visible(model, node.layer, seq).nonzero().tolist()
+            spots = {(d, s): (patch_site(model, replace(node, part="pattern", pos=d), s),) for d, s in seen}
             return Layout(tuple(places), tuple(places), spots)
         case "neurons":
             node = runs.placed(one_node(ask, "mlp", "L3.mlp"))

@@ -154,6 +154,7 @@ def convention(plan: Plan, method: str, how: str = "") -> str:
     assert metric.kind in METRICS
     if ask.op == "patch":
         what = {"denoise": "denoise: clean values into the corrupted run", "noise": "noise: corrupted values into the clean run"}[ask.direction]
+        what += f", the {'clean' if plan.other == 'clean' else 'corrupted'} run without the interventions" * bool(plan.study.interventions)
     else:
         run = "corrupted" if plan.side == "corrupt" else "clean"
         amount = f" of {ask.noise:g} embedding standard deviations, seed {ask.seed}" if ask.op == "noise" else ""

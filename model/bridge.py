@@ -13,6 +13,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from model.cache import Cache
+from model.live_hooks import live_points, turn_neighbours
 from model.notes import Notes
 from model.memory import out_of_memory
 from model.tokens import Tokens
@@ -81,7 +82,8 @@ class Model:
         for p in self.bridge.original_model.parameters():
             p.requires_grad_(False)
         cfg = self.cfg = self.bridge.cfg
-        self.points = self.bridge.hook_dict
+        turn_neighbours(self.bridge)
+        self.points = live_points(self.bridge, dtype)
         self.unique = list({id(p): p for p in self.points.values()}.values())
         self.parallel = bool(cfg.parallel_attn_mlp) or "blocks.0.hook_resid_mid" not in self.points
         self.softcap = max(float(getattr(cfg, "output_logits_soft_cap", None) or 0), 0.0)

@@ -24,7 +24,7 @@ from techniques.shell import place_or_none, read_cells, read_command
 from tui import TABLE, Loupe, first_state
 from utils import ROOT
 from vocabulary.circuit import Circuit, check_receivers, grouped, parse_edge, toggled
-from vocabulary.files import parse_json, read_text, user_path, whole_number
+from vocabulary.typed import parse_json, read_text, user_path, whole_number
 from vocabulary.nodes import UserError, parse_intervention, parse_node
 from vocabulary.prompts import Metric, Prompt, Study, read_place, read_prompt, read_prompt_set
 from vocabulary.requests import Load

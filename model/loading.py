@@ -34,7 +34,7 @@ from model import untouched
 from model.bridge import Model
 from model.checks import prove
 from model.devices import filled_by_others, pick_device, unused_gpu
-from model.memory import OutOfMemory, first_line, free_bytes, is_out_of_memory
+from model.memory import OutOfMemory, first_line, free_bytes, is_out_of_memory, ran_out
 from model.tokens import random_ids
 from utils import ROOT, settings, show_bytes
 from vocabulary.typed import parse_json, read_text, user_path
@@ -239,15 +239,21 @@ def read_weights(folder: Path, config: transformers.PretrainedConfig, dtype: t.d
     return hf.eval()
 
 
+def too_large(ask: Load, need: int, dtype: t.dtype, device: t.device, held: int = 0) -> OutOfMemory:
+    """Words for a model that does not fit: what its weights need, what is free, and what to do."""
+    place = f"{show_bytes(free_bytes(device) or 0)} are free on {device}" + f" and the model that is loaded holds {show_bytes(held)}" * bool(held)
+    smaller = ", load it in bfloat16" * (dtype == t.float32)
+    kind = str(dtype).removeprefix("torch.")
+    return OutOfMemory(
+        f"out of memory: the weights of {ask.model} need {show_bytes(need)} in {kind}, some more while they are read; {place}: take a smaller model{smaller}, or another device"
+    )
+
+
 def room_for(ask: Load, n_params: int, dtype: t.dtype, device: t.device, held: int) -> bool:
     """Whether a model fits beside the one of `held` bytes that is loaded on the device; OutOfMemory where it does not even fit in its place."""
     need, free = n_params * dtype.itemsize, None if ask.device_map else free_bytes(device)
     if free is not None and need > free + held:
-        place = f"{show_bytes(free)} are free on {device}" + f" and the model that is loaded holds {show_bytes(held)}" * bool(held)
-        smaller = ", load it in bfloat16" * (dtype == t.float32)
-        raise OutOfMemory(
-            f"out of memory: the weights of {ask.model} need {show_bytes(need)} in {str(dtype)[6:]}; {place}: take a smaller model{smaller}, or another device"
-        )
+        raise too_large(ask, need, dtype, device, held)
     return free is not None and free >= 2 * need + SLACK
 
 
@@ -275,20 +281,23 @@ def load(
     if device.type == "cpu":
         t.set_num_threads(1 if n_params < TINY else CORES)
     yield Progress(2, 5, f"reading weights ({n_params / 1e6:.1f} M parameters, {str(dtype).removeprefix('torch.')})")
-    hf = read_weights(folder, config, dtype, device, ask.device_map or None)
-    yield Progress(3, 5, "wrapping")
+    hf = model = None
     try:
+        hf = read_weights(folder, config, dtype, device, ask.device_map or None)
+        yield Progress(3, 5, "wrapping")
         own = untouched.ask(hf, random_ids(tokenizer, hf.get_input_embeddings().weight.shape[0], PROBE, 2))
         model = Model(ask, hf, tokenizer, folder, base, dtype, cache_mb)
         yield Progress(4, 5, "checking")
         checks = yield from prove(model, own)
-    except UserError:
-        raise
-    except Exception as error:  # of Hugging Face's or TransformerLens's code, on an architecture that they do not get through
+    except Exception as error:
+        hf = model = None
         if is_out_of_memory(error):
+            ran_out(error)
+            raise too_large(ask, n_params * dtype.itemsize, dtype, device) from None
+        if isinstance(error, UserError):
             raise
-        traceback.print_exception(error)
-        raise UserError(f"{hf.config.architectures[0]} can't be read through TransformerLens: {first_line(error)}") from error
+        traceback.print_exception(error)  # of Hugging Face's or TransformerLens's code, on an architecture that they do not get through
+        raise UserError(f"{config.architectures[0]} can't be read through TransformerLens: {first_line(error)}") from error
     lacks = "; ".join(dict.fromkeys(model.notes.refused.values()))
     warning = "; ".join(filter(None, (lacks and f"{model.info.architecture}: {lacks}", warning)))
     model.info = replace(model.info, n_params=n_params, seconds=time.time() - start, checks=checks, warning=warning)

@@ -320,7 +320,7 @@ def test_a_model_that_does_not_fit_leaves_the_one_before(folders, monkeypatch):
     engine = Engine(str(folders["gpt2"]))
     before = engine.model
     monkeypatch.setattr(loading, "free_bytes", lambda device: 1000)
-    with pytest.raises(OutOfMemory, match=r"weights of zoo need .* in float32; 1 kB are free on cpu and the model that is loaded holds .*bfloat16"):
+    with pytest.raises(OutOfMemory, match=r"weights of zoo need .* in float32, .*; 1 kB are free on cpu and the model that is loaded holds .*bfloat16"):
         engine.run(Load("zoo", dtype="float32"))
     assert engine.model is before and engine.run(Load(str(folders["gpt2"]))) is before.info
 
@@ -337,7 +337,7 @@ def test_memory_that_runs_out_while_loading(folders, monkeypatch, room, kept):
     with monkeypatch.context() as patch:
         patch.setattr(loading, "free_bytes", lambda device: room)
         patch.setattr(loading.transformers.AutoModelForCausalLM, "from_pretrained", short)
-        with pytest.raises(OutOfMemory, match="out of memory on cpu: 4.3 GB more are needed"):
+        with pytest.raises(OutOfMemory, match="weights of .*llama need .* in float32, some more while they are read; .* are free on cpu: "):
             engine.run(Load(str(folders["llama"])))
     assert (engine.model is not None) == kept and (not kept or engine.model.info is before)
     assert engine.run(Load(str(folders["llama"]))).architecture == "LlamaForCausalLM"

@@ -100,12 +100,12 @@ class Terminal:
     def lines(self) -> int:
         return self.session.read_bytes().count(b"\n")
 
-    def answers(self, seconds: float) -> bool:
-        """Whether a key has its effect: one more line in the session file. Whatever is open is closed first."""
+    def answers(self, seconds: float, close: bool = True) -> bool:
+        """Whether a key has its effect: one more line in the session file. `close`: whatever is open is closed first."""
         before = self.lines()
         until = time.monotonic() + seconds
         while time.monotonic() < until and self.process.poll() is None:
-            for pause in (0.2, 0.2, 0.4):  # far longer than ESCDELAY: on a busy machine esc and the next key would be one
+            for pause in (0.2, 0.2, 0.4) if close else ():  # far longer than ESCDELAY: on a busy machine esc and the next key would be one
                 self.send("\x1b")
                 time.sleep(pause)
             self.send("d")
@@ -115,7 +115,7 @@ class Terminal:
 
     def engine(self) -> int:
         """The engine's process, 0 when there is none."""
-        return next((pid for pid in marked(self.mark) if b"engine.py" in Path(f"/proc/{pid}/cmdline").read_bytes()), 0)
+        return next((pid for pid in marked(self.mark) if pid != self.process.pid), 0)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

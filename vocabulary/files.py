@@ -97,6 +97,12 @@ def replacing(path: Path, *errors: type[Exception]) -> Generator[Path]:
                 part.unlink()
 
 
+def check_place(path: Path) -> None:
+    """UserError where `path` could not be written, before work is done whose result goes there. Its folder is made."""
+    with contextlib.suppress(KeyError), replacing(path):
+        raise KeyError  # what is there stays
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file whole. UserError when it can't be, and then what was there before stays."""
     with replacing(path) as part:

@@ -11,12 +11,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.bridge import Model
+from model.memory import first_line
 from utils import ROOT
 from vocabulary.files import replacing, typed_path
+from vocabulary.typed import read_text
 from vocabulary.nodes import UserError
 
 CHECKPOINT = "checkpoint.safetensors"
 BROKEN = (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, pickle.UnpicklingError, SafetensorError)
+
+
+def why_broken(error: BaseException) -> str:
+    """In a few words. A pickle that holds more than tensors is refused for good: loading it can run any program, so torch's advice to allow that is left out."""
+    return "it is a pickle of more than tensors, which could run any program" if isinstance(error, pickle.UnpicklingError) else first_line(error)
 
 
 def unembed_hash(model: Model) -> str:
@@ -33,7 +40,7 @@ def windows(model: Model, file: Path, length: int, seed: int) -> Tensor:
         raise UserError(f"no text at {file}: give a text file")
     if not 2 <= length <= model.info.n_ctx:
         raise UserError(f"length must be 2 to {model.info.n_ctx}, the model's context")
-    ids = model.encode(file.read_text(encoding="utf-8", errors="replace"))[0]
+    ids = model.encode(read_text(file))[0]
     ids = [i for i in ids if i < model.n_embed]
     bos = [model.bos] * (model.info.default_bos and model.bos is not None)
     own = length - len(bos)

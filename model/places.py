@@ -1,5 +1,8 @@
 """Where a node lives in a model: its hook point, its position in a prompt, its index into the hook point's tensor."""
 
+import torch as t
+from torch import Tensor
+
 from model.bridge import Model
 from vocabulary.nodes import Node, SITES, UserError
 from vocabulary.prompts import TokenRow
@@ -69,3 +72,18 @@ def where(model: Model, node: Node, row: TokenRow, what: str) -> tuple:
         p = find_position(node.pos, row, what)
         pos = slice(p, p + 1)
     return slice(None), *node_index(node, pos, model.info.n_heads // model.info.n_kv_heads)
+
+
+def visible(model: Model, layer: int, seq: int) -> Tensor:
+    """Which sources a destination of this layer can attend to [destination, source]: not later ones, nor those outside its sliding window or chunk."""
+    config, i = model.bridge.original_model.config.get_text_config(), t.arange(seq)
+    distance = i[:, None] - i
+    kind, size = (getattr(config, "layer_types", None) or {layer: ""})[layer], getattr(config, "sliding_window", None)
+    if getattr(config, "attention_layers", None):  # GPT-Neo
+        kind, size = {"local": "sliding_attention"}.get(config.attention_layers[layer], "full_attention"), config.window_size
+    seen = distance >= 0
+    if kind == "chunked_attention":
+        return seen & (i[:, None] // config.attention_chunk_size == i // config.attention_chunk_size)
+    if size and (kind == "sliding_attention" or not kind and getattr(config, "use_sliding_window", True)):
+        return seen & (distance < size)
+    return seen

@@ -15,6 +15,23 @@ BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTE_OF = {chr(b): b for b in BYTES} | {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in BYTES)}
 
 
+def bos_habit(tokenizer, trained: bool | None) -> tuple[bool, str]:
+    """Whether prompts get BOS unasked, and why: as the model's config says that it was trained (`trained_with_bos`), else as its tokenizer does by itself."""
+    if tokenizer.bos_token_id is None:
+        return False, "no BOS: this tokenizer has none"
+    if trained is not None:
+        return (
+            trained,
+            "BOS in front: the model's config says that it was trained so" if trained else "no BOS: the model's config says that it was trained without",
+        )
+    own, plain = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (True, False))
+    front = own[: next((i for i in range(len(own)) if own[i : i + len(plain)] == plain), 0)]
+    if front == [tokenizer.bos_token_id]:
+        return True, "BOS in front: this tokenizer adds it"
+    others = " ".join(tokenizer.convert_ids_to_tokens(front))
+    return False, f"no BOS: this tokenizer puts {others} in front, which is left out" if front else "no BOS: this tokenizer adds none"
+
+
 class Tokens:
     """What a tokenizer knows, for a model with `n_embed` embeddings. Rows and spellings are remembered."""
 
@@ -144,6 +161,11 @@ class Tokens:
 
     def random_ids(self, n: int, rows: int = 1, seed: int = 0) -> Tensor:
         """Random tokens, none of them special."""
-        special = set(self.tokenizer.all_special_ids)
-        usual = t.tensor([i for i in range(min(len(self.tokenizer), self.n_embed)) if i not in special])
-        return usual[t.randint(len(usual), (rows, n), generator=t.Generator().manual_seed(seed))]
+        return random_ids(self.tokenizer, self.n_embed, n, rows, seed)
+
+
+def random_ids(tokenizer, n_embed: int, n: int, rows: int = 1, seed: int = 0) -> Tensor:
+    """Random tokens [rows, n] of a model with so many embeddings, none of them special."""
+    special = set(tokenizer.all_special_ids)
+    usual = t.tensor([i for i in range(min(len(tokenizer), n_embed)) if i not in special])
+    return usual[t.randint(len(usual), (rows, n), generator=t.Generator().manual_seed(seed))]

@@ -128,9 +128,16 @@ def where_written(app: Host) -> None:
         app.say(f"this session is {session.path}: {session.actions} actions, written as they happen; uv run tui.py --resume opens it again")
 
 
+def actions_in(file: Path) -> str:
+    try:
+        return f"{file.read_bytes().count(b'"do": ')} actions"
+    except OSError as error:
+        return f"can't be read: {error.strerror}"
+
+
 def choose_session(app: Host) -> None:
     files = sorted(folder("sessions").glob("*.jsonl"), key=lambda p: -p.stat().st_mtime)[:200]
-    items = [Item(f.stem, f"{f.read_bytes().count(b'"do": ')} actions", "", f) for f in files]
+    items = [Item(f.stem, actions_in(f), "", f) for f in files]
 
     def chosen(item: Item | None, typed: str) -> None:
         app.guard(lambda: restore(app, item.value if item else Path(typed)))

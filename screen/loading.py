@@ -19,7 +19,7 @@ async def load(app: Host, request: Load) -> None:
         return
     app.info = info
     broken, line = [c.name for c in info.checks if c.ok is False], f"loaded {info.name} in {info.seconds:.1f} s; self-check"
-    passed = f"{line} passed ({sum(c.ok is True for c in info.checks)} identities)"
+    passed = f"{line} passed ({sum(c.ok is True for c in info.checks)} identities); {info.bos_habit}"
     app.say(f"{line} FAILED: {', '.join(broken)}" if broken else passed, BAD if broken else GOOD)
     if app.failed:
         app.say(f"{info.name} stays: {app.failed}", BAD)

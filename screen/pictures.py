@@ -11,7 +11,7 @@ from techniques.patching.requests import SweepResult
 from vocabulary.nodes import parse_node
 from vocabulary.prompts import TokenRow
 from screen.session import State
-from widgets import ABOVE, BELOW, BOLD, DIM, PLAIN, RAMP, Grid, Spans
+from widgets import ABOVE, BELOW, BOLD, DIM, PLAIN, RAMP, WARN, Grid, Spans
 
 RUN_NAMES = {
     "now": "now",
@@ -43,6 +43,16 @@ def scale(grid: Grid) -> str:
     if grid.numbers is not None and np.isfinite(grid.numbers).any():  # what is coloured is not what is shown
         return f"{np.nanmin(grid.numbers):.0f} … {np.nanmax(grid.numbers):.0f}"
     return f"{grid.lo:.3g} … {grid.hi:.3g}"
+
+
+def legend(grid: Grid) -> str:
+    """What ~ stands for, where a grid has such cells."""
+    return f" · ~ below the noise floor {grid.floor:.2g}" if grid.noise else ""
+
+
+def cells_of(mask: np.ndarray) -> frozenset[tuple[int, int]]:
+    """The cells [row, column] where a mask is true."""
+    return frozenset(map(tuple, np.argwhere(mask).tolist()))
 
 
 def heat_code(value: float, signed_: bool) -> int:
@@ -128,10 +138,14 @@ def sweep_cell(truth: SweepResult | None, estimate: SweepResult | None, row: int
     if truth is not None and np.isfinite(truth.values[row, col]):
         spans.append((f"metric {float(truth.values[row, col]):+.4f}", PLAIN))
         if truth.std.size:
-            low, high, p = (float(x[row, col]) for x in (truth.low, truth.high, truth.p))
+            low, high, p, holm = (float(x[row, col]) for x in (truth.low, truth.high, truth.p, truth.holm))
             moved = float(truth.values[row, col]) - truth.base
-            spans.append((f" moved {moved:+.3f} ± {float(truth.std[row, col]):.3f} (95 % {low:+.3f} … {high:+.3f}, p {show_p(p)})", PLAIN))
+            spans.append(
+                (f" moved {moved:+.3f} ± {float(truth.std[row, col]):.3f} (95 % {low:+.3f} … {high:+.3f}, p {show_p(p)}, corrected {show_p(holm)})", PLAIN)
+            )
         spans.append((f" (untouched {truth.base:+.4f})  effect {change(truth)[row, col]:+.3f}", PLAIN))
+        if truth.noise[row, col]:
+            spans.append((f"  ~ below the noise floor {truth.floor:.2g}", WARN))
     if estimate is not None:
         spans.append((f"  estimate {change(estimate)[row, col]:+.3f}", DIM))
     return [*spans, (f"  {result.mechanism}", DIM)]

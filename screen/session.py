@@ -10,7 +10,6 @@ import dataclasses
 import datetime
 import hashlib
 import json
-import re
 import tempfile
 import typing
 from collections.abc import Callable
@@ -21,8 +20,8 @@ import msgspec
 
 from vocabulary.circuit import check_receivers, Circuit, COMBINE, combined, grouped, LOGITS, parse_edge, toggled
 from vocabulary.files import folder, reason, typed_path
-from vocabulary.nodes import ABLATIONS, FROM_SET, Intervention, LABEL, parse_intervention, UserError
-from vocabulary.prompts import ALIGNMENTS, Metric, METRICS, Prompt, RUNS, Study, WHICH
+from vocabulary.nodes import ABLATIONS, FROM_SET, Intervention, parse_intervention, UserError
+from vocabulary.prompts import ALIGNMENTS, Metric, METRICS, Prompt, read_place, RUNS, Study, WHICH
 from vocabulary.requests import Load
 from vocabulary.wire import from_json, to_json
 from screen.log import encoded, FORMAT, Line, Log, new_path, read_lines
@@ -98,6 +97,12 @@ def prompt(state: State, prompt: dict) -> State:
     return dataclasses.replace(state, prompt=from_json(prompt, Prompt))
 
 
+def bos(state: State, value: bool | None) -> State:
+    """Whether BOS comes before the prompt and all of the set; None: what the model's tokenizer does by itself."""
+    of = lambda p: dataclasses.replace(p, bos=value)  # noqa: E731
+    return dataclasses.replace(state, prompt=of(state.prompt), prompt_set=tuple(map(of, state.prompt_set)))
+
+
 def open_set(state: State, path: str, prompts: list | tuple[Prompt, ...], index: int = 0) -> State:
     prompts = prompts if isinstance(prompts, tuple) else from_json(prompts, tuple[Prompt, ...])
     return go(dataclasses.replace(state, set_path=path, prompt_set=prompts, align=""), index)
@@ -110,9 +115,7 @@ def go(state: State, index: int) -> State:
 
 
 def metric(state: State, kind: str, pos: int | str = "END") -> State:
-    if not (type(pos) is int and abs(pos) < 1 << 31 or isinstance(pos, str) and re.fullmatch(LABEL, pos)):
-        raise UserError(f"{str(pos)[:30]!r} is not a position: write a number such as 10 or -1, or a label such as END or S2")
-    return dataclasses.replace(state, metric=Metric(one_of(kind, METRICS, "metric"), pos))
+    return dataclasses.replace(state, metric=Metric(one_of(kind, METRICS, "metric"), read_place(str(pos))))
 
 
 def base(state: State, value: str) -> State:
@@ -250,6 +253,7 @@ ACTIONS: dict[str, Callable[..., State]] = {
     for f in (
         model,
         prompt,
+        bos,
         open_set,
         go,
         metric,

@@ -36,6 +36,7 @@ SCREEN = (
         PROMPT,
         prompts.align,
     ),
+    Action("bos", "<", "BOS", "BOS in front of the prompt and its set, or not; at first the model's tokenizer says", PROMPT, prompts.toggle_bos),
     Action("previous_prompt", "(", "prompt −", "Previous prompt of the set", PROMPT, partial(prompts.next_prompt, by=-1)),
     Action("next_prompt", ")", "prompt +", "Next prompt of the set", PROMPT, prompts.next_prompt),
     Action("metric", "m", "metric", "Choose the metric and its position", PROMPT, prompts.choose_metric),

@@ -16,6 +16,7 @@ CORRUPT = "When Mary and John went to the store, Alice gave a drink to"
 SHORT = "When Mary and John went to the store, she gave it to"
 PROMPT = Prompt(CLEAN, CORRUPT, (" Mary",), (" John",), (("IO", 5), ("S1", 14), ("S2", 38)))
 ARCHS = ("gpt2", "neox", "llama", "gemma2", "qwen3", "zoo")
+ADDS_BOS = ("gpt2", "llama", "gemma2")  # their tokenizers put BOS in front (as that of Llama does); that of neox has one and does not; qwen3 has none
 QUICK = ("gemma2",)  # what `-m "not slow"` runs on: the family with the most of its own; the tests of screen and command line use the shipped model
 WORDS = "When Mary and John went to the store, Alice gave a drink to Mary. she it Tom Anna school milk then red green blue"
 
@@ -30,9 +31,9 @@ def pytest_collection_modifyitems(items) -> None:
             item.add_marker(pytest.mark.slow)
 
 
-def tokenizer(bos: bool):
-    """A byte-level BPE in which every word above is one token, with its leading space."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def tokenizer(bos: bool, adds: bool = False):
+    """A byte-level BPE in which every word above is one token, with its leading space; `adds` BOS by itself, as those of Llama and Gemma do."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     tok = Tokenizer(models.BPE())
@@ -41,6 +42,8 @@ def tokenizer(bos: bool):
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<|bos|>", "<|eos|>"]
     tok.train_from_iterator([WORDS] * 50, trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, special_tokens=special))
+    if adds:
+        tok.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", tok.token_to_id("<|bos|>"))])
     return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|eos|>", **({"bos_token": "<|bos|>"} if bos else {}))
 
 
@@ -69,7 +72,7 @@ def build(arch: str, folder: Path) -> Path:
     import torch as t
     from transformers import AutoModelForCausalLM
 
-    tok = tokenizer(bos=arch != "qwen3")
+    tok = tokenizer(bos=arch != "qwen3", adds=arch in ADDS_BOS)
     t.manual_seed(ARCHS.index(arch))
     hf = AutoModelForCausalLM.from_config(config(arch, len(tok) + 3))
     with t.no_grad():

@@ -110,6 +110,7 @@ GOOD = {
     "show_sae": {"source": "zoo/a"},
     "align": {"how": "diff"},
     "sae_error": {"value": False},
+    "bos": {"value": True},
 }
 
 

@@ -10,12 +10,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import torch as t
-from conftest import ARCHS, CLEAN, CORRUPT, PROMPT, SHORT
+from conftest import ADDS_BOS, ARCHS, CLEAN, CORRUPT, PROMPT, SHORT, tokenizer
 from safetensors.torch import load_file, save_file
+from tokenizers import processors
+from transformers import AutoTokenizer
 
 from model import loading
 from model.cache import Cache
-from model.memory import in_chunks
+from model.memory import Chunks, in_chunks
+from model.tokens import bos_habit
 from engine import Engine
 from techniques.output.requests import Run
 from vocabulary.nodes import UserError
@@ -48,7 +51,7 @@ def test_info(engine, reference, arch):
     assert i.norm == ("LN" if arch in ("gpt2", "zoo", "neox") else "RMS")
     assert i.softcap == (5.0 if arch == "gemma2" else 0)
     assert i.n_ctx == (256 if arch == "zoo" else 64)
-    assert i.default_bos == (arch not in ("neox", "qwen3"))
+    assert i.default_bos == (arch in (*ADDS_BOS, "zoo"))
 
 
 def test_checks_hold(engine, arch):
@@ -294,15 +297,34 @@ def test_labels(engine):
 
 
 def test_bos(engines):
-    gpt2, qwen = engines["gpt2"], engines["qwen3"]
-    bos = gpt2.model.info.bos
-    started = gpt2.run(Check(Prompt(bos + CLEAN)))
-    assert started.clean.ids.count(gpt2.model.bos) == 1 and started.clean.bos and "starts with" in started.hints[0]
-    twice = gpt2.run(Check(Prompt(bos + CLEAN, bos=True)))
-    assert "BOS would come twice" in twice.problems[0]
+    gemma, neox, qwen = engines["gemma2"], engines["neox"], engines["qwen3"]
+    bos = gemma.model.info.bos
+    for engine in (gemma, neox):
+        started = engine.run(Check(Prompt(bos + CLEAN)))
+        assert started.clean.ids.count(engine.model.bos) == 1 and started.clean.bos
+        assert not engine.model.info.default_bos or "starts with" in started.hints[0]
+        twice = engine.run(Check(Prompt(bos + CLEAN, bos=True)))
+        assert "BOS would come twice" in twice.problems[0]
     none = qwen.run(Check(Prompt(CLEAN, bos=True)))
     assert "no BOS token" in none.problems[0]
-    assert gpt2.run(Check(Prompt(CLEAN, bos=False))).clean.ids == gpt2.run(Check(PROMPT)).clean.ids[1:]
+    assert gemma.run(Check(Prompt(CLEAN, bos=False))).clean.ids == gemma.run(Check(PROMPT)).clean.ids[1:]
+    assert neox.run(Check(Prompt(CLEAN, bos=True))).clean.ids[1:] == neox.run(Check(PROMPT)).clean.ids
+
+
+def test_bos_is_what_the_tokenizer_does(engine, arch):
+    """Against Hugging Face's own call of the tokenizer; the zoo's config says how it was trained."""
+    info, ids = engine.model.info, list(engine.run(Check(PROMPT)).clean.ids)
+    own = AutoTokenizer.from_pretrained(engine.model.folder)(CLEAN)["input_ids"]
+    assert ids == ([engine.model.bos, *own] if arch == "zoo" else own)
+    why = {"zoo": "config says", "qwen3": "has none"}.get(arch, "adds it" if arch in ADDS_BOS else "adds none")
+    assert why in info.bos_habit and info.bos_habit.startswith("BOS in front" if info.default_bos else "no BOS")
+
+
+def test_other_tokens_that_a_tokenizer_puts_in_front_are_named():
+    tok = tokenizer(bos=True)
+    tok.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<|eos|> $A", special_tokens=[("<|eos|>", 1)])
+    assert bos_habit(tok, None) == (False, "no BOS: this tokenizer puts <|eos|> in front, which is left out")
+    assert bos_habit(tok, False) == (False, "no BOS: the model's config says that it was trained without")
 
 
 def test_answers(engine):
@@ -432,16 +454,16 @@ def test_chunks_halve_when_memory_runs_out():
             raise t.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has 1.00 GiB free.")
         return range(a, b)
 
-    for part in in_chunks(20, 16, work):
+    for part in in_chunks(20, 16, work, "runs"):
         (said if isinstance(part, Progress) else seen).append(part)
     assert [i for r in seen for i in r] == list(range(20))
-    assert [p.text for p in said] == ["out of memory: 8 at a time now", "out of memory: 4 at a time now", "out of memory: 2 at a time now"]
+    assert [p.text for p in said] == [f"out of memory at {n} runs at a time: going on with {n // 2}" for n in (16, 8, 4)] and all(p.notice for p in said)
 
     def never(a: int, b: int) -> None:
         raise t.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has 1.00 GiB free.")
 
-    with pytest.raises(UserError, match="Tried to allocate 9.00 GiB.*1.00 GiB free"):
-        list(in_chunks(4, 4, never))
+    with pytest.raises(UserError, match="9.7 GB more are needed and 1.1 GB are free. Shorten the prompt"):
+        list(in_chunks(4, 4, never, "runs"))
 
 
 def test_chunks_of_a_size_that_is_asked_for_and_work_with_pauses():
@@ -454,7 +476,7 @@ def test_chunks_of_a_size_that_is_asked_for_and_work_with_pauses():
             raise t.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
         return list(range(a, b))
 
-    parts = list(in_chunks(9, lambda i: 5 if i < 6 else 1, work, told.append))
+    parts = list(Chunks("runs", lambda i: 5 if i < 6 else 1, told.append).over(9, work))
     assert [p for p in parts if isinstance(p, list)] == [[0, 1], [2, 3], [4, 5], [6], [7], [8]] and told == [2]
     assert sum(isinstance(p, Progress) and p.text == "a pause" for p in parts) == 7
 
@@ -478,7 +500,7 @@ def test_forward_out_of_memory_frees_the_cache(folders):
         raise t.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0 has 3.00 MiB free.")
 
     engine.model.forward = never
-    with pytest.raises(UserError, match="out of memory: .*1.00 GiB.*3.00 MiB free"):
+    with pytest.raises(UserError, match="out of memory on cuda:0: 1.1 GB more are needed and 3.1 MB are free"):
         engine.run(Run(Study(Prompt(CORRUPT))))
 
 

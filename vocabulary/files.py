@@ -9,6 +9,7 @@ from pathlib import Path
 
 from utils import ROOT, settings
 from vocabulary.nodes import UserError
+from vocabulary.typed import user_path
 
 OWN = ("sessions", "exports", "logs", "saes")  # folders under `home()`
 PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
@@ -21,13 +22,8 @@ def typed_path(text: str | Path) -> Path:
     """
     if not (typed := str(text).strip()):
         raise UserError("the name of the file or folder is empty: type one")
-    try:
-        if "\0" in typed:
-            raise ValueError("it has a null byte")
-        path = Path(typed).expanduser()
-        there = path.exists()
-    except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"{typed[:200]!r} can't be a path: {error}") from error
+    path = user_path(typed)
+    there = path.exists()
     own = not path.is_absolute() and path.parts[:1] and path.parts[0] in OWN
     return home() / path if own and not there and Path.cwd() == ROOT else path
 

@@ -1,11 +1,11 @@
 """Prompts and prompt sets, metrics, and the study that every analysis runs on. Never imports torch."""
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
+from vocabulary.typed import parse_json, read_text, user_path, whole_number
 from vocabulary.nodes import Intervention, LABEL, UserError
 
 Align = Literal["", "diff", "labels"]
@@ -21,7 +21,7 @@ class Prompt:
     """
     A clean text, an optional corrupted one, single-token answers and foils. `labels` name positions: (label, character offset into `clean`),
     the token that covers the character; END, the last token, needs no label; `corrupt_labels` do so for the corrupted text (missing ones: the aligned
-    positions). `bos` None means what the model was trained with. `alignment`: pairs (clean index, corrupted index) of positions that are patched
+    positions). `bos` None means what the model's tokenizer does by itself (ModelInfo.bos_habit). `alignment`: pairs (clean index, corrupted index) of positions that are patched
     across, for prompts of unequal length (empty: none of its own, ALIGNMENTS).
     """
 
@@ -33,6 +33,9 @@ class Prompt:
     bos: bool | None = None
     corrupt_labels: tuple[tuple[str, int], ...] = ()
     alignment: tuple[tuple[int, int], ...] = ()
+
+
+FAR = 10**9  # no prompt has so many positions
 
 
 def read_prompt(obj: object) -> Prompt:
@@ -52,7 +55,7 @@ def read_prompt(obj: object) -> Prompt:
     theirs, pairs = obj.get("corrupt_labels", {}), obj.get("alignment", [])
     if not named(theirs, obj["corrupt"] if isinstance(obj.get("corrupt"), str) else ""):
         raise UserError("corrupt_labels map a name to a character offset inside the corrupted text")
-    if not isinstance(pairs, list) or not all(isinstance(p, list) and len(p) == 2 and all(type(i) is int for i in p) for p in pairs):
+    if not isinstance(pairs, list) or not all(isinstance(p, list) and len(p) == 2 and all(type(i) is int and 0 <= i < FAR for i in p) for p in pairs):
         raise UserError("alignment is a list of pairs of positions, [[0, 0], [1, 1]]")
     if not isinstance(obj.get("corrupt"), str | None) or not isinstance(obj.get("bos"), bool | None):
         raise UserError("corrupt is a string and bos is true or false")
@@ -70,15 +73,15 @@ def read_prompt(obj: object) -> Prompt:
 
 def read_prompt_set(path: str | Path) -> tuple[Prompt, ...]:
     """A .jsonl prompt set, one object a line; the error names file and line."""
-    path = Path(path).expanduser()
+    path = user_path(path)
     if not path.is_file():
         raise UserError(f"no prompt set at {path}: give the path of a .jsonl file with one prompt a line")
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             try:
-                prompts.append(read_prompt(json.loads(line)))
-            except (json.JSONDecodeError, UserError) as error:
+                prompts.append(read_prompt(parse_json(line)))
+            except UserError as error:
                 raise UserError(f"{path.name} line {number}: {error}") from error
     if not prompts:
         raise UserError(f"{path} holds no prompt")
@@ -105,6 +108,15 @@ class Metric:
 
     kind: MetricKind = "logit_diff"
     pos: int | str = "END"
+
+
+def read_place(text: str) -> int | str:
+    """A position as it is typed: a number such as 10 or -1, or a label such as END or S2."""
+    if (number := whole_number(text)) is not None:
+        return number
+    if not re.fullmatch(LABEL, text):
+        raise UserError(f"{text[:60]!r} is not a position: write a number such as 10 or -1, or a label such as END or S2")
+    return text
 
 
 # ------------------------------------------------------------------ what analyses run on and speak of

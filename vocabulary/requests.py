@@ -52,7 +52,7 @@ class Identity:
 @message
 class ModelInfo:
     """
-    What is loaded. `bos` is the text of the BOS token ("" when there is none) and `default_bos` whether prompts get it unasked. `warning`: a GPU that is
+    What is loaded. `bos` is the text of the BOS token ("" when there is none) and `default_bos` whether prompts get it unasked (`bos_habit`: why). `warning`: a GPU that is
     here and not used, or filled by others.
     """
 
@@ -78,6 +78,7 @@ class ModelInfo:
     seconds: float
     checks: tuple[Identity, ...] = ()
     warning: str = ""
+    bos_habit: str = ""
 
     @property
     def key(self) -> str:
@@ -127,9 +128,12 @@ class ModelsResult:
 
 @message
 class Progress:
+    """How far an analysis is. A `notice` is a line that the user should have read when it is over: it passes every analysis that words another's progress."""
+
     done: int
     total: int
     text: str = ""
+    notice: bool = False
 
 
 @message

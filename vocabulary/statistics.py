@@ -1,36 +1,76 @@
-"""Statistics over the prompts of a set: intervals, and a test by sign flips."""
+"""Statistics over the prompts of a set: intervals, and a test by sign flips, corrected for the size of the table."""
 
 import math
 
 import numpy as np
 
-FLIPS = 4096
+FLIPS = 4096  # at least, where not all are tried
+PER_CELL = 40  # flips for each cell of the table, so that the smallest p times the cells is .025
+ENOUGH = 20  # flips that reach the effect's size: a p this well known takes no more of them
+WORK = 4e10  # multiplications
 DRAWS = 2000
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16, 2.145, 2.131, 2.12, 2.11, 2.101, 2.093, 2.086)
 
 
 def paired_effects(values: np.ndarray, base: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     """
-    Of the effects value - base [prompt, cell], paired by prompt: standard deviation (n - 1), the mean effect's 95 % confidence interval (Student's t), and
-    its p-value by sign flips: all of them for up to 12 prompts, else FLIPS drawn with the seed.
+    Of the effects value - base [prompt, cell], paired by prompt: standard deviation (n - 1), the mean effect's 95 % confidence interval (Student's t),
+    its two-sided p-value by sign flips, and `holm`, that p corrected for all cells.
     """
     n = len(values)
     effect = values - base[:, None]
     mean = effect.mean(0)
     if n < 2:
         nan = np.full(mean.shape, math.nan)
-        return {"std": nan, "low": nan, "high": nan, "p": nan}
+        return {"std": nan, "low": nan, "high": nan, "p": nan, "holm": nan}
     std = effect.std(0, ddof=1)
     df = n - 1
     quantile = T95[df - 1] if df <= len(T95) else 1.959964 + 2.3723 / df + 2.823 / df**2
     half = quantile * std / math.sqrt(n)
-    if n <= 12:
-        signs = 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
-    else:
-        signs = np.concatenate([np.ones((1, n)), np.random.default_rng(seed).choice((-1.0, 1.0), (FLIPS, n))])
-    real = np.abs(effect.sum(0))
-    hits = sum((np.abs(part @ effect) >= real * (1 - 1e-9) - 1e-12).sum(0) for part in np.array_split(signs, 16))
-    return {"std": std, "low": mean - half, "high": mean + half, "p": np.where(np.isnan(mean), math.nan, hits / len(signs))}
+    p = sign_flips(effect, seed)
+    return {"std": std, "low": mean - half, "high": mean + half, "p": p, "holm": holm(p)}
+
+
+def tries(n: int, cells: int) -> tuple[int, bool]:
+    """How many sign flips of n prompts a table of so many cells gets, and whether these are all there are (up to the sign of the whole)."""
+    wanted = max(FLIPS, PER_CELL * cells)
+    every = 2 ** (n - 1)
+    return (every, True) if every <= wanted and every * n * cells <= WORK else (wanted, False)
+
+
+def smallest_p(n: int, cells: int) -> float:
+    """The smallest p that n prompts can have in a table of so many cells."""
+    flips, every = tries(n, cells)
+    return 1 / flips if every else 1 / (flips + 1)
+
+
+def sign_flips(effect: np.ndarray, seed: int) -> np.ndarray:
+    """
+    The two-sided p [cell] of the mean of effects [prompt, cell]: how often it is as large with each prompt's sign flipped or not. All flips are tried where
+    they are few, else random ones (seed): a cell whose p is known well takes no more of them (Besag and Clifford 1991). NaN where an effect is.
+    """
+    n, cells = effect.shape
+    p, (total, every) = np.full(cells, math.nan), tries(n, cells)
+    left = np.flatnonzero(np.isfinite(effect).all(0))
+    rng, hits, done = np.random.default_rng(seed), np.zeros(cells), 0
+    while done < total and len(left):
+        count = min(FLIPS, total - done)
+        numbers = done + np.arange(count)
+        signs = 1.0 - 2.0 * ((numbers[:, None] >> np.arange(n)) & 1) if every else 2.0 * rng.integers(0, 2, (count, n)) - 1
+        some = effect[:, left]
+        hits[left] += (np.abs(signs @ some) >= np.abs(some.sum(0)) * (1 - 1e-9) - 1e-12).sum(0)
+        done += count
+        p[left] = hits[left] / done if every else (1 + hits[left]) / (1 + done)
+        left = left if every else left[hits[left] < ENOUGH]
+    return p
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """Holm's step-down correction of p-values [cell] for all of them; NaN stays (Holm 1979)."""
+    out, some = np.full(p.shape, math.nan), np.flatnonzero(np.isfinite(p))
+    order = some[np.argsort(p[some], kind="stable")]
+    out[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)))
+    return out
 
 
 def ratio_of_means(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:

@@ -230,6 +230,7 @@ def from_json(obj: object, kind: type) -> object:
         return msgspec.convert(obj, kind, dec_hook=hook)
 
     try:
+        msgspec.msgpack.encode(obj)  # what can't go over the wire (a number over 64 bits, half a character) is refused here
         return revive(obj, kind)
-    except (msgspec.ValidationError, TypeError, ValueError) as error:
+    except (msgspec.ValidationError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"not a {getattr(kind, '__name__', kind)}: {error}") from error

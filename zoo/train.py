@@ -175,6 +175,7 @@ def export(model: GPT2, cfg: TrainingConfig, folder: Path) -> None:
         "eos_token_id": 0,
         "pad_token_id": 0,
         "tie_word_embeddings": False,
+        "trained_with_bos": True,
         "dtype": "float16",
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

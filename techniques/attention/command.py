@@ -40,8 +40,8 @@ COMMANDS = {"attention": AttentionCommand, "heads": HeadsCommand, "detect": Dete
 def show_attention(out: Console, r: AttentionResult) -> None:
     rows = table(f"layer {r.layer}: where each head looks from the last position ({r.which})", "head", *(show_token(x) for x in r.tokens.texts))
     for h, p in enumerate(r.pattern[:, -1]):
-        best = int(np.abs(p).argmax())
-        rows.add_row(f"L{r.layer}H{h}", *(plain(f"{v:.2f}", CYAN if j == best else "") for j, v in enumerate(p.tolist())))
+        best = int(np.nanargmax(np.abs(p)))
+        rows.add_row(f"L{r.layer}H{h}", *(plain("" if v != v else f"{v:.2f}", CYAN if j == best else "") for j, v in enumerate(p.tolist())))
     out.print(rows)
     out.print(plain(r.convention, GRAY))
 

@@ -74,7 +74,7 @@ class AttentionPane(Pane):
         way, pattern, c = app.state.views["attention.read"], app.requests.result("attention", AttentionResult), app.cursor
         if way == "off" or pattern is None or pattern.layer != c.layer or c.pos >= len(pattern.tokens.ids):
             return None
-        values = pattern.pattern[c.head]
+        values = np.nan_to_num(pattern.pattern[c.head])
         return values[c.pos] if way == "from" else values[:, c.pos]
 
     def back(self, app: Host) -> bool:

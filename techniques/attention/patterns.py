@@ -8,11 +8,13 @@ import numpy as np
 import torch as t
 from torch import Tensor
 
-from model.bridge import Edit, Model
+from model.bridge import Edit, Model, has_sink
 from model.interventions import prepare
-from model.memory import in_chunks
-from model.replacements import BATCH
+from model.memory import Chunks
+from model.places import visible
+from model.replacements import prompts_at_once
 from model.runs import Runs, read_study
+from model.writes import output_matrix
 from techniques.attention.requests import DETECTORS, STATS, AttentionResult, AttentionSetResult, DetectResult, HeadStatsResult
 from vocabulary.nodes import UserError
 from vocabulary.prompts import RUNS, WHICH, Prompt, Study
@@ -49,7 +51,7 @@ def subtract(sides: list[dict]) -> dict:
 @t.no_grad()
 def value_norms(model: Model, layer: int, v: Tensor) -> Tensor:
     """|| v W_O || of every head and position, [head, seq], from values [seq, kv head, d_head] (b_V inside, b_O and later norms not)."""
-    w = model.bridge.blocks[layer].attn.W_O.float()
+    w = output_matrix(model, layer, "attn")
     rows = []
     for h in range(model.info.n_heads):
         rows.append((v[:, kv_head(model, h)].float() @ w[h]).norm(dim=-1))
@@ -57,23 +59,30 @@ def value_norms(model: Model, layer: int, v: Tensor) -> Tensor:
 
 
 def attention(runs: Runs, layer: int, which: str, weighted: bool = False) -> AttentionResult:
-    """Patterns of one layer's heads, [head, destination, source], of a run or a difference; weighted by the norms of what the values write."""
+    """Patterns of one layer's heads, [head, destination, source], of a run or a difference; weighted by the norms of what the values write. NaN where a head can't look."""
     check_which(which)
     model = runs.model
     check_layer(model, layer)
     sides = runs.pair(which) if "-" in which else (which,)
     name, value = pattern_name(layer), f"blocks.{layer}.attn.hook_v"
-    patterns = []
+    patterns, sinks = [], []
     for s in sides:
         acts = runs.trace(s, [name, value] if weighted else [name])
         pattern = acts[name][0].float()
+        sinks.append((1 - pattern.sum(-1)).cpu().numpy())
         patterns.append((pattern * value_norms(model, layer, acts[value][0])[:, None] if weighted else pattern).cpu().numpy())
     if not all(np.isfinite(p).all() for p in patterns):
         raise UserError("the attention patterns are not finite: load the model in float32")
+    hidden = ~visible(model, layer, len(patterns[0][0])).numpy() & np.all([(p == 0).all(0) for p in patterns], 0)
     pattern = patterns[0] - patterns[1] if len(patterns) == 2 else patterns[0]
+    pattern = np.where(hidden, np.float32(math.nan), pattern)  # a copy: the cache holds the runs' own
     what = "attention x || v W_O || (b_V inside, b_O not" + (", values of kv groups)" if model.info.n_kv_heads < model.info.n_heads else ")")
     parts = [f"{what if weighted else 'attention after the softmax'}, [destination, source], of query heads, {which}", model.info.dtype, runs.convention]
-    return AttentionResult(runs.row(sides[0]), layer, pattern, which, ", ".join(p for p in parts if p), weighted)
+    sink = None
+    if has_sink(model, layer) and not weighted:
+        sink = sinks[0] - sinks[1] if len(sinks) == 2 else sinks[0]
+        parts.append("sink: one less the row's sum, a learned score without a value")
+    return AttentionResult(runs.row(sides[0]), layer, pattern, which, ", ".join(p for p in parts if p), weighted, sink)
 
 
 @t.no_grad()
@@ -164,7 +173,8 @@ def head_stats(runs: Runs, which: str, source: str, pair: tuple[int, int] | None
         else:
             edits, left_out = runs.edits_anywhere() if which == "now" else ([], [])
             model.forward(ids, names, edits, keep=None, take=take)
-            note = f"{RANDOM_ROWS} rows of {ids.shape[1]} tokens" + (f", without {' '.join(left_out)}" if left_out else "")
+            first = "" if model.bos is None else "BOS, then "
+            note = f"{RANDOM_ROWS} rows of {first}{ids.shape[1] // 2} tokens twice" + (f", without {' '.join(left_out)}" if left_out else "")
         both.append(found.numbers())
     stats = {k: both[0][k] - both[1][k] if len(both) == 2 else both[0][k] for k in both[0]}
     parts = [f"head statistics on {'the prompt' if source == 'prompt' else 'random repeated tokens'}, {which}", note]
@@ -275,6 +285,7 @@ def over_set(
         except UserError as error:
             raise UserError(f"prompt {i + 1} of the set: {error}") from error
         everyone.append(runs)
+    chunks = Chunks("prompts", lambda _: prompts_at_once(model, length))
     for place, side in enumerate(sides):
         if side == "now" and study.interventions:
             for j, (i, prompt) in enumerate(members):
@@ -293,7 +304,7 @@ def over_set(
                 these = same[start:stop]
                 return these, work([everyone[j] for j in these], side, t.tensor([everyone[j].row(side).ids for j in these]), [])
 
-            for part in in_chunks(len(same), BATCH, batch):
+            for part in chunks.over(len(same), batch):
                 if isinstance(part, Progress):
                     yield part
                     continue
@@ -310,6 +321,7 @@ def attention_set(model: Model, study: Study, which: str, labels: tuple[str, ...
     members = read_set(study)
     names = labels or common_labels(model, study, members, which)
     hooks = [pattern_name(layer) for layer in range(model.info.n_layers)]
+    seen = np.zeros((model.info.n_layers, len(names), len(names)), bool)  # in some prompt
 
     def work(group: list[Runs], side: str, ids: Tensor, edits: list[Edit]) -> list[dict[str, np.ndarray]]:
         spots = t.tensor([[r.position(side, n) for n in names] for r in group])
@@ -319,6 +331,9 @@ def attention_set(model: Model, study: Study, which: str, labels: tuple[str, ...
             where = [i.to(x.device) for i in (rows, spots[:, :, None], spots[:, None, :])]
             got.append(x.detach()[where[0], :, where[1], where[2]].float().permute(0, 3, 1, 2).cpu())
 
+        for layer in range(model.info.n_layers):
+            mask = visible(model, layer, ids.shape[1])
+            seen[layer] |= mask[spots[:, :, None], spots[:, None, :]].any(0).numpy()
         model.forward(ids, hooks, edits, keep=None, take=lambda _, x: grab(x))
         cells = t.stack(got, 1).double()
         for j, spot in enumerate(spots):
@@ -334,6 +349,7 @@ def attention_set(model: Model, study: Study, which: str, labels: tuple[str, ...
     safe = np.maximum(counts, 1)
     mean = np.where(counts > 0, np.nansum(cells, 0) / safe, math.nan)
     std = np.where(counts > 0, np.sqrt(np.nansum((cells - mean) ** 2, 0) / safe), math.nan)
+    mean, std = (np.where(seen[:, None] | (mean != 0), x, math.nan) for x in (mean, std))
     done = f"now = {study.base} under {', '.join(str(i) for i in study.interventions)}" if "now" in which and study.interventions else ""
     parts = [f"mean attention after the softmax over {len(members)} prompts of the set, [destination, source] labels, {which}", model.info.dtype, done]
     used = np.array([i for i, _ in members], np.int32)

@@ -37,22 +37,24 @@ def heads_grid(result: HeadStatsResult, stat: str, marks: frozenset[tuple[int, i
 
 
 def pattern_grid(result: AttentionResult, head: int) -> Grid:
-    """Destinations × sources of one head; sources after the destination are blank, not zero."""
+    """Destinations × sources of one head; sources where the head can't look are blank, not zero."""
     values = result.pattern[head].astype(float)
-    values[np.triu_indices(len(values), 1)] = np.nan
+    if result.sink is not None:
+        values = np.column_stack([values, result.sink[head]])
     lo, hi, sign = 0.0, 1.0, False
     if "-" in result.which:
         hi = max(float(np.nanmax(np.abs(values), initial=0)), 1e-6)
         lo, sign = -hi, True
     tokens = texts_of(result.tokens)
     rows = [f"{n:>2} {show_token(tok, 9, fill=False)}" for n, tok in enumerate(tokens)]
-    return Grid(values, rows, list(tokens), lo, hi, signed=sign, cell=(4, 4) if len(tokens) <= 40 else (2, 4), faint=(hi - lo) * 0.15, corner="to \\ from")
+    cols = list(tokens) + ["sink"] * (result.sink is not None)
+    return Grid(values, rows, cols, lo, hi, signed=sign, cell=(4, 4) if len(tokens) <= 40 else (2, 4), faint=(hi - lo) * 0.15, corner="to \\ from")
 
 
 def small_patterns(result: AttentionResult, head: int, width: int, height: int, mode: str) -> list[Spans]:
     """Every head's pattern of a layer, two destinations a line by half blocks (shades without colour), wrapped to the width; pooled when long."""
     n_heads, seq, _ = result.pattern.shape
-    top = max(float(np.abs(result.pattern).max(initial=0)), 1e-6)
+    top = max(float(np.nanmax(np.abs(result.pattern), initial=0)), 1e-6)
     signed_ = "-" in result.which
     across = max(1, width // (min(seq, 24) + 2))
     down = -(-n_heads // across)
@@ -61,17 +63,15 @@ def small_patterns(result: AttentionResult, head: int, width: int, height: int, 
     size = -(-seq // pool)
     blocks: list[list[Spans]] = []
     for h in range(n_heads):
-        values = np.zeros((size * pool, size * pool), np.float32)
+        values = np.full((size * pool, size * pool), np.nan, np.float32)
         values[:seq, :seq] = result.pattern[h]
-        cells = values.reshape(size, pool, size, pool)
-        cells = np.take_along_axis(
-            cells.transpose(0, 2, 1, 3).reshape(size, size, -1), np.abs(cells.transpose(0, 2, 1, 3).reshape(size, size, -1)).argmax(-1)[..., None], -1
-        )[..., 0]
+        cells = values.reshape(size, pool, size, pool).transpose(0, 2, 1, 3).reshape(size, size, -1)
+        cells = np.take_along_axis(cells, np.nan_to_num(np.abs(cells), nan=-1.0).argmax(-1)[..., None], -1)[..., 0]  # NaN where all of them are
         block: list[Spans] = [[(f"H{h}".ljust(size + 2), CURSOR_PLAIN if h == head else BOLD)]]
         for y in range(0, size, 2):
             spans: Spans = []
             for x in range(size):
-                pair = [float(cells[r, x]) / top if r < size and x <= r else math.nan for r in (y, y + 1)]
+                pair = [float(cells[r, x]) / top if r < size else math.nan for r in (y, y + 1)]
                 spans.append(half_block(pair, signed_, mode))
             block.append([*spans, ("  ", PLAIN)])
         blocks.append(block)
@@ -104,9 +104,11 @@ def pattern_cell(result: AttentionResult, head: int, pos: int, src: int, drilled
     if not (head < len(result.pattern) and pos < len(result.tokens.texts)):
         return []
     row, tokens = result.pattern[head][pos][: pos + 1], texts_of(result.tokens)
-    order = np.argsort(-np.abs(row), kind="stable")[:3].tolist()
+    order = [s for s in np.argsort(-np.abs(row), kind="stable")[:3].tolist() if not math.isnan(row[s])]
     read = "  ".join(f"{s} {show_token(tokens[s])} {float(row[s]):.3f}" for s in order)
+    read += "" if result.sink is None else f"  sink {float(result.sink[head][pos]):.3f}"
     spans: Spans = [(f" L{result.layer}H{head} ", BOLD), (f"{pos} {show_token(tokens[pos])} attends to {read}", PLAIN)]
     if drilled and src <= pos:
-        spans += [("  │ cursor ", DIM), (f"{src} {show_token(tokens[src])}", PLAIN), (f" {float(row[src]):.4f}", BOLD)]
+        value = "outside its window" if math.isnan(row[src]) else f"{float(row[src]):.4f}"
+        spans += [("  │ cursor ", DIM), (f"{src} {show_token(tokens[src])}", PLAIN), (f" {value}", BOLD)]
     return spans

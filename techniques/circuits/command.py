@@ -127,8 +127,10 @@ def show_score(out: Console, r: ScoreResult) -> None:
         rows = table("parts", "part", "alone away", "minimality", "with K away too")
         for i, part in enumerate(r.parts):
             effect, minimal = (show_number(float(x[i]), 9) if x.size else "" for x in (r.effects, r.minimal))
-            rows.add_row(part, effect, minimal, " ".join(r.minimal_with[i]) if r.minimal.size else "")
+            rows.add_row(part, "~" * r.noise(i) + effect, minimal, " ".join(r.minimal_with[i]) if r.minimal.size else "")
         out.print(rows)
+    if r.floor == r.floor:
+        out.print(plain(f"noise floor {r.floor:.2g} of the metric: ~ marks effects below it", GRAY))
     if r.subsets:
         worst = int(np.abs(r.without_circuit - r.without_model).argmax())
         out.print(

@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+from typing import get_args
 
 from techniques.circuits.requests import Discover, DiscoverResult, METHODS
+from vocabulary.integral import StepsAt
 from vocabulary.wire import to_json
 from screen.client import in_words
 from screen.overlays import Editor, Item, Panel, Picker
@@ -12,8 +14,10 @@ from screen.replies import Reply
 from techniques.circuits.files import free_name
 from widgets import BOLD, DIM, GOOD, PLAIN, WARN
 
-FIELDS = {"acdc": [("threshold", "0.1")], "greedy": [("target", "0.85"), ("heads", "0")], "features": [("features", "30"), ("steps", "5")]}
+AT = "steps at"
+FIELDS = {"acdc": [("threshold", "0.1")], "greedy": [("target", "0.85"), ("heads", "0")], "features": [("features", "30"), ("steps", "5"), (AT, "mid")]}
 EDGES = [("edges", "40"), ("steps", "5")]
+INTEGRATED = [*EDGES, (AT, "right")]
 
 
 def choose_method(pane: Pane, app: Host) -> None:
@@ -23,18 +27,20 @@ def choose_method(pane: Pane, app: Host) -> None:
 
 
 def how_much(pane: Pane, app: Host, method: str) -> None:
-    fields, rest = FIELDS.get(method, EDGES), app.state.views["circuit.rest"]
+    fields, rest = FIELDS.get(method, INTEGRATED if method.startswith("eap-ig") else EDGES), app.state.views["circuit.rest"]
 
     def accept(values: list[str]) -> str:
         try:
-            numbers = [float(v) if name in ("threshold", "target") else int(v) for v, (name, _) in zip(values, fields)]
+            numbers = [v if name == AT else float(v) if name in ("threshold", "target") else int(v) for v, (name, _) in zip(values, fields)]
         except ValueError:
-            return "write numbers, whole ones for " + " and ".join(n for n, _ in fields if n not in ("threshold", "target"))
-        if not all(map(math.isfinite, numbers)):
+            return "write numbers, whole ones for " + " and ".join(n for n, _ in fields if n not in ("threshold", "target", AT))
+        if not all(math.isfinite(n) for n in numbers if not isinstance(n, str)):
             return "write finite numbers"
+        if wrong := [n for n in numbers if isinstance(n, str) and n not in get_args(StepsAt)]:
+            return f"steps at {wrong[0]!r}: write {', '.join(get_args(StepsAt))}"
         study = pane.study(app)
         study = app.state.with_saes(study) if method == "features" else study
-        named = {{"heads": "nodes", "features": "nodes"}.get(name, name): number for (name, _), number in zip(fields, numbers)}
+        named = {{"heads": "nodes", "features": "nodes", AT: "steps_at"}.get(name, name): number for (name, _), number in zip(fields, numbers)}
         estimate(pane, app, Discover(study, method, rest=rest, name=free_name(app, method), **named))
         return ""
 

@@ -11,11 +11,13 @@ from model.bridge import Model
 from model.sae import SparseAutoencoder
 from model.sae_loading import load
 from techniques.circuits.bench import Bench
+from techniques.circuits.edges import each
 from techniques.circuits.edge_search import COUNTS
 from techniques.circuits.feature_nodes import FeatureRun
 from techniques.circuits.requests import METHODS, REST, Discover, DiscoverResult
 from techniques.features.effects import slope_at
 from vocabulary.circuit import Circuit, rank
+from vocabulary.integral import fractions, steps_in_words
 from vocabulary.nodes import UserError, parse_node
 from vocabulary.progress import time_left
 from vocabulary.requests import Progress
@@ -43,12 +45,11 @@ def features(model: Model, ask: Discover) -> Generator[Progress, None, DiscoverR
     one = time.monotonic() - t0
     k = ask.nodes or 30
     counts = [c for c in COUNTS if c < k] + [k]
-    passes = ask.steps * len(loaded) * len(bench.runs)
-    slope(bench.runs[0], loaded[0], None)
-    expected = one * (len(counts) + 2) + passes * (time.monotonic() - t0 - one)
-    names, scores, words = (), np.zeros(0), f"the {k} of the largest |score|, gradients at {ask.steps} points on the way"
+    (seconds, *_) = yield from each(bench.runs[:1], lambda run: timed(run, loaded[0]))
+    expected = one * (len(counts) + 2) + ask.steps * len(loaded) * len(bench.runs) * seconds
+    names, scores, words = (), np.zeros(0), f"the {k} of the largest |score|, {steps_in_words(ask.steps, ask.steps_at or 'mid', 'clean to replaced')}"
     if not ask.dry:
-        found = yield from attributions(bench.runs, loaded, ask.steps, len(bench.whole), begun)
+        found = yield from attributions(bench.runs, loaded, fractions(ask.steps, ask.steps_at or "mid"), len(bench.whole), begun)
         order = sorted((a for a in found if found[a]), key=lambda a: -abs(found[a]))
         names, scores = tuple(order), np.array([found[a] for a in order])
     nodes, curve, warning, used = names[:k], np.zeros(0), "", loaded
@@ -74,26 +75,38 @@ def features(model: Model, ask: Discover) -> Generator[Progress, None, DiscoverR
     )  # fmt: skip
 
 
-def attributions(runs: list[FeatureRun], some: list[SparseAutoencoder], steps: int, prompts: int, begun: float) -> Generator[Progress, None, dict[str, float]]:
+def attributions(
+    runs: list[FeatureRun], some: list[SparseAutoencoder], shares: list[float], prompts: int, begun: float
+) -> Generator[Progress, None, dict[str, float]]:
     """Of every feature (replaced - own activation) . gradient, integrated along the replacement of its whole SAE, summed over positions but the first."""
-    out, done, passes = {}, 0, steps * len(some) * len(runs)
+    out = {}
+
+    def attributed(run: FeatureRun, d: SparseAutoencoder) -> Generator[Progress, None, Tensor]:
+        total, x = t.zeros(d.d_sae, dtype=t.float64), d.flat(run.clean[d.point])
+        change = run.others[d] - run.encode(d, x)
+        change[:, 0] = 0
+        change = d.weigh(change)
+        delta = (change @ d.sae.W_dec) * d.scale(x)
+        for k, share in enumerate(shares):
+            g = slope(run, d, delta * share) * d.scale(x)
+            for c, row in zip(change, g):
+                total += (c * (row @ d.sae.W_dec.T)).sum(0).double().cpu() / len(shares)
+            done, passes = (some.index(d) * len(runs) + runs.index(run)) * len(shares) + k + 1, len(shares) * len(some) * len(runs)
+            yield Progress(done, passes, f"features: {time_left((time.monotonic() - begun) / done * (passes - done))}")
+        return total
+
     for d in some:
-        total = t.zeros(d.d_sae, dtype=t.float64)
-        for run in runs:
-            x = d.flat(run.clean[d.point])
-            change = run.others[d] - run.encode(d, x)
-            change[:, 0] = 0
-            change = d.weigh(change)
-            delta = (change @ d.sae.W_dec) * d.scale(x)
-            for k in range(steps):
-                g = slope(run, d, delta * ((k + 0.5) / steps)) * d.scale(x)
-                for c, row in zip(change, g):
-                    total += (c * (row @ d.sae.W_dec.T)).sum(0).double().cpu() / steps
-                done += 1
-                spent = time.monotonic() - begun
-                yield Progress(done, passes, f"features: {time_left(spent / done * (passes - done))}")
+        total = sum((yield from each(runs, lambda run, d=d: attributed(run, d))))
         out |= {f"L{d.layer}.sae.f{i}": total[i].item() / prompts for i in total.nonzero()[:, 0].tolist()}
     return out
+
+
+def timed(run: FeatureRun, d: SparseAutoencoder) -> Generator[Progress, None, float]:
+    """Seconds of one gradient."""
+    begun = time.monotonic()
+    slope(run, d, None)
+    return time.monotonic() - begun
+    yield
 
 
 def slope(run: FeatureRun, d: SparseAutoencoder, delta: Tensor | None) -> Tensor:

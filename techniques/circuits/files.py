@@ -143,7 +143,7 @@ def open_circuit(app: Host, path: Path) -> None:
 
 
 def file_of(circuit: Circuit, suffix: str) -> Path:
-    return folder("exports") / "circuits" / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', circuit.name)}{suffix}"
+    return folder("exports") / "circuits" / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', circuit.name)[:100]}{suffix}"
 
 
 def save_circuit(app: Host) -> None:

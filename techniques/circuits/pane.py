@@ -1,5 +1,6 @@
 """Pane 5: the circuit kept so far, paths to and from nodes, scores, discovery's curve, comparison."""
 
+import math
 from dataclasses import replace
 
 from textual.containers import Horizontal
@@ -15,7 +16,7 @@ from screen.actions import turns
 from screen.cursor import clip
 from screen.keys import CIRCUIT, Action, Part
 from screen.pane import Host, Pane
-from screen.pictures import scale, sweep_cell
+from screen.pictures import legend, scale, sweep_cell
 from screen.replies import Reply
 from techniques.circuits import actions, discovery, files
 from techniques.circuits.pictures import NO_CIRCUIT, about_node, all_scores, compared, curve, listing, map_grid, members, path_grid, summary, wrap
@@ -94,7 +95,7 @@ class CircuitPane(Pane):
     def by_edges(app: Host) -> bool:
         """Whether the circuit is scored by its edges: when they lead from embed to the logits, unless Y says otherwise."""
         by, circuit = app.state.views["circuit.by"], app.state.current
-        return by == "edges" or by == "auto" and circuit is not None and bool(circuit.edges) and connected(circuit)
+        return by == "edges" or by == "auto" and circuit is not None and bool(circuit.edges) and connected(circuit, app.info)
 
     def path(self, app: Host) -> PathPatch:
         state, views = app.state, app.state.views
@@ -221,7 +222,7 @@ class CircuitPane(Pane):
         for receiver in app.state.receivers:
             app.act("keep", part=f"{sender}->{receiver}")
         did = "kept" if f"{sender}->{app.state.receivers[-1]}" in app.state.current.edges else "dropped"
-        by_nodes = app.state.views["circuit.by"] == "auto" and not connected(app.state.current)
+        by_nodes = app.state.views["circuit.by"] == "auto" and not connected(app.state.current, app.info)
         more = "; scored by nodes until its edges lead from embed to logits" if by_nodes else ""
         app.say(f"{sender} → {', '.join(app.state.receivers)}: {did}{more}")
 
@@ -243,7 +244,7 @@ class CircuitPane(Pane):
         result = self.scored(app)
         parts = members(circuit) if circuit else {}
         effects = dict(zip(result.parts, result.effects.tolist())) if result is not None else {}
-        grid = self.picture("circuit", (circuit, Same(result)), lambda: map_grid(app.info, parts, effects))
+        grid = self.picture("circuit", (circuit, Same(result)), lambda: map_grid(app.info, parts, effects, result.floor if result is not None else math.nan))
         self.side.styles.width = "1fr"
         mapped = self.map.styles.width = min(6 + 8 * len(grid.cols), self.size.width // 2)
         self.map.show(grid, self.cell(app, None), views["mode"])
@@ -315,7 +316,7 @@ class CircuitPane(Pane):
         edges = set(app.state.current.edges) if app.state.current else set()
         grid = self.picture("path", (Same(result), frozenset(edges)), lambda: path_grid(result, request, edges))
         done = "" if result.done == result.total else f"{result.done}/{result.total}{app.requests.left('path')} · "
-        self.show_title(app, ("path",), f"{done}{title} {scale(grid)}", result.convention)
+        self.show_title(app, ("path",), f"{done}{title} {scale(grid)}{legend(grid)}", result.convention)
         row, col = self.cell(app, result)
         self.map.show(grid, (row, col), views["mode"])
         self.info_line.show([sweep_cell(result, None, row, col)])

@@ -1,5 +1,6 @@
 """From circuits and their scores to pictures: the map, lists, scores, a discovery's curve, comparison, paths. Pure functions."""
 
+import math
 import textwrap
 
 import numpy as np
@@ -9,7 +10,7 @@ from techniques.patching.requests import SweepResult
 from vocabulary.circuit import Circuit, owner, parse_edge
 from vocabulary.nodes import parse_node
 from vocabulary.requests import ModelInfo
-from screen.pictures import change, chart, texts_of
+from screen.pictures import cells_of, change, chart, texts_of
 from screen.replies import Reply
 from widgets import BOLD, DIM, GOOD, PLAIN, WARN, Grid, Spans
 
@@ -60,7 +61,9 @@ def listing(circuit: Circuit, result: ScoreResult | None) -> list[Spans]:
     rest = [p for p in (*circuit.nodes, *circuit.edges) if p not in parts]
     lines: list[Spans] = [[(f"{'part':18}{'alone away':>11}{'minimality':>11}  group", BOLD)]]
     for p in [*parts, *rest]:
-        numbers = (f"{effects[p]:+11.4f}" if p in effects else " " * 11) + (f"{minimal[p]:11.3f}" if p in minimal else " " * 11)
+        numbers = (f"{noisy(effects[p], result.floor)}{effects[p]:+.4f}".rjust(11) if p in effects else " " * 11) + (
+            f"{minimal[p]:11.3f}" if p in minimal else " " * 11
+        )
         lines.append([(f"{p:18}{numbers}  ", PLAIN), (group_of.get(p, ""), DIM)])
     return lines
 
@@ -114,8 +117,8 @@ def wrap(text: str, width: int) -> list[str]:
     return textwrap.wrap(text, max(12, width)) or [""]
 
 
-def map_grid(info: ModelInfo, parts: dict[tuple[int, int], str], effects: dict[str, float]) -> Grid:
-    """Layers by heads and MLP: what is kept, and the effect of taking it alone away where that is known."""
+def map_grid(info: ModelInfo, parts: dict[tuple[int, int], str], effects: dict[str, float], floor: float = math.nan) -> Grid:
+    """Layers by heads and MLP: what is kept, and the effect of taking it alone away where that is known; ~ where it is below the noise floor."""
     n = info.n_heads
     values, text = np.full((info.n_layers, n + 1), np.nan), [["·"] * (n + 1) for _ in range(info.n_layers)]
     for (layer, head), part in parts.items():
@@ -126,7 +129,7 @@ def map_grid(info: ModelInfo, parts: dict[tuple[int, int], str], effects: dict[s
             e for p, e in effects.items() if "->" not in p and (node := parse_node(p)).layer == layer and (node.head if node.site == "head" else -1) == head
         ]
         values[layer, col] = mine[0] if mine else 0.0
-        text[layer][col] = f"{mine[0]:+.2f}" if mine else f"● {part}".strip()
+        text[layer][col] = f"{noisy(mine[0], floor)}{mine[0]:+.2f}" if mine else f"● {part}".strip()
     hi = max(float(np.nanmax(np.abs(values), initial=0)), 1e-6)
     marks = frozenset((layer, n if head < 0 else head) for layer, head in parts)
     return Grid(values, [f"L{i}" for i in range(info.n_layers)], [*(f"H{h}" for h in range(n)), "MLP"], -hi, hi, text, signed=True, cell=(5, 7), marks=marks)
@@ -139,7 +142,12 @@ def path_grid(result: SweepResult, request: PathPatch, edges: set[str]) -> Grid:
     mine = {e.sender for e in map(parse_edge, edges) if request.each == "sender" and e.receiver in request.receivers}
     kept = {(int(r), int(c)) for r, c in zip(*np.nonzero(np.isfinite(values))) if mine and result.address(int(r), int(c)).split("@")[0] in mine}
     cols = texts_of(result.tokens) if request.by_pos else list(result.cols)
-    return Grid(values, list(result.rows), cols, -hi, hi, signed=True, cell=(5, 8), marks=frozenset(kept))
+    return Grid(values, list(result.rows), cols, -hi, hi, signed=True, cell=(5, 8), marks=frozenset(kept), noise=cells_of(result.noise), floor=result.floor)
+
+
+def noisy(effect: float, floor: float) -> str:
+    """~ before an effect below the noise floor."""
+    return "~" if 0 < abs(effect) < floor else ""
 
 
 def share(x: float) -> str:
@@ -156,5 +164,6 @@ def score_lines(r: ScoreResult) -> list[Spans]:
         [(f"  F model {said(r.model)}", PLAIN)],
         [(f"  F circuit {said(r.alone)}", PLAIN)],
         [(f"  F nothing {said(r.empty)}", PLAIN)],
+        *([[(f"~ effects below the noise floor {r.floor:.2g}", DIM)]] if any(r.noise(i) for i in range(len(r.effects))) else []),
         *([[(r.warning, WARN)]] if r.warning else []),
     ]

@@ -96,7 +96,8 @@ class Score:
 class Discover:
     """
     Find a circuit by one of METHODS: the `edges` edges (EAP family) or the `nodes` nodes (greedy, features) that matter most, or (acdc) every edge above
-    `threshold` (in units of the metric, or of KL). `steps` of the integral. `target`: greedy stops before faithfulness falls below it. `dry`: only the
+    `threshold` (in units of the metric, or of KL). `steps` of the integral, taken at `steps_at` on the way from corrupted to clean (of features: from clean
+    to what replaces them). `target`: greedy stops before faithfulness falls below it. `dry`: only the
     estimate of the time. The result is checked by true ablation (`rest`).
     """
 
@@ -109,6 +110,8 @@ class Discover:
     threshold: float = 0.1
     """acdc, in units of the metric"""
     steps: int = 5
+    steps_at: Literal["", "left", "right", "mid"] = ""
+    """left (0 to n-1 of n, as the EAP-IG package takes them today), right (1 to n), mid; unset: right, of features mid"""
     target: float = 0.85
     """greedy: the faithfulness to stay at"""
     rest: Rest = "patch"
@@ -150,7 +153,7 @@ class ScoreResult:
     removing this part alone from the whole model, F - F(model), in the metric's unit. Empty where not asked for. `worst` is F(C without K) - F(M without K)
     of the worst K over the prompts; `minimal_low` and `minimal_high` [part] the 95 % interval of each minimality (Student's t; NaN for a single prompt).
     Where only a sample of the parts was tried the others are NaN, and `minimal_mean` is the mean over all parts as the sample tells it. `sets` of nodes or
-    edges were (`dry`: would be) cut, which was expected to take `expected` seconds.
+    edges were (`dry`: would be) cut, which was expected to take `expected` seconds. `floor`: effects below it are noise of the dtype (model/noise.py).
     """
 
     circuit: Circuit
@@ -177,6 +180,11 @@ class ScoreResult:
     sets: int = 0
     expected: float = float("nan")
     dry: bool = False
+    floor: float = float("nan")
+
+    def noise(self, part: int) -> bool:
+        """Whether removing this part alone moves the metric by less than the noise floor."""
+        return bool(self.effects.size) and 0 < abs(float(self.effects[part])) < self.floor
 
 
 @message

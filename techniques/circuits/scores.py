@@ -10,6 +10,7 @@ from collections.abc import Generator
 import numpy as np
 
 from model.bridge import Model
+from model.noise import noise_floor
 from techniques.circuits.bench import NONE, Bench, Parts
 from techniques.circuits.edges import own_edge
 from techniques.circuits.node_runs import by_parts, features_of
@@ -45,6 +46,8 @@ def score(model: Model, ask: Score) -> Generator[Progress, None, ScoreResult]:
     begun, circuit = time.monotonic(), ask.circuit
     check_circuit(circuit, model.info)
     edges = bool(circuit.edges) and ask.edges
+    if edges:
+        model.require("parts", "heads")
     if edges and (some := features_of(circuit.nodes)):
         raise UserError(
             f"{some[0]}: a circuit with edges is scored by them, and features have none; score it by its nodes (Y on the screen, --no-edges), or drop the feature"
@@ -69,16 +72,21 @@ def score(model: Model, ask: Score) -> Generator[Progress, None, ScoreResult]:
         tried, by_circuit, by_model, worst = yield from completeness(bench, work)
     if "minimality" in ask.what and not ask.dry:
         minimal, with_, low, high, mean = yield from minimality(bench, work)
+    floor = yield from noise_floor([r for run in bench.runs for r in run.group])
     gap = float((bench.whole - empty).mean())
-    warning = "" if not edges or connected(circuit) else "no path of its edges leads from embed to the logits: it is worth nothing; score it by its nodes"
+    warning = (
+        "" if not edges or connected(circuit, model.info) else "no path of its edges leads from embed to the logits: it is worth nothing; score it by its nodes"
+    )
     if abs(gap) < 0.05 * max(abs(float(bench.whole.mean())), abs(float(empty.mean()))):
         warning = f"model and empty circuit differ by {gap:.2g} only: fractions are large and noisy"
+    if abs(gap) < floor:
+        warning = f"model and empty circuit differ by {gap:.2g}, less than the noise floor {floor:.2g}: fractions are noise"
     members = tuple(range(len(ask.study.prompt_set) or 1))
     return ScoreResult(
         circuit, interval(bench.whole), interval(alone), interval(empty), faithfulness, parts, effects.astype(np.float32), tried,
         by_circuit.astype(np.float32), by_model.astype(np.float32), float(np.abs(by_circuit - by_model).max()) if len(by_model) else np.nan,
         minimal.astype(np.float32), with_, members, time.monotonic() - begun, warning, convention(model, ask, edges, nodes, work, mean),
-        worst, low.astype(np.float32), high.astype(np.float32), mean, work.count() if ask.dry else bench.done, expected, ask.dry,
+        worst, low.astype(np.float32), high.astype(np.float32), mean, work.count() if ask.dry else bench.done, expected, ask.dry, floor,
     )  # fmt: skip
 
 

@@ -105,7 +105,7 @@ def collect(model: Model, d: SparseAutoencoder, rows: Tensor, k: int, pairs: tup
     both = t.zeros(len(asked), n)
     edges, offsets = t.tensor(EDGES, dtype=t.float32), t.arange(-BEFORE, AFTER + 1)[None, :, None]
     size = max(1, CHUNK_BYTES // (4 * n * length))
-    for part in in_chunks(len(rows), at_once(model, length), lambda a, b: (a, b, activations(model, d, rows[a:b])[0])):
+    for part in in_chunks(len(rows), at_once(model, length), lambda a, b: (a, b, activations(model, d, rows[a:b])[0]), "pieces of text"):
         if isinstance(part, Progress):
             yield part
             continue

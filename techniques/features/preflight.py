@@ -10,6 +10,7 @@ from torch import Tensor
 from model.bridge import FINAL, Edit, Model
 from model.metrics import rows_at_once
 from model.runs import Runs, read_study
+from model.sae import SparseAutoencoder
 from model.sae_fit import REFUSE, WARN, cause, choose, fits
 from model.sae_loading import load
 from model.steering import write
@@ -57,7 +58,7 @@ def preflight(model: Model, ask: Preflight) -> Generator[Progress, None, Preflig
     gap = losses[2] - losses[0]
     recovered = (losses[2] - losses[1]) / gap if abs(gap) > 1e-6 else math.nan
     verdict = "good" if mine.cosine >= WARN else "warn" if mine.cosine >= REFUSE else "refuse"
-    words = "" if verdict == "good" else cause(runs, d, found)
+    words = "; ".join(w for w in ("" if verdict == "good" else cause(runs, d, found), other_bos(runs, d)) if w)
     parts = [
         f"{d.source} on the clean prompt without position 0, {len(ids) - 1} positions",
         f"{d.view} activation" + (f" ({d.point} to {d.out})" if d.transcoder else f" at {d.point}"),
@@ -69,6 +70,15 @@ def preflight(model: Model, ask: Preflight) -> Generator[Progress, None, Preflig
     return PreflightResult(
         d.info, mine.cosine, mine.unexplained, mine.l0, *losses, recovered, {v: f.cosine for v, f in found.items()}, verdict, words, ", ".join(parts)
     )
+
+
+def other_bos(runs: Runs, d: SparseAutoencoder) -> str:
+    """Where the SAE's metadata says that it was trained with BOS in front, or without, and the prompt is the other way."""
+    theirs = d.sae.cfg.metadata.get("prepend_bos")
+    if theirs is None or bool(theirs) == runs.row("clean").bos or not runs.model.info.bos:
+        return ""
+    words = "with BOS in front, and this prompt has none" if theirs else "without BOS, and this prompt has it"
+    return f"it was trained {words}: the key < or --{'' if theirs else 'no-'}bos changes that"
 
 
 @t.no_grad()

@@ -42,6 +42,7 @@ def show_identities(out: Console, r: IdentitiesResult) -> None:
     rows = table("identities", "", "identity", "error", "tolerance", "")
     for i in r.rows:
         mark, style = {True: ("ok", GREEN), False: ("BROKEN", RED), None: ("n/a", GRAY)}[i.ok]
+        mark = "is" if i.ok is None and i.error == i.error else mark  # a figure, nothing that could be broken
         rows.add_row(plain(mark, style), plain(i.name), show_number(i.error, 7), show_number(i.tolerance, 7), plain(i.note, GRAY))
     out.print(rows)
     out.print(plain(r.convention, GRAY))

@@ -1,5 +1,7 @@
 """The honesty panel: the identities, checked on the loaded model and prompt."""
 
+import math
+
 from techniques.identities.requests import Identities
 from vocabulary.requests import Identity
 from screen.keys import LOUPE, Action
@@ -22,7 +24,7 @@ def honesty(app: Host) -> None:
         head: Spans = [(f" {len(bad)} broken" if bad else " all hold", BAD if bad else GOOD), (f"  {found.convention}", DIM)]
         rows = identity_rows(found.rows)
         rows.append([(f" at load, on random tokens: {sum(r.ok is True for r in at_load)} of {sum(r.ok is not None for r in at_load)} identities held", DIM)])
-        panel.replace([head, *rows, *identity_rows(tuple(r for r in at_load if r.ok is False))])
+        panel.replace([head, *rows, *identity_rows(at_load)])
 
     failed = lambda error: panel.replace([[(f" {visible(str(error))}", BAD)]])  # noqa: E731
     app.requests.ask("identities", Identities(app.state.with_saes(app.state.study)), show, failed=failed)
@@ -33,7 +35,13 @@ def identity_rows(rows: tuple[Identity, ...]) -> list[Spans]:
     lines: list[Spans] = []
     for r in rows:
         mark, style = ("✓", GOOD) if r.ok else ("·", DIM) if r.ok is None else ("✗", BAD)
-        error = "not applicable" if r.ok is None else f"{r.error:.1e} ≤ {r.tolerance:.0e}" if r.ok else f"{r.error:.1e} > {r.tolerance:.0e}"
+        error = (
+            ("not applicable" if math.isnan(r.error) else f"{r.error:.1e}")
+            if r.ok is None
+            else f"{r.error:.1e} ≤ {r.tolerance:.0e}"
+            if r.ok
+            else f"{r.error:.1e} > {r.tolerance:.0e}"
+        )
         lines.append(
             [
                 (f" {mark} ", style),

@@ -14,6 +14,7 @@ from vocabulary.requests import Identity, ModelInfo, Progress
 
 SHAPE = {"architecture": "GPT2LMHeadModel", "n_layers": 12, "n_heads": 12, "d_model": 768, "d_vocab": 50257}
 TOKENS, S2, END = 15, 10, 14
+WITH_BOS = "with BOS in front, which this model's tokenizer does not add: < on the screen and --bos put it before your prompts"
 TEMPLATES = (
     ("When John and Mary went to the shops, {} gave the bag to", " Mary", " John"),
     ("When Tom and James went to the park, {} gave the ball to", " Tom", " James"),
@@ -127,7 +128,8 @@ def compare(measured: dict[str, float]) -> tuple[Identity, ...]:
         for name, value in g.values.items():
             key = f"{g.title}: {name}"
             error = abs(measured[key] - value)
-            rows.append(Identity(f"published {key}", error, g.tolerance, error <= g.tolerance, f"{value:g} in {g.source}, {measured[key]:.4f} here; {g.note}"))
+            note = f"{value:g} in {g.source}, {measured[key]:.4f} here; {g.note}; {WITH_BOS}"
+            rows.append(Identity(f"published {key}", error, g.tolerance, error <= g.tolerance, note))
     return tuple(rows)
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 
 from techniques.lens.requests import TuneLens
+from vocabulary.typed import whole_number
 from screen.overlays import Editor, Item, Panel, Picker
 from screen.pane import Host, Pane
 from screen.pictures import RUN_NAMES, chart as line_chart
@@ -24,7 +25,7 @@ def choose_lens(pane: Pane, app: Host) -> None:
 
     def chosen(item: Item | None, typed: str) -> None:
         kind, _, artefact = typed.strip().partition(" ") if item is None else (item.key, "", item.value)
-        app.guard(lambda: app.act("lens", kind=kind, artefact=artefact.strip()))
+        app.act("lens", kind=kind, artefact=artefact.strip())
 
     app.open(Picker("lens (or type: tuned FOLDER, jacobian FILE; F fits a tuned lens)", items, chosen, free=True))
 
@@ -35,13 +36,13 @@ def fit(pane: Pane, app: Host) -> None:
 
     def accept(values: list[str]) -> str:
         text, out, steps = values
-        if not steps.isdigit() or int(steps) < 1:
+        if (count := whole_number(steps) or 0) < 1:
             return "steps: a positive whole number"
         try:
             resume = (typed_path(out) / "checkpoint.safetensors").exists()
         except UserError as error:
             return f"folder: {error}"
-        request = TuneLens(text, out, int(steps), resume=resume)
+        request = TuneLens(text, out, count, resume=resume)
         app.requests.ask("fit", request, fitted, 2, cancelled="the fit was cancelled; F again goes on from its checkpoint")
         return ""
 

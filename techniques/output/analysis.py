@@ -1,5 +1,6 @@
 """The door of this room: the likeliest next tokens and the metric of clean, corrupted and now."""
 
+import math
 from collections.abc import Generator
 from dataclasses import replace
 
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from model.bridge import FINAL, Model
 from model.interventions import prepare
-from model.memory import in_chunks
+from model.memory import Chunks
 from model.metrics import measure, rows_at_once
+from model.noise import known_floor, noise_floor
 from model.runs import Runs
 from model.top_tokens import largest, texts
 from techniques.output.requests import Run, RunResult, Side
@@ -42,6 +44,7 @@ class SideReading:
             self.nll, self.metric = np.full(shape[0], np.nan), None
             self.last = runs.trace(which, [FINAL])[FINAL][0]
             self.order = list(dict.fromkeys((self.pos, shape[0] - 1, *range(shape[0]))))
+            self.chunks = Chunks("positions", rows_at_once(model))
 
     @property
     def side(self) -> Side:
@@ -80,7 +83,7 @@ class SideReading:
         if not first or self.loss or len(self.order) <= size:
             few = len(self.order)
         todo, self.order = self.order[:few], self.order[few:]
-        yield from in_chunks(len(todo), size, lambda start, stop: self.read(todo[start:stop]))
+        yield from self.chunks.over(len(todo), lambda start, stop: self.read(todo[start:stop]))
         if not self.order:
             if self.loss:
                 self.measure(self.last[0])
@@ -105,7 +108,12 @@ def run(runs: Runs, k: int) -> Generator[Progress | RunResult, None, RunResult]:
     for reading in sides.values():
         for part in reading.steps(False):
             yield part or run_result(runs, sides)
-    return run_result(runs, sides)
+    found = run_result(runs, sides)
+    if found.change is not None and "now" in sides and math.isnan(found.floor):  # measured last: no key waits for it
+        yield found
+        yield from noise_floor([runs])
+        found = run_result(runs, sides)
+    return found
 
 
 def run_result(runs: Runs, readings: dict[str, SideReading]) -> RunResult:
@@ -130,4 +138,5 @@ def run_result(runs: Runs, readings: dict[str, SideReading]) -> RunResult:
     words = texts(runs.model, np.concatenate([s.top_ids[s.top_ids >= 0] for s in sides]))
     place = "" if metric.kind == "loss" else f" at {metric.pos}"
     parts = [f"{metric.kind}{place}", "normalised: corrupted = 0, clean = 1", f"raw weights, {runs.model.info.dtype}", runs.convention]
-    return RunResult(clean, corrupt, now, normalised, warning, words, ", ".join(p for p in parts if p), tuple(runs.answers), tuple(runs.foils))
+    floor = known_floor([runs]) if runs.edits and now.metric is not None else math.nan
+    return RunResult(clean, corrupt, now, normalised, warning, words, ", ".join(p for p in parts if p), tuple(runs.answers), tuple(runs.foils), floor)

@@ -32,6 +32,9 @@ def show_run(out: Console, r: RunResult) -> None:
         out.print(rows)
     values = [f"{n} {s.metric:.4f}" for n, s in sides.items() if s is not None and s.metric is not None]
     out.print(plain("  ".join(values) + ("" if r.normalised is None else f"  normalised {r.normalised:.4f}"), CYAN))
+    if r.floor == r.floor:
+        small = ", which is below it" if r.noise else ""
+        out.print(plain(f"changed by {r.change:+.4f} against a noise floor of {r.floor:.2g}{small}", YELLOW if r.noise else GRAY))
     if r.warning:
         out.print(plain(r.warning, YELLOW))
     out.print(plain(r.convention, GRAY))

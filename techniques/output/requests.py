@@ -35,7 +35,10 @@ class Side:
 
 @message
 class RunResult:
-    """Clean, corrupted and now (the base prompt under the interventions). `normalised` is (now - corrupted) / (clean - corrupted); ids of the answers."""
+    """
+    Clean, corrupted and now (the base prompt under the interventions). `normalised` is (now - corrupted) / (clean - corrupted); ids of the answers. `floor`:
+    changes of the metric below it are noise of the dtype (model/noise.py); NaN while it is not measured, and without interventions.
+    """
 
     clean: Side
     corrupt: Side | None
@@ -46,3 +49,15 @@ class RunResult:
     convention: str
     answers: tuple[int, ...] = ()
     foils: tuple[int, ...] = ()
+    floor: float = float("nan")
+
+    @property
+    def change(self) -> float | None:
+        """What the interventions do to the metric; None without them or without a metric."""
+        base = next((s for s in (self.clean, self.corrupt) if s is not None and s.tokens == self.now.tokens), None)
+        return None if base is None or base is self.now or None in (base.metric, self.now.metric) else self.now.metric - base.metric
+
+    @property
+    def noise(self) -> bool:
+        """Whether the interventions change the metric by less than the noise floor."""
+        return self.change is not None and 0 < abs(self.change) < self.floor

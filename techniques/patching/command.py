@@ -41,17 +41,17 @@ def show_sweep(out: Console, r: SweepResult) -> None:
         by_position = len(r.cols) == len(r.tokens.texts) and r.cols[0] == "0"
         heads = (f"{c} {show_token(x, 6, fill=False)}" for c, x in zip(r.cols, r.tokens.texts)) if by_position else r.cols
         rows = table("metric" if raw else "normalised metric", "", *heads)
-        for name, values in zip(r.rows, shown.tolist()):
-            rows.add_row(name, *(show_number(v) for v in values))
+        for name, values, noise in zip(r.rows, shown.tolist(), r.noise.tolist()):
+            rows.add_row(name, *("~" * small + show_number(v) for v, small in zip(values, noise)))
         out.print(rows)
     effect = np.abs(r.values - r.base)
     order = [i for i in np.argsort(-np.where(np.isnan(effect), -1.0, effect), axis=None, kind="stable")[:10].tolist() if not np.isnan(effect.flat[i])]
     names = [r.address(*divmod(i, len(r.cols))) or f"{r.rows[i // len(r.cols)]}, {r.cols[i % len(r.cols)]}" for i in order]
-    stats = [("std", r.std), ("low", r.low), ("high", r.high), ("p", r.p)] if r.p.size else []
+    stats = [("std", r.std), ("low", r.low), ("high", r.high), ("p", r.p), ("corrected p", r.holm)] if r.p.size else []
     rows = table("largest effects", "node", "metric", "normalised", "change", *(name for name, _ in stats))
     for name, i in zip(names, order):
         cells = [r.values.flat[i], r.normalised.flat[i], r.values.flat[i] - r.base, *(x.flat[i] for _, x in stats)]
-        rows.add_row(plain(name), *(show_number(float(v), 8) for v in cells))
+        rows.add_row(plain("~" * bool(r.noise.flat[i]) + name), *(show_number(float(v), 8) for v in cells))
     out.print(rows)
     corrupt = "" if r.corrupt is None else f"  corrupted {r.corrupt:.4f}"
     out.print(plain(f"base run {r.base:.4f}  clean {r.clean:.4f}{corrupt}  {r.mechanism}", CYAN))
@@ -59,6 +59,8 @@ def show_sweep(out: Console, r: SweepResult) -> None:
         out.print(
             plain(f"{r.at_once} cells in the largest batch, peak {r.peak_mb:.1f} MB (on a GPU all that was allocated, else the batch's activations)", GRAY)
         )
+    if r.floor == r.floor:
+        out.print(plain(f"noise floor {r.floor:.2g} of the metric: ~ marks changes below it", GRAY))
     if r.warning:
         out.print(plain(r.warning, YELLOW))
     out.print(plain(r.convention, GRAY))

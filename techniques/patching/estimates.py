@@ -16,9 +16,10 @@ from model.bridge import Edit
 from model.metrics import metric
 from model.runs import Runs
 from model.variants import Base, Variant
-from techniques.patching.plan import Plan, aligned, bases, read_plan, reads
+from techniques.patching.plan import Plan, aligned, over_bases, read_plan, reads
 from techniques.patching.requests import ESTIMATES, Estimate, Sweep, SweepResult
 from techniques.patching.table import SweepTable
+from vocabulary.integral import fractions, steps_in_words
 from vocabulary.nodes import UserError
 from vocabulary.requests import Progress
 
@@ -38,24 +39,24 @@ def estimate(model, ask: Estimate) -> Generator[Progress | SweepResult, None, Sw
     if ask.kind in ("pairs", "cumulative"):
         raise UserError(f"{ask.kind}: gradients say nothing of several nodes at once; run the sweep itself")
     plan = read_plan(model, Sweep(ask.study, ask.kind, "patch", ask.direction, node=ask.node, over_set=ask.over_set))
-    board = SweepTable(plan, ask.method)
-    for part in bases(plan):
-        if isinstance(part, Progress):
-            yield part
-            continue
-        members, base, sides = part
+    board = SweepTable(plan, ask.method, steps_in_words(ask.steps, ask.steps_at, "base to source") if ask.method == "ig" else "")
+
+    def fill(members: list[int], base: Base, sides: tuple[np.ndarray, ...]) -> Generator[Progress]:
         board.begin(members, base, sides)
         runs = [plan.runs[i] for i in members]
-        total, fractions = {}, [None] if ask.method == "atp" else [(i + 0.5) / ask.steps for i in range(ask.steps)]
-        for done, fraction in enumerate(fractions):
-            path = None if fraction is None else between(plan, base, runs, fraction)
+        total, shares = {}, [None] if ask.method == "atp" else fractions(ask.steps, ask.steps_at)
+        for done, share in enumerate(shares):
+            path = None if share is None else between(plan, base, runs, share)
             for name, g in (yield from gradients(base, {s.name for s in plan.spots}, path)).items():
-                total[name] = total.get(name, 0.0) + g / len(fractions)
-            yield Progress(done + 1, len(fractions), f"{ask.method}: gradients")
+                total[name] = total.get(name, 0.0) + g / len(shares)
+            yield Progress(done + 1, len(shares), f"{ask.method}: gradients")
         if board.waiting:
             board.fill(board.waiting, sides[0] + linear(plan, base, board.waiting, total))
+
+    yield from over_bases(plan, fill, undo=board.forget)
     model.notes.estimate = (same_question(plan), board.values.copy(), board.sides[0].copy())
-    return board.result(True)
+    yield board.result(False)
+    return (yield from board.finish())
 
 
 def same_question(plan: Plan) -> tuple:

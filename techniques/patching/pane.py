@@ -12,7 +12,7 @@ from screen.cursor import clip, place_of
 from screen.keys import VIEW, Action, Part
 from screen.overlays import Item, Picker
 from screen.pane import Host, Pane
-from screen.pictures import scale, sweep_cell
+from screen.pictures import legend, scale, sweep_cell
 from screen.session import VIEWS
 from techniques.patching.pictures import sweep_grid
 from widgets import DIM, Grid, GridView, Same
@@ -46,7 +46,7 @@ class PatchingPane(Pane):
             "features",
         ),
         "patching.op": ("patch", "zero", "mean", "mean_all", "resample", "noise"),
-        "patching.show": ("effect", "metric", "estimate", "disagreement", "spread", "p"),
+        "patching.show": ("effect", "metric", "estimate", "disagreement", "spread", "p", "corrected p"),
         "patching.effect": ("total", "direct"),
         "patching.over": ("prompt", "set"),
         "patching.estimate": ("atp", "ig"),
@@ -55,7 +55,7 @@ class PatchingPane(Pane):
     keys = (
         Part("enter", "patching", "the cell as an intervention", lambda pane, app: pane.enter(app)),
         Part("source", "patching", "over the prompt or the set", turns("patching.over")),
-        Part("points", "patching", "effect, metric, estimate, disagreement, spread, p", turns("patching.show")),
+        Part("points", "patching", "effect, metric, estimate, disagreement, spread, p, p corrected for all cells", turns("patching.show")),
         Action(
             "sweep", "S", "run sweep", "run this pane's sweep: patch or ablate every cell", VIEW, lambda pane, app: pane.run(app), "worst", reach=(),
             elsewhere="sweeps live in pane 4: 4 goes there, v chooses what is swept, S runs it",
@@ -173,8 +173,8 @@ class PatchingPane(Pane):
         if result is None or grid is None:
             raise UserError("nothing has been swept yet: S runs the sweep")
         cells, show = [(int(r), int(c)) for r, c in np.argwhere(np.isfinite(grid.values))], app.state.views["patching.show"]
-        low = {"p": 0.0, "metric": result.base}.get(show)  # p: the smallest first; the metric: what moves it most
-        cells.sort(key=lambda rc: float(grid.shown[rc]) if show == "p" else -abs(float(grid.values[rc]) - (low or 0.0)))
+        low = {"metric": result.base}.get(show)  # p: the smallest first; the metric: what moves it most
+        cells.sort(key=lambda rc: float(grid.shown[rc]) if show in ("p", "corrected p") else -abs(float(grid.values[rc]) - (low or 0.0)))
         items = [Item(result.address(r, c) or f"{result.rows[r]} × {result.cols[c]}", f"{float(grid.shown[r, c]):+.4f}", "", (r, c)) for r, c in cells[:2000]]
         app.open(Picker(f"cells by {show}", items, lambda item, typed: item and self.go(app, result, *item.value)))
 
@@ -194,15 +194,16 @@ class PatchingPane(Pane):
             self.table.show(None, (0, 0), views["mode"], app.requests.waiting(waits) if waits else [("  S runs the sweep", DIM)])
             self.info_line.show([])
             return
-        if not np.isfinite(result.normalised).any() and shown not in ("metric", "p"):
+        if not np.isfinite(result.normalised).any() and shown not in ("metric", "p", "corrected p"):
             title += " (raw metric)"
         every = lambda g: [((r, c), a) for r in range(len(g.rows)) for c in range(len(g.cols)) if (a := result.address(r, c))]  # noqa: E731
         grid = self.with_circuit(app, "sweep", (Same(truth), Same(estimate), shown), lambda: sweep_grid(truth, estimate, shown), every)
         done = f"truth {truth.done}/{truth.total}" if truth else "estimate: S runs the truth"
         if truth and truth.done < truth.total:  # first in the title, where it is seen
             title, done = f"{done}{app.requests.left('sweep') if 'sweep' in wanted else ', cancelled: S runs it again'} · {title}", "truth"
+        tested = " · underlined: corrected p < .05" if shown in ("spread", "p", "corrected p") and grid.marks else ""
         warning = f"{result.warning} · " if result.warning else ""
-        self.show_title(app, slots, f"{title} {scale(grid)}", f"{done} · {warning}{result.convention}")
+        self.show_title(app, slots, f"{title} {scale(grid)}{legend(grid)}{tested}", f"{done} · {warning}{result.convention}")
         row, col = self.at(app, result)
         self.table.show(grid, (row, col), views["mode"])
         self.info_line.show([sweep_cell(truth, estimate, row, col)])

@@ -1,9 +1,11 @@
 """Sweeps: patching and ablation, one cell after the other, and their estimates by gradients."""
 
+from dataclasses import field
 from typing import Literal
 
 import numpy as np
 
+from vocabulary.integral import StepsAt
 from vocabulary.nodes import OPS
 from vocabulary.prompts import Study, TokenRow
 from vocabulary.wire import message, request
@@ -60,7 +62,7 @@ SWEEP_OPS: dict[SweepOp, str] = {
 }
 ESTIMATES: dict[Literal["atp", "ig"], str] = {
     "atp": "attribution patching: (source - base) . gradient of the metric in the base run",
-    "ig": "integrated gradients: the same with the gradient's mean over token embeddings between base and source",
+    "ig": "integrated gradients: (source - base) . the gradient's mean over token embeddings between base and source",
 }
 
 
@@ -105,7 +107,7 @@ class Sweep:
 
 @request
 class Estimate:
-    """A sweep's cells (patching only) by gradients, all at once: one of ESTIMATES; `steps` of the integral."""
+    """A sweep's cells (patching only) by gradients, all at once: one of ESTIMATES; `steps` of the integral, at `steps_at` on the way from base to source."""
 
     study: Study
     kind: SweepKind = "resid_pre"
@@ -113,6 +115,8 @@ class Estimate:
     direction: Direction = "denoise"
     steps: int = 5
     """of the integral of ig"""
+    steps_at: StepsAt = "mid"
+    """of ig: the middles of n parts, left (0 to n-1 of n) or right (1 to n)"""
     node: str = ""
     over_set: bool = False
 
@@ -124,11 +128,12 @@ class Estimate:
 class SweepResult:
     """
     values and normalised (corrupted = 0, clean = 1; without a corrupted prompt 0 = nothing left, 1 = untouched) [row, column], means over the
-    prompts; NaN: no such cell, or not yet run (`done` of `total` are). Over a set also std, low and high (95 % confidence, Student's t) and p (sign
-    flips) of the effect, value - base paired by prompt [row, column], and per_prompt [prompt, row, column]; empty otherwise and in a partial result.
+    prompts; NaN: no such cell, or not yet run (`done` of `total` are). Over a set also std, low and high (95 % confidence, Student's t), p (sign
+    flips) and holm (p corrected for all cells) of the effect, value - base paired by prompt [row, column], and per_prompt [prompt, row, column]; empty otherwise and in a partial result.
     `prompts` are indices into the set. `base` is the metric of the run that the cells change. `method` is "truth" or one of ESTIMATES. `mechanism` says how it was run, and why
     when that is not the fast way; `at_once` the most variants in one batch. `peak_mb`: on a GPU the most memory allocated meanwhile, the model
-    included; elsewhere the activations of the largest batch, as the bound counts them.
+    included; elsewhere the activations of the largest batch, as the bound counts them. `floor`: changes of the metric below it are noise of the dtype
+    (model/noise.py); NaN while it is not measured.
     """
 
     kind: SweepKind | Literal["path"]
@@ -158,8 +163,17 @@ class SweepResult:
     warning: str
     convention: str
     peak_mb: float = 0.0
+    floor: float = float("nan")
+    holm: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
     def address(self, row: int, col: int) -> str:
         """The node of a cell as an address, for an intervention; "" where the cell is not one node."""
         group = len(self.nodes) // max(1, len(self.rows))
         return self.nodes[row * group + col] if group else ""
+
+    @property
+    def noise(self) -> np.ndarray:
+        """Where [row, column] the metric changes, but by less than the noise floor."""
+        change = np.abs(self.values - np.float32(self.base))
+        with np.errstate(invalid="ignore"):
+            return (change < self.floor) & (change > 0)

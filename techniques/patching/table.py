@@ -2,26 +2,29 @@
 
 import math
 import time
+from collections.abc import Generator
+from dataclasses import replace
 
 import numpy as np
 import torch as t
 
+from model.noise import known_floor, noise_floor
 from model.variants import Base, Variant
 from techniques.patching import feature_sweep
 from techniques.patching.plan import Plan
-from techniques.patching.requests import SWEEP_OPS, SWEEPS, SweepResult
+from techniques.patching.requests import ESTIMATES, SWEEP_OPS, SWEEPS, SweepResult
 from vocabulary.nodes import UserError, parse_node
 from vocabulary.prompts import METRICS
 from vocabulary.progress import time_left
 from vocabulary.requests import Progress
-from vocabulary.statistics import paired_effects
+from vocabulary.statistics import paired_effects, smallest_p
 
 
 class SweepTable:
     """The table as it fills: every prompt's metric in every cell."""
 
-    def __init__(self, plan: Plan, method: str = "truth"):
-        self.plan, self.method, layout = plan, method, plan.layout
+    def __init__(self, plan: Plan, method: str = "truth", how: str = ""):
+        self.plan, self.method, self.how, layout = plan, method, how, plan.layout
         self.shape = len(layout.rows), len(layout.cols)
         self.cells = [r * self.shape[1] + c for r, c in layout.cells]
         n = len(plan.runs)
@@ -47,6 +50,15 @@ class SweepTable:
                 self.done += len(members)
         base.plan_work(self.waiting)
 
+    def forget(self, members: list[int]) -> None:
+        """Some prompts begin anew: none of their cells is filled."""
+        some = np.ix_(members, self.cells)
+        self.done -= int((~np.isnan(self.values[some])).sum())
+        self.values[some] = math.nan
+        self.sides[:, members] = math.nan
+        if self.members == members:
+            self.members = []
+
     def fill(self, variants: list[Variant], found: np.ndarray) -> None:
         if not np.isfinite(found).all():
             raise UserError("a changed run gave numbers that are not finite: load the model in float32")
@@ -55,17 +67,23 @@ class SweepTable:
         self.at_once, self.peak = max(self.at_once, self.base.at_once), max(self.peak, self.base.peak)
 
     def progress(self, step: Progress) -> Progress:
-        """Cells by the work that is done, and the time left in words."""
+        """Cells by the work that is done, and the time left in words; a notice as it is."""
+        if step.notice:
+            return replace(step, done=self.done, total=self.total)
         part = (self.before + self.base.progress * len(self.members)) / len(self.plan.runs)
         spent = time.monotonic() - self.started
         left = f", {time_left(spent * (1 - part) / part)}" if part > 0.02 and spent > 1 else ""
-        text = f"{self.plan.ask.kind} {self.done}/{self.total}{left}"
-        return Progress(max(self.done, int(part * self.total)), self.total, f"{step.text}; {text}" if step.text else text)
+        return Progress(max(self.done, int(part * self.total)), self.total, f"{self.plan.ask.kind} {self.done}/{self.total}{left}")
 
     @property
     def peak_mb(self) -> float:
         device = self.plan.model.device
         return (t.cuda.max_memory_allocated(device) if device.type == "cuda" else self.peak) / 2**20
+
+    def finish(self) -> Generator[Progress, None, SweepResult]:
+        """The whole table, with the noise floor: measured last, so that no cell waits for it."""
+        yield from noise_floor(self.plan.runs)
+        return self.result(True)
 
     def result(self, whole: bool) -> SweepResult:
         """Means over the prompts that are done; the rest with the whole table."""
@@ -82,12 +100,15 @@ class SweepTable:
         if whole and ask.over_set:
             stats = {k: table(v) for k, v in paired_effects(self.values, self.sides[0], ask.seed).items()}
             every = self.values.astype(np.float32).reshape(-1, *self.shape)
-        stats = {k: stats.get(k, empty) for k in ("std", "low", "high", "p")}
+            warning = "; ".join(w for w in (warning, too_few(len(self.values), len(self.cells))) if w)
+        stats = {k: stats.get(k, empty) for k in ("std", "low", "high", "p", "holm")}
+        floor = known_floor(plan.runs)
         return SweepResult(
             ask.kind, ask.op, ask.direction, ask.effect, self.method, layout.rows, layout.cols, layout.nodes, plan.runs[0].row(plan.side),
             table(mean), table(normalised), base, clean, None if math.isnan(corrupt) else corrupt, self.done, self.total, **stats, per_prompt=every,
             prompts=tuple(i for i, _ in plan.members) if ask.over_set else (), mechanism=mechanism(plan, self.reason, self.method), at_once=self.at_once,
-            warning=warning, convention=convention(plan, self.method), peak_mb=round(self.peak_mb, 1),
+            warning=warning, convention=convention(plan, self.method, self.how), peak_mb=round(self.peak_mb, 1),
+            floor=floor,
         )  # fmt: skip
 
 
@@ -109,6 +130,12 @@ def normalise(mean: np.ndarray, base: float, sides: np.ndarray) -> tuple[np.ndar
     return (mean - corrupt.mean()) / gap, words
 
 
+def too_few(prompts: int, cells: int) -> str:
+    """Where no cell can be significant once p is corrected, the words that say so."""
+    floor = smallest_p(prompts, cells) if prompts > 1 else 1.0
+    return f"{prompts} prompts give no p below {floor:.2g}, so that none of {cells} cells can have a corrected p below .05" if floor * cells >= 0.05 else ""
+
+
 # ------------------------------------------------------------------ words
 
 
@@ -120,13 +147,14 @@ def mechanism(plan: Plan, reason: str, method: str) -> str:
     return f"whole forward passes under hooks: {reason}" if reason else "resumed at the changed layer"
 
 
-def convention(plan: Plan, method: str) -> str:
-    """What matters first: it is a pane's title."""
+def convention(plan: Plan, method: str, how: str = "") -> str:
+    """What matters first: it is a pane's title. `how` says where an estimate's gradients are taken."""
     ask, model = plan.ask, plan.model
     metric = ask.study.metric
     assert metric.kind in METRICS
     if ask.op == "patch":
         what = {"denoise": "denoise: clean values into the corrupted run", "noise": "noise: corrupted values into the clean run"}[ask.direction]
+        what += f", the {'clean' if plan.other == 'clean' else 'corrupted'} run without the interventions" * bool(plan.study.interventions)
     else:
         run = "corrupted" if plan.side == "corrupt" else "clean"
         amount = f" of {ask.noise:g} embedding standard deviations, seed {ask.seed}" if ask.op == "noise" else ""
@@ -138,10 +166,14 @@ def convention(plan: Plan, method: str) -> str:
     if ask.effect == "direct":
         parts.append("direct effect: later attention, MLPs and norm scales as in the base run")
         parts += ["through the head's own z"] * (ask.kind in ("q", "k", "v", "pattern"))
-    elif method == "truth":
+    elif method != "truth":
+        parts += [ESTIMATES[method], how]
+    else:
         parts.append("total effect: everything after the node recomputed")
     if ask.over_set:
-        parts.append(f"mean over {len(plan.runs)} prompts, ratio of means; spread, interval and p of the effect, paired by prompt")
+        parts.append(
+            f"mean over {len(plan.runs)} prompts, ratio of means; spread, interval and p (sign flips; corrected by Holm for {len(plan.layout.cells)} cells) of the effect, paired by prompt"
+        )
     if ask.kind == "q" or ask.kind == "k":
         parts += ["before the rotation"] * (model.info.positions == "rotary")
     if ask.kind in ("k", "v") and model.info.n_kv_heads < model.info.n_heads:
@@ -155,4 +187,4 @@ def convention(plan: Plan, method: str) -> str:
         parts.append(f"patched across an alignment, {how}; positions without partner stay as they are")
     if plan.study.interventions:
         parts.append(f"base run under {', '.join(str(i) for i in plan.study.interventions)}")
-    return " · ".join(parts)
+    return " · ".join(p for p in parts if p)

@@ -60,6 +60,12 @@ def make_folder(folder: Path) -> None:
                 path.mkdir(PRIVATE_FOLDER)
 
 
+def open_log(path: Path) -> int:
+    """A file to append to, as its descriptor; made with its folder where it is missing. OSError when that fails."""
+    make_folder(path.parent)
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, PRIVATE_FILE)
+
+
 @contextlib.contextmanager
 def replacing(path: Path, *errors: type[Exception]) -> Generator[Path]:
     """

@@ -428,9 +428,11 @@ def main() -> None:
     app = Loupe(session, args.via, note, table=table)
     for sig in ENDING:
         signal.signal(sig, lambda number, frame: EARLY.append(number))
-    app.run(mouse=args.mouse)
-    if left := app.session.close():
-        print(f"loupe: {left}", file=sys.stderr)
+    try:
+        app.run(mouse=args.mouse)
+    finally:
+        if left := app.session.close():
+            print(f"loupe: {left}", file=sys.stderr)
     sys.exit(app.return_code or 0)
 
 

@@ -2,7 +2,7 @@
 The real screen in a pseudo-terminal, on the embedded model, under kills, resizes, pastes and model switches: `uv run benchmarks/soak.py --minutes 10`. Not in CI.
 
 After each blow a key is pressed whose effect is a line in the session file: the screen survived when that line comes. A killed screen is opened again from the file;
-what was in it before must be there. The last line is one JSON object: tried, survived, lost actions, processes left, growth of memory, and the seed.
+what was in it before must be there. Kills come in the second half; in the first, one screen and one engine live on, and their memory is watched. The last line is one JSON object: tried, survived, lost actions, processes left, growth of memory, and the seed.
 """
 
 import argparse
@@ -100,12 +100,12 @@ class Terminal:
     def lines(self) -> int:
         return self.session.read_bytes().count(b"\n")
 
-    def answers(self, seconds: float) -> bool:
-        """Whether a key has its effect: one more line in the session file. Whatever is open is closed first."""
+    def answers(self, seconds: float, close: bool = True) -> bool:
+        """Whether a key has its effect: one more line in the session file. `close`: whatever is open is closed first."""
         before = self.lines()
         until = time.monotonic() + seconds
         while time.monotonic() < until and self.process.poll() is None:
-            for pause in (0.2, 0.2, 0.4):  # far longer than ESCDELAY: on a busy machine esc and the next key would be one
+            for pause in (0.2, 0.2, 0.4) if close else ():  # far longer than ESCDELAY: on a busy machine esc and the next key would be one
                 self.send("\x1b")
                 time.sleep(pause)
             self.send("d")
@@ -115,7 +115,7 @@ class Terminal:
 
     def engine(self) -> int:
         """The engine's process, 0 when there is none."""
-        return next((pid for pid in marked(self.mark) if b"engine.py" in Path(f"/proc/{pid}/cmdline").read_bytes()), 0)
+        return next((pid for pid in marked(self.mark) if pid != self.process.pid), 0)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -204,7 +204,8 @@ class Soak:
         begun, seconds = time.monotonic(), self.cfg.minutes * 60
         assert self.ui.answers(self.cfg.patience), f"the screen does not come up:\n{self.ui.seen[-3000:].decode(errors='replace')}"
         while time.monotonic() - begun < seconds:
-            blow = self.random.choices(blows, (8, 6, 6, 3, 2, 1, 1, 1))[0]
+            calm = time.monotonic() - begun < seconds / 2
+            blow = self.random.choices(blows, (8, 6, 6, 3, 0, 0, 0, 0) if calm else (8, 6, 6, 3, 2, 1, 1, 1))[0]
             self.tried[blow.__name__] += 1
             blow()
             if self.ui.answers(self.cfg.patience):
@@ -215,7 +216,8 @@ class Soak:
                 )
                 print(f"{red}{self.faults[-1]}{endc}", flush=True)
                 self.again(signal.SIGKILL)
-            self.memory.append((status(self.ui.process.pid, "VmRSS"), status(self.ui.engine(), "VmRSS")))
+            if calm:
+                self.memory.append((status(self.ui.process.pid, "VmRSS"), status(self.ui.engine(), "VmRSS")))
             print(
                 f"{gray}{time.monotonic() - begun:5.0f} s  {sum(self.tried.values())} tried, {sum(self.survived.values())} survived, {blow.__name__}{endc}",
                 flush=True,
@@ -240,13 +242,10 @@ class Soak:
         }
 
     def growth(self) -> dict:
-        """Megabytes between the first tenth of the run and the last, of screen and engine, by medians of those that were there."""
-        part, out = max(3, len(self.memory) // 10), {}
-        for i, name in enumerate(("screen", "engine")):
-            seen = [m[i] for m in self.memory if m[i]]
-            middle = lambda some: sorted(some)[len(some) // 2] if some else 0  # noqa: E731
-            out[name] = round((middle(seen[-part:]) - middle(seen[:part])) / 1e6, 1)
-        return out
+        """Megabytes of screen and engine from the second fifth of the calm half, when all is loaded, to its last: medians."""
+        fifth, middle = max(1, len(self.memory) // 5), lambda some: sorted(some)[len(some) // 2]
+        columns = zip(("screen", "engine"), zip(*self.memory))
+        return {name: round((middle(seen[-fifth:]) - middle(seen[fifth : 2 * fifth] or seen)) / 1e6, 1) for name, seen in columns}
 
 
 def main() -> None:

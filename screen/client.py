@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vocabulary.files import make_folder, PRIVATE_FILE, reason
+from vocabulary.files import open_log, reason
 from vocabulary.nodes import UserError
 from vocabulary.requests import Failure, Progress
 from vocabulary.wire import encode, Frame, read_frame_async, WireError
@@ -95,8 +95,7 @@ class Client:
         self.stopping, self.jobs = False, {}  # the reader of an engine before this one ends that one's jobs
         note = ""
         try:
-            make_folder(self.log.parent)
-            log = os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, PRIVATE_FILE)
+            log = open_log(self.log)
         except OSError as error:
             note = f"{self.log} can't be written ({reason(error)}): what the engine says is lost"
             log = os.open(os.devnull, os.O_WRONLY)

@@ -5,6 +5,7 @@ Textual ends the app at an exception in a handler, an action, a timer or a worke
 and `App._handle_exception` are where all of them pass. A headless app, that is a test, sees them as they are.
 """
 
+import os
 import time
 import traceback
 from pathlib import Path
@@ -13,6 +14,7 @@ from textual.message import Message
 from textual.message_pump import MessagePump
 from textual.worker import WorkerFailed
 
+from vocabulary.files import open_log
 from vocabulary.nodes import UserError
 from screen.overlays import Overlay
 from widgets import BAD
@@ -54,8 +56,7 @@ class Faults:
     def tell(self, error: Exception, story: str) -> None:
         where = f"the whole story is in {self.log}"
         try:
-            self.log.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.log, "a", encoding="utf-8", errors="backslashreplace") as f:
+            with os.fdopen(open_log(self.log), "a", encoding="utf-8", errors="backslashreplace") as f:
                 f.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n{story}\n")
         except OSError as wrong:
             where = f"{self.log} can't be written ({wrong.strerror})"

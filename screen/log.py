@@ -167,7 +167,13 @@ class Log:
 
     def create(self) -> None:
         make_folder(self.path.parent)
-        self.file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL, PRIVATE_FILE)
+        how = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL
+        try:
+            self.file = os.open(self.path, how, PRIVATE_FILE)
+        except FileExistsError:
+            self.word = f"{self.path} is there already: this session goes to {(other := new_path())}"
+            make_folder(other.parent)
+            self.file, self.path = os.open(other, how, PRIVATE_FILE), other
         self.lock()
 
     def claim(self) -> str:

@@ -146,6 +146,21 @@ def test_what_stands_at_the_place(tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["link", "real"]
 
 
+def test_what_takes_long_is_not_begun_where_it_could_not_be_written(engines, tmp_path, monkeypatch):
+    import engine as program
+    from techniques.lens.requests import FitJacobian, TuneLens
+
+    zoo, asked = engines["zoo"], []
+    (tmp_path / "file").write_text("")
+    for request in (TuneLens(out=str(tmp_path / "file" / "lens"), steps=1), FitJacobian(out=str(tmp_path / "file" / "lens.pt"))):
+        with pytest.raises(UserError, match="can't be written"):
+            next(part for part in zoo.jobs(request) if part.total > 1)
+    monkeypatch.setattr(program, "Engine", lambda: SimpleNamespace(run=lambda *args: asked.append(args)))
+    assert program.main(["discover", "--method", "eap", "--out", str(tmp_path / "file" / "c.json")]) == 2 and not asked
+    files.check_place(tmp_path / "new" / "c.json")
+    assert [*(tmp_path / "new").iterdir()] == []
+
+
 def test_a_fit_does_not_write_over_a_model(engines, tmp_path):
     from techniques.lens.requests import TuneLens
 
@@ -204,7 +219,8 @@ from vocabulary.files import home
 assert not os.access(ROOT, os.W_OK) and home() == Path.home() / ".local" / "share" / "loupe", home()
 
 async def main():
-    app = tui.Loupe(Session(tui.first_state({})))
+    state = tui.first_state({})
+    app = tui.Loupe(Session(dataclasses.replace(state, prompt_set=state.prompt_set[:4])))
     log, app.client = app.client.log, LocalClient(engine.Engine("zoo"))
     assert log == home() / "logs" / "engine.log"
     app.copy_to_clipboard = lambda text: None
@@ -212,7 +228,6 @@ async def main():
         await press(app, pilot)
         await press(app, pilot, "a", "y", *"text", "enter")
         assert "copied; also" in shown(app), shown(app)
-        app.session.state = dataclasses.replace(app.state, prompt_set=app.state.prompt_set[:4])
         await press(app, pilot, "5", "U", *"eap-ig", "enter", "enter", "enter")
         assert app.state.current is not None, shown(app)
         await press(app, pilot, "Y", *"save", "enter")

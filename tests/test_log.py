@@ -496,10 +496,40 @@ def test_two_screens_in_any_order(tmp_path_factory, steps):
             assert not warning and again.state == session.state
 
 
+def test_a_file_that_is_there_already_is_left_alone(tmp_path, own_home):
+    (tmp_path / "s.jsonl").write_text("mine")
+    session, states = hunt(tmp_path / "s.jsonl")
+    assert (tmp_path / "s.jsonl").read_text() == "mine" and session.path.parent == own_home / "sessions"
+    assert read_session(session.path)[0].state == states[-1]
+
+
 def test_files_are_ones_own(tmp_path):
     session, _ = hunt(tmp_path / "a" / "b" / "s.jsonl")
     assert stat.S_IMODE(session.path.stat().st_mode) == 0o600
     assert [stat.S_IMODE(f.stat().st_mode) for f in (session.path.parent, session.path.parent.parent)] == [0o700, 0o700]
+
+
+async def test_restoring_a_session_in_the_screen(engines, tmp_path):
+    app = make_app(engines["zoo"], tmp_path, first_state({}))
+    async with app.run_test(size=(100, 30)) as pilot:
+        await press(app, pilot)
+        await press(app, pilot, "d")
+        mine = app.session.path
+        other = hunt(tmp_path / "other.jsonl")[0].path
+        for path, words in ((mine, "1 steps back"), (other, "steps back"), (mine, "1 steps back")):
+            await press(app, pilot, "r")
+            app.focused.value = str(path)
+            await press(app, pilot, "enter")
+            assert words in shown(app) and app.session.path == path, "its own, let go of and taken again"
+        held, _ = read_session(other)
+        assert held.log.claim() == ""
+        await press(app, pilot, "r")
+        app.focused.value = str(other)
+        await press(app, pilot, "enter")
+        assert "another screen" in shown(app).replace("\n", "") and app.session.path not in (mine, other)
+        await press(app, pilot, "d")
+        assert held.do("clear") and not held.trouble
+        held.close()
 
 
 async def test_not_saved_stays_on_the_screen_until_it_is(engines, tmp_path, monkeypatch):

@@ -40,28 +40,27 @@ def storm(tmp_path):
 
 def test_kills_lose_nothing(storm):
     ui, rng = storm(), random.Random(0)
-    for how in (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL):
-        assert ui.answers(30), ui.seen[-2000:]
+    for how in (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP):
+        assert ui.answers(30, False), ui.seen[-2000:]
         before = ui.session.read_bytes()
         ui.send("d" * rng.randrange(1, 30))
         time.sleep(rng.random() / 20)
         assert ui.end(how), "a process stays"
-        assert how == signal.SIGHUP or how == signal.SIGKILL or b"\x1b[?1049l" in ui.seen
+        assert how != signal.SIGTERM or b"\x1b[?1049l" in ui.seen
         assert ui.session.read_bytes().startswith(before)
         session, warning = read_session(ui.session)
         session.close()
-        assert session.actions >= before.count(b'"do": ') and (not warning or how == signal.SIGKILL), warning
-        ui.session = session.path
-        assert not warning, "a line was cut by the kill; the rest would be in a copy"
+        assert session.actions >= before.count(b'"do": ') and not warning, warning
         ui.start()
-    assert ui.answers(30)
-    os.kill(ui.engine(), signal.SIGKILL)
-    assert ui.answers(30), "the engine is dead, the screen is not"
+    assert ui.answers(30, False)
+    assert (engine := ui.wait_for(ui.engine, 30)) > 1
+    os.kill(engine, signal.SIGKILL)
+    assert ui.answers(30, False), "the engine is dead, the screen is not"
     ui.send("\x05")
-    assert ui.wait_for(ui.engine, 10) and ui.answers(30)
+    assert ui.wait_for(ui.engine, 10) and ui.answers(30, False)
 
 
-@pytest.mark.parametrize("delay", [0, 0.01, 0.05])
+@pytest.mark.parametrize("delay", [0, 0.01])
 def test_a_signal_while_it_starts_leaves_the_terminal_as_it_was(storm, delay):
     ui = storm()
     assert ui.wait_for(lambda: b"\x1b[?1049h" in ui.seen, 30)
@@ -72,11 +71,11 @@ def test_a_signal_while_it_starts_leaves_the_terminal_as_it_was(storm, delay):
 
 def test_the_second_screen_says_that_it_is_a_copy(storm):
     first = storm()
-    assert first.answers(30)
+    assert first.answers(30, False)
     second = storm()
     assert second.wait_for(lambda: b"another" in second.seen, 30), second.seen[-2000:]
     before = first.lines()
     second.send("d")
-    assert first.answers(30) and first.lines() == before + 1
+    assert first.answers(30, False) and first.lines() == before + 1
     assert second.end(signal.SIGTERM) and first.end(signal.SIGTERM)
     assert not read_session(first.session)[1]

@@ -60,6 +60,12 @@ def make_folder(folder: Path) -> None:
                 path.mkdir(PRIVATE_FOLDER)
 
 
+def open_log(path: Path) -> int:
+    """A file to append to, as its descriptor; made with its folder where it is missing. OSError when that fails."""
+    make_folder(path.parent)
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, PRIVATE_FILE)
+
+
 @contextlib.contextmanager
 def replacing(path: Path, *errors: type[Exception]) -> Generator[Path]:
     """
@@ -91,6 +97,12 @@ def replacing(path: Path, *errors: type[Exception]) -> Generator[Path]:
         if part is not None:
             with contextlib.suppress(OSError):
                 part.unlink()
+
+
+def check_place(path: Path) -> None:
+    """UserError where `path` could not be written, before work is done whose result goes there. Its folder is made."""
+    with contextlib.suppress(KeyError), replacing(path):
+        raise KeyError  # what is there stays
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,5 +1,6 @@
 """The command line of this room: path, score, discover, compare, and what a circuit's file can be turned into."""
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from techniques.circuits.requests import Compare, CompareResult, Discover, Disco
 from techniques.shell import CYAN, DO, GRAY, YELLOW, options, plain, table
 from utils import show_number
 from vocabulary.circuit import Circuit
+from vocabulary.files import check_place, typed_path
 from vocabulary.nodes import UserError
 from vocabulary.requests import ModelInfo
 
@@ -61,11 +63,17 @@ class DiscoverCommand(options(Discover, hide=("name",), unused=DO)):
     out: Path | None = None
 
     def request(self) -> Discover:
+        if self.out and not self.dry:
+            check_place(typed_path(self.out))
         return self.ask(Discover, name=self.out.stem if self.out else "")
 
     def finish(self, result: DiscoverResult, engine, show: Callable[[object], None]) -> DiscoverResult:
         if self.out and not self.dry:
-            drawings.write_circuit(result.circuit, self.out)
+            try:
+                drawings.write_circuit(result.circuit, self.out)
+            except UserError as error:
+                kept = drawings.write_circuit(result.circuit, Path(tempfile.mkdtemp()) / "circuit.json")
+                raise UserError(f"{error}; the circuit is in {kept}") from error
         return result
 
 

@@ -23,7 +23,7 @@ from model.loading import is_hub_name, read_json
 from model.memory import Chunks, first_line, halved, is_out_of_memory, out_of_memory, ran_out
 from techniques.lens.requests import FitJacobian, FitJacobianResult, TuneLens, TuneLensResult
 from utils import ROOT, settings
-from vocabulary.files import replacing, typed_path
+from vocabulary.files import check_place, replacing, typed_path
 from vocabulary.nodes import Node, UserError
 from vocabulary.requests import Progress
 
@@ -283,6 +283,7 @@ class Fitting:
 def check_folder(out: Path) -> None:
     """UserError where a fit would write over what is no tuned lens, such as a model's config.json."""
     file = out / "config.json"
+    check_place(file)
     if file.exists() and b'"lens_type"' not in file.read_bytes():
         raise UserError(f"{out} holds something else (its config.json is not a tuned lens's): give another folder")
 
@@ -418,6 +419,7 @@ def fit_jacobian(model: Model, ask: FitJacobian) -> Generator[Progress, None, Fi
         raise UserError("a Jacobian lens needs a model of at least two layers")
     rows = windows(model, file, ask.length, ask.seed)[: ask.prompts].tolist()
     known = {"unembed_hash": unembed_hash(model), "seed": ask.seed}
+    check_place(out)
     lens, change, rows_at_once = None, float("inf"), min(32, model.info.d_model)
     for i, row in enumerate(rows):
         yield Progress(i, len(rows), f"Jacobian lens: {f'changed by {change:.3f}' if i > 1 else 'prompt by prompt'}")

@@ -307,6 +307,14 @@ def test_it_ends_with_its_terminal(ignore_hangup):
 
 
 @pytest.mark.slow
+def test_a_signal_at_the_first_paint_leaves_the_terminal_as_it_was():
+    screen = Screen()
+    assert screen.until(b"\x1b[?1049h")
+    os.kill(screen.pid, signal.SIGTERM)
+    assert screen.ended(10) and b"\x1b[?1049l" in screen.said and screen.process.returncode == 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stdin, term, why", [(subprocess.DEVNULL, "xterm", "standard input is not a terminal"), ("pty", "dumb", "TERM is dumb")])
 def test_without_a_terminal(stdin, term, why):
     ends = pty.openpty() if stdin == "pty" else (None, subprocess.PIPE)

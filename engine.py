@@ -252,6 +252,8 @@ class Scheduler:
 
 def serve() -> None:
     """Speak the protocol on a copy of fd 1, with fd 1 pointed at stderr so that no library's print gets into it."""
+    if None in (sys.stdin, sys.stdout, sys.stderr):
+        sys.exit("engine: serve answers on standard input and output, and writes its log to standard error: one of them is closed")
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     inbox: queue.SimpleQueue[Frame] = queue.SimpleQueue()

@@ -45,7 +45,7 @@ class Field(Input):
     def _on_paste(self, event: events.Paste) -> None:
         event.stop()
         event.prevent_default()
-        text = escape_line(event.text)
+        text = event.text if len(event.text) > LONGEST else escape_line(event.text)
         if len(self.value) + len(text) > LONGEST:
             raise UserError(f"a field holds {LONGEST} characters, and the pasted text has {len(text)}: put a long prompt into a .jsonl file, which o opens")
         self.insert_text_at_cursor(text)

@@ -6,6 +6,7 @@ The command line's common part: a request is its own command. `options(Request)`
 import ast
 import inspect
 import json
+import os
 import re
 import signal
 import sys
@@ -329,7 +330,16 @@ def run(command: ModelOptions, engine, show: Callable[[object], None], errors: C
 
 
 def main(args: list[str] | None, engine: Callable[[], object], serve: Callable[[], None]) -> int:
-    """0, or 1 when an identity is broken, or 2 for input that can't be used, or 130 after Ctrl-C."""
+    """0, or 1 when an identity is broken (or who reads the output went away), or 2 for input that can't be used, or 130 after Ctrl-C."""
+    try:
+        return answer(args, engine, serve)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer goes nowhere, without a word
+        return 1
+
+
+def answer(args: list[str] | None, engine: Callable[[], object], serve: Callable[[], None]) -> int:
+    """What `main` does for one command line."""
     errors = console(stderr=True)
     show = shower(errors)
     try:

@@ -93,16 +93,18 @@ def test_any_action_gives_a_state_that_can_be_sent(name, args):
         json.dumps(to_json(state)).encode("utf-8")
 
 
-@pytest.mark.parametrize("pos", ["²", "--5", "9" * 22, "9" * 5000, "-", "a b", "\ud83d", "@"])
-async def test_a_metrics_position(engines, tmp_path, pos):
-    with pytest.raises(UserError, match="is not a position"):
-        apply(State(), "metric", {"kind": "prob", "pos": pos})
-    app = make_app(engines["zoo"], tmp_path, first_state({}))
+async def test_a_metrics_position(tmp_path):
+    app = make_app(Silent(False), tmp_path, first_state({}))
     async with app.run_test(size=(80, 24)) as pilot:
-        await press(app, pilot, "m")
-        app.query_one(Picker).field.value = f"prob@{pos}"
-        await press(app, pilot, "enter")
-        assert "is not a position" in app.status[0][0] and app.state.metric == Metric()
+        for pos in ("²", "--5", "9" * 22, "9" * 5000, "-", "a b", "\ud83d", "@"):
+            with pytest.raises(UserError, match="is not a position"):
+                apply(State(), "metric", {"kind": "prob", "pos": pos})
+            await pilot.press("m")
+            await pilot.pause()
+            app.query_one(Picker).field.value = f"prob@{pos}"
+            await pilot.press("enter")
+            await pilot.pause()
+            assert "is not a position" in app.status[0][0] and app.state.metric == Metric()
 
 
 @settings(fixed, max_examples=25)
@@ -324,7 +326,7 @@ class Silent(LocalClient):
         await asyncio.get_running_loop().create_future()
 
 
-@pytest.mark.parametrize("dead", [False, True])
+@pytest.mark.parametrize("dead", [False, pytest.param(True, marks=pytest.mark.slow)])
 async def test_every_key_before_there_is_a_model(tmp_path, monkeypatch, dead):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Loupe, "action_suspend_process", lambda app: None)
@@ -340,7 +342,7 @@ async def test_every_key_before_there_is_a_model(tmp_path, monkeypatch, dead):
         assert app.is_running and "Mary" in shown(app)
 
 
-@pytest.mark.parametrize("where", ["action", "editor", "picker", "reply", "timer", "worker", "paint"])
+@pytest.mark.parametrize("where", ["action", "reply", *(pytest.param(w, marks=pytest.mark.slow) for w in ("editor", "picker", "timer", "worker", "paint"))])
 async def test_an_error_that_no_one_foresaw(engines, tmp_path, monkeypatch, where):
     """One line on the screen, all of it in a file, and the next key works; a test sees it as it is."""
 

@@ -69,6 +69,12 @@ def test_the_compositor_lets_nothing_through(text):
         assert len(cells) == strip.cell_length
 
 
+def test_widths_are_counted_in_one_place():
+    """By `width_of` and `fit`, which count what is drawn."""
+    own = [p for p in ROOT.rglob("*.py") if p.relative_to(ROOT).parts[0] not in ("tests", "benchmarks", "zoo", ".venv")]
+    assert {p.name for p in own if "rich.cells" in p.read_text(encoding="utf-8")} == {"utils.py", "compositor.py"}
+
+
 def test_emoji_modifiers_keep_the_columns():
     assert printable("👍🏽") == "👍⟨1f3fd⟩" and width_of("👍🏽") == 2 + 7
     assert printable("🇫🇷") == "⟨1f1eb⟩⟨1f1f7⟩" and printable("❤️") == "❤⟨fe0f⟩" and printable("e\u0301 日本") == "e\u0301 日本"
@@ -281,7 +287,7 @@ def test_a_megabyte_of_controls_is_pasted():
     screen.send(b"x" * 1000 + big)
     screen.until(b"never", 3 * SILENCE)
     screen.send(b"\x1b")
-    screen.until(b"never", 0.3)
+    assert screen.until(b"edit prompt", 10)
     screen.send(b"?")
     assert screen.until(b"type to filter", 5), screen.said[-600:]
     assert screen.memory() < before + 100
@@ -298,6 +304,14 @@ def test_it_ends_with_its_terminal(ignore_hangup):
     os.close(screen.fd)
     assert screen.ended(5), "it outlives its terminal"
     assert not [p for p in found if os.path.exists(f"/proc/{p}")], "its engine outlives it"
+
+
+@pytest.mark.slow
+def test_a_signal_at_the_first_paint_leaves_the_terminal_as_it_was():
+    screen = Screen()
+    assert screen.until(b"\x1b[?1049h")
+    os.kill(screen.pid, signal.SIGTERM)
+    assert screen.ended(10) and b"\x1b[?1049l" in screen.said and screen.process.returncode == 0
 
 
 @pytest.mark.slow

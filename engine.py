@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import techniques
-from utils import ROOT, settings, tec
+from utils import ROOT, setting_of_megabytes, tec
 from vocabulary.nodes import UserError
 from vocabulary.requests import Check, Failure, Load, ModelChoice, Models, ModelsResult, Progress, Status, StatusResult
 from vocabulary.wire import Frame, WireError, door, encode, needs_model, read_frame
@@ -68,16 +68,19 @@ class Engine:
         assert left == 0, f"{left} hooks were left on the model"
 
     def jobs(self, request: object) -> Generator:
-        """What a request does, step by step. Out of memory frees what it can and is an error in words."""
-        try:
-            return (yield from self.answer(request))
-        except getattr(sys.modules.get("torch"), "OutOfMemoryError", ()) as error:
-            from model.memory import out_of_memory
+        """What a request does, step by step. Out of memory: what was kept of earlier requests gives way and it is tried once more; else an error in words."""
+        for last in (False, True):
+            try:
+                return (yield from self.answer(request))
+            except Exception as error:
+                if "torch" not in sys.modules:
+                    raise
+                from model import memory
 
-            if self.model:
-                self.model.cache.clear()
-            tec()
-            raise out_of_memory(error) from error
+                freed = memory.ran_out(error)
+                if last or not freed or isinstance(error, memory.OutOfMemory):
+                    raise memory.out_of_memory(error) from None
+            yield Progress(0, 0, "out of memory: the activations that were kept are gone, trying again")
 
     def answer(self, request: object) -> Generator:
         """What the engine knows by itself; everything else is answered by the room that the request comes from."""
@@ -107,9 +110,7 @@ class Engine:
             import_model()
         from model import loading
 
-        megabytes = settings().get("LOUPE_CACHE_MB") or "512"
-        if not megabytes.isdigit():
-            raise UserError(f"LOUPE_CACHE_MB in .env (or .env.local) is {megabytes!r}: write a number of megabytes")
+        megabytes = setting_of_megabytes("LOUPE_CACHE_MB", 512)
 
         def forget() -> None:
             self.swap()
@@ -119,7 +120,8 @@ class Engine:
 
         if self.model is not None and self.loaded == request:
             return self.model.info
-        self.model = yield from loading.load(request, int(megabytes), forget)
+        held = lambda device: self.model.weight_bytes + self.model.cache.size if self.model and self.model.device.type == device.type else 0  # noqa: E731
+        self.model = yield from loading.load(request, megabytes, forget, held)
         self.loaded = request
         return self.model.info
 

@@ -8,9 +8,9 @@ The app: layout, the cursor, asking the engine, drawing. The panes are the rooms
 
 import argparse
 import asyncio
+import signal
 import contextlib
 import os
-import signal
 import sys
 import textwrap
 from collections.abc import Callable
@@ -18,7 +18,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("ESCDELAY", "30")  # ms in which esc and a key are one; the default of 100 joins what was typed one after the other
 if "SSH_CONNECTION" in os.environ:  # remote mode: fewer frames; textual reads these when it is imported
     os.environ.setdefault("TEXTUAL_FPS", "15")
     os.environ.setdefault("TEXTUAL_ANIMATIONS", "none")
@@ -32,25 +31,33 @@ from textual.worker import Worker, WorkerState
 
 from techniques.features.requests import SaeInfo
 from techniques.output.requests import Run, RunResult, Side
+from vocabulary.files import folder
+from vocabulary.typed import check_text
 from vocabulary.nodes import Node, UserError
 from vocabulary.prompts import read_prompt_set, Study
 from vocabulary.requests import Load, ModelInfo
 from screen import layout, loading, top
-from screen.client import Client, Job
+from screen.client import Client, Job, words_of
 from screen.compositor import TightScreen
 from screen.cursor import Cursor, clamped
+from screen.faults import Faults
 from screen.keys import Action, bindings, collect, key_page, keymap, remapped
 from screen.overlays import Overlay
 from screen.pane import Pane
 from screen.replies import Requests
 from screen.session import Session, State, add_views, newest_session, read_session
 from screen.table import SCREEN
+from screen.terminal import Terminal, no_terminal
 from techniques import parts
-from utils import ROOT, settings, visible
+from utils import ROOT, printable, settings, visible
 from widgets import BAD, PLAIN, WARN, Lines, Spans
 
-LOG = ROOT / "logs" / "engine.log"
-MODULES = parts("pane")
+ENDING = (signal.SIGHUP, signal.SIGTERM)
+EARLY: list[int] = []  # those that came before the app could leave the terminal as it was
+try:
+    MODULES = parts("pane")
+except UserError as error:
+    sys.exit(printable(f"loupe: {error}"))
 OF_ROOMS: list[type[Pane]] = [m.PANE for m in MODULES if hasattr(m, "PANE")]
 PANES = {p.key: p for p in sorted(OF_ROOMS, key=lambda p: (p.number == "0", p.number))}
 TABLE = collect(SCREEN, OF_ROOMS, [a for m in MODULES for a in getattr(m, "ACTIONS", ())])
@@ -76,10 +83,12 @@ class Loupe(App):
     ENABLE_COMMAND_PALETTE = False
     theme = "ansi-dark"
 
-    def __init__(self, session: Session, via: str = "", note: str = "", log: Path = LOG, table: tuple[Action, ...] = TABLE, **kw):
-        super().__init__(ansi_color=True, **kw)
+    def __init__(self, session: Session, via: str = "", note: str = "", log: Path | None = None, table: tuple[Action, ...] = TABLE, **kw):
+        super().__init__(ansi_color=True, **{"driver_class": Terminal} | kw)
         self.session, self.table = session, table
-        self.client, self.requests = Client(log, via, self.on_progress, self.on_death), Requests(self)
+        self.faults = Faults(self)
+        log = log or folder("logs") / "engine.log"
+        self.client, self.requests = Client(log, via, self.on_progress, self.on_death, self._handle_exception), Requests(self)
         self.info: ModelInfo | None = None
         self.busy = "starting the engine…"
         self.cursor, self.at_end = Cursor(), True
@@ -115,9 +124,8 @@ class Loupe(App):
         if self.no_color and self.state.views["mode"] == "colour":
             self.session.state = replace(self.state, views={**self.state.views, "mode": "shade"})
         if not self.is_headless:
-            loop = asyncio.get_running_loop()
-            for sig in (signal.SIGHUP, signal.SIGTERM):
-                loop.add_signal_handler(sig, self.exit)
+            if EARLY:
+                self.exit()
             self.app_resume_signal.subscribe(self, lambda app: self.screen.forget())
         self.arrange()
         self.call_after_refresh(self.start_engine)
@@ -176,10 +184,12 @@ class Loupe(App):
         self.info = None
         self.requests.forget()
         try:
-            await self.client.start()
+            note = await self.client.start()
         except OSError as error:
             self.say(f"the engine does not start: {error}", BAD)
             return
+        if note:
+            self.say(note, WARN)
         self.refresh_wants()
 
     def on_death(self, reason: str) -> None:
@@ -222,10 +232,7 @@ class Loupe(App):
     def act(self, name: str, /, **args: object) -> None:
         """Change the state through the session, then show it."""
         before = self.state.prompt
-        try:
-            self.session.do(name, **args)
-        except OSError as error:
-            raise UserError(f"the session can't be written to {self.session.path}: {error.strerror}; free space or permissions, then repeat") from error
+        self.session.do(name, **args)
         if self.state.prompt != before:
             self.at_end, self.matches = True, []
         self.refresh_wants()
@@ -269,6 +276,13 @@ class Loupe(App):
             what()
         except UserError as error:
             self.say(str(error), BAD)
+
+    def _handle_exception(self, error: Exception) -> None:
+        if not self.faults.survive(error):
+            super()._handle_exception(error)
+
+    def on_paste(self) -> None:
+        self.say("a pasted text goes into a field: e edits the prompt", WARN)
 
     def ready(self) -> None:
         if self.info is None:
@@ -347,6 +361,8 @@ class Loupe(App):
         if not self.panes:
             return
         text, style = self.status[0] if self.status else ("", PLAIN)
+        if trouble := self.session.trouble:
+            text, style = f"{visible(trouble)} · {text.strip()}", BAD
         lines = textwrap.wrap(text.strip(), max(self.size.width - 2, 10))[: 3 if self.size.height >= 20 else 1] or [""]
         if len(lines) != self.said_lines:
             self.said_lines = len(lines)
@@ -393,19 +409,28 @@ def main() -> None:
         return
     note = ""
     try:
+        if why := no_terminal():
+            raise UserError(f"the screen needs a terminal: {why}. Without one: uv run engine.py --help")
+        for name, value in vars(args).items():
+            check_text(str(value), f"--{name}")
+        words_of(args.via)
         values = settings()
         table = remapped(values.get("LOUPE_KEYMAP", ""), TABLE)
         if args.resume is not None:
             session, note = read_session(args.resume or newest_session())
-            note = note or f" restored {session.path.name}: {len(session.past)} steps back"
+            note = " · ".join(filter(None, (session.log.claim(), note))) or f" restored {session.path.name}: {len(session.past)} steps back"
         else:
             given = {k: v for k in ("model", "base", "dtype", "device", "device_map") if (v := getattr(args, k))}
             state = first_state(values)
             session = Session(replace(state, model=replace(state.model, **given)))
     except UserError as error:
-        sys.exit(f"loupe: {error}")
+        sys.exit(printable(f"loupe: {error}"))
     app = Loupe(session, args.via, note, table=table)
+    for sig in ENDING:
+        signal.signal(sig, lambda number, frame: EARLY.append(number))
     app.run(mouse=args.mouse)
+    if left := app.session.close():
+        print(f"loupe: {left}", file=sys.stderr)
     sys.exit(app.return_code or 0)
 
 

@@ -1,11 +1,15 @@
 """`.env`, terminal colours, token display and formatting. Torch only inside `tec()`."""
 
+import io
 import unicodedata
 from functools import lru_cache
 from pathlib import Path
 
 from dotenv import dotenv_values
 from rich.cells import cell_len, set_cell_size
+
+from vocabulary.typed import read_text, whole_number
+from vocabulary.nodes import UserError
 
 ROOT = Path(__file__).resolve().parent
 
@@ -37,30 +41,73 @@ def settings(root: Path = ROOT) -> dict[str, str]:
 
 @lru_cache(4)
 def read_settings(*files: tuple[Path, int]) -> dict[str, str]:
-    return {k: v or "" for f, _ in files for k, v in dotenv_values(f, interpolate=False).items()}
+    texts = [read_text(f) for f, _ in files if f.is_file()]
+    return {k: v or "" for text in texts for k, v in dotenv_values(stream=io.StringIO(text), interpolate=False).items()}
+
+
+def setting_of_megabytes(name: str, default: int) -> int:
+    """A setting that is a number of megabytes."""
+    text = settings().get(name) or str(default)
+    number = whole_number(text)
+    if number is None or number < 0:
+        raise UserError(f"{name} in .env (or .env.local) is {text!r}: write a number of megabytes")
+    return number
 
 
 # ------------------------------------------------------------------ tokens
 
-VISIBLE = {" ": "·", "\n": "⏎", "\t": "→", "\r": "␍", "\x1b": "␛", "\x7f": "␡"}
+VISIBLE = {"\n": "⏎", "\t": "→", "\r": "␍", "\x1b": "␛", "\x7f": "␡"}
+JAMO = (*range(0x1160, 0x1200), *range(0xD7B0, 0xD800))  # vowels and finals of Hangul, drawn into the syllable before
+UNSURE = {*range(0x1F3FB, 0x1F400), *range(0x1F1E6, 0x1F200), *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0), 0x34F}  # terminals differ in their cells
+
+
+class Glyphs(dict):
+    """Code point -> what is drawn for it: itself, or a picture of what a terminal would obey, hide, reorder, or draw in other cells than are counted."""
+
+    def __missing__(self, code: int) -> str:
+        c, kind = chr(code), unicodedata.category(chr(code))
+        if c in VISIBLE:
+            out = VISIBLE[c]
+        elif code < 32:
+            out = chr(0x2400 + code)
+        elif kind == "Zs" and c != " ":
+            out = "⍽"
+        elif c != " " and (not c.isprintable() or code in UNSURE or cell_len(c) == 0 and kind[0] != "M" and code not in JAMO):
+            out = f"⟨{code:x}⟩"
+        else:
+            out = c
+        self[code] = out
+        return out
+
+
+GLYPHS = Glyphs()
+
+
+def printable(text: str) -> str:
+    """
+    Text as a terminal may have it: controls (C0, C1, DEL), bidi and other format characters, lone surrogates and what has no certain width are drawn as
+    pictures or codes, so that no text is ever a command. All that is drawn or printed passes here (`strip_of`, the compositor, the command line's console).
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    out = text.translate(GLYPHS)
+    return f"⟨{ord(out[0]):x}⟩{out[1:]}" if out and cell_len(out[0]) == 0 else out  # a mark would join what stands before it
 
 
 def visible(text: str) -> str:
-    """The text with a leading space as `·` and controls, format characters and combining marks at the start made visible; never an escape sequence."""
-    out = []
-    for i, c in enumerate(text):
-        kind = unicodedata.category(c)
-        if c in VISIBLE and (c != " " or i == 0):
-            out.append(VISIBLE[c])
-        elif ord(c) < 32:
-            out.append(chr(0x2400 + ord(c)))
-        elif kind == "Zs" and c != " ":
-            out.append("⍽")
-        elif (not c.isprintable() and c != " ") or (kind in ("Mn", "Me", "Mc") and i == 0):
-            out.append(f"⟨{ord(c):x}⟩")
-        else:
-            out.append(c)
-    return "".join(out)
+    """As `printable`, with a leading space as `·`: how a token reads."""
+    text = printable(text)
+    return f"·{text[1:]}" if text.startswith(" ") else text
+
+
+def width_of(text: str) -> int:
+    """Cells that a text takes on the screen."""
+    return cell_len(printable(text))
+
+
+def fit(text: str, width: int) -> str:
+    """A text cut or padded to `width` cells."""
+    return set_cell_size(printable(text), width)
 
 
 def show_token(text: str, width: int | None = None, fill: bool = True) -> str:

@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
-from rich.cells import cell_len, set_cell_size
 from rich.segment import Segment
 from rich.style import Style
 from textual.geometry import Region
 from textual.strip import Strip
 from textual.widget import Widget
 
-from utils import show_number, show_token, visible
+from utils import fit, printable, show_number, show_token, visible, width_of
 
 # xterm-256 colours, dark to bright (a test holds them monotone in luminance); the signed ramp goes outward from the middle
 RAMP = (233, 17, 18, 53, 54, 90, 126, 161, 167, 203, 209, 215, 221, 227, 229, 230)
@@ -57,7 +56,7 @@ Spans = list[tuple[str, Style]]
 
 
 def strip_of(spans: Spans) -> Strip:
-    return Strip([Segment(text, style) for text, style in spans if text]).simplify()
+    return Strip([Segment(printable(text), style) for text, style in spans if text]).simplify()
 
 
 class Lines(Widget):
@@ -184,7 +183,7 @@ class GridView(Widget):
         self.strip.cache_clear()
         self.laid = (self.grid, self.mode, self.size)
         g, (low, high) = self.grid, self.grid.cell
-        self.label = min(max([cell_len(r) for r in g.rows] + [cell_len(g.corner)], default=0) + 1, max(self.size.width // 3, 6))
+        self.label = min(max([width_of(r) for r in g.rows] + [width_of(g.corner)], default=0) + 1, max(self.size.width // 3, 6))
         if self.mode == "number":
             low = max(low, 7 if g.signed else 6)
             high = max(low, high)
@@ -251,18 +250,18 @@ class GridView(Widget):
         more = (len(g.cols) > self.origin[1] + self.across) or self.origin[1] > 0
         if row < 0:
             corner = (f"{self.origin[1]}–{cols[-1]}/{len(g.cols)}" if more else g.corner) if cols else ""
-            spans = [(set_cell_size(corner, self.label), DIM)]
+            spans = [(fit(corner, self.label), DIM)]
             spans += [(show_token(g.cols[c], w - 1) + " ", BOLD if c == cursor else PLAIN) for c in cols]
             return strip_of(spans).adjust_cell_length(self.size.width, PLAIN)
         marked = cursor >= 0
-        spans = [(set_cell_size(g.rows[row], self.label - 1) + " ", BOLD if marked else PLAIN)]
+        spans = [(fit(g.rows[row], self.label - 1) + " ", BOLD if marked else PLAIN)]
         levels, values = self.levels()[row], g.shown[row]
         palette, middle = (SIGNED, (len(BELOW) - 1, len(BELOW))) if g.signed else (HEATS, (0,))
         for c in cols:
             level, value = int(levels[c]), float(values[c])
             text = self.cell_text(row, c, level, value, w)
             if (row, c) in g.kept:
-                text = set_cell_size(text, w - 1) + "•"
+                text = fit(text, w - 1) + "•"
             if self.mode == "shade":
                 style = CURSOR_PLAIN if c == cursor else DIM if (row, c) in g.noise else BOLD if (row, c) in g.marks else PLAIN
             else:

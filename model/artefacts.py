@@ -1,7 +1,6 @@
 """What is fitted on a model and kept in a folder: which model it belongs to, the text it is fitted on, and files that are whole or absent."""
 
 import hashlib
-import os
 import pickle
 from pathlib import Path
 
@@ -14,10 +13,17 @@ from torch import Tensor
 from model.bridge import Model
 from model.memory import first_line
 from utils import ROOT
+from vocabulary.files import replacing, typed_path
+from vocabulary.typed import read_text
 from vocabulary.nodes import UserError
 
 CHECKPOINT = "checkpoint.safetensors"
 BROKEN = (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, pickle.UnpicklingError, SafetensorError)
+
+
+def why_broken(error: BaseException) -> str:
+    """In a few words. A pickle that holds more than tensors is refused for good: loading it can run any program, so torch's advice to allow that is left out."""
+    return "it is a pickle of more than tensors, which could run any program" if isinstance(error, pickle.UnpicklingError) else first_line(error)
 
 
 def unembed_hash(model: Model) -> str:
@@ -34,7 +40,7 @@ def windows(model: Model, file: Path, length: int, seed: int) -> Tensor:
         raise UserError(f"no text at {file}: give a text file")
     if not 2 <= length <= model.info.n_ctx:
         raise UserError(f"length must be 2 to {model.info.n_ctx}, the model's context")
-    ids = model.encode(file.read_text(encoding="utf-8", errors="replace"))[0]
+    ids = model.encode(read_text(file))[0]
     ids = [i for i in ids if i < model.n_embed]
     bos = [model.bos] * (model.info.default_bos and model.bos is not None)
     own = length - len(bos)
@@ -46,14 +52,10 @@ def windows(model: Model, file: Path, length: int, seed: int) -> Tensor:
 
 def corpus(text: str) -> Path:
     """The text file of that name, or the zoo's own."""
-    return Path(text).expanduser() if text else ROOT / "zoo" / "corpus.txt"
+    return typed_path(text) if text else ROOT / "zoo" / "corpus.txt"
 
 
 def save(out: Path, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Whole or not at all."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, out / f".{name}", metadata)
-        os.replace(out / f".{name}", out / name)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{out / name} can't be written: {first_line(error)}") from error
+    with replacing(out / name, SafetensorError) as part:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, metadata)

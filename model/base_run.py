@@ -5,6 +5,7 @@ Kept are every block's input, the keys and values, the hook points that will be 
 The self-checks at the end of `begin` decide whether a model's blocks can be run one by one at all.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from transformers import DynamicCache
 
 from vocabulary.nodes import Node, UserError
 from model.bridge import FINAL, Edit, Model
+from model.memory import is_out_of_memory
 from model.metrics import MetricReader
 from model.places import hook_name, node_index
 from model.runs import Runs
@@ -77,9 +79,7 @@ def common(model: Model) -> list[str]:
         "hook_resid_mid",
         "hook_resid_post",
     )
-    return [
-        name for i in range(model.info.n_layers) for end in ends if (name := f"blocks.{i}.{end}") in model.points and not model.bridge._gated_hook_reason(name)
-    ]
+    return [name for i in range(model.info.n_layers) for end in ends if model.has(name := f"blocks.{i}.{end}")]
 
 
 class Recorded(Exception):
@@ -132,6 +132,7 @@ class BaseRun:
         notes.slow = self.slow = notes.slow or [slow_modules(b) for b in self.model.bridge.blocks]
         self.reason = "asked for" if plain else ""
         self.at_once = self.peak = 0  # the most variants in one batch, and its bytes as `room` counts them
+        self.most = math.inf  # variants at a time, once memory ran out
         self.worked, self.work = 0, 1  # tokens through a block: done, and all of them
         self.run(names, beside)
 
@@ -223,7 +224,7 @@ class BaseRun:
                 if not same.ok:
                     return f"resumed blocks of {self.model.info.architecture} are off by {same.error:.1g}"
         except RuntimeError as error:  # shapes that do not fit (ALiBi), or not implemented
-            if isinstance(error, t.OutOfMemoryError):
+            if is_out_of_memory(error):
                 raise
             return f"{self.model.info.architecture}'s blocks can't be run one by one ({type(error).__name__})"
         return ""
@@ -246,7 +247,7 @@ class BaseRun:
                 if not self.model.identity("packed", got, want).ok:
                     return f"off at layer {i}"
         except RuntimeError as error:  # shapes that do not fit (ALiBi), or not implemented
-            if isinstance(error, t.OutOfMemoryError):
+            if is_out_of_memory(error):
                 raise
             return type(error).__name__
         return ""

@@ -12,12 +12,13 @@ import torch as t
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from model import adapters  # noqa: F401  registers the corrected ones
 from model.cache import Cache
+from model.live_hooks import live_points, turn_neighbours
 from model.notes import Notes
-from model.memory import out_of_memory
+from model.memory import is_out_of_memory, out_of_memory, ran_out
 from model.tokens import Tokens, bos_habit
-from utils import tec
-from vocabulary.nodes import UserError
+from vocabulary.nodes import PARTS, RESIDS, UserError
 from vocabulary.prompts import Prompt, TokenRow
 from vocabulary.requests import CheckResult, Identity, Load, ModelInfo
 
@@ -27,6 +28,20 @@ TOLERANCE = {t.float32: 1e-4, t.bfloat16: 5e-2, t.float16: 5e-3}
 STRETCH = 1024
 POSITIONS = {"standard": "learned"}
 Edit = tuple[str, Callable[[Tensor], Tensor | None]]
+HOOKS = {  # of a layer's sites, the hook point in its block
+    **{site: f"hook_{site}" for site in RESIDS},
+    "attn": "hook_attn_out",
+    "mlp": "hook_mlp_out",
+    "neuron": "mlp.hook_post",
+    **{part: f"attn.hook_{part}" for part in PARTS},
+}
+SITE_OF = {hook: site for site, hook in HOOKS.items()}
+
+
+def site_of(name: str) -> str:
+    """The site that a hook point of a block is; "" for any other."""
+    block = re.fullmatch(r"blocks\.\d+\.(.+)", name)
+    return SITE_OF.get(block[1], "") if block else ""
 
 
 class Passed(Exception):
@@ -81,9 +96,11 @@ class Model:
         for p in self.bridge.original_model.parameters():
             p.requires_grad_(False)
         cfg = self.cfg = self.bridge.cfg
-        self.points = self.bridge.hook_dict
+        turn_neighbours(self.bridge)
+        self.points = live_points(self.bridge, dtype)
         self.unique = list({id(p): p for p in self.points.values()}.values())
         self.parallel = bool(cfg.parallel_attn_mlp) or "blocks.0.hook_resid_mid" not in self.points
+        self.rescaled = any(hasattr(b, "residual_contribution_scale") for b in getattr(self.bridge, "blocks", ()))
         self.softcap = max(float(getattr(cfg, "output_logits_soft_cap", None) or 0), 0.0)
         text_config = hf.config.get_text_config()
         self.logit_scale = (getattr(text_config, "logit_scale", None) or 1) / (getattr(text_config, "logits_scaling", None) or 1)
@@ -120,26 +137,40 @@ class Model:
     def device(self) -> t.device:
         return t.device(self.bridge.cfg.device)
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights."""
+        return sum(p.nbytes for p in self.bridge.original_model.parameters())
+
     # ---------------------------------------------------------------- running
 
     @contextmanager
     def hooks(self, fns: Iterable[Edit]) -> Generator:
         """Functions on hook points, in order; None leaves the value. Gone afterwards, whatever happens."""
+        self.require("model")
         added = []
         try:
             for name, fn in sorted(fns, key=lambda e: isinstance(e[1], Keep)):
                 point = self.point(name)
                 point.add_hook(lambda x, hook, fn=fn: fn(x), level=LEVEL)
+                if self.rescaled and t.is_grad_enabled():  # else Granite's blocks drop a value equal to their own, and the gradient with it
+                    point.add_hook(lambda g, hook: None, dir="bwd", level=LEVEL)
                 added.append(point)
             yield
         finally:
             for point in added:
-                point.remove_hooks(level=LEVEL)
+                point.remove_hooks("both", level=LEVEL)
 
     def point(self, name: str) -> object:
-        if name not in self.points or self.bridge._gated_hook_reason(name):
+        """The hook point of a name, to read or to write at. UserError where there is none, or the checks at load refused its site."""
+        self.require(site_of(name))
+        if not self.has(name):
             raise UserError(f"{self.info.architecture} has no {name}")
         return self.points[name]
+
+    def has(self, name: str) -> bool:
+        """Whether there is a hook point of this name whose site the checks at load did not refuse."""
+        return name in self.points and not self.bridge._gated_hook_reason(name) and site_of(name) not in self.notes.refused
 
     def require(self, *names: str) -> None:
         """UserError where the checks made at load found one of these sites ("pattern", "q", "mlp" ...) or identities ("parts") wrong on this model."""
@@ -209,19 +240,26 @@ class Model:
             if not self.likely(len(ids)) and len(places - {self.info.n_layers}) == 1:
                 edits += [(n, lambda x, n=n: beside.__setitem__(n, x.detach())) for n in self.inputs(len(ids)) if self.place(n) <= min(places)]
             try:
-                try:
-                    _, got = self.forward(t.tensor([ids]), wanted, edits, keep=None, begin=begin)
-                except t.OutOfMemoryError:
-                    self.cache.clear()
-                    beside.clear()
-                    tec()
-                    _, got = self.forward(t.tensor([ids]), missing, edits, keep=None)
-            except t.OutOfMemoryError as error:
-                raise out_of_memory(error) from error
+                _, got = self.forward(t.tensor([ids]), wanted, edits, keep=None, begin=begin)
+            except Exception as error:
+                begin = None
+                beside.clear()
+                ran_out(error)
+                got = None
+            if got is None:
+                got = self.once_more(ids, missing, edits)
             for n, v in (got | beside).items():
                 self.cache.put((ids, done, n), v)
             found |= {n: got[n] for n in missing}
         return found
+
+    def once_more(self, ids: tuple[int, ...], names: list[str], edits: list[Edit]) -> dict[str, Tensor]:
+        """What is asked for and nothing beside it, from the first block on; OutOfMemory where that does not fit either."""
+        try:
+            return self.forward(t.tensor([ids]), names, edits, keep=None)[1]
+        except Exception as error:
+            ran_out(error)
+            raise out_of_memory(error) from None
 
     def place(self, name: str) -> int:
         """The layer of a hook point; -1 before the blocks, n_layers behind them."""
@@ -253,7 +291,7 @@ class Model:
         try:
             got = [self.forward(ids, [FINAL], keep=None, begin=(k, want[f"blocks.{k}.hook_resid_pre"]))[1][FINAL] for k in layers]
         except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:  # a model whose own loop over its blocks wants more
-            if isinstance(error, t.OutOfMemoryError):
+            if is_out_of_memory(error):
                 raise
             return False
         return all(self.identity("resumed", x, want[FINAL]).ok for x in got)
@@ -262,10 +300,10 @@ class Model:
         i, size = self.info, t.finfo(self.dtype).bits // 8
         need = i.n_layers * size * seq * (3 * i.d_model + i.n_heads * seq)
         patterns = [f"blocks.{layer}.attn.hook_pattern" for layer in range(i.n_layers)]
-        return [FINAL, *self.lens_points(), *patterns] if need <= self.cache.limit // 16 else []
+        return [FINAL, *self.lens_points(), *filter(self.has, patterns)] if need <= self.cache.limit // 16 else []
 
     def lens_points(self) -> list[str]:
-        sites = ("post",) if self.parallel else ("mid", "post")
+        sites = ("post",) if self.parallel or "resid_mid" in self.notes.refused else ("mid", "post")
         return ["blocks.0.hook_resid_pre", *(f"blocks.{layer}.hook_resid_{s}" for layer in range(self.info.n_layers) for s in sites)]
 
     def capped(self, raw: Tensor) -> Tensor:
@@ -350,3 +388,9 @@ def write_mid(layer: int, fn: Callable[[Tensor], Tensor]) -> list[Edit]:
     """resid_mid is written through attn_out: the hook of its name reaches the MLP but not the skip connection."""
     pre = Keep()
     return [(f"blocks.{layer}.hook_resid_pre", pre), (f"blocks.{layer}.hook_attn_out", lambda x: fn(pre.x + x) - pre.x)]
+
+
+def has_sink(model: Model, layer: int) -> bool:
+    """Whether a learned score of each head joins the softmax and has no value, so that rows of the pattern sum to less than one (gpt-oss)."""
+    attention = getattr(model.bridge.blocks[layer], "attn", None)
+    return isinstance(getattr(getattr(attention, "original_component", None), "sinks", None), Tensor)

@@ -4,6 +4,7 @@ from collections import OrderedDict
 
 from torch import Tensor
 
+from model import memory
 from utils import show_bytes
 
 
@@ -14,6 +15,7 @@ class Cache:
         self.limit, self.size = limit, 0
         self.items: OrderedDict[tuple, Tensor] = OrderedDict()
         self.sides: dict[tuple, object] = {}  # a few finished sides of runs, small
+        memory.KEPT.add(self)
 
     def get(self, key: tuple) -> Tensor | None:
         if key in self.items:
@@ -22,7 +24,11 @@ class Cache:
 
     def put(self, key: tuple, value: Tensor) -> None:
         if value.untyped_storage().nbytes() > value.nbytes:
-            value = value.clone()
+            try:
+                value = value.clone()
+            except Exception as error:  # what is kept for later does not stop what is asked for now
+                memory.ran_out(error)
+                return
         if key in self.items:
             self.size -= self.items.pop(key).nbytes
         if value.nbytes <= self.limit:

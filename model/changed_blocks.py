@@ -11,6 +11,7 @@ from torch import Tensor
 from model.base_run import BaseRun, PatchSite, patch_site
 from model.bridge import Edit, Keep
 from model.fast_blocks import given
+from model.memory import is_out_of_memory
 from vocabulary.nodes import Node
 
 PIECE = 11e9  # FLOPs of a block between two pauses, on a CPU's thread
@@ -82,7 +83,7 @@ class ChangedBlocks(BaseRun):
             want = self.step(layer, self.resid[layer][:, : self.stop], 0, self.write([(0, spot)], 1, 0))
             got = self.attended(layer, [spot], 0)
         except RuntimeError as error:
-            if isinstance(error, t.OutOfMemoryError):
+            if is_out_of_memory(error):
                 raise
             return type(error).__name__
         finally:

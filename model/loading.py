@@ -2,12 +2,12 @@
 
 import copy
 import io
-import json
 import math
 import queue
 import re
 import threading
 import time
+import traceback
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
@@ -30,11 +30,14 @@ from tqdm import tqdm
 from transformer_lens.model_bridge.sources.transformers import determine_architecture_from_hf_config
 from transformer_lens.utilities.architectures import MASKED_LM_ARCHITECTURES, MULTIMODAL_ARCHITECTURES, SEQ2SEQ_ARCHITECTURES
 
+from model import untouched
 from model.bridge import Model
-from model.checks import self_check
+from model.checks import prove
 from model.devices import filled_by_others, pick_device, unused_gpu
-from model.memory import first_line, out_of_memory
+from model.memory import OutOfMemory, first_line, free_bytes, is_out_of_memory
+from model.tokens import random_ids
 from utils import ROOT, settings, show_bytes
+from vocabulary.typed import parse_json, read_text, user_path
 from vocabulary.nodes import UserError
 from vocabulary.requests import Load, Progress
 
@@ -44,7 +47,9 @@ transformers.utils.logging.set_verbosity_error()
 DTYPES = {"float32": t.float32, "bfloat16": t.bfloat16, "float16": t.float16}
 STORED = {"F32": t.float32, "BF16": t.bfloat16, "F16": t.float16}
 SMALL = 2_000_000_000
+SLACK = 512 << 20  # bytes that making a model takes beside its weights
 TINY = 20_000_000  # below this a second thread costs more than it brings
+PROBE = 6  # tokens of the two prompts that a model is probed with
 CORES = t.get_num_threads()
 
 
@@ -55,7 +60,7 @@ def is_hub_name(name: str) -> bool:
 
 def find_folder(name: str, weights: bool = True) -> Generator[Progress, None, Path]:
     """The folder of `zoo`, of a path or of a hub name (downloaded first when the hub cache lacks it)."""
-    path = ROOT / "zoo" if name == "zoo" else Path(name).expanduser()
+    path = ROOT / "zoo" if name == "zoo" else user_path(name)
     if path.is_dir():
         return path
     if path.exists():
@@ -125,9 +130,9 @@ def download(name: str, patterns: list[str], token: str | bool) -> Generator[Pro
 def read_json(path: Path) -> dict:
     """A file's JSON object. UserError where it can't be read or holds something else."""
     try:
-        obj = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read ({first_line(error)}): copy or download the model again") from error
+        obj = parse_json(read_text(path))
+    except UserError as error:
+        raise UserError(f"{path} can't be read ({error}): copy or download the model again") from error
     if not isinstance(obj, dict):
         raise UserError(f"{path} does not hold a JSON object: copy or download the model again")
     return obj
@@ -167,6 +172,9 @@ def read_headers(folder: Path) -> tuple[int, t.dtype]:
                     count += math.prod(piece.get_shape())
                     dtype = dtype or STORED.get(piece.get_dtype())
         except (SafetensorError, OSError) as error:
+            if is_out_of_memory(error):
+                size, free = file.stat().st_size, free_bytes(t.device("cpu"))
+                raise OutOfMemory(f"out of memory: {file} needs {show_bytes(size)} and {show_bytes(free or 0)} are free: take a smaller model") from error
             raise UserError(f"{file} is truncated or not a safetensors file ({first_line(error)}): copy or download it again") from error
     return count, dtype or t.float32
 
@@ -197,7 +205,7 @@ def read_tokenizer(folders: list[Path]) -> transformers.PreTrainedTokenizerBase:
                     read_json(file)
             try:
                 return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            except (ValueError, OSError, KeyError, TypeError) as error:
+            except Exception as error:  # tokenizers raises nothing narrower
                 raise UserError(f"the tokenizer of {folder} can't be read: {first_line(error)}") from error
     raise UserError(f"{folders[0]} has no tokenizer (tokenizer.json): copy the tokenizer files of its base model there")
 
@@ -220,9 +228,9 @@ def read_weights(folder: Path, config: transformers.PretrainedConfig, dtype: t.d
             **where,
         )
         hf = hf if device_map else hf.to(device)
-    except t.OutOfMemoryError as error:
-        raise out_of_memory(error) from error
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"the weights of {folder} can't be loaded: {first_line(error)}") from error
     if other := sorted(report["mismatched_keys"]):
         raise UserError(f"the weights of {folder} have other shapes than this architecture's (first: {other[0][0]}): is the base model right?")
@@ -231,8 +239,25 @@ def read_weights(folder: Path, config: transformers.PretrainedConfig, dtype: t.d
     return hf.eval()
 
 
-def load(ask: Load, cache_mb: int, before_weights: Callable[[], None] = lambda: None) -> Generator[Progress, None, Model]:
-    """Everything that can be checked is checked before `before_weights` gives up the model loaded until then."""
+def room_for(ask: Load, n_params: int, dtype: t.dtype, device: t.device, held: int) -> bool:
+    """Whether a model fits beside the one of `held` bytes that is loaded on the device; OutOfMemory where it does not even fit in its place."""
+    need, free = n_params * dtype.itemsize, None if ask.device_map else free_bytes(device)
+    if free is not None and need > free + held:
+        place = f"{show_bytes(free)} are free on {device}" + f" and the model that is loaded holds {show_bytes(held)}" * bool(held)
+        smaller = ", load it in bfloat16" * (dtype == t.float32)
+        raise OutOfMemory(
+            f"out of memory: the weights of {ask.model} need {show_bytes(need)} in {str(dtype)[6:]}; {place}: take a smaller model{smaller}, or another device"
+        )
+    return free is not None and free >= 2 * need + SLACK
+
+
+def load(
+    ask: Load, cache_mb: int, give_up: Callable[[], None] = lambda: None, held: Callable[[t.device], int] = lambda device: 0
+) -> Generator[Progress, None, Model]:
+    """
+    A model. Everything that can be checked is checked before `give_up` lets go of the one loaded until then, of `held` bytes on a device; where there
+    is room for both, that is when the new one stands.
+    """
     start = time.time()
     if ask.dtype not in ("auto", *DTYPES):
         raise UserError(f"{ask.dtype!r} is not a dtype: write auto, float32, bfloat16 or float16")
@@ -243,15 +268,30 @@ def load(ask: Load, cache_mb: int, before_weights: Callable[[], None] = lambda: 
     n_params, stored = read_headers(folder)
     tokenizer = read_tokenizer([folder, base])
     dtype = DTYPES[ask.dtype] if ask.dtype != "auto" else t.float32 if n_params <= SMALL else stored
-    before_weights()
+    both = room_for(ask, n_params, dtype, device, held(device))
+    if not both:
+        give_up()
     warning = (unused_gpu() if ask.device == "auto" else "") or filled_by_others(device)
     if device.type == "cpu":
         t.set_num_threads(1 if n_params < TINY else CORES)
     yield Progress(2, 5, f"reading weights ({n_params / 1e6:.1f} M parameters, {str(dtype).removeprefix('torch.')})")
     hf = read_weights(folder, config, dtype, device, ask.device_map or None)
     yield Progress(3, 5, "wrapping")
-    model = Model(ask, hf, tokenizer, folder, base, dtype, cache_mb)
-    yield Progress(4, 5, "checking")
-    checks = self_check(model)
+    try:
+        own = untouched.ask(hf, random_ids(tokenizer, hf.get_input_embeddings().weight.shape[0], PROBE, 2))
+        model = Model(ask, hf, tokenizer, folder, base, dtype, cache_mb)
+        yield Progress(4, 5, "checking")
+        checks = yield from prove(model, own)
+    except UserError:
+        raise
+    except Exception as error:  # of Hugging Face's or TransformerLens's code, on an architecture that they do not get through
+        if is_out_of_memory(error):
+            raise
+        traceback.print_exception(error)
+        raise UserError(f"{hf.config.architectures[0]} can't be read through TransformerLens: {first_line(error)}") from error
+    lacks = "; ".join(dict.fromkeys(model.notes.refused.values()))
+    warning = "; ".join(filter(None, (lacks and f"{model.info.architecture}: {lacks}", warning)))
     model.info = replace(model.info, n_params=n_params, seconds=time.time() - start, checks=checks, warning=warning)
+    if both:
+        give_up()
     return model

@@ -86,7 +86,7 @@ def spreads(runs: Runs, which: str, score: MetricReader) -> Generator[Progress, 
         _, got = model.forward(t.tensor([ids] * (stop - start)), [last], edits(rows[start:stop]), keep=None)
         return score.of(got[last], 0)[:, 0]
 
-    for part in in_chunks(len(rows), rows_at_once(model, len(ids)), work):
+    for part in in_chunks(len(rows), rows_at_once(model, len(ids)), work, "roundings of the run"):
         if isinstance(part, Progress):
             yield part
         else:

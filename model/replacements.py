@@ -9,7 +9,7 @@ import torch as t
 from torch import Tensor
 
 from model.bridge import Model
-from model.memory import in_chunks
+from model.memory import Chunks, block_bytes, chunk_bytes
 from vocabulary.nodes import UserError
 from vocabulary.prompts import Prompt, Study
 from vocabulary.requests import Progress
@@ -41,6 +41,7 @@ def means(model: Model, prompts: tuple[Prompt, ...], names: Iterable[str], op: s
     if not wanted:
         return out
     sums, count, done = dict.fromkeys(wanted, 0.0), 0, 0
+    chunks = Chunks("prompts", lambda _: prompts_at_once(model, length))
     for length in sorted({len(r) for r in rows}):
         same = [r for r in rows if len(r) == length]
         if op == "mean_all" and length < 2:
@@ -49,7 +50,7 @@ def means(model: Model, prompts: tuple[Prompt, ...], names: Iterable[str], op: s
         def work(start: int, stop: int, same: list = same) -> tuple[int, dict[str, Tensor]]:
             return stop - start, model.forward(t.tensor(same[start:stop]), wanted)[1]
 
-        for part in in_chunks(len(same), BATCH, work):
+        for part in chunks.over(len(same), work):
             if isinstance(part, Progress):
                 yield part
                 continue
@@ -65,6 +66,11 @@ def means(model: Model, prompts: tuple[Prompt, ...], names: Iterable[str], op: s
         out[name] = out[name] if op == "mean" else out[name][None, None]
         model.cache.put((key, (op,), name), out[name])
     return out
+
+
+def prompts_at_once(model: Model, length: int) -> int:
+    """How many prompts of so many tokens run together: what the limit of bytes holds of the widest block, at most BATCH."""
+    return max(1, min(BATCH, chunk_bytes(model.device) // (length * block_bytes(model.info, length, model.dtype.itemsize))))
 
 
 def resampled(model: Model, study: Study, length: int, own: tuple[int, ...], seed: int) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from model.loading import read_json
 from model.sae import number
 from techniques.features.requests import SaeChoice, SaesResult
 from utils import ROOT
+from vocabulary.files import folder, short
 from vocabulary.nodes import UserError
 
 SUFFIXES = re.compile(r"[-_](it|pt|base|instruct|chat|hf|deduped)$")
@@ -96,9 +97,9 @@ def local_choice(folder: Path, source: str, where: str) -> SaeChoice:
 def catalogue(model: Model, every: bool = False) -> SaesResult:
     """What fits the loaded model: shipped ones, folders under saes/, sae_lens's list. No network."""
     mine, out = canonical(model.info.name), []
-    for root, where in ((ROOT / "zoo" / "saes", "zoo"), (ROOT / "saes", "folder")):
+    for root, where in ((ROOT / "zoo" / "saes", "zoo"), *((own, "folder") for own in dict.fromkeys((ROOT / "saes", folder("saes"))))):
         for file in sorted(root.glob("*/cfg.json")):
-            source = f"zoo/{file.parent.name}" if where == "zoo" else str(file.parent.relative_to(ROOT))
+            source = f"zoo/{file.parent.name}" if where == "zoo" else short(file.parent)
             choice = local_choice(file.parent, source, where)
             named = canonical(choice.model or ("zoo" if where == "zoo" else ""))
             if every or named in ("", mine) or named not in known_models():

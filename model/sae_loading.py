@@ -17,10 +17,11 @@ from safetensors import SafetensorError
 from model.artefacts import unembed_hash
 from model.bridge import Model
 from model.loading import read_json
-from model.memory import first_line, out_of_memory
+from model.memory import first_line, is_out_of_memory
 from model.sae import SparseAutoencoder
 from model.sae_catalogue import canonical, directory, known_models
 from utils import ROOT, settings
+from vocabulary.files import typed_path
 from vocabulary.nodes import UserError
 from vocabulary.requests import Progress
 
@@ -31,7 +32,7 @@ def find(source: str) -> Path | None:
     """The folder of a source, or None for one of sae_lens's list."""
     if not source:
         raise UserError("no SAE is named: give a folder, zoo/NAME, or RELEASE:ID of sae_lens's list")
-    folder = ROOT / "zoo" / "saes" / source.removeprefix("zoo/") if source.startswith("zoo/") else Path(source).expanduser()
+    folder = ROOT / "zoo" / "saes" / source.removeprefix("zoo/") if source.startswith("zoo/") else typed_path(source)
     folder = folder if folder.is_absolute() or folder.is_dir() else ROOT / folder
     if folder.is_dir():
         if not (folder / "cfg.json").is_file():
@@ -63,18 +64,15 @@ def load(model: Model, source: str) -> Generator[Progress, None, SparseAutoencod
             import sae_lens  # noqa: F401
     yield Progress(1, 2, f"loading {source}")
     published: dict = {}
-    try:
-        if folder is not None:
-            sae = read_folder(model, source, folder)
-        else:
-            published = listed(source)
-            check_model(model, source, published["model"])
-            sae = yield from read_release(model, source, published["repo_id"])
-        check_model(model, source, sae.cfg.metadata.model_name)
-        check_weights(model, source, sae.cfg.metadata)
-        kept[source] = SparseAutoencoder(source, sae, model, published)
-    except t.OutOfMemoryError as error:
-        raise out_of_memory(error) from error
+    if folder is not None:
+        sae = read_folder(model, source, folder)
+    else:
+        published = listed(source)
+        check_model(model, source, published["model"])
+        sae = yield from read_release(model, source, published["repo_id"])
+    check_model(model, source, sae.cfg.metadata.model_name)
+    check_weights(model, source, sae.cfg.metadata)
+    kept[source] = SparseAutoencoder(source, sae, model, published)
     kept[source].stamp = stamp(folder)
     while len(kept) > KEPT:
         kept.popitem(last=False)
@@ -93,8 +91,12 @@ def read_folder(model: Model, source: str, folder: Path) -> t.nn.Module:
             warnings.simplefilter("ignore")
             sae = SAE.load_from_disk(folder, device="cpu", dtype="float32")
     except (SafetensorError, OSError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{folder / 'sae_weights.safetensors'} is truncated or not a safetensors file ({first_line(error)}): copy it again") from error
     except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, json.JSONDecodeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{source} can't be loaded: cfg.json and the weights do not fit ({type(error).__name__}: {first_line(error)})") from error
     if other := [n for n, p in sae.named_parameters() if not math.isfinite(p.sum(dtype=t.float64).item())]:
         raise UserError(f"{source}: {other[0]} holds numbers that are not finite: copy or train the SAE again")
@@ -114,23 +116,30 @@ def listed(source: str) -> dict:
     return found[0] | {"model": entry["model"], "repo_id": entry["repo_id"]}
 
 
-def read_release(model: Model, source: str, repo: str) -> Generator[Progress, None, t.nn.Module]:
-    """From the hub cache; else, after one quick question to the hub, downloaded."""
+def fetch(source: str) -> t.nn.Module:
+    """The SAE release:id, from the hub cache or the hub. MemoryError where that says, in whatever words, that memory ran out."""
     from sae_lens import SAE
 
     release, _, ident = source.partition(":")
-    hub, env = huggingface_hub.constants, {}
-    token = settings().get("HF_TOKEN")
-
-    def fetch() -> t.nn.Module:
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return SAE.from_pretrained(release, ident, device="cpu", dtype="float32")
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise MemoryError(str(error)) from error
+        raise
+
+
+def read_release(model: Model, source: str, repo: str) -> Generator[Progress, None, t.nn.Module]:
+    """From the hub cache; else, after one quick question to the hub, downloaded."""
+    hub, env = huggingface_hub.constants, {}
+    token = settings().get("HF_TOKEN")
 
     offline = hub.HF_HUB_OFFLINE
     try:
         hub.HF_HUB_OFFLINE = True
-        return fetch()
+        return fetch(source)
     except (OSError, HTTPError, EntryNotFoundError):  # not, or not wholly, in the cache
         pass
     except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -145,7 +154,7 @@ def read_release(model: Model, source: str, repo: str) -> Generator[Progress, No
     def work() -> None:
         try:
             huggingface_hub.HfApi().model_info(repo, token=token or False, timeout=10)
-            found.append(fetch())
+            found.append(fetch(source))
         except BaseException as error:
             found.append(error)
 
@@ -171,6 +180,8 @@ def read_release(model: Model, source: str, repo: str) -> Generator[Progress, No
             raise UserError(f"{source} can't be downloaded: {first_line(error)}")
         case HTTPError():
             raise UserError(missing)
+        case MemoryError() as error:
+            raise error
         case BaseException() as error:
             raise UserError(f"{source} can't be loaded: {first_line(error)}") from error
     return found[0]

@@ -22,7 +22,7 @@ from model.base_run import PatchSite
 from model.changed_blocks import ROWWISE, ChangedBlocks
 from vocabulary.progress import forward_progress
 from vocabulary.requests import Progress
-from model.memory import in_chunks
+from model.memory import Chunks, block_bytes
 
 PACK = 160  # tokens of a packed row
 FIRST = 12  # variants of a sweep's first wave, so that something is on the screen
@@ -179,9 +179,8 @@ class Base(ChangedBlocks):
         return max(1, self.limit // (self.token_bytes() * length))
 
     def token_bytes(self) -> int:
-        """Bytes of one position of a variant in the widest block: some twelve rows of the stream, three of the MLP, three patterns."""
-        i = self.model.info
-        return t.finfo(self.model.dtype).bits // 8 * (12 * i.d_model + 3 * i.d_mlp + 3 * i.n_heads * self.stop) * len(self.ids)
+        """Bytes of one position of a variant in the widest block, of all prompts."""
+        return block_bytes(self.model.info, self.stop, self.model.dtype.itemsize) * len(self.ids)
 
     def plan_work(self, variants: list[Variant]) -> None:
         """Before the first variant: how many tokens have to go through a block."""
@@ -224,10 +223,10 @@ class Base(ChangedBlocks):
             part = group[i:stop]
             return (part, self.whole(part)) if self.reason else self.paused(part, self.packed(part) if pack else self.wave(part, start))
 
-        def smaller(size: int) -> None:
-            self.limit = min(self.limit, size * length * self.token_bytes())  # the groups that follow begin with what fits
+        def smaller(size: int) -> None:  # for the groups that follow, and for other prompts
+            self.most, self.limit = size, min(self.limit, size * length * self.token_bytes())
 
-        for out in in_chunks(len(group), fits, work, smaller):
+        for out in Chunks("runs", lambda i: min(fits(i), self.most), smaller).over(len(group), work):
             if not isinstance(out, Progress):
                 n, begun = len(out[0]), True
                 self.at_once, self.peak = max(self.at_once, n), max(self.peak, n * length * self.token_bytes())

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vocabulary.files import make_folder, PRIVATE_FILE, reason
+from vocabulary.nodes import UserError
 from vocabulary.requests import Failure, Progress
 from vocabulary.wire import encode, Frame, read_frame_async, WireError
 from utils import ROOT
@@ -29,6 +31,18 @@ class Superseded(Exception):
 
 def in_words(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def words_of(via: str) -> list[str]:
+    """The words of the command that carries the engine."""
+    try:
+        return shlex.split(via)
+    except ValueError as error:
+        raise UserError(f"--via {via!r} is not a command: {error}") from error
+
+
+def surface(error: Exception) -> None:
+    raise error
 
 
 @dataclass
@@ -58,11 +72,13 @@ class Job:
 class Client:
     """
     One engine process. `ask` sends a request and awaits its result; a newer ask in the same slot replaces the older one.
-    `on_progress(job)` and `on_death(reason)` are called on the event loop.
+    `on_progress(job)`, `on_death(reason)` and `on_fault(error)`, of drawing a reply, are called on the event loop.
     """
 
-    def __init__(self, log: Path, via: str = "", on_progress: Callable = lambda job: None, on_death: Callable = lambda reason: None):
-        self.log, self.via, self.on_progress, self.on_death = log, via, on_progress, on_death
+    def __init__(
+        self, log: Path, via: str = "", on_progress: Callable = lambda job: None, on_death: Callable = lambda reason: None, on_fault: Callable = surface
+    ):
+        self.log, self.via, self.on_progress, self.on_death, self.on_fault = log, via, on_progress, on_death, on_fault
         self.process: asyncio.subprocess.Process | None = None
         self.reader: asyncio.Task | None = None
         self.jobs: dict[int, Job] = {}
@@ -73,22 +89,36 @@ class Client:
     def alive(self) -> bool:
         return self.process is not None and self.process.returncode is None
 
-    async def start(self) -> None:
-        command = [*shlex.split(self.via), "uv", "run", "engine.py", "serve"] if self.via else [sys.executable, str(ROOT / "engine.py"), "serve"]
-        self.log.parent.mkdir(parents=True, exist_ok=True)
+    async def start(self) -> str:
+        """Start the engine. What there is to say of its log, or ""."""
+        command = [*words_of(self.via), "uv", "run", "engine.py", "serve"] if self.via else [sys.executable, str(ROOT / "engine.py"), "serve"]
         self.stopping, self.jobs = False, {}  # the reader of an engine before this one ends that one's jobs
-        with open(self.log, "ab") as log:
+        note = ""
+        try:
+            make_folder(self.log.parent)
+            log = os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, PRIVATE_FILE)
+        except OSError as error:
+            note = f"{self.log} can't be written ({reason(error)}): what the engine says is lost"
+            log = os.open(os.devnull, os.O_WRONLY)
+        try:
             self.process = await asyncio.create_subprocess_exec(
                 *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=log, start_new_session=True, cwd=ROOT
             )
+        finally:
+            os.close(log)
         self.reader = asyncio.create_task(self.read(self.process, self.jobs))
+        return note
 
     async def read(self, process: asyncio.subprocess.Process, jobs: dict[int, Job]) -> None:
         """Answer this process's jobs until it ends; then those left have died with it."""
         reason = ""
         try:
             while True:
-                self.receive(await read_frame_async(process.stdout), jobs)
+                frame = await read_frame_async(process.stdout)
+                try:
+                    self.receive(frame, jobs)
+                except Exception as error:  # of what draws it: the other jobs go on
+                    self.on_fault(error)
         except asyncio.IncompleteReadError:
             code = await process.wait()
             reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

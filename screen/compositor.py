@@ -16,6 +16,8 @@ from textual.geometry import Region, Size
 from textual.screen import Screen
 from textual.strip import Strip
 
+from utils import GLYPHS
+
 Cell = tuple[str, Style | None]  # text of one column; "" is the right half of a wide character
 GAP = 4  # equal cells of one style between two differing ones are cheaper to write than to jump over
 
@@ -34,21 +36,24 @@ def lean(style: Style | None) -> Style | None:
 
 
 def cells_of(strip: Strip) -> list[Cell]:
-    """One entry a column; combining characters stay with the column they follow."""
+    """One entry a column; combining characters stay with the column they follow. What a terminal would obey is a picture here, whoever drew it."""
     cells: list[Cell] = []
     for text, style, control in strip:
         if control:
             continue
         style = lean(style)
-        if text.isascii():
+        if text.isascii() and text.isprintable():
             cells += [(c, style) for c in text]
             continue
-        for c in text:
+        for c in text.translate(GLYPHS):
             width = cell_len(c)
             if width == 0 and cells:
                 cells[-1] = (cells[-1][0] + c, cells[-1][1])
             else:
                 cells += [(c, style), ("", style)][:width] if width else []
+    if len(cells) > (size := strip.cell_length):  # a picture takes more cells than were counted for what it stands for
+        halved = cells[size][0] == ""
+        cells = cells[: size - halved] + [(" ", None)] * halved
     return cells
 
 

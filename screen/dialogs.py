@@ -6,14 +6,14 @@ import time
 from pathlib import Path
 
 from techniques.output.requests import RunResult
+from vocabulary.files import folder, short, write_text
 from vocabulary.nodes import UserError
 from vocabulary.requests import Load, Models
 from screen.keys import Action, show_keys
 from screen.overlays import Item, Overlay, Panel, Picker
 from screen.pane import Host
-from screen.script import EXPORTS, python_script
-from screen.session import SESSIONS, VIEWS, read_session
-from utils import ROOT
+from screen.script import python_script
+from screen.session import VIEWS, read_session
 from widgets import BAD, BOLD, DIM, GOOD, PLAIN, WARN, Spans
 
 # ------------------------------------------------------------------ keys and commands
@@ -120,16 +120,24 @@ def restart(app: Host) -> None:
 
 def where_written(app: Host) -> None:
     session = app.session
-    app.say(
-        f"this session is {session.path}: {len(session.lines)} actions, written as they happen; uv run tui.py --resume opens it again"
-        if session.written
-        else "nothing has been done yet: the first action starts the session file"
-    )
+    if not session.actions:
+        app.say("nothing has been done yet: the first action starts the session file")
+    elif session.log.waiting:
+        app.say(f"{session.log.waiting} lines of this session could not be written to {session.path}", BAD)
+    else:
+        app.say(f"this session is {session.path}: {session.actions} actions, written as they happen; uv run tui.py --resume opens it again")
+
+
+def actions_in(file: Path) -> str:
+    try:
+        return f"{file.read_bytes().count(b'"do": ')} actions"
+    except OSError as error:
+        return f"can't be read: {error.strerror}"
 
 
 def choose_session(app: Host) -> None:
-    files = sorted(SESSIONS.glob("*.jsonl"), key=lambda p: -p.stat().st_mtime)[:200]
-    items = [Item(f.stem, f"{max(f.read_bytes().count(b'\n') - 1, 0)} actions", "", f) for f in files]
+    files = sorted(folder("sessions").glob("*.jsonl"), key=lambda p: -p.stat().st_mtime)[:200]
+    items = [Item(f.stem, actions_in(f), "", f) for f in files]
 
     def chosen(item: Item | None, typed: str) -> None:
         app.guard(lambda: restore(app, item.value if item else Path(typed)))
@@ -138,7 +146,10 @@ def choose_session(app: Host) -> None:
 
 
 def restore(app: Host, path: Path) -> None:
-    app.session, warning = read_session(path)
+    session, warning = read_session(path)
+    left = app.session.close()  # before the other is claimed: it may be the same file
+    app.session = session
+    warning = " · ".join(filter(None, (left, session.log.claim(), warning)))
     app.at_end = True
     app.say(warning or f"restored {path.name}: {len(app.session.past)} steps back", WARN if warning else GOOD)
     app.refresh_wants()
@@ -177,16 +188,8 @@ def export(app: Host, name: str, item: Item) -> None:
         app.call_after_refresh(export, app, name, item)  # the picture without the menu
         return
     text = item.value()
-    path = EXPORTS / f"{time.strftime('%Y-%m-%d-%H%M%S')}-{name}-{item.key.replace(' ', '-')}{item.note}"
-    write_file(path, text)
+    path = folder("exports") / f"{time.strftime('%Y-%m-%d-%H%M%S')}-{name}-{item.key.replace(' ', '-')}{item.note}"
+    write_text(path, text)
     if item.key != "svg":
         app.copy_to_clipboard(text)
-    app.say(f"{'written' if item.key == 'svg' else 'copied; also'} {path.relative_to(ROOT)} ({len(text.splitlines())} lines)", GOOD)
-
-
-def write_file(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path} can't be written: {error.strerror}") from error
+    app.say(f"{'written' if item.key == 'svg' else 'copied; also'} {short(path)} ({len(text.splitlines())} lines)", GOOD)

@@ -7,14 +7,13 @@ the key table of the documentation.
 3. Where the pane in focus has no part, the action of the pane that declares it acts, or says what to do instead.
 """
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Protocol
 
 from textual.binding import Binding
 
+from vocabulary.typed import parse_json, read_text, user_path
 from vocabulary.nodes import UserError
 
 PANES, MOVE, PROMPT, INTERVENE, CIRCUIT, FEATURES, VIEW, FIND, LOUPE = "Panes", "Move", "Prompt", "Intervene", "Circuit", "Features", "View", "Find", "Loupe"
@@ -166,10 +165,11 @@ def remapped(path: str, table: tuple[Action, ...]) -> tuple[Action, ...]:
     if not path:
         return table
     try:
-        chosen = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-        assert isinstance(chosen, dict) and all(isinstance(v, str) and v for v in chosen.values())
-    except (OSError, json.JSONDecodeError, AssertionError) as error:
-        raise UserError(f'LOUPE_KEYMAP {path}: give a JSON file such as {{"pane_lens": "f1"}} ({type(error).__name__})') from error
+        chosen = parse_json(read_text(user_path(path)))
+        assert isinstance(chosen, dict) and all(isinstance(v, str) for v in chosen.values()), "not an object of strings"
+        assert not (bad := [v for v in chosen.values() if not all(k.strip() for k in v.split(","))]), f"{bad[0]!r} is no key"
+    except (UserError, AssertionError) as error:
+        raise UserError(f'LOUPE_KEYMAP {path}: give a JSON file such as {{"pane_lens": "f1"}} ({error})') from error
     if unknown := set(chosen) - {a.id for a in table}:
         raise UserError(f"LOUPE_KEYMAP {path}: no action {min(unknown)!r}; `uv run tui.py --keys` lists the ids")
     taken = {k for keys in chosen.values() for k in keys.split(",")}

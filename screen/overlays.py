@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rich.cells import cell_len, set_cell_size
 from rich.style import Style
 from textual import events
 from textual.app import ComposeResult
@@ -13,21 +12,25 @@ from textual.containers import Horizontal, Vertical
 from textual.message import Message
 from textual.widgets import Input
 
-from utils import visible
+from utils import GLYPHS, fit, width_of
+from vocabulary.nodes import UserError
 from widgets import BAD, CURSOR_PLAIN, DIM, HEAD, PLAIN, GridView, Lines, Spans
 
 ESCAPES = {"\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
+LONGEST = 50_000  # characters of a field: a prompt of any context that fits the screen, and each key still drawn at once
 UNESCAPE = re.compile(r"\\(?:([ntr\\])|u\{([0-9a-fA-F]{1,6})\})")
 
 
 def escape_line(text: str) -> str:
     """A text in one editable line: newline as \\n, tab as \\t, what can't be printed as \\u{1b}, backslash doubled."""
-    return "".join(ESCAPES.get(c) or (c if c.isprintable() else f"\\u{{{ord(c):x}}}") for c in text)
+    return "".join(ESCAPES.get(c) or (c if GLYPHS[ord(c)] == c else f"\\u{{{ord(c):x}}}") for c in text)
 
 
 def unescape_line(text: str) -> str:
+    """What `escape_line` wrote; a code that is no character (a lone surrogate) stays as it is typed."""
     names = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
-    return UNESCAPE.sub(lambda m: names[m[1]] if m[1] else chr(int(m[2], 16)) if int(m[2], 16) < 0x110000 else m[0], text)
+    is_char = lambda code: code < 0xD800 or 0xDFFF < code < 0x110000  # noqa: E731
+    return UNESCAPE.sub(lambda m: names[m[1]] if m[1] else chr(int(m[2], 16)) if is_char(int(m[2], 16)) else m[0], text)
 
 
 class Field(Input):
@@ -40,9 +43,12 @@ class Field(Input):
         self.cursor_blink = False
 
     def _on_paste(self, event: events.Paste) -> None:
-        self.insert_text_at_cursor(escape_line(event.text))
         event.stop()
         event.prevent_default()
+        text = escape_line(event.text)
+        if len(self.value) + len(text) > LONGEST:
+            raise UserError(f"a field holds {LONGEST} characters, and the pasted text has {len(text)}: put a long prompt into a .jsonl file, which o opens")
+        self.insert_text_at_cursor(text)
 
 
 class Overlay(Vertical, can_focus=True):
@@ -54,6 +60,7 @@ class Overlay(Vertical, can_focus=True):
     DEFAULT_CSS = "Overlay { dock: bottom; height: auto; max-height: 80%; layer: overlay; background: ansi_default; border-top: solid ansi_bright_blue; }"
     BINDINGS = [Binding("escape", "close", show=False)]
     closing = False
+    head: Lines | None = None  # the line that names it
 
     @dataclass
     class Closed(Message):
@@ -70,6 +77,15 @@ class Overlay(Vertical, can_focus=True):
     def take_focus(self) -> None:
         """Focus what takes the keys here."""
         self.screen.set_focus(self.first_field() or self)
+
+    def complain(self, text: str) -> None:
+        """An error, where the eye is."""
+        if self.head is not None:
+            self.head.show([[(f" {text} ", BAD)]])
+
+    def on_paste(self, event: events.Paste) -> None:
+        if (field := self.first_field()) is not None:
+            field._on_paste(event)
 
     def on_key(self, event: events.Key) -> None:
         field = self.first_field()
@@ -126,17 +142,17 @@ class Picker(Overlay):
         self.at = max(0, min(self.at, len(found) - 1))
         height = max(3, min(len(self.items), self.app.size.height * 3 // 5 - 3))
         top = GridView.page(self.at, 0, height, len(found))
-        wide = max([cell_len(i.key) for i in self.items], default=0) + 2
-        note = max([cell_len(i.note) for i in self.items], default=0)
-        name = max(12, min(max([cell_len(visible(i.label)) for i in self.items], default=0) + 2, self.app.size.width - wide - note - 2))
+        wide = max([width_of(i.key) for i in self.items], default=0) + 2
+        note = max([width_of(i.note) for i in self.items], default=0)
+        name = max(12, min(max([width_of(i.label) for i in self.items], default=0) + 2, self.app.size.width - wide - note - 2))
         rows = []
         for n, i in enumerate(found):
             style = CURSOR_PLAIN if n == self.at else PLAIN
             rows.append(
                 [
-                    (" " + set_cell_size(i.key, wide), style or HEAD),
-                    (set_cell_size(visible(i.label), name), style),
-                    (visible(i.note), DIM if n != self.at else style),
+                    (" " + fit(i.key, wide), style or HEAD),
+                    (fit(i.label, name), style),
+                    (i.note, DIM if n != self.at else style),
                 ]
             )
         if not found:
@@ -223,7 +239,7 @@ class Editor(Overlay):
         event.stop()
         error = self.accept(self.values())
         if error:
-            self.head.show([[(f" {error} ", BAD)]])
+            self.complain(error)
         else:
             self.action_close()
 

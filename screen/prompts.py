@@ -4,8 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from vocabulary.alignment import check_pairs
+from vocabulary.typed import whole_number
 from vocabulary.nodes import UserError
-from vocabulary.prompts import ALIGNMENTS, METRICS, Prompt, read_prompt_set
+from vocabulary.prompts import ALIGNMENTS, METRICS, Prompt, read_place, read_prompt_set
 from vocabulary.requests import Check, CheckResult
 from screen.overlays import Editor, Item, Picker
 from screen.pane import Host
@@ -42,10 +43,7 @@ class PromptEditor(Editor):
         if self.checked and self.checked[0] == prompt and self.checked[1].problems:
             return self.checked[1].problems[0]
         if prompt != self.host.state.prompt:
-            try:
-                self.host.act("prompt", prompt=prompt)
-            except UserError as error:
-                return str(error)
+            self.host.act("prompt", prompt=prompt)
         return ""
 
     def edited(self) -> None:
@@ -114,7 +112,7 @@ def align(app: Host) -> None:
         how = item.value if item else typed.strip()
         if s.prompt.alignment:
             app.act("prompt", prompt=replace(s.prompt, alignment=()))
-        app.guard(lambda: app.act("align", how=how))
+        app.act("align", how=how)
         app.say(f"alignment: {ALIGNMENTS[app.state.align]}")
 
     app.open(Picker(f"alignment: {now}, {len(check.alignment)} pairs", items, chosen))
@@ -122,14 +120,10 @@ def align(app: Host) -> None:
 
 def edit_alignment(app: Host, check: CheckResult) -> None:
     def accept(values: list[str]) -> str:
-        try:
-            pairs = tuple(tuple(int(x) for x in pair.split("-")) for pair in values[0].split())
-            check_pairs(pairs, len(check.clean.texts), len(check.corrupt.texts))
-            assert all(len(p) == 2 for p in pairs)
-        except (ValueError, AssertionError):
+        pairs = tuple(tuple(map(whole_number, pair.split("-"))) for pair in values[0].split())
+        if not all(len(p) == 2 and None not in p for p in pairs):
             return "write pairs of positions, clean-corrupted: 0-0 1-1 4-6"
-        except UserError as error:
-            return str(error)
+        check_pairs(pairs, len(check.clean.texts), len(check.corrupt.texts))
         app.act("prompt", prompt=replace(app.state.prompt, alignment=pairs))
         return ""
 
@@ -145,7 +139,7 @@ def open_set(app: Host) -> None:
     items = [Item(f.stem, str(f.relative_to(ROOT) if f.is_relative_to(ROOT) else f), "", f) for f in files]
 
     def chosen(item: Item | None, typed: str) -> None:
-        app.guard(lambda: open_file(app, item.value if item else Path(typed)))
+        open_file(app, item.value if item else Path(typed))
 
     app.open(Picker("prompt set", items, chosen, free=True))
 
@@ -167,7 +161,6 @@ def choose_metric(app: Host) -> None:
 
     def chosen(item: Item | None, typed: str) -> None:
         kind, _, pos = (typed if "@" in typed else item.key if item else typed).partition("@")
-        pos = int(pos) if pos.lstrip("-").isdigit() else pos
-        app.guard(lambda: app.act("metric", kind=item.key if item and not pos else kind, pos=pos or "END"))
+        app.act("metric", kind=item.key if item and not pos else kind, pos=read_place(pos.strip() or "END"))
 
     app.open(Picker("metric (type kind@position for another position: prob@-2, logit_diff@S2)", items, chosen, free=True))

@@ -49,6 +49,7 @@ class Requests:
         self.started: set[object] = set()  # sweeps and other work that waits for a key
         self.slow = False  # whether what is drawn has been behind for a while
         self.progress_of = ""
+        self.notices: dict[str, str] = {}  # slot -> what its running job has to say when it is over
 
     # ---------------------------------------------------------------- what is there
 
@@ -163,6 +164,8 @@ class Requests:
         self.replies[slot] = reply
         if self.progress_of == slot:
             app.say("")
+        if notice := self.notices.pop(slot, ""):
+            app.say(reply.error or notice, BAD if reply.error else WARN)
         if not reply.error:
             self.remember(reply)
         app.answered(reply.result, isinstance(reply.result, (CheckResult, *pane.leads_on) if pane else CheckResult))
@@ -196,8 +199,11 @@ class Requests:
 
         async def work() -> None:
             result = await self.asked(slot, request, priority, **said)
+            notice = self.notices.pop(slot, "")
             if result is not None:
                 self.app.guard(lambda: then(result))
+                if notice:
+                    self.app.say("; ".join(text for text in (*(s.strip() for s, _ in self.app.status[:1]), notice) if text), WARN)
 
         self.app.run_worker(work, group=group or slot, exclusive=True, exit_on_error=True)
 
@@ -221,8 +227,11 @@ class Requests:
         return None
 
     def progress(self, job: Job) -> None:
-        """Say how far a job is, once it takes a while."""
+        """Say how far a job is, once it takes a while; a notice at once, and again when the job is over."""
         p = job.progress
-        if p.total > 1 and time.monotonic() - job.started > 0.4:
+        if p.notice:
+            self.notices[job.slot] = p.text
+            self.app.say(p.text, WARN)
+        elif p.total > 1 and time.monotonic() - job.started > 0.4:
             self.app.say(f"{p.text or job.slot} {p.done}/{p.total}{job.more}", DIM)
             self.progress_of = job.slot

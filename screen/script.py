@@ -7,16 +7,15 @@ from vocabulary.requests import ModelInfo
 from screen.session import State
 from utils import ROOT
 
-EXPORTS = ROOT / "exports"
-
 HEAD = '''"""
-{about}
-Made by Loupe; needs torch, transformers and transformer_lens only.
+The metric on the screen with TransformerLens alone. Made by Loupe; needs torch, transformers and transformer_lens only.
 """
 
 import torch as t
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformer_lens.model_bridge import TransformerBridge
+
+about = {about!r}
 
 t.set_grad_enabled(False)
 tokenizer = AutoTokenizer.from_pretrained({tokenizer!r})
@@ -134,7 +133,7 @@ def hook_lines(i: Intervention, row: TokenRow, info: ModelInfo) -> str:
         case _:
             raise UserError(f"{i}: a script for {i.op} is not built yet")
     call = f"write_mid({node.layer}, {spot}, {make})" if node.site == "resid_mid" else f"write({name!r}, {spot}, {make})"
-    return f"# {i}\n{setup}hooks += {call}\n"
+    return f"# {str(i)!r}\n{setup}hooks += {call}\n"
 
 
 def ids_of(prompts: tuple[Prompt, ...], bos: bool) -> str:

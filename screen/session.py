@@ -2,26 +2,30 @@
 What lasts: the state of a hunt, the actions that change it, and the session file (one JSON object a line) from which undo, redo and resume work.
 
 1. `State` is immutable; `apply(state, name, args)` is the one function that changes it, and knows every kind of action.
-2. `Session.do` applies an action and appends it to the file as it happens; undo and redo are lines of the file too.
-3. Reading a file back folds its lines; what can't be read is said, what stands before it is kept, and the file itself is left as it is.
+2. `Session.do` checks an action, appends it to the file (screen/log.py), and applies it; undo and redo are lines of the file too.
+3. Reading a file back folds its lines; one that can't be used is left out and said, and the file itself is left as it is.
 """
 
 import dataclasses
 import datetime
+import hashlib
 import json
+import tempfile
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
+
 from vocabulary.circuit import check_receivers, Circuit, COMBINE, combined, grouped, LOGITS, parse_edge, toggled
+from vocabulary.files import folder, reason, typed_path
 from vocabulary.nodes import ABLATIONS, FROM_SET, Intervention, parse_intervention, UserError
-from vocabulary.prompts import ALIGNMENTS, Metric, METRICS, Prompt, RUNS, Study, WHICH
+from vocabulary.prompts import ALIGNMENTS, Metric, METRICS, Prompt, read_place, RUNS, Study, WHICH
 from vocabulary.requests import Load
 from vocabulary.wire import from_json, to_json
-from utils import ROOT
+from screen.log import encoded, FORMAT, Line, Log, new_path, read_lines
 
-FORMAT = 1
-SESSIONS = ROOT / "sessions"
 VIEWS = {"mode": ("colour", "number", "shade"), "which": WHICH, "ids": ("off", "on")}  # what the screen shows; each pane adds its own
 
 
@@ -99,8 +103,8 @@ def bos(state: State, value: bool | None) -> State:
     return dataclasses.replace(state, prompt=of(state.prompt), prompt_set=tuple(map(of, state.prompt_set)))
 
 
-def open_set(state: State, path: str, prompts: list, index: int = 0) -> State:
-    prompts = from_json(prompts, tuple[Prompt, ...])
+def open_set(state: State, path: str, prompts: list | tuple[Prompt, ...], index: int = 0) -> State:
+    prompts = prompts if isinstance(prompts, tuple) else from_json(prompts, tuple[Prompt, ...])
     return go(dataclasses.replace(state, set_path=path, prompt_set=prompts, align=""), index)
 
 
@@ -111,7 +115,7 @@ def go(state: State, index: int) -> State:
 
 
 def metric(state: State, kind: str, pos: int | str = "END") -> State:
-    return dataclasses.replace(state, metric=Metric(one_of(kind, METRICS, "metric"), pos))
+    return dataclasses.replace(state, metric=Metric(one_of(kind, METRICS, "metric"), read_place(str(pos))))
 
 
 def base(state: State, value: str) -> State:
@@ -285,87 +289,207 @@ def apply(state: State, name: str, args: dict) -> State:
         raise UserError(f"unknown action {name!r}")
     try:
         return ACTIONS[name](state, **args)
-    except (TypeError, AttributeError) as error:
-        raise UserError(f"action {name}: {error}") from error
+    except (TypeError, AttributeError, ValueError, LookupError, OverflowError, RecursionError) as error:
+        raise UserError(f"action {name}: {reason(error)}") from error
+
+
+FIELDS = typing.get_type_hints(State)
+
+
+def check(new: State, old: State) -> None:
+    """UserError where a field that changed is not of its type or can't go over the wire (more than 64 bits, half a surrogate pair). Sets: `Session.refer`."""
+    for name, kind in FIELDS.items():
+        if (value := getattr(new, name)) is not getattr(old, name) and name != "prompt_set":
+            fits(value, kind, name.replace("_", " "))
+
+
+def fits(value: object, kind: object, what: str) -> None:
+    try:
+        msgspec.msgpack.decode(msgspec.msgpack.encode(value), type=kind)
+    except (msgspec.MsgspecError, ValueError, OverflowError, TypeError, RecursionError) as error:
+        raise UserError(f"{what}: {' '.join(str(error).split())[:200]}: nothing was changed") from error
+
+
+def read_set(prompts: object) -> tuple[Prompt, ...]:
+    """A prompt set from its JSON."""
+    some = from_json(prompts, tuple[Prompt, ...])
+    fits(some, tuple[Prompt, ...], "prompt set")
+    return some
 
 
 class Session:
-    """A state with its history. The file is created by the first action; `path` says where."""
+    """A state with its history and its file, which the first action creates. `trouble` is what there is to say of the file: not saved, or a copy."""
 
     def __init__(self, state: State, path: Path | None = None):
-        self.state, self.path = state, path or SESSIONS / f"{datetime.datetime.now():%Y-%m-%d-%H%M%S-%f}.jsonl"
-        self.start, self.past, self.future = state, [], []
-        self.lines: list[dict] = []
-        self.written = False
+        self.state = self.start = state
+        self.past: list[tuple[State, str]] = []
+        self.future: list[tuple[State, str]] = []
+        self.sets: dict[str, tuple[Prompt, ...]] = {}  # by the digest that lines name them with
+        self.kept: set[str] = set()  # digests of those that the file holds
+        self.log, self.actions, self.trouble = Log(path or new_path()), 0, ""
 
-    def write(self, line: dict) -> None:
-        self.lines.append(line)
-        if not self.written:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.written = True
-            with open(self.path, "x", encoding="utf-8") as f:
-                for old in ({"loupe": FORMAT, "start": to_json(self.start)}, *self.lines):
-                    f.write(json.dumps(old, ensure_ascii=False) + "\n")
-            return
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write(json.dumps(line, ensure_ascii=False) + "\n")
+    @property
+    def path(self) -> Path:
+        return self.log.path
 
-    def step(self, name: str, args: dict) -> None:
+    @property
+    def written(self) -> bool:
+        return self.log.saved > 0
+
+    # -------------------------------------------------------------- lines
+
+    def refer(self, args: dict, name: str = "prompts") -> dict:
+        """Arguments with their prompt set as its digest, by which the session knows it from then on. UserError for what is no set."""
+        prompts = args.get(name)
+        if not isinstance(prompts, list) or not prompts:
+            return args
+        digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:20]
+        if digest not in self.sets:
+            self.sets[digest] = read_set(prompts)
+        return args | {name: digest}
+
+    def keep(self, actions: list[dict]) -> None:
+        """Put actions into the log, which is not yet the disk: before them the header where there is none, and the sets they name that it does not hold."""
+        entries = []
+        if not self.log.lines:
+            start = to_json(self.start)
+            entries.append({"loupe": FORMAT, "start": self.refer(start, "prompt_set")})
+        needed = [e["start"]["prompt_set"] for e in entries] + [a["args"].get("prompts") for a in actions]
+        new = list(dict.fromkeys(d for d in needed if isinstance(d, str) and d in self.sets and d not in self.kept))
+        entries += [{"set": digest, "prompts": to_json(self.sets[digest])} for digest in new]
+        self.log.lines += [encoded({"n": len(self.log.lines) + i, **entry}) for i, entry in enumerate(entries + actions)]
+        self.actions += len(actions)
+        self.kept.update(new)
+
+    # -------------------------------------------------------------- steps
+
+    def next_state(self, name: str, args: dict) -> State:
+        """The state after an action, or after `undo` and `redo`; UserError when there is none."""
+        if name in ("undo", "redo"):
+            if not (stack := self.past if name == "undo" else self.future):
+                raise UserError(f"nothing to {name}")
+            return stack[-1][0]
+        if isinstance(args.get("prompts"), str):
+            if args["prompts"] not in self.sets:
+                raise UserError("its prompt set is missing")
+            args = args | {"prompts": self.sets[args["prompts"]]}
+        new = apply(self.state, name, args)
+        check(new, self.state)
+        return new
+
+    def advance(self, name: str, new: State) -> None:
         if name in ("undo", "redo"):
             source, target = (self.past, self.future) if name == "undo" else (self.future, self.past)
-            if not source:
-                raise UserError(f"nothing to {name}")
-            target.append((self.state, source[-1][1]))
-            self.state = source.pop()[0]
+            target.append((self.state, source.pop()[1]))
         else:
-            new = apply(self.state, name, args)
             self.past.append((self.state, name))
-            self.state, self.future = new, []
+            self.future = []
+        self.state = new
+
+    def step(self, name: str, args: dict) -> None:
+        self.advance(name, self.next_state(name, args))
 
     def do(self, name: str, /, **args: object) -> State:
-        """Apply an action (or `undo`, `redo`) and append it to the file."""
-        args = to_json(args)
-        self.step(name, args)
-        self.write({"t": datetime.datetime.now().isoformat(timespec="milliseconds"), "do": name, "args": args})
+        """
+        Take an action (or `undo`, `redo`): checked and encoded first, then written, then applied. UserError when it does not fit, and nothing changes.
+        Where it can't be written it holds all the same: `trouble` says so, and the next action writes it too.
+        """
+        args = self.refer(to_json(args))
+        new = self.next_state(name, args)
+        self.keep([{"t": datetime.datetime.now().isoformat(timespec="milliseconds"), "do": name, "args": args}])
+        self.trouble = self.log.save()
+        self.advance(name, new)
         return self.state
+
+    def close(self) -> str:
+        """Let the file go. What was not saved is tried once more, then kept whole among temporary files; what there is to say of that, or ""."""
+        said = self.log.save() if self.log.waiting and self.actions else ""
+        if said and self.log.waiting:
+            self.log.close()
+            self.log.go_on_in(Path(tempfile.gettempdir()) / self.path.name)
+            failed = self.log.save()
+            said = failed if self.log.waiting else f"the session could not be written where it belongs: all of it is in {self.path}, which --resume opens"
+        self.log.close()
+        return said
+
+
+# ------------------------------------------------------------------ reading one back
 
 
 def read_session(path: str | Path) -> tuple[Session, str]:
-    """The session of a file, and a warning ("" when the whole file was read). A damaged file is kept; its session goes on in a new one."""
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise UserError(f"no session at {path}: give a .jsonl file of {SESSIONS.name}/")
-    lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
-    whole = lines[-1] == ""
-    lines = lines[:-1] if whole else lines
+    """
+    The session of a file, and a warning ("" when all of it was read). A line that can't be used is left out and named; then the file stays as it is, and
+    the session goes on in a new one.
+    """
+    path = typed_path(path)
     try:
-        head = json.loads(lines[0])
-        assert isinstance(head, dict)
-    except (json.JSONDecodeError, IndexError, AssertionError) as error:
-        raise UserError(f"{path.name} is not a session of Loupe: its first line is not the header") from error
-    if head.get("loupe") != FORMAT:
-        raise UserError(f"{path.name} is not a session of Loupe format {FORMAT}: its header says {head.get('loupe')!r}")
-    session, warning, known = Session(from_json(head.get("start"), State), path), "", set(State().views)
-    session.state = session.start = dataclasses.replace(session.start, views=State().views | {k: v for k, v in session.start.views.items() if k in known})
-    for number, line in enumerate(lines[1:], 2):
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise UserError(f"no session at {path} ({reason(error)}): give a .jsonl file of sessions/") from error
+    lines, ended = read_lines(data)
+    head = lines.pop(0) if lines and (lines[0].entry is None or "loupe" in lines[0].entry) else Line(1, None, "it is not the header")
+    session, wrong = Session(State()), [] if head.entry else [(1, f"{head.wrong}, so that model, prompt and set of the start are lost")]
+    for line in lines:
+        if line.entry and "set" in line.entry:
+            try:
+                session.sets[str(line.entry["set"])] = read_set(line.entry.get("prompts"))
+            except UserError as error:
+                wrong.append((line.place, str(error)))
+    session.state = session.start = read_start(path, head, session.sets, wrong)
+    actions = []
+    for line in lines:
+        entry = line.entry
+        if entry is not None and "set" in entry:
+            continue
         try:
-            entry = json.loads(line)
-            if not isinstance(entry, dict) or not isinstance(entry.get("do"), str) or not isinstance(entry.get("args"), dict):
-                raise UserError("not an action")
-            session.step(entry["do"], entry["args"])
-        except (json.JSONDecodeError, UserError) as error:
-            rest = len(lines) - number
-            warning = f"{path.name} line {number}: {error}; the {number - 2} steps before it are restored" + (f", {rest} after it are not" if rest else "")
-            break
-        session.lines.append(entry)
-    session.written = not warning and whole
-    if not session.written:
-        session.path = Session(session.state).path
-    return session, warning
+            if entry is None or not isinstance(entry.get("do"), str) or not isinstance(entry.get("args"), dict):
+                raise UserError(line.wrong or "it is not an action")
+            args = session.refer(entry["args"])
+            session.step(entry["do"], args)
+            actions.append({"t": entry.get("t"), "do": entry["do"], "args": args})
+        except UserError as error:
+            wrong.append((line.place, str(error)))
+    if not head.entry and not actions:
+        raise UserError(f"{path.name} is not a session of Loupe: its first line is not the header")
+    if wrong or not ended:
+        session.keep(actions)  # all of it, in a new file
+    else:
+        session.log = Log(path, [row + b"\n" for row in data.split(b"\n")[:-1]], len(data))
+        session.actions, session.kept = len(actions), {str(line.entry["set"]) for line in lines if "set" in line.entry}
+    return session, said(path, wrong, len(actions))
 
 
-def newest_session(folder: Path = SESSIONS) -> Path:
-    files = sorted(folder.glob("*.jsonl"), key=lambda p: p.stat().st_mtime)
+def read_start(path: Path, head: Line, sets: dict, wrong: list) -> State:
+    """The state that a session began with; the program's own where the header is lost. UserError for another format."""
+    if head.entry is None:
+        return State()
+    if head.entry.get("loupe") not in (1, FORMAT):
+        raise UserError(f"{path.name} is not a session of Loupe format {FORMAT}: its header says {head.entry.get('loupe')!r}")
+    start = head.entry.get("start")
+    digest = start.get("prompt_set") if isinstance(start, dict) else None
+    if isinstance(digest, str):
+        start = start | {"prompt_set": []}
+        if digest not in sets:
+            wrong.append((1, "the prompt set of the start is missing"))
+    state = from_json(start, State)
+    known = State().views
+    state = dataclasses.replace(state, views=known | {k: v for k, v in state.views.items() if k in known})
+    state = dataclasses.replace(state, prompt_set=sets.get(digest, ())) if isinstance(digest, str) else state
+    check(state, State())
+    return state
+
+
+def said(path: Path, wrong: list[tuple[int, str]], steps: int) -> str:
+    """One line on what was left out of a session."""
+    if not wrong:
+        return ""
+    (place, why), *others = sorted(wrong)
+    more = f" (and {len(others)} more: line {', '.join(str(n) for n, _ in others[:8])}{', …' if len(others) > 8 else ''})" if others else ""
+    return f"{path.name} line {place}: {why}; left out{more}; the other {steps} steps are restored, and go on in a new file"
+
+
+def newest_session() -> Path:
+    files = sorted(folder("sessions").glob("*.jsonl"), key=lambda p: p.stat().st_mtime)
     if not files:
-        raise UserError(f"no session in {folder}: start with `uv run tui.py`")
+        raise UserError(f"no session in {folder('sessions')}: start with `uv run tui.py`")
     return files[-1]

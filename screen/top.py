@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-from rich.cells import cell_len
 from rich.style import Style
 
 from techniques.output.requests import RunResult
@@ -12,7 +11,7 @@ from vocabulary.requests import ModelInfo
 from screen.keys import hints
 from screen.pane import Host
 from screen.pictures import RUN_NAMES, heat_code, signed, texts_of
-from utils import show_bytes, show_count, show_token, visible
+from utils import show_bytes, show_count, show_token, visible, width_of
 from widgets import BAD, BOLD, CHANGED, CURSOR, CURSOR_PLAIN, DIM, HEAD, PLAIN, WARN, Spans, on
 
 UNDERLINE = Style(underline=True)
@@ -66,7 +65,7 @@ def hint_line(app: Host) -> Spans:
     """The node that actions act on, and the keys of the pane in focus, as many as fit."""
     line: Spans = [(f" {app.node()!s:18}" if app.info else " ", BOLD), (" ?", BOLD), (" help ", DIM)]
     for key, title in hints(app.table, app.panes[app.pane], app.panes.values()):
-        if sum(cell_len(text) for text, _ in line) + cell_len(key + title) + 3 > app.size.width:
+        if sum(width_of(text) for text, _ in line) + width_of(key + title) + 3 > app.size.width:
             break
         line += [(f" {key}", BOLD), (f" {title} ", DIM)]
     return line
@@ -115,18 +114,18 @@ def token_line(
     """
     spans: Spans = [(f" {name:9} ", DIM)]
     if row is None:
-        return [*spans, (visible(text)[: width - 12], DIM)]
+        return [*spans, (visible(text[:width])[: width - 12], DIM)]
     shown = [f"{show_token(t)}{f':{i}' if ids else ''}" for t, i in zip(texts_of(row), row.ids)]
     room, page, used, pages = max(width - 16, 8), 0, 0, [0]
     for n, t in enumerate(shown):
-        size = cell_len(t)
+        size = width_of(t)
         if used + size > room and n > pages[-1]:
             pages.append(n)
             used = 0
         used += size
     page = max(n for n, p in enumerate(pages) if p <= max(0, min(pos, len(shown) - 1)))
     first, last = pages[page], pages[page + 1] if page + 1 < len(pages) else len(shown)
-    while last == len(shown) and first > 0 and sum(cell_len(t) for t in shown[first - 1 :]) <= room:
+    while last == len(shown) and first > 0 and sum(width_of(t) for t in shown[first - 1 :]) <= room:
         first -= 1  # the last page is filled from the right
     spans.append(("‹" if first else " ", DIM))
     for n in range(first, last):

@@ -2,10 +2,10 @@
 
 import importlib
 from importlib.util import find_spec
-from pathlib import Path
 from types import ModuleType
 
 from utils import settings
+from vocabulary.typed import user_path
 from vocabulary.nodes import UserError
 
 ROOMS = ("output", "lens", "attention", "attribution", "patching", "weights", "circuits", "features", "identities")
@@ -13,7 +13,7 @@ ROOMS = ("output", "lens", "attention", "attribution", "patching", "weights", "c
 
 def rooms() -> tuple[str, ...]:
     """ROOMS, then the folders that LOUPE_TECHNIQUES in .env names (a colon between two)."""
-    folders = [Path(p).expanduser().resolve() for p in settings().get("LOUPE_TECHNIQUES", "").split(":") if p.strip()]
+    folders = [user_path(p).resolve() for p in settings().get("LOUPE_TECHNIQUES", "").split(":") if p.strip()]
     for folder in folders:
         if not (folder / "requests.py").is_file():
             raise UserError(f"LOUPE_TECHNIQUES in .env names {folder}, which has no requests.py: name the folder of a technique")

@@ -19,14 +19,16 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 import tyro
-from rich.console import Console
+from rich.console import Console, RenderHook
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 import techniques
-from utils import settings
+from utils import printable, settings
+from vocabulary.typed import check_text
 from vocabulary.nodes import UserError, parse_intervention
-from vocabulary.prompts import Align, Base, Metric, MetricKind, Prompt, Study, read_prompt_set
+from vocabulary.prompts import Align, Base, Metric, MetricKind, Prompt, Study, read_place, read_prompt_set
 from vocabulary.requests import Identity, Load, ModelInfo, Progress
 from vocabulary.wire import to_json
 
@@ -139,24 +141,24 @@ class StudyOptions(ModelOptions):
         prompt = Prompt(self.clean, self.corrupt, self.answer, self.foil, bos=self.bos)
         if prompts and prompt == Prompt(StudyOptions.clean, bos=self.bos):
             prompt = prompts[0]
-        metric, done = Metric(self.metric, read_place(self.pos)), tuple(parse_intervention(d) for d in self.do)
+        metric, done = Metric(self.metric, read_place(self.pos or str(Metric.pos))), tuple(parse_intervention(d) for d in self.do)
         return Study(prompt, done, self.base, metric, prompts, self.sae, self.sae_error, self.align, self.do_seed)
 
 
-def read_place(text: str, name: str = "") -> Place:
+def place_or_none(text: str, name: str = "") -> Place:
     """A position: a number, a label, or nothing."""
-    return int(text) if text.lstrip("-").isdigit() else text or None
+    return read_place(text) if text else None
 
 
 def read_cells(some: tuple[str, ...], name: str = "") -> Cells:
-    pairs = [re.fullmatch(r"(\d+),(\d+)", c) for c in some]
+    pairs = [re.fullmatch(r"([0-9]{1,9}),([0-9]{1,9})", c) for c in some]
     if not all(pairs):
         raise UserError(f"--{name} takes destination,source pairs of positions such as 14,2")
     return tuple((int(p[1]), int(p[2])) for p in pairs)
 
 
 TYPED: dict[object, tuple[type, object]] = {Place: (str, ""), Cells: (tuple[str, ...], ())}  # how a field is typed, where tyro has no short form for it
-READ: dict[object, Callable[[typing.Any, str], object]] = {Place: read_place, Cells: read_cells}
+READ: dict[object, Callable[[typing.Any, str], object]] = {Place: place_or_none, Cells: read_cells}
 
 
 def helps(kind: type) -> dict[str, str]:
@@ -200,9 +202,42 @@ def without_unused(kind: type) -> type:
 # ------------------------------------------------------------------ tables
 
 
+UNPRINTABLE = re.compile(r"[\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]")  # that JSON does not escape
+
+
+def escaped(m: re.Match) -> str:
+    return f"\\u{ord(m[0]):04x}"
+
+
 def plain(text: str, style: str = "") -> Text:
     """Text that is never read as markup."""
-    return Text(text, style)
+    return Text(printable(text), style)
+
+
+class Printable(RenderHook):
+    """What is printed on a console passes `printable`, whatever made it: no name in a file is a command to the terminal."""
+
+    def process_renderables(self, renderables: list) -> list:
+        return [self.Through(r) for r in renderables]
+
+    @dataclass
+    class Through:
+        inner: object
+
+        def __rich_console__(self, console: Console, options):
+            for text, style, control in console.render(self.inner, options):
+                yield Segment(text if control else "\n".join(map(printable, text.split("\n"))), style, control)
+
+
+def console(**kw) -> Console:
+    out = Console(highlight=False, markup=False, emoji=False, **kw)
+    out.push_render_hook(Printable())
+    return out
+
+
+def put(text: str) -> None:
+    """Text for standard output: as it is into a file, printable on a terminal."""
+    sys.stdout.write("\n".join(map(printable, text.split("\n"))) if sys.stdout.isatty() else text)
 
 
 def table(title: str, *columns: str) -> Table:
@@ -242,13 +277,13 @@ def tables() -> dict[type, Callable[[Console, object], None]]:
 
 
 def shower(errors: Console) -> Callable[[object], None]:
-    """Prints progress: all of it on a terminal, elsewhere (a log of a batch job) a line every ten seconds."""
+    """Prints progress: all of it on a terminal, elsewhere (a log of a batch job) a line every ten seconds; notices always."""
     last = time.monotonic()
 
     def show(part: object) -> None:
         nonlocal last
-        if isinstance(part, Progress) and part.text and (errors.is_terminal or time.monotonic() - last >= 10):
-            errors.print(plain(part.text, GRAY), soft_wrap=True)
+        if isinstance(part, Progress) and part.text and (part.notice or errors.is_terminal or time.monotonic() - last >= 10):
+            errors.print(plain(part.text, YELLOW if part.notice else GRAY), soft_wrap=True)
             last = time.monotonic()
 
     return show
@@ -295,10 +330,13 @@ def run(command: ModelOptions, engine, show: Callable[[object], None], errors: C
 
 def main(args: list[str] | None, engine: Callable[[], object], serve: Callable[[], None]) -> int:
     """0, or 1 when an identity is broken, or 2 for input that can't be used, or 130 after Ctrl-C."""
-    errors = Console(stderr=True, highlight=False)
+    errors = console(stderr=True)
     show = shower(errors)
     try:
-        command = read_command(sys.argv[1:] if args is None else args)
+        args = sys.argv[1:] if args is None else args
+        for number, word in enumerate(args, 1):
+            check_text(word, f"word {number} of the command")
+        command = read_command(args)
         if isinstance(command, ServeCommand):
             serve()
             return 0
@@ -310,12 +348,12 @@ def main(args: list[str] | None, engine: Callable[[], object], serve: Callable[[
         errors.print(plain("interrupted", YELLOW))
         return 130
     if isinstance(result, str):
-        sys.stdout.write(result)
+        put(result)
         return 0
     if command.json:
-        sys.stdout.write(json.dumps(to_json(result), ensure_ascii=False, allow_nan=False) + "\n")
+        put(UNPRINTABLE.sub(escaped, json.dumps(to_json(result), ensure_ascii=False, allow_nan=False)) + "\n")
     else:
-        out = Console(highlight=False)
+        out = console()
         out.width = out.width if out.is_terminal else 10_000
         words = [f"{info.architecture}, {info.n_layers} layers x {info.n_heads} heads, d_model {info.d_model}, {info.dtype} on {info.device}"]
         if isinstance(command, StudyOptions):

@@ -7,6 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import vocabulary.files
 from vocabulary.prompts import Prompt
 from utils import ROOT
 
@@ -80,6 +81,14 @@ def build(arch: str, folder: Path) -> Path:
                 p += 0.3 * t.randn_like(p)
     hf.save_pretrained(folder)
     tok.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path_factory, monkeypatch) -> Path:
+    """LOUPE_HOME of a test: what it writes lies nowhere else."""
+    folder = tmp_path_factory.mktemp("home")
+    monkeypatch.setattr(vocabulary.files, "home", lambda: folder)
     return folder
 
 

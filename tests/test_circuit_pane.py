@@ -5,7 +5,7 @@ import json
 import pytest
 from ui import asked, grid, make_app, press, shown
 
-from techniques.circuits import discovery, files
+from techniques.circuits import discovery
 from techniques.circuits.requests import Discover, PathPatch, Score
 from vocabulary.prompts import Prompt
 from screen.session import read_session
@@ -209,8 +209,7 @@ async def test_keep_from_other_panes(zoo, tmp_path):
 
 
 @pytest.mark.slow
-async def test_discovery_and_files(zoo, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "FOLDER", files.ROOT / "exports" / "test-circuits")
+async def test_discovery_and_files(zoo, tmp_path, own_home):
     app = make_app(zoo, tmp_path, small())
     async with app.run_test(size=(140, 45)) as pilot:
         await press(app, pilot)
@@ -227,14 +226,13 @@ async def test_discovery_and_files(zoo, tmp_path, monkeypatch):
             await press(app, pilot, "v")
         assert "faithfulness against edges" in shown(app)
         await press(app, pilot, "Y", *"save", "enter")
-        path = files.FOLDER / f"{found.name}.json"
+        path = own_home / "exports" / "circuits" / f"{found.name}.json"
         assert json.loads(path.read_text())["edges"] == list(found.edges)
         for kind in ("dot", "mermaid", "table", "text", "python"):
             await press(app, pilot, "Y", *f"export {kind}", "enter")
-            assert "written exports/test-circuits" in shown(app), kind
-        for p in files.FOLDER.iterdir():
-            p.unlink()
-        files.FOLDER.rmdir()
+            assert "written /" in shown(app), kind
+        assert {p.suffix for p in path.parent.iterdir()} == {".json", ".dot", ".mmd", ".tsv", ".txt", ".py"}
+        assert all(p.stat().st_mode & 0o777 == 0o600 for p in path.parent.iterdir()) and path.parent.stat().st_mode & 0o777 == 0o700
         await press(app, pilot, "Y", *"greater", "enter")
         assert app.state.current.name == "greater-than" and "does not have all its nodes" in shown(app)
         await press(app, pilot, "S")

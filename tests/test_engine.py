@@ -145,7 +145,7 @@ def test_out_of_memory_is_an_error_in_words(folders, monkeypatch):
 
         patch.setattr(type(engine.model), "unembed", never)
         for ask in (Run(Study(PROMPT)), Lens(Study(PROMPT)), Identities(Study(PROMPT))):
-            with pytest.raises(UserError, match="out of memory: .*7.00 GiB.*1.00 GiB free"):
+            with pytest.raises(UserError, match="out of memory on cuda:0: 7.5 GB more are needed and 1.1 GB are free"):
                 engine.run(ask)
     assert engine.run(Run(Study(PROMPT))).clean.metric is not None
 

@@ -14,8 +14,12 @@ from techniques.lens.translators import windows
 
 
 @pytest.fixture
-def engine(engines, tmp_path, monkeypatch):
-    monkeypatch.setattr(examples, "CACHE", tmp_path / "cache")
+def cache(own_home):
+    return own_home / "saes" / ".cache"
+
+
+@pytest.fixture
+def engine(engines):
     return engines["zoo"]
 
 
@@ -30,7 +34,7 @@ def text(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("few", [True, False])
-def test_examples_are_the_largest_activations(engine, text, tmp_path, monkeypatch, few):
+def test_examples_are_the_largest_activations(engine, text, tmp_path, monkeypatch, cache, few):
     if few:  # as if there were too many features to count all pairs, and little room
         monkeypatch.setattr(examples, "ALL_PAIRS", 10)
         monkeypatch.setattr(examples, "CHUNK_BYTES", 1)
@@ -61,9 +65,10 @@ def test_examples_are_the_largest_activations(engine, text, tmp_path, monkeypatc
     again = engine.run(ask)
     assert again.cached and again.examples == found.examples
     assert not engine.run(Examples(source, str(text), indices, 5, 100_000, 16)).cached
-    for file in examples.CACHE.glob("*.npz"):
+    for file in cache.glob("*.npz"):
         file.write_bytes(b"half")
     assert not engine.run(ask).cached
+    assert [f.stat().st_mode & 0o777 for f in cache.iterdir()] == [0o600] * 2
 
 
 def test_all_features_and_what_is_refused(engine, text, tmp_path):
@@ -83,7 +88,7 @@ def test_all_features_and_what_is_refused(engine, text, tmp_path):
             engine.run(ask)
 
 
-def test_it_can_be_cancelled(engine, text, tmp_path):
+def test_it_can_be_cancelled(engine, text, tmp_path, cache):
     source = save(build("standard", "blocks.1.hook_resid_post", 128), tmp_path / "sae")
     steps = engine.jobs(Examples(source, str(text), (), 2, 5000, 16))
     for part in steps:
@@ -91,4 +96,4 @@ def test_it_can_be_cancelled(engine, text, tmp_path):
             break
     steps.close()
     engine.check_hooks()
-    assert not list(examples.CACHE.glob("*")) if examples.CACHE.is_dir() else True
+    assert not cache.exists()

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from model import loading
 from model.cache import Cache
-from model.memory import in_chunks
+from model.memory import Chunks, in_chunks
 from model.tokens import bos_habit
 from engine import Engine
 from techniques.output.requests import Run
@@ -454,16 +454,16 @@ def test_chunks_halve_when_memory_runs_out():
             raise t.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has 1.00 GiB free.")
         return range(a, b)
 
-    for part in in_chunks(20, 16, work):
+    for part in in_chunks(20, 16, work, "runs"):
         (said if isinstance(part, Progress) else seen).append(part)
     assert [i for r in seen for i in r] == list(range(20))
-    assert [p.text for p in said] == ["out of memory: 8 at a time now", "out of memory: 4 at a time now", "out of memory: 2 at a time now"]
+    assert [p.text for p in said] == [f"out of memory at {n} runs at a time: going on with {n // 2}" for n in (16, 8, 4)] and all(p.notice for p in said)
 
     def never(a: int, b: int) -> None:
         raise t.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has 1.00 GiB free.")
 
-    with pytest.raises(UserError, match="Tried to allocate 9.00 GiB.*1.00 GiB free"):
-        list(in_chunks(4, 4, never))
+    with pytest.raises(UserError, match="9.7 GB more are needed and 1.1 GB are free. Shorten the prompt"):
+        list(in_chunks(4, 4, never, "runs"))
 
 
 def test_chunks_of_a_size_that_is_asked_for_and_work_with_pauses():
@@ -476,7 +476,7 @@ def test_chunks_of_a_size_that_is_asked_for_and_work_with_pauses():
             raise t.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
         return list(range(a, b))
 
-    parts = list(in_chunks(9, lambda i: 5 if i < 6 else 1, work, told.append))
+    parts = list(Chunks("runs", lambda i: 5 if i < 6 else 1, told.append).over(9, work))
     assert [p for p in parts if isinstance(p, list)] == [[0, 1], [2, 3], [4, 5], [6], [7], [8]] and told == [2]
     assert sum(isinstance(p, Progress) and p.text == "a pause" for p in parts) == 7
 
@@ -500,7 +500,7 @@ def test_forward_out_of_memory_frees_the_cache(folders):
         raise t.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0 has 3.00 MiB free.")
 
     engine.model.forward = never
-    with pytest.raises(UserError, match="out of memory: .*1.00 GiB.*3.00 MiB free"):
+    with pytest.raises(UserError, match="out of memory on cuda:0: 1.1 GB more are needed and 3.1 MB are free"):
         engine.run(Run(Study(Prompt(CORRUPT))))
 
 

@@ -8,7 +8,8 @@ from ui import EngineError, LocalClient, asked, make_app, press, reply, screen
 
 from techniques.circuits.requests import Discover, Score
 from techniques.lens.requests import Lens
-from vocabulary.requests import Check, Load, ModelInfo
+from vocabulary.requests import Check, Load, ModelInfo, Progress
+from screen.client import Job
 from screen.session import VIEWS
 from techniques.circuits import discovery
 from tui import PANES, first_state
@@ -106,6 +107,29 @@ class Late(TwoModels):
         if isinstance(request, Lens) and self.engine is self.engines["zoo"]:
             await self.go.wait()
         return result
+
+
+class Short(LocalClient):
+    """The lens says on its way that memory ran out, and goes on."""
+
+    async def ask(self, slot, request, priority=1, on_partial=None):
+        if isinstance(request, Lens):
+            for part in (Progress(0, 9, "out of memory at 64 points at a time: going on with 32", notice=True), Progress(5, 9, "logit lens")):
+                self.app.requests.progress(Job(1, slot, request, asyncio.Future(), None, part, started=0.0))
+        return await super().ask(slot, request, priority, on_partial)
+
+
+async def test_a_notice_is_on_the_screen_when_the_answer_is_there(engines, tmp_path):
+    """Progress after it does not take it away for good."""
+    app = make_app(Short(engines["zoo"]), tmp_path, small())
+    app.client.app = app
+    async with app.run_test(size=(90, 28)) as pilot:
+        await press(app, pilot)
+        assert "out of memory at 64 points at a time: going on with 32" in "\n".join(screen(app))
+        app.requests.notices["lens"] = "going on with 16"
+        app.requests.ask("lens", Lens(app.state.study), lambda result: app.say("found"))
+        await press(app, pilot)
+        assert "found; out of memory at 64 points" in "\n".join(screen(app)) and not app.requests.notices
 
 
 async def test_a_reply_that_comes_after_another_model_was_loaded_is_dropped(engines, tmp_path):

@@ -43,6 +43,7 @@ def test_a_file_read_back_is_the_same_session(tmp_path_factory, steps):
     if not session.written:
         assert not path.exists()
         return
+    session.close()
     again, warning = read_session(path)
     assert not warning and again.state == session.state
     assert [s for s, _ in again.past] == [s for s, _ in session.past] and [s for s, _ in again.future] == [s for s, _ in session.future]
@@ -61,23 +62,25 @@ def test_a_damaged_file_is_kept_and_said(tmp_path):
     path.write_bytes(whole[:-20])  # cut by a kill in the middle of a write
     again, warning = read_session(path)
     assert len(again.state.interventions) == 2 and "line 4" in warning and again.path != path
-    again.path = tmp_path / "next.jsonl"
     again.do("clear")
     assert path.read_bytes() == whole[:-20]
-    third, warning = read_session(tmp_path / "next.jsonl")
+    third, warning = read_session(again.path)
     assert not warning and len(third.past) == 3 and third.state.interventions == ()
     lines = whole.decode().splitlines()
     path.write_text("\n".join([lines[0], lines[1], "garbage", lines[3]]) + "\n")
     again, warning = read_session(path)
-    assert len(again.state.interventions) == 1 and "line 3" in warning and "1 after it are not" in warning
+    assert len(again.state.interventions) == 2 and "line 3" in warning and "the other 2 steps" in warning
     for text in ("", "garbage\n", "[]\n", '{"loupe": 99}\n', '{"loupe": 1, "start": {"base": 3}}\n', "\x00\xff\n"):
         path.write_text(text)
         with pytest.raises(UserError):
             read_session(path)
     with pytest.raises(UserError, match="no session"):
         read_session(tmp_path / "none.jsonl")
+    assert newest_session() == third.path
+    third.close()
+    third.path.unlink()
     with pytest.raises(UserError, match="no session"):
-        newest_session(tmp_path / "empty")
+        newest_session()
 
 
 def test_actions_refuse_what_does_not_fit():

@@ -387,14 +387,18 @@ def slopes(engine, ask: Sweep) -> list[np.ndarray]:
     eps, ends = 0.02, []
     for sign in (1, -1):
         plan = plans.read_plan(engine.model, ask)
-        ((members, base, sides),) = [p for p in plans.bases(plan) if not isinstance(p, Progress)]
-        for key, name in {s.key: plans.reads(engine.model, s) for s in plan.spots}.items():
-            base.source[key] = base.acts[name] + sign * eps * (base.source[key] - base.acts[name])
         board = SweepTable(plan)
-        board.begin(members, base, sides)
-        for step in base.all(board.waiting):
-            if not isinstance(step, Progress):
-                board.fill(*step)
+
+        def fill(members, base, sides, plan=plan, board=board, sign=sign):
+            for key, name in {s.key: plans.reads(engine.model, s) for s in plan.spots}.items():
+                base.source[key] = base.acts[name] + sign * eps * (base.source[key] - base.acts[name])
+            board.begin(members, base, sides)
+            for step in base.all(board.waiting):
+                if not isinstance(step, Progress):
+                    board.fill(*step)
+            yield Progress(0, 0)
+
+        list(plans.over_bases(plan, fill))
         ends.append(board.values[0])
     found = engine.run(Estimate(ask.study, ask.kind, node=ask.node))
     estimate = (found.values - found.base).ravel()

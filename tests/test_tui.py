@@ -13,13 +13,11 @@ from techniques.output.requests import Run
 from vocabulary.nodes import Node, parse_intervention
 from vocabulary.prompts import Prompt, Study
 from vocabulary.requests import Load
-from screen import dialogs
 from screen.client import Client
 from screen.overlays import Editor, Overlay, Panel, Picker
 from screen.prompts import open_file
 from screen.session import Session, State, read_session
 from tui import PANES, TABLE, Loupe, first_state
-from utils import ROOT
 
 SIZES = [(80, 24), (120, 36), (200, 50)]
 PAIR = Prompt(
@@ -302,8 +300,7 @@ async def test_prompt_sets_and_mean_ablation(zoo, tmp_path):
 
 
 @pytest.mark.slow
-async def test_search_help_palette_copy(zoo, tmp_path, monkeypatch):
-    monkeypatch.setattr(dialogs, "EXPORTS", ROOT / "exports" / "of-tests")
+async def test_search_help_palette_copy(zoo, tmp_path, monkeypatch, own_home):
     app = make_app(zoo, tmp_path, first_state({}))
     async with app.run_test(size=(120, 36)) as pilot:
         await press(app, pilot)
@@ -338,20 +335,15 @@ async def test_search_help_palette_copy(zoo, tmp_path, monkeypatch):
         assert app.state.views["lens.stat"] == "kl"
         copied = []
         monkeypatch.setattr(app, "copy_to_clipboard", copied.append)
-        try:
-            for kind in ("text", "tsv", "node", "prompt", "python", "svg"):
-                await press(app, pilot, "y")
-                for c in kind:
-                    await pilot.press(c)
-                await press(app, pilot, "enter")
-                await press(app, pilot)
-            files = {f.suffix: f.read_text() for f in dialogs.EXPORTS.iterdir()}
-            assert len(copied) == 5 and "hook point\t" in files[".tsv"] and "<svg" in files[".svg"] and "TransformerBridge" in files[".py"]
-            assert "Lens" in copied[0] and copied[2].strip() == str(app.node())
-        finally:
-            for f in dialogs.EXPORTS.iterdir():
-                f.unlink()
-            dialogs.EXPORTS.rmdir()
+        for kind in ("text", "tsv", "node", "prompt", "python", "svg"):
+            await press(app, pilot, "y")
+            for c in kind:
+                await pilot.press(c)
+            await press(app, pilot, "enter")
+            await press(app, pilot)
+        files = {f.suffix: f.read_text() for f in (own_home / "exports").iterdir()}
+        assert len(copied) == 5 and "hook point\t" in files[".tsv"] and "<svg" in files[".svg"] and "TransformerBridge" in files[".py"]
+        assert "Lens" in copied[0] and copied[2].strip() == str(app.node())
 
 
 async def test_honesty_panel(zoo, tmp_path):

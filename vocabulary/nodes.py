@@ -22,8 +22,8 @@ PARTS = get_args(Part)
 SITES = get_args(Site)
 LABEL = r"[A-Za-z][A-Za-z0-9_]*"
 NODE_RE = re.compile(
-    rf"^(?:(?P<embed>embed)|(?P<sl>\d+)\.(?P<sh>\d+)(?:\.(?P<sp>z|q|k|v|pattern))?|[Ll](?P<l>\d+)(?:[Hh](?P<h>\d+)(?:\.(?P<p>z|q|k|v|pattern))?"
-    rf"|\.(?P<site>resid_pre|resid_mid|resid_post|attn|mlp(?:\.n(?P<n>\d+))?|sae\.f(?P<f>\d+))))(?:@(?P<pos>\*|-?\d+|{LABEL}))?$"
+    rf"^(?:(?P<embed>embed)|(?P<sl>[0-9]{{1,9}})\.(?P<sh>[0-9]{{1,9}})(?:\.(?P<sp>z|q|k|v|pattern))?|[Ll](?P<l>[0-9]{{1,9}})(?:[Hh](?P<h>[0-9]{{1,9}})(?:\.(?P<p>z|q|k|v|pattern))?"
+    rf"|\.(?P<site>resid_pre|resid_mid|resid_post|attn|mlp(?:\.n(?P<n>[0-9]{{1,9}}))?|sae\.f(?P<f>[0-9]{{1,9}}))))(?:@(?P<pos>\*|-?[0-9]{{1,9}}|{LABEL}))?\Z"
 )
 
 
@@ -50,7 +50,7 @@ def parse_node(text: str) -> Node:
             f"{text.strip()!r} is not a node: write L9H9, L9H9.q, 9.9, L3.mlp, L3.attn, L5.resid_pre, L3.mlp.n412 or embed, with @10, @-1, @S2 or @* for the position"
         )
     g = m.groupdict()
-    pos = None if g["pos"] in (None, "*") else int(g["pos"]) if re.fullmatch(r"-?\d+", g["pos"]) else g["pos"]
+    pos = None if g["pos"] in (None, "*") else int(g["pos"]) if re.fullmatch(r"-?[0-9]+", g["pos"]) else g["pos"]
     if g["embed"]:
         return Node("embed", pos=pos)
     if g["sl"] is not None:

@@ -6,13 +6,13 @@ from vocabulary.requests import Progress
 
 
 def forward_progress(steps: Generator, say: Callable[[object], Progress | None]) -> Generator[Progress, None, object]:
-    """A generator's result; of everything it yields on the way, what `say` makes of it (None: nothing)."""
+    """A generator's result; of everything it yields on the way, what `say` makes of it (None: nothing). Notices stay as they are."""
     while True:
         try:
             part = next(steps)
         except StopIteration as stop:
             return stop.value
-        if (said := say(part)) is not None:
+        if (said := part if isinstance(part, Progress) and part.notice else say(part)) is not None:
             yield said
 
 

@@ -1,11 +1,11 @@
 """Prompts and prompt sets, metrics, and the study that every analysis runs on. Never imports torch."""
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
+from vocabulary.typed import parse_json, read_text, user_path, whole_number
 from vocabulary.nodes import Intervention, LABEL, UserError
 
 Align = Literal["", "diff", "labels"]
@@ -35,6 +35,9 @@ class Prompt:
     alignment: tuple[tuple[int, int], ...] = ()
 
 
+FAR = 10**9  # no prompt has so many positions
+
+
 def read_prompt(obj: object) -> Prompt:
     """A prompt from one object of a prompt set: clean, corrupt, answer, foil (a string or a list of strings), labels, corrupt_labels, alignment."""
     if not isinstance(obj, dict) or not isinstance(obj.get("clean"), str):
@@ -52,7 +55,7 @@ def read_prompt(obj: object) -> Prompt:
     theirs, pairs = obj.get("corrupt_labels", {}), obj.get("alignment", [])
     if not named(theirs, obj["corrupt"] if isinstance(obj.get("corrupt"), str) else ""):
         raise UserError("corrupt_labels map a name to a character offset inside the corrupted text")
-    if not isinstance(pairs, list) or not all(isinstance(p, list) and len(p) == 2 and all(type(i) is int for i in p) for p in pairs):
+    if not isinstance(pairs, list) or not all(isinstance(p, list) and len(p) == 2 and all(type(i) is int and 0 <= i < FAR for i in p) for p in pairs):
         raise UserError("alignment is a list of pairs of positions, [[0, 0], [1, 1]]")
     if not isinstance(obj.get("corrupt"), str | None) or not isinstance(obj.get("bos"), bool | None):
         raise UserError("corrupt is a string and bos is true or false")
@@ -70,15 +73,15 @@ def read_prompt(obj: object) -> Prompt:
 
 def read_prompt_set(path: str | Path) -> tuple[Prompt, ...]:
     """A .jsonl prompt set, one object a line; the error names file and line."""
-    path = Path(path).expanduser()
+    path = user_path(path)
     if not path.is_file():
         raise UserError(f"no prompt set at {path}: give the path of a .jsonl file with one prompt a line")
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             try:
-                prompts.append(read_prompt(json.loads(line)))
-            except (json.JSONDecodeError, UserError) as error:
+                prompts.append(read_prompt(parse_json(line)))
+            except UserError as error:
                 raise UserError(f"{path.name} line {number}: {error}") from error
     if not prompts:
         raise UserError(f"{path} holds no prompt")
@@ -105,6 +108,15 @@ class Metric:
 
     kind: MetricKind = "logit_diff"
     pos: int | str = "END"
+
+
+def read_place(text: str) -> int | str:
+    """A position as it is typed: a number such as 10 or -1, or a label such as END or S2."""
+    if (number := whole_number(text)) is not None:
+        return number
+    if not re.fullmatch(LABEL, text):
+        raise UserError(f"{text[:60]!r} is not a position: write a number such as 10 or -1, or a label such as END or S2")
+    return text
 
 
 # ------------------------------------------------------------------ what analyses run on and speak of

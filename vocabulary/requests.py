@@ -128,9 +128,12 @@ class ModelsResult:
 
 @message
 class Progress:
+    """How far an analysis is. A `notice` is a line that the user should have read when it is over: it passes every analysis that words another's progress."""
+
     done: int
     total: int
     text: str = ""
+    notice: bool = False
 
 
 @message

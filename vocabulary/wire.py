@@ -4,6 +4,7 @@ The same dataclasses are the Python interface, the command line and (as JSON) th
 """
 
 import dataclasses
+import functools
 import importlib
 import math
 import types
@@ -195,6 +196,9 @@ def to_json(obj: object) -> object:
     return obj
 
 
+type_hints = functools.cache(typing.get_type_hints)
+
+
 def from_json(obj: object, kind: type) -> object:
     """The inverse of `to_json` for the dataclasses of a session (prompts, interventions, metrics)."""
 
@@ -218,7 +222,7 @@ def from_json(obj: object, kind: type) -> object:
                 for v, a in zip(obj, args if args[-1] is not ... else args[:1] * len(obj), strict=True)
             )
         if dataclasses.is_dataclass(kind) and isinstance(obj, dict):
-            hints = typing.get_type_hints(kind)
+            hints = type_hints(kind)
             unknown = set(obj) - set(hints)
             if unknown:
                 raise UserError(f"{kind.__name__} has no field {min(unknown)!r}")
@@ -226,6 +230,7 @@ def from_json(obj: object, kind: type) -> object:
         return msgspec.convert(obj, kind, dec_hook=hook)
 
     try:
+        msgspec.msgpack.encode(obj)  # what can't go over the wire (a number over 64 bits, half a character) is refused here
         return revive(obj, kind)
-    except (msgspec.ValidationError, TypeError, ValueError) as error:
+    except (msgspec.ValidationError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"not a {getattr(kind, '__name__', kind)}: {error}") from error

@@ -53,7 +53,7 @@ def choose_detector(pane: Pane, app: Host) -> None:
 
     def accept(values: list[str]) -> str:
         pattern, measure = values[0].strip(), values[1].strip()
-        cells = tuple((int(a), int(b)) for a, b in re.findall(r"(\d+)\s*>\s*(\d+)", pattern))
+        cells = tuple((int(a), int(b)) for a, b in re.findall(r"([0-9]{1,9})\s*>\s*([0-9]{1,9})", pattern))
         if not cells and pattern not in DETECTORS:
             return f"give cells such as 14>2 10>4, or one of {', '.join(DETECTORS)}"
         request = Detect(app.state.study, app.state.views["which"], pattern if not cells else "cells", cells, error_measure=measure)

@@ -8,12 +8,13 @@ import numpy as np
 import torch as t
 from torch import Tensor
 
-from model.bridge import Edit, Model
+from model.bridge import Edit, Model, has_sink
 from model.interventions import prepare
-from model.memory import in_chunks
-from model.replacements import BATCH
+from model.memory import Chunks
 from model.places import visible
+from model.replacements import prompts_at_once
 from model.runs import Runs, read_study
+from model.writes import output_matrix
 from techniques.attention.requests import DETECTORS, STATS, AttentionResult, AttentionSetResult, DetectResult, HeadStatsResult
 from vocabulary.nodes import UserError
 from vocabulary.prompts import RUNS, WHICH, Prompt, Study
@@ -50,7 +51,7 @@ def subtract(sides: list[dict]) -> dict:
 @t.no_grad()
 def value_norms(model: Model, layer: int, v: Tensor) -> Tensor:
     """|| v W_O || of every head and position, [head, seq], from values [seq, kv head, d_head] (b_V inside, b_O and later norms not)."""
-    w = model.bridge.blocks[layer].attn.W_O.float()
+    w = output_matrix(model, layer, "attn")
     rows = []
     for h in range(model.info.n_heads):
         rows.append((v[:, kv_head(model, h)].float() @ w[h]).norm(dim=-1))
@@ -64,10 +65,11 @@ def attention(runs: Runs, layer: int, which: str, weighted: bool = False) -> Att
     check_layer(model, layer)
     sides = runs.pair(which) if "-" in which else (which,)
     name, value = pattern_name(layer), f"blocks.{layer}.attn.hook_v"
-    patterns = []
+    patterns, sinks = [], []
     for s in sides:
         acts = runs.trace(s, [name, value] if weighted else [name])
         pattern = acts[name][0].float()
+        sinks.append((1 - pattern.sum(-1)).cpu().numpy())
         patterns.append((pattern * value_norms(model, layer, acts[value][0])[:, None] if weighted else pattern).cpu().numpy())
     if not all(np.isfinite(p).all() for p in patterns):
         raise UserError("the attention patterns are not finite: load the model in float32")
@@ -76,7 +78,11 @@ def attention(runs: Runs, layer: int, which: str, weighted: bool = False) -> Att
     pattern = np.where(hidden, np.float32(math.nan), pattern)  # a copy: the cache holds the runs' own
     what = "attention x || v W_O || (b_V inside, b_O not" + (", values of kv groups)" if model.info.n_kv_heads < model.info.n_heads else ")")
     parts = [f"{what if weighted else 'attention after the softmax'}, [destination, source], of query heads, {which}", model.info.dtype, runs.convention]
-    return AttentionResult(runs.row(sides[0]), layer, pattern, which, ", ".join(p for p in parts if p), weighted)
+    sink = None
+    if has_sink(model, layer) and not weighted:
+        sink = sinks[0] - sinks[1] if len(sinks) == 2 else sinks[0]
+        parts.append("sink: one less the row's sum, a learned score without a value")
+    return AttentionResult(runs.row(sides[0]), layer, pattern, which, ", ".join(p for p in parts if p), weighted, sink)
 
 
 @t.no_grad()
@@ -279,6 +285,7 @@ def over_set(
         except UserError as error:
             raise UserError(f"prompt {i + 1} of the set: {error}") from error
         everyone.append(runs)
+    chunks = Chunks("prompts", lambda _: prompts_at_once(model, length))
     for place, side in enumerate(sides):
         if side == "now" and study.interventions:
             for j, (i, prompt) in enumerate(members):
@@ -297,7 +304,7 @@ def over_set(
                 these = same[start:stop]
                 return these, work([everyone[j] for j in these], side, t.tensor([everyone[j].row(side).ids for j in these]), [])
 
-            for part in in_chunks(len(same), BATCH, batch):
+            for part in chunks.over(len(same), batch):
                 if isinstance(part, Progress):
                     yield part
                     continue

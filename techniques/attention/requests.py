@@ -88,7 +88,8 @@ class AttentionResult:
     """
     Patterns of every head of one layer, [head, destination, source]; for a difference the two runs' patterns are subtracted. Weighted: each cell
     times the norm of what the source's value writes, || v W_O ||, so that rows do not sum to one. NaN where a head can't look: at later sources, and outside
-    a sliding window.
+    a sliding window. `sink` [head, destination]: what a row gives to the learned sink of models that have one (gpt-oss), which has no value: one less the
+    row's sum.
     """
 
     tokens: TokenRow
@@ -97,6 +98,7 @@ class AttentionResult:
     which: Which
     convention: str
     weighted: bool = False
+    sink: np.ndarray | None = None
 
 
 @message

@@ -8,7 +8,7 @@ import numpy as np
 
 from model.bridge import Model
 from model.sae import SparseAutoencoder
-from techniques.circuits.edges import PARTS, EdgeRun, edge_runs, gather
+from techniques.circuits.edges import PARTS, EdgeRun, each, edge_runs, gather
 from techniques.circuits.feature_nodes import FeatureRun, dictionaries
 from techniques.circuits.node_runs import Counted, NodeRun, by_parts, features_of
 from vocabulary.nodes import parse_node
@@ -52,16 +52,16 @@ class Bench:
     def values(self, sets: list[Parts], text: str) -> Generator[Progress, None, np.ndarray]:
         """The metric [set, prompt] of (kept or None for everything, taken away). A set that was cut before is not cut again."""
         todo = [s for s in dict.fromkeys(sets) if s not in self.known]
-        found, begun, before = [], time.monotonic(), self.done
+        begun, before = time.monotonic(), self.done
         total = self.total or before + len(todo)
 
-        def say(part: Progress, k: int) -> Progress:
-            done = (k + part.done / part.total) / len(self.runs) * len(todo)
+        def say(part: Progress, run: EdgeRun) -> Progress:
+            done = (self.runs.index(run) + part.done / part.total) / len(self.runs) * len(todo)
             seconds = (self.spent + time.monotonic() - begun) * max(0, total - before - done) / (before + done)
             return Progress(round(before + done), total, f"{text}: {before + done:,.0f} of {total:,} sets, {time_left(seconds)}")
 
-        for k, run in enumerate(self.runs if todo else ()):
-            found.append((yield from forward_progress(run.run([partial(run.mask, *some) for some in todo]), partial(say, k=k))))
+        work = lambda run: forward_progress(run.run([partial(run.mask, *some) for some in todo]), partial(say, run=run))  # noqa: E731
+        found = yield from each(self.runs if todo else [], work)
         self.spent += time.monotonic() - begun
         self.done += len(todo)
         if todo:

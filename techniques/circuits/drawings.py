@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 from techniques.circuits.requests import ScoreResult
+from vocabulary.typed import parse_json, read_text
 from vocabulary.circuit import Circuit, LOGITS, own_node, owner, parse_edge, rank
+from vocabulary.files import typed_path, write_text
 from vocabulary.nodes import parse_node, UserError
 from vocabulary.prompts import Study
 from vocabulary.requests import ModelInfo
 from vocabulary.wire import from_json, to_json
-from utils import ROOT
+from utils import ROOT, printable
 
 FORMAT = 1
 PUBLISHED = ROOT / "techniques" / "circuits" / "published"
@@ -20,21 +22,20 @@ FIELDS = {"loupe_circuit", "name", "model", "nodes", "edges", "groups", "found"}
 
 def write_circuit(circuit: Circuit, path: str | Path) -> Path:
     """A circuit as JSON, one node or edge a line."""
-    path = Path(path).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"loupe_circuit": FORMAT, **to_json(circuit)}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path = typed_path(path)
+    write_text(path, json.dumps({"loupe_circuit": FORMAT, **to_json(circuit)}, indent=1, ensure_ascii=False) + "\n")
     return path
 
 
 def read_circuit(path: str | Path) -> tuple[Circuit, tuple[str, ...]]:
     """A circuit from a file, and a line for every entry that can't be used; the rest is kept. UserError when it is no circuit at all."""
-    path = Path(path).expanduser()
+    path = typed_path(path)
     if not path.is_file():
         raise UserError(f"no circuit at {path}: give a .json file that Loupe wrote, or one like those in {PUBLISHED.name}/")
     try:
-        obj = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path.name} is not JSON: {error}") from error
+        obj = parse_json(read_text(path))
+    except UserError as error:
+        raise UserError(f"{path.name}: {error}") from error
     if not isinstance(obj, dict) or not isinstance(obj.get("nodes", []), list) or not isinstance(obj.get("edges", []), list):
         raise UserError(f'{path.name} is not a circuit: it needs an object with "nodes" or "edges", lists of addresses')
     wrong = [f"{path.name}: unknown field {k!r} left out" for k in sorted(set(obj) - FIELDS)]
@@ -43,7 +44,7 @@ def read_circuit(path: str | Path) -> tuple[Circuit, tuple[str, ...]]:
         out = []
         for n, text in enumerate(obj.get(kind, []), 1):
             try:
-                out.append(read(text) if isinstance(text, str) else read(json.dumps(text)))
+                out.append(read(text if isinstance(text, str) else json.dumps(text)[:60]))
             except UserError as error:
                 wrong.append(f"{path.name}, {kind} {n}: {error}; left out")
         return list(dict.fromkeys(out))
@@ -87,7 +88,7 @@ def published_names() -> tuple[str, ...]:
 def draw(circuit: Circuit, effects: dict[str, float] | None = None, width: int = 80) -> list[str]:
     """By layer, the last at the top: its nodes with their groups and single effects, and beneath each what it reads from."""
     effects = effects or {}
-    group_of = {n: name for name, some in circuit.groups.items() for n in some}
+    group_of = {n: printable(name) for name, some in circuit.groups.items() for n in some}
     into: dict[str, dict[str, list[str]]] = {}
     for e in map(parse_edge, circuit.edges):
         part = "" if e.receiver == LOGITS else f".{parse_node(e.receiver).part}" if parse_node(e.receiver).site == "head" else ""
@@ -131,7 +132,7 @@ def draw(circuit: Circuit, effects: dict[str, float] | None = None, width: int =
 
 def table(circuit: Circuit, result: ScoreResult | None = None) -> str:
     """Tab-separated: every part, its group, single effect and minimality where known."""
-    group_of = {n: name for name, some in circuit.groups.items() for n in some}
+    group_of = {n: printable(name) for name, some in circuit.groups.items() for n in some}
     effects = dict(zip(result.parts, result.effects.tolist())) if result is not None else {}
     minimal = dict(zip(result.parts, result.minimal.tolist())) if result is not None else {}
     number = lambda d, p: f"{d[p]:.6f}" if p in d else ""  # noqa: E731
@@ -170,7 +171,7 @@ def mermaid(circuit: Circuit) -> str:
     lines = ["flowchart BT"]
     grouped = {n for some in circuit.groups.values() for n in some}
     for i, (name, some) in enumerate(circuit.groups.items()):
-        title = name.replace('"', "#quot;")
+        title = printable(name).replace('"', "#quot;")
         lines += [f'  subgraph g{i}["{title}"]', *(f'    {ident(n)}["{n}"]' for n in some), "  end"]
     lines += [f'  {ident(n)}["{n}"]' for n in circuit.nodes if n not in grouped]
     for e in map(parse_edge, circuit.edges):
@@ -182,13 +183,14 @@ def mermaid(circuit: Circuit) -> str:
 # ------------------------------------------------------------------ a script
 
 SCRIPT = '''"""
-The circuit {name} of {model}: its faithfulness{about}.
-Made by Loupe; needs torch, transformers and transformer_lens{needs} only.
+The faithfulness of a circuit with TransformerLens alone. Made by Loupe; needs torch, transformers and transformer_lens{needs} only.
 """
 
 import torch as t
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformer_lens.model_bridge import TransformerBridge
+
+about = {about!r}
 
 t.set_grad_enabled(False)
 tokenizer = AutoTokenizer.from_pretrained({base!r})
@@ -459,8 +461,9 @@ def circuit_script(circuit: Circuit, study: Study, info: ModelInfo, load, rest: 
     prompts = study.prompt_set or (study.prompt,)
     bos = prompts[0].bos if prompts[0].bos is not None else info.default_bos
     rows = [(p.clean, p.corrupt, list(p.answers), list(p.foils), dict(p.labels)) for p in prompts]
+    shown = f": its faithfulness is {result.faithfulness.mean:.6f} on the screen" if result is not None else ""
     fields = dict(
-        name=circuit.name, model=info.name, about=f" is {result.faithfulness.mean:.6f} on the screen" if result is not None else "", weights=weights,
+        about=f"the circuit {circuit.name} of {info.name}{shown}", weights=weights,
         base=str(ROOT / "zoo") if load.base == "zoo" else load.base or weights, dtype=info.dtype, n_layers=info.n_layers, n_heads=info.n_heads,
         n_kv_heads=info.n_kv_heads, prompts="[\n" + "".join(f"    {r!r},\n" for r in rows) + "]", nodes=repr(list(circuit.nodes)),
         edges=repr(list(circuit.edges)), rest=rest, mlps=mlps, saes=[sae_path(x) for x in saes],

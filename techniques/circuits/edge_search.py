@@ -13,9 +13,9 @@ import numpy as np
 import torch as t
 
 from techniques.circuits.edge_index import EdgeIndex, edge_index
-from techniques.circuits.edges import EMBED, EdgeRun, edge_runs, gather
+from techniques.circuits.edges import EMBED, EdgeRun, each, edge_runs, gather
 from techniques.circuits.requests import Discover, DiscoverResult, METHODS, REST
-from vocabulary.circuit import Circuit, LOGITS, owner, parse_edge
+from vocabulary.circuit import Circuit, parse_edge
 from vocabulary.integral import fractions, steps_in_words
 from vocabulary.nodes import parse_node, UserError
 from vocabulary.prompts import METRICS
@@ -52,21 +52,28 @@ def half_way(index: EdgeIndex) -> list[np.ndarray]:
     return [index.exists & (late > share) & (rng.random(index.exists.shape) < 0.9) for share in (0.2, 0.4, 0.6, 0.8)]
 
 
-def pace(runs: list[EdgeRun], masks: list[np.ndarray]) -> tuple[float, float]:
+def pace(runs: list[EdgeRun], masks: list[np.ndarray]) -> Generator[Progress, None, tuple[float, float]]:
     """Seconds of one set of cut edges, for all prompts, in a batch; and of one pass for gradients. What is slow the first time is not counted."""
-    cut = 0.0
-    runs[0].metrics(masks[:1])
-    for run in runs:
+    prompts = sum(len(r.ids) for r in runs)
+
+    def one(run: EdgeRun) -> Generator[Progress, None, tuple[float, float]]:
+        first, seconds = run is runs[0], [0.0]
+        if first:
+            run.metrics(masks[:1])
         some = masks[: max(1, int(run.limit // run.set_bytes(masks[:1])))]
         t0 = time.monotonic()
-        run.metrics(some)
-        cut += (time.monotonic() - t0) / len(some)
-    change, seconds = runs[0].change(), []
-    while not seconds or len(seconds) < 2 and seconds[0] < 2:
-        t0 = time.monotonic()
-        runs[0].slopes(change)
-        seconds.append(time.monotonic() - t0)
-    return cut, seconds[-1] * sum(len(r.ids) for r in runs) / len(runs[0].ids)
+        yield from run.run(some)
+        cut = (time.monotonic() - t0) / len(some)
+        if first:
+            change, seconds = run.change(), []
+            while not seconds or len(seconds) < 2 and seconds[0] < 2:
+                t0 = time.monotonic()
+                run.slopes(change)
+                seconds.append(time.monotonic() - t0)
+        return cut, seconds[-1] * prompts / len(run.ids)
+
+    cuts, gradients = zip(*(yield from each(runs, one)))
+    return sum(cuts), gradients[0]
 
 
 # ------------------------------------------------------------------ attribution
@@ -74,21 +81,23 @@ def pace(runs: list[EdgeRun], masks: list[np.ndarray]) -> tuple[float, float]:
 
 def attribute(model: Model, ask: Discover, runs: list[EdgeRun], begun: float) -> Generator[Progress, None, DiscoverResult]:
     index = edge_index(model.info)
-    cut, gradient = pace(runs, some_kept(index, ask.edges))
+    cut, gradient = yield from pace(runs, some_kept(index, ask.edges))
     passes = {"eap": 1, "clean-corrupted": 2, "eap-ig": ask.steps, "eap-ig-activations": ask.steps * (2 * model.info.n_layers + 1)}[ask.method]
     counts = [c for c in COUNTS if c < ask.edges] + [ask.edges]
     expected = time.monotonic() - begun + passes * gradient + cut * (len(counts) + 1)
     if ask.dry:
         return result(model, ask, (), np.zeros(0), (), np.zeros(0), np.zeros(0), expected, begun, "")
     yield Progress(0, passes, f"{ask.method}: about {time_left(expected)}")
-    total, done, prompts = 0.0, 0, sum(len(r.ids) for r in runs)
-    for run in runs:
-        for part in attributions(run, ask):
+
+    def scored(run: EdgeRun) -> Generator[Progress, None, np.ndarray]:
+        total, before = 0.0, passes * runs.index(run)
+        for done, part in enumerate(attributions(run, ask)):
             total = total + part
-            done += 1
-            spent = time.monotonic() - begun
-            yield Progress(done, passes * len(runs), f"{ask.method}: {time_left(max(0.0, expected - spent))}")
-    scores = total[index.exists] / prompts
+            yield Progress(before + done + 1, passes * len(runs), f"{ask.method}: {time_left(max(0.0, expected - time.monotonic() + begun))}")
+        return total
+
+    total = yield from each(runs, scored)
+    scores = sum(total)[index.exists] / sum(len(r.ids) for r in runs)
     if not np.isfinite(scores).all():
         raise UserError("an edge's score is not finite: does the model hold NaN? Try float32")
     order = np.argsort(-np.abs(scores), kind="stable")[: ask.edges]
@@ -142,10 +151,12 @@ def attributions(run: EdgeRun, ask: Discover) -> Generator[np.ndarray]:
 
 def faithful(runs: list[EdgeRun], sets: list[np.ndarray], what: str) -> Generator[Progress, None, np.ndarray]:
     """Faithfulness [set] of kept edges by true ablation: (F(set) - F(nothing)) / (F(model) - F(nothing)), ratio of means over the prompts."""
-    found = []
-    for k, run in enumerate(runs):
+
+    def work(run: EdgeRun) -> Generator[Progress, None, np.ndarray]:
         masks = [run.index.exists & ~s for s in (*sets, np.zeros_like(run.index.exists))]
-        found.append((yield from forward_progress(run.run(masks), under(f"{what}, prompts {k + 1} of {len(runs)}"))))
+        return forward_progress(run.run(masks), under(f"{what}, prompts {runs.index(run) + 1} of {len(runs)}"))
+
+    found = yield from each(runs, work)
     mean, model = gather(runs, found).mean(1), float(np.concatenate([r.value for r in runs]).mean())
     gap = model - mean[-1]
     return (mean[:-1] - mean[-1]) / gap if abs(gap) > 1e-9 else np.full(len(sets), np.nan)
@@ -167,7 +178,8 @@ def acdc(model: Model, ask: Discover, runs: list[EdgeRun], begun: float) -> Gene
     index = edge_index(model.info)
     rows, columns = (x[::-1] for x in np.nonzero(index.exists))
     total = len(rows)
-    expected = time.monotonic() - begun + pace(runs, half_way(index))[0] * total
+    cut, _ = yield from pace(runs, half_way(index))
+    expected = time.monotonic() - begun + cut * total
     if ask.dry:
         return result(model, ask, (), np.zeros(0), (), np.zeros(0), np.zeros(0), expected, begun, "")
     base = float(gather(runs, [r.value for r in runs]).mean())
@@ -182,10 +194,8 @@ def acdc(model: Model, ask: Discover, runs: list[EdgeRun], begun: float) -> Gene
             at += first
             continue
         chain = int((~alive[:size]).argmax()) if not alive[:size].all() else len(alive[:size])
-        found = []
-        for run in runs:
-            masks = [partial(without, index.exists & ~kept, rows[at : at + k + 1], columns[at : at + k + 1]) for k in range(chain)]
-            found.append((yield from forward_progress(run.run(masks), lambda _, last=last: last)))
+        masks = [partial(without, index.exists & ~kept, rows[at : at + k + 1], columns[at : at + k + 1]) for k in range(chain)]
+        found = yield from each(runs, lambda run, masks=masks, last=last: forward_progress(run.run(masks), lambda _: last))
         means = gather(runs, found).mean(1)
         for k, value in enumerate(means.tolist()):
             scores[at + k] = value - now
@@ -202,9 +212,7 @@ def acdc(model: Model, ask: Discover, runs: list[EdgeRun], begun: float) -> Gene
         yield (last := Progress(at, total, f"acdc: {at} of {total} edges, {kept.sum()} kept, {time_left(spent / at * (total - at))}"))
     final = index.on_paths(kept)
     value = yield from faithful(runs, [final], "acdc: check")
-    empty = []
-    for run in runs:
-        empty.append((yield from forward_progress(run.run([run.mask(())]), under(""))))
+    empty = yield from each(runs, lambda run: forward_progress(run.run([run.mask(())]), under("")))
     floor = float(gather(runs, empty).mean())
     curve = sorted({n: v for n, v in [*curve, (0, floor)]}.items())
     counts = np.array([n for n, _ in curve])
@@ -231,7 +239,7 @@ def result(
     expected: float, begun: float, words: str, score: float | None = None,
 ) -> DiscoverResult:  # fmt: skip
     """A circuit of edges, the nodes at their ends, and how it was found."""
-    nodes = {owner(x) for e in map(parse_edge, kept) for x in (e.sender, e.receiver)} - {"embed", LOGITS}
+    nodes = {e.sender for e in map(parse_edge, kept)} - {"embed"}  # on a path every receiver belongs to a sender
     order = sorted(nodes, key=lambda a: (parse_node(a).layer, parse_node(a).site == "mlp", parse_node(a).head or 0))
     n = len(ask.study.prompt_set) or 1
     where = f"{ask.study.metric.kind}@{ask.study.metric.pos}, mean of {n} prompt{'s' * (n != 1)}"

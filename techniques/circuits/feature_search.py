@@ -11,6 +11,7 @@ from model.bridge import Model
 from model.sae import SparseAutoencoder
 from model.sae_loading import load
 from techniques.circuits.bench import Bench
+from techniques.circuits.edges import each
 from techniques.circuits.edge_search import COUNTS
 from techniques.circuits.feature_nodes import FeatureRun
 from techniques.circuits.requests import METHODS, REST, Discover, DiscoverResult
@@ -44,9 +45,8 @@ def features(model: Model, ask: Discover) -> Generator[Progress, None, DiscoverR
     one = time.monotonic() - t0
     k = ask.nodes or 30
     counts = [c for c in COUNTS if c < k] + [k]
-    passes = ask.steps * len(loaded) * len(bench.runs)
-    slope(bench.runs[0], loaded[0], None)
-    expected = one * (len(counts) + 2) + passes * (time.monotonic() - t0 - one)
+    (seconds, *_) = yield from each(bench.runs[:1], lambda run: timed(run, loaded[0]))
+    expected = one * (len(counts) + 2) + ask.steps * len(loaded) * len(bench.runs) * seconds
     names, scores, words = (), np.zeros(0), f"the {k} of the largest |score|, {steps_in_words(ask.steps, ask.steps_at or 'mid', 'clean to replaced')}"
     if not ask.dry:
         found = yield from attributions(bench.runs, loaded, fractions(ask.steps, ask.steps_at or "mid"), len(bench.whole), begun)
@@ -79,24 +79,34 @@ def attributions(
     runs: list[FeatureRun], some: list[SparseAutoencoder], shares: list[float], prompts: int, begun: float
 ) -> Generator[Progress, None, dict[str, float]]:
     """Of every feature (replaced - own activation) . gradient, integrated along the replacement of its whole SAE, summed over positions but the first."""
-    out, done, passes = {}, 0, len(shares) * len(some) * len(runs)
+    out = {}
+
+    def attributed(run: FeatureRun, d: SparseAutoencoder) -> Generator[Progress, None, Tensor]:
+        total, x = t.zeros(d.d_sae, dtype=t.float64), d.flat(run.clean[d.point])
+        change = run.others[d] - run.encode(d, x)
+        change[:, 0] = 0
+        change = d.weigh(change)
+        delta = (change @ d.sae.W_dec) * d.scale(x)
+        for k, share in enumerate(shares):
+            g = slope(run, d, delta * share) * d.scale(x)
+            for c, row in zip(change, g):
+                total += (c * (row @ d.sae.W_dec.T)).sum(0).double().cpu() / len(shares)
+            done, passes = (some.index(d) * len(runs) + runs.index(run)) * len(shares) + k + 1, len(shares) * len(some) * len(runs)
+            yield Progress(done, passes, f"features: {time_left((time.monotonic() - begun) / done * (passes - done))}")
+        return total
+
     for d in some:
-        total = t.zeros(d.d_sae, dtype=t.float64)
-        for run in runs:
-            x = d.flat(run.clean[d.point])
-            change = run.others[d] - run.encode(d, x)
-            change[:, 0] = 0
-            change = d.weigh(change)
-            delta = (change @ d.sae.W_dec) * d.scale(x)
-            for share in shares:
-                g = slope(run, d, delta * share) * d.scale(x)
-                for c, row in zip(change, g):
-                    total += (c * (row @ d.sae.W_dec.T)).sum(0).double().cpu() / len(shares)
-                done += 1
-                spent = time.monotonic() - begun
-                yield Progress(done, passes, f"features: {time_left(spent / done * (passes - done))}")
+        total = sum((yield from each(runs, lambda run, d=d: attributed(run, d))))
         out |= {f"L{d.layer}.sae.f{i}": total[i].item() / prompts for i in total.nonzero()[:, 0].tolist()}
     return out
+
+
+def timed(run: FeatureRun, d: SparseAutoencoder) -> Generator[Progress, None, float]:
+    """Seconds of one gradient."""
+    begun = time.monotonic()
+    slope(run, d, None)
+    return time.monotonic() - begun
+    yield
 
 
 def slope(run: FeatureRun, d: SparseAutoencoder, delta: Tensor | None) -> Tensor:

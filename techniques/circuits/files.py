@@ -8,18 +8,16 @@ from pathlib import Path
 from techniques.circuits import drawings
 from techniques.circuits.requests import Compare
 from vocabulary.circuit import Circuit, COMBINE
-from vocabulary.nodes import parse_node, UserError
+from vocabulary.files import folder, short, write_text
+from vocabulary.nodes import parse_node
 from vocabulary.wire import to_json
 from screen.actions import accepted
-from screen.dialogs import write_file
 from screen.overlays import Editor, Item, Panel, Picker
 from screen.pane import Host, Pane
 from screen.replies import Reply
 from screen.session import VIEWS
-from utils import ROOT
 from widgets import GOOD, WARN
 
-FOLDER = ROOT / "exports" / "circuits"
 EXPORTS = {
     "dot": "Graphviz",
     "mermaid": "a Mermaid flowchart",
@@ -87,7 +85,7 @@ def settings_of_scores(app: Host) -> list[Item]:
 
 def files(pane: Pane, app: Host) -> list[Item]:
     published = [(f"open {name}", "published", drawings.PUBLISHED / f"{name}.json") for name in drawings.published_names()]
-    own = [(f"open {p.stem}", str(p.parent.relative_to(ROOT)), p) for p in sorted(FOLDER.glob("*.json"))]
+    own = [(f"open {p.stem}", short(p.parent), p) for p in sorted((folder("exports") / "circuits").glob("*.json"))]
     return [Item(name, where, "", lambda path=path: open_circuit(app, path)) for name, where, path in (*published, *own)]
 
 
@@ -145,17 +143,14 @@ def open_circuit(app: Host, path: Path) -> None:
 
 
 def file_of(circuit: Circuit, suffix: str) -> Path:
-    return FOLDER / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', circuit.name)}{suffix}"
+    return folder("exports") / "circuits" / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', circuit.name)[:100]}{suffix}"
 
 
 def save_circuit(app: Host) -> None:
     now = app.state.current
     path = file_of(now, ".json")
-    try:
-        drawings.write_circuit(now, path)
-    except OSError as error:
-        raise UserError(f"{path} can't be written: {error.strerror}") from error
-    app.say(f"written {path.relative_to(ROOT)}", GOOD)
+    drawings.write_circuit(now, path)
+    app.say(f"written {short(path)}", GOOD)
 
 
 def export_circuit(pane: Pane, app: Host, kind: str) -> None:
@@ -175,8 +170,8 @@ def export_circuit(pane: Pane, app: Host, kind: str) -> None:
             rest, count = views["circuit.rest"], views["circuit.mlps"] == "count"
             suffix, text = ".py", drawings.circuit_script(now, pane.study(app), app.info, app.state.model, rest, count, result)
     path = file_of(now, suffix)
-    write_file(path, text)
-    app.say(f"written {path.relative_to(ROOT)}", GOOD)
+    write_text(path, text)
+    app.say(f"written {short(path)}", GOOD)
     app.copy_to_clipboard(text)
 
 

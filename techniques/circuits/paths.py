@@ -20,11 +20,12 @@ from torch import Tensor
 from model.base_run import PatchSite, Recorded, patch_site
 from model.bridge import Edit, Model
 from model.changed_blocks import PIECE
+from model.memory import Chunks
 from model.runs import Runs
 from model.variants import Base
-from model.writes import change_of_head, post_scales
+from model.writes import change_of_head, post_scales, require_parts
 from techniques.circuits.requests import CONVENTIONS, PathPatch
-from techniques.patching.plan import Layout, aligned, bases, read_plan
+from techniques.patching.plan import Layout, Plan, aligned, over_bases, read_plan
 from techniques.patching.requests import Sweep, SweepResult
 from techniques.patching.table import SweepTable
 from vocabulary.circuit import LOGITS
@@ -33,6 +34,7 @@ from vocabulary.progress import forward_progress
 from vocabulary.requests import Progress
 
 PARTS = ("q", "k", "v")
+EMBED = "blocks.0.hook_resid_pre"
 
 
 @dataclass(frozen=True)
@@ -299,48 +301,60 @@ def path_patch(model: Model, ask: PathPatch) -> Generator[Progress | SweepResult
         raise UserError("one cell is one sender or one receiver: each is sender or receiver")
     if ask.study.metric.kind == "loss":
         raise UserError("path patching reads one position, and loss has none: use another metric")
-    begun = time.monotonic()
+    require_parts(model)
     plan = read_plan(model, Sweep(ask.study, "nodes", "patch", ask.direction, over_set=ask.over_set, chunk_mb=ask.chunk_mb))
     layout, paths = lay_out(plan.runs[0], ask)
     values = plan.layout  # the nodes whose values in the other run are needed
     plan.layout = replace(values, cells={rc: spots for rc, spots in values.cells.items() if needed(spots[0].node, paths)})
     names = [f"blocks.{n}.hook_{s}_out" for n in range(model.info.n_layers) for s in ("attn", "mlp") if f"blocks.{n}.hook_{s}_out" in model.points]
-    embed = "blocks.0.hook_resid_pre"
-    board = None
+    board = SweepTable(replace(plan, layout=layout))
+    fill = partial(fill_paths, plan=plan, board=board, ask=ask, cells={p.cell: p for p in paths.values()})
+    early = yield from over_bases(plan, fill, (*names, EMBED), board.forget)
+    return early or labelled((yield from board.finish()), ask, model)
+
+
+def fill_paths(
+    members: list[int], base: Base, sides: tuple[np.ndarray, ...], plan: Plan, board: SweepTable, ask: PathPatch, cells: dict[int, Path]
+) -> Generator[Progress | SweepResult, None, SweepResult | None]:
+    """The cells of a few prompts, as many paths at a time as fit; of a dry run the first few, and with them the result: how long all of it takes."""
+    if base.reason:
+        raise UserError(f"path patching runs the model block by block, and {base.reason}")
+    model, runs = plan.model, [plan.runs[i] for i in members]
+    other = base.beside.get(EMBED)
+    other = model.forward(t.tensor([r.row(plan.other).ids for r in runs]), [EMBED])[1][EMBED] if other is None else other
+    base.source["embed"] = aligned(plan, other, base.resid[0], (0, "resid_pre", "z"), runs[0])
+    board.begin(members, base, sides)
+    waiting = [cells[v.cell] for v in board.waiting]
+    change = changes(base, list(dict.fromkeys(s for p in waiting for s in p.senders)))
+    change = {k: v[:, : base.stop - base.shared] for k, v in change.items()}
     say = lambda _: Progress(board.done, board.total, f"paths: {board.done} of {board.total}")  # noqa: E731
-    for part in bases(plan, (*names, embed)):
+
+    def work(start: int, stop: int) -> Generator[Progress, None, tuple[list[Path], np.ndarray]]:
+        some, found = waiting[start:stop], None
+        if ask.convention == "mlps":
+            wave = through_mlps(base, list(dict.fromkeys(p.senders for p in some)), change, {r for p in some for r in p.receivers})
+            found = yield from forward_progress(wave, say)
+        return some, (yield from forward_progress(deliver(base, some, change, found), say))
+
+    began = time.monotonic()
+    for part in Chunks("paths", at_once(base), partial(fewer, base)).over(len(waiting), work):
         if isinstance(part, Progress):
             yield part
             continue
-        members, base, sides = part
-        if base.reason:
-            raise UserError(f"path patching runs the model block by block, and {base.reason}")
-        runs = [plan.runs[i] for i in members]
-        other = base.beside.get(embed)
-        other = model.forward(t.tensor([r.row(plan.other).ids for r in runs]), [embed])[1][embed] if other is None else other
-        base.source["embed"] = aligned(plan, other, base.resid[0], (0, "resid_pre", "z"), runs[0])
-        if board is None:
-            board = SweepTable(replace(plan, layout=layout))
-        board.begin(members, base, sides)
-        cells = {p.cell: p for p in paths.values()}
-        waiting = [cells[v.cell] for v in board.waiting]
-        change = changes(base, list(dict.fromkeys(s for p in waiting for s in p.senders)))
-        change = {k: v[:, : base.stop - base.shared] for k, v in change.items()}
-        size, began = at_once(base), time.monotonic()
-        for a in range(0, len(waiting), size):
-            some = waiting[a : a + size]
-            found = None
-            if ask.convention == "mlps":
-                wave = through_mlps(base, list(dict.fromkeys(p.senders for p in some)), change, {r for p in some for r in p.receivers})
-                found = yield from forward_progress(wave, say)
-            board.fill(some, (yield from forward_progress(deliver(base, some, change, found), say)))
-            base.at_once = max(base.at_once, len(some))
-            if ask.dry:
-                seconds = (time.monotonic() - began) / (a + len(some)) / len(members) * (board.total - board.done) + time.monotonic() - begun
-                return replace(labelled(board.result(False), ask, model), warning=f"the whole table: about {seconds:.1f} s, by its first {len(some)} paths")
-            if board.done < board.total:
-                yield labelled(board.result(False), ask, model)
-    return labelled((yield from board.finish()), ask, model)
+        base.at_once = max(base.at_once, len(part[0]))
+        board.fill(*part)
+        if ask.dry:
+            n = len(part[0])
+            seconds = (time.monotonic() - began) / n / len(members) * (board.total - board.done) + time.monotonic() - began
+            return replace(labelled(board.result(False), ask, model), warning=f"the whole table: about {seconds:.1f} s, by its first {n} paths")
+        if board.done < board.total:
+            yield labelled(board.result(False), ask, model)
+    return None
+
+
+def fewer(base: Base, paths: int) -> None:
+    """The base runs that follow begin with as many paths as fit."""
+    base.limit = min(base.limit, 2 * paths * base.token_bytes() * (base.stop - base.shared))
 
 
 def at_once(base: Base) -> int:

@@ -46,6 +46,8 @@ def score(model: Model, ask: Score) -> Generator[Progress, None, ScoreResult]:
     begun, circuit = time.monotonic(), ask.circuit
     check_circuit(circuit, model.info)
     edges = bool(circuit.edges) and ask.edges
+    if edges:
+        model.require("parts", "heads")
     if edges and (some := features_of(circuit.nodes)):
         raise UserError(
             f"{some[0]}: a circuit with edges is scored by them, and features have none; score it by its nodes (Y on the screen, --no-edges), or drop the feature"
@@ -72,7 +74,9 @@ def score(model: Model, ask: Score) -> Generator[Progress, None, ScoreResult]:
         minimal, with_, low, high, mean = yield from minimality(bench, work)
     floor = yield from noise_floor([r for run in bench.runs for r in run.group])
     gap = float((bench.whole - empty).mean())
-    warning = "" if not edges or connected(circuit) else "no path of its edges leads from embed to the logits: it is worth nothing; score it by its nodes"
+    warning = (
+        "" if not edges or connected(circuit, model.info) else "no path of its edges leads from embed to the logits: it is worth nothing; score it by its nodes"
+    )
     if abs(gap) < 0.05 * max(abs(float(bench.whole.mean())), abs(float(empty.mean()))):
         warning = f"model and empty circuit differ by {gap:.2g} only: fractions are large and noisy"
     if abs(gap) < floor:

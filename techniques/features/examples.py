@@ -1,5 +1,6 @@
 """Where features of an SAE fire in a text: maximal activating examples, histograms, density, and what fires with them; kept on disk."""
 
+import contextlib
 import hashlib
 import math
 import time
@@ -19,7 +20,7 @@ from model.sae_fit import REFUSE, choose, fit, views
 from model.sae_loading import load
 from techniques.features.requests import Example, Examples, ExamplesResult
 from techniques.features.training import at_once, counted
-from utils import ROOT
+from vocabulary.files import folder, replacing
 from vocabulary.nodes import UserError
 from vocabulary.requests import Progress
 
@@ -28,7 +29,6 @@ EDGES = 2.0 ** (np.arange(-20, 25) / 2)
 ALL_PAIRS = 2048  # up to so many features every pair is counted
 MOST = 20_000  # examples in one answer
 TOGETHER = 10
-CACHE = ROOT / "saes" / ".cache"
 
 
 def examples(model: Model, ask: Examples) -> Generator[Progress, None, ExamplesResult]:
@@ -45,15 +45,13 @@ def examples(model: Model, ask: Examples) -> Generator[Progress, None, ExamplesR
     check_text(model, d, rows[:4], file)
     pairs = () if d.d_sae <= ALL_PAIRS else ask.indices
     recipe = (d.digest, d.view, unembed_hash(model), model.info.dtype, hashlib.sha256(rows.numpy().tobytes()).hexdigest(), ask.k, pairs)
-    kept = CACHE / f"{hashlib.sha256(repr(recipe).encode()).hexdigest()[:24]}.npz"
+    kept = folder("saes") / ".cache" / f"{hashlib.sha256(repr(recipe).encode()).hexdigest()[:24]}.npz"
     cached = kept.is_file()
     found = read(kept) if cached else None
     if found is None:
         cached, found = False, (yield from collect(model, d, rows, ask.k, pairs))
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        part = kept.with_suffix(".part.npz")
-        np.savez(part, **found)
-        part.replace(kept)
+        with contextlib.suppress(UserError), replacing(kept) as part:  # a full disk costs the next one time, and this one nothing
+            np.savez(part, **found)
     return result(model, d, ask, rows, found, file, time.time() - start, cached)
 
 
@@ -107,7 +105,7 @@ def collect(model: Model, d: SparseAutoencoder, rows: Tensor, k: int, pairs: tup
     both = t.zeros(len(asked), n)
     edges, offsets = t.tensor(EDGES, dtype=t.float32), t.arange(-BEFORE, AFTER + 1)[None, :, None]
     size = max(1, CHUNK_BYTES // (4 * n * length))
-    for part in in_chunks(len(rows), at_once(model, length), lambda a, b: (a, b, activations(model, d, rows[a:b])[0])):
+    for part in in_chunks(len(rows), at_once(model, length), lambda a, b: (a, b, activations(model, d, rows[a:b])[0]), "pieces of text"):
         if isinstance(part, Progress):
             yield part
             continue

@@ -104,7 +104,7 @@ class FeaturePane(Pane):
 
     def find(self, app: Host, needle: str) -> list[dict]:
         """f690, or a token."""
-        if re.fullmatch(r"f\d+", needle) and layer_of(app.state.sae, app) >= 0:
+        if re.fullmatch(r"f[0-9]{1,9}", needle) and layer_of(app.state.sae, app) >= 0:
             if wrong := self.go_to(app, Node("sae", layer_of(app.state.sae, app), index=int(needle[1:]))):
                 raise UserError(wrong)
             return [{"pos": app.cursor.pos}]

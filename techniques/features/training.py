@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,10 @@ from torch import Tensor
 from model.artefacts import BROKEN, CHECKPOINT, corpus, save, unembed_hash, windows
 from model.bridge import Edit, Model, write_mid
 from model.loading import TINY
-from model.memory import first_line, in_chunks
+from model.memory import Chunks, first_line, in_chunks, is_out_of_memory
 from model.places import hook_name
 from techniques.features.requests import TrainSae, TrainSaeResult
+from vocabulary.files import PRIVATE_FILE, make_folder, reason, typed_path
 from vocabulary.nodes import AddressError, Node, UserError, parse_node
 from vocabulary.requests import Progress
 
@@ -64,7 +65,7 @@ def harvest(model: Model, hook: str, rows: Tensor) -> Generator[Progress | None,
         x = model.forward(rows[begin:end], [hook])[1][hook]
         return x[counted(model, rows[begin:end]).to(x.device)].float()
 
-    for x in in_chunks(len(rows), at_once(model, rows.shape[1]), run):
+    for x in in_chunks(len(rows), at_once(model, rows.shape[1]), run, "pieces of text"):
         if isinstance(x, Progress):
             yield x
             continue
@@ -131,24 +132,33 @@ def measure(model: Model, sae, node: Node, name: str, rows: Tensor) -> Generator
         "loss_zero": t.zeros_like,
         "loss_mean": lambda x: (total / tokens).to(x).expand_as(x),
     }
+    chunks = Chunks("texts", size)
+
+    def lost(begin: int, end: int, swap: Callable | None) -> tuple[int, float, int, Tensor | None]:
+        """Where the chunk ends, the sum of losses, the predictions, and what passes the point in the model's own run."""
+        ids = rows[begin:end]
+        mask = counted(model, ids)
+        logits, got = model.forward(ids, () if swap else [name], splice(node, name, mask, swap) if swap else (), keep=0)
+        predicts = mask[:, :-1].to(logits.device)
+        logp = logits[:, :-1][predicts].float().log_softmax(-1)
+        loss = -logp.gather(1, ids[:, 1:].to(logits.device)[predicts][:, None]).double().sum().item()
+        return end, loss, len(logp), None if swap else got[name][mask.to(got[name].device)].float().to(sae.device)
+
     for kind, swap in swaps.items():
         loss = predictions = 0
-        for begin in range(0, len(rows), size):
-            yield Progress(begin, len(rows), f"SAE: held-out text, {kind.replace('_', ' ')}")
-            ids = rows[begin : begin + size]
-            mask = counted(model, ids)
-            logits, got = model.forward(ids, () if swap else [name], splice(node, name, mask, swap) if swap else (), keep=0)
-            predicts = mask[:, :-1].to(logits.device)
-            logp = logits[:, :-1][predicts].float().log_softmax(-1)
-            loss -= logp.gather(1, ids[:, 1:].to(logits.device)[predicts][:, None]).double().sum().item()
-            predictions += len(logp)
-            if swap is None:
-                x = got[name][mask.to(got[name].device)].float().to(sae.device)
+        yield Progress(0, len(rows), f"SAE: held-out text, {kind.replace('_', ' ')}")
+        for part in chunks.over(len(rows), lambda begin, end, swap=swap: lost(begin, end, swap)):
+            if isinstance(part, Progress):
+                yield part
+                continue
+            done, loss, predictions, x = part[0], loss + part[1], predictions + part[2], part[3]
+            if x is not None:
                 with t.no_grad():
                     f = sae.encode(x)
                     wrong += (x - sae.decode(f)).double().square().sum().item()
                 tokens, active, fires = tokens + len(x), active + int((f > 0).sum()), fires + (f > 0).sum(0).cpu()
                 total, square = total + x.double().sum(0), square + x.double().square().sum().item()
+            yield Progress(done, len(rows), f"SAE: held-out text, {kind.replace('_', ' ')}")
         losses[kind] = loss / predictions
     variance = square - (total.square().sum() / tokens).item()
     return {"explained": 1 - wrong / variance, "l0": active / tokens, "density": fires / tokens, "tokens": tokens, **losses}
@@ -245,6 +255,8 @@ def restore(out: Path, recipe: str, trainer) -> list[float]:
             group["lr"] = rate
         return got["losses"].tolist()
     except BROKEN as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{file} is truncated or not a checkpoint ({first_line(error)}): delete it and start without --resume") from error
 
 
@@ -267,16 +279,16 @@ def check(ask: TrainSae, out: Path) -> None:
         raise UserError(f"{out} is not empty: give another folder")
 
 
-def make_folder(out: Path) -> None:
+def ready(out: Path) -> None:
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
     except OSError as error:
-        raise UserError(f"{out} can't be made: {first_line(error)}") from error
+        raise UserError(f"{out} can't be made: {reason(error)}") from error
 
 
 def train(model: Model, ask: TrainSae) -> Generator[Progress, None, TrainSaeResult]:
     """Train an SAE on a text file. A tenth of the text is held out. A cancelled run leaves a checkpoint, and its resumed run is the same run."""
-    out = Path(ask.out).expanduser()
+    out = typed_path(ask.out)
     check(ask, out)
     read_hook(model, ask.hook)
     file = corpus(ask.text)
@@ -289,7 +301,7 @@ def train(model: Model, ask: TrainSae) -> Generator[Progress, None, TrainSaeResu
 
 def fit(model: Model, ask: TrainSae, rows: Tensor, held: Tensor, text: str) -> Generator[Progress, None, TrainSaeResult]:
     """Train on token ids [n, length]: `rows` to train on, `held` to measure on; `text` names them. Writes the SAE's folder."""
-    start, out = time.time(), Path(ask.out).expanduser()
+    start, out = time.time(), typed_path(ask.out)
     check(ask, out)
     node, name = read_hook(model, ask.hook)
     yield Progress(0, 0, "importing sae_lens")
@@ -324,14 +336,14 @@ def fit(model: Model, ask: TrainSae, rows: Tensor, held: Tensor, text: str) -> G
 
 
 def run(model: Model, ask: TrainSae, rows: Tensor, name: str, recipe: str) -> Generator[Progress, None, tuple]:
-    """All steps: sae_lens's trainer and the losses. The checkpoint holds them at the end, now and then before, and when the run is cancelled."""
-    steps, out, due = ask.tokens // ask.batch, Path(ask.out).expanduser(), time.time() + SAVE_EVERY
+    """All steps: sae_lens's trainer and the losses. The checkpoint holds them at the end, now and then before, and when the run is cancelled or memory runs out."""
+    steps, out, due = ask.tokens // ask.batch, typed_path(ask.out), time.time() + SAVE_EVERY
     trainer, losses, said = None, [], "starting"
     try:
         if ask.resume:
             trainer = make_trainer(ask, model.info.d_model, str(model.device))
             losses = restore(out, recipe, trainer)
-        make_folder(out)
+        ready(out)
         for batch in batches(model, name, rows, ask.batch, ask.seed, len(losses)) if len(losses) < steps else ():
             yield Progress(len(losses), steps, f"SAE: {said if batch is not None else f'activations, {said}'}")
             if not isinstance(batch, Tensor):
@@ -345,8 +357,8 @@ def run(model: Model, ask: TrainSae, rows: Tensor, name: str, recipe: str) -> Ge
                 due = time.time() + max(SAVE_EVERY, 20 * (time.time() - begun))
             if len(losses) == steps:
                 break
-    except GeneratorExit:
-        if losses:
+    except BaseException as error:
+        if losses and (isinstance(error, GeneratorExit) or is_out_of_memory(error)):
             keep(out, recipe, trainer, losses)
         raise
     keep(out, recipe, trainer, losses)
@@ -401,7 +413,7 @@ def write(out: Path, sae) -> None:
     try:
         with tempfile.TemporaryDirectory(dir=out) as folder:
             for file in map(Path, sae.save_model(folder)):
-                file.chmod(0o644)
+                file.chmod(PRIVATE_FILE)
                 os.replace(file, out / file.name)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out} can't be written: {first_line(error)}") from error

@@ -3,27 +3,29 @@
 import re
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from techniques.lens.requests import TuneLens
+from vocabulary.typed import whole_number
 from screen.overlays import Editor, Item, Panel, Picker
 from screen.pane import Host, Pane
 from screen.pictures import RUN_NAMES, chart as line_chart
 from techniques.lens.pictures import LENS_STATS, lens_values
 from utils import ROOT
+from vocabulary.files import folder, short, typed_path
+from vocabulary.nodes import UserError
 from widgets import BAD, GOOD
 
 
 def choose_lens(pane: Pane, app: Host) -> None:
-    folders = [f.parent for root in (ROOT / "zoo", ROOT / "exports") for f in root.glob("*/config.json")]
-    files = list((ROOT / "exports").glob("*.pt"))
+    folders = [f.parent for root in (ROOT / "zoo", folder("exports")) for f in root.glob("*/config.json")]
+    files = list(folder("exports").glob("*.pt"))
     items = [Item("logit", "the model's own norm and unembedding at every point", "", "")]
-    items += [Item("tuned", str(f.relative_to(ROOT)), "tuned lens", str(f)) for f in folders]
-    items += [Item("jacobian", str(f.relative_to(ROOT)), "Jacobian lens", str(f)) for f in files]
+    items += [Item("tuned", short(f), "tuned lens", str(f)) for f in folders]
+    items += [Item("jacobian", short(f), "Jacobian lens", str(f)) for f in files]
 
     def chosen(item: Item | None, typed: str) -> None:
         kind, _, artefact = typed.strip().partition(" ") if item is None else (item.key, "", item.value)
-        app.guard(lambda: app.act("lens", kind=kind, artefact=artefact.strip()))
+        app.act("lens", kind=kind, artefact=artefact.strip())
 
     app.open(Picker("lens (or type: tuned FOLDER, jacobian FILE; F fits a tuned lens)", items, chosen, free=True))
 
@@ -34,9 +36,13 @@ def fit(pane: Pane, app: Host) -> None:
 
     def accept(values: list[str]) -> str:
         text, out, steps = values
-        if not steps.isdigit() or int(steps) < 1:
+        if (count := whole_number(steps) or 0) < 1:
             return "steps: a positive whole number"
-        request = TuneLens(text, out, int(steps), resume=(Path(out) / "checkpoint.safetensors").exists())
+        try:
+            resume = (typed_path(out) / "checkpoint.safetensors").exists()
+        except UserError as error:
+            return f"folder: {error}"
+        request = TuneLens(text, out, count, resume=resume)
         app.requests.ask("fit", request, fitted, 2, cancelled="the fit was cancelled; F again goes on from its checkpoint")
         return ""
 
@@ -45,7 +51,7 @@ def fit(pane: Pane, app: Host) -> None:
         before, after = done.before[:-1].mean(), done.after[:-1].mean()
         app.say(f"tuned lens in {done.folder}: mean KL on held-out text {before:.3f} → {after:.3f} nats in {done.seconds:.0f} s", GOOD)
 
-    fields = [("text file", ""), ("folder", str(ROOT / "exports" / f"tuned-lens-{name}")), ("steps", "250")]
+    fields = [("text file", ""), ("folder", str(folder("exports") / f"tuned-lens-{name}")), ("steps", "250")]
     app.open(Editor("fit a tuned lens", fields, accept, 0, 1, "text file empty: the zoo's corpus · enter starts, J shows and cancels · esc"))
 
 

@@ -8,12 +8,12 @@ import torch as t
 from torch import Tensor
 
 from model.bridge import FINAL, Model
-from model.memory import in_chunks
+from model.memory import Chunks
 from model.metrics import rows_at_once, vocab_bytes
 from model.places import hook_name
 from model.runs import Runs
 from model.top_tokens import largest, texts
-from model.writes import SCALE, adds, frozen_norm, post_norm
+from model.writes import SCALE, adds, embedding, frozen_norm, post_norm, require_parts
 from techniques.lens.requests import LENSES, LensResult
 from techniques.lens.translators import Translators, read_translators
 from vocabulary.nodes import Node, UserError, parse_node
@@ -70,6 +70,7 @@ def names_of(model: Model, nodes: list[Node]) -> list[str]:
     names = [hook_name(model, n) for n in nodes]
     if any(is_component(n) for n in nodes):
         model.point(SCALE)
+        require_parts(model)
         names.append(SCALE)
     names += [post[1] for n in nodes if n.site == "head" and (post := post_norm(model, n.layer, "attn"))]
     return list(dict.fromkeys([*names, FINAL]))
@@ -122,6 +123,8 @@ class Reader:
             return model.norm(x if self.lens is None else self.lens.translate(node, x).to(x.dtype))
         if node.site == "head":
             x = self.written(node, x)
+        if node.site == "embed":
+            x = x * embedding(model)[1]
         x, scale = x.to(model.final_device), self.rows[SCALE].to(model.final_device)
         return frozen_norm(model, model.bridge.ln_final, scale, x)
 
@@ -266,7 +269,6 @@ def read_lens(runs: Runs, ask) -> Generator[Progress | LensResult, None, LensRes
     places = list(dict.fromkeys(runs.position(which, p) for p in ask.positions)) or list(range(len(row.ids)))
     with_pair, convention = others(runs, which, ask.pair), lens_convention(runs, nodes, lens)
     readers = {r: Reader(runs, r, nodes, lens, places) for r in dict.fromkeys((which, *with_pair))}
-    block = min(rows_at_once(model), len(places))
     table: list[dict[str, np.ndarray]] = []  # one for every stretch of positions, [point, place, ...]
 
     def result(cells: dict[str, np.ndarray], first: int) -> LensResult:
@@ -274,24 +276,30 @@ def read_lens(runs: Runs, ask) -> Generator[Progress | LensResult, None, LensRes
         names = tuple(str(n) for n in nodes[first : first + len(cells["entropy"])])
         return LensResult(row, names, texts=texts(model, used), convention=convention, positions=tuple(places), kind=ask.kind, **cells)
 
-    for begin in range(0, len(places), block):
-        here = t.tensor(places[begin : begin + block])
-        work, groups = stretch(runs, which, readers, nodes, here, ask.k), []
-        shown = 0
-        for part in in_chunks(len(nodes), max(1, min(CHUNK_BYTES, vocab_bytes(model)) // (4 * model.info.d_vocab * len(here))), work):
+    per_point = lambda _: max(1, min(CHUNK_BYTES, vocab_bytes(model)) // (4 * model.info.d_vocab * readers[which].n))  # noqa: E731
+    points = Chunks("points", per_point)
+
+    def read(begin: int, end: int) -> Generator[Progress | LensResult, None, dict[str, np.ndarray]]:
+        """The cells of all points at some places, in partial results where these are all."""
+        work, groups, shown = stretch(runs, which, readers, nodes, t.tensor(places[begin:end]), ask.k), [], 0
+        for part in points.over(len(nodes), work):
             if isinstance(part, Progress):
                 yield part
                 continue
             groups.append(part)
             ready = sum(len(g["entropy"]) for g in groups)
-            if ready == len(nodes):
-                break
-            if block == len(places):
+            if ready < len(nodes) and end - begin == len(places):
                 yield result(to_host([part]), shown)
-            else:
-                yield Progress(begin * len(nodes) + ready * len(here), len(places) * len(nodes), f"{ask.kind} lens")
+            elif ready < len(nodes):
+                yield Progress(begin * len(nodes) + ready * (end - begin), len(places) * len(nodes), f"{ask.kind} lens")
             shown = ready
-        table.append(to_host(groups))
+        return to_host(groups)
+
+    for part in Chunks("positions", rows_at_once(model)).over(len(places), read):
+        if isinstance(part, dict):
+            table.append(part)
+        else:
+            yield part
     out = result({n: np.concatenate([part[n] for part in table], 1) for n in CELLS}, 0)
     if not np.isfinite(out.entropy).all() or not np.isfinite(out.kl).all():
         raise UserError("the lens gave numbers that are not finite: load the model in float32")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import time
 import warnings
 from collections.abc import Generator
@@ -16,12 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model.artefacts import BROKEN, CHECKPOINT, corpus, save, unembed_hash, windows
+from model.artefacts import BROKEN, CHECKPOINT, corpus, save, unembed_hash, why_broken, windows
 from model.bridge import FINAL, Model
-from model.loading import is_hub_name
-from model.memory import first_line
+from model.loading import is_hub_name, read_json
+from model.memory import Chunks, first_line, halved, is_out_of_memory, out_of_memory, ran_out
 from techniques.lens.requests import FitJacobian, FitJacobianResult, TuneLens, TuneLensResult
 from utils import ROOT, settings
+from vocabulary.files import replacing, typed_path
 from vocabulary.nodes import Node, UserError
 from vocabulary.requests import Progress
 
@@ -99,7 +101,7 @@ def fetch(model: Model, name: str, **where) -> Path:
 
 def find_tuned(model: Model, artefact: str) -> Generator[Progress, None, Path]:
     """The file of parameters: in the folder named, beside the model, or in the tuned lens' hub space under the model's name."""
-    path = Path(artefact).expanduser() if artefact else model.folder / "tuned_lens"
+    path = typed_path(artefact) if artefact else model.folder / "tuned_lens"
     path = path.parent if path.is_file() else path
     if path.is_dir():
         files = [path / n for n in ("params.safetensors", "params.pt") if (path / n).is_file()]
@@ -119,10 +121,10 @@ def read_tuned(model: Model, file: Path) -> Translators:
     folder, info = file.parent, model.info
     what = f"the tuned lens {folder}"
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
         size = {n: int(config[n]) for n in ("d_model", "num_hidden_layers")}
-        name, its_hash = config.get("base_model_name_or_path"), config.get("unembed_hash")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        name, its_hash = (x if isinstance(x := config.get(n), str) else None for n in ("base_model_name_or_path", "unembed_hash"))
+    except (UserError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{what} has a config.json that can't be read ({type(error).__name__}: {first_line(error)})") from error
     if config.get("lens_type", "linear_tuned_lens") != "linear_tuned_lens":
         raise UserError(f"{what} is of type {config['lens_type']!r}: Loupe reads linear tuned lenses")
@@ -136,7 +138,9 @@ def read_tuned(model: Model, file: Path) -> Translators:
         state = load_file(file) if file.suffix == ".safetensors" else t.load(file, map_location="cpu", weights_only=True)
         state = {k.removeprefix("layer_translators."): v.float() for k, v in state.items()}
     except BROKEN as error:
-        raise UserError(f"{file} is truncated or not a tuned lens ({first_line(error)}): copy or download it again") from error
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"{file} is truncated or not a tuned lens ({why_broken(error)}): copy or download it again") from error
     wanted = {f"{i}.weight": (info.d_model, info.d_model) for i in range(info.n_layers)}
     if config.get("bias", True):
         wanted |= {f"{i}.bias": (info.d_model,) for i in range(info.n_layers)}
@@ -161,14 +165,17 @@ def stream_names(model: Model) -> list[str]:
     return [f"blocks.{i}.hook_resid_pre" for i in range(model.info.n_layers)]
 
 
-def kl_by_layer(model: Model, ids: Tensor, weight: Tensor | None, bias: Tensor | None, backward: bool = False) -> Tensor:
-    """Mean KL(final || lens) at every depth [layer], a stretch of rows at a time; with `backward`, gradients of their mean are left on the parameters."""
+def kl_by_layer(model: Model, ids: Tensor, weight: Tensor | None, bias: Tensor | None, backward: bool = False, total_rows: int = 0) -> Tensor:
+    """
+    Mean KL(final || lens) at every depth [layer], a stretch of rows at a time; with `backward`, gradients of their mean are left on the parameters.
+    `total_rows`: of how many positions it is the mean, where the ids are a part of them.
+    """
     names = stream_names(model)
     acts = model.forward(ids, [*names, FINAL])[1]
     last = acts[FINAL].flatten(0, 1)
     stream = [acts[n].flatten(0, 1).to(model.final_device) for n in names]
     total = t.zeros(len(names))
-    size = max(1, ROW_BYTES // (4 * model.info.d_vocab))
+    size, n = max(1, ROW_BYTES // (4 * model.info.d_vocab)), total_rows or len(last)
     for begin in range(0, len(last), size):
         rows = slice(begin, begin + size)
         final = model.log_probs(last[rows])
@@ -177,7 +184,7 @@ def kl_by_layer(model: Model, ids: Tensor, weight: Tensor | None, bias: Tensor |
             with t.set_grad_enabled(backward):
                 x = h[rows].float()
                 x = x if weight is None else x + x @ weight[i].T + bias[i]
-                kl = (p * (final - log_probs(model, x))).sum() / len(last)
+                kl = (p * (final - log_probs(model, x))).sum() / n
                 if backward:
                     (kl / len(names)).backward()
             total[i] += kl.detach().cpu()
@@ -194,6 +201,7 @@ class Fitting:
         self.bias = t.nn.Parameter(t.zeros(info.n_layers, info.d_model, device=device))
         self.params = [self.weight, self.bias]
         self.optimiser = t.optim.Adam(self.params, lr=lr)
+        self.chunks = Chunks("texts", 1 << 20)
 
     def keep(self) -> None:
         """Write the checkpoint; nothing before the first step."""
@@ -220,13 +228,27 @@ class Fitting:
                 self.optimiser.state[p] = {"step": got["step"].float().clone(), **moments}
             self.losses = got["losses"].tolist()
         except BROKEN as error:
+            if is_out_of_memory(error):
+                raise
             raise UserError(f"{file} is truncated or not a checkpoint ({first_line(error)}): start without resume") from error
 
-    def step(self, model: Model, ids: Tensor, lr: float) -> None:
-        """One step of Adam on the mean KL of some rows of tokens."""
+    def step(self, model: Model, ids: Tensor, lr: float) -> Generator[Progress]:
+        """One step of Adam on the mean KL of some rows of tokens, as many at a time as fit."""
         self.optimiser.param_groups[0]["lr"] = lr
-        self.optimiser.zero_grad(set_to_none=True)
-        loss = kl_by_layer(model, ids, self.weight, self.bias, backward=True).mean().item()
+        loss, gradients = 0.0, []
+
+        def part(start: int, stop: int) -> tuple[float, list[Tensor]]:
+            self.optimiser.zero_grad(set_to_none=True)
+            value = kl_by_layer(model, ids[start:stop], self.weight, self.bias, True, ids.numel()).mean().item()
+            return value, [p.grad for p in self.params]
+
+        for found in self.chunks.over(len(ids), part):
+            if isinstance(found, Progress):
+                yield found
+                continue
+            loss, gradients = loss + found[0], [a + b for a, b in zip(gradients, found[1])] if gradients else found[1]
+        for p, gradient in zip(self.params, gradients):
+            p.grad = gradient
         if not np.isfinite(loss):
             raise UserError("the fit's KL is not finite: load the model in float32 or lower the learning rate")
         t.nn.utils.clip_grad_norm_(self.params, 1.0)
@@ -241,19 +263,28 @@ class Fitting:
                 yield Progress(step, ask.steps, f"tuned lens: {f'KL {self.losses[-1]:.4f} nats' if self.losses else 'starting'}")
                 epoch, place = divmod(step, per_epoch)
                 order = t.randperm(len(rows), generator=t.Generator().manual_seed(ask.seed * 1_000_003 + epoch))
-                self.step(model, rows[order[place * ask.batch : (place + 1) * ask.batch]], ask.lr * (1 - step / ask.steps))
+                yield from self.step(model, rows[order[place * ask.batch : (place + 1) * ask.batch]], ask.lr * (1 - step / ask.steps))
                 if (step + 1) % SAVE_EVERY == 0 and step + 1 < ask.steps:
                     self.keep()
-        except GeneratorExit:
-            self.keep()
+        except BaseException as error:
+            if isinstance(error, GeneratorExit) or is_out_of_memory(error):
+                self.keep()
             raise
 
     def write(self, config: dict) -> None:
         """The artefact, as the tuned-lens package names its parts; the checkpoint goes."""
         n = len(self.weight)
-        save(self.out, "params.safetensors", {f"{i}.weight": self.weight[i] for i in range(n)} | {f"{i}.bias": self.bias[i] for i in range(n)})
-        (self.out / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        with replacing(self.out / "config.json") as part:  # last in its place: with it the lens is whole
+            part.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+            save(self.out, "params.safetensors", {f"{i}.weight": self.weight[i] for i in range(n)} | {f"{i}.bias": self.bias[i] for i in range(n)})
         (self.out / CHECKPOINT).unlink(missing_ok=True)
+
+
+def check_folder(out: Path) -> None:
+    """UserError where a fit would write over what is no tuned lens, such as a model's config.json."""
+    file = out / "config.json"
+    if file.exists() and b'"lens_type"' not in file.read_bytes():
+        raise UserError(f"{out} holds something else (its config.json is not a tuned lens's): give another folder")
 
 
 def tune(model: Model, ask: TuneLens) -> Generator[Progress, None, TuneLensResult]:
@@ -266,7 +297,8 @@ def tune(model: Model, ask: TuneLens) -> Generator[Progress, None, TuneLensResul
     if FINAL not in model.points:
         raise UserError(f"{model.info.architecture} has no final norm that Loupe knows: there is no lens on it")
     [model.point(n) for n in stream_names(model)]
-    start, file, out, info = time.time(), corpus(ask.text), Path(ask.out).expanduser(), model.info
+    check_folder(typed_path(ask.out))
+    start, file, out, info = time.time(), corpus(ask.text), typed_path(ask.out), model.info
     rows = windows(model, file, ask.length, ask.seed)
     n_held = min(HELD_OUT, max(1, len(rows) // 10))
     held, rows = rows[:n_held], rows[n_held:]
@@ -277,11 +309,15 @@ def tune(model: Model, ask: TuneLens) -> Generator[Progress, None, TuneLensResul
         fit.restore()
     yield from fit.run(model, ask, rows)
     before, after = t.zeros(info.n_layers), t.zeros(info.n_layers)
-    for i in range(0, len(held), ask.batch):
-        yield Progress(i, len(held), "tuned lens: KL on held-out text")
-        some = held[i : i + ask.batch]
-        before += kl_by_layer(model, some, None, None) * len(some) / len(held)
-        after += kl_by_layer(model, some, fit.weight.detach(), fit.bias.detach()) * len(some) / len(held)
+
+    def measure(start: int, stop: int) -> tuple[Tensor, Tensor]:
+        some, n = held[start:stop], held.numel()
+        return kl_by_layer(model, some, None, None, total_rows=n), kl_by_layer(model, some, fit.weight.detach(), fit.bias.detach(), total_rows=n)
+
+    for i, part in enumerate(Chunks("texts", min(ask.batch, fit.chunks.most)).over(len(held), measure)):
+        yield part if isinstance(part, Progress) else Progress(i, math.ceil(len(held) / ask.batch), "tuned lens: KL on held-out text")
+        if not isinstance(part, Progress):
+            before, after = before + part[0], after + part[1]
     fit.write(
         {
             "base_model_name_or_path": info.name,
@@ -311,7 +347,7 @@ def tune(model: Model, ask: TuneLens) -> Generator[Progress, None, TuneLensResul
 def find_jacobian(model: Model, artefact: str) -> Generator[Progress, None, Path]:
     from transformer_lens.tools.analysis import jacobian_lens
 
-    path = Path(artefact).expanduser() if artefact else model.folder / "jacobian_lens.pt"
+    path = typed_path(artefact) if artefact else model.folder / "jacobian_lens.pt"
     if path.is_file():
         return path
     if path.is_dir():
@@ -336,7 +372,9 @@ def read_jacobian(model: Model, file: Path) -> Translators:
             warnings.simplefilter("ignore")
             lens = JacobianLens.load(str(file))
     except BROKEN as error:
-        raise UserError(f"{file} is truncated or not a Jacobian lens ({first_line(error)}): copy or download it again") from error
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"{file} is truncated or not a Jacobian lens ({why_broken(error)}): copy or download it again") from error
     skip = lens.metadata.get("skip_first_positions", 16)
     is_this_model(model, what, lens.metadata.pop("model_name", None), lens.metadata.get("unembed_hash"))
     try:
@@ -351,36 +389,46 @@ def read_jacobian(model: Model, file: Path) -> Translators:
     return Translators("Jacobian lens", reads, note, maps, model.info.n_layers, whole=True)
 
 
+def fit_one(model: Model, text: str, size: int, how: dict) -> Generator[Progress, None, tuple]:
+    """TransformerLens's fit to one text, `size` rows of the Jacobian at a time or as many as fit; and how many that were."""
+    from transformer_lens.tools.analysis.jacobian_lens import JacobianLens
+
+    while True:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return JacobianLens.fit(model.bridge, [text], show_progress=False, dim_batch=size, **how | {"metadata": dict(how["metadata"])}), size
+        except (ValueError, TypeError) as error:
+            raise UserError(f"TransformerLens can't fit a Jacobian lens to {model.info.name}: {first_line(error)}") from error
+        except Exception as error:
+            ran_out(error)
+            if size == 1:
+                raise out_of_memory(error) from None
+        yield halved(size, size := size // 2, "rows of the Jacobian")
+
+
 def fit_jacobian(model: Model, ask: FitJacobian) -> Generator[Progress, None, FitJacobianResult]:
     """TransformerLens's fit, a prompt at a time so that it can be cancelled between two; the mean is merged by its own function."""
     from transformer_lens.tools.analysis.jacobian_lens import JacobianLens
 
-    start, file, out = time.time(), corpus(ask.text), Path(ask.out).expanduser()
+    start, file, out = time.time(), corpus(ask.text), typed_path(ask.out)
     if ask.prompts < 1 or not 0 <= ask.skip < ask.length - 2:
         raise UserError("a fit needs at least one prompt, and length must be larger than skip + 2")
     if model.info.n_layers < 2:
         raise UserError("a Jacobian lens needs a model of at least two layers")
     rows = windows(model, file, ask.length, ask.seed)[: ask.prompts].tolist()
     known = {"unembed_hash": unembed_hash(model), "seed": ask.seed}
-    lens, change = None, float("inf")
+    lens, change, rows_at_once = None, float("inf"), min(32, model.info.d_model)
     for i, row in enumerate(rows):
         yield Progress(i, len(rows), f"Jacobian lens: {f'changed by {change:.3f}' if i > 1 else 'prompt by prompt'}")
         text = model.tokenizer.decode(row[row[:1] == [model.bos] :], clean_up_tokenization_spaces=False)
-        settings_ = {"corpus": file.name, "dim_batch": min(32, model.info.d_model), "max_seq_len": ask.length, "skip_first_positions": ask.skip}
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                one = JacobianLens.fit(model.bridge, [text], show_progress=False, metadata=dict(known), **settings_)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"TransformerLens can't fit a Jacobian lens to {model.info.name}: {first_line(error)}") from error
+        settings_ = {"corpus": file.name, "max_seq_len": ask.length, "skip_first_positions": ask.skip, "metadata": known}
+        one, rows_at_once = yield from fit_one(model, text, rows_at_once, settings_)
         merged = one if lens is None else JacobianLens.merge([lens, one])
         if lens is not None:
             change = float(np.mean([((merged.jacobians[n] - m).norm() / m.norm()).item() for n, m in lens.jacobians.items()]))
         lens = merged
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        lens.save(str(out), dtype=t.float32)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{out} can't be written: {first_line(error)}") from error
+    with replacing(out, RuntimeError) as part:
+        lens.save(str(part), dtype=t.float32)
     note = f"mean over {lens.n_prompts} prompts of {ask.length} tokens of {file.name}, first {ask.skip} positions and the last left out · raw weights · {model.info.dtype}"
     return FitJacobianResult(str(out), tuple(lens.source_layers), lens.n_prompts, change if np.isfinite(change) else 0.0, time.time() - start, note)

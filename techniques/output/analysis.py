@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.bridge import FINAL, Model
 from model.interventions import prepare
-from model.memory import in_chunks
+from model.memory import Chunks
 from model.metrics import measure, rows_at_once
 from model.noise import known_floor, noise_floor
 from model.runs import Runs
@@ -44,6 +44,7 @@ class SideReading:
             self.nll, self.metric = np.full(shape[0], np.nan), None
             self.last = runs.trace(which, [FINAL])[FINAL][0]
             self.order = list(dict.fromkeys((self.pos, shape[0] - 1, *range(shape[0]))))
+            self.chunks = Chunks("positions", rows_at_once(model))
 
     @property
     def side(self) -> Side:
@@ -82,7 +83,7 @@ class SideReading:
         if not first or self.loss or len(self.order) <= size:
             few = len(self.order)
         todo, self.order = self.order[:few], self.order[few:]
-        yield from in_chunks(len(todo), size, lambda start, stop: self.read(todo[start:stop]))
+        yield from self.chunks.over(len(todo), lambda start, stop: self.read(todo[start:stop]))
         if not self.order:
             if self.loss:
                 self.measure(self.last[0])

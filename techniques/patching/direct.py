@@ -8,10 +8,12 @@ from torch import Tensor
 
 from model.base_run import PatchSite
 from model.bridge import FINAL
+from model.memory import Chunks
 from model.variants import Base, Variant
-from model.writes import SCALE, adds, frozen_norm, post_norm, post_scales
+from model.writes import SCALE, adds, frozen_norm, post_norm, post_scales, require_parts
 from techniques.patching.plan import Plan, reads
 from vocabulary.nodes import UserError
+from vocabulary.requests import Progress
 
 
 def direct_names(plan: Plan) -> tuple[str, ...]:
@@ -22,13 +24,15 @@ def direct_names(plan: Plan) -> tuple[str, ...]:
         raise UserError("a direct effect is read at one position, and loss has none: use another metric")
     if plan.ask.plain:
         raise UserError("direct effects are not run by whole forward passes")
+    plan.model.require("parts", "heads")
     plan.model.point(SCALE)
+    require_parts(plan.model)
     layers = {s.node.layer for s in plan.spots if s.node.site == "head"}
     return (FINAL, SCALE, *post_scales(plan.model, "attn", "mlp"), *(f"blocks.{n}.attn.hook_z" for n in layers))
 
 
 @t.no_grad()
-def direct(base: Base, variants: list[Variant], begun: bool = False) -> Generator[tuple[list[Variant], np.ndarray]]:
+def direct(base: Base, variants: list[Variant], begun: bool = False) -> Generator[Progress | tuple[list[Variant], np.ndarray]]:
     """The metric when only the final norm, its scale frozen, sees what changed: the base run's normed row plus the change behind that frozen norm."""
     model, rows = base.model, t.arange(len(base.ids))
     places = t.tensor(base.score.places)
@@ -36,13 +40,18 @@ def direct(base: Base, variants: list[Variant], begun: bool = False) -> Generato
     groups: dict[tuple, list[Variant]] = {}
     for v in variants:
         groups.setdefault(v.spots[0].key, []).append(v)
-    size = max(1, base.limit // (8 * len(rows) * (model.info.d_mlp + model.info.d_model)))
-    for mine in (some[i : i + size] for some in groups.values() for i in range(0, len(some), size)):
+    chunks = Chunks("nodes", max(1, base.limit // (8 * len(rows) * (model.info.d_mlp + model.info.d_model))))
+
+    def effects(mine: list[Variant]) -> tuple[list[Variant], np.ndarray]:
         change = written(base, [v.spots[0] for v in mine], at).to(model.final_device)
         scale = at(base.acts[SCALE]).to(model.final_device)
         normed = at(base.acts[FINAL]).to(model.final_device) + frozen_norm(model, model.bridge.ln_final, scale, change)
+        found = base.score.of_normed(normed)
         base.at_once = max(base.at_once, len(mine))
-        yield mine, base.score.of_normed(normed)
+        return mine, found
+
+    for some in groups.values():
+        yield from chunks.over(len(some), lambda i, stop, some=some: effects(some[i:stop]))
 
 
 def written(base: Base, spots: list[PatchSite], at) -> Tensor:

@@ -16,7 +16,7 @@ from model.bridge import Edit
 from model.metrics import metric
 from model.runs import Runs
 from model.variants import Base, Variant
-from techniques.patching.plan import Plan, aligned, bases, read_plan, reads
+from techniques.patching.plan import Plan, aligned, over_bases, read_plan, reads
 from techniques.patching.requests import ESTIMATES, Estimate, Sweep, SweepResult
 from techniques.patching.table import SweepTable
 from vocabulary.integral import fractions, steps_in_words
@@ -40,11 +40,8 @@ def estimate(model, ask: Estimate) -> Generator[Progress | SweepResult, None, Sw
         raise UserError(f"{ask.kind}: gradients say nothing of several nodes at once; run the sweep itself")
     plan = read_plan(model, Sweep(ask.study, ask.kind, "patch", ask.direction, node=ask.node, over_set=ask.over_set))
     board = SweepTable(plan, ask.method, steps_in_words(ask.steps, ask.steps_at, "base to source") if ask.method == "ig" else "")
-    for part in bases(plan):
-        if isinstance(part, Progress):
-            yield part
-            continue
-        members, base, sides = part
+
+    def fill(members: list[int], base: Base, sides: tuple[np.ndarray, ...]) -> Generator[Progress]:
         board.begin(members, base, sides)
         runs = [plan.runs[i] for i in members]
         total, shares = {}, [None] if ask.method == "atp" else fractions(ask.steps, ask.steps_at)
@@ -55,6 +52,8 @@ def estimate(model, ask: Estimate) -> Generator[Progress | SweepResult, None, Sw
             yield Progress(done + 1, len(shares), f"{ask.method}: gradients")
         if board.waiting:
             board.fill(board.waiting, sides[0] + linear(plan, base, board.waiting, total))
+
+    yield from over_bases(plan, fill, undo=board.forget)
     model.notes.estimate = (same_question(plan), board.values.copy(), board.sides[0].copy())
     yield board.result(False)
     return (yield from board.finish())

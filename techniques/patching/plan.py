@@ -3,7 +3,7 @@ What a sweep runs: its table, and the base runs with every spot's new values.
 
 1. `lay_out` turns a kind into a table: row and column labels, and for each cell the spots that change.
 2. `read_plan` reads the study; everything that can be refused is refused there.
-3. `bases` runs the base prompts and finds the new values (from the other prompt, a mean, zero, ...).
+3. `over_bases` runs the base prompts, finds the new values (from the other prompt, a mean, zero, ...) and hands them on, a few prompts at a time.
 """
 
 import math
@@ -17,6 +17,7 @@ from torch import Tensor
 from model.base_run import PatchSite, patch_site
 from model.bridge import FINAL, Model
 from model.interventions import prepare
+from model.memory import block_bytes, chunk_bytes, halved, out_of_memory, ran_out
 from model.metrics import MetricReader
 from model.places import hook_name, visible
 from model.replacements import gaussian, means, noise_scale, place_in_set, resampled
@@ -24,12 +25,10 @@ from model.runs import Runs, read_study
 from model.variants import Base
 from techniques.patching import feature_sweep
 from techniques.patching.requests import SWEEP_OPS, SWEEPS, Sweep
-from utils import settings
 from vocabulary.nodes import Node, UserError, parse_node
 from vocabulary.prompts import Prompt, Study
 from vocabulary.requests import Progress
 
-CHUNK_MB = 128
 BATCH = 32
 
 
@@ -178,7 +177,7 @@ def read_plan(model: Model, ask: Sweep) -> Plan:
         raise UserError(f"there is no cell {bad[0]}: the table has {len(layout.rows)} rows and {len(layout.cols)} columns")
     if ask.only:
         layout.cells = {rc: layout.cells[rc] for rc in dict.fromkeys(ask.only)}
-    return Plan(model, ask, members, runs, side, other, layout, chunk_bytes(model, ask.chunk_mb))
+    return Plan(model, ask, members, runs, side, other, layout, chunk_bytes(model.device, ask.chunk_mb))
 
 
 def read_member(model: Model, study: Study, patch: bool) -> Runs:
@@ -230,18 +229,6 @@ def drop_unaligned(layout: Layout, ask: Sweep, sides: list[tuple[int, ...] | Non
     layout.cells = {rc: spots for rc, spots in layout.cells.items() if rc not in lost}
 
 
-def chunk_bytes(model: Model, megabytes: int) -> int:
-    """Bytes of activations at once: asked for, or LOUPE_SWEEP_MB of .env, or a third of what an accelerator has free."""
-    if not megabytes:
-        text = settings().get("LOUPE_SWEEP_MB") or "0"
-        if not text.isdigit():
-            raise UserError(f"LOUPE_SWEEP_MB in .env is {text!r}: write a number of megabytes")
-        megabytes = int(text)
-    if megabytes:
-        return megabytes << 20
-    return t.cuda.mem_get_info(model.device)[0] // 3 if model.device.type == "cuda" else CHUNK_MB << 20
-
-
 # ------------------------------------------------------------------ base runs and new values
 
 
@@ -250,44 +237,77 @@ def reads(model: Model, spot: PatchSite) -> str:
     return hook_name(model, spot.node)
 
 
-def bases(plan: Plan, more: tuple[str, ...] = ()) -> Generator[Progress | tuple]:
+def over_bases(
+    plan: Plan, work: Callable[[list[int], Base, tuple], Generator], more: tuple[str, ...] = (), undo: Callable[[list[int]], None] = lambda members: None
+) -> Generator:
     """
-    For a few prompts at a time: their indices, the base run with every spot's new values, the metric of base, clean and corrupted [prompt] each
-    (corrupted NaN where there is none), and the source run's activations. Under interventions, whose values differ from prompt to prompt, one by one.
+    work(members, base, sides) on a few prompts at a time: their indices, the base run with every spot's new values, and the metric of base, clean and
+    corrupted [prompt] each (corrupted NaN where there is none). Under interventions, whose values differ from prompt to prompt, one by one. Where memory
+    runs out, what the prompts have done so far is undone and half as many go on; a single one's clean and corrupted run then go one after the other. What
+    work returns, unless it is None, ends it.
     """
-    model, ask = plan.model, plan.ask
-    last = f"blocks.{model.info.n_layers - 1}.hook_resid_post"
+    ask, model = plan.ask, plan.model
     names = list(dict.fromkeys(name for s in plan.spots for name in {reads(model, s), s.name, *s.also}))
     if not (plan.study.interventions or ask.plain):
         names += [z for s in plan.spots if s.node.site == "head" and s.node.pos is None and (z := f"blocks.{s.node.layer}.attn.hook_z") not in names]
     bytes_each = sum(model.info.d_model for _ in names) * plan.seq * 8
     size = 1 if plan.study.interventions else max(1, min(BATCH, plan.limit // max(1, bytes_each), room(plan)))
-    for indices in batches(plan, size):
-        group = [plan.runs[i] for i in indices]
-        if plan.study.interventions:
-            group = [(yield from prepare(model, replace(plan.study, prompt=plan.members[indices[0]][1])))]
-        tensor = lambda which, group=group: t.tensor([r.row(which).ids for r in group])  # noqa: E731
-        shared = 0
-        if ask.op == "patch" and not plan.study.interventions:
-            shared = min(same_start(r, plan.side, plan.other) for r in group)
-        both = all(r.rows[w] is not None for r in group for w in ("clean", "corrupt")) and not plan.study.interventions
-        both = both and tensor("clean").shape == tensor("corrupt").shape
-        wanted = [*names, *more, *([FINAL] if ask.study.metric.kind == "kl" else [])]
-        base = Base(group, wanted, plan.limit, ask.plain, shared, tensor(plan.other) if both else None)
-        acts = ({} if base.edits else {plan.side: base.acts}) | ({plan.other: base.beside} if both else {})
-        for which in ("clean", "corrupt"):
-            if which not in acts and all(r.rows[which] is not None for r in group):
-                acts[which] = model.forward(tensor(which), [last, FINAL, *(names if which == plan.other and ask.op == "patch" else [])], keep=None)[1]
-        clean = None
-        if ask.study.metric.kind == "kl":
-            clean = t.stack([x[r.metric_position("clean")] for r, x in zip(group, acts["clean"][FINAL])])
-        sides = {which: MetricReader(group, clean, which).of(a[last], 0)[0] for which, a in acts.items()}
-        if not all(np.isfinite(v).all() for v in sides.values()):
-            raise UserError("the metric of the clean or corrupted run is not finite: does the model hold NaN? Try float32")
-        value = base.begin(MetricReader(group, clean))
-        yield from new_values(plan, base, acts.get(plan.other, {}), indices)
-        missing = np.full(len(group), math.nan)
-        yield indices, base, (value, sides.get("clean", missing), sides.get("corrupt", missing))
+    waiting, apart = batches(plan, size), False
+    while waiting:
+        members = waiting.pop(0)
+        try:
+            base, sides = yield from base_run(plan, members, names, more, apart)
+            found = yield from work(members, base, sides)
+        except Exception as error:
+            base = sides = None
+            ran_out(error)
+            undo(members)
+            if len(members) == 1 and apart:
+                raise out_of_memory(error) from None
+        else:
+            plan.limit, base = min(plan.limit, base.limit), None
+            if found is not None:
+                return found
+            continue
+        if len(members) == 1:
+            apart, waiting = True, [members, *waiting]
+            yield Progress(0, 0, "out of memory at clean and corrupted run together: going on with one at a time", notice=True)
+            continue
+        half = len(members) // 2
+        waiting = [some[a : a + half] for some in (members, *waiting) for a in range(0, len(some), half)]
+        yield halved(len(members), half, "prompts")
+
+
+def base_run(
+    plan: Plan, indices: list[int], names: list[str], more: tuple[str, ...], apart: bool
+) -> Generator[Progress, None, tuple[Base, tuple[np.ndarray, ...]]]:
+    """The base run of some prompts with every spot's new values, and the metric of base, clean and corrupted; the two in one pass unless `apart`."""
+    model, ask, group = plan.model, plan.ask, [plan.runs[i] for i in indices]
+    last = f"blocks.{model.info.n_layers - 1}.hook_resid_post"
+    if plan.study.interventions:
+        group = [(yield from prepare(model, replace(plan.study, prompt=plan.members[indices[0]][1])))]
+    tensor = lambda which: t.tensor([r.row(which).ids for r in group])  # noqa: E731
+    shared = 0
+    if ask.op == "patch" and not plan.study.interventions:
+        shared = min(same_start(r, plan.side, plan.other) for r in group)
+    both = all(r.rows[w] is not None for r in group for w in ("clean", "corrupt")) and not plan.study.interventions
+    both = both and not apart and tensor("clean").shape == tensor("corrupt").shape
+    wanted = [*names, *more, *([FINAL] if ask.study.metric.kind == "kl" else [])]
+    base = Base(group, wanted, plan.limit, ask.plain, shared, tensor(plan.other) if both else None)
+    acts = ({} if base.edits else {plan.side: base.acts}) | ({plan.other: base.beside} if both else {})
+    for which in ("clean", "corrupt"):
+        if which not in acts and all(r.rows[which] is not None for r in group):
+            acts[which] = model.forward(tensor(which), [last, FINAL, *(names if which == plan.other and ask.op == "patch" else [])], keep=None)[1]
+    clean = None
+    if ask.study.metric.kind == "kl":
+        clean = t.stack([x[r.metric_position("clean")] for r, x in zip(group, acts["clean"][FINAL])])
+    sides = {which: MetricReader(group, clean, which).of(a[last], 0)[0] for which, a in acts.items()}
+    if not all(np.isfinite(v).all() for v in sides.values()):
+        raise UserError("the metric of the clean or corrupted run is not finite: does the model hold NaN? Try float32")
+    value = base.begin(MetricReader(group, clean))
+    yield from new_values(plan, base, acts.get(plan.other, {}), indices)
+    missing = np.full(len(group), math.nan)
+    return base, (value, sides.get("clean", missing), sides.get("corrupt", missing))
 
 
 def batches(plan: Plan, size: int) -> list[list[int]]:
@@ -310,8 +330,7 @@ def same_start(runs: Runs, side: str, other: str) -> int:
 
 def room(plan: Plan) -> int:
     """Prompts at once such that some 8 variants of all of them fit into a chunk."""
-    i = plan.model.info
-    return max(1, plan.limit // (8 * 4 * plan.seq * (12 * i.d_model + 3 * i.d_mlp + 3 * i.n_heads * plan.seq)))
+    return max(1, plan.limit // (8 * plan.seq * block_bytes(plan.model.info, plan.seq, 4)))
 
 
 def new_values(plan: Plan, base: Base, other: dict[str, Tensor], indices: list[int]) -> Generator[Progress]:

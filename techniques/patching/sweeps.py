@@ -12,7 +12,7 @@ from model.variants import Base, Variant
 from techniques.patching import feature_sweep
 from techniques.patching.direct import direct, direct_names
 from techniques.patching.estimates import guess
-from techniques.patching.plan import Plan, bases, check, read_plan
+from techniques.patching.plan import Plan, check, over_bases, read_plan
 from techniques.patching.requests import Sweep, SweepResult
 from techniques.patching.table import SweepTable
 from vocabulary.progress import forward_progress
@@ -35,11 +35,8 @@ def sweep(model: Model, ask: Sweep) -> Generator[Progress | SweepResult, None, S
     board = SweepTable(plan)
     if model.device.type == "cuda":
         t.cuda.reset_peak_memory_stats(model.device)
-    for part in bases(plan, more):
-        if isinstance(part, Progress):
-            yield part
-            continue
-        members, base, sides = part
+
+    def fill(members: list[int], base: Base, sides: tuple[np.ndarray, ...]) -> Generator[Progress | SweepResult]:
         board.begin(members, base, sides)
         yield board.result(False)
         for i, some in enumerate((yield from rounds(plan, base, board))):
@@ -50,6 +47,8 @@ def sweep(model: Model, ask: Sweep) -> Generator[Progress | SweepResult, None, S
                 board.fill(*step)
                 if board.done < board.total:
                     yield board.result(False)
+
+    yield from over_bases(plan, fill, more, board.forget)
     yield board.result(False)
     return (yield from board.finish())
 

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Generator
+from dataclasses import replace
 
 import numpy as np
 import torch as t
@@ -49,6 +50,15 @@ class SweepTable:
                 self.done += len(members)
         base.plan_work(self.waiting)
 
+    def forget(self, members: list[int]) -> None:
+        """Some prompts begin anew: none of their cells is filled."""
+        some = np.ix_(members, self.cells)
+        self.done -= int((~np.isnan(self.values[some])).sum())
+        self.values[some] = math.nan
+        self.sides[:, members] = math.nan
+        if self.members == members:
+            self.members = []
+
     def fill(self, variants: list[Variant], found: np.ndarray) -> None:
         if not np.isfinite(found).all():
             raise UserError("a changed run gave numbers that are not finite: load the model in float32")
@@ -57,12 +67,13 @@ class SweepTable:
         self.at_once, self.peak = max(self.at_once, self.base.at_once), max(self.peak, self.base.peak)
 
     def progress(self, step: Progress) -> Progress:
-        """Cells by the work that is done, and the time left in words."""
+        """Cells by the work that is done, and the time left in words; a notice as it is."""
+        if step.notice:
+            return replace(step, done=self.done, total=self.total)
         part = (self.before + self.base.progress * len(self.members)) / len(self.plan.runs)
         spent = time.monotonic() - self.started
         left = f", {time_left(spent * (1 - part) / part)}" if part > 0.02 and spent > 1 else ""
-        text = f"{self.plan.ask.kind} {self.done}/{self.total}{left}"
-        return Progress(max(self.done, int(part * self.total)), self.total, f"{step.text}; {text}" if step.text else text)
+        return Progress(max(self.done, int(part * self.total)), self.total, f"{self.plan.ask.kind} {self.done}/{self.total}{left}")
 
     @property
     def peak_mb(self) -> float:

@@ -19,10 +19,10 @@ from model.runs import Runs
 from vocabulary.nodes import UserError
 from vocabulary.requests import Progress
 
-DRAWS = 4  # roundings of each run
+DRAWS = 3  # roundings of each run
 PROMPTS = 4  # of a set that are looked at
 FIRST = "blocks.0.hook_resid_pre"
-CHUNK = 128 << 20
+ROWS = 3  # at once on a CPU, so that a request of the cursor's can come in between
 
 
 def moved(x: Tensor, draw: int) -> Tensor:
@@ -44,7 +44,7 @@ def known_floor(group: list[Runs]) -> float:
 
 
 def noise_floor(group: list[Runs]) -> Generator[Progress, None, float]:
-    """The noise floor of the mean metric over these prompts. A few forward passes a prompt at first, of a few prompts of a set; later calls remember it."""
+    """The noise floor of the mean metric over these prompts. Measured once a prompt and metric: 12 rows each, of a few prompts of a set."""
     for i, runs in enumerate(group[:PROMPTS]):
         if key(runs) not in (known := runs.model.notes.noise):
             yield Progress(i, min(len(group), PROMPTS), "noise floor")
@@ -55,7 +55,7 @@ def noise_floor(group: list[Runs]) -> Generator[Progress, None, float]:
 
 
 def variance(runs: Runs) -> Generator[Progress, None, float]:
-    """Of one prompt's metric over roundings: of the clean and the corrupted run, as they are and each without one layer's attention; the mean of these."""
+    """Of one prompt's metric over roundings: of the clean and the corrupted run, as they are and each without the middle layer's attention; the mean of these."""
     found = []
     for which in ("clean", "corrupt"):
         if runs.rows[which] is None:
@@ -75,9 +75,10 @@ def variance(runs: Runs) -> Generator[Progress, None, float]:
 
 
 def spreads(runs: Runs, which: str, score: MetricReader) -> Generator[Progress, None, list[float]]:
-    """The metric's variance over DRAWS roundings, of the run as it is and of two that lack a layer's attention."""
+    """The metric's variance over DRAWS roundings, of the run as it is and of one that lacks the middle layer's attention."""
     model, ids, last = runs.model, runs.row(which).ids, f"blocks.{runs.model.info.n_layers - 1}.hook_resid_post"
-    without = [None, *(n for n in sorted({0, model.info.n_layers // 2}) if f"blocks.{n}.hook_attn_out" in model.points)]
+    middle = model.info.n_layers // 2
+    without = [None] + [middle] * (f"blocks.{middle}.hook_attn_out" in model.points)
     rows = [(layer, draw) for layer in without for draw in range(DRAWS)]
     values = []
 
@@ -108,6 +109,8 @@ def edits(rows: list[tuple[int | None, int]]) -> list[Edit]:
 
 
 def rows_at_once(model: Model, seq: int) -> int:
-    """How many rows of a prompt run together: what a chunk of memory holds."""
-    i, limit = model.info, t.cuda.mem_get_info(model.device)[0] // 4 if model.device.type == "cuda" else CHUNK
+    """How many rows of a prompt run together: on a GPU what a quarter of the free memory holds."""
+    if model.device.type != "cuda":
+        return ROWS
+    i, limit = model.info, t.cuda.mem_get_info(model.device)[0] // 4
     return max(1, limit // (t.finfo(model.dtype).bits // 8 * seq * (12 * i.d_model + 3 * i.d_mlp + 3 * i.n_heads * seq)))

@@ -1,6 +1,7 @@
 """The noise floor against the true error: the same sweep in float32, from another engine; and how cells below the floor are drawn."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from utils import ROOT
 from widgets import GridView
 
 SWEEPS = (("z", "patch", "denoise"), ("resid_pre", "patch", "noise"), ("nodes", "zero", "noise"))
+DO = parse_intervention("L1H1=zero")
 DTYPES = ("bfloat16", "float16")
 
 
@@ -64,7 +66,8 @@ def test_in_float32_the_floor_is_tiny_and_remembered(engine):
     found = engine.run(Sweep(study, "z"))
     assert 1e-8 < found.floor < 2e-4 and not found.noise[np.abs(found.values - np.float32(found.base)) > 1e-3].any()
     known = dict(engine.model.notes.noise)
-    assert engine.run(Estimate(study, "z")).floor == found.floor and engine.model.notes.noise == known
+    assert engine.run(Sweep(study, "resid_pre")).floor == found.floor and engine.model.notes.noise == known
+    assert math.isnan(engine.run(Estimate(study, "z")).floor) and math.isnan(engine.run(Run(replace(study, interventions=(DO,)))).floor)
 
 
 @pytest.mark.parametrize("metric", ("prob", "logprob", "kl", "loss", "rank", "prob_diff"))
@@ -88,6 +91,7 @@ def test_run_score_and_check_say_it(halves):
     assert small.floor == large.floor > 0.02 and abs(large.change) > 1 and not large.noise
     assert small.noise == (0 < abs(small.change) < small.floor)
     score = half.run(Score(Study(PROMPT), Circuit("c", "zoo", ("L3H3", "L2H1")), ("faithfulness", "effects"), "patch"))
+    assert half.run(Estimate(Study(PROMPT), "z")).floor == small.floor
     assert score.floor == small.floor and not score.noise(0) and score.noise(1) == (0 < abs(score.effects[1]) < score.floor)
     row = next(r for r in half.run(Identities(Study(PROMPT))).rows if r.name == "noise floor of the metric")
     assert row.error == score.floor and row.ok is None

@@ -76,7 +76,7 @@ TOKENS = TokenRow((0, 5, 6), ("<|bos|>", " Mary", "\n"), {"END": 2}, True)
 def test_golden_pattern():
     from textual.geometry import Size
 
-    pattern = np.array([[[1, 0, 0], [0.25, 0.75, 0], [0.004, 0.1, 0.896]]], "f4")
+    pattern = np.array([[[1, np.nan, np.nan], [0.25, 0.75, np.nan], [0.004, 0.1, 0.896]]], "f4")
     grid = pattern_grid(AttentionResult(TOKENS, 0, pattern, "now", ""), 0)
     assert view(grid, "colour", Size(40, 8)) == ["to \\ from ⟨b… ·M… ⏎", " 0 ⟨bos⟩  1.0", " 1 ·Mary  .25 .75", " 2 ⏎       ·   ·  .90"]
     assert view(grid, "shade", Size(40, 8)) == ["to \\ from ⟨bo… ·Ma… ⏎", " 0 ⟨bos⟩  █1.0", " 1 ·Mary  ░.25 █.75", " 2 ⏎       ·    ·   █.90"]

@@ -109,11 +109,16 @@ def run(runs: Runs, k: int) -> Generator[Progress | RunResult, None, RunResult]:
         for part in reading.steps(False):
             yield part or run_result(runs, sides)
     found = run_result(runs, sides)
-    if found.change is not None and "now" in sides and math.isnan(found.floor):  # measured last: no key waits for it
+    if found.change is not None and "now" in sides and math.isnan(found.floor) and tells(runs):  # measured last: no key waits for it
         yield found
         yield from noise_floor([runs])
         found = run_result(runs, sides)
     return found
+
+
+def tells(runs: Runs) -> bool:
+    """Whether the noise floor is worth its 12 rows at each prompt: not in float32, where it is tiny."""
+    return runs.model.dtype != t.float32
 
 
 def run_result(runs: Runs, readings: dict[str, SideReading]) -> RunResult:
@@ -138,5 +143,5 @@ def run_result(runs: Runs, readings: dict[str, SideReading]) -> RunResult:
     words = texts(runs.model, np.concatenate([s.top_ids[s.top_ids >= 0] for s in sides]))
     place = "" if metric.kind == "loss" else f" at {metric.pos}"
     parts = [f"{metric.kind}{place}", "normalised: corrupted = 0, clean = 1", f"raw weights, {runs.model.info.dtype}", runs.convention]
-    floor = known_floor([runs]) if runs.edits and now.metric is not None else math.nan
+    floor = known_floor([runs]) if runs.edits and now.metric is not None and tells(runs) else math.nan
     return RunResult(clean, corrupt, now, normalised, warning, words, ", ".join(p for p in parts if p), tuple(runs.answers), tuple(runs.foils), floor)

@@ -37,7 +37,8 @@ class Side:
 class RunResult:
     """
     Clean, corrupted and now (the base prompt under the interventions). `normalised` is (now - corrupted) / (clean - corrupted); ids of the answers. `floor`:
-    changes of the metric below it are noise of the dtype (model/noise.py); NaN while it is not measured, and without interventions.
+    changes of the metric below it are noise of the dtype (model/noise.py); NaN without interventions, while it is not measured, and in
+    float32, where it is tiny.
     """
 
     clean: Side

@@ -82,8 +82,14 @@ class SweepTable:
 
     def finish(self) -> Generator[Progress, None, SweepResult]:
         """The whole table, with the noise floor: measured last, so that no cell waits for it."""
-        yield from noise_floor(self.plan.runs)
+        if self.has_floor:
+            yield from noise_floor(self.plan.runs)
         return self.result(True)
+
+    @property
+    def has_floor(self) -> bool:
+        """Estimates are made at every prompt, and in float32, where the floor is tiny, it is not worth its 12 rows."""
+        return self.method == "truth" or self.plan.model.dtype != t.float32
 
     def result(self, whole: bool) -> SweepResult:
         """Means over the prompts that are done; the rest with the whole table."""
@@ -102,7 +108,7 @@ class SweepTable:
             every = self.values.astype(np.float32).reshape(-1, *self.shape)
             warning = "; ".join(w for w in (warning, too_few(len(self.values), len(self.cells))) if w)
         stats = {k: stats.get(k, empty) for k in ("std", "low", "high", "p", "holm")}
-        floor = known_floor(plan.runs)
+        floor = known_floor(plan.runs) if self.has_floor else math.nan
         return SweepResult(
             ask.kind, ask.op, ask.direction, ask.effect, self.method, layout.rows, layout.cols, layout.nodes, plan.runs[0].row(plan.side),
             table(mean), table(normalised), base, clean, None if math.isnan(corrupt) else corrupt, self.done, self.total, **stats, per_prompt=every,

@@ -13,7 +13,7 @@ from model.interventions import prepare
 from model.memory import in_chunks
 from model.replacements import BATCH
 from model.runs import Runs, read_study
-from model.writes import output_matrix
+from model.writes import output_matrix, require_values
 from techniques.attention.requests import DETECTORS, STATS, AttentionResult, AttentionSetResult, DetectResult, HeadStatsResult
 from vocabulary.nodes import UserError
 from vocabulary.prompts import RUNS, WHICH, Prompt, Study
@@ -64,6 +64,8 @@ def attention(runs: Runs, layer: int, which: str, weighted: bool = False) -> Att
     check_layer(model, layer)
     sides = runs.pair(which) if "-" in which else (which,)
     name, value = pattern_name(layer), f"blocks.{layer}.attn.hook_v"
+    if weighted:
+        require_values(model)
     patterns = []
     for s in sides:
         acts = runs.trace(s, [name, value] if weighted else [name])

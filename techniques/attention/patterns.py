@@ -14,7 +14,7 @@ from model.memory import Chunks
 from model.places import visible
 from model.replacements import prompts_at_once
 from model.runs import Runs, read_study
-from model.writes import output_matrix
+from model.writes import output_matrix, require_values
 from techniques.attention.requests import DETECTORS, STATS, AttentionResult, AttentionSetResult, DetectResult, HeadStatsResult
 from vocabulary.nodes import UserError
 from vocabulary.prompts import RUNS, WHICH, Prompt, Study
@@ -65,6 +65,8 @@ def attention(runs: Runs, layer: int, which: str, weighted: bool = False) -> Att
     check_layer(model, layer)
     sides = runs.pair(which) if "-" in which else (which,)
     name, value = pattern_name(layer), f"blocks.{layer}.attn.hook_v"
+    if weighted:
+        require_values(model)
     patterns, sinks = [], []
     for s in sides:
         acts = runs.trace(s, [name, value] if weighted else [name])

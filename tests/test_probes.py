@@ -8,6 +8,7 @@ import transformers as tr
 from conftest import PROMPT, tokenizer
 from engine import Engine
 from model import bridge as bridge_module
+from model.changed_blocks import ChangedBlocks
 from techniques.attention.requests import Attention, AttentionSet, Detect, HeadStats
 from techniques.attribution.requests import Attribution
 from techniques.circuits.requests import Discover, PathPatch, Score
@@ -207,6 +208,17 @@ def test_hook_points_that_stand_for_another_site_are_refused(folders, monkeypatc
     all_refused(engine, "does not add up", Attribution(Study(PROMPT)), PathPatch(Study(PROMPT), receivers=("logits",)), Discover(Study(PROMPT), method="acdc"))
 
 
+def test_a_broken_resume_is_found_at_load_and_sweeps_are_whole_passes(folders, monkeypatch):
+    inner = ChangedBlocks.attended
+    monkeypatch.setattr(ChangedBlocks, "heads_apart", lambda self, part: True)
+    monkeypatch.setattr(ChangedBlocks, "attended", lambda *args: 1.1 * inner(*args))
+    engine = Engine(folders["llama"])
+    assert next(c for c in engine.model.info.checks if c.name == "resumed sweep = whole passes").ok is False
+    found, plain = (engine.run(Sweep(Study(PROMPT), "z", plain=p)) for p in (False, True))
+    np.testing.assert_allclose(found.values, plain.values, atol=1e-5)
+    assert "off" in found.mechanism
+
+
 def test_every_site_is_probed_and_holds(loaded):
     model = loaded["llama"].model
     names = {c.name: c for c in model.info.checks}
@@ -231,6 +243,7 @@ def test_a_hybrid_says_which_layers_lack_attention(loaded):
     engine = loaded["jamba"]
     assert "JambaForCausalLM: layer 0 has no" in engine.model.info.warning
     assert np.isfinite(engine.run(Run(Study(PROMPT))).now.metric)
+    assert np.isfinite(engine.run(Sweep(Study(PROMPT), "resid_pre", only=((1, 3),))).values[1, 3])
     all_refused(engine, "JambaForCausalLM: layer 0 has no", Attention(Study(PROMPT)), Sweep(Study(PROMPT), "z"))
 
 

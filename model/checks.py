@@ -1,15 +1,19 @@
 """Do the hook points mean on this model what Loupe takes them to mean? Checked at every load."""
 
 import math
+import traceback
 from collections import Counter
 from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch as t
 from torch import Tensor
 
 from model.bridge import FINAL, HOOKS, Model, has_sink, write_mid
+from model.memory import first_line, is_out_of_memory
 from model.probes import WORDS, probe
+from model.resumed import resumed
 from model.untouched import Untouched
 from model.writes import attention_out, post_scales
 from vocabulary.nodes import UserError
@@ -28,6 +32,18 @@ REFUSED = {
 }
 
 
+@contextmanager
+def readable(hf: t.nn.Module) -> Generator:
+    """A UserError where Hugging Face's or TransformerLens's code does not get through a model; the whole story goes to the log."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
+        traceback.print_exception(error)
+        raise UserError(f"{type(hf).__name__} can't be read through TransformerLens: {first_line(error)}") from error
+
+
 def prove(model: Model, untouched: Untouched) -> Generator[Progress, None, tuple[Identity, ...]]:
     """At load: the forward pass against the untouched model's, the identities, and what writes do at every site. What fails is refused by name."""
     refused = model.notes.refused
@@ -41,7 +57,8 @@ def prove(model: Model, untouched: Untouched) -> Generator[Progress, None, tuple
         if model.place(name) in untouched.patched:
             acts[name] = x
 
-    logits, _ = model.forward(untouched.ids, [n for n in (*names, FINAL) if model.has(n)], keep=0, take=take)
+    with readable(model.bridge.original_model):
+        logits, _ = model.forward(untouched.ids, [n for n in (*names, FINAL) if model.has(n)], keep=0, take=take)
     refused |= absent(model, passed)
     if passed[FINAL] != 1:
         refused["model"] = f"its final norm is run {passed[FINAL]} times in one forward pass, so that what it puts out can't be told apart"
@@ -59,6 +76,7 @@ def prove(model: Model, untouched: Untouched) -> Generator[Progress, None, tuple
         found, more = yield from probe(model, untouched, acts)
         rows += found.values()
         refused |= more | refused
+        rows.append((yield from resumed(model, untouched)))
     return tuple(rows)
 
 

@@ -7,7 +7,6 @@ import queue
 import re
 import threading
 import time
-import traceback
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +31,7 @@ from transformer_lens.utilities.architectures import MASKED_LM_ARCHITECTURES, MU
 
 from model import untouched
 from model.bridge import Model
-from model.checks import prove
+from model.checks import prove, readable
 from model.devices import filled_by_others, pick_device, unused_gpu
 from model.memory import OutOfMemory, first_line, free_bytes, is_out_of_memory, ran_out
 from model.tokens import random_ids
@@ -285,19 +284,15 @@ def load(
     try:
         hf = read_weights(folder, config, dtype, device, ask.device_map or None)
         yield Progress(3, 5, "wrapping")
-        own = untouched.ask(hf, random_ids(tokenizer, hf.get_input_embeddings().weight.shape[0], PROBE, 2))
-        model = Model(ask, hf, tokenizer, folder, base, dtype, cache_mb)
+        with readable(hf):
+            own = untouched.ask(hf, random_ids(tokenizer, hf.get_input_embeddings().weight.shape[0], PROBE, 2))
+            model = Model(ask, hf, tokenizer, folder, base, dtype, cache_mb)
         yield Progress(4, 5, "checking")
         checks = yield from prove(model, own)
     except Exception as error:
-        hf = model = None
-        if is_out_of_memory(error):
-            ran_out(error)
-            raise too_large(ask, n_params * dtype.itemsize, dtype, device) from None
-        if isinstance(error, UserError):
-            raise
-        traceback.print_exception(error)  # of Hugging Face's or TransformerLens's code, on an architecture that they do not get through
-        raise UserError(f"{config.architectures[0]} can't be read through TransformerLens: {first_line(error)}") from error
+        hf = model = own = None
+        ran_out(error)
+        raise too_large(ask, n_params * dtype.itemsize, dtype, device) from None
     lacks = "; ".join(dict.fromkeys(model.notes.refused.values()))
     warning = "; ".join(filter(None, (lacks and f"{model.info.architecture}: {lacks}", warning)))
     model.info = replace(model.info, n_params=n_params, seconds=time.time() - start, checks=checks, warning=warning)

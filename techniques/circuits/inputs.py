@@ -11,6 +11,7 @@ import torch as t
 from torch import Tensor
 
 from model.bridge import Model
+from model.memory import is_out_of_memory
 from model.writes import pre_norm, same
 from vocabulary.nodes import UserError
 
@@ -88,7 +89,7 @@ def trial(model: Model) -> str:
     try:
         blocks = [BlockInputs(model, layer) for layer in layers]
     except (AttributeError, RuntimeError, ValueError) as error:
-        if isinstance(error, t.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise
         return "its attention has no matrix for each head's queries, keys and values"
     outs = [f"blocks.{layer}.hook_mlp_out" for layer in layers]

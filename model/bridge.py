@@ -105,8 +105,7 @@ class Model:
         text_config = hf.config.get_text_config()
         self.logit_scale = (getattr(text_config, "logit_scale", None) or 1) / (getattr(text_config, "logits_scaling", None) or 1)
         self.cache, self.notes = Cache(cache_mb << 20), Notes()
-        self.bos = tokenizer.bos_token_id
-        self.n_embed = hf.get_input_embeddings().weight.shape[0]
+        self.bos, self.n_embed = tokenizer.bos_token_id, hf.get_input_embeddings().weight.shape[0]
         default_bos, habit = bos_habit(tokenizer, getattr(text_config, "trained_with_bos", None))
         self.info = ModelInfo(
             name=ask.model,
@@ -139,7 +138,6 @@ class Model:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the weights."""
         return sum(p.nbytes for p in self.bridge.original_model.parameters())
 
     # ---------------------------------------------------------------- running

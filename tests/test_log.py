@@ -271,7 +271,7 @@ def test_damage_is_said_and_what_is_whole_is_kept(tmp_path, harm):
         assert again.actions >= len(HUNT) - 3 or damaged.count(b"\0") > 20 or "set" in warning, warning
         mended += again.state == states[-1]
         if warning:
-            assert again.path != path
+            assert again.path != path and not again.close() and not again.path.exists(), "looked at, not gone on with: no new file"
             again.do("view", name="mode", value="shade")
             again.close()
             third, warning = read_session(again.path)

@@ -142,7 +142,7 @@ def test_there_is_an_example_of_every_kind_of_line():
     assert GOOD.keys() == KINDS.keys()
 
 
-@settings(max_examples=300, **QUIET)
+@settings(max_examples=150, **QUIET)
 @given(st.sampled_from(sorted(GOOD)), st.integers(1, 12), NASTY)
 def test_what_can_not_be_kept_changes_nothing_and_what_can_comes_back(tmp_path_factory, name, at, by):
     path = tmp_path_factory.mktemp("s") / "s.jsonl"

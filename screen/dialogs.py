@@ -122,8 +122,10 @@ def where_written(app: Host) -> None:
     session = app.session
     if not session.actions:
         app.say("nothing has been done yet: the first action starts the session file")
-    elif session.log.waiting:
+    elif session.log.waiting and session.trouble:
         app.say(f"{session.log.waiting} lines of this session could not be written to {session.path}", BAD)
+    elif session.log.waiting:
+        app.say(f"{session.actions} actions were restored; the next one writes them and itself to {session.path}")
     else:
         app.say(f"this session is {session.path}: {session.actions} actions, written as they happen; uv run tui.py --resume opens it again")
 

@@ -84,7 +84,7 @@ def numbered(lines: list[Line]) -> list[Line]:
             if n <= last:
                 line = Line(line.place, None, "it stands there twice")
             elif n > last + 1 + bad and not (plain and last < 0):
-                out.append(Line(line.place, None, f"{n - last - 1 - bad} lines before it are missing"))
+                out.append(Line(line.place, None, f"{gap} lines before it are missing" if (gap := n - last - 1 - bad) > 1 else "a line before it is missing"))
             last, bad = max(n, last), 0
         out.append(line)
     return out

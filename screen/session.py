@@ -403,7 +403,7 @@ class Session:
 
     def close(self) -> str:
         """Let the file go. What was not saved is tried once more, then kept whole among temporary files; what there is to say of that, or ""."""
-        said = self.log.save() if self.log.waiting and self.actions else ""
+        said = self.log.save() if self.log.waiting and self.trouble else ""
         if said and self.log.waiting:
             self.log.close()
             self.log.go_on_in(Path(tempfile.gettempdir()) / self.path.name)

@@ -116,7 +116,9 @@ def embedding(model: Model) -> tuple[str, float]:
         x, want = got[name].float(), got[first].float() - (got[POSITION].float() if POSITION in got else 0)
         factor = ((x * want.to(x.device)).sum() / x.square().sum()).item()
         if not model.identity("embedding", x * factor, want).ok:
-            raise UserError(f"{model.info.architecture}: tokens enter the first block as more than their embedding and position, so that neither can be read apart")
+            raise UserError(
+                f"{model.info.architecture}: tokens enter the first block as more than their embedding and position, so that neither can be read apart"
+            )
         known["embedding"] = name, 1.0 if abs(factor - 1) < 1e-3 else factor
     return known["embedding"]
 

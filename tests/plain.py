@@ -7,7 +7,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 BLOCKS = ("model.layers", "transformer.h", "gpt_neox.layers", "model.decoder.layers", "transformer.blocks")
-NORMS = ("model.norm", "transformer.ln_f", "gpt_neox.final_layer_norm", "model.decoder.final_layer_norm", "model.final_layernorm", "transformer.norm_f", "model.layer_norm")
+NORMS = (
+    "model.norm",
+    "transformer.ln_f",
+    "gpt_neox.final_layer_norm",
+    "model.decoder.final_layer_norm",
+    "model.final_layernorm",
+    "transformer.norm_f",
+    "model.layer_norm",
+)
 ATTENTION = ("self_attn", "attn.attention", "attn", "attention", "self_attention")
 OUT = ("o_proj", "out_proj", "c_proj", "dense")
 MLP = ("mlp.dense_4h_to_h", "ffn.down_proj", "mlp.c_proj", "mlp.fc_out", "mlp.down_proj", "mlp.fc2", "fc2", "mlp", "block_sparse_moe", "feed_forward")
@@ -41,7 +49,9 @@ class Plain:
         self.heads = c.num_attention_heads if hasattr(c, "num_attention_heads") else c.n_heads
         self.kv = 1 if getattr(c, "multi_query", False) else getattr(c, "num_key_value_heads", None) or getattr(c, "num_kv_heads", None) or self.heads
         self.factor = getattr(c, "residual_multiplier", 1.0)
-        self.parallel = kind in PARALLEL or bool(getattr(c, "use_parallel_residual", False)) or kind == "falcon" and (c.parallel_attn or c.new_decoder_architecture)
+        self.parallel = (
+            kind in PARALLEL or bool(getattr(c, "use_parallel_residual", False)) or kind == "falcon" and (c.parallel_attn or c.new_decoder_architecture)
+        )
         self.attn = [inside(b, *ATTENTION) for b in self.blocks]
         self.o = [inside(a, *OUT) for a in self.attn]
         after = AFTER.get(kind)

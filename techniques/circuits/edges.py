@@ -219,7 +219,11 @@ class EdgeRun:
             return inputs.mlp_input(lost.take(x[:, :, None], of_mlp)[:, :, 0])
 
         edits = [(f"blocks.{layer}.hook_resid_pre", partial(held.__setitem__, "stream"))]
-        edits += [(name, partial(write, part=part)) for part, name in inputs.names.items() if ((rows >= start + inputs.rows[part].start) & (rows < start + inputs.rows[part].stop)).any()]
+        edits += [
+            (name, partial(write, part=part))
+            for part, name in inputs.names.items()
+            if ((rows >= start + inputs.rows[part].start) & (rows < start + inputs.rows[part].stop)).any()
+        ]
         edits += [(name, partial(held.__setitem__, name)) for name in (self.zs[layer], *self.scales[layer : layer + 1])]
         edits.append((f"blocks.{layer}.hook_attn_out", heads))
         edits += [(inputs.entry, read)] * len(of_mlp)

@@ -326,7 +326,8 @@ class Reference:
 
     # ---------------------------------------------------------------- norms and the unembedding
 
-    def frozen(self, norm: t.nn.Module | None, x: Tensor, parts: Tensor) -> Tensor:
+    @staticmethod
+    def frozen(norm: t.nn.Module | None, x: Tensor, parts: Tensor) -> Tensor:
         """Parts [n, ..., d] of x [..., d] through a norm whose scale stays what it is at x; the norm's bias is left out. What the norm is, is read from what it does."""
         if norm is None:
             return parts
@@ -416,8 +417,9 @@ class Reference:
             if (part, 0) not in a or part in self.paths.joint:
                 continue
             for h in range(self.heads):
+                cols = self.columns(part, h)
 
-                def double(x: Tensor, cols=self.columns(part, h)) -> Tensor:
+                def double(x: Tensor, cols: Tensor = cols) -> Tensor:
                     x = x.clone()
                     x[..., cols] = x[..., cols] * 3 + t.sin(t.arange(len(cols), dtype=x.dtype))
                     return x

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from model.cache import Cache
+from model.live_hooks import live_points, turn_neighbours
 from model.notes import Notes
 from model.memory import out_of_memory
 from model.tokens import Tokens
@@ -81,9 +82,11 @@ class Model:
         for p in self.bridge.original_model.parameters():
             p.requires_grad_(False)
         cfg = self.cfg = self.bridge.cfg
-        self.points = self.bridge.hook_dict
+        turn_neighbours(self.bridge)
+        self.points = live_points(self.bridge, dtype)
         self.unique = list({id(p): p for p in self.points.values()}.values())
         self.parallel = bool(cfg.parallel_attn_mlp) or "blocks.0.hook_resid_mid" not in self.points
+        self.rescaled = any(hasattr(b, "residual_contribution_scale") for b in getattr(self.bridge, "blocks", ()))
         self.softcap = max(float(getattr(cfg, "output_logits_soft_cap", None) or 0), 0.0)
         text_config = hf.config.get_text_config()
         self.logit_scale = (getattr(text_config, "logit_scale", None) or 1) / (getattr(text_config, "logits_scaling", None) or 1)
@@ -128,11 +131,13 @@ class Model:
             for name, fn in sorted(fns, key=lambda e: isinstance(e[1], Keep)):
                 point = self.point(name)
                 point.add_hook(lambda x, hook, fn=fn: fn(x), level=LEVEL)
+                if self.rescaled and t.is_grad_enabled():  # else Granite's blocks drop a value equal to their own, and the gradient with it
+                    point.add_hook(lambda g, hook: None, dir="bwd", level=LEVEL)
                 added.append(point)
             yield
         finally:
             for point in added:
-                point.remove_hooks(level=LEVEL)
+                point.remove_hooks("both", level=LEVEL)
 
     def point(self, name: str) -> object:
         if name not in self.points or self.bridge._gated_hook_reason(name):

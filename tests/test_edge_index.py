@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from techniques.circuits.edge_index import EdgeIndex, edge_index, own_edge, receivers, seen, senders
-from vocabulary.circuit import Edge, owner, parse_edge, prune
+from vocabulary.circuit import Edge, owners, parse_edge, prune
 from vocabulary.nodes import parse_node, UserError
 from vocabulary.requests import ModelInfo
 
@@ -20,10 +20,10 @@ def slow_edges(info: ModelInfo) -> tuple[str, ...]:
     return tuple(str(Edge(s, r)) for r in receivers(info) for s in names[: seen(info, r)])
 
 
-def slow_to_logits(kept: tuple[str, ...]) -> set[str]:
+def slow_to_logits(kept: tuple[str, ...], group: int) -> set[str]:
     wanted, out = {"logits"}, set()
     while True:
-        more = {e for e in kept if owner(parse_edge(e).receiver) in wanted}
+        more = {e for e in kept if owners(parse_edge(e).receiver, group) & wanted}
         if more == out:
             return out
         out, wanted = more, wanted | {parse_edge(e).sender for e in more}
@@ -31,15 +31,15 @@ def slow_to_logits(kept: tuple[str, ...]) -> set[str]:
 
 @pytest.mark.parametrize("info", [SMALL, replace(SMALL, n_kv_heads=4), replace(SMALL, parallel=True)])
 def test_the_table_is_the_names(info):
-    index, edges, rng = EdgeIndex(info), slow_edges(info), np.random.default_rng(0)
+    index, edges, rng, group = EdgeIndex(info), slow_edges(info), np.random.default_rng(0), info.n_heads // info.n_kv_heads
     assert index.edges == edges and index.exists.sum() == len(edges)
     assert [index.name(r, c) for r, c in np.argwhere(index.exists)] == list(edges) and all(index.exists[index.place(e)] for e in edges)
     for share in (0.02, 0.05, 0.1, 0.3, 1.0):
         kept = tuple(e for e in edges if rng.random() < share)
         table = index.array(kept)
         assert table.sum() == len(kept)
-        assert (index.on_paths(table) == index.array(prune(kept))).all()
-        assert (index.to_logits(table) == index.array(slow_to_logits(kept))).all()
+        assert (index.on_paths(table) == index.array(prune(kept, group))).all()
+        assert (index.to_logits(table) == index.array(slow_to_logits(kept, group))).all()
 
 
 def test_own_spelling():

@@ -44,6 +44,14 @@ def owner(address: str) -> str:
     return str(Node("head", node.layer, node.head, pos=node.pos)) if node.site == "head" else address
 
 
+def owners(address: str, group: int = 1) -> set[str]:
+    """The nodes an end of an edge belongs to: keys and values are read by all the heads of their group, `group` of them."""
+    if address == LOGITS or group == 1 or (node := parse_node(address)).site != "head" or node.part not in ("k", "v"):
+        return {owner(address)}
+    first = node.head // group * group
+    return {str(Node("head", node.layer, head, pos=node.pos)) for head in range(first, first + group)}
+
+
 @dataclass(frozen=True)
 class Circuit:
     """
@@ -97,21 +105,21 @@ def toggled(circuit: Circuit, part: str) -> Circuit:
     return replace(circuit, nodes=tuple(n for n in circuit.nodes if n != node), edges=edges, groups=groups)
 
 
-def prune(edges: Iterable[str]) -> tuple[str, ...]:
-    """Those edges that lie on a path from embed to the logits."""
-    some = [parse_edge(e) for e in edges]
+def prune(edges: Iterable[str], group: int = 1) -> tuple[str, ...]:
+    """Those edges that lie on a path from embed to the logits, where `group` heads share keys and values."""
+    some = [(e, owners(e.receiver, group)) for e in map(parse_edge, edges)]
     reached, wanted = {"embed"}, {LOGITS}
     while True:
-        forward = {owner(e.receiver) for e in some if e.sender in reached} | reached
-        backward = {e.sender for e in some if owner(e.receiver) in wanted} | wanted
+        forward = {x for e, mine in some if e.sender in reached for x in mine} | reached
+        backward = {e.sender for e, mine in some if mine & wanted} | wanted
         if (forward, backward) == (reached, wanted):
-            return tuple(str(e) for e in some if e.sender in reached and owner(e.receiver) in wanted)
+            return tuple(str(e) for e, mine in some if e.sender in reached and mine & wanted)
         reached, wanted = forward, backward
 
 
-def connected(circuit: Circuit) -> bool:
-    """Whether some of its edges lead from embed to the logits."""
-    return bool(prune(circuit.edges))
+def connected(circuit: Circuit, info=None) -> bool:
+    """Whether some of its edges lead from embed to the logits, on the model of a ModelInfo (None: one whose heads share no keys and values)."""
+    return bool(prune(circuit.edges, info.n_heads // info.n_kv_heads if info else 1))
 
 
 def check_receivers(addresses: tuple[str, ...], info=None) -> None:

@@ -13,6 +13,7 @@ from model.interventions import prepare
 from model.memory import in_chunks
 from model.replacements import BATCH
 from model.runs import Runs, read_study
+from model.writes import output_matrix
 from techniques.attention.requests import DETECTORS, STATS, AttentionResult, AttentionSetResult, DetectResult, HeadStatsResult
 from vocabulary.nodes import UserError
 from vocabulary.prompts import RUNS, WHICH, Prompt, Study
@@ -49,7 +50,7 @@ def subtract(sides: list[dict]) -> dict:
 @t.no_grad()
 def value_norms(model: Model, layer: int, v: Tensor) -> Tensor:
     """|| v W_O || of every head and position, [head, seq], from values [seq, kv head, d_head] (b_V inside, b_O and later norms not)."""
-    w = model.bridge.blocks[layer].attn.W_O.float()
+    w = output_matrix(model, layer, "attn")
     rows = []
     for h in range(model.info.n_heads):
         rows.append((v[:, kv_head(model, h)].float() @ w[h]).norm(dim=-1))

@@ -19,7 +19,7 @@ from vocabulary.nodes import UserError
 from vocabulary.prompts import Study
 from vocabulary.requests import Progress
 from model.bridge import FINAL, Edit, Model
-from model.writes import SCALE, dot, inner_direction, post_norm, post_scales, pull_back, to_heads
+from model.writes import SCALE, dot, linear_norm, post_norm, post_scales, pull_back, require_parts, to_heads, to_neurons
 from model.steering import sites
 from model.runs import Runs, read_study
 
@@ -43,6 +43,7 @@ def check_hooks(model: Model) -> None:
     for name, what in needed.items():
         if name not in model.points:
             raise UserError(f"{model.info.architecture} has no {what} that can be read ({name}), and attribution needs it")
+    require_parts(model)
 
 
 @t.no_grad()
@@ -109,8 +110,8 @@ def drill_names(model: Model, seq: int) -> list[str]:
     """What the drill downs will ask for next, read in the same pass when that is small against the cache."""
     i = model.info
     need = i.n_layers * seq * (i.n_kv_heads * i.d_head + i.d_mlp) * t.finfo(model.dtype).bits // 8
-    some = [f"blocks.{layer}.{x}" for layer in range(i.n_layers) for x in ("attn.hook_v", "mlp.hook_post", "ln2_post.hook_scale")]
-    return [n for n in some if n in model.points] if need <= model.cache.limit // 16 else []
+    some = [f"blocks.{layer}.{x}" for layer in range(i.n_layers) for x in ("attn.hook_v", "mlp.hook_post")]
+    return [n for n in (*some, *post_scales(model, "mlp")) if n in model.points] if need <= model.cache.limit // 16 else []
 
 
 def at(x: Tensor, pos: Tensor) -> Tensor:
@@ -193,7 +194,7 @@ def to_cells(model: Model, cells: dict[str, np.ndarray]) -> AttributionCells:
 def convention(runs: Runs, which: str, pos: int | str, *more: str) -> str:
     model = runs.model
     what = "mean logit of the answers minus mean logit of the foils" if runs.foils else "mean logit of the answers (no foil)"
-    norm = "RMSNorm without centring" if model.bridge.ln_final.uses_rms_norm else "LayerNorm, centred on the fly"
+    norm = "LayerNorm, centred on the fly" if linear_norm(model, model.bridge.ln_final).centred else "RMSNorm without centring"
     post = "; heads and neurons through the frozen norm after them" if post_norm(model, 0, "attn") else ""
     parts = [f"direct attribution to the {what}, at {pos}, {which}", f"final scale frozen at this run's: {norm}{post}"]
     parts += [f"before the soft cap {model.softcap:g}"] if model.softcap else []
@@ -229,15 +230,15 @@ def attribution(runs: Runs, which: str, pos: int | str | None = None) -> Attribu
 
 
 def frozen(runs: Runs, which: str, pos: int, layer: int, part: str, more: list[str]) -> tuple[dict[str, Tensor], Tensor, float]:
-    """What a drill down reads: activations, the direction at the output of the part [d_model], and the constant of a norm behind it."""
+    """What a drill down reads: activations, the direction at heads' z [head, d_head] or at neurons [d_mlp], and what biases behind them add along it."""
     model = runs.model
     post = post_norm(model, layer, part)
     acts = runs.trace(which, [SCALE, *([post[1]] if post else []), *more])
     here = {n: at(acts[n], t.tensor([pos])) for n in (SCALE, *([post[1]] if post else []))}
     u, _ = direction(model, runs.answers, runs.foils)
     d, _ = pull_back(model, model.bridge.ln_final, here[SCALE], u[None])
-    inner, constant = inner_direction(model, layer, part, here, d)
-    return acts, inner[0], constant.item()
+    at_part, constant = (to_heads if part == "attn" else to_neurons)(model, layer, here, d)
+    return acts, at_part[0], constant.item()
 
 
 @t.no_grad()
@@ -246,7 +247,7 @@ def head_sources(runs: Runs, which: str, layer: int, head: int, pos: int) -> dic
     acts, d, _ = frozen(runs, which, pos, layer, "attn", [f"{block}.hook_z", f"{block}.hook_v", pattern_name(layer)])
     z, v = acts[f"{block}.hook_z"][0, pos, head].float(), acts[f"{block}.hook_v"][0, :, kv_head(model, head)].float()
     pattern = acts[pattern_name(layer)][0, head, pos].float()
-    projected = model.bridge.blocks[layer].attn.W_O[head].float() @ d.to(z.device)
+    projected = d[head].to(z.device)
     keep = factor(runs, which, "attn", layer, pos)
     sources, whole = keep * (pattern * (v @ projected)).cpu().double(), keep * dot(z, projected)
     moved = which == "now" and any(
@@ -279,13 +280,11 @@ def sources(runs: Runs, which: str, layer: int, head: int, pos: int | str | None
 @t.no_grad()
 def neuron_parts(runs: Runs, which: str, layer: int, pos: int) -> dict[str, np.ndarray]:
     """Every neuron's activation and contribution [d_mlp]: W_out is projected onto the direction, no neuron's vector is stored."""
-    model, mlp, block = runs.model, runs.model.bridge.blocks[layer].mlp, f"blocks.{layer}"
+    model, block = runs.model, f"blocks.{layer}"
     acts, d, constant = frozen(runs, which, pos, layer, "mlp", [f"{block}.mlp.hook_post", f"{block}.hook_mlp_out"])
     post = acts[f"{block}.mlp.hook_post"][0, pos].float()
-    inner, keep = d.to(post.device), factor(runs, which, "mlp", layer, pos)
-    contribution = keep * (post * (mlp.W_out.float() @ inner)).cpu().double()
-    b_out = getattr(mlp.out, "bias", None)
-    bias = keep * (constant + (0.0 if b_out is None else dot(b_out, inner).item()))
+    keep = factor(runs, which, "mlp", layer, pos)
+    contribution, bias = keep * (post * d.to(post.device)).cpu().double(), keep * constant
     u, _ = direction(model, runs.answers, runs.foils)
     behind, _ = pull_back(model, model.bridge.ln_final, acts[SCALE][0, pos][None], u[None])
     whole = dot(acts[f"{block}.hook_mlp_out"][0, pos][None], behind).item()

@@ -46,7 +46,7 @@ class EdgeIndex:
         self.column, self.row = ({name: i for i, name in enumerate(some)} for some in (self.names, self.readers))
         self.seen = np.array([seen(info, r) for r in self.readers])
         self.exists = np.arange(len(self.names)) < self.seen[:, None]
-        self.owners = np.array([self.column.get(owner(r), -1) for r in self.readers])  # the sender that a receiver belongs to; -1: the logits
+        self.first, self.stop = (np.array(x) for x in zip(*map(self.owners, self.readers)))  # the senders that a receiver belongs to; none: the logits
         self.per_layer = info.n_heads + 2 * info.n_kv_heads + 1
         first = range(0, len(self.readers) - 1, self.per_layer)
         self.stages = [slice(*ends) for a in first for ends in ((a, a + self.per_layer - 1), (a + self.per_layer - 1, a + self.per_layer))]
@@ -73,18 +73,32 @@ class EdgeIndex:
             out[tuple(np.array(places).T)] = True
         return out
 
+    def owners(self, receiver: str) -> tuple[int, int]:
+        """The first of the senders that a receiver belongs to, and the one behind the last: keys and values are those of all heads of their group."""
+        if receiver == LOGITS:
+            return 0, 0
+        first, node = self.column[owner(receiver)], parse_node(receiver)
+        return first, first + (self.info.n_heads // self.info.n_kv_heads if node.part in ("k", "v") else 1)
+
+    def owned(self, some: np.ndarray) -> np.ndarray:
+        """Which receivers belong to one of some senders, and the logits [receiver]."""
+        count = np.concatenate([[0], some.cumsum()])
+        return (count[self.stop] > count[self.first]) | (self.stop == 0)
+
     def to_logits(self, kept: np.ndarray) -> np.ndarray:
         """Those kept edges that lie on a path to the logits."""
         wanted = kept[-1].copy()
         for rows in reversed(self.stages):
-            wanted |= kept[rows][wanted[self.owners[rows]]].any(0)
-        return kept & (wanted[self.owners] | (self.owners < 0))[:, None]
+            wanted |= kept[rows][self.owned(wanted)[rows]].any(0)
+        return kept & self.owned(wanted)[:, None]
 
     def on_paths(self, kept: np.ndarray) -> np.ndarray:
         """Those kept edges that lie on a path from embed to the logits."""
         reached = np.arange(len(self.names)) == 0
         for rows in self.stages:
-            reached[self.owners[rows][(kept[rows] & reached).any(1)]] = True
+            hit = np.flatnonzero((kept[rows] & reached).any(1)) + rows.start
+            for a, b in set(zip(self.first[hit].tolist(), self.stop[hit].tolist())):
+                reached[a:b] = True
         return self.to_logits(kept) & reached
 
 

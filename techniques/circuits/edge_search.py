@@ -15,7 +15,7 @@ import torch as t
 from techniques.circuits.edge_index import EdgeIndex, edge_index
 from techniques.circuits.edges import EMBED, EdgeRun, edge_runs, gather
 from techniques.circuits.requests import Discover, DiscoverResult, METHODS, REST
-from vocabulary.circuit import Circuit, LOGITS, owner, parse_edge
+from vocabulary.circuit import Circuit, parse_edge
 from vocabulary.nodes import parse_node, UserError
 from vocabulary.prompts import METRICS
 from vocabulary.progress import forward_progress, time_left
@@ -229,7 +229,7 @@ def result(
     expected: float, begun: float, words: str, score: float | None = None,
 ) -> DiscoverResult:  # fmt: skip
     """A circuit of edges, the nodes at their ends, and how it was found."""
-    nodes = {owner(x) for e in map(parse_edge, kept) for x in (e.sender, e.receiver)} - {"embed", LOGITS}
+    nodes = {e.sender for e in map(parse_edge, kept)} - {"embed"}  # on a path every receiver belongs to a sender
     order = sorted(nodes, key=lambda a: (parse_node(a).layer, parse_node(a).site == "mlp", parse_node(a).head or 0))
     n = len(ask.study.prompt_set) or 1
     where = f"{ask.study.metric.kind}@{ask.study.metric.pos}, mean of {n} prompt{'s' * (n != 1)}"

@@ -19,8 +19,9 @@ from model.memory import in_chunks
 from model.metrics import MetricReader, metric
 from model.replacements import means
 from model.runs import Runs
-from model.writes import bias_write, head_writes, heads_write, over_scale, post_scales
-from techniques.circuits.edge_index import PARTS, EdgeIndex, all_edges, edge_index, own_edge, receivers, senders
+from model.writes import bias_write, head_writes, heads_write, over_scale, post_scales, require_parts
+from techniques.circuits.edge_index import EdgeIndex, all_edges, edge_index, own_edge, receivers, senders
+from techniques.circuits.inputs import PARTS, block_inputs, taps
 from techniques.circuits.requests import REST
 from techniques.patching.plan import Plan, check_lengths, chunk_bytes, others, read_member
 from techniques.patching.requests import Sweep
@@ -57,19 +58,6 @@ def prompt_bytes(info: ModelInfo, seq: int, size: int) -> int:
 # ------------------------------------------------------------------ a group of prompts
 
 
-@contextmanager
-def split(model: Model) -> Generator:
-    """The Bridge's blocks with an input of its own for every head's q, k and v and for the MLP."""
-    bridge = model.bridge
-    bridge.set_use_split_qkv_input(True)
-    bridge.set_use_hook_mlp_in(True)
-    try:
-        yield
-    finally:
-        bridge.set_use_split_qkv_input(False)
-        bridge.set_use_hook_mlp_in(False)
-
-
 class EdgeRun:
     """A few prompts of equal length: `clean` what passed the hook points in their run, `acts` in the one that cut edges carry; `more` hook points to read beside."""
 
@@ -78,6 +66,7 @@ class EdgeRun:
     def __init__(self, model: Model, group: list[Runs], indices: list[int], plan: Plan, rest: str, limit: int, more: tuple[str, ...] = ()):
         self.more = more
         self.model, self.group, self.info, self.limit = model, group, model.info, limit
+        self.inputs = block_inputs(model) if self.by_edges else []
         self.ids = t.tensor([r.row("clean").ids for r in group])
         self.seq = self.ids.shape[1]
         self.index = edge_index(self.info)
@@ -194,9 +183,8 @@ class EdgeRun:
         for layer in range(self.info.n_layers):
             edits += self.cut_in(layer, lost)
         got: dict[str, Tensor] = {}
-        edits.append((self.last, lambda x: got.__setitem__("end", lost.take(x[:, :, None], slice(len(index.readers) - 1, None))[:, :, 0])))
-        with split(self.model):
-            self.model.forward(self.ids.repeat(n, 1), edits=edits, keep=None)
+        edits.append((self.last, lambda x: got.__setitem__("end", lost.take(x[:, :, None], np.array([len(index.readers) - 1]))[:, :, 0])))
+        self.model.forward(self.ids.repeat(n, 1), edits=edits, keep=None)
         return self.score.of(got["end"], 0)
 
     def less(self, x: Tensor, name: str) -> Tensor:
@@ -205,27 +193,37 @@ class EdgeRun:
 
     def cut_in(self, layer: int, lost: "Lost") -> list[Edit]:
         """The edits of one block: its receivers lose their cut edges, and what its senders add is noted."""
-        info, block, held = self.info, f"blocks.{layer}.", {}
-        at, column = layer * self.index.per_layer, 1 + layer * self.stride
-        ends = [(0, info.n_heads), (info.n_heads, info.n_heads + info.n_kv_heads), (info.n_heads + info.n_kv_heads, self.index.per_layer - 1)]
+        inputs, held, start, column = self.inputs[layer], {}, layer * self.index.per_layer, 1 + layer * self.stride
+        mlp, rows = self.mlps[layer], start + lost.touched(slice(start, start + self.index.per_layer))
+        of_mlp, rows = rows[rows == start + self.index.per_layer - 1], rows[rows < start + self.index.per_layer - 1]
 
-        def read(x: Tensor, part: str, a: int, b: int) -> Tensor:
-            """Queries, keys and values together, when the first of them is asked for."""
-            if part == "q":
-                held["read"] = lost.take(x[:, :, :1].expand(-1, -1, self.index.per_layer - 1, -1), slice(at, at + self.index.per_layer - 1))
-            return held["read"][:, :, a:b]
+        def write(x: Tensor, part: str) -> Tensor | None:
+            """Queries, keys or values of the heads that lose edges; the inputs of all three when the first is asked for."""
+            if "read" not in held:
+                held["read"] = inputs.normed(lost.take(held["stream"][:, :, None].expand(-1, -1, len(rows), -1), rows))
+            ends = inputs.rows[part]
+            mine = np.flatnonzero((rows >= start + ends.start) & (rows < start + ends.stop))
+            x, heads = x.clone(), (rows[mine] - start - ends.start).tolist()
+            x[:, :, heads] = inputs.project(part, heads, held["read"][:, :, mine.tolist()])
+            return x
 
         def heads(x: Tensor) -> None:
             own = self.part(layer, held)
             lost.add_heads(layer, (own.unflatten(0, (-1, len(self.ids))) - self.part(layer, self.acts)).flatten(0, 1))
-            held.clear()
+            for name in held.keys() - {"stream"}:
+                del held[name]
 
-        edits = [(f"{block}hook_{part}_input", partial(read, part=part, a=a, b=b)) for part, (a, b) in zip(PARTS, ends)]
+        def read(x: Tensor) -> Tensor:
+            """What the MLP gets: the stream where it stands, or the block's own input through the norm in front of both parts."""
+            x = x if inputs.mlp_norm is None else held["stream"]
+            return inputs.mlp_input(lost.take(x[:, :, None], of_mlp)[:, :, 0])
+
+        edits = [(f"blocks.{layer}.hook_resid_pre", partial(held.__setitem__, "stream"))]
+        edits += [(name, partial(write, part=part)) for part, name in inputs.names.items() if ((rows >= start + inputs.rows[part].start) & (rows < start + inputs.rows[part].stop)).any()]
         edits += [(name, partial(held.__setitem__, name)) for name in (self.zs[layer], *self.scales[layer : layer + 1])]
-        edits.append((f"{block}hook_attn_out", heads))
-        mlp, row = self.mlps[layer], slice(at + self.index.per_layer - 1, at + self.index.per_layer)
-        edits.append((f"{block}hook_mlp_in", lambda x: lost.take(x[:, :, None], row)[:, :, 0]))
-        return [*edits, (mlp, lambda x: lost.add(column + info.n_heads, self.less(x, mlp)))]
+        edits.append((f"blocks.{layer}.hook_attn_out", heads))
+        edits += [(inputs.entry, read)] * len(of_mlp)
+        return [*edits, (mlp, lambda x: lost.add(column + self.info.n_heads, self.less(x, mlp)))]
 
     def run(self, cuts: list) -> Generator[Progress, None, np.ndarray]:
         """The metric [set, prompt] of many masks (or functions that make them), as many at once as the limit of bytes allows; out of memory halves that."""
@@ -257,26 +255,34 @@ class EdgeRun:
         [prompt, seq, receiver, d_model]. With `embed` in place of the embeddings, or `mix` (a hook point and its value). Blocks run once more from their
         kept inputs, so that one block's activations are held at a time.
         """
-        model, info = self.model, self.info
+        model = self.model
         swap = {} if embed is None else {EMBED: embed}
         swap |= {} if mix is None else {mix[0]: mix[1]}
         edits: list[Edit] = [(name, lambda x, new=new: new.to(x).requires_grad_(t.is_grad_enabled())) for name, new in swap.items()]
-        for n in range(info.n_layers):
-            at = n * self.index.per_layer
-            for part, count in zip(PARTS, (info.n_heads, info.n_kv_heads, info.n_kv_heads)):
-                edits.append((f"blocks.{n}.hook_{part}_input", tap(slice(at, at + count), take)))
-                at += count
-            edits.append((f"blocks.{n}.hook_mlp_in", tap(slice(at, at + 1), take)))
-        with split(model), model.hooks(edits):
+        stream: dict[str, Tensor] = {}
+        found: dict[str, Tensor] = {}
+        with model.hooks([*edits, *taps(self.inputs, stream, found)]):
             with called(model) as calls:
                 end = model.forward(self.ids, [self.last], keep=None)[1][self.last].requires_grad_(True)
             with t.enable_grad():
                 (g,) = t.autograd.grad(metric(self.score, end).sum(), end)
                 take(slice(len(self.index.readers) - 1, None), g[:, :, None])
-                for block, (x, args, kwargs) in reversed(list(zip(model.bridge.blocks, calls))):
-                    out = block(x.requires_grad_(True), *args, **kwargs)
+                for n in reversed(range(model.info.n_layers)):
+                    x, args, kwargs = calls[n]
+                    out = model.bridge.blocks[n](x.requires_grad_(True), *args, **kwargs)
                     t.autograd.backward(out[0] if isinstance(out, tuple) else out, g)  # also where nothing leads back to x
                     g = x.grad
+                    self.give(n, stream.pop("now").detach(), found, take)
+
+    def give(self, layer: int, stream: Tensor, found: dict[str, Tensor], take: Callable[[slice, Tensor], None]) -> None:
+        """Give `take` the gradients at the inputs of one block's receivers, of those `found` at their hook points, which are forgotten."""
+        inputs, start = self.inputs[layer], layer * self.index.per_layer
+        end = start + self.index.per_layer - 1
+        heads = {part: found.pop(name) for part, name in inputs.names.items() if name in found}
+        if (g := inputs.back(stream, heads)) is not None:
+            take(slice(start, end), g)
+        if inputs.entry in found:
+            take(slice(end, end + 1), inputs.mlp_back(stream, found.pop(inputs.entry)))
 
     def slopes(self, change: Tensor, columns: slice = slice(None), **of) -> np.ndarray:
         """The sum over prompts of change . gradient [receiver, sender], float64, of the senders in `columns`, which `change` [sender, ...] holds; `of` as in gradients."""
@@ -297,19 +303,6 @@ def dot(g: Tensor, change: Tensor) -> Tensor:
     size = len(g) if g.dtype == t.float32 else max(1, PIECE // (4 * g.shape[-1] * (g.shape[1] + len(change))))
     pairs = ((g[i : i + size].float().transpose(0, 1), change[:, i : i + size].float()) for i in range(0, len(g), size))
     return sum(x.flatten(1) @ y.flatten(1).T for x, y in pairs)
-
-
-def tap(rows: slice, take: Callable[[slice, Tensor], None]) -> Callable[[Tensor], Tensor | None]:
-    """A function on a hook point that gives `take` the gradient there [prompt, seq, receiver, d_model]."""
-
-    def apply(x: Tensor) -> Tensor | None:
-        if not x.requires_grad:
-            return None
-        y = x.view_as(x)  # apart from the skip connection
-        y.register_hook(lambda g: take(rows, g if g.ndim == 4 else g[:, :, None]))
-        return y
-
-    return apply
 
 
 @contextmanager
@@ -366,9 +359,13 @@ class Lost:
             a = self.slots[first + some[0]]
             self.apart[a : a + len(some)] = head_writes(self.run.model, layer, part, some)
 
-    def take(self, x: Tensor, rows: slice) -> Tensor:
-        """What some receivers read [row, seq, receiver, d_model], without what their cut edges bring."""
-        seen, b = int(self.run.index.seen[rows.start]), len(self.run.ids)
+    def touched(self, rows: slice) -> np.ndarray:
+        """Which of some receivers lose an edge in some set."""
+        return np.flatnonzero((self.most[:, rows] | self.odd[:, rows].any(-1)).any(0))
+
+    def take(self, x: Tensor, rows: np.ndarray) -> Tensor:
+        """What some receivers of one place read [row, seq, receiver, d_model], without what their cut edges bring."""
+        seen, b = int(self.run.index.seen[rows[0]]), len(self.run.ids)
         most, odd = self.most[:, rows], self.odd[:, rows, : np.searchsorted(self.columns, seen)]
         if most.any():
             rest = self.run.rests[seen].to(x)[:, :, None]
@@ -390,6 +387,8 @@ def edge_runs(model: Model, study: Study, rest: str, seed: int = 0, make: Callab
     """One EdgeRun a length of prompt, over the set or the one prompt. Interventions of the study are left out: an edge circuit is one of the model itself."""
     if rest not in REST:
         raise UserError(f"{rest!r} is not a value for what is left out: use one of {', '.join(REST)}")
+    if make is EdgeRun:
+        require_parts(model)
     members = list(enumerate(study.prompt_set)) or [(0, study.prompt)]
     study = replace(study, interventions=(), base="clean")
     runs = []

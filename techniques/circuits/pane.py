@@ -94,7 +94,7 @@ class CircuitPane(Pane):
     def by_edges(app: Host) -> bool:
         """Whether the circuit is scored by its edges: when they lead from embed to the logits, unless Y says otherwise."""
         by, circuit = app.state.views["circuit.by"], app.state.current
-        return by == "edges" or by == "auto" and circuit is not None and bool(circuit.edges) and connected(circuit)
+        return by == "edges" or by == "auto" and circuit is not None and bool(circuit.edges) and connected(circuit, app.info)
 
     def path(self, app: Host) -> PathPatch:
         state, views = app.state, app.state.views
@@ -221,7 +221,7 @@ class CircuitPane(Pane):
         for receiver in app.state.receivers:
             app.act("keep", part=f"{sender}->{receiver}")
         did = "kept" if f"{sender}->{app.state.receivers[-1]}" in app.state.current.edges else "dropped"
-        by_nodes = app.state.views["circuit.by"] == "auto" and not connected(app.state.current)
+        by_nodes = app.state.views["circuit.by"] == "auto" and not connected(app.state.current, app.info)
         more = "; scored by nodes until its edges lead from embed to logits" if by_nodes else ""
         app.say(f"{sender} → {', '.join(app.state.receivers)}: {did}{more}")
 

@@ -22,7 +22,7 @@ from model.bridge import Edit, Model
 from model.changed_blocks import PIECE
 from model.runs import Runs
 from model.variants import Base
-from model.writes import change_of_head, post_scales
+from model.writes import change_of_head, post_scales, require_parts
 from techniques.circuits.requests import CONVENTIONS, PathPatch
 from techniques.patching.plan import Layout, aligned, bases, read_plan
 from techniques.patching.requests import Sweep, SweepResult
@@ -299,6 +299,7 @@ def path_patch(model: Model, ask: PathPatch) -> Generator[Progress | SweepResult
         raise UserError("one cell is one sender or one receiver: each is sender or receiver")
     if ask.study.metric.kind == "loss":
         raise UserError("path patching reads one position, and loss has none: use another metric")
+    require_parts(model)
     begun = time.monotonic()
     plan = read_plan(model, Sweep(ask.study, "nodes", "patch", ask.direction, over_set=ask.over_set, chunk_mb=ask.chunk_mb))
     layout, paths = lay_out(plan.runs[0], ask)

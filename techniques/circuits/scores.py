@@ -70,7 +70,7 @@ def score(model: Model, ask: Score) -> Generator[Progress, None, ScoreResult]:
     if "minimality" in ask.what and not ask.dry:
         minimal, with_, low, high, mean = yield from minimality(bench, work)
     gap = float((bench.whole - empty).mean())
-    warning = "" if not edges or connected(circuit) else "no path of its edges leads from embed to the logits: it is worth nothing; score it by its nodes"
+    warning = "" if not edges or connected(circuit, model.info) else "no path of its edges leads from embed to the logits: it is worth nothing; score it by its nodes"
     if abs(gap) < 0.05 * max(abs(float(bench.whole.mean())), abs(float(empty.mean()))):
         warning = f"model and empty circuit differ by {gap:.2g} only: fractions are large and noisy"
     members = tuple(range(len(ask.study.prompt_set) or 1))

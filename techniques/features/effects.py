@@ -8,7 +8,7 @@ from model.bridge import FINAL, Edit, Model
 from model.metrics import MetricReader, metric
 from model.runs import Runs
 from model.sae import SparseAutoencoder
-from model.writes import SCALE, frozen_norm, post_norm, pull_back, to_heads
+from model.writes import SCALE, frozen_norm, linear_norm, output_matrix, post_norm, pre_norm, pull_back, to_heads
 from vocabulary.nodes import UserError
 from vocabulary.prompts import RUNS
 
@@ -47,7 +47,7 @@ def written(model: Model, d: SparseAutoencoder, index: int) -> Tensor | None:
         return row
     if d.site_out != "z":
         return None
-    w = model.bridge.blocks[d.layer].attn.W_O.float()
+    w = output_matrix(model, d.layer, "attn")
     return t.einsum("he,hem->m", row.view(w.shape[0], w.shape[1]).to(w.device), w)
 
 
@@ -125,16 +125,16 @@ def stream_reader(runs: Runs, d: SparseAutoencoder, which: str, w: Tensor, pos: 
         case "attn" | "z":
             return d.site, w, 0.0
         case "normed" | "mlp_in":
-            model, name = runs.model, f"blocks.{d.layer}.ln2"
-            if f"{name}.hook_scale" not in model.points:
-                name = f"blocks.{d.layer}.ln1"
-            scale = runs.trace(which, [f"{name}.hook_scale"])[f"{name}.hook_scale"][0, pos][None].float()
-            norm = getattr(model.bridge.blocks[d.layer], name.rsplit(".")[-1])
+            model, before = runs.model, "pre" if runs.model.parallel else "mid"
+            if (found := pre_norm(model, d.layer, "mlp")) is None:
+                return (before, w, 0.0) if d.site == "mlp_in" else None
+            norm, name = found
+            scale = runs.trace(which, [name])[name][0, pos][None].float()
             if d.site == "mlp_in":
                 back, constant = pull_back(model, norm, scale, w[None])
-                return "pre" if model.parallel else "mid", back[0], constant.item()
-            back = w if norm.uses_rms_norm else w - w.mean()
-            return "pre" if model.parallel else "mid", back / scale[0].to(w), 0.0
+                return before, back[0], constant.item()
+            back = w - w.mean() if linear_norm(model, norm).centred else w
+            return before, back / scale[0].to(w), 0.0
     return None
 
 

@@ -15,7 +15,7 @@ from model.bridge import FINAL, Edit, Model
 from model.runs import Runs
 from model.sae import SparseAutoencoder
 from model.steering import Change, changed, write
-from model.writes import SCALE, post_norm, pull_back, to_heads
+from model.writes import SCALE, post_norm, pre_norm, pull_back, require_parts, to_heads
 from techniques.attribution.logits import direction, true_logits
 from techniques.features.effects import check_run, stream_reader
 from techniques.features.requests import CheckEdge, CheckEdgeResult, FeatureGraph, FeatureGraphResult
@@ -50,6 +50,7 @@ def stage(d: SparseAutoencoder) -> tuple[int, int]:
 def find_target(runs: Runs, up: SparseAutoencoder, down: SparseAutoencoder, ask: FeatureGraph | CheckEdge) -> Target:
     check_run(runs, ask.which)
     model, which = runs.model, ask.which
+    require_parts(model)
     pos = runs.place(which, ask.pos)
     if ask.target < 0:
         if not runs.answers:
@@ -137,7 +138,8 @@ def through_attention(runs: Runs, which: str, up: SparseAutoencoder, layer: int,
     if heads is None and (up.site_out, up.layer) == ("attn", layer):
         shares.here = g
         return t.zeros_like(g)
-    names = [f"{name}.attn.hook_pattern", f"{name}.ln1.hook_scale", *([post[1]] if post else [])]
+    before = pre_norm(model, layer, "attn")
+    names = [f"{name}.attn.hook_pattern", *(x[1] for x in (before, post) if x)]
     acts = {n: x[0].float() for n, x in runs.trace(which, names).items()}
     if heads is None:
         z, constant = to_heads(model, layer, acts, g)
@@ -155,8 +157,10 @@ def through_attention(runs: Runs, which: str, up: SparseAutoencoder, layer: int,
     if b is not None:
         b = b.float() if b.numel() == v[0].numel() else b.float().view(len(w), -1, v.shape[-1])[:, 0]
         shares.add("biases", dot(v, b.view(v.shape[1:]).expand_as(v)))
-    back, constant = pull_back(model, block.ln1, acts[names[1]], t.einsum("she,hme->sm", v, w))
-    shares.add("biases", constant.sum().item())
+    back = t.einsum("she,hme->sm", v, w)
+    if before is not None:
+        back, constant = pull_back(model, before[0], acts[before[1]], back)
+        shares.add("biases", constant.sum().item())
     return back.to(g.device)
 
 
@@ -222,8 +226,8 @@ def words(runs: Runs, up: SparseAutoencoder, down: SparseAutoencoder, target: Ta
 
 
 def frozen_names(model: Model, layers: range) -> list[str]:
-    names = [f"blocks.{layer}.{n}" for layer in layers for n in ("attn.hook_pattern", "hook_mlp_out", "ln1.hook_scale")]
-    return names + [post[1] for layer in layers if (post := post_norm(model, layer, "attn"))]
+    names = [f"blocks.{layer}.{n}" for layer in layers for n in ("attn.hook_pattern", "hook_mlp_out")]
+    return names + [found[1] for layer in layers for near in (pre_norm, post_norm) if (found := near(model, layer, "attn"))]
 
 
 def freeze(runs: Runs, which: str) -> list[Edit]:

@@ -13,7 +13,7 @@ from model.metrics import rows_at_once, vocab_bytes
 from model.places import hook_name
 from model.runs import Runs
 from model.top_tokens import largest, texts
-from model.writes import SCALE, adds, frozen_norm, post_norm
+from model.writes import SCALE, adds, frozen_norm, post_norm, require_parts
 from techniques.lens.requests import LENSES, LensResult
 from techniques.lens.translators import Translators, read_translators
 from vocabulary.nodes import Node, UserError, parse_node
@@ -70,6 +70,7 @@ def names_of(model: Model, nodes: list[Node]) -> list[str]:
     names = [hook_name(model, n) for n in nodes]
     if any(is_component(n) for n in nodes):
         model.point(SCALE)
+        require_parts(model)
         names.append(SCALE)
     names += [post[1] for n in nodes if n.site == "head" and (post := post_norm(model, n.layer, "attn"))]
     return list(dict.fromkeys([*names, FINAL]))

@@ -9,7 +9,7 @@ from torch import Tensor
 from model.base_run import PatchSite
 from model.bridge import FINAL
 from model.variants import Base, Variant
-from model.writes import SCALE, adds, frozen_norm, post_norm, post_scales
+from model.writes import SCALE, adds, frozen_norm, post_norm, post_scales, require_parts
 from techniques.patching.plan import Plan, reads
 from vocabulary.nodes import UserError
 
@@ -23,6 +23,7 @@ def direct_names(plan: Plan) -> tuple[str, ...]:
     if plan.ask.plain:
         raise UserError("direct effects are not run by whole forward passes")
     plan.model.point(SCALE)
+    require_parts(plan.model)
     layers = {s.node.layer for s in plan.spots if s.node.site == "head"}
     return (FINAL, SCALE, *post_scales(plan.model, "attn", "mlp"), *(f"blocks.{n}.attn.hook_z" for n in layers))
 

@@ -7,11 +7,12 @@ import numpy as np
 import torch as t
 from torch import Tensor
 
-from techniques.weights.matrices import CHUNK_BYTES, NOTHING, Gain, Head, Layer, Tokens, read_gain
+from techniques.weights.matrices import CHUNK_BYTES, NOTHING, Gain, Head, Layer, Tokens, final_gain, read_gain
 from techniques.weights.requests import Composition, CompositionResult, HeadWeights, HeadWeightsResult, Pairs, Readout, Singular, SINGULAR, SingularResult
 from vocabulary.nodes import UserError
 from vocabulary.requests import Progress
 from model.bridge import Model
+from model.writes import multiplier, post_norm, pre_norm
 
 SAMPLE = 1024  # tokens the copying score is taken over
 NEAR_TOP = 5
@@ -103,7 +104,7 @@ def eigenvalues(v: Tensor, w: Tensor) -> tuple[np.ndarray, float]:
 @t.no_grad()
 def copying(head: Head, tokens: Tokens, w: Tensor) -> Generator[Progress, None, tuple[float, float, int]]:
     """Fractions of tokens whose own logit is among the highest and among the lowest of what the head writes when it attends to them alone."""
-    model, final = head.model, read_gain(head.model, head.model.bridge, "ln_final")
+    model, final = head.model, final_gain(head.model)
     chosen = t.randperm(tokens.n, generator=t.Generator().manual_seed(0))[:SAMPLE]
     v, written = head.values(tokens(tokens.ids[chosen])), head.written()
     chosen = chosen.to(w.device)
@@ -313,9 +314,9 @@ def mlp_matrix(model: Model, layer: int, which: str) -> tuple[Tensor, Gain]:
         raise UserError(f"layer {layer} of {model.info.architecture} has {missing}")
     w = w.detach().to(model.final_device).float()
     if which == "mlp_out":
-        post = read_gain(model, block, "ln2_post")
-        return (w * post.weight).T, post
-    norm = read_gain(model, block, "ln2" if "ln2" in block._modules else "ln1")
+        post = read_gain(model, post_norm(model, layer, "mlp"))
+        return (w * multiplier(model, layer) * post.weight).T, post
+    norm = read_gain(model, pre_norm(model, layer, "mlp"))
     return norm.fold(w), norm
 
 
@@ -337,7 +338,7 @@ def singular(model: Model, ask: Singular) -> Generator[Progress, None, SingularR
     if (ask.head is None) != ask.which.startswith("mlp"):
         raise UserError(f"{ask.which} belongs to {'an MLP: give no head' if ask.head is not None else 'a head: say which'}")
     tokens = Tokens(model)
-    final = read_gain(model, model.bridge, "ln_final")
+    final = final_gain(model)
     yield Progress(0, tokens.n, "singular directions")
     reads: dict[str, tuple[Gain, Tensor]] = {}  # name: the norm it reads through, directions [d_model, r]
     writes: dict[str, Tensor] = {}

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vocabulary.nodes import UserError
 from model.bridge import Model
+from model.writes import linear_norm, multiplier, output_matrix, post_norm, pre_norm
 
 CHUNK_BYTES = 64 << 20
 
@@ -51,28 +52,30 @@ class Gain:
 NOTHING = Gain(1.0, 0.0, False, None)
 
 
-def read_gain(model: Model, owner: object, name: str) -> Gain:
-    """The norm's own numbers, held against its own forward pass (Gemma's gain is 1 + w)."""
-    norm = getattr(owner, "_modules", {}).get(name)
-    if norm is None:
+def read_gain(model: Model, found: tuple[t.nn.Module, str] | None) -> Gain:
+    """The numbers of a norm (and its name), held against its own forward pass; NOTHING where there is none."""
+    if found is None:
         return NOTHING
-    module = norm.original_component
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    module, device = found[0].original_component, model.final_device
+    weight = getattr(module, "weight", None)
+    refusal = UserError(f"{model.info.architecture}: {found[1]} is a {type(module).__name__}, a norm whose gain Loupe can't fold")
+    if isinstance(module, t.nn.ModuleList) or any(module.children()) or weight is not None and weight.ndim != 1:
+        raise refusal
+    linear = linear_norm(model, found[0])
     eps = next((float(v) for n in ("eps", "variance_epsilon") if (v := getattr(module, n, None)) is not None), 0.0)
-    device = model.final_device
-    plain = 1.0 if weight is None else weight.detach().to(device).float()
-    bias = 0.0 if bias is None else bias.detach().to(device).float()
-    width = model.info.d_model if weight is None else weight.shape[-1]
+    gain = Gain(1.0 if linear.gain is None else linear.gain.to(device), 0.0 if linear.bias is None else linear.bias.to(device), linear.centred, eps)
+    width = model.info.d_model if weight is None else len(weight)
     x = t.randn(4, width, generator=t.Generator().manual_seed(0)).to(device, model.dtype)
-    place = x if weight is None else x.to(weight.device)
     with t.no_grad():
-        want = module(place).to(device)
-    centred = not norm.uses_rms_norm
-    for gain in (Gain(plain, bias, centred, eps), Gain(plain + 1.0, bias, centred, eps)):
-        if plain is gain.weight or weight is not None:
-            if model.identity(name, gain(x.float()), want).ok:
-                return gain
-    raise UserError(f"{model.info.architecture}: {name} is a {type(module).__name__}, a norm whose gain Loupe can't fold")
+        want = module(x if weight is None else x.to(weight.device)).to(device)
+    if not model.identity(found[1], gain(x.float()), want).ok:
+        raise refusal
+    return gain
+
+
+def final_gain(model: Model) -> Gain:
+    """The numbers of the final norm."""
+    return read_gain(model, (model.bridge.ln_final, "ln_final"))
 
 
 # ------------------------------------------------------------------ token vectors and heads
@@ -117,15 +120,15 @@ class Tokens:
         return x.float().to(self.model.final_device)
 
     def mlp(self, x: Tensor) -> Tensor:
-        b = self.block
+        b, before, after = self.block, *(near(self.model, 0, "mlp") for near in (pre_norm, post_norm))
         try:
-            out = b.mlp((b.ln2 if "ln2" in b._modules else b.ln1)(x))
+            out = b.mlp(x if before is None else before[0](x))
         except (TypeError, RuntimeError) as error:
             if isinstance(error, t.OutOfMemoryError):
                 raise
             raise UserError(f"MLP 0 of {self.model.info.architecture} does not run on its own: turn mlp0 off") from error
         out = out[0] if isinstance(out, tuple) else out
-        return b.ln2_post(out) if "ln2_post" in b._modules else out
+        return (out if after is None else after[0](out)) * multiplier(self.model, 0)
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         size = max(1, CHUNK_BYTES // (4 * self.model.info.d_model * (1 + 4 * self.mlp0)))
@@ -154,7 +157,8 @@ class Layer:
             why = "has no attention" if attn is None else "normalises queries over all heads at once, so that no head has a QK circuit of its own"
             raise UserError(f"layer {layer} of {model.info.architecture} {why}")
         try:
-            self.q, self.k, self.v, self.o = (self.fp32(getattr(attn, n)) for n in ("W_Q", "W_K", "W_V", "W_O"))
+            self.q, self.k, self.v = (self.fp32(getattr(attn, n)) for n in ("W_Q", "W_K", "W_V"))
+            self.o = self.fp32(output_matrix(model, layer, "attn"))
             self.b_q, self.b_k, self.b_v = (self.fp32(getattr(attn, n)) for n in ("b_Q", "b_K", "b_V"))
         except (AttributeError, RuntimeError, ValueError) as error:
             if isinstance(error, t.OutOfMemoryError):
@@ -163,8 +167,8 @@ class Layer:
         i = model.info
         if not (self.q.ndim == self.k.ndim == 3 and self.q.shape == (i.n_heads, i.d_model, i.d_head) and self.o.shape == (i.n_heads, i.d_head, i.d_model)):
             raise UserError(f"layer {layer} of {i.architecture}: W_Q of shape {tuple(self.q.shape)} is not one matrix a head")
-        self.norm, self.post = read_gain(model, self.block, "ln1"), read_gain(model, self.block, "ln1_post")
-        self.q_norm, self.k_norm = ((read_gain(model, attn, n) if phase else NOTHING) for n in ("q_norm", "k_norm"))
+        self.norm, self.post = (read_gain(model, near(model, layer, "attn")) for near in (pre_norm, post_norm))
+        self.q_norm, self.k_norm = ((read_gain(model, (attn._modules[n], n)) if phase and n in attn._modules else NOTHING) for n in ("q_norm", "k_norm"))
         self.groups = t.arange(i.n_heads) // (i.n_heads // len(self.k))
         inner = attn.original_component
         self.scaling = float(getattr(inner, "scaling", None) or i.d_head**-0.5)
@@ -181,10 +185,11 @@ class Layer:
         return q, k[self.groups], self.norm.fold(self.v)[self.groups], self.norm.centre(self.o * self.post.weight)
 
     def says(self) -> str:
-        i = self.model.info
+        i, factor = self.model.info, multiplier(self.model, self.index)
         gain = f"{'LayerNorm' if self.norm.centred else 'RMSNorm'} gains folded on the fly{' and means taken away' if self.norm.centred else ''}"
         parts = ["raw Hugging Face weights in fp32", "no norm" if self.norm is NOTHING else gain]
         parts += ["gain of the norm after attention folded into what heads write"] * (self.post is not NOTHING)
+        parts += [f"times the residual multiplier {factor:g}"] * (factor != 1)
         parts += ["gains of the query and key norms folded"] * (self.q_norm is not NOTHING)
         parts += [f"{i.n_heads // len(self.k)} heads share a key/value head: key/value head = head // {i.n_heads // len(self.k)}"] * (len(self.k) < i.n_heads)
         return ", ".join(parts)
@@ -285,4 +290,4 @@ class Head:
 
     def written(self) -> Tensor:
         """[d_head, d_model] with the final norm's gain, its mean taken away: times W_U it is logits, at a fixed final scale."""
-        return read_gain(self.model, self.model.bridge, "ln_final").fold_written(self.o)
+        return final_gain(self.model).fold_written(self.o)

@@ -236,7 +236,7 @@ def do(case: Case) -> Tries:
 
         def every(kind: str = kind) -> None:
             unit = None if kind in LAYERS else 3 if kind == "neuron" else 2
-            cells = [Cell(kind, 0, unit), Cell(kind, 1, unit), Cell(kind, 0, unit, DIFFERS), Cell(kind, 1, unit, len(case.ids[0]) - 1)]
+            cells = [Cell(kind, 0, unit), Cell(kind, 1, unit, DIFFERS), Cell(kind, 1, unit, len(case.ids[0]) - 1)]
             for op, value in (("zero", lambda c, i: 0.0), ("patch", from_other(case, 1) if readable(case, kind) else None)):
                 texts = [f"{address(c)}={op}" for c in cells]
                 found = [case.engine.run(Run(Study(PROMPT, (parse_intervention(text),)))).now.metric for text in texts]
@@ -566,11 +566,9 @@ def half(case: Case) -> Tries:
     asks = {
         "logits": (Run(STUDY), lambda r: [r.clean.metric, r.corrupt.metric]),
         "sweep": (Sweep(STUDY, "z"), lambda r: r.values),
-        "estimate": (Estimate(STUDY, "z"), lambda r: r.values),
         "attribution": (Attribution(STUDY, which="clean"), lambda r: r.cells.heads),
         "path": (PathPatch(STUDY, receivers=("L1H2.q",)), lambda r: r.values[np.isfinite(r.values)]),
         "EAP": (Discover(STUDY, "eap", edges=4), lambda r: r.scores),
-        "EAP-IG": (Discover(STUDY, "eap-ig", edges=4, steps=2), lambda r: r.scores),
     }
     for name, (ask, read) in asks.items():
         yield name, lambda ask=ask, read=read: near(read(case.half.run(ask)), read(case.engine.run(ask)))

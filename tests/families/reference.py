@@ -150,7 +150,7 @@ class Softmax(TorchFunctionMode):
         layer = self.where()
         if func not in SOFTMAX or layer is None or out.ndim < 3:
             return out
-        return self.seen(layer, out if out.ndim == 4 else out[None]).view(out.shape)
+        return self.seen(layer, out).view(out.shape)
 
 
 class Reference:
@@ -254,6 +254,7 @@ class Reference:
         patterns = {layer: [fn for (site, at), fn in edits if site == "pattern" and at == layer] for layer in range(self.n)}
 
         def seen(layer: int, x: Tensor) -> Tensor:
+            x = x.view(len(ids), -1, *x.shape[-2:])
             sink = x.shape[-1] - shape[1]
             for fn in patterns[layer]:
                 x = t.cat([fn(x[..., : shape[1]]), x[..., shape[1] :]], -1) if sink else fn(x)

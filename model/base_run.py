@@ -77,9 +77,7 @@ def common(model: Model) -> list[str]:
         "hook_resid_mid",
         "hook_resid_post",
     )
-    return [
-        name for i in range(model.info.n_layers) for end in ends if (name := f"blocks.{i}.{end}") in model.points and not model.bridge._gated_hook_reason(name)
-    ]
+    return [name for i in range(model.info.n_layers) for end in ends if model.has(name := f"blocks.{i}.{end}")]
 
 
 class Recorded(Exception):

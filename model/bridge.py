@@ -18,7 +18,7 @@ from model.notes import Notes
 from model.memory import out_of_memory
 from model.tokens import Tokens
 from utils import tec
-from vocabulary.nodes import UserError
+from vocabulary.nodes import PARTS, RESIDS, UserError
 from vocabulary.prompts import Prompt, TokenRow
 from vocabulary.requests import CheckResult, Identity, Load, ModelInfo
 
@@ -28,6 +28,20 @@ TOLERANCE = {t.float32: 1e-4, t.bfloat16: 5e-2, t.float16: 5e-3}
 STRETCH = 1024
 POSITIONS = {"standard": "learned"}
 Edit = tuple[str, Callable[[Tensor], Tensor | None]]
+HOOKS = {  # of a layer's sites, the hook point in its block
+    **{site: f"hook_{site}" for site in RESIDS},
+    "attn": "hook_attn_out",
+    "mlp": "hook_mlp_out",
+    "neuron": "mlp.hook_post",
+    **{part: f"attn.hook_{part}" for part in PARTS},
+}
+SITE_OF = {hook: site for site, hook in HOOKS.items()}
+
+
+def site_of(name: str) -> str:
+    """The site that a hook point of a block is; "" for any other."""
+    block = re.fullmatch(r"blocks\.\d+\.(.+)", name)
+    return SITE_OF.get(block[1], "") if block else ""
 
 
 class Passed(Exception):
@@ -126,6 +140,7 @@ class Model:
     @contextmanager
     def hooks(self, fns: Iterable[Edit]) -> Generator:
         """Functions on hook points, in order; None leaves the value. Gone afterwards, whatever happens."""
+        self.require("model")
         added = []
         try:
             for name, fn in sorted(fns, key=lambda e: isinstance(e[1], Keep)):
@@ -140,9 +155,15 @@ class Model:
                 point.remove_hooks("both", level=LEVEL)
 
     def point(self, name: str) -> object:
-        if name not in self.points or self.bridge._gated_hook_reason(name):
+        """The hook point of a name, to read or to write at. UserError where there is none, or the checks at load refused its site."""
+        self.require(site_of(name))
+        if not self.has(name):
             raise UserError(f"{self.info.architecture} has no {name}")
         return self.points[name]
+
+    def has(self, name: str) -> bool:
+        """Whether there is a hook point of this name whose site the checks at load did not refuse."""
+        return name in self.points and not self.bridge._gated_hook_reason(name) and site_of(name) not in self.notes.refused
 
     def require(self, *names: str) -> None:
         """UserError where the checks made at load found one of these sites ("pattern", "q", "mlp" ...) or identities ("parts") wrong on this model."""
@@ -265,10 +286,10 @@ class Model:
         i, size = self.info, t.finfo(self.dtype).bits // 8
         need = i.n_layers * size * seq * (3 * i.d_model + i.n_heads * seq)
         patterns = [f"blocks.{layer}.attn.hook_pattern" for layer in range(i.n_layers)]
-        return [FINAL, *self.lens_points(), *patterns] if need <= self.cache.limit // 16 else []
+        return [FINAL, *self.lens_points(), *filter(self.has, patterns)] if need <= self.cache.limit // 16 else []
 
     def lens_points(self) -> list[str]:
-        sites = ("post",) if self.parallel else ("mid", "post")
+        sites = ("post",) if self.parallel or "resid_mid" in self.notes.refused else ("mid", "post")
         return ["blocks.0.hook_resid_pre", *(f"blocks.{layer}.hook_resid_{s}" for layer in range(self.info.n_layers) for s in sites)]
 
     def capped(self, raw: Tensor) -> Tensor:

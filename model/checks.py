@@ -1,14 +1,76 @@
 """Do the hook points mean on this model what Loupe takes them to mean? Checked at every load."""
 
 import math
+from collections import Counter
+from collections.abc import Generator
 from dataclasses import replace
 
 import torch as t
 from torch import Tensor
 
-from model.bridge import FINAL, Model, write_mid
+from model.bridge import FINAL, HOOKS, Model, write_mid
+from model.probes import WORDS, probe
+from model.untouched import Untouched
 from model.writes import attention_out, post_scales
-from vocabulary.requests import Identity
+from vocabulary.nodes import UserError
+from vocabulary.requests import Identity, Progress
+
+
+# What is refused where an identity fails, and why. "model": every analysis
+REFUSED = {
+    "forward pass = Hugging Face's own": ("model", "TransformerLens's forward pass is not Hugging Face's own"),
+    "lens at the last point = logits": ("model", "the logits are not the final norm and the unembedding of what the last block puts out"),
+    "unembedding of the final norm = logits": ("model", "the logits are not the unembedding of the final norm"),
+    "residual stream = sum of its terms": ("parts", "what attention and MLP put out does not add up to the residual stream"),
+    "resid_mid = resid_pre + attention": ("resid_mid", "resid_mid is not resid_pre and attention's output"),
+    "write at resid_mid via attn_out": ("resid_mid", "writing resid_mid does not do what it says"),
+    "heads + b_O = attention": ("heads", "the heads' outputs do not add up to attention's"),
+}
+
+
+def prove(model: Model, untouched: Untouched) -> Generator[Progress, None, tuple[Identity, ...]]:
+    """At load: the forward pass against the untouched model's, the identities, and what writes do at every site. What fails is refused by name."""
+    refused = model.notes.refused
+    if "blocks.0.hook_resid_pre" not in model.points or FINAL not in model.points:
+        raise UserError(f"{model.info.architecture}: TransformerLens gives it no residual stream to read (no hook_resid_pre, or no final norm)")
+    names, passed = [f"blocks.{i}.{hook}" for i in range(model.info.n_layers) for hook in HOOKS.values()], Counter()
+    acts: dict[str, Tensor] = {}
+
+    def take(name: str, x: Tensor) -> None:
+        passed.update([name])
+        if model.place(name) in untouched.patched:
+            acts[name] = x
+
+    logits, _ = model.forward(untouched.ids, [n for n in (*names, FINAL) if model.has(n)], keep=0, take=take)
+    refused |= absent(model, passed)
+    if passed[FINAL] != 1:
+        refused["model"] = f"its final norm is run {passed[FINAL]} times in one forward pass, so that what it puts out can't be told apart"
+        return ()
+    rows = [model.identity("forward pass = Hugging Face's own", logits, untouched.logits), *self_check(model)]
+    for row in rows:
+        if row.ok is False and row.name in REFUSED:
+            name, why = REFUSED[row.name]
+            refused.setdefault(name, f"{why} (off by {row.error:.2g})")
+    yield Progress(4, 5, "checking: what writes do")
+    if "model" not in refused:
+        found, more = yield from probe(model, untouched, acts)
+        rows += found.values()
+        refused |= more | refused
+    return tuple(rows)
+
+
+def absent(model: Model, passed: Counter) -> dict[str, str]:
+    """By site that some layer lacks, which layers, in words. resid_mid of parallel blocks is none, and experts have no neurons."""
+    n, by_layers = model.info.n_layers, {}
+    for site in (s for s in HOOKS if s != "neuron" and not (s == "resid_mid" and model.parallel)):
+        needed = (HOOKS[site], *(["hook_attn_out"] * (site == "resid_mid")))
+        if lacking := tuple(str(i) for i in range(n) if not all(passed[f"blocks.{i}.{hook}"] == 1 for hook in needed)):
+            by_layers.setdefault(lacking, []).append(site)
+    out = {}
+    for layers, sites in by_layers.items():
+        who = "it has no" if len(layers) == n else f"layer {layers[0]} has no" if len(layers) == 1 else f"layers {', '.join(layers)} have no"
+        out |= dict.fromkeys(sites, f"{who} {', '.join(WORDS[s] for s in sites)}")
+    return out
 
 
 def self_check(model: Model, ids: Tensor | None = None) -> tuple[Identity, ...]:
@@ -17,20 +79,25 @@ def self_check(model: Model, ids: Tensor | None = None) -> tuple[Identity, ...]:
     layers = range(model.info.n_layers)
     per_layer = ("hook_resid_pre", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "attn.hook_pattern", "attn.hook_z")
     per_layer += () if model.parallel else ("hook_resid_mid",)
-    absent = [n for n in (f"blocks.{i}.{s}" for i in layers for s in per_layer) if n not in model.points]
-    if absent:
-        return (Identity("hook points", math.inf, 0.0, False, f"the model has no {absent[0]}: views that need it do not work"),)
-    embeds = [n for n in ("hook_embed", "hook_pos_embed") if n in model.points]
-    logits, a = model.forward(ids, [*(f"blocks.{i}.{s}" for i in layers for s in per_layer), FINAL, *embeds], keep=0)
+    there = [s for s in per_layer if all(model.has(f"blocks.{i}.{s}") for i in layers)]
+    logits, a = model.forward(ids, [*(f"blocks.{i}.{s}" for i in layers for s in there), FINAL], keep=0)
     at = lambda site: t.stack([a[f"blocks.{i}.{site}"].float().cpu() for i in layers])  # noqa: E731
-    pre, post, attn, mlp, pattern = (at(s) for s in per_layer[:5])
-    rows = [model.identity("residual stream = sum of its terms", pre + attn + mlp, post)]
-    if not model.parallel:
-        rows.append(model.identity("resid_mid = resid_pre + attention", pre + attn, at("hook_resid_mid")))
-    rows.append(model.identity("attention rows sum to one", pattern.sum(-1), t.ones(pattern.shape[:-1])))
+    rows = []
+    if lacks := [s for s in per_layer if s not in there]:
+        rows.append(Identity("hook points", math.nan, 0.0, None, f"not in every layer: {', '.join(lacks)}"))
+    if {"hook_resid_pre", "hook_resid_post", "hook_attn_out", "hook_mlp_out"} <= set(there):
+        rows.append(
+            model.identity("residual stream = sum of its terms", at("hook_resid_pre") + at("hook_attn_out") + at("hook_mlp_out"), at("hook_resid_post"))
+        )
+        if "hook_resid_mid" in there:
+            rows.append(model.identity("resid_mid = resid_pre + attention", at("hook_resid_pre") + at("hook_attn_out"), at("hook_resid_mid")))
+    if "attn.hook_pattern" in there:
+        pattern = at("attn.hook_pattern")
+        rows.append(model.identity("attention rows sum to one", pattern.sum(-1), t.ones(pattern.shape[:-1])))
     rows.append(model.identity("lens at the last point = logits", model.unembed(model.norm(a[f"blocks.{layers[-1]}.hook_resid_post"])), logits))
     rows.append(model.identity("unembedding of the final norm = logits", model.unembed(a[FINAL]), logits))
-    rows.append(heads_check(model, a))
+    if {"attn.hook_z", "hook_attn_out"} <= set(there):
+        rows.append(heads_check(model, a))
     rows += write_checks(model, ids, a)
     return tuple(rows)
 
@@ -58,7 +125,7 @@ def write_checks(model: Model, ids: Tensor, a: dict[str, Tensor]) -> list[Identi
         one = model.forward(ids, edits=[(f"blocks.{layer}.hook_resid_pre", lambda x: new)], keep=0)[0]
         two = model.forward(ids, edits=[(f"blocks.{layer - 1}.hook_resid_post", lambda x: new)], keep=0)[0]
         rows.append(model.identity("writing resid_post = writing the next resid_pre", two, one))
-    if not model.parallel:
+    if not model.parallel and all(f"blocks.{layer}.hook_{s}" in a for s in ("resid_mid", "attn_out", "mlp_out")):
         want, where = noise(a[f"blocks.{layer}.hook_resid_mid"]), f"blocks.{layer}.hook_resid_mid"
         after, mlp = f"blocks.{layer}.hook_resid_post", f"blocks.{layer}.hook_mlp_out"
         _, got = model.forward(ids, [where, after, mlp], write_mid(layer, lambda x: want))

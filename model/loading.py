@@ -8,6 +8,7 @@ import queue
 import re
 import threading
 import time
+import traceback
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
@@ -30,10 +31,12 @@ from tqdm import tqdm
 from transformer_lens.model_bridge.sources.transformers import determine_architecture_from_hf_config
 from transformer_lens.utilities.architectures import MASKED_LM_ARCHITECTURES, MULTIMODAL_ARCHITECTURES, SEQ2SEQ_ARCHITECTURES
 
+from model import untouched
 from model.bridge import Model
-from model.checks import self_check
+from model.checks import prove
 from model.devices import filled_by_others, pick_device, unused_gpu
 from model.memory import first_line, out_of_memory
+from model.tokens import random_ids
 from utils import ROOT, settings, show_bytes
 from vocabulary.nodes import UserError
 from vocabulary.requests import Load, Progress
@@ -45,6 +48,7 @@ DTYPES = {"float32": t.float32, "bfloat16": t.bfloat16, "float16": t.float16}
 STORED = {"F32": t.float32, "BF16": t.bfloat16, "F16": t.float16}
 SMALL = 2_000_000_000
 TINY = 20_000_000  # below this a second thread costs more than it brings
+PROBE = 6  # tokens of the two prompts that a model is probed with
 CORES = t.get_num_threads()
 
 
@@ -250,8 +254,17 @@ def load(ask: Load, cache_mb: int, before_weights: Callable[[], None] = lambda: 
     yield Progress(2, 5, f"reading weights ({n_params / 1e6:.1f} M parameters, {str(dtype).removeprefix('torch.')})")
     hf = read_weights(folder, config, dtype, device, ask.device_map or None)
     yield Progress(3, 5, "wrapping")
-    model = Model(ask, hf, tokenizer, folder, base, dtype, cache_mb)
-    yield Progress(4, 5, "checking")
-    checks = self_check(model)
+    try:
+        own = untouched.ask(hf, random_ids(tokenizer, hf.get_input_embeddings().weight.shape[0], PROBE, 2))
+        model = Model(ask, hf, tokenizer, folder, base, dtype, cache_mb)
+        yield Progress(4, 5, "checking")
+        checks = yield from prove(model, own)
+    except (t.OutOfMemoryError, UserError):
+        raise
+    except Exception as error:  # of Hugging Face's or TransformerLens's code, on an architecture that they do not get through
+        traceback.print_exception(error)
+        raise UserError(f"{hf.config.architectures[0]} can't be read through TransformerLens: {first_line(error)}") from error
+    lacks = "; ".join(dict.fromkeys(model.notes.refused.values()))
+    warning = "; ".join(filter(None, (lacks and f"{model.info.architecture}: {lacks}", warning)))
     model.info = replace(model.info, n_params=n_params, seconds=time.time() - start, checks=checks, warning=warning)
     return model

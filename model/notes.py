@@ -11,7 +11,7 @@ class Notes:
 
     refused: dict[str, str] = field(default_factory=dict)  # by site or identity that the checks found wrong on this model, why; see Model.require
     trials: dict[object, str] = field(default_factory=dict)  # by shortcut, why it can't be taken on this model ("": it can)
-    norms: dict[object, object] = field(default_factory=dict)  # by norm, the linear map it is at a fixed scale (writes.linear_norm)
+    measured: dict[object, object] = field(default_factory=dict)  # numbers read by running a part: by norm its linear map, of the embeddings their factor (writes.py)
     calls: dict[tuple, dict[tuple, list]] = field(default_factory=dict)  # by prompt, what Hugging Face's model calls its blocks with
     slow: list[dict[object, Callable]] = field(default_factory=list)  # of every block, modules with one operation that can stand in for each
     saes: OrderedDict[str, object] = field(default_factory=OrderedDict)  # the last few that were loaded, by source

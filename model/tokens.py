@@ -144,6 +144,11 @@ class Tokens:
 
     def random_ids(self, n: int, rows: int = 1, seed: int = 0) -> Tensor:
         """Random tokens, none of them special."""
-        special = set(self.tokenizer.all_special_ids)
-        usual = t.tensor([i for i in range(min(len(self.tokenizer), self.n_embed)) if i not in special])
-        return usual[t.randint(len(usual), (rows, n), generator=t.Generator().manual_seed(seed))]
+        return random_ids(self.tokenizer, self.n_embed, n, rows, seed)
+
+
+def random_ids(tokenizer, n_embed: int, n: int, rows: int = 1, seed: int = 0) -> Tensor:
+    """Random tokens [rows, n] of a model with so many embeddings, none of them special."""
+    special = set(tokenizer.all_special_ids)
+    usual = t.tensor([i for i in range(min(len(tokenizer), n_embed)) if i not in special])
+    return usual[t.randint(len(usual), (rows, n), generator=t.Generator().manual_seed(seed))]

@@ -13,7 +13,8 @@ from model.bridge import FINAL, TOLERANCE, Model
 from vocabulary.nodes import UserError
 
 SCALE = "ln_final.hook_scale"
-LOUD = 64.0  # size of the input that a norm is read with: its epsilon is nothing beside it
+POSITION = "pos_embed.hook_out"  # hook_pos_embed is there without position embeddings too, and silent
+LOUD, QUIET = 64.0, 2.0**-9  # sizes of the inputs that a norm is read with: its epsilon is nothing beside the first, and as large as the second
 
 
 # ------------------------------------------------------------------ a frozen norm
@@ -21,30 +22,33 @@ LOUD = 64.0  # size of the input that a norm is read with: its epsilon is nothin
 
 @dataclass(frozen=True)
 class LinearNorm:
-    """A norm as the linear map it is at a fixed scale, float32: its gain and bias [d_model] (None: one, nothing) and whether it takes the mean off first."""
+    """A norm as the linear map it is at a fixed scale, float32: its gain and bias [d_model] (None: one, nothing), whether it takes the mean off first; its epsilon."""
 
     gain: Tensor | None
     bias: Tensor | None
     centred: bool
+    eps: float
 
 
 @t.no_grad()
 def linear_norm(model: Model, norm: t.nn.Module) -> LinearNorm:
     """A norm's numbers, read by running a float32 copy of it: classes store the gain as w, as w - 1, or not at all. Read once for each norm."""
-    known = model.notes.norms
+    known = model.notes.measured
     if norm not in known:
         run = copy.deepcopy(norm.original_component).float()
         weight = getattr(run, "weight", None)
         x = t.ones(model.info.d_model if weight is None else weight.shape[-1], device=model.final_device if weight is None else weight.device)
         x[::2] = -1
         x[1] -= len(x) % 2  # the mean of x is zero, and no element
-        up, down, moved = run(LOUD * t.stack([x, -x, x + 1]))
-        gain, bias = (up - down) / 2 / x * x.square().mean().sqrt(), (up + down) / 2
-        loud = (up - down).abs().max()
+        up, down, moved, quiet, still = run(t.stack([LOUD * x, -LOUD * x, LOUD * (x + 1), QUIET * x, 0 * x]))
+        size, loud = x.square().mean(), (up - down).abs().max()
+        gain, bias = (up - down) / 2 / x * size.sqrt(), (up + down) / 2
+        shrunk = (quiet - still).norm() / (up - still).norm()
         known[norm] = LinearNorm(
             None if (gain - 1).abs().max() < 1e-6 else gain,
             None if getattr(run, "bias", None) is None and bias.abs().max() <= 1e-6 * loud else bias,
             bool((moved - up).abs().max() <= 1e-3 * loud),
+            max(0.0, (size * QUIET**2 * (shrunk**-2 - 1)).item()),
         )
     return known[norm]
 
@@ -70,7 +74,7 @@ def dot(x: Tensor, d: Tensor) -> Tensor:
     return (x.float() * d.to(x.device)).cpu().double().sum(-1)
 
 
-# ------------------------------------------------------------------ from an output matrix into the stream
+# ------------------------------------------------------------------ into the stream
 
 
 def post_norm(model: Model, layer: int, part: str) -> tuple[t.nn.Module, str] | None:
@@ -100,6 +104,21 @@ def multiplier(model: Model, layer: int) -> float:
 def post_scales(model: Model, *parts: str) -> list[str]:
     """The hooks of the scales of all norms behind some parts, by layer."""
     return [post[1] for layer in range(model.info.n_layers) for part in parts if (post := post_norm(model, layer, part))]
+
+
+@t.no_grad()
+def embedding(model: Model) -> tuple[str, float]:
+    """The hook of the token embeddings, and what they are multiplied by behind it on their way into the stream (Granite); measured on a run, once."""
+    known = model.notes.measured
+    if "embedding" not in known:
+        name, first = "embed_ln.hook_out" if "embed_ln.hook_out" in model.points else "hook_embed", "blocks.0.hook_resid_pre"
+        _, got = model.forward(model.random_ids(2), [name, first, *[POSITION] * (POSITION in model.points)])
+        x, want = got[name].float(), got[first].float() - (got[POSITION].float() if POSITION in got else 0)
+        factor = ((x * want.to(x.device)).sum() / x.square().sum()).item()
+        if not model.identity("embedding", x * factor, want).ok:
+            raise UserError(f"{model.info.architecture}: tokens enter the first block as more than their embedding and position, so that neither can be read apart")
+        known["embedding"] = name, 1.0 if abs(factor - 1) < 1e-3 else factor
+    return known["embedding"]
 
 
 def output_matrix(model: Model, layer: int, part: str) -> Tensor:

@@ -100,7 +100,7 @@ class Plain:
             return (self.theirs[sender] - self.own[sender]) * self.factor
         layer, head = map(int, sender[1:].split("H"))
         d = self.own[f"z{layer}"].shape[-1] // self.heads
-        where, places = slice(head * d, (head + 1) * d), [(self.o[layer], "out"), (self.writes["attn"][layer], "out")]
+        where, place = slice(head * d, (head + 1) * d), (self.writes["attn"][layer], "out")
 
         def put(z: Tensor, x: Tensor) -> Tensor:
             x = x.clone()
@@ -109,13 +109,30 @@ class Plain:
 
         mine, theirs = self.own[f"z{layer}"], self.theirs[f"z{layer}"]
         if again:
-            (before,), (after,) = (self.read(self.ids, places[1:], [(self.o[layer], "in", lambda x, z=z: put(z, x))]) for z in (mine, theirs))
+            (before,), (after,) = (self.read(self.ids, [place], [(self.o[layer], "in", lambda x, z=z: put(z, x))]) for z in (mine, theirs))
             return (after - before) * self.factor
-        parts, after_norm = [], places[0] != places[1]
-        for ids, z in ((self.ids, mine), (self.other, theirs)):
-            (out, written), (without, _) = (self.read(ids, places, edits) for edits in ((), [(self.o[layer], "in", lambda x, z=z: put(0 * z, x))]))
-            parts.append((out - without) * written / out if after_norm else out - without)  # an RMSNorm is a factor for each number
-        return (parts[1] - parts[0]) * self.factor
+        return self.head(layer, head, theirs, self.other) - self.head(layer, head, mine, self.ids)
+
+    def head(self, layer: int, head: int, z: Tensor, ids: list[int]) -> Tensor:
+        """What a head with some z adds to the stream, the norm after attention a factor for each number, which it has in the run of `ids` (all such norms are RMSNorms)."""
+        d, o, places = z.shape[-1] // self.heads, self.o[layer], [(self.o[layer], "out"), (self.writes["attn"][layer], "out")]
+        alone = t.zeros_like(z)
+        alone[..., head * d : (head + 1) * d] = z[..., head * d : (head + 1) * d]
+        (out, written), (only, _), (none, _) = (self.read(ids, places, edits) for edits in ((), [(o, "in", lambda x: alone)], [(o, "in", lambda x: 0 * x)]))
+        return (only - none) * (written / out if places[0] != places[1] else 1) * self.factor
+
+    def logits(self, stream: Tensor, more: Tensor | float = 0) -> Tensor:
+        """The model's logits [vocab] of a row of the final stream [d_model], and of what is added to it behind the final norm, whose scale stays."""
+        norm, kind, c = self.norm, self.config.model_type, self.config
+        gain, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+        gain = t.ones(()) if gain is None else gain + 1 if "gemma" in kind or kind == "nemotron" else gain
+        centred = "RMS" not in type(norm).__name__
+        x, more = ((y - y.mean() if centred and isinstance(y, Tensor) else y) for y in (stream, more))
+        scale = (x.square().mean() + next((getattr(norm, n) for n in ("eps", "variance_epsilon") if hasattr(norm, n)), 1e-5)).sqrt()
+        normed = (x + more) / scale * gain + (0 if bias is None else bias)
+        logits = self.hf.get_output_embeddings()(normed).double() * (getattr(c, "logit_scale", None) or 1) / (getattr(c, "logits_scaling", None) or 1)
+        cap = getattr(c, "final_logit_softcapping", None)
+        return cap * t.tanh(logits / cap) if cap else logits
 
     def projection(self, layer: int, part: str, head: int) -> tuple[t.nn.Module, slice]:
         """The module that makes a head's queries, keys or values, and their columns."""
@@ -124,15 +141,18 @@ class Plain:
         if (fused := inside(attn, "query_key_value", "qkv_proj", "Wqkv", "c_attn")) is None:
             h = head if part == "q" else kv
             return inside(attn, f"{part}_proj"), slice(h * d, (h + 1) * d)
-        if kind in ("gpt_neox", "bloom") or kind == "falcon" and not self.config.multi_query and not self.config.new_decoder_architecture:
+        if kind == "codegen":  # four groups of heads, each with its queries, values and keys
+            per = self.heads // 4
+            start = ((head // per * 3 + "qvk".index(part)) * per + head % per) * d
+        elif kind in ("gpt_neox", "bloom") or kind == "falcon" and not self.config.multi_query and not self.config.new_decoder_architecture:
             start = (head * 3 + i) * d  # a head's three side by side
         else:
             start = head * d if part == "q" else (self.heads + (i - 1) * self.kv + kv) * d
         return fused, slice(start, start + d)
 
-    def edge(self, sender: str, receiver: str, again: bool) -> Tensor:
-        """Logits [vocab] of the first prompt when one receiver reads the other run's write of one sender (see `change`), everything behind it computed again."""
-        d = self.change(sender, again)
+    def edge(self, sender: str, receiver: str, again: bool, share: float = 1.0) -> Tensor:
+        """Logits [vocab] of the first prompt when one receiver reads the other run's write of one sender (see `change`), or goes a share of the way to it."""
+        d = self.change(sender, again) * share
         if receiver == "logits":
             return self.run(self.ids, [(self.norm, "in", lambda x: x + d)])
         layer = int(receiver[1 : receiver.index(".")] if receiver.endswith("mlp") else receiver[1 : receiver.index("H")])

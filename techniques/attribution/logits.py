@@ -19,11 +19,10 @@ from vocabulary.nodes import UserError
 from vocabulary.prompts import Study
 from vocabulary.requests import Progress
 from model.bridge import FINAL, Edit, Model
-from model.writes import SCALE, dot, linear_norm, post_norm, post_scales, pull_back, require_parts, to_heads, to_neurons
+from model.writes import POSITION, SCALE, dot, embedding, linear_norm, post_norm, post_scales, pull_back, require_parts, to_heads, to_neurons
 from model.steering import sites
 from model.runs import Runs, read_study
 
-POSITION = "pos_embed.hook_out"  # hook_pos_embed is there without position embeddings too, and silent
 CELLS = tuple(f.name for f in fields(AttributionCells))
 
 
@@ -59,11 +58,6 @@ def direction(model: Model, answers: list[int], foils: list[int]) -> tuple[Tenso
 # ------------------------------------------------------------------ the split
 
 
-def embed_name(model: Model) -> str:
-    """Bloom and a few others norm their embeddings."""
-    return "embed_ln.hook_out" if "embed_ln.hook_out" in model.points else "hook_embed"
-
-
 def edited(runs: Runs, which: str) -> set[tuple[str, int]]:
     """(site, layer) of what the run's interventions write straight into the residual stream, or over a whole attention's output."""
     if which != "now":
@@ -92,7 +86,7 @@ def factor(runs: Runs, which: str, site: str, layer: int, pos: int) -> float:
 
 def names(model: Model, sites: set[tuple[str, int]]) -> list[str]:
     """The hook points that `split` reads."""
-    out = [SCALE, FINAL, embed_name(model), *[POSITION] * (POSITION in model.points), *post_scales(model, "attn")]
+    out = [SCALE, FINAL, embedding(model)[0], *[POSITION] * (POSITION in model.points), *post_scales(model, "attn")]
     for layer in range(model.info.n_layers):
         out += [f"blocks.{layer}.attn.hook_z", f"blocks.{layer}.hook_mlp_out"]
     for site, layer in sites:
@@ -139,7 +133,7 @@ def split(model: Model, acts: dict[str, Tensor], u: Tensor, bias: Tensor, sites:
         mlps.append(dot(acts[f"blocks.{layer}.hook_mlp_out"], d))
         if ("attn", layer) in sites or ("resid_mid", layer) in sites:
             written += dot(acts[f"blocks.{layer}.hook_attn_out"], d) - heads[-1].sum(-1) - biases[-1]
-    embed = dot(acts[embed_name(model)], d)
+    embed = dot(acts[(found := embedding(model))[0]], d) * found[1]
     position = dot(acts[POSITION], d) if POSITION in acts else t.zeros(n, dtype=t.float64)
     for site, layer in sites:
         block = f"blocks.{layer}"

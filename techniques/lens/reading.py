@@ -13,7 +13,7 @@ from model.metrics import rows_at_once, vocab_bytes
 from model.places import hook_name
 from model.runs import Runs
 from model.top_tokens import largest, texts
-from model.writes import SCALE, adds, frozen_norm, post_norm, require_parts
+from model.writes import SCALE, adds, embedding, frozen_norm, post_norm, require_parts
 from techniques.lens.requests import LENSES, LensResult
 from techniques.lens.translators import Translators, read_translators
 from vocabulary.nodes import Node, UserError, parse_node
@@ -123,6 +123,8 @@ class Reader:
             return model.norm(x if self.lens is None else self.lens.translate(node, x).to(x.dtype))
         if node.site == "head":
             x = self.written(node, x)
+        if node.site == "embed":
+            x = x * embedding(model)[1]
         x, scale = x.to(model.final_device), self.rows[SCALE].to(model.final_device)
         return frozen_norm(model, model.bridge.ln_final, scale, x)
 

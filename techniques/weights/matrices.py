@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vocabulary.nodes import UserError
 from model.bridge import Model
-from model.writes import linear_norm, multiplier, output_matrix, post_norm, pre_norm
+from model.writes import embedding, linear_norm, multiplier, output_matrix, post_norm, pre_norm
 
 CHUNK_BYTES = 64 << 20
 
@@ -62,8 +62,8 @@ def read_gain(model: Model, found: tuple[t.nn.Module, str] | None) -> Gain:
     if isinstance(module, t.nn.ModuleList) or any(module.children()) or weight is not None and weight.ndim != 1:
         raise refusal
     linear = linear_norm(model, found[0])
-    eps = next((float(v) for n in ("eps", "variance_epsilon") if (v := getattr(module, n, None)) is not None), 0.0)
-    gain = Gain(1.0 if linear.gain is None else linear.gain.to(device), 0.0 if linear.bias is None else linear.bias.to(device), linear.centred, eps)
+    gain, bias = (x if x is None else x.to(device) for x in (linear.gain, linear.bias))
+    gain = Gain(1.0 if gain is None else gain, 0.0 if bias is None else bias, linear.centred, linear.eps)
     width = model.info.d_model if weight is None else len(weight)
     x = t.randn(4, width, generator=t.Generator().manual_seed(0)).to(device, model.dtype)
     with t.no_grad():
@@ -92,24 +92,12 @@ class Tokens:
         self.block = model.bridge.blocks[0]
         if mlp0 and "mlp" not in self.block._modules:
             raise UserError(f"{model.info.architecture} has no MLP 0: turn mlp0 off")
-        self.multiplier = self.find_multiplier()
+        self.multiplier = embedding(model)[1]
 
     @t.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
         x = self.model.bridge.embed(ids.to(self.model.device))
         return self.model.bridge.embed_ln(x) if "embed_ln" in self.model.bridge._modules else x
-
-    def find_multiplier(self) -> float:
-        """Some models scale embeddings outside the embedding; measured on a run."""
-        ids = self.model.random_ids(2)
-        names = [n for n in ("blocks.0.hook_resid_pre", "hook_pos_embed") if n in self.model.points]
-        _, got = self.model.forward(ids, names)
-        want = got[names[0]].float() - sum(got[n].float() for n in names[1:] if n in got)
-        x = self.embed(ids).float().to(want.device)
-        factor = ((x * want).sum() / (x * x).sum()).item()
-        if not self.model.identity("embedding", x * factor, want).ok:
-            raise UserError(f"{self.model.info.architecture}: tokens enter the first block as more than their embedding: no view of the weights in tokens")
-        return 1.0 if abs(factor - 1) < 1e-3 else factor
 
     @t.no_grad()
     def __call__(self, ids: Tensor) -> Tensor:

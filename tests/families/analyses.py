@@ -146,19 +146,22 @@ def cells_of(case: Case, kind: str) -> np.ndarray:
         case "k" | "v":
             rows = [[Cell(kind, i, h) for h in range(0, ref.heads, ref.heads // ref.kv_heads)] for i in range(ref.n)]
         case "neurons":
-            last = ref.n - 1
-            rows = [[Cell("neuron", last, n) for n in range(ref.trace(case.ids[0])["neuron", last].shape[-1])]]
+            layer = with_neurons(case)
+            rows = [[Cell("neuron", layer, n) for n in range(ref.trace(case.ids[0])["neuron", layer].shape[-1])]]
         case _:
             rows = [[Cell(kind, i, None, p) for p in range(seq)] for i in range(ref.n)]
     return np.array(rows, dtype=object)
 
 
+def with_neurons(case: Case) -> int:
+    """The last layer with neurons; the last at all where there is none."""
+    return max((i for i in range(case.reference.n) if case.reference.has("neuron", i)), default=case.reference.n - 1)
+
+
 def readable(case: Case, kind: str) -> bool:
-    """Whether the architecture has the site at all: what has none must be refused."""
-    ref, site = case.reference, "neuron" if kind == "neurons" else kind
-    if site in ("pattern", "resid_mid"):
-        return bool(ref.paths.out) and not (site == "resid_mid" and ref.paths.parallel)
-    return site in ref.sites
+    """Whether every layer has the site (of neurons: any): what has none must be refused."""
+    ref = case.reference
+    return any(ref.has("neuron", i) for i in range(ref.n)) if kind == "neurons" else all(ref.has(kind, i) for i in range(ref.n))
 
 
 def patched(case: Case, cells: list[Cell], base: int, value: Callable[[Cell, tuple], Tensor | float]) -> np.ndarray:
@@ -237,16 +240,24 @@ def do(case: Case) -> Tries:
         def every(kind: str = kind) -> None:
             unit = None if kind in LAYERS else 3 if kind == "neuron" else 2
             cells = [Cell(kind, 0, unit), Cell(kind, 1, unit, DIFFERS), Cell(kind, 1, unit, len(case.ids[0]) - 1)]
-            for op, value in (("zero", lambda c, i: 0.0), ("patch", from_other(case, 1) if readable(case, kind) else None)):
-                texts = [f"{address(c)}={op}" for c in cells]
-                found = [case.engine.run(Run(Study(PROMPT, (parse_intervention(text),)))).now.metric for text in texts]
-                if value is None:
-                    raise Wrong("an answer where the architecture has no such site")
-                for text, got, want in zip(texts, found, patched(case, cells, 0, value)):
+            refusals = []
+            for op in ("zero", "patch"):
+                for cell in cells:
+                    text, there = f"{address(cell)}={op}", case.reference.has(kind, cell.layer)
+                    try:
+                        got = case.engine.run(Run(Study(PROMPT, (parse_intervention(text),)))).now.metric
+                    except UserError as error:
+                        refusals += [error] * there
+                        continue
+                    if not there:
+                        raise Wrong(f"{text}: an answer where the architecture has no such site")
+                    want = patched(case, [cell], 0, from_other(case, 1) if op == "patch" else lambda c, i: 0.0)[0]
                     try:
                         same(got, want)
                     except Wrong as wrong:
                         raise Wrong(f"{text} {wrong} (unchanged {case.bases[0]:.3g}, it says {got:.4g}, must be {want:.4g})") from wrong
+            if refusals or not any(case.reference.has(kind, c.layer) for c in cells):
+                raise refusals[0] if refusals else UserError("no layer has it")
 
         yield kind, every
 
@@ -256,7 +267,7 @@ def sweep(case: Case) -> Tries:
     for kind in KINDS:
 
         def table(kind: str = kind) -> None:
-            found = case.engine.run(Sweep(STUDY, kind, node="L1.mlp" if kind == "neurons" else ""))
+            found = case.engine.run(Sweep(STUDY, kind, node=f"L{with_neurons(case)}.mlp" if kind == "neurons" else ""))
             if not readable(case, kind):
                 raise Wrong("a table where the architecture has no such site")
             cells = cells_of(case, kind)
@@ -271,12 +282,12 @@ def estimate(case: Case) -> Tries:
     for kind in KINDS:
 
         def table(kind: str = kind) -> None:
-            found = case.engine.run(Estimate(STUDY, kind, node="L1.mlp" if kind == "neurons" else ""))
+            found = case.engine.run(Estimate(STUDY, kind, node=f"L{with_neurons(case)}.mlp" if kind == "neurons" else ""))
             if not readable(case, kind):
                 raise Wrong("a table where the architecture has no such site")
             ref, cells = case.reference, cells_of(case, kind)
             own, other = ref.trace(case.ids[1]), ref.trace(case.ids[0])
-            slopes = gradients(case, 1, [(cells[0, 0].site, i) for i in range(ref.n)])
+            slopes = gradients(case, 1, list(dict.fromkeys((c.site, c.layer) for c in cells.flat)))
             value = lambda c: ((other[c.site, c.layer] - own[c.site, c.layer]) * slopes[c.site, c.layer])[(0, *c.index(ref))].sum()  # noqa: E731
             same(found.values, case.bases[1] + np.vectorize(lambda c: float(value(c)))(cells))
 
@@ -314,8 +325,8 @@ def direct_part(case: Case, change: Tensor, side: int) -> float:
 def attribution(case: Case) -> Tries:
     def cells() -> None:
         found, ref = case.engine.run(Attribution(STUDY, which="clean")), case.reference
-        if not ref.paths.out:
-            raise Wrong("an answer where attention has no heads")
+        if not ref.paths.out or ref.paths.beside:
+            raise Wrong("an answer where the stream is not the sum of heads and MLPs")
         a, last = ref.trace(case.ids[0]), slice(-1, None)
         x = a["resid_post", ref.n - 1][:, last]
         with t.no_grad():
@@ -419,9 +430,9 @@ def exists(case: Case, edge: str) -> bool:
 
 def known_to_reference(case: Case, edge: str) -> bool:
     receiver = edge.split("->")[1]
-    if not case.reference.paths.out or not case.reference.paths.mlp:
+    if not case.reference.paths.out or not case.reference.paths.mlp or case.reference.paths.beside:
         return False
-    return receiver == "logits" or ".mlp" in receiver or receiver[-1] in case.reference.sites
+    return receiver == "logits" or ".mlp" in receiver or case.reference.has(receiver[-1], 0)
 
 
 def path(case: Case) -> Tries:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 Spot = tuple[str, int | None]  # a site and its layer
 Edit = tuple[Spot, Callable[[Tensor], Tensor]]
+SITES = ("resid_pre", "resid_post", "attn", "before_norm", "z", "q", "k", "v", "mlp", "mlp_in", "neuron")
 SOFTMAX = (t.softmax, t.nn.functional.softmax, t.Tensor.softmax)
 
 
@@ -42,11 +43,11 @@ class Paths:
     ln2: str = "post_attention_layernorm"
     parallel: bool = False
     gated: bool = False  # z is not pattern times the values' projection: a gate, a norm or a clip comes in between
+    beside: str = ""  # what adds to the stream beside attention and MLP
     joint: str = ""  # of q, k, v what passes a norm over all heads together
 
 
 LLAMA = Paths()
-MOE = replace(LLAMA, neurons="")
 GPT2 = Paths(
     "transformer", "h", "wte", "wpe", "ln_f", "lm_head", "attn", ("attn.c_attn",) * 3, "blocks", "attn.c_proj", "", "mlp", "mlp.c_proj", "", "ln_1", "ln_2"
 )
@@ -61,10 +62,20 @@ SANDWICH = replace(POST, ln1="input_layernorm", ln2="pre_feedforward_layernorm")
 GPTJ = replace(
     GPT2, position="", qkv=("attn.q_proj", "attn.k_proj", "attn.v_proj"), layout="apart", out="attn.out_proj", ln2="ln_1", neurons="mlp.fc_out", parallel=True
 )
-LATENT = replace(MOE, qkv=("self_attn.q_b_proj", "", ""))
+LATENT = replace(LLAMA, qkv=("self_attn.q_b_proj", "", ""))
 STATE = Paths(body="backbone", embed="embeddings", norm="norm_f", attn="", qkv=("", "", ""), out="", mlp="", neurons="", ln1="norm", ln2="")
-HYBRID = replace(LLAMA, norm="final_layernorm", attn="", qkv=("", "", ""), out="", mlp="feed_forward", neurons="", ln2="pre_ff_layernorm")
-MIXED = replace(HYBRID, norm="norm", mlp="mlp", ln2="post_attention_layernorm")
+HYBRID = replace(
+    LLAMA,
+    norm="final_layernorm",
+    attn="",
+    qkv=("", "", ""),
+    out="",
+    attn_adds="self_attn|mamba|conv",
+    mlp="feed_forward",
+    neurons="feed_forward.down_proj|feed_forward.w2",
+    ln2="pre_ff_layernorm",
+)
+MIXED = replace(HYBRID, norm="norm", attn_adds="self_attn|linear_attn|mamba", mlp="mlp", neurons="mlp.down_proj", ln2="post_attention_layernorm")
 PATHS: dict[str, Paths] = {
     "gpt2": GPT2,
     "gpt_bigcode": replace(GPT2, layout="q k v"),
@@ -99,31 +110,32 @@ PATHS: dict[str, Paths] = {
     "gemma3": SANDWICH,
     "gemma4": replace(SANDWICH, gated=True),
     "vaultgemma": replace(LLAMA, ln2="pre_feedforward_layernorm"),
-    "olmoe": replace(MOE, joint="qk"),
-    "flex_olmo": replace(POST, neurons="", joint="qk"),
-    "granitemoe": replace(MOE, mlp="block_sparse_moe"),
-    "llama4": replace(MOE, mlp="feed_forward"),
-    "minimax_m2": replace(MOE, joint="qk"),
-    "afmoe": replace(SANDWICH, mlp_adds="post_mlp_layernorm", ln2="pre_mlp_layernorm", neurons="", gated=True),
-    "laguna": replace(MOE, gated=True),
+    "olmoe": replace(LLAMA, joint="qk"),
+    "flex_olmo": replace(POST, joint="qk"),
+    "granitemoe": replace(LLAMA, mlp="block_sparse_moe"),
+    "llama4": replace(LLAMA, mlp="feed_forward", neurons="feed_forward.down_proj"),
+    "minimax_m2": replace(LLAMA, joint="qk"),
+    "afmoe": replace(SANDWICH, mlp_adds="post_mlp_layernorm", ln2="pre_mlp_layernorm", gated=True),
+    "laguna": replace(LLAMA, gated=True),
     "bitnet": replace(LLAMA, gated=True, joint="v"),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "glm_moe_dsa"), LATENT),
-    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "ernie4_5_moe", "glm4_moe"), MOE),
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "ernie4_5_moe", "glm4_moe"), LLAMA),
     **dict.fromkeys(("phi-qk_norm",), replace(LLAMA, norm="final_layernorm", out="self_attn.dense", neurons="mlp.fc2", ln2="input_layernorm", parallel=True)),
     **dict.fromkeys(("cohere-qk_norm", "cohere2"), replace(LLAMA, ln2="input_layernorm", parallel=True)),
     # no attention in every layer, or none that has one place: only the stream and what is said of it can be read
     **dict.fromkeys(("mamba", "mamba2", "falcon_mamba"), STATE),
     "nemotron_h": replace(STATE, body="model"),
     "rwkv": replace(STATE, body="rwkv", blocks="blocks", norm="ln_out", head="head"),
-    **dict.fromkeys(("jamba", "bamba", "falcon_h1"), HYBRID),
-    "zamba2": replace(HYBRID, mlp=""),
+    **dict.fromkeys(("jamba", "bamba"), HYBRID),
+    "falcon_h1": replace(LLAMA, norm="final_layernorm", mlp="feed_forward", neurons="feed_forward.down_proj", ln2="pre_ff_layernorm", beside="mamba"),
+    "zamba2": replace(HYBRID, attn_adds="", mlp=""),
     "granitemoehybrid": replace(MIXED, mlp=""),
-    "recurrent_gemma": replace(HYBRID, norm="final_norm", mlp="mlp_block"),
+    "recurrent_gemma": replace(HYBRID, norm="final_norm", attn_adds="temporal_block", mlp="mlp_block", neurons="mlp_block.down_proj"),
     "lfm2": replace(HYBRID, norm="embedding_norm"),
     "lfm2_moe": replace(HYBRID, norm="embedding_norm"),
     **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_moe"), MIXED),
-    "olmo_hybrid": replace(MIXED, mlp=""),
-    "jetmoe": MIXED,
+    "olmo_hybrid": replace(MIXED, attn_adds="linear_attn|post_attention_layernorm", mlp_adds="post_feedforward_layernorm|mlp"),
+    "jetmoe": replace(MIXED, attn_adds="self_attention", neurons=""),
     "opt-350m": replace(STATE, body="model.decoder", embed="embed_tokens", norm=""),
     "openai-gpt": replace(STATE, body="transformer", blocks="h", embed="tokens_embed", norm=""),
     "hrm_text": replace(STATE, body="model", blocks="H_module.layers", embed="embed_tokens", norm=""),
@@ -131,7 +143,16 @@ PATHS: dict[str, Paths] = {
 
 
 def module(root: t.nn.Module, path: str) -> t.nn.Module:
-    return root.get_submodule(path)
+    """The first of some paths ("self_attn|mamba") that there is; AttributeError where there is none."""
+    *others, last = path.split("|")
+    if not path:
+        raise AttributeError("no path")
+    for some in others:
+        try:
+            return root.get_submodule(some)
+        except AttributeError:
+            continue
+    return root.get_submodule(last)
 
 
 def first(x: object) -> Tensor:
@@ -299,18 +320,29 @@ class Reference:
                 logits = self.hf(input_ids=ids, use_cache=False).logits
         return logits, got
 
+    def has(self, site: str, layer: int) -> bool:
+        """Whether a layer has a site: kinds of layers differ in some architectures."""
+        if site == "pattern":
+            return bool(self.paths.out)
+        if site == "resid_mid":
+            return not self.paths.parallel and not self.paths.beside and self.has("attn", layer)
+        try:
+            self.place(site, layer)
+        except AttributeError:
+            return False
+        return True
+
     @cached_property
-    def sites(self) -> tuple[str, ...]:
-        p = self.paths
-        attention = ["attn", "before_norm", "z"] * bool(p.out) + [s for s, x in zip("qkv", p.qkv) if x]
-        return ("resid_pre", "resid_post", *attention, *["mlp", "mlp_in"] * bool(p.mlp), *["neuron"] * bool(p.neurons))
+    def spots(self) -> list[Spot]:
+        """Every place that can be read."""
+        return [(s, i) for i in range(self.n) for s in SITES if self.has(s, i)]
 
     def trace(self, ids: tuple[int, ...]) -> dict[Spot, Tensor]:
         """Everything that one plain run held; resid_mid is the stream plus what attention added. Remembered."""
         known = self.__dict__.setdefault("known", {})
         if ids not in known:
-            logits, got = self.run([ids], read=[(s, i) for s in self.sites for i in range(self.n)])
-            for i in range(self.n) if self.paths.out else ():
+            logits, got = self.run([ids], read=self.spots)
+            for i in [i for i in range(self.n) if self.has("attn", i)]:
                 got["resid_mid", i] = got["resid_pre", i] + self.times * got["attn", i]
             known[ids] = got | {("logits", None): logits}
         return known[ids]
@@ -383,9 +415,10 @@ class Reference:
         if self.norm is not None:
             out["head = logits"] = size(self.logits(a["resid_post", self.n - 1]).detach(), a["logits", None])
         out["blocks"] = max(size(a["resid_post", i], a["resid_pre", i + 1]) for i in range(self.n - 1))
-        if not p.out:
+        if ("resid_mid", 0) in a and ("mlp", 0) in a and not p.beside:
+            out["stream"] = max(size(a["resid_mid", i] + self.times * a["mlp", i], a["resid_post", i]) for i in range(self.n))
+        if not p.out or p.beside:
             return out
-        out["stream"] = max(size(a["resid_mid", i] + self.times * a["mlp", i], a["resid_post", i]) for i in range(self.n))
         heads = [self.head_writes(i, a["z", i], a["before_norm", i]).sum(0) for i in range(self.n)]
         bias = [self.bias_of_attention(i, a["before_norm", i]) for i in range(self.n)]
         out["heads"] = max(size(heads[i] + bias[i], self.times * a["attn", i]) for i in range(self.n))
@@ -399,8 +432,8 @@ class Reference:
                 out["pattern v = z"] = max(out.get("pattern v = z", 0), size(a["pattern", i] @ v, z))
         out["own value"] = max(
             size(self.run([ids], self.edit(site, self.n - 1, lambda x, s=site: a[s, self.n - 1].clone()))[0], a["logits", None])
-            for site in (*self.sites, "resid_mid", "pattern")
-            if site not in ("mlp_in", "before_norm")
+            for site in ("resid_pre", "resid_post", "attn", "z", "q", "k", "v", "pattern", "resid_mid", "mlp", "neuron")
+            if self.has(site, self.n - 1)
         )
         return out | self.proof_of_columns(ids)
 

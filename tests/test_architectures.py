@@ -64,7 +64,10 @@ def test_effects_are_of_real_size(case, family):
 
 def test_the_docs_say_so(case, family):
     mine, found = case(family)
-    text = (ROOT / "docs" / "architectures.md").read_text()
+    page = ROOT / "docs" / "architectures.md"
+    if not page.is_file():
+        pytest.skip("no docs/architectures.md: uv run tests/families/table.py > docs/architectures.md")
+    text = page.read_text()
     for line in lines(family, {a: found(mine, a) for a in ANALYSES}):
         assert line in text, "docs/architectures.md is stale: uv run tests/families/table.py > docs/architectures.md"
 

@@ -128,7 +128,7 @@ class BaseRun:
             known.clear()
         self.called = known.setdefault(id_rows(self.ids[:1]), {})  # what blocks are called with
         notes.slow = self.slow = notes.slow or [slow_modules(b) for b in self.model.bridge.blocks]
-        self.reason = "asked for" if plain else ""
+        self.reason = "asked for" if plain else "not every layer has heads" if "z" in notes.refused else ""
         self.at_once = self.peak = 0  # the most variants in one batch, and its bytes as `room` counts them
         self.worked, self.work = 0, 1  # tokens through a block: done, and all of them
         self.run(names, beside)

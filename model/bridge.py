@@ -12,6 +12,7 @@ import torch as t
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from model import adapters  # noqa: F401  registers the corrected ones
 from model.cache import Cache
 from model.live_hooks import live_points, turn_neighbours
 from model.notes import Notes
@@ -374,3 +375,9 @@ def write_mid(layer: int, fn: Callable[[Tensor], Tensor]) -> list[Edit]:
     """resid_mid is written through attn_out: the hook of its name reaches the MLP but not the skip connection."""
     pre = Keep()
     return [(f"blocks.{layer}.hook_resid_pre", pre), (f"blocks.{layer}.hook_attn_out", lambda x: fn(pre.x + x) - pre.x)]
+
+
+def has_sink(model: Model, layer: int) -> bool:
+    """Whether a learned score of each head joins the softmax and has no value, so that rows of the pattern sum to less than one (gpt-oss)."""
+    attention = getattr(model.bridge.blocks[layer], "attn", None)
+    return isinstance(getattr(getattr(attention, "original_component", None), "sinks", None), Tensor)

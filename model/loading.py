@@ -8,7 +8,6 @@ import queue
 import re
 import threading
 import time
-import traceback
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +32,7 @@ from transformer_lens.utilities.architectures import MASKED_LM_ARCHITECTURES, MU
 
 from model import untouched
 from model.bridge import Model
-from model.checks import prove
+from model.checks import prove, readable
 from model.devices import filled_by_others, pick_device, unused_gpu
 from model.memory import first_line, out_of_memory
 from model.tokens import random_ids
@@ -254,16 +253,11 @@ def load(ask: Load, cache_mb: int, before_weights: Callable[[], None] = lambda: 
     yield Progress(2, 5, f"reading weights ({n_params / 1e6:.1f} M parameters, {str(dtype).removeprefix('torch.')})")
     hf = read_weights(folder, config, dtype, device, ask.device_map or None)
     yield Progress(3, 5, "wrapping")
-    try:
+    with readable(hf):
         own = untouched.ask(hf, random_ids(tokenizer, hf.get_input_embeddings().weight.shape[0], PROBE, 2))
         model = Model(ask, hf, tokenizer, folder, base, dtype, cache_mb)
-        yield Progress(4, 5, "checking")
-        checks = yield from prove(model, own)
-    except (t.OutOfMemoryError, UserError):
-        raise
-    except Exception as error:  # of Hugging Face's or TransformerLens's code, on an architecture that they do not get through
-        traceback.print_exception(error)
-        raise UserError(f"{hf.config.architectures[0]} can't be read through TransformerLens: {first_line(error)}") from error
+    yield Progress(4, 5, "checking")
+    checks = yield from prove(model, own)
     lacks = "; ".join(dict.fromkeys(model.notes.refused.values()))
     warning = "; ".join(filter(None, (lacks and f"{model.info.architecture}: {lacks}", warning)))
     model.info = replace(model.info, n_params=n_params, seconds=time.time() - start, checks=checks, warning=warning)

@@ -29,6 +29,18 @@ WORDS = {
     "pattern": "attention patterns",
 }
 
+MODULES = {  # the Bridge's component in a block, and its side, whose Hugging Face module a site is
+    "resid_pre": ("", "in"),
+    "resid_mid": ("none", "in"),
+    "resid_post": ("", "out"),
+    "neuron": ("mlp.out", "in"),
+    "z": ("attn.o", "in"),
+    "q": ("attn.q", "out"),
+    "k": ("attn.k", "out"),
+    "v": ("attn.v", "out"),
+    "pattern": ("none", "out"),
+}
+
 
 class Probe:
     """The two prompts' run that is written into, and what each site's writes gave: the worst row of all layers."""
@@ -108,14 +120,15 @@ class Probe:
 
     def hugging_face(self, layer: int, site: str) -> Tensor | None:
         """What the block of the untouched model gave for the same write; None where the site is no module's input or output (resid_mid, parts of one QKV)."""
-        if site == "resid_mid":
-            return None
-        point = self.model.points[f"blocks.{layer}.{HOOKS[site]}"]
-        for component in self.model.bridge.blocks[layer].modules():
-            for side in ("in", "out"):
-                if getattr(component, f"hook_{side}", None) is point:
-                    return self.untouched.patched.get(layer, {}).get((component.original_component, side))
-        return None
+        block, patched = self.model.bridge.blocks[layer], self.untouched.patched[layer]
+        if site in MODULES:
+            path, side = MODULES[site]
+            component = block
+            for name in filter(None, path.split(".")):
+                component = getattr(component, name, None)
+            return patched.get((getattr(component, "original_component", None), side))
+        point = self.model.points[f"blocks.{layer}.{HOOKS[site]}"]  # behind a norm in some families
+        return next((patched.get((m.original_component, "out")) for m in block.modules() if getattr(m, "hook_out", None) is point), None)
 
 
 def probe(model: Model, untouched: Untouched, acts: dict[str, Tensor]) -> Generator[Progress, None, tuple[dict[str, Identity], dict[str, str]]]:

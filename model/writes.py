@@ -234,6 +234,31 @@ def unproven(model: Model) -> str:
     return known["parts"]
 
 
+def require_values(model: Model) -> None:
+    """UserError where a head's z is not its pattern times its values: a norm or a gate between them (BitNet, Afmoe)."""
+    model.require("values")
+    known = model.notes.trials
+    if "values" not in known:
+        known["values"] = trial_values(model)
+    if known["values"]:
+        raise UserError(f"{model.info.architecture}: {known['values']}")
+
+
+@t.no_grad()
+def trial_values(model: Model) -> str:
+    """Why heads' outputs can't be read by source token on this model, "" where they can."""
+    ends = [[f"blocks.{layer}.attn.hook_{x}" for x in ("pattern", "v", "z")] for layer in range(model.info.n_layers)]
+    if absent := [x for some in ends for x in some if x not in model.points]:
+        return f"it has no {absent[0]}, so a head's output can't be read by source token"
+    _, acts = model.forward(model.random_ids(min(10, model.info.n_ctx)), [x for some in ends for x in some])
+    for layer, some in enumerate(ends):
+        pattern, v, z = (acts[x].float() for x in some)
+        groups = t.arange(z.shape[2], device=v.device) // max(1, z.shape[2] // v.shape[2])
+        if v.ndim != 4 or v.shape[-1] != z.shape[-1] or not same(model, t.einsum("bhds,bshe->bdhe", pattern, v[:, :, groups].to(pattern)), z):
+            return f"a head's output in layer {layer} is more than its pattern times its values, so it can't be read by source token"
+    return ""
+
+
 @t.no_grad()
 def trial(model: Model) -> str:
     """Heads and biases against attention's output, parts against the stream, frozen norms against the norms themselves."""

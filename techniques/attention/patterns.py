@@ -8,12 +8,12 @@ import numpy as np
 import torch as t
 from torch import Tensor
 
-from model.bridge import Edit, Model
+from model.bridge import Edit, Model, has_sink
 from model.interventions import prepare
 from model.memory import in_chunks
 from model.replacements import BATCH
 from model.runs import Runs, read_study
-from model.writes import output_matrix
+from model.writes import output_matrix, require_values
 from techniques.attention.requests import DETECTORS, STATS, AttentionResult, AttentionSetResult, DetectResult, HeadStatsResult
 from vocabulary.nodes import UserError
 from vocabulary.prompts import RUNS, WHICH, Prompt, Study
@@ -64,17 +64,24 @@ def attention(runs: Runs, layer: int, which: str, weighted: bool = False) -> Att
     check_layer(model, layer)
     sides = runs.pair(which) if "-" in which else (which,)
     name, value = pattern_name(layer), f"blocks.{layer}.attn.hook_v"
-    patterns = []
+    if weighted:
+        require_values(model)
+    patterns, sinks = [], []
     for s in sides:
         acts = runs.trace(s, [name, value] if weighted else [name])
         pattern = acts[name][0].float()
+        sinks.append((1 - pattern.sum(-1)).cpu().numpy())
         patterns.append((pattern * value_norms(model, layer, acts[value][0])[:, None] if weighted else pattern).cpu().numpy())
     if not all(np.isfinite(p).all() for p in patterns):
         raise UserError("the attention patterns are not finite: load the model in float32")
     pattern = patterns[0] - patterns[1] if len(patterns) == 2 else patterns[0]
     what = "attention x || v W_O || (b_V inside, b_O not" + (", values of kv groups)" if model.info.n_kv_heads < model.info.n_heads else ")")
     parts = [f"{what if weighted else 'attention after the softmax'}, [destination, source], of query heads, {which}", model.info.dtype, runs.convention]
-    return AttentionResult(runs.row(sides[0]), layer, pattern, which, ", ".join(p for p in parts if p), weighted)
+    sink = None
+    if has_sink(model, layer) and not weighted:
+        sink = sinks[0] - sinks[1] if len(sinks) == 2 else sinks[0]
+        parts.append("sink: one less the row's sum, a learned score without a value")
+    return AttentionResult(runs.row(sides[0]), layer, pattern, which, ", ".join(p for p in parts if p), weighted, sink)
 
 
 @t.no_grad()

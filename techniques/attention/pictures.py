@@ -40,13 +40,16 @@ def pattern_grid(result: AttentionResult, head: int) -> Grid:
     """Destinations × sources of one head; sources after the destination are blank, not zero."""
     values = result.pattern[head].astype(float)
     values[np.triu_indices(len(values), 1)] = np.nan
+    if result.sink is not None:
+        values = np.column_stack([values, result.sink[head]])
     lo, hi, sign = 0.0, 1.0, False
     if "-" in result.which:
         hi = max(float(np.nanmax(np.abs(values), initial=0)), 1e-6)
         lo, sign = -hi, True
     tokens = texts_of(result.tokens)
     rows = [f"{n:>2} {show_token(tok, 9, fill=False)}" for n, tok in enumerate(tokens)]
-    return Grid(values, rows, list(tokens), lo, hi, signed=sign, cell=(4, 4) if len(tokens) <= 40 else (2, 4), faint=(hi - lo) * 0.15, corner="to \\ from")
+    cols = list(tokens) + ["sink"] * (result.sink is not None)
+    return Grid(values, rows, cols, lo, hi, signed=sign, cell=(4, 4) if len(tokens) <= 40 else (2, 4), faint=(hi - lo) * 0.15, corner="to \\ from")
 
 
 def small_patterns(result: AttentionResult, head: int, width: int, height: int, mode: str) -> list[Spans]:
@@ -106,6 +109,7 @@ def pattern_cell(result: AttentionResult, head: int, pos: int, src: int, drilled
     row, tokens = result.pattern[head][pos][: pos + 1], texts_of(result.tokens)
     order = np.argsort(-np.abs(row), kind="stable")[:3].tolist()
     read = "  ".join(f"{s} {show_token(tokens[s])} {float(row[s]):.3f}" for s in order)
+    read += "" if result.sink is None else f"  sink {float(result.sink[head][pos]):.3f}"
     spans: Spans = [(f" L{result.layer}H{head} ", BOLD), (f"{pos} {show_token(tokens[pos])} attends to {read}", PLAIN)]
     if drilled and src <= pos:
         spans += [("  │ cursor ", DIM), (f"{src} {show_token(tokens[src])}", PLAIN), (f" {float(row[src]):.4f}", BOLD)]

@@ -87,7 +87,8 @@ class Detect:
 class AttentionResult:
     """
     Patterns of every head of one layer, [head, destination, source]; for a difference the two runs' patterns are subtracted. Weighted: each cell
-    times the norm of what the source's value writes, || v W_O ||, so that rows do not sum to one.
+    times the norm of what the source's value writes, || v W_O ||, so that rows do not sum to one. `sink` [head, destination]: what a row gives to the
+    learned sink of models that have one (gpt-oss), which has no value: one less the row's sum.
     """
 
     tokens: TokenRow
@@ -96,6 +97,7 @@ class AttentionResult:
     which: Which
     convention: str
     weighted: bool = False
+    sink: np.ndarray | None = None
 
 
 @message

@@ -9,6 +9,7 @@ from techniques.attribution.requests import Attribution, AttributionNeurons, Att
 
 
 def answer(model: Model, request: Attribution | AttributionSources | AttributionNeurons | AttributionSet) -> Generator:
+    model.require("parts", "heads")
     if isinstance(request, AttributionSet):
         return (yield from logits.attribution_set(model, request.study, request.which, request.pos))
     runs = yield from prepare(model, request.study)

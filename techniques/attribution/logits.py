@@ -19,7 +19,7 @@ from vocabulary.nodes import UserError
 from vocabulary.prompts import Study
 from vocabulary.requests import Progress
 from model.bridge import FINAL, Edit, Model
-from model.writes import POSITION, SCALE, dot, embedding, linear_norm, post_norm, post_scales, pull_back, require_parts, to_heads, to_neurons
+from model.writes import POSITION, SCALE, dot, embedding, linear_norm, post_norm, post_scales, pull_back, require_parts, require_values, to_heads, to_neurons
 from model.steering import sites
 from model.runs import Runs, read_study
 
@@ -260,6 +260,7 @@ def sources(runs: Runs, which: str, layer: int, head: int, pos: int | str | None
     if not 0 <= head < model.info.n_heads:
         raise UserError(f"there is no head {head}: the model has heads 0 to {model.info.n_heads - 1}")
     model.point(f"blocks.{layer}.attn.hook_v")
+    require_values(model)
     found = subtract([head_sources(runs, s, layer, head, p) for s, p in zip(sides, places)])
     finite("the attribution", *found.values())
     error = abs(found["total"] - found["sources"].sum() - found["interventions"])

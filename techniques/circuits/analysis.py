@@ -16,6 +16,7 @@ from vocabulary.nodes import UserError
 def answer(model: Model, request: PathPatch | Score | Discover | Compare) -> Generator:
     match request:
         case PathPatch():
+            model.require("parts", "heads")
             return (yield from path_patch(model, request))
         case Score():
             return (yield from score(model, request))
@@ -23,4 +24,6 @@ def answer(model: Model, request: PathPatch | Score | Discover | Compare) -> Gen
             return compare(request)
     if request.method not in METHODS:
         raise UserError(f"{request.method!r} is not a way to find a circuit: use one of {', '.join(METHODS)}")
+    if request.method not in ("greedy", "features"):
+        model.require("parts", "heads")
     return (yield from {"greedy": greedy, "features": features}.get(request.method, edges)(model, request))

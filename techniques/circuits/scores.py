@@ -45,6 +45,8 @@ def score(model: Model, ask: Score) -> Generator[Progress, None, ScoreResult]:
     begun, circuit = time.monotonic(), ask.circuit
     check_circuit(circuit, model.info)
     edges = bool(circuit.edges) and ask.edges
+    if edges:
+        model.require("parts", "heads")
     if edges and (some := features_of(circuit.nodes)):
         raise UserError(
             f"{some[0]}: a circuit with edges is scored by them, and features have none; score it by its nodes (Y on the screen, --no-edges), or drop the feature"

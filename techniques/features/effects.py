@@ -8,7 +8,7 @@ from model.bridge import FINAL, Edit, Model
 from model.metrics import MetricReader, metric
 from model.runs import Runs
 from model.sae import SparseAutoencoder
-from model.writes import SCALE, frozen_norm, linear_norm, output_matrix, post_norm, pre_norm, pull_back, to_heads
+from model.writes import SCALE, frozen_norm, linear_norm, output_matrix, post_norm, pre_norm, pull_back, require_values, to_heads
 from vocabulary.nodes import UserError
 from vocabulary.prompts import RUNS
 
@@ -142,6 +142,7 @@ def stream_reader(runs: Runs, d: SparseAutoencoder, which: str, w: Tensor, pos: 
 def sources_of(runs: Runs, d: SparseAutoencoder, which: str, place: str, w: Tensor, pos: int) -> np.ndarray:
     """What each source token adds through each head [layer, head, seq] to direction . stream at pos: pattern x value through W_O, later norms frozen."""
     model = runs.model
+    require_values(model)
     i, seq = model.info, len(runs.row(which).ids)
     out = np.zeros((i.n_layers, i.n_heads, seq))
     through = {"pre": range(d.layer), "attn": [d.layer], "z": [d.layer]}.get(place, range(d.layer + 1))

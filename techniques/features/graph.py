@@ -15,7 +15,7 @@ from model.bridge import FINAL, Edit, Model
 from model.runs import Runs
 from model.sae import SparseAutoencoder
 from model.steering import Change, changed, write
-from model.writes import SCALE, post_norm, pre_norm, pull_back, require_parts, to_heads
+from model.writes import SCALE, post_norm, pre_norm, pull_back, require_parts, require_values, to_heads
 from techniques.attribution.logits import direction, true_logits
 from techniques.features.effects import check_run, stream_reader
 from techniques.features.requests import CheckEdge, CheckEdgeResult, FeatureGraph, FeatureGraphResult
@@ -51,6 +51,7 @@ def find_target(runs: Runs, up: SparseAutoencoder, down: SparseAutoencoder, ask:
     check_run(runs, ask.which)
     model, which = runs.model, ask.which
     require_parts(model)
+    require_values(model)
     pos = runs.place(which, ask.pos)
     if ask.target < 0:
         if not runs.answers:

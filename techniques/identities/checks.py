@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch as t
 from torch import Tensor
 
-from model.bridge import FINAL, TOLERANCE, Model
+from model.bridge import FINAL, HOOKS, TOLERANCE, Model
 from model.checks import self_check
 from model.interventions import prepare
 from model.loading import SMALL, read_config, read_weights
@@ -28,6 +28,8 @@ def identities(model: Model, study: Study) -> Generator[Progress, None, tuple[tu
     """The identities, and the words for how they were computed. A row that can't apply has ok None and says why."""
     runs = read_study(model, study)
     ids = t.tensor([runs.row("clean").ids])
+    if why := model.notes.refused.get("model"):
+        return (), f"{model.info.architecture}: {why}"
     yield Progress(0, STEPS, "hook points")
     rows = list(self_check(model, ids))
     rows.append(attribution_sums(runs))
@@ -68,7 +70,8 @@ def patch_nothing(runs: Runs, base: str) -> Identity:
     """A run in which every hook point is read and none is written, against one without hooks."""
     model, which = runs.model, "corrupt" if runs.rows["corrupt"] is not None else "clean"
     ids = t.tensor([runs.row(which).ids])
-    read, _ = model.forward(ids, [n for n in model.lens_points() + [f"blocks.{i}.attn.hook_z" for i in range(model.info.n_layers)]], keep=0)
+    points = model.lens_points() + [f"blocks.{i}.attn.hook_z" for i in range(model.info.n_layers)]
+    read, _ = model.forward(ids, filter(model.has, points), keep=0)
     name = "patch nothing = corrupted run" if which == "corrupt" else "patch nothing = the run itself"
     return model.identity(name, read, logits(model, ids), "every hook point read, none written")
 
@@ -81,7 +84,10 @@ def patch_everything(runs: Runs, study: Study) -> Generator[Progress, None, Iden
     if len(clean) != len(corrupt):
         return Identity(name, math.nan, 0.0, None, f"needs prompts of equal length: clean {len(clean)} tokens, corrupted {len(corrupt)}")
     all_of_it = (Intervention(Node("resid_pre", 0), "patch"),)
-    patched = yield from prepare(model, replace(study, interventions=all_of_it, base="corrupt"))
+    try:
+        patched = yield from prepare(model, replace(study, interventions=all_of_it, base="corrupt"))
+    except UserError as error:
+        return Identity(name, math.nan, 0.0, None, str(error))
     got, want = logits(model, t.tensor([corrupt]), patched.edits), logits(model, t.tensor([clean]))
     return model.identity(name, got, want, "L0.resid_pre at all positions")
 
@@ -92,6 +98,7 @@ def noise_floor(runs: Runs, study: Study) -> Generator[Progress, None, Identity]
     sites = ("resid_pre", "attn", "mlp", "resid_post") + (() if model.parallel else ("resid_mid",))
     nodes = [Node(s, layer) for layer in range(model.info.n_layers) for s in sites]
     nodes += [Node("head", layer, 0, p) for layer in range(model.info.n_layers) for p in ("z", "q", "k", "v", "pattern")]
+    nodes = [n for n in nodes if model.has(f"blocks.{n.layer}.{HOOKS[n.part if n.site == 'head' else n.site]}")]
     same = replace(study.prompt, corrupt=study.prompt.clean)
     own = yield from prepare(model, replace(study, prompt=same, interventions=tuple(Intervention(n, "patch") for n in nodes), base="clean"))
     ids = t.tensor([own.row("clean").ids])

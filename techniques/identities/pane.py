@@ -22,7 +22,7 @@ def honesty(app: Host) -> None:
         head: Spans = [(f" {len(bad)} broken" if bad else " all hold", BAD if bad else GOOD), (f"  {found.convention}", DIM)]
         rows = identity_rows(found.rows)
         rows.append([(f" at load, on random tokens: {sum(r.ok is True for r in at_load)} of {sum(r.ok is not None for r in at_load)} identities held", DIM)])
-        panel.replace([head, *rows, *identity_rows(tuple(r for r in at_load if r.ok is False))])
+        panel.replace([head, *rows, *identity_rows(at_load)])
 
     failed = lambda error: panel.replace([[(f" {visible(str(error))}", BAD)]])  # noqa: E731
     app.requests.ask("identities", Identities(app.state.with_saes(app.state.study)), show, failed=failed)

@@ -22,6 +22,7 @@ def direct_names(plan: Plan) -> tuple[str, ...]:
         raise UserError("a direct effect is read at one position, and loss has none: use another metric")
     if plan.ask.plain:
         raise UserError("direct effects are not run by whole forward passes")
+    plan.model.require("parts", "heads")
     plan.model.point(SCALE)
     require_parts(plan.model)
     layers = {s.node.layer for s in plan.spots if s.node.site == "head"}

@@ -106,7 +106,6 @@ class Model:
         self.logit_scale = (getattr(text_config, "logit_scale", None) or 1) / (getattr(text_config, "logits_scaling", None) or 1)
         self.cache, self.notes = Cache(cache_mb << 20), Notes()
         self.bos, self.n_embed = tokenizer.bos_token_id, hf.get_input_embeddings().weight.shape[0]
-        default_bos, habit = bos_habit(tokenizer, getattr(text_config, "trained_with_bos", None))
         self.info = ModelInfo(
             name=ask.model,
             architecture=cfg.architecture,
@@ -126,9 +125,8 @@ class Model:
             parallel=self.parallel,
             softcap=self.softcap,
             bos="" if self.bos is None else tokenizer.bos_token,
-            default_bos=default_bos,
+            **dict(zip(("default_bos", "bos_habit"), bos_habit(tokenizer, getattr(text_config, "trained_with_bos", None)))),
             seconds=0.0,
-            bos_habit=habit,
         )
         self.tokens = Tokens(tokenizer, self.info, self.n_embed)
 

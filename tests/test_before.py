@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import tui  # noqa: F401 (its panes add their views)
 from screen.session import read_session
 from vocabulary.wire import to_json
 

@@ -22,7 +22,7 @@ from utils import ROOT
 
 FORMAT = 1
 SESSIONS = ROOT / "sessions"
-VIEWS = {"mode": ("colour", "number", "shade"), "which": WHICH, "ids": ("off", "on")}  # what the screen shows; each pane adds its own
+VIEWS = {"mode": ("colour", "number", "cells", "blocks", "shade"), "which": WHICH, "ids": ("off", "on")}  # what the screen shows; each pane adds its own
 
 
 def add_views(views: dict[str, tuple[str, ...]]) -> None:

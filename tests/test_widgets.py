@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
+from screen.colours import THEMES, luminance
 from screen.keys import key_page
+from screen.maps import Density, choose, cell_line, legend, ranked, show_value, thinned
 from techniques.attention.requests import AttentionResult, HeadStatsResult
 from techniques.lens.requests import LensResult
 from vocabulary.prompts import TokenRow
@@ -21,7 +23,7 @@ from techniques.lens.pictures import lens_cell, lens_grid
 from tui import TABLE
 from utils import ROOT, show_number, show_token, visible
 from screen.overlays import escape_line, unescape_line
-from widgets import ABOVE, BELOW, RAMP, GridView, luminance, show_value
+from widgets import Grid, GridView
 
 
 def test_the_screen_side_never_imports_the_model_side():
@@ -30,11 +32,14 @@ def test_the_screen_side_never_imports_the_model_side():
     assert out.strip() == "[]"
 
 
-@pytest.mark.parametrize("ramp", [RAMP, BELOW, ABOVE])
-def test_ramps_are_exact_xterm_colours_of_rising_luminance(ramp):
-    assert len(ramp) <= 16 and all(16 <= c <= 255 for c in ramp)
-    lums = [luminance(c) for c in ramp]
-    assert lums == sorted(lums) and len(set(lums)) == len(lums)
+@pytest.mark.parametrize("theme", THEMES)
+def test_ramps_are_of_the_terminals_colours_and_monotone_in_luminance(theme):
+    """So that they survive a look without colour; the cursor's colour is in none of them."""
+    for ramp in (THEMES[theme].sizes, THEMES[theme].below, THEMES[theme].above):
+        lums = [luminance(c) for c in ramp]
+        assert len(ramp) <= 16 and all(0 <= c < 16 if theme == "16" else 16 <= c <= 255 for c in ramp) and THEMES[theme].cursor not in ramp
+        assert lums in (sorted(lums), sorted(lums, reverse=True)) and len(set(lums)) == len(lums)
+    assert THEMES[theme].below[0] == THEMES[theme].above[0]
 
 
 @settings(deadline=None, derandomize=True)
@@ -60,12 +65,13 @@ def test_numbers_fit(x, width):
 def view(grid, mode, size, at=(0, 0)) -> list[str]:
     """A grid as the widget would draw it, without an app."""
     widget = GridView()
-    widget.__dict__["_size"] = None
     type(widget).size, saved = property(lambda self: size), type(widget).size
     try:
         widget.grid, widget.mode, widget.at = grid, mode, at
-        widget.layout_cells()
-        return [widget.strip(r, at[1] if r in (-1, at[0]) else -1).text.rstrip() for r in range(-1, len(grid.rows))]
+        lines = [widget.render_line(y).text.rstrip() for y in range(size.height)]
+        while lines and not lines[-1]:
+            lines.pop()
+        return lines
     finally:
         type(widget).size = saved
 

@@ -12,7 +12,7 @@ from screen.cursor import clip, place_of
 from screen.keys import VIEW, Action, Part
 from screen.overlays import Item, Picker
 from screen.pane import Host, Pane
-from screen.pictures import scale, sweep_cell
+from screen.pictures import sweep_cell
 from screen.session import VIEWS
 from techniques.patching.pictures import sweep_grid
 from widgets import DIM, Grid, GridView, Same
@@ -202,10 +202,10 @@ class PatchingPane(Pane):
         if truth and truth.done < truth.total:  # first in the title, where it is seen
             title, done = f"{done}{app.requests.left('sweep') if 'sweep' in wanted else ', cancelled: S runs it again'} · {title}", "truth"
         warning = f"{result.warning} · " if result.warning else ""
-        self.show_title(app, slots, f"{title} {scale(grid)}", f"{done} · {warning}{result.convention}")
+        self.show_title(app, slots, title, f"{done} · {warning}{result.convention}", grid)
         row, col = self.at(app, result)
         self.table.show(grid, (row, col), views["mode"])
-        self.info_line.show([sweep_cell(truth, estimate, row, col)])
+        self.info_line.show([sweep_cell(truth, estimate, row, col, grid)])
 
 
 PANE = PatchingPane

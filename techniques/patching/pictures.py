@@ -4,6 +4,7 @@ import numpy as np
 
 from techniques.patching.requests import SweepResult
 from screen.pictures import change, texts_of
+from utils import show_token
 from widgets import FAINT, Grid
 
 
@@ -24,7 +25,9 @@ def sweep_grid(truth: SweepResult | None, estimate: SweepResult | None, show: st
         hi = max(float(np.nanmax(np.abs(values), initial=0)), 1e-6)
         lo, sign = (0.0, False) if show == "spread" else (-hi, True)
     far = np.argwhere(np.abs(guess - true) > np.maximum(0.1, 0.3 * np.abs(true))).tolist() if show in ("effect", "estimate", "disagreement") else []
-    cell = (5, 7) if len(result.cols) > 24 else (6, 8)
+    cell = (5, 8)
     texts, places = texts_of(result.tokens), tuple(map(str, range(len(result.tokens.ids))))
-    rows, cols = (texts if names == places else list(names) for names in (result.rows, result.cols))
-    return Grid(values, rows, cols, lo, hi, None, numbers, sign, cell, 0.0 if show == "p" else FAINT, marks=frozenset(map(tuple, far)))
+    rows = [f"{n:>2} {show_token(text, 12, fill=False)}" for n, text in enumerate(texts)] if result.rows == places else list(result.rows)
+    cols = texts if result.cols == places else list(result.cols)
+    more = {"positions": result.cols == places, "ends": ("1", "≤ .001") if show == "p" else ("", "")}
+    return Grid(values, rows, cols, lo, hi, None, numbers, sign, cell, 0.0 if show == "p" else FAINT, marks=frozenset(map(tuple, far)), **more)

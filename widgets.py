@@ -237,9 +237,8 @@ class GridView(Widget):
         g, w, at = self.grid, self.density.width, self.at[1]
         cols = range(self.origin[1], min(self.origin[1] + self.across, len(g.cols)))
         cut = self.across < len(g.cols)
-        corner = f"{cols[0]}–{cols[-1]}/{len(g.cols)}" if cols and cut else g.corner if y == self.head - 1 else ""
-        if y < self.head - 1:
-            corner = ""
+        place = f"{cols[0]}–{cols[-1]}/{len(g.cols)}" if cols and cut else g.corner
+        corner = place if y == self.head - 1 and (not cut or len(place) < self.label) else ""
         spans: Spans = [(set_cell_size(corner, self.label), DIM)]
         if w < 4:
             return strip_of([*spans, *self.ticks(cols)])
@@ -294,7 +293,7 @@ class GridView(Widget):
             return [(text, CURSOR_PLAIN if at else BOLD if (row, c) in g.marks else PLAIN)]
         middle = (len(g.ramp) // 2 - 1, len(g.ramp) // 2) if g.signed else (0,)
         small = self.mode == "colour" and not coloured and g.text is None and (level in middle or abs(value) < g.faint)
-        style = CURSOR if at else PLAIN if level < 0 else DIM if small and text.strip() == SMALL else PLAIN if small else on(g.ramp[level])
+        style = CURSOR if at else PLAIN if level < 0 or small else on(g.ramp[level])
         if (row, c) in g.marks and not at:
             style += Style(underline=True, bold=True)
         return [(text, style)]

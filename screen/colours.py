@@ -60,7 +60,7 @@ def luminance(code: int) -> float:
 
 @lru_cache(512)
 def on(code: int) -> Style:
-    return Style(color="bright_white" if luminance(code) < 0.18 else "color(16)", bgcolor=f"color({code})")  # short codes: there is one a cell
+    return Style(color="bright_white" if luminance(code) < 0.18 else "black", bgcolor=f"color({code})")  # short codes: there is one a cell
 
 
 def chosen() -> Theme:

@@ -21,10 +21,11 @@ def regions(shown: list[Pane], width: int, height: int) -> dict[str, Region]:
 
 
 def shared(needs: list[tuple[int, int]], height: int) -> int:
-    """Lines of the upper of two panes, given the least and the most that each can use: the least first, then what is left by what each still lacks."""
+    """Lines of the upper of two panes, given the least and the most that each can use: the least first, then line by line in turn what is left."""
     (a, most_a), (b, most_b) = needs
     if most_a + most_b <= height:
         return most_a
     if a + b > height:
         return a if a < height // 2 else height - b if b < height // 2 else height // 2
-    return a + (height - a - b) * (most_a - a) // max(1, most_a - a + most_b - b)
+    left, lack_a, lack_b = height - a - b, max(0, most_a - a), max(0, most_b - b)
+    return a + (lack_a if lack_a <= left // 2 else left - lack_b if lack_b <= left // 2 else left // 2)

@@ -75,7 +75,11 @@ class Grid:
     @cached_property
     def largest(self) -> dict[tuple[int, int], int]:
         """Rank of the few largest cells of a large map."""
-        return {rc: n for n, rc in enumerate(self.order[:MARKED], 1) if self.values[rc] != 0} if self.text is None and len(self.order) > ENOUGH else {}
+        return (
+            {rc: n for n, rc in enumerate(self.order[:MARKED], 1) if self.values[rc] != 0}
+            if self.text is None and not self.follows and len(self.order) > ENOUGH
+            else {}
+        )
 
     def name(self, row: int, col: int) -> str:
         """A cell in words: L23H3, L3.mlp, L2.resid_post @4 ·Mary."""
@@ -145,7 +149,8 @@ def choose(grid: Grid, width: int, height: int, mode: str) -> Density:
         return Density("cell", 1, 2 if n + 1 > height else 1)
     if m <= room:  # all columns
         return Density("cell", min(4, room // m), 2)
-    return Density("cell", 2, 1 if mode != "blocks" else 2)
+    most = mode == "blocks" or 2 * room >= m and 4 * height >= n  # half of it at least in either direction
+    return Density("cell", 1 if most else 2, 2 if most else 1)
 
 
 def fits(grid: Grid, width: int, height: int, mode: str) -> bool:
@@ -184,10 +189,12 @@ def thinned(grid: Grid, room: int, at: int) -> tuple[str, list[int]]:
     name, last = grid.thin[-1][0], here
     place = last.index(at)
     near = [last[i] for d in range(len(last)) for i in ((place - d, place + d) if d else (place,)) if 0 <= i < len(last)]
+    k, kept = len(last), {at}
     for k in range(2, len(last) + 1):
         kept = {last[i] for i in range(0, len(last), k)} | {last[-1], *near[:3]}
-        if len(kept) <= room or k == len(last):
+        if len(kept) <= room:
             break
+    kept = kept if len(kept) <= room else set(near[:room])
     for row in near:  # the room that is left goes to the neighbours, so that the lines far from the cursor stay where they are
         if len(kept) >= room:
             break
@@ -227,7 +234,7 @@ def legend(grid: Grid, mode: str, room: int = 40) -> Spans:
     swatches: Spans = [(" ", Style(bgcolor=f"color({c})")) for c in codes]
     if grid.signed:  # the two of the middle are one
         half = len(codes) // 2
-        scale = [*swatches[: half - 1 : step], ("0", DIM), *reversed(swatches[: half : -step])]
+        scale = [*swatches[: half - 1 : step], ("0", DIM), *reversed(swatches[:half:-step])]
     else:
         scale = [*reversed(swatches[::-step])]
     return [(f"{low} ", DIM), *scale, (f" {high}", DIM)]

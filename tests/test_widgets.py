@@ -11,7 +11,7 @@ from rich.cells import cell_len
 
 from screen.colours import THEMES, luminance
 from screen.keys import key_page
-from screen.maps import Density, choose, cell_line, legend, ranked, show_value, thinned
+from screen.maps import show_value
 from techniques.attention.requests import AttentionResult, HeadStatsResult
 from techniques.lens.requests import LensResult
 from vocabulary.prompts import TokenRow
@@ -23,7 +23,7 @@ from techniques.lens.pictures import lens_cell, lens_grid
 from tui import TABLE
 from utils import ROOT, show_number, show_token, visible
 from screen.overlays import escape_line, unescape_line
-from widgets import Grid, GridView
+from widgets import GridView
 
 
 def test_the_screen_side_never_imports_the_model_side():
@@ -84,9 +84,13 @@ def test_golden_pattern():
 
     pattern = np.array([[[1, 0, 0], [0.25, 0.75, 0], [0.004, 0.1, 0.896]]], "f4")
     grid = pattern_grid(AttentionResult(TOKENS, 0, pattern, "now", ""), 0)
-    assert view(grid, "colour", Size(40, 8)) == ["to \\ from ⟨b… ·M… ⏎", " 0 ⟨bos⟩  1.0", " 1 ·Mary  .25 .75", " 2 ⏎       ·   ·  .90"]
-    assert view(grid, "shade", Size(40, 8)) == ["to \\ from ⟨bo… ·Ma… ⏎", " 0 ⟨bos⟩  █1.0", " 1 ·Mary  ░.25 █.75", " 2 ⏎       ·    ·   █.90"]
-    assert view(grid, "number", Size(40, 8)) == ["to \\ from ⟨bos⟩ ·Mary ⏎", " 0 ⟨bos⟩  1.000", " 1 ·Mary   .250  .750", " 2 ⏎       .004  .100  .896"]
+    head = ["          0      1      2", "to \\ from ⟨bos⟩  ·Mary  ⏎"]
+    assert view(grid, "colour", Size(40, 8)) == [*head, " 0 ⟨bos⟩   1.000", " 1 ·Mary    .250   .750", " 2 ⏎           .      .   .896"]
+    assert view(grid, "number", Size(40, 8)) == [*head, " 0 ⟨bos⟩   1.000", " 1 ·Mary    .250   .750", " 2 ⏎        .004   .100   .896"]
+    head = ["          0       1       2", "to \\ from ⟨bos⟩   ·Mary   ⏎"]
+    assert view(grid, "shade", Size(40, 8)) == [*head, " 0 ⟨bos⟩  █ 1.000", " 1 ·Mary  ░  .250 ▓  .750", " 2 ⏎            .       . █  .896"]
+    assert view(grid, "colour", Size(24, 5)) == ["        0    1    2", "to \\ fr ⟨bos Mary ⏎", " 0 ⟨bos 1.00", " 1 ·Mar  .25  .75", " 2 ⏎       .    .  .90"]
+    assert view(grid, "colour", Size(20, 3)) == ["to \\ f0  1  2", " 0 ⟨b ▀▀▀▄▄▄", " 2 ⏎  ▀▀▀▀▀▀▀▀▀"], "two destinations a line"
 
 
 def test_golden_lens_and_heads():
@@ -99,6 +103,7 @@ def test_golden_lens_and_heads():
     )  # fmt: skip
     grid = lens_grid(result, "prob", 100)
     assert view(grid, "colour", Size(60, 5)) == [
+        "              0         1         2",
         "hook point    ⟨bos⟩     ·Mary     ⏎",
         "L0.resid_pre  ·a        ·a        ·a",
         "L0.resid_post [/INST]   [/INST]   [/INST]",
@@ -106,7 +111,7 @@ def test_golden_lens_and_heads():
     line = "".join(t for t, _ in lens_cell(result, 1, 1))
     assert line.startswith(" L0.resid_post@1 H 1.000 KL 0.0000") and "[/INST] 0.500" in line and "nan" not in line
     heads = heads_grid(HeadStatsResult({"first": np.array([[0.5, np.nan], [0.25, 1]], "f4")}, "now", "prompt", ""), "first", frozenset())
-    assert view(heads, "colour", Size(40, 4)) == ["   H0    H1    attn  mlp", "L0  .500        attn  mlp", "L1  .250 1.000  attn  mlp"]
+    assert view(heads, "colour", Size(40, 3)) == ["   H0     H1     attn   mlp", "L0   .500         attn   mlp", "L1   .250  1.000  attn   mlp"]
     assert grid.tsv().splitlines()[1] == "L0.resid_pre\t0.5\t0.5\t0.5"
 
 

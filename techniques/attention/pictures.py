@@ -45,7 +45,19 @@ def pattern_grid(result: AttentionResult, head: int) -> Grid:
         lo, sign = -hi, True
     tokens = texts_of(result.tokens)
     rows = [f"{n:>2} {show_token(tok, 9, fill=False)}" for n, tok in enumerate(tokens)]
-    return Grid(values, rows, list(tokens), lo, hi, signed=sign, cell=(4, 6), faint=(hi - lo) * 0.15, corner="to \\ from", positions=True, follows=True)
+    return Grid(
+        values,
+        rows,
+        list(tokens),
+        lo,
+        hi,
+        signed=sign,
+        cell=(4, 7 if len(tokens) <= 10 else 4),
+        faint=(hi - lo) * 0.15,
+        corner="to \\ from",
+        positions=True,
+        follows=True,
+    )
 
 
 def small_patterns(result: AttentionResult, head: int, width: int, height: int, mode: str) -> list[Spans]:

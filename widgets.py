@@ -17,7 +17,7 @@ from screen.colours import (
     BAD, BOLD, CHANGED, CURSOR, CURSOR_PLAIN, DIM, FOCUS, GOOD, HEAD, NEGATIVE, PLAIN, POSITIVE, RULE, SHADES, WARN, half_block, on,
 )  # fmt: skip
 from screen.maps import (
-    FAINT, KEPT, SMALL, Grid, Spans, choose, header_height, label_width, ranked, show_value, strip_of_maxima, thinned, whole,
+    FAINT, KEPT, SMALL, Grid, Spans, cell_line, choose, header_height, label_width, ranked, show_value, strip_of_maxima, thinned, whole,
 )  # fmt: skip
 from utils import show_token
 
@@ -189,6 +189,13 @@ class GridView(Widget):
             regions.append(Region(0 if self.density.width < 4 else x0, 0, self.size.width if self.density.width < 4 else x1 + w - x0, self.head))
         bounds = Region(0, 0, *self.size)
         self.refresh(*(r.intersection(bounds) for r in regions))
+
+    def about(self) -> Spans:
+        """The cell under the cursor in words; its neighbours too, where the map shows no numbers."""
+        if self.grid is None:
+            return []
+        self.lay_out()
+        return cell_line(self.grid, *self.at, neighbours=self.laid is not None and self.density.kind == "cell")
 
     # ---------------------------------------------------------------- drawing
 

@@ -27,7 +27,7 @@ class Grid:
     A picture: values [rows, columns] (NaN is blank) on the scale lo..hi, what stands in the cells (the number unless there is `text`), labels, and
     how wide a cell may be; numbers under `faint` are SMALL; `blanks` are columns that show their name. `numbers` are shown when they differ from what is coloured (ranks on a log
     scale; `ends` then names the ends of the colours). `signed` draws outward from zero. `marks` are underlined; `kept`, the circuit's cells, end in KEPT. `positions`: columns are
-    positions, numbered above. `follows`: another picture at each step of the cursor, beside which no list is drawn (bytes). `thin`: names and row numbers of coarser choices of rows, for text that is too high.
+    positions, numbered above. `listed`: the largest cells are marked, and listed in room that is left (not where every step of the cursor brings another picture). `thin`: names and row numbers of coarser choices of rows, for text that is too high.
     """
 
     values: np.ndarray
@@ -45,7 +45,7 @@ class Grid:
     marks: frozenset[tuple[int, int]] = field(default_factory=frozenset)
     kept: frozenset[tuple[int, int]] = field(default_factory=frozenset)
     positions: bool = False
-    follows: bool = False
+    listed: bool = True
     ends: tuple[str, str] = ("", "")
     thin: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
@@ -77,7 +77,7 @@ class Grid:
         """Rank of the few largest cells of a large map."""
         return (
             {rc: n for n, rc in enumerate(self.order[:MARKED], 1) if self.values[rc] != 0}
-            if self.text is None and not self.follows and len(self.order) > ENOUGH
+            if self.text is None and self.listed and len(self.order) > ENOUGH
             else {}
         )
 
@@ -240,8 +240,8 @@ def legend(grid: Grid, mode: str, room: int = 40) -> Spans:
     return [(f"{low} ", DIM), *scale, (f" {high}", DIM)]
 
 
-def cell_line(grid: Grid, row: int, col: int) -> Spans:
-    """A cell's name, its number, its rank, and its neighbours' numbers: what colours alone do not say."""
+def cell_line(grid: Grid, row: int, col: int, neighbours: bool = True) -> Spans:
+    """A cell's name, its number, its rank, and its neighbours' numbers: what colours alone do not say. Numbers keep their places as the cursor moves."""
     if not (0 <= row < len(grid.rows) and 0 <= col < len(grid.cols)) or math.isnan(grid.shown[row, col]):
         return []
     size = np.abs(grid.values) if grid.signed else grid.values
@@ -254,14 +254,14 @@ def cell_line(grid: Grid, row: int, col: int) -> Spans:
     return [
         (f" {grid.name(row, col)} ", BOLD),
         (f"{float(grid.shown[row, col]):{'+' if grid.signed else ''}.3f}", BOLD),
-        (f" rank {rank} of {len(grid.order)}  ", PLAIN),
-        (" ".join(f"{arrow} {show_value(x, 5).strip()}" for arrow, x in near) + " ", DIM),
+        (f" rank {rank:{len(str(len(grid.order)))}} of {len(grid.order)}  ", PLAIN),
+        (" ".join(f"{arrow} {show_value(x, 5)}" for arrow, x in near) + " " if neighbours else "", DIM),
     ]
 
 
 def ranked(grid: Grid, width: int, height: int) -> list[Spans]:
     """In the room that a map leaves: its largest cells with their numbers, and how its values are distributed."""
-    if grid.text is not None or grid.follows or len(grid.order) < 6 or height < 1 or width < 24:
+    if grid.text is not None or not grid.listed or len(grid.order) < 6 or height < 1 or width < 24:
         return []
     if height < 4:  # in one line
         line: Spans = [("largest ", DIM)]

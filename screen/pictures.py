@@ -11,7 +11,7 @@ from techniques.patching.requests import SweepResult
 from vocabulary.nodes import parse_node
 from vocabulary.prompts import TokenRow
 from screen.session import State
-from screen.maps import cell_line, ends_of
+from screen.maps import ends_of
 from widgets import BOLD, DIM, PLAIN, Grid, Spans
 
 RUN_NAMES = {
@@ -111,8 +111,8 @@ def show_p(p: float) -> str:
     return "below .001" if p < 0.001 else f"{p:.3f}"
 
 
-def sweep_cell(truth: SweepResult | None, estimate: SweepResult | None, row: int, col: int, grid: Grid | None = None) -> Spans:
-    """One line about a cell: its node, the metric under it, effect, estimate, spread; and its rank and neighbours in the map that is shown."""
+def sweep_cell(truth: SweepResult | None, estimate: SweepResult | None, row: int, col: int, about: Spans = ()) -> Spans:
+    """One line about a cell: its node, the metric under it, effect, estimate, spread; then what `about` says of it in the map that is shown."""
     result = truth or estimate
     if row >= len(result.rows) or col >= len(result.cols):
         return []
@@ -127,5 +127,4 @@ def sweep_cell(truth: SweepResult | None, estimate: SweepResult | None, row: int
         spans.append((f" (untouched {truth.base:+.4f})  effect {change(truth)[row, col]:+.3f}", PLAIN))
     if estimate is not None:
         spans.append((f"  estimate {change(estimate)[row, col]:+.3f}", DIM))
-    near = cell_line(grid, row, col)[2:] if grid is not None else []
-    return [*spans, ("  ", PLAIN), *near, (f" {result.mechanism}", DIM)]
+    return [*spans, ("  ", PLAIN), *about[2:], (f" {result.mechanism}", DIM)]

@@ -56,7 +56,7 @@ def pattern_grid(result: AttentionResult, head: int) -> Grid:
         faint=(hi - lo) * 0.15,
         corner="to \\ from",
         positions=True,
-        follows=True,
+        listed=False,
     )
 
 

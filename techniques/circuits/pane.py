@@ -319,7 +319,7 @@ class CircuitPane(Pane):
         self.show_title(app, ("path",), f"{done}{title}", result.convention, grid)
         row, col = self.cell(app, result)
         self.map.show(grid, (row, col), views["mode"])
-        self.info_line.show([sweep_cell(result, None, row, col, grid)])
+        self.info_line.show([sweep_cell(result, None, row, col, self.map.about())])
 
 
 PANE = CircuitPane

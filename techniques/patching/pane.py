@@ -205,7 +205,7 @@ class PatchingPane(Pane):
         self.show_title(app, slots, title, f"{done} · {warning}{result.convention}", grid)
         row, col = self.at(app, result)
         self.table.show(grid, (row, col), views["mode"])
-        self.info_line.show([sweep_cell(truth, estimate, row, col, grid)])
+        self.info_line.show([sweep_cell(truth, estimate, row, col, self.table.about())])
 
 
 PANE = PatchingPane

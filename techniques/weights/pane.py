@@ -6,7 +6,7 @@ from textual.widget import Widget
 from techniques.weights.requests import Composition, CompositionResult, HeadWeights, HeadWeightsResult, Singular, SingularResult
 from vocabulary.nodes import Node
 from screen.cursor import clip
-from screen.maps import cell_line, width_of
+from screen.maps import width_of
 from screen.pane import Host, Pane
 from screen.session import VIEWS
 from techniques.weights import pictures
@@ -81,7 +81,7 @@ class WeightsPane(Pane):
             )
             self.map.show(grid, (c.layer, c.head), views["mode"])
             self.show_title(app, ("weights",), name, convention, grid)
-            self.info_line.show([cell_line(grid, c.layer, c.head) + [(f" {convention}", DIM)]])
+            self.info_line.show([self.map.about() + [(f" {convention}", DIM)]])
             self.table.show([[(f"{part.upper()}-composition of L{c.layer}H{c.head}", BOLD)], [("earlier layers: it reads what they wrote", DIM)],
                              [("later layers: they read what it wrote", DIM)], [(f"random heads: {result.baseline:.3f} ± {result.spread:.3f}", BOLD)]])  # fmt: skip
         else:

@@ -89,7 +89,7 @@ def test_golden_pattern():
     assert view(grid, "number", Size(40, 8)) == [*head, " 0 ⟨bos⟩   1.000", " 1 ·Mary    .250   .750", " 2 ⏎        .004   .100   .896"]
     head = ["          0       1       2", "to \\ from ⟨bos⟩   ·Mary   ⏎"]
     assert view(grid, "shade", Size(40, 8)) == [*head, " 0 ⟨bos⟩  █ 1.000", " 1 ·Mary  ░  .250 ▓  .750", " 2 ⏎            .       . █  .896"]
-    assert view(grid, "colour", Size(24, 5)) == ["        0    1    2", "to \\ fr ⟨bos Mary ⏎", " 0 ⟨bos 1.00", " 1 ·Mar  .25  .75", " 2 ⏎       .    .  .90"]
+    assert view(grid, "colour", Size(24, 5)) == ["        0    1    2", "to \\ fro⟨bos Mary ⏎", " 0 ⟨bos 1.00", " 1 ·Mar  .25  .75", " 2 ⏎       .    .  .90"]
     assert view(grid, "colour", Size(20, 3)) == ["to \\ f0  1  2", " 0 ⟨b ▀▀▀▄▄▄", " 2 ⏎  ▀▀▀▀▀▀▀▀▀"], "two destinations a line"
 
 

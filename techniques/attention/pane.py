@@ -9,7 +9,7 @@ from vocabulary.nodes import Node
 from screen.actions import turns
 from screen.cursor import clip
 from screen.keys import FIND, VIEW, Action, Part
-from screen.maps import cell_line, fits, width_of
+from screen.maps import fits, width_of
 from screen.pane import Host, Pane, step_component
 from screen.pictures import head_map_addresses, run_name, texts_of
 from techniques.attention import actions, pictures
@@ -158,7 +158,7 @@ class AttentionPane(Pane):
         row = np.nan_to_num(np.abs(grid.values[pos]), nan=-1.0)
         src = c.src if self.drilled or views["attention.stat"] == "pair" else int(row.argmax())
         self.pattern.show(grid, (pos, clip(src, len(grid.cols))), views["mode"])
-        head = [] if self.drilled or self.map.grid is None else cell_line(self.map.grid, *self.map.at)
+        head = [] if self.drilled else self.map.about()
         self.info_line.show([head + pictures.pattern_cell(pattern, c.head, pos, src, self.drilled)[bool(head) :]])
 
 

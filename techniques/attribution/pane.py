@@ -18,7 +18,7 @@ from techniques.attribution.requests import (
 from vocabulary.nodes import Node, UserError
 from screen.cursor import clip
 from screen.keys import FIND, Action, Part
-from screen.maps import cell_line, width_of
+from screen.maps import width_of
 from screen.pane import Host, Pane, step_component
 from screen.pictures import head_map_addresses, run_name, texts_of
 from techniques.attribution import pictures
@@ -102,12 +102,7 @@ class AttributionPane(Pane):
         else:
             place = f"{result.pos} {show_token(texts_of(result.tokens)[result.pos])}"
             self.show_title(app, ("attribution",), f"{name} · direct logits at {place}", result.convention, grid)
-            self.info_line.show(
-                [
-                    cell_line(grid, clip(c.layer, len(grid.rows)), column)
-                    + pictures.sum_line(result.total, result.logit, result.capped, result.error, result.convention)
-                ]
-            )
+            self.info_line.show([self.map.about() + pictures.sum_line(result.total, result.logit, result.capped, result.error, result.convention)])
 
     def paint_side(self, app: Host, result: AttributionResult | AttributionSetResult) -> None:
         """Beside the map: the cell's sources or neurons, or all cells ranked."""

@@ -191,11 +191,9 @@ class GridView(Widget):
         self.refresh(*(r.intersection(bounds) for r in regions))
 
     def about(self) -> Spans:
-        """The cell under the cursor in words; its neighbours too, where the map shows no numbers."""
-        if self.grid is None:
-            return []
+        """The cell under the cursor in words, where the map shows no numbers."""
         self.lay_out()
-        return cell_line(self.grid, *self.at, neighbours=self.laid is not None and self.density.kind == "cell")
+        return cell_line(self.grid, *self.at) if self.grid is not None and self.laid is not None and self.density.kind == "cell" else []
 
     # ---------------------------------------------------------------- drawing
 

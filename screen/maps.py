@@ -153,11 +153,6 @@ def choose(grid: Grid, width: int, height: int, mode: str) -> Density:
     return Density("cell", 1 if most else 2, 2 if most else 1)
 
 
-def fits(grid: Grid, width: int, height: int, mode: str) -> bool:
-    """Whether some density shows the whole map there."""
-    return whole(grid, choose(grid, width, height, mode), width, height)
-
-
 def least_height(grid: Grid) -> int:
     """Lines in which all rows are in view: half blocks, or text that is thinned."""
     return min(len(grid.rows), 6) + header_height(grid, Density("text", 4)) if grid.text is not None else -(-len(grid.rows) // 2) + 1
@@ -240,7 +235,7 @@ def legend(grid: Grid, mode: str, room: int = 40) -> Spans:
     return [(f"{low} ", DIM), *scale, (f" {high}", DIM)]
 
 
-def cell_line(grid: Grid, row: int, col: int, neighbours: bool = True) -> Spans:
+def cell_line(grid: Grid, row: int, col: int) -> Spans:
     """A cell's name, its number, its rank, and its neighbours' numbers: what colours alone do not say. Numbers keep their places as the cursor moves."""
     if not (0 <= row < len(grid.rows) and 0 <= col < len(grid.cols)) or math.isnan(grid.shown[row, col]):
         return []
@@ -255,7 +250,7 @@ def cell_line(grid: Grid, row: int, col: int, neighbours: bool = True) -> Spans:
         (f" {grid.name(row, col)} ", BOLD),
         (f"{float(grid.shown[row, col]):{'+' if grid.signed else ''}.3f}", BOLD),
         (f" rank {rank:{len(str(len(grid.order)))}} of {len(grid.order)}  ", PLAIN),
-        (" ".join(f"{arrow} {show_value(x, 5)}" for arrow, x in near) + " " if neighbours else "", DIM),
+        (" ".join(f"{arrow} {show_value(x, 5)}" for arrow, x in near) + " ", DIM),
     ]
 
 

@@ -123,7 +123,6 @@ def test_a_text_is_thinned_by_rule():
 def test_cell_line_and_legend():
     grid = Grid(np.array([[0.5, -0.25], [np.nan, 1.0]]), ["L0", "L1"], ["H0", "H1"], -1, 1, signed=True)
     assert text(cell_line(grid, 0, 1)) == " L0H1 -0.250 rank 3 of 3  ←  .500 ↓ 1.000 "
-    assert text(cell_line(grid, 0, 1, neighbours=False)) == " L0H1 -0.250 rank 3 of 3  "
     assert cell_line(grid, 1, 0) == [] == cell_line(grid, 5, 0)
     assert (
         text(legend(grid, "colour")).split() == ["-1", "0", "1"]

@@ -9,7 +9,7 @@ from vocabulary.nodes import Node
 from screen.actions import turns
 from screen.cursor import clip
 from screen.keys import FIND, VIEW, Action, Part
-from screen.maps import fits, width_of
+from screen.maps import label_width, width_of
 from screen.pane import Host, Pane, step_component
 from screen.pictures import head_map_addresses, run_name, texts_of
 from techniques.attention import actions, pictures
@@ -139,7 +139,8 @@ class AttentionPane(Pane):
         """The map of heads is as wide as it needs to be whole. Where that leaves the pattern no room, one of the two is shown: the pattern when it is drilled into."""
         width, height, mode = self.size.width, self.size.height - 2, app.state.views["mode"]
         beside = width - min(14 + 2 * app.length(), width // 2)
-        alone = not fits(grid, beside, height, mode) and fits(grid, width, height, mode)
+        least = label_width(grid, width) + len(grid.cols) + 2  # all heads side by side, a character each
+        alone = beside < least <= width
         self.map.set_class(alone and self.drilled, "hidden")
         self.pattern.set_class(alone and not self.drilled, "hidden")
         self.map.styles.width = "1fr" if alone else width_of(grid, beside, height, mode) + 1

@@ -298,7 +298,7 @@ class GridView(Widget):
             return [(text, CURSOR_PLAIN if at else BOLD if (row, c) in g.marks else PLAIN)]
         middle = (len(g.ramp) // 2 - 1, len(g.ramp) // 2) if g.signed else (0,)
         small = self.mode == "colour" and not coloured and g.text is None and (level in middle or abs(value) < g.faint)
-        style = CURSOR if at else PLAIN if level < 0 or small else on(g.ramp[level])
+        style = CURSOR if at else PLAIN if level < 0 or small else on(g.ramp[level], g.text is not None)
         if (row, c) in g.marks and not at:
             style += Style(underline=True, bold=True)
         return [(text, style)]

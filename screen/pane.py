@@ -182,10 +182,13 @@ class Pane(Vertical, can_focus=True):
             self.title_line.refresh()
         spans: Spans = [(rule[0], rule[1]), (f" {self.number} {self.label} ", name)]
         spans.append((f" {late}{title}  ", BOLD))
+        parts = note.split(" · ")  # the first says the state: it is there before the colours are
         if grid is not None:
-            spans += legend(grid, app.state.views["mode"], max(14, self.size.width - sum(cell_len(text) for text, _ in spans)))
+            spans += legend(
+                grid, app.state.views["mode"], max(14, self.size.width - sum(cell_len(text) for text, _ in spans) - min(cell_len(parts[0]), 20) - 4)
+            )
         spans.append((" ", PLAIN))
-        room, parts = self.size.width - sum(cell_len(text) for text, _ in spans) - 2, note.split(" · ")
+        room = self.size.width - sum(cell_len(text) for text, _ in spans) - 2
         fit = next((n for n in range(len(parts), 0, -1) if cell_len(" · ".join(parts[:n])) <= room), 0)
         self.title_line.show([[*spans, (f" {' · '.join(parts[:fit])} " if fit and note else "", DIM)]])
 

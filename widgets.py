@@ -14,7 +14,7 @@ from textual.strip import Strip
 from textual.widget import Widget
 
 from screen.colours import (
-    BAD, BOLD, CHANGED, CURSOR, CURSOR_PLAIN, DIM, FOCUS, GOOD, HEAD, NEGATIVE, PLAIN, POSITIVE, RULE, SHADES, WARN, half_block, on,
+    BAD, BOLD, CHANGED, CURSOR, CURSOR_PLAIN, DIM, FOCUS, GOOD, HEAD, NEGATIVE, PLAIN, POSITIVE, RULE, SHADES, WARN, half_block, half_style, on,
 )  # fmt: skip
 from screen.maps import (
     FAINT, KEPT, SMALL, Grid, Spans, cell_line, choose, header_height, label_width, ranked, show_value, strip_of_maxima, thinned, whole,
@@ -298,7 +298,7 @@ class GridView(Widget):
             return [(text, CURSOR_PLAIN if at else BOLD if (row, c) in g.marks else PLAIN)]
         middle = (len(g.ramp) // 2 - 1, len(g.ramp) // 2) if g.signed else (0,)
         small = self.mode == "colour" and not coloured and g.text is None and (level in middle or abs(value) < g.faint)
-        style = CURSOR if at else PLAIN if level < 0 or small else on(g.ramp[level], g.text is not None)
+        style = CURSOR if at else PLAIN if level < 0 or small else half_style(None, g.ramp[level]) if text.isspace() else on(g.ramp[level], g.text is not None)
         if (row, c) in g.marks and not at:
             style += Style(underline=True, bold=True)
         return [(text, style)]

@@ -106,17 +106,16 @@ def heat_code(value: float, signed: bool) -> int:
 
 
 @lru_cache(4096)
-def half_style(above: int | None, below: int | None) -> Style:
-    """Of a half block that shows two colours above each other; None is the background."""
-    front, back = (above, below) if above is not None else (below, None)
-    return Style(color=f"color({front})", bgcolor=None if back is None else f"color({back})")
+def half_style(front: int | None, back: int | None) -> Style:
+    """Of what shows two colours in one character, or one (None: the terminal's own)."""
+    return Style(color=None if front is None else f"color({front})", bgcolor=None if back is None else f"color({back})")
 
 
 def half_block(above: int | None, below: int | None) -> tuple[str, Style]:
     """Two cells above each other in one character."""
     if above is None and below is None:
         return " ", PLAIN
-    return "▀" if above is not None else "▄", half_style(above, below)
+    return ("▀", half_style(above, below)) if above is not None else ("▄", half_style(below, None))
 
 
 SHADES = " ░▒▓█"

@@ -72,15 +72,18 @@ class Quiet(TightScreen, inherit_bindings=False):
     focused = var(None)
 
 
+STYLES = """
+Screen { layers: base overlay; overflow: hidden; background: ansi_default; color: ansi_default; }
+#top { height: 5; } #status { height: 1; } #hint { height: 1; }
+#body { height: 1fr; }
+Field { width: 1fr; background: ansi_default; border: none; height: 1; padding: 0; }
+.hidden { display: none; }
+"""
+
+
 class Loupe(App):
     BINDINGS = bindings(TABLE)
-    CSS = """
-    Screen { layers: base overlay; overflow: hidden; background: ansi_default; color: ansi_default; }
-    #top { height: 5; } #status { height: 1; } #hint { height: 1; }
-    #body { height: 1fr; }
-    Field { width: 1fr; background: ansi_default; border: none; height: 1; padding: 0; }
-    .hidden { display: none; }
-    """
+    CSS = STYLES
     ENABLE_COMMAND_PALETTE = False
     theme = "ansi-light" if THEME is LIGHT else "ansi-dark"
 

@@ -220,6 +220,12 @@ def ends_of(grid: Grid) -> tuple[str, str]:
 
 
 def legend(grid: Grid, mode: str, room: int = 40) -> Spans:
+    """The colours (or shades) with the numbers at their ends, and what ~ stands for where a grid has such cells."""
+    note = f" ~ below the noise floor {grid.floor:.2g}" if grid.noise else ""
+    return [*scale_of(grid, mode, room - len(note)), (note, DIM)]
+
+
+def scale_of(grid: Grid, mode: str, room: int) -> Spans:
     """The colours (or shades) with the numbers at their ends, and at the middle of those outward from zero; in little room fewer of them, or the numbers alone."""
     low, high = ends_of(grid)
     codes = SIGNED_RAMP if grid.signed else RAMP

@@ -187,7 +187,7 @@ class Pane(Vertical, can_focus=True):
             spans += legend(
                 grid, app.state.views["mode"], max(14, self.size.width - sum(width_of(text) for text, _ in spans) - min(width_of(parts[0]), 20) - 4)
             )
-        spans.append((f" ~ below the noise floor {grid.floor:.2g} " if grid is not None and grid.noise else " ", DIM))
+        spans.append((" ", PLAIN))
         room = self.size.width - sum(width_of(text) for text, _ in spans) - 2
         fits = next((n for n in range(len(parts), 0, -1) if width_of(" · ".join(parts[:n])) <= room), 0)
         self.title_line.show([[*spans, (f" {' · '.join(parts[:fits])} " if fits and note else "", DIM)]])

@@ -1,4 +1,4 @@
-"""What the keys do that open a list or a panel: help, palette, models, jobs, sessions, the convention in full, copying."""
+"""What the keys do that open a list or a panel: help, palette, models, sessions, the convention in full, copying."""
 
 import json
 import textwrap
@@ -9,12 +9,13 @@ from techniques.output.requests import RunResult
 from vocabulary.files import folder, short, write_text
 from vocabulary.nodes import UserError
 from vocabulary.requests import Load, Models
+from screen.jobs import ends_jobs
 from screen.keys import Action, show_keys
 from screen.overlays import Item, Overlay, Panel, Picker
 from screen.pane import Host
 from screen.script import python_script
 from screen.session import VIEWS, read_session
-from widgets import BAD, BOLD, DIM, GOOD, PLAIN, WARN, Spans
+from widgets import BAD, BOLD, DIM, GOOD, PLAIN, WARN
 
 # ------------------------------------------------------------------ keys and commands
 
@@ -74,45 +75,17 @@ def load_model(app: Host, words: list[str]) -> None:
     if load == old and app.info is not None:
         app.say(f"{load.model} is loaded already: ctrl+e restarts the engine, which reads its weights from disk again", WARN)
         return
-    app.guard(lambda: app.act("model", load=load))
-
-
-def jobs(app: Host) -> None:
-    shown: list = []
-
-    def rows() -> list[Spans]:
-        shown[:] = app.client.jobs.values()
-        return [
-            [
-                (f" {j.slot:12}", BOLD),
-                (f"{type(j.request).__name__:12}", PLAIN),
-                (f" {j.progress.done}/{j.progress.total} {j.progress.text}{j.more}".rstrip(), DIM),
-            ]
-            for j in shown
-        ] or [[(" no jobs are running", DIM)]]
-
-    def cancel(at: int) -> None:
-        if at < len(shown):
-            app.requests.cancel(shown[at])
-            panel.replace(rows())
-
-    panel = Panel("jobs", rows(), "x cancels · esc closes", bool(app.client.jobs), {"x": cancel})
-    app.open(panel)
-    panel.set_interval(1, lambda: panel.replace(rows()))
-
-
-def interrupt(app: Host) -> None:
-    some = [j for j in app.client.jobs.values() if j.slot != "load"]
-    for job in some:
-        app.requests.cancel(job)
-    app.say(f"cancelled {len(some)} jobs" if some else "nothing is running; q quits")
+    app.guard(lambda: ends_jobs(app, f"loading {load.model}", lambda: app.act("model", load=load)))
 
 
 def restart(app: Host) -> None:
-    app.busy = "starting the engine…"
-    app.say("restarting the engine; model, prompts and interventions are kept")
-    app.requests.forget()
-    app.start_engine()
+    def go() -> None:
+        app.busy = "starting the engine…"
+        app.say("restarting the engine; model, prompts and interventions are kept")
+        app.requests.forget()
+        app.start_engine()
+
+    ends_jobs(app, "restarting the engine", go)
 
 
 # ------------------------------------------------------------------ sessions
@@ -142,7 +115,8 @@ def choose_session(app: Host) -> None:
     items = [Item(f.stem, actions_in(f), "", f) for f in files]
 
     def chosen(item: Item | None, typed: str) -> None:
-        app.guard(lambda: restore(app, item.value if item else Path(typed)))
+        path = item.value if item else Path(typed)
+        app.guard(lambda: ends_jobs(app, "another session", lambda: restore(app, path)))
 
     app.open(Picker("restore a session", items, chosen, free=True))
 

@@ -24,6 +24,7 @@ from vocabulary.nodes import ABLATIONS, FROM_SET, Intervention, parse_interventi
 from vocabulary.prompts import ALIGNMENTS, Metric, METRICS, Prompt, read_place, RUNS, Study, WHICH
 from vocabulary.requests import Load
 from vocabulary.wire import from_json, to_json
+from screen import history
 from screen.log import encoded, FORMAT, Line, Log, new_path, read_lines
 
 VIEWS = {"mode": ("colour", "number", "shade"), "which": WHICH, "ids": ("off", "on")}  # what the screen shows; each pane adds its own
@@ -74,9 +75,10 @@ class State:
         return dataclasses.replace(study, saes=self.saes, sae_error=self.sae_error)
 
     @property
-    def whole_study(self) -> Study:
-        """The same with the prompt set."""
-        return dataclasses.replace(self.study, prompt_set=self.prompt_set)
+    def members(self) -> tuple[Prompt, ...]:
+        """What "over the set" means: the prompts of the open set, while the prompt is one of them; one that was typed has left it."""
+        text = lambda p: (p.clean, p.corrupt, p.answers, p.foils)  # noqa: E731
+        return self.prompt_set if text(self.prompt) in map(text, self.prompt_set) else ()
 
     @property
     def current(self) -> Circuit | None:
@@ -366,9 +368,7 @@ class Session:
     def next_state(self, name: str, args: dict) -> State:
         """The state after an action, or after `undo` and `redo`; UserError when there is none."""
         if name in ("undo", "redo"):
-            if not (stack := self.past if name == "undo" else self.future):
-                raise UserError(f"nothing to {name}")
-            return stack[-1][0]
+            return history.taken_back(self.state, self.past if name == "undo" else self.future, args.get("of", ""), name)[0]
         if isinstance(args.get("prompts"), str):
             if args["prompts"] not in self.sets:
                 raise UserError("its prompt set is missing")
@@ -377,17 +377,18 @@ class Session:
         check(new, self.state)
         return new
 
-    def advance(self, name: str, new: State) -> None:
+    def advance(self, name: str, args: dict, new: State) -> None:
         if name in ("undo", "redo"):
             source, target = (self.past, self.future) if name == "undo" else (self.future, self.past)
-            target.append((self.state, source.pop()[1]))
+            _, done, source[:] = history.taken_back(self.state, source, args.get("of", ""), name)
+            target.append((self.state, done))
         else:
             self.past.append((self.state, name))
-            self.future = []
+            self.future = [step for step in self.future if step[1] != name] if name == history.VIEW else []
         self.state = new
 
     def step(self, name: str, args: dict) -> None:
-        self.advance(name, self.next_state(name, args))
+        self.advance(name, args, self.next_state(name, args))
 
     def do(self, name: str, /, **args: object) -> State:
         """
@@ -398,7 +399,7 @@ class Session:
         new = self.next_state(name, args)
         self.keep([{"t": datetime.datetime.now().isoformat(timespec="milliseconds"), "do": name, "args": args}])
         self.trouble = self.log.save()
-        self.advance(name, new)
+        self.advance(name, args, new)
         return self.state
 
     def close(self) -> str:

@@ -48,8 +48,9 @@ def state_line(app: Host, clean: TokenRow | None) -> Spans:
     line: Spans = [(" " + ("off " if not s.enabled and s.interventions else ""), WARN)]
     line += [(" ".join(str(i) for i in s.interventions) or "no interventions", (BOLD if s.enabled else DIM) if s.interventions else DIM)]
     if s.set_path:
-        edited = s.prompt != s.prompt_set[s.index]
-        line.append((f"  set {Path(s.set_path).stem} {s.index + 1}/{len(s.prompt_set)}{' (edited)' if edited else ''}", WARN if edited else DIM))
+        name, edited = Path(s.set_path).stem, s.prompt != s.prompt_set[s.index]
+        place = f"  set {name} {s.index + 1}/{len(s.prompt_set)}{' (edited)' if edited else ''}"
+        line.append((place if s.members else f"  typed: not of the set {name}", WARN if edited else DIM))
     answers, foils = (" ".join(show_token(a) for a in some[:3]) or "—" for some in (s.prompt.answers, s.prompt.foils))
     line.append((f"  answer {answers} foil {foils}", DIM))
     if app.info and clean and s.prompt.bos is None and not clean.bos:

@@ -7,6 +7,7 @@ import numpy as np
 
 from techniques.attention.requests import AttentionSet, Detect, DETECTORS, HeadStatsResult
 from vocabulary.nodes import UserError
+from screen.actions import no_members
 from screen.overlays import Editor, Item, Picker
 from screen.pane import Host, Pane
 from screen.pictures import RUN_NAMES
@@ -33,8 +34,8 @@ def choose(app: Host, title: str, items: list[Item]) -> None:
 
 
 def rank_labels(pane: Pane, app: Host) -> None:
-    if app.info is None or not app.state.prompt_set:
-        app.say("mean attention between labels needs a prompt set with labels: o opens one", BAD)
+    if app.info is None or not app.state.members:
+        app.say(f"mean attention between labels is over a prompt set with labels: {no_members(app)}", BAD)
         return
     which = app.state.views["which"]
 
@@ -45,7 +46,7 @@ def rank_labels(pane: Pane, app: Host) -> None:
         items = [Item(f"L{x}H{h}", f"{names[d]} → {names[s]}  {found.mean[x, h, d, s]:+.3f} ± {found.std[x, h, d, s]:.3f}", "", (x, h)) for x, h, d, s in cells]
         choose(app, f"mean attention over {len(found.prompts)} prompts, {RUN_NAMES[which]}", items)
 
-    app.requests.ask("labels", AttentionSet(replace(app.state.study, prompt_set=app.state.prompt_set), which), show)
+    app.requests.ask("labels", AttentionSet(replace(app.state.study, prompt_set=app.state.members), which), show, opens="attention between labels over the set")
 
 
 def choose_detector(pane: Pane, app: Host) -> None:
@@ -57,7 +58,7 @@ def choose_detector(pane: Pane, app: Host) -> None:
         if not cells and pattern not in DETECTORS:
             return f"give cells such as 14>2 10>4, or one of {', '.join(DETECTORS)}"
         request = Detect(app.state.study, app.state.views["which"], pattern if not cells else "cells", cells, error_measure=measure)
-        app.requests.ask("detect", request, lambda found: rank(app, f"heads by {found.convention}", found.scores), 0)
+        app.requests.ask("detect", request, lambda found: rank(app, f"heads by {found.convention}", found.scores), 0, opens="scoring the heads")
         return ""
 
     fields = [("pattern", f"{app.cursor.pos}>{app.cursor.src}"), ("measure", "mul")]

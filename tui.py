@@ -191,7 +191,8 @@ class Loupe(App):
         self.refresh_wants()
 
     def on_death(self, reason: str) -> None:
-        self.info, self.requests.model, self.busy = None, None, f"no engine ({reason})"
+        self.info, self.busy = None, f"no engine ({reason})"
+        self.requests.died()
         self.say(f"the engine died ({reason}): ctrl+e restarts it; model, prompts and interventions are kept; its log is {self.client.log}", BAD)
         self.draw()
 

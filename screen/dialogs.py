@@ -1,9 +1,8 @@
-"""What the keys do that open a list or a panel: help, palette, models, sessions, the convention in full, copying."""
+"""What the keys do that open a list or a panel: help, palette, models, the convention in full, copying."""
 
 import json
 import textwrap
 import time
-from pathlib import Path
 
 from techniques.output.requests import RunResult
 from vocabulary.files import folder, short, write_text
@@ -14,7 +13,7 @@ from screen.keys import Action, show_keys
 from screen.overlays import Item, Overlay, Panel, Picker
 from screen.pane import Host
 from screen.script import python_script
-from screen.session import VIEWS, read_session
+from screen.session import VIEWS
 from widgets import BAD, BOLD, DIM, GOOD, PLAIN, WARN
 
 # ------------------------------------------------------------------ keys and commands
@@ -86,49 +85,6 @@ def restart(app: Host) -> None:
         app.start_engine()
 
     ends_jobs(app, "restarting the engine", go)
-
-
-# ------------------------------------------------------------------ sessions
-
-
-def where_written(app: Host) -> None:
-    session = app.session
-    if not session.actions:
-        app.say("nothing has been done yet: the first action starts the session file")
-    elif session.log.waiting and session.trouble:
-        app.say(f"{session.log.waiting} lines of this session could not be written to {session.path}", BAD)
-    elif session.log.waiting:
-        app.say(f"{session.actions} actions were restored; the next one writes them and itself to {session.path}")
-    else:
-        app.say(f"this session is {session.path}: {session.actions} actions, written as they happen; uv run tui.py --resume opens it again")
-
-
-def actions_in(file: Path) -> str:
-    try:
-        return f"{file.read_bytes().count(b'"do": ')} actions"
-    except OSError as error:
-        return f"can't be read: {error.strerror}"
-
-
-def choose_session(app: Host) -> None:
-    files = sorted(folder("sessions").glob("*.jsonl"), key=lambda p: -p.stat().st_mtime)[:200]
-    items = [Item(f.stem, actions_in(f), "", f) for f in files]
-
-    def chosen(item: Item | None, typed: str) -> None:
-        path = item.value if item else Path(typed)
-        app.guard(lambda: ends_jobs(app, "another session", lambda: restore(app, path)))
-
-    app.open(Picker("restore a session", items, chosen, free=True))
-
-
-def restore(app: Host, path: Path) -> None:
-    session, warning = read_session(path)
-    left = app.session.close()  # before the other is claimed: it may be the same file
-    app.session = session
-    warning = " · ".join(filter(None, (left, session.log.claim(), warning)))
-    app.at_end = True
-    app.say(warning or f"restored {path.name}: {len(app.session.past)} steps back", WARN if warning else GOOD)
-    app.refresh_wants()
 
 
 # ------------------------------------------------------------------ out

@@ -35,7 +35,7 @@ class Held:
             self.keys.append(event)
 
     def hand_over(self) -> None:
-        """What was to open is open: the keys go to it."""
+        """What was to open is open: the keys go to it where they are text; what has no field was not seen when they were typed, so they are dropped."""
         keys, self.keys, self.worker = self.keys, [], None
-        if keys and any(not o.closing for o in self.app.query(Overlay)):
+        if keys and any(not o.closing and o.first_field() is not None for o in self.app.query(Overlay)):
             self.app.call_after_refresh(lambda: [self.app.post_message(events.Key(e.key, e.character)) for e in keys])

@@ -41,7 +41,11 @@ def words(name: str, before, after) -> str:
         case "model":
             return f"model {Path(after.model.model).name}"
         case "prompt":
-            return "the prompt's alignment" if after.prompt.clean == before.prompt.clean != "" and after.prompt.alignment != before.prompt.alignment else "the typed prompt"
+            return (
+                "the prompt's alignment"
+                if after.prompt.clean == before.prompt.clean != "" and after.prompt.alignment != before.prompt.alignment
+                else "the typed prompt"
+            )
         case "go":
             return f"prompt {after.index + 1} of the set"
         case "open_set":
@@ -72,7 +76,9 @@ def circuit_words(before, after) -> str:
         was = old.get(circuit.name)
         if was is None:
             return f"circuit {circuit.name}"
-        parts = [f"{verb} {x}" for verb, a, b in (("kept", circuit, was), ("dropped", was, circuit)) for x in (*a.nodes, *a.edges) if x not in (*b.nodes, *b.edges)]
+        parts = [
+            f"{verb} {x}" for verb, a, b in (("kept", circuit, was), ("dropped", was, circuit)) for x in (*a.nodes, *a.edges) if x not in (*b.nodes, *b.edges)
+        ]
         return f"{' '.join(parts[:3]) or 'groups'}{' …' * (len(parts) > 3)} in {circuit.name}"
     gone = [name for name in old if name not in new]
     return f"deleted circuit {gone[0]}" if gone else f"go to circuit {after.circuit}" if after.circuit != before.circuit else ""

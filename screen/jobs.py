@@ -16,21 +16,32 @@ def row(job: Job) -> Spans:
     return [(f" {job.slot:12}", BOLD), (f"{type(job.request).__name__:12}", PLAIN), (f" {p.done}/{p.total} {p.text}{job.more}".rstrip(), DIM)]
 
 
+class Jobs(Panel):
+    """The list of running jobs, which follows them; x cancels the one that is selected."""
+
+    def __init__(self, app: Host, **kw):
+        self.host, self.shown = app, []
+        super().__init__("jobs", self.lines(), "x cancels · esc closes", bool(app.client.jobs), {"x": self.cancel}, **kw)
+
+    def on_mount(self) -> None:
+        super().on_mount()
+        self.set_interval(1, self.follow)
+
+    def lines(self) -> list[Spans]:
+        self.shown = [*self.host.client.jobs.values()]
+        return [row(j) for j in self.shown] or [[(" no jobs are running" if self.host.client.alive else " no jobs are running: the engine is not", DIM)]]
+
+    def follow(self) -> None:
+        self.replace(self.lines())
+
+    def cancel(self, at: int) -> None:
+        if at < len(self.shown) and self.shown[at].id in self.host.client.jobs:
+            self.host.requests.cancel(self.shown[at])
+        self.follow()
+
+
 def jobs(app: Host) -> None:
-    shown: list = []
-
-    def rows() -> list[Spans]:
-        shown[:] = app.client.jobs.values()
-        return [row(j) for j in shown] or [[(" no jobs are running" if app.client.alive else " no jobs are running: the engine is not", DIM)]]
-
-    def cancel(at: int) -> None:
-        if at < len(shown) and shown[at].id in app.client.jobs:
-            app.requests.cancel(shown[at])
-            panel.replace(rows())
-
-    panel = Panel("jobs", rows(), "x cancels · esc closes", bool(app.client.jobs), {"x": cancel})
-    app.open(panel)
-    panel.set_interval(1, lambda: panel.replace(rows()))
+    app.open(Jobs(app))
 
 
 def interrupt(app: Host) -> None:
@@ -52,5 +63,11 @@ def ends_jobs(app: Host, what: str, go: Callable[[], object]) -> None:
         go()
         return
     sure = lambda at: (panel.action_close(), app.guard(go))  # noqa: E731
-    panel = Panel(f"{what} ends {'this job' if len(some) == 1 else f'these {len(some)} jobs'}", [row(j) for j in some], "enter: all the same · esc: go on with it", False, {"enter": sure})
+    panel = Panel(
+        f"{what} ends {'this job' if len(some) == 1 else f'these {len(some)} jobs'}",
+        [row(j) for j in some],
+        "enter: all the same · esc: go on with it",
+        False,
+        {"enter": sure},
+    )
     app.open(panel)

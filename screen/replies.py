@@ -65,6 +65,13 @@ class Requests:
         self.replies.clear()
         self.answers.clear()
 
+    def died(self) -> None:
+        """The engine is gone, and its jobs with it: none starts again by itself, what it was for may have killed it."""
+        self.model = None
+        self.started.clear()
+        for panel in self.app.query("Jobs"):
+            panel.follow()
+
     def reply(self, slot: str) -> Reply | None:
         """The slot's newest reply of the present model; without any model, what was there before (its title says so)."""
         reply = self.replies.get(slot)
@@ -123,11 +130,12 @@ class Requests:
     def refresh(self, study: Study, panes: list) -> bool:
         """Ask for what these panes lack; whether another run is at hand at once."""
         state, jobs = self.app.state, self.app.client.jobs
-        self.wanted, self.askers = {"check": Check(state.prompt, state.align), "run": Run(study)}, {}
+        wanted, self.askers = {"check": Check(state.prompt, state.align), "run": Run(study)}, {}
         for pane in panes:
             mine = pane.wants(self.app)
-            self.wanted |= mine
+            wanted |= mine
             self.askers |= dict.fromkeys(mine, pane)
+        self.wanted = wanted
         asking, known = {j.slot: j.request for j in jobs.values()}, False
         for slot, request in self.wanted.items():
             before = self.replies.get(slot)

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from screen import actions, dialogs, jobs, prompts
+from screen import actions, dialogs, jobs, prompts, sessions
 from screen.keys import INTERVENE, LOUPE, MOVE, PANES, PROMPT, VIEW, FIND, Action
 
 FAR = 10**6
@@ -65,8 +65,8 @@ SCREEN = (
     Action("convention", "=", "convention", "This pane's title and convention in full", LOUPE, dialogs.convention),
     Action("models", "M", "model", "Load another model", LOUPE, dialogs.models),
     Action("jobs", "J", "jobs", "Running jobs; x cancels one", LOUPE, jobs.jobs),
-    Action("write", "w", "session", "Where this session is written", LOUPE, dialogs.where_written),
-    Action("restore", "r", "restore", "Restore another session", LOUPE, dialogs.choose_session),
+    Action("write", "w", "session", "Where this session is written, and its name", LOUPE, sessions.where_written),
+    Action("restore", "r", "restore", "Restore another session: its name, model, prompt and last action", LOUPE, sessions.choose_session),
     Action("restart", "ctrl+e", "restart engine", "Restart the engine; prompts and interventions are kept", LOUPE, dialogs.restart),
     Action("redraw", "ctrl+l", "redraw", "Draw the whole screen again", LOUPE, lambda app: app.screen.forget()),
     Action("suspend", "ctrl+z", "suspend", "Suspend to the shell (fg comes back)", LOUPE, lambda app: app.action_suspend_process()),

@@ -15,6 +15,7 @@ from utils import show_bytes, show_count, show_token, visible, width_of
 from widgets import BAD, BOLD, CHANGED, CURSOR, CURSOR_PLAIN, DIM, HEAD, PLAIN, WARN, Spans, on
 
 UNDERLINE = Style(underline=True)
+FAINT = 0.05  # what is below it does not colour a token
 
 
 def top_lines(app: Host) -> list[Spans]:
@@ -132,7 +133,7 @@ def token_line(
     for n in range(first, last):
         differs = other is not None and (n >= len(other.ids) or other.ids[n] != row.ids[n])
         style = (CURSOR if colour else CURSOR_PLAIN) if n == pos else CHANGED if differs else DIM if n == 0 and row.bos else PLAIN
-        if heat is not None and n != pos and n < len(heat) and abs(float(heat[n])) >= 0.05:
+        if heat is not None and n != pos and n < len(heat) and abs(float(heat[n])) >= FAINT:
             style = on(heat_code(min(abs(float(heat[n])), 1.0), bool((heat < 0).any()))) if colour else UNDERLINE
         spans.append((shown[n], style))
     return [*spans, ("›" if last < len(shown) else "", DIM)]

@@ -204,12 +204,10 @@ def compare_with(pane: Pane, app: Host) -> None:
     known = [name for name in drawings.published_names() if same_model(drawings.published(name)[0].model, now.model)]
     items = [Item(name, "published", "", Compare(now, Circuit(), name, *scored)) for name in known]
     items += [
-        Item(c.name, f"{len(c.nodes)} nodes", "", Compare(now, c, "", *scored))
-        for c in app.state.circuits
-        if c is not now and same_model(c.model, now.model)
+        Item(c.name, f"{len(c.nodes)} nodes", "", Compare(now, c, "", *scored)) for c in app.state.circuits if c is not now and same_model(c.model, now.model)
     ]
     if not items:
-        raise UserError(f"no other circuit of {of_model(now, app)} is here to compare with: Y opens one from a file")
+        raise UserError(f"no other circuit of {now.model} is here to compare with: Y opens one from a file")
 
     def chosen(item: Item | None, typed: str) -> None:
         request = item.value if item else Compare(now, Circuit(), typed.strip(), *scored)

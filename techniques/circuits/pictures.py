@@ -30,7 +30,13 @@ def scored_over(state: State, study: Study) -> str:
     if not study.prompt_set:
         return "on this prompt" if study.prompt == state.prompt else "on another prompt"
     n = len(study.prompt_set)
-    of = Path(state.set_path).stem if study.prompt_set == state.prompt_set and state.set_path else "this set" if study.prompt_set == state.prompt_set else "ANOTHER SET"
+    of = (
+        Path(state.set_path).stem
+        if study.prompt_set == state.prompt_set and state.set_path
+        else "this set"
+        if study.prompt_set == state.prompt_set
+        else "ANOTHER SET"
+    )
     return f"over {n} prompt{'s' * (n != 1)} of {of}"
 
 
@@ -110,7 +116,7 @@ def curve(reply: Reply | None, width: int, n: int, over: str = "") -> list[Spans
     best = dict(zip(found.counts.tolist(), found.faithfulness.tolist()))  # sizes that pruning made the same: the last
     counts, asked = sorted(best), reply.request
     head = wrap(f"faithfulness against {what} ({found.method}, rest {asked.rest}, {over})", width)
-    lines = chart("", [str(c) for c in counts], {"": [best[c] for c in counts]}, min(width, 100), max(6, n - len(head)), [float(c) for c in counts])
+    lines = chart("", [str(c) for c in counts], {"": [best[c] for c in counts]}, min(width, 100), max(6, n - len(head) - 1), [float(c) for c in counts])
     return [*([(line, BOLD)] for line in head), *lines]
 
 

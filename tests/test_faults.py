@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import time
 from dataclasses import replace
@@ -24,6 +25,7 @@ from techniques.features.requests import Saes
 from techniques.patching.requests import Estimate, Sweep
 from techniques.weights.requests import HeadWeights
 from tui import Loupe, first_state
+from utils import ROOT
 from vocabulary.circuit import Circuit, same_model
 from vocabulary.nodes import UserError
 from vocabulary.prompts import Study, read_prompt_set
@@ -261,6 +263,20 @@ async def test_colouring_by_attention_says_what_it_does(zoo, tmp_path):
         assert "no longer coloured" in flat(app)
         await press(app, pilot, "1", "T")
         assert "2 goes there" in flat(app), "what is not to be seen is said"
+
+
+async def test_the_tours_step_8_ends_where_step_14_reads(zoo, tmp_path):
+    tour = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
+    step = tour[tour.index("8. **") : tour.index("9. **")]
+    app = make_app(zoo, tmp_path, first_state({}))
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot)
+        for keys in re.findall(r"`/` `(\S+)` `enter`", step):
+            await press(app, pilot, "/", *keys, "enter")
+        assert app.cursor.pos == 14 and app.node().pos == 14 and app.pane == "attention"
+        app.act("saes", sources=["zoo/L2.resid_post"])
+        await press(app, pilot, "6", "P")
+        assert [int(i) for i in reply(app, "features").index[:2]] == [263, 690]
 
 
 # ------------------------------------------------------------------ keys and lists

@@ -7,9 +7,7 @@ The app: layout, the cursor, asking the engine, drawing. The panes are the rooms
 """
 
 import argparse
-import asyncio
 import signal
-import contextlib
 import os
 import sys
 import textwrap
@@ -22,12 +20,11 @@ if "SSH_CONNECTION" in os.environ:  # remote mode: fewer frames; textual reads t
     os.environ.setdefault("TEXTUAL_FPS", "15")
     os.environ.setdefault("TEXTUAL_ANIMATIONS", "none")
 
-from textual import work
+from textual import events, work
 from textual.app import App, ComposeResult
 from textual.containers import Container
 from textual.geometry import Region
 from textual.reactive import var
-from textual.worker import Worker, WorkerState
 
 from techniques.features.requests import SaeInfo
 from techniques.output.requests import Run, RunResult, Side
@@ -42,6 +39,7 @@ from screen.colours import LIGHT, SIXTEEN, THEME, use
 from screen.compositor import TightScreen
 from screen.cursor import Cursor, clamped
 from screen.faults import Faults
+from screen.held import ALWAYS
 from screen.keys import Action, bindings, collect, key_page, keymap, remapped
 from screen.overlays import Overlay
 from screen.pane import Pane
@@ -201,7 +199,8 @@ class Loupe(App):
         self.refresh_wants()
 
     def on_death(self, reason: str) -> None:
-        self.info, self.requests.model, self.busy = None, None, f"no engine ({reason})"
+        self.info, self.busy = None, f"no engine ({reason})"
+        self.requests.died()
         self.say(f"the engine died ({reason}): ctrl+e restarts it; model, prompts and interventions are kept; its log is {self.client.log}", BAD)
         self.draw()
 
@@ -213,15 +212,8 @@ class Loupe(App):
             self.requests.progress(job)
 
     async def settle(self) -> None:
-        """Wait until nothing is being asked (for tests and benchmarks; no sleeping by the clock)."""
-
-        async def finished(worker: Worker) -> None:
-            with contextlib.suppress(Exception):
-                await worker.wait()
-
-        while running := [w for w in self.workers if w.state in (WorkerState.PENDING, WorkerState.RUNNING)]:
-            await asyncio.wait([asyncio.ensure_future(finished(w)) for w in running])
-            await asyncio.sleep(0)
+        """Wait until nothing is being asked (for tests and benchmarks)."""
+        await self.requests.settle()
 
     # -------------------------------------------------------------- state, and what it needs
 
@@ -269,7 +261,9 @@ class Loupe(App):
     # -------------------------------------------------------------- keys
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """While an overlay is open its keys are text, not commands."""
+        """While an overlay is open, or one is on its way, its keys are text, not commands."""
+        if action == "do" and self.requests.held.waiting:
+            return parameters[0] in ALWAYS
         return not (action == "do" and self.is_mounted and any(not o.closing for o in self.query(Overlay)))
 
     def action_do(self, name: str) -> None:
@@ -288,6 +282,10 @@ class Loupe(App):
     def _handle_exception(self, error: Exception) -> None:
         if not self.faults.survive(error):
             super()._handle_exception(error)
+
+    def on_key(self, event: events.Key) -> None:
+        if self.requests.held.waiting:
+            self.requests.held.take(event)
 
     def on_paste(self) -> None:
         self.say("a pasted text goes into a field: e edits the prompt", WARN)

@@ -6,6 +6,8 @@ from pathlib import Path
 from techniques.output.requests import RunResult
 from vocabulary.nodes import ABLATIONS, Intervention, Node, OPS, parse_intervention, parse_node, UserError
 from vocabulary.prompts import WHICH
+from screen import history
+from screen.jobs import ends_jobs
 from screen.overlays import Editor, Item, Picker
 from screen.pane import Host
 from screen.session import VIEWS
@@ -97,6 +99,13 @@ def check_source(app: Host, new: Intervention) -> None:
         raise UserError("mean ablation averages over the corrupted prompts of a prompt set: o opens one, A chooses another kind")
 
 
+def no_members(app: Host) -> str:
+    """Why nothing is over the set: none is open, or the prompt was typed and has left it."""
+    if not app.state.prompt_set:
+        return "no prompt set is open: o opens one, R goes back to the prompt"
+    return f"this prompt is not of the set {Path(app.state.set_path).stem}: ( and ) go back to the set, R to the prompt alone"
+
+
 def ablate(app: Host) -> None:
     app.ready()
     toggle(app, Intervention(app.node(), app.state.ablation))
@@ -174,11 +183,25 @@ def clear(app: Host) -> None:
 
 
 def undo(app: Host, way: str = "undo") -> None:
-    session = app.session
-    stack = session.past if way == "undo" else session.future
-    name = stack[-1][1] if stack else ""
-    app.act(way)
-    app.say(f"{'undid' if way == 'undo' else 'did again'}: {name} ({len(session.past)} back, {len(session.future)} forward)")
+    """Take back, or do again, what changes what is computed; views have a history of their own (`view_back`)."""
+    session, before = app.session, app.state
+    at, name, _ = history.taken_back(before, session.past if way == "undo" else session.future, "work", way)
+
+    def go() -> None:
+        app.act(way, of="work")
+        what = history.words(name, *((at, before) if way == "undo" else (before, at)))
+        left = f"{history.count(session.past)} back, {history.count(session.future)} forward"
+        app.say(f"{'undid' if way == 'undo' else 'did again'}: {what} ({left})")
+
+    ends_jobs(app, f"{way} of the model", go) if at.model != before.model else go()
+
+
+def view_back(app: Host) -> None:
+    """Back to the view before; what is computed stays."""
+    before = app.state.views
+    app.act("undo", of=history.VIEW)
+    changed = [f"{name} {value}" for name, value in app.state.views.items() if value != before[name]]
+    app.say(f"back to {', '.join(changed) or 'the view before'}")
 
 
 # ------------------------------------------------------------------ views

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import re
 import shlex
 import signal
 import sys
@@ -16,6 +17,10 @@ from vocabulary.nodes import UserError
 from vocabulary.requests import Failure, Progress
 from vocabulary.wire import encode, Frame, read_frame_async, WireError
 from utils import ROOT
+
+
+LEFT = re.compile(r"[\d.,]+ (?:s|min) left(?: in this step)?")  # as the engine words it (vocabulary/progress.time_left)
+STEP = re.compile(r"[^\d:]*")  # the words of a progress that name its step
 
 
 class EngineError(Exception):
@@ -54,19 +59,28 @@ class Job:
     on_partial: Callable[[object], None] | None
     progress: Progress = Progress(0, 0)
     started: float = field(default_factory=time.monotonic)
+    step: str | None = None  # which of its steps it is in, by its words; None before the first
+    since: float = 0.0  # when that began
+
+    def goes_on(self, progress: Progress, step: str) -> None:
+        if step != self.step:
+            self.step, self.since = step, time.monotonic()
+        self.progress = progress
 
     @property
     def left(self) -> str:
-        """Time left at the pace so far, in words; "" while there is nothing to judge by."""
-        p, taken = self.progress, time.monotonic() - self.started
+        """Time left of the job where the engine or the count of what it answers says it, else of the step it is in; "" while there is nothing to judge by."""
+        p, taken = self.progress, time.monotonic() - self.since
+        if found := LEFT.search(p.text):
+            return found[0]
         if not 0 < p.done < p.total or taken < 0.5:
             return ""
-        return f"{in_words(taken * (p.total - p.done) / p.done)} left"
+        return f"{in_words(taken * (p.total - p.done) / p.done)} left{' in this step' if self.step else ''}"
 
     @property
     def more(self) -> str:
         """What a line about its progress ends with: the time left, unless the engine's own text says it."""
-        return "" if "left" in self.progress.text or not self.left else f" {self.left}"
+        return "" if LEFT.search(self.progress.text) or not self.left else f" {self.left}"
 
 
 class Client:
@@ -139,11 +153,11 @@ class Client:
             return  # an answer to a request that was replaced
         match frame.kind:
             case "progress":
-                job.progress = frame.body
+                job.goes_on(frame.body, STEP.match(frame.body.text)[0])
                 self.on_progress(job)
             case "partial":
                 if getattr(frame.body, "total", 0):
-                    job.progress = Progress(frame.body.done, frame.body.total, job.progress.text)
+                    job.goes_on(Progress(frame.body.done, frame.body.total), "")
                 if job.on_partial:
                     job.on_partial(frame.body)
             case "result" | "error" | "cancelled":

@@ -1,20 +1,20 @@
-"""What the keys do that open a list or a panel: help, palette, models, jobs, sessions, the convention in full, copying."""
+"""What the keys do that open a list or a panel: help, palette, models, the convention in full, copying."""
 
 import json
 import textwrap
 import time
-from pathlib import Path
 
 from techniques.output.requests import RunResult
 from vocabulary.files import folder, short, write_text
 from vocabulary.nodes import UserError
 from vocabulary.requests import Load, Models
+from screen.jobs import ends_jobs
 from screen.keys import Action, show_keys
 from screen.overlays import Item, Overlay, Panel, Picker
 from screen.pane import Host
 from screen.script import python_script
-from screen.session import VIEWS, read_session
-from widgets import BAD, BOLD, DIM, GOOD, PLAIN, WARN, Spans
+from screen.session import VIEWS
+from widgets import BAD, BOLD, DIM, GOOD, PLAIN, WARN
 
 # ------------------------------------------------------------------ keys and commands
 
@@ -74,87 +74,17 @@ def load_model(app: Host, words: list[str]) -> None:
     if load == old and app.info is not None:
         app.say(f"{load.model} is loaded already: ctrl+e restarts the engine, which reads its weights from disk again", WARN)
         return
-    app.guard(lambda: app.act("model", load=load))
-
-
-def jobs(app: Host) -> None:
-    shown: list = []
-
-    def rows() -> list[Spans]:
-        shown[:] = app.client.jobs.values()
-        return [
-            [
-                (f" {j.slot:12}", BOLD),
-                (f"{type(j.request).__name__:12}", PLAIN),
-                (f" {j.progress.done}/{j.progress.total} {j.progress.text}{j.more}".rstrip(), DIM),
-            ]
-            for j in shown
-        ] or [[(" no jobs are running", DIM)]]
-
-    def cancel(at: int) -> None:
-        if at < len(shown):
-            app.requests.cancel(shown[at])
-            panel.replace(rows())
-
-    panel = Panel("jobs", rows(), "x cancels · esc closes", bool(app.client.jobs), {"x": cancel})
-    app.open(panel)
-    panel.set_interval(1, lambda: panel.replace(rows()))
-
-
-def interrupt(app: Host) -> None:
-    some = [j for j in app.client.jobs.values() if j.slot != "load"]
-    for job in some:
-        app.requests.cancel(job)
-    app.say(f"cancelled {len(some)} jobs" if some else "nothing is running; q quits")
+    app.guard(lambda: ends_jobs(app, f"loading {load.model}", lambda: app.act("model", load=load)))
 
 
 def restart(app: Host) -> None:
-    app.busy = "starting the engine…"
-    app.say("restarting the engine; model, prompts and interventions are kept")
-    app.requests.forget()
-    app.start_engine()
+    def go() -> None:
+        app.busy = "starting the engine…"
+        app.say("restarting the engine; model, prompts and interventions are kept")
+        app.requests.forget()
+        app.start_engine()
 
-
-# ------------------------------------------------------------------ sessions
-
-
-def where_written(app: Host) -> None:
-    session = app.session
-    if not session.actions:
-        app.say("nothing has been done yet: the first action starts the session file")
-    elif session.log.waiting and session.trouble:
-        app.say(f"{session.log.waiting} lines of this session could not be written to {session.path}", BAD)
-    elif session.log.waiting:
-        app.say(f"{session.actions} actions were restored; the next one writes them and itself to {session.path}")
-    else:
-        app.say(f"this session is {session.path}: {session.actions} actions, written as they happen; uv run tui.py --resume opens it again")
-
-
-def actions_in(file: Path) -> str:
-    try:
-        return f"{file.read_bytes().count(b'"do": ')} actions"
-    except OSError as error:
-        return f"can't be read: {error.strerror}"
-
-
-def choose_session(app: Host) -> None:
-    files = sorted(folder("sessions").glob("*.jsonl"), key=lambda p: -p.stat().st_mtime)[:200]
-    items = [Item(f.stem, actions_in(f), "", f) for f in files]
-
-    def chosen(item: Item | None, typed: str) -> None:
-        app.guard(lambda: restore(app, item.value if item else Path(typed)))
-
-    app.open(Picker("restore a session", items, chosen, free=True))
-
-
-def restore(app: Host, path: Path) -> None:
-    session, warning = read_session(path)
-    left = app.session.close()  # before the other is claimed: it may be the same file
-    app.session = session
-    warning = " · ".join(filter(None, (left, session.log.claim(), warning)))
-    app.at_end = True
-    app.say(warning or f"restored {path.name}: {len(app.session.past)} steps back", WARN if warning else GOOD)
-    app.refresh_wants()
+    ends_jobs(app, "restarting the engine", go)
 
 
 # ------------------------------------------------------------------ out

@@ -5,6 +5,7 @@ from dataclasses import replace
 from vocabulary.requests import Load, Status
 from screen.client import EngineDied, EngineError
 from screen.cursor import Cursor
+from screen.history import VIEW
 from screen.pane import Host
 from widgets import BAD, GOOD
 
@@ -33,9 +34,9 @@ async def load(app: Host, request: Load) -> None:
 def not_loaded(app: Host, error: EngineError) -> None:
     """Back to the model before, which the engine still has."""
     app.busy = "not loaded: M chooses a model"
-    past = app.session.past
-    if app.client.alive and past and past[-1][1] == "model" and not isinstance(error, EngineDied):
-        app.session.do("undo")
+    last = next((name for _, name in reversed(app.session.past) if name != VIEW), "")
+    if app.client.alive and last == "model" and not isinstance(error, EngineDied):
+        app.session.do("undo", of="work")
         app.refresh_wants()
     app.say(str(error), BAD)
     app.draw()

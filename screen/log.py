@@ -58,7 +58,8 @@ def read_line(place: int, raw: bytes) -> Line:
     try:
         entry = json.loads(text.decode())
     except (ValueError, RecursionError) as error:
-        return Line(place, None, f"it is not JSON ({reason(error)})")
+        why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else reason(error)
+        return Line(place, None, f"it is not JSON ({why})")
     return Line(place, entry, "", bool(found)) if isinstance(entry, dict) else Line(place, None, "it is not an object")
 
 

@@ -15,6 +15,7 @@ from textual.widget import Widget
 
 from techniques.features.requests import SaeInfo
 from techniques.output.requests import Side
+from vocabulary.circuit import same_model
 from vocabulary.nodes import Node
 from vocabulary.prompts import Study
 from vocabulary.requests import ModelInfo
@@ -200,7 +201,8 @@ class Pane(Vertical, can_focus=True):
 
     def with_circuit(self, app: Host, name: str, key: tuple, make: Callable[[], Grid], cells: Callable[[Grid], Iterable]) -> Grid:
         """A picture in which the circuit's cells are marked; `cells` gives every cell's address."""
-        nodes = app.state.current.nodes if app.state.current else ()
+        current = app.state.current
+        nodes = current.nodes if current and same_model(current.model, app.state.model.model) else ()
         labels = app.tokens.tokens.labels if app.tokens else {}
 
         def draw() -> Grid:

@@ -6,14 +6,19 @@ What is asked of the engine and what came back.
 3. `ask` and `asked` are for what is asked once, by a key: a failure is one line, said by whoever asks.
 """
 
+import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from textual.worker import Worker
+
 from techniques.output.requests import Run, RunResult
 from vocabulary.prompts import Study
 from vocabulary.requests import Check, CheckResult, Load
+from screen.held import Held
 from screen.client import EngineDied, EngineError, Job, Superseded
 from utils import visible
 from widgets import BAD, DIM, WARN, Spans
@@ -49,6 +54,7 @@ class Requests:
         self.started: set[object] = set()  # sweeps and other work that waits for a key
         self.slow = False  # whether what is drawn has been behind for a while
         self.progress_of = ""
+        self.held = Held(app)
         self.notices: dict[str, str] = {}  # slot -> what its running job has to say when it is over
 
     # ---------------------------------------------------------------- what is there
@@ -59,14 +65,23 @@ class Requests:
         self.replies.clear()
         self.answers.clear()
 
+    def died(self) -> None:
+        """The engine is gone, and its jobs with it: none starts again by itself, what it was for may have killed it."""
+        self.model = None
+        self.started.clear()
+        for panel in self.app.query("Jobs"):
+            panel.follow()
+
     def reply(self, slot: str) -> Reply | None:
         """The slot's newest reply of the present model; without any model, what was there before (its title says so)."""
         reply = self.replies.get(slot)
         return reply if reply is not None and (self.model is None or reply.model is self.model) else None
 
     def result(self, slot: str, kind: type | tuple[type, ...]) -> object | None:
-        """What a pane draws: the slot's result, unless its request failed."""
+        """What a pane draws: the slot's result, unless its request failed, or nothing is asked for there any more (while the run is on its way: not yet)."""
         reply = self.reply(slot)
+        if slot not in self.wanted and (self.error("run") or not self.stale("run")):
+            return None
         return reply.result if reply is not None and isinstance(reply.result, kind) else None
 
     def fresh(self, slot: str, kind: type | tuple[type, ...]) -> object | None:
@@ -81,6 +96,8 @@ class Requests:
         return found if found is not None or request not in self.answers else self.answers[request].of(request, kind)
 
     def error(self, slot: str) -> str:
+        """Why there is nothing in a slot: its own request failed, or the run's, for which it waits."""
+        slot = slot if slot in self.wanted else "run"
         reply = self.reply(slot)
         return reply.error if reply is not None and reply.request == self.wanted.get(slot) else ""
 
@@ -113,11 +130,12 @@ class Requests:
     def refresh(self, study: Study, panes: list) -> bool:
         """Ask for what these panes lack; whether another run is at hand at once."""
         state, jobs = self.app.state, self.app.client.jobs
-        self.wanted, self.askers = {"check": Check(state.prompt, state.align), "run": Run(study)}, {}
+        wanted, self.askers = {"check": Check(state.prompt, state.align), "run": Run(study)}, {}
         for pane in panes:
             mine = pane.wants(self.app)
-            self.wanted |= mine
+            wanted |= mine
             self.askers |= dict.fromkeys(mine, pane)
+        self.wanted = wanted
         asking, known = {j.slot: j.request for j in jobs.values()}, False
         for slot, request in self.wanted.items():
             before = self.replies.get(slot)
@@ -194,18 +212,22 @@ class Requests:
 
     # ---------------------------------------------------------------- what is asked once
 
-    def ask(self, slot: str, request: object, then: Callable, priority: int = 1, group: str = "", **said) -> None:
-        """Ask, and hand the result to `then`; a failure is said (`asked`)."""
+    def ask(self, slot: str, request: object, then: Callable, priority: int = 1, group: str = "", opens: str = "", **said) -> None:
+        """Ask, and hand the result to `then`; a failure is said (`asked`). Where `then` opens a list, `opens` says what is looked up, and keys wait for it."""
 
         async def work() -> None:
             result = await self.asked(slot, request, priority, **said)
             notice = self.notices.pop(slot, "")
             if result is not None:
                 self.app.guard(lambda: then(result))
+                if opens:
+                    self.held.hand_over()
                 if notice:
                     self.app.say("; ".join(text for text in (*(s.strip() for s, _ in self.app.status[:1]), notice) if text), WARN)
 
-        self.app.run_worker(work, group=group or slot, exclusive=True, exit_on_error=True)
+        worker = self.app.run_worker(work, group=group or slot, exclusive=True, exit_on_error=True)
+        if opens:
+            self.held.until(worker, opens)
 
     async def asked(
         self, slot: str, request: object, priority: int = 1, failed: Callable[[EngineError], None] | None = None, cancelled: str = "", any_model: bool = False
@@ -225,6 +247,17 @@ class Requests:
             return result
         self.app.say(f"{type(request).__name__} was for the model before: it is not shown", WARN)
         return None
+
+    async def settle(self) -> None:
+        """Wait until nothing is being asked; no sleeping by the clock."""
+
+        async def finished(worker: Worker) -> None:
+            with contextlib.suppress(Exception):
+                await worker.wait()
+
+        while running := [w for w in self.app.workers if not w.is_finished]:
+            await asyncio.wait([asyncio.ensure_future(finished(w)) for w in running])
+            await asyncio.sleep(0)
 
     def progress(self, job: Job) -> None:
         """Say how far a job is, once it takes a while; a notice at once, and again when the job is over."""

@@ -16,14 +16,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import msgspec
-
 from vocabulary.circuit import check_receivers, Circuit, COMBINE, combined, grouped, LOGITS, parse_edge, toggled
 from vocabulary.files import folder, reason, typed_path
 from vocabulary.nodes import ABLATIONS, FROM_SET, Intervention, parse_intervention, UserError
 from vocabulary.prompts import ALIGNMENTS, Metric, METRICS, Prompt, read_place, RUNS, Study, WHICH
 from vocabulary.requests import Load
-from vocabulary.wire import from_json, to_json
+from vocabulary.wire import fits, from_json, to_json
+from screen import history
 from screen.log import encoded, FORMAT, Line, Log, new_path, read_lines
 
 VIEWS = {"mode": ("colour", "number", "cells", "blocks", "shade"), "which": WHICH, "ids": ("off", "on")}  # what the screen shows; each pane adds its own
@@ -74,9 +73,10 @@ class State:
         return dataclasses.replace(study, saes=self.saes, sae_error=self.sae_error)
 
     @property
-    def whole_study(self) -> Study:
-        """The same with the prompt set."""
-        return dataclasses.replace(self.study, prompt_set=self.prompt_set)
+    def members(self) -> tuple[Prompt, ...]:
+        """What "over the set" means: the prompts of the open set, while the prompt is one of them; one that was typed has left it."""
+        text = lambda p: (p.clean, p.corrupt, p.answers, p.foils)  # noqa: E731
+        return self.prompt_set if text(self.prompt) in map(text, self.prompt_set) else ()
 
     @property
     def current(self) -> Circuit | None:
@@ -303,13 +303,6 @@ def check(new: State, old: State) -> None:
             fits(value, kind, name.replace("_", " "))
 
 
-def fits(value: object, kind: object, what: str) -> None:
-    try:
-        msgspec.msgpack.decode(msgspec.msgpack.encode(value), type=kind)
-    except (msgspec.MsgspecError, ValueError, OverflowError, TypeError, RecursionError) as error:
-        raise UserError(f"{what}: {' '.join(str(error).split())[:200]}: nothing was changed") from error
-
-
 def read_set(prompts: object) -> tuple[Prompt, ...]:
     """A prompt set from its JSON."""
     some = from_json(prompts, tuple[Prompt, ...])
@@ -318,15 +311,16 @@ def read_set(prompts: object) -> tuple[Prompt, ...]:
 
 
 class Session:
-    """A state with its history and its file, which the first action creates. `trouble` is what there is to say of the file: not saved, or a copy."""
+    """A state with its history and its file, which the first action creates. `trouble` is what there is to say of the file: not saved, or a copy; `name` what the user calls it."""
 
     def __init__(self, state: State, path: Path | None = None):
         self.state = self.start = state
         self.past: list[tuple[State, str]] = []
         self.future: list[tuple[State, str]] = []
         self.sets: dict[str, tuple[Prompt, ...]] = {}  # by the digest that lines name them with
+        self.apart = True  # whether views are undone apart from work: not in files of before
         self.kept: set[str] = set()  # digests of those that the file holds
-        self.log, self.actions, self.trouble = Log(path or new_path()), 0, ""
+        self.log, self.actions, self.trouble, self.name = Log(path or new_path()), 0, "", ""
 
     @property
     def path(self) -> Path:
@@ -366,28 +360,32 @@ class Session:
     def next_state(self, name: str, args: dict) -> State:
         """The state after an action, or after `undo` and `redo`; UserError when there is none."""
         if name in ("undo", "redo"):
-            if not (stack := self.past if name == "undo" else self.future):
-                raise UserError(f"nothing to {name}")
-            return stack[-1][0]
+            return history.taken_back(self.state, self.past if name == "undo" else self.future, args.get("of", ""), name)[0]
         if isinstance(args.get("prompts"), str):
             if args["prompts"] not in self.sets:
                 raise UserError("its prompt set is missing")
             args = args | {"prompts": self.sets[args["prompts"]]}
+        if name == "name":
+            return self.state
         new = apply(self.state, name, args)
         check(new, self.state)
         return new
 
-    def advance(self, name: str, new: State) -> None:
+    def advance(self, name: str, args: dict, new: State) -> None:
         if name in ("undo", "redo"):
             source, target = (self.past, self.future) if name == "undo" else (self.future, self.past)
-            target.append((self.state, source.pop()[1]))
+            _, done, source[:] = history.taken_back(self.state, source, args.get("of", ""), name)
+            target.append((self.state, done))
+            self.apart = bool(args.get("of"))
+        elif name == "name":  # of the session, not of what it does
+            self.name = str(args.get("text", ""))
         else:
             self.past.append((self.state, name))
-            self.future = []
+            self.future = [step for step in self.future if step[1] != name] if name == history.VIEW and self.apart else []
         self.state = new
 
     def step(self, name: str, args: dict) -> None:
-        self.advance(name, self.next_state(name, args))
+        self.advance(name, args, self.next_state(name, args))
 
     def do(self, name: str, /, **args: object) -> State:
         """
@@ -398,7 +396,7 @@ class Session:
         new = self.next_state(name, args)
         self.keep([{"t": datetime.datetime.now().isoformat(timespec="milliseconds"), "do": name, "args": args}])
         self.trouble = self.log.save()
-        self.advance(name, new)
+        self.advance(name, args, new)
         return self.state
 
     def close(self) -> str:

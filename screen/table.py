@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from screen import actions, dialogs, prompts
+from screen import actions, dialogs, jobs, prompts, sessions
 from screen.keys import INTERVENE, LOUPE, MOVE, PANES, PROMPT, VIEW, FIND, Action
 
 FAR = 10**6
@@ -50,7 +50,7 @@ SCREEN = (
     Action("base", "d", "base", "Noising or denoising: intervene on the clean or on the corrupted prompt", INTERVENE, actions.base),
     Action("enable", "x", "off/on", "Interventions off or on", INTERVENE, actions.enable),
     Action("clear", "X", "clear", "Clear all interventions", INTERVENE, actions.clear),
-    Action("undo", "u", "undo", "Undo the last action", INTERVENE, actions.undo),
+    Action("undo", "u", "undo", "Undo the last action that changed what is computed", INTERVENE, actions.undo),
     Action("redo", "ctrl+r", "redo", "Redo", INTERVENE, partial(actions.undo, way="redo")),
     Action("view", "v", "view", "Next view or statistic of this pane", VIEW, actions.turn_view),
     Action(
@@ -61,6 +61,7 @@ SCREEN = (
         VIEW,
         partial(actions.turn, name="mode"),
     ),
+    Action("view_back", "backspace", "view back", "Back to the view before; views have a history of their own", VIEW, actions.view_back),
     Action("which", "f", "run", "Which run: now, clean, corrupted, or a difference", VIEW, actions.turn_which),
     Action("search", "/", "search", "Find a token, or go to a node (L2H3, L1.resid_mid@S2)", FIND, actions.search),
     Action("find_next", "n", "next", "Next match", FIND, actions.find_next),
@@ -70,12 +71,12 @@ SCREEN = (
     Action("copy", "y", "copy", "Copy or export: text, TSV, SVG, Python script, address", LOUPE, dialogs.copy),
     Action("convention", "=", "convention", "This pane's title and convention in full", LOUPE, dialogs.convention),
     Action("models", "M", "model", "Load another model", LOUPE, dialogs.models),
-    Action("jobs", "J", "jobs", "Running jobs; x cancels one", LOUPE, dialogs.jobs),
-    Action("write", "w", "session", "Where this session is written", LOUPE, dialogs.where_written),
-    Action("restore", "r", "restore", "Restore another session", LOUPE, dialogs.choose_session),
+    Action("jobs", "J", "jobs", "Running jobs; x cancels one", LOUPE, jobs.jobs),
+    Action("write", "w", "session", "Where this session is written, and its name", LOUPE, sessions.where_written),
+    Action("restore", "r", "restore", "Restore another session: its name, model, prompt and last action", LOUPE, sessions.choose_session),
     Action("restart", "ctrl+e", "restart engine", "Restart the engine; prompts and interventions are kept", LOUPE, dialogs.restart),
     Action("redraw", "ctrl+l", "redraw", "Draw the whole screen again", LOUPE, lambda app: app.screen.forget()),
     Action("suspend", "ctrl+z", "suspend", "Suspend to the shell (fg comes back)", LOUPE, lambda app: app.action_suspend_process()),
-    Action("interrupt", "ctrl+c", "interrupt", "Cancel running jobs", LOUPE, dialogs.interrupt),
+    Action("interrupt", "ctrl+c", "interrupt", "Cancel running jobs", LOUPE, jobs.interrupt),
     Action("quit", "q,ctrl+q", "quit", "Quit; the session stays on disk", LOUPE, lambda app: app.exit()),
 )

@@ -16,6 +16,7 @@ from utils import show_bytes, show_count, show_token, visible, width_of
 from widgets import BAD, BOLD, CHANGED, CURSOR, CURSOR_PLAIN, DIM, HEAD, PLAIN, WARN, Spans, on
 
 UNDERLINE = Style(underline=True)
+FAINT = 0.05  # what is below it does not colour a token
 
 
 def top_lines(app: Host) -> list[Spans]:
@@ -49,8 +50,9 @@ def state_line(app: Host, clean: TokenRow | None) -> Spans:
     line: Spans = [(" changes   ", DIM), ("off " if not s.enabled and s.interventions else "", WARN)]
     line += [(" ".join(str(i) for i in s.interventions) or "no interventions", (BOLD if s.enabled else DIM) if s.interventions else DIM)]
     if s.set_path:
-        edited = s.prompt != s.prompt_set[s.index]
-        line.append((f"  set {Path(s.set_path).stem} {s.index + 1}/{len(s.prompt_set)}{' (edited)' if edited else ''}", WARN if edited else DIM))
+        name, edited = Path(s.set_path).stem, s.prompt != s.prompt_set[s.index]
+        place = f"  set {name} {s.index + 1}/{len(s.prompt_set)}{' (edited)' if edited else ''}"
+        line.append((place if s.members else f"  typed: not of the set {name}", WARN if edited else DIM))
     answers, foils = (" ".join(show_token(a) for a in some[:3]) or "—" for some in (s.prompt.answers, s.prompt.foils))
     line.append((f"  answer {answers} foil {foils}", DIM))
     if app.info and clean and s.prompt.bos is None and not clean.bos:
@@ -132,7 +134,7 @@ def token_line(
     for n in range(first, last):
         differs = other is not None and (n >= len(other.ids) or other.ids[n] != row.ids[n])
         style = (CURSOR if colour else CURSOR_PLAIN) if n == pos else CHANGED if differs else DIM if n == 0 and row.bos else PLAIN
-        if heat is not None and n != pos and n < len(heat) and abs(float(heat[n])) >= 0.05:
+        if heat is not None and n != pos and n < len(heat) and abs(float(heat[n])) >= FAINT:
             style = on(heat_code(min(abs(float(heat[n])), 1.0), bool((heat < 0).any()))) if colour else UNDERLINE
         spans.append((shown[n], style))
     return [*spans, ("›" if last < len(shown) else "", DIM)]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import zlib
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -152,7 +153,7 @@ def test_what_can_not_be_kept_changes_nothing_and_what_can_comes_back(tmp_path_f
         session.do(name, **args)
     except UserError as error:
         assert session.state is before and path.stat().st_size == size and len(str(error)) < 6000
-    encode(Frame("ask", body=Run(session.state.whole_study)))
+    encode(Frame("ask", body=Run(replace(session.state.study, prompt_set=session.state.prompt_set))))
     session.do("view", name="mode", value="number")
     session.close()
     again, warning = read_session(path)
@@ -164,7 +165,7 @@ def test_what_can_not_be_kept_changes_nothing_and_what_can_comes_back(tmp_path_f
     path.write_bytes(b"".join([*lines, log.encoded({"n": len(lines), "t": "2026-01-01", "do": "view", "args": {"name": "mode", "value": "number"}})]))
     again, warning = read_session(path)
     assert again.state.views["mode"] == "number" and ("line 5" in warning or again.actions == len(lines) - 1)
-    encode(Frame("ask", body=Run(again.state.whole_study)))
+    encode(Frame("ask", body=Run(replace(again.state.study, prompt_set=again.state.prompt_set))))
 
 
 async def test_a_number_of_many_digits_typed_as_a_position(engines, tmp_path):

@@ -134,6 +134,11 @@ def check_receivers(addresses: tuple[str, ...], info=None) -> None:
             raise UserError(f"{text} is not in this model: {info.n_layers} layers of {info.n_heads} heads")
 
 
+def same_model(one: str, other: str) -> bool:
+    """Whether two names mean one model: a folder's last part and a hub name's are what counts; no name is not known to be another."""
+    return not one or not other or one.rstrip("/").split("/")[-1] == other.rstrip("/").split("/")[-1]
+
+
 def grouped(circuit: Circuit, name: str, nodes: tuple[str, ...]) -> Circuit:
     """The circuit with a named group of its nodes; without nodes the group goes."""
     nodes = tuple(own_node(n) for n in nodes)
@@ -145,7 +150,7 @@ def grouped(circuit: Circuit, name: str, nodes: tuple[str, ...]) -> Circuit:
 
 def combined(one: Circuit, other: Circuit, how: str, name: str) -> Circuit:
     """Union, intersection or difference of two circuits, parts and edges."""
-    if one.model != other.model:
+    if not same_model(one.model, other.model):
         raise UserError(f"{one.name} is a circuit of {one.model} and {other.name} one of {other.model}")
     join = {"union": set.union, "intersection": set.intersection, "difference": set.difference}[how]
     nodes, edges = join(set(one.nodes), set(other.nodes)), join(set(one.edges), set(other.edges))

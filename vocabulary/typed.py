@@ -61,7 +61,8 @@ def parse_json(text: str) -> object:
     except RecursionError as error:
         raise UserError("JSON that is nested too deep") from error
     except json.JSONDecodeError as error:
-        raise UserError(f"not JSON: {error}") from error
+        where = f"line {error.lineno} column {error.colno}" if "\n" in text.strip() else f"column {error.colno}"  # of one line the number is the caller's
+        raise UserError(f"not JSON: {error.msg} at {where}") from error
     except ValueError as error:  # a number of thousands of digits
         raise UserError(f"JSON with a number that can't be read: {str(error).split(';')[0]}") from error
     return obj

@@ -234,3 +234,11 @@ def from_json(obj: object, kind: type) -> object:
         return revive(obj, kind)
     except (msgspec.ValidationError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"not a {getattr(kind, '__name__', kind)}: {error}") from error
+
+
+def fits(value: object, kind: object, what: str) -> None:
+    """UserError where a value is not of its type or can't go over the wire."""
+    try:
+        msgspec.msgpack.decode(msgspec.msgpack.encode(value), type=kind)
+    except (msgspec.MsgspecError, ValueError, OverflowError, TypeError, RecursionError) as error:
+        raise UserError(f"{what}: {' '.join(str(error).split())[:200]}: nothing was changed") from error

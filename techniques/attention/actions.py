@@ -7,11 +7,14 @@ import numpy as np
 
 from techniques.attention.requests import AttentionSet, Detect, DETECTORS, HeadStatsResult
 from vocabulary.nodes import UserError
+from screen.actions import no_members, turn
 from screen.overlays import Editor, Item, Picker
 from screen.pane import Host, Pane
-from screen.pictures import RUN_NAMES
+from screen.pictures import RUN_NAMES, texts_of
+from screen.top import FAINT
 from techniques.attention.pictures import HEAD_STATS
-from widgets import BAD
+from utils import show_token
+from widgets import BAD, WARN
 
 
 def rank_heads(pane: Pane, app: Host) -> None:
@@ -32,9 +35,26 @@ def choose(app: Host, title: str, items: list[Item]) -> None:
     app.open(Picker(title, items, lambda item, typed: item and app.move(layer=item.value[0], head=item.value[1], comp="head")))
 
 
+def read(pane: Pane, app: Host) -> None:
+    """Turn what colours the prompt's tokens, and say what that is now and where it is to be seen."""
+    turn(app, "attention.read")
+    way, c, heat = app.state.views["attention.read"], app.cursor, pane.heat(app)
+    if way == "off":
+        app.say("the prompt's tokens are no longer coloured by attention")
+        return
+    place = f"{c.pos} {show_token(texts_of(app.tokens.tokens)[c.pos])}" if app.tokens and c.pos < app.length() else str(c.pos)
+    said = f"the prompt's tokens are coloured by L{c.layer}H{c.head}'s attention {way} {place}"
+    if pane.key not in app.visible_panes():
+        app.say(f"{said}, while the attention pane is on the screen: {pane.number} goes there", WARN)
+    elif heat is not None and not (np.abs(heat) >= FAINT).any():
+        app.say(f"{said}; no token has {FAINT} of it")
+    else:
+        app.say(said)
+
+
 def rank_labels(pane: Pane, app: Host) -> None:
-    if app.info is None or not app.state.prompt_set:
-        app.say("mean attention between labels needs a prompt set with labels: o opens one", BAD)
+    if app.info is None or not app.state.members:
+        app.say(f"mean attention between labels is over a prompt set with labels: {no_members(app)}", BAD)
         return
     which = app.state.views["which"]
 
@@ -45,7 +65,7 @@ def rank_labels(pane: Pane, app: Host) -> None:
         items = [Item(f"L{x}H{h}", f"{names[d]} → {names[s]}  {found.mean[x, h, d, s]:+.3f} ± {found.std[x, h, d, s]:.3f}", "", (x, h)) for x, h, d, s in cells]
         choose(app, f"mean attention over {len(found.prompts)} prompts, {RUN_NAMES[which]}", items)
 
-    app.requests.ask("labels", AttentionSet(replace(app.state.study, prompt_set=app.state.prompt_set), which), show)
+    app.requests.ask("labels", AttentionSet(replace(app.state.study, prompt_set=app.state.members), which), show, opens="attention between labels over the set")
 
 
 def choose_detector(pane: Pane, app: Host) -> None:
@@ -57,7 +77,7 @@ def choose_detector(pane: Pane, app: Host) -> None:
         if not cells and pattern not in DETECTORS:
             return f"give cells such as 14>2 10>4, or one of {', '.join(DETECTORS)}"
         request = Detect(app.state.study, app.state.views["which"], pattern if not cells else "cells", cells, error_measure=measure)
-        app.requests.ask("detect", request, lambda found: rank(app, f"heads by {found.convention}", found.scores), 0)
+        app.requests.ask("detect", request, lambda found: rank(app, f"heads by {found.convention}", found.scores), 0, opens="scoring the heads")
         return ""
 
     fields = [("pattern", f"{app.cursor.pos}>{app.cursor.src}"), ("measure", "mul")]

@@ -38,7 +38,7 @@ class AttentionPane(Pane):
             "ranked", "H", "rank", "Heads or cells ranked by what is shown: filter and go", FIND, actions.rank_heads, "multiples", reach=("lens", "output"),
             elsewhere="H ranks the cells of pane 4, the paths of pane 5 and the heads of pane 2: here is nothing to rank",
         ),
-        Action("reading", "T", "read", "Colour the prompt's tokens by the head's attention from the cursor, to it, or not", VIEW, turns("attention.read"), "ranked"),
+        Action("reading", "T", "read", "Colour the prompt's tokens by the head's attention from the cursor, to it, or not", VIEW, actions.read, "ranked"),
         Action("labels", "B", "labels", "Mean attention between labelled positions over the prompt set, ranked: filter and go", FIND, actions.rank_labels, "reading"),
         Action("detect", "C", "detector", "Score heads against a pattern: a known one, or cells such as 14>2 10>4", FIND, actions.choose_detector, "labels"),
     )  # fmt: skip
@@ -46,6 +46,7 @@ class AttentionPane(Pane):
     def __init__(self, **kw):
         super().__init__(**kw)
         self.drilled = False  # whether the keys move in the pattern
+        self.chosen: tuple | None = None  # layer, head and prompt whose source was chosen in the pattern
         self.map, self.pattern, self.many = GridView(), GridView(classes="second"), Lines(classes="second")
 
     def body(self) -> Widget:
@@ -66,6 +67,7 @@ class AttentionPane(Pane):
     def step(self, app: Host, rows: int, cols: int) -> None:
         c, n = app.cursor, app.length()
         if self.drilled:
+            self.chosen = self.here(app)
             app.move(pos=clip(c.pos + rows, n), src=clip(c.src + cols, n))
             return
         step_component(app, rows, cols)
@@ -91,12 +93,17 @@ class AttentionPane(Pane):
         return node.site != "sae" and not node.site.startswith("resid")
 
     def enter(self, app: Host) -> None:
-        """Into the pattern and out of it; the source is where the head looks most."""
+        """Into the pattern and out of it; the source is where the head looks most, until another one was chosen."""
         app.ready()
         if self.pattern.grid is not None:
             self.drilled = not self.drilled
-            app.move(src=self.pattern.at[1])
+            if self.drilled and self.chosen != self.here(app):
+                app.move(src=self.pattern.at[1])
             app.draw()
+
+    @staticmethod
+    def here(app: Host) -> tuple:
+        return app.cursor.layer, app.cursor.head, app.state.prompt
 
     def paint(self, app: Host) -> None:
         pattern = app.requests.result("attention", AttentionResult)
@@ -157,7 +164,7 @@ class AttentionPane(Pane):
         grid = self.picture("pattern", (Same(pattern), c.head), lambda: pictures.pattern_grid(pattern, c.head))
         pos = clip(c.pos, len(grid.rows))
         row = np.nan_to_num(np.abs(grid.values[pos]), nan=-1.0)
-        src = c.src if self.drilled or views["attention.stat"] == "pair" else int(row.argmax())
+        src = c.src if self.drilled or self.chosen == self.here(app) or views["attention.stat"] == "pair" else int(row.argmax())
         self.pattern.show(grid, (pos, clip(src, len(grid.cols))), views["mode"])
         head = [] if self.drilled else self.map.about()
         self.info_line.show([head + pictures.pattern_cell(pattern, c.head, pos, src, self.drilled)[bool(head) :]])

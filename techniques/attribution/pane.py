@@ -16,6 +16,7 @@ from techniques.attribution.requests import (
     AttributionSourcesResult,
 )
 from vocabulary.nodes import Node, UserError
+from screen.actions import no_members
 from screen.cursor import clip
 from screen.keys import FIND, Action, Part
 from screen.maps import columns_of
@@ -23,7 +24,7 @@ from screen.pane import Host, Pane, step_component
 from screen.pictures import head_map_addresses, run_name, texts_of
 from techniques.attribution import pictures
 from utils import show_token
-from widgets import Grid, GridView, Lines, Same
+from widgets import BAD, Grid, GridView, Lines, Same
 
 
 class AttributionPane(Pane):
@@ -49,8 +50,10 @@ class AttributionPane(Pane):
     def wants(self, app: Host) -> dict[str, object]:
         state, c, which = app.state, app.cursor, app.state.views["which"]
         view = state.views["attribution.view"]
+        if view == "set" and not state.members:
+            return {}
         if view == "set":
-            return {"attribution": AttributionSet(replace(app.study, prompt_set=state.prompt_set), which)}
+            return {"attribution": AttributionSet(replace(app.study, prompt_set=state.members), which)}
         if not app.counted():
             return {}  # until the run says how long the prompt is
         wants = {"attribution": Attribution(app.study, which, c.pos)}
@@ -77,13 +80,20 @@ class AttributionPane(Pane):
         app.ready()
         app.act("view", name=self.view, value="ranked" if app.state.views[self.view] == "drill" else "drill")
 
+    def back(self, app: Host) -> bool:
+        drilled = app.state.views[self.view] == "drill"
+        if drilled:
+            self.enter(app)
+        return drilled
+
     def paint(self, app: Host) -> None:
         views, c = app.state.views, app.cursor
         result = app.requests.result("attribution", (AttributionResult, AttributionSetResult))
         name = run_name(app.state, views["which"])
         if result is None:
             self.show_title(app, ("attribution",), name, "")
-            self.map.show(None, (0, 0), views["mode"], app.requests.waiting("attribution"))
+            alone = views[self.view] == "set" and not app.state.members and not app.requests.error("run")
+            self.map.show(None, (0, 0), views["mode"], [(f"  {no_members(app)}", BAD)] if alone else app.requests.waiting("attribution"))
             self.side.show([])
             self.info_line.show([])
             return

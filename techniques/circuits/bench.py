@@ -27,7 +27,7 @@ class Bench:
         self.model, self.study, self.rest, self.seed, self.edges = model, study, rest, seed, edges
         self.mlps, self.positions, self.nodes = mlps, positions, nodes
         self.known: dict[Parts, np.ndarray] = {}
-        self.done, self.total, self.spent = 0, 0, 0.0  # sets cut, of how many, and the seconds that took
+        self.done, self.total, self.spent = 0, 0, 0.0  # sets cut, of how many in the whole job (0: not known), and the seconds that took
 
     def prepare(self) -> Generator[Progress]:
         make, info = EdgeRun, self.model.info
@@ -58,7 +58,9 @@ class Bench:
         def say(part: Progress, run: EdgeRun) -> Progress:
             done = (self.runs.index(run) + part.done / part.total) / len(self.runs) * len(todo)
             seconds = (self.spent + time.monotonic() - begun) * max(0, total - before - done) / (before + done)
-            return Progress(round(before + done), total, f"{text}: {before + done:,.0f} of {total:,} sets, {time_left(seconds)}")
+            return Progress(
+                round(before + done), total, f"{text}: {before + done:,.0f} of {total:,} sets, {time_left(seconds)}{'' if self.total else ' in this step'}"
+            )
 
         work = lambda run: forward_progress(run.run([partial(run.mask, *some) for some in todo]), partial(say, run=run))  # noqa: E731
         found = yield from each(self.runs if todo else [], work)

@@ -1,17 +1,20 @@
 """The key that finds a circuit: the method, how much of it, the time it will take, then the job. Each takes the pane and the app."""
 
 import dataclasses
+import itertools
 import math
 from typing import get_args
 
 from techniques.circuits.requests import Discover, DiscoverResult, METHODS
 from vocabulary.integral import StepsAt
 from vocabulary.wire import to_json
+from screen import history
 from screen.client import in_words
 from screen.overlays import Editor, Item, Panel, Picker
 from screen.pane import Host, Pane
 from screen.replies import Reply
-from techniques.circuits.files import free_name
+from techniques.circuits.actions import free_name
+from techniques.circuits.pictures import scored_over
 from widgets import BOLD, DIM, GOOD, PLAIN, WARN
 
 AT = "steps at"
@@ -49,7 +52,6 @@ def how_much(pane: Pane, app: Host, method: str) -> None:
 
 def estimate(pane: Pane, app: Host, request: Discover) -> None:
     """The estimate of the time first; then, when it is wanted, the job."""
-    app.say(f"{request.method}: estimating the time…", DIM)
 
     def show(dry: DiscoverResult) -> None:
         app.say("")
@@ -62,22 +64,27 @@ def estimate(pane: Pane, app: Host, request: Discover) -> None:
         panel = Panel(f"{request.method}", rows, "enter starts it (J lists it, x cancels it there) · esc", True, {"enter": go})
         app.open(panel)
 
-    app.requests.ask("discover", dataclasses.replace(request, dry=True), show)
+    app.requests.ask("expected", dataclasses.replace(request, dry=True), show, opens=f"{request.method}: estimating the time")
 
 
 def run(pane: Pane, app: Host, request: Discover) -> None:
-    """The job; the circuit it finds joins the others, unless something was undone that should stay redoable."""
+    """The job, beside others of its kind; the circuit it finds joins the others, unless something was undone that should stay redoable."""
 
     def found(done: DiscoverResult) -> None:
-        pane.found[done.circuit.name] = Reply(request, done, model=app.requests.model)
-        name, nodes, edges = done.circuit.name, len(done.circuit.nodes), len(done.circuit.edges)
-        if not nodes:
+        circuit = dataclasses.replace(done.circuit, name=free_name(app, done.circuit.name))
+        pane.found[circuit.name] = Reply(request, dataclasses.replace(done, circuit=circuit), model=app.requests.model)
+        if not circuit.nodes:
             app.say(done.warning or f"{request.method} found no circuit", WARN)
-        elif app.session.future:
-            app.say(f"{name} is found, faithfulness {done.score:.3f}: Y, then 'found {name}', puts it among the circuits (and ends redo)", GOOD)
+        elif history.count(app.session.future):
+            app.say(f"{circuit.name} is found, faithfulness {done.score:.3f}: Y, then 'found {circuit.name}', puts it among the circuits (and ends redo)", GOOD)
         else:
-            app.act("put_circuit", circuit=to_json(done.circuit))
-            line = f"{name}: {nodes} nodes, {edges} edges, faithfulness {done.score:.3f}, {done.seconds:.1f} s"
+            app.act("put_circuit", circuit=to_json(circuit))
+            if app.state.views[pane.view] in ("path", "compare"):  # which are of what was there before
+                app.act("view", name=pane.view, value="map")
+            size = f"{len(circuit.nodes)} nodes, {len(circuit.edges)} edges"
+            line = f"{circuit.name}: {size}, faithfulness {done.score:.3f} {scored_over(app.state, request.study)}, {done.seconds:.1f} s"
             app.say(done.warning or line, WARN if done.warning else GOOD)
 
-    app.requests.ask("discover", request, found, 2, group="discovery", cancelled=f"{request.method} was cancelled")
+    running = {j.slot for j in app.client.jobs.values()}
+    slot = next(s for n in itertools.count(1) if (s := f"discover {n}" if n > 1 else "discover") not in running)
+    app.requests.ask(slot, request, found, 2, cancelled=f"{request.method} was cancelled")

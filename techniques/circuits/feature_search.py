@@ -92,7 +92,7 @@ def attributions(
             for c, row in zip(change, g):
                 total += (c * (row @ d.sae.W_dec.T)).sum(0).double().cpu() / len(shares)
             done, passes = (some.index(d) * len(runs) + runs.index(run)) * len(shares) + k + 1, len(shares) * len(some) * len(runs)
-            yield Progress(done, passes, f"features: {time_left((time.monotonic() - begun) / done * (passes - done))}")
+            yield Progress(done, passes, f"features: {time_left((time.monotonic() - begun) / done * (passes - done))} in this step")
         return total
 
     for d in some:

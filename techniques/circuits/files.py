@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from techniques.circuits import drawings
-from techniques.circuits.requests import Compare
-from vocabulary.circuit import Circuit, COMBINE
+from techniques.circuits.actions import free_name
+from techniques.circuits.pictures import scored_over
+from techniques.circuits.requests import Compare, Score
+from vocabulary.circuit import Circuit, COMBINE, same_model
 from vocabulary.files import folder, short, write_text
-from vocabulary.nodes import parse_node
+from vocabulary.nodes import parse_node, UserError
 from vocabulary.wire import to_json
 from screen.actions import accepted
 from screen.overlays import Editor, Item, Panel, Picker
@@ -33,7 +35,7 @@ SCORED_BY = {
 
 
 def choose_circuit(pane: Pane, app: Host) -> None:
-    items = [*other_circuits(pane, app), *(this_circuit(pane, app) if app.state.current else ()), *settings_of_scores(app), *files(pane, app)]
+    items = [*other_circuits(pane, app), *(this_circuit(pane, app) if app.state.current else ()), *settings_of_scores(pane, app), *files(pane, app)]
 
     def chosen(item: Item | None, typed: str) -> None:
         app.guard(item.value if item else lambda: open_circuit(app, Path(typed.strip())))
@@ -47,9 +49,8 @@ def other_circuits(pane: Pane, app: Host) -> list[Item]:
     items = [Item("new", "an empty circuit", "", lambda: new_circuit(app)), Item("discover", "EAP, EAP-IG, ACDC, greedy: a job", "", discover)]
     for c in state.circuits:
         if c is not state.current:
-            items.append(
-                Item(f"go to {c.name}", f"{len(c.nodes)} nodes, {len(c.edges)} edges, {c.model}", "", lambda c=c: app.act("select_circuit", name=c.name))
-            )
+            label = f"{len(c.nodes)} nodes, {len(c.edges)} edges, {of_model(c, app)}{last_score(app, c)}"
+            items.append(Item(f"go to {c.name}", label, "", lambda c=c: app.act("select_circuit", name=c.name)))
     for name, reply in pane.found.items():
         done = reply.result
         if name not in here and done.circuit.nodes:
@@ -60,27 +61,31 @@ def other_circuits(pane: Pane, app: Host) -> list[Item]:
 
 def this_circuit(pane: Pane, app: Host) -> list[Item]:
     now = app.state.current
+    about = f"{len(now.nodes)} nodes, {len(now.edges)} edges, {of_model(now, app)}{last_score(app, now)}"
     rename = lambda to: app.act("rename_circuit", name=now.name, to=to)  # noqa: E731
+    others = [c for c in app.state.circuits if c is not now and same_model(c.model, now.model)]
     combine = [Item(how, f"{COMBINE[how]}: {now.name} and another", "", lambda how=how: combine_with(app, how)) for how in COMBINE]
     return [
+        Item("score", f"{now.name}: {about}", "", lambda: pane.run(app)),
         Item("rename", now.name, "", lambda: name_it(app, "rename", now.name, rename)),
         Item("group", "name some of its nodes", "", lambda: group_nodes(app)),
         Item("compare", "with a published circuit or another", "", lambda: compare_with(pane, app)),
-        *(combine if len(app.state.circuits) > 1 else ()),
+        *(combine if others else ()),
         Item("save", "as JSON", "", lambda: save_circuit(app)),
         *(Item(f"export {kind}", what, "", lambda kind=kind: export_circuit(pane, app, kind)) for kind, what in EXPORTS.items()),
         Item("delete", f"{now.name} (u brings it back)", "", lambda: app.act("delete_circuit", name=now.name)),
     ]
 
 
-def settings_of_scores(app: Host) -> list[Item]:
-    views = app.state.views
+def settings_of_scores(pane: Pane, app: Host) -> list[Item]:
+    views, over_now = app.state.views, scored_over(app.state, pane.study(app))
     other = "count" if views["circuit.mlps"] == "stay" else "stay"
     turn = lambda name, value: lambda: app.act("view", name=f"circuit.{name}", value=value)  # noqa: E731
     items = [Item(f"rest {r}", "what is outside the circuit is set to", "", turn("rest", r)) for r in VIEWS["circuit.rest"]]
     items += [Item(f"score by {by}", what, "now" if by == views["circuit.by"] else "", turn("by", by)) for by, what in SCORED_BY.items()]
     what = "MLPs outside the circuit are replaced too" if other == "count" else "MLPs always stay"
-    return [*items, Item(f"mlps {other}", what, "", turn("mlps", other))]
+    over = "prompt" if views["circuit.over"] == "set" else "set"
+    return [*items, Item(f"mlps {other}", what, "", turn("mlps", other)), Item(f"over the {over}", f"scores are {over_now}", "", turn("over", over))]
 
 
 def files(pane: Pane, app: Host) -> list[Item]:
@@ -89,15 +94,29 @@ def files(pane: Pane, app: Host) -> list[Item]:
     return [Item(name, where, "", lambda path=path: open_circuit(app, path)) for name, where, path in (*published, *own)]
 
 
+def heading(app: Host) -> str:
+    """The current circuit, and whose it is where that is another model."""
+    if (now := app.state.current) is None:
+        return "no circuit yet"
+    whose = "" if same_model(now.model, app.state.model.model) else f"{of_model(now, app)} · "
+    return f"{whose}{now.name} ({len(now.nodes)} nodes, {len(now.edges)} edges)"
+
+
+def of_model(circuit: Circuit, app: Host) -> str:
+    """The model that a circuit is of, where that is not the one that is loaded in capitals."""
+    name = circuit.model.rstrip("/").split("/")[-1]
+    return name if same_model(circuit.model, app.state.model.model) else f"NOT OF THIS MODEL: of {name}"
+
+
+def last_score(app: Host, circuit: Circuit) -> str:
+    """The newest faithfulness of a circuit as it stands on this model, and over which prompts that is; "" where it was not scored."""
+    for request, reply in reversed(app.requests.answers.items()):
+        if isinstance(request, Score) and (request.circuit.nodes, request.circuit.edges) == (circuit.nodes, circuit.edges):
+            return f", faithfulness {reply.result.faithfulness.mean:.3f} {scored_over(app.state, request.study)}, rest {request.rest}"
+    return ""
+
+
 # ------------------------------------------------------------------ changing them
-
-
-def free_name(app: Host, start: str) -> str:
-    names, n = {c.name for c in app.state.circuits}, 2
-    name = start
-    while name in names:
-        name, n = f"{start}-{n}", n + 1
-    return name
 
 
 def name_it(app: Host, title: str, start: str, then: Callable[[str], None]) -> None:
@@ -122,7 +141,7 @@ def group_nodes(app: Host) -> None:
 
 def combine_with(app: Host, how: str) -> None:
     now = app.state.current
-    items = [Item(c.name, f"{len(c.nodes)} nodes", "", c.name) for c in app.state.circuits if c is not now]
+    items = [Item(c.name, f"{len(c.nodes)} nodes", "", c.name) for c in app.state.circuits if c is not now and same_model(c.model, now.model)]
     put = lambda name: app.act("combine", how=how, one=now.name, other=name, name=free_name(app, how))  # noqa: E731
     app.open(Picker(f"{how} of {now.name} and", items, lambda item, typed: item and app.guard(lambda: put(item.key))))
 
@@ -182,8 +201,13 @@ def compare_with(pane: Pane, app: Host) -> None:
     now, reply = app.state.current, pane.found.get(app.state.circuit)
     found = reply.result if reply is not None and reply.result.method != "greedy" else None
     scored = (found.edges, tuple(found.scores.tolist())) if found is not None else ((), ())
-    items = [Item(name, "published", "", Compare(now, Circuit(), name, *scored)) for name in drawings.published_names()]
-    items += [Item(c.name, f"{len(c.nodes)} nodes", "", Compare(now, c, "", *scored)) for c in app.state.circuits if c is not now]
+    known = [name for name in drawings.published_names() if same_model(drawings.published(name)[0].model, now.model)]
+    items = [Item(name, "published", "", Compare(now, Circuit(), name, *scored)) for name in known]
+    items += [
+        Item(c.name, f"{len(c.nodes)} nodes", "", Compare(now, c, "", *scored)) for c in app.state.circuits if c is not now and same_model(c.model, now.model)
+    ]
+    if not items:
+        raise UserError(f"no other circuit of {now.model} is here to compare with: Y opens one from a file")
 
     def chosen(item: Item | None, typed: str) -> None:
         request = item.value if item else Compare(now, Circuit(), typed.strip(), *scored)

@@ -7,7 +7,7 @@ from textual.containers import Horizontal
 from textual.widget import Widget
 
 from techniques.circuits import drawings
-from techniques.circuits.requests import CompareResult, PathPatch, Score, ScoreResult
+from techniques.circuits.requests import PathPatch, Score, ScoreResult
 from techniques.patching.requests import SweepResult
 from vocabulary.circuit import connected, LOGITS
 from vocabulary.nodes import Node, parse_node, UserError
@@ -20,7 +20,7 @@ from screen.pane import Host, Pane
 from screen.pictures import sweep_cell
 from screen.replies import Reply
 from techniques.circuits import actions, discovery, files
-from techniques.circuits.pictures import NO_CIRCUIT, about_node, all_scores, compared, curve, listing, map_grid, members, path_grid, summary, wrap
+from techniques.circuits.pictures import NO_CIRCUIT, about_node, all_scores, compared, curve, listing, map_grid, members, path_grid, scored_over, summary, wrap
 from widgets import BAD, DIM, PLAIN, Grid, GridView, Lines, Same, Spans
 
 PATHS = {"direct": "direct edge", "mlps": "through MLPs"}
@@ -78,9 +78,9 @@ class CircuitPane(Pane):
     # ---------------------------------------------------------------- what is asked
 
     def study(self, app: Host) -> Study:
-        over = app.state.views["circuit.over"] == "set" and app.state.prompt_set
+        over = app.state.views["circuit.over"] == "set" and app.state.members
         needs = app.state.views["circuit.rest"] in ("mean", "mean_all", "resample")
-        study = replace(app.study, interventions=(), base="clean", prompt_set=app.state.prompt_set if over or needs else (), saes=(), sae_error=True)
+        study = replace(app.study, interventions=(), base="clean", prompt_set=app.state.members if over or needs else (), saes=(), sae_error=True)
         study = replace(study, prompt=app.state.prompt_set[0]) if over else study  # the same for every prompt of the set
         current = app.state.current
         return app.state.with_saes(study) if current is not None and any(parse_node(n).site == "sae" for n in current.nodes) else study
@@ -100,7 +100,7 @@ class CircuitPane(Pane):
 
     def path(self, app: Host) -> PathPatch:
         state, views = app.state, app.state.views
-        over = views["circuit.over"] == "set" and bool(state.prompt_set)
+        over = views["circuit.over"] == "set" and bool(state.members)
         study = replace(app.study, prompt_set=state.prompt_set if over else ())
         study = replace(study, prompt=state.prompt_set[0]) if over else study
         direction = "noise" if state.base == "clean" else "denoise"
@@ -220,6 +220,7 @@ class CircuitPane(Pane):
         if app.state.views[self.view] != "path" or app.state.views["circuit.each"] == "receiver":
             raise UserError("⏎ keeps the path under the cursor, where rows are senders: P turns to them (in the path view); c keeps a node anywhere")
         sender = str(self.node(app, None))
+        actions.own_circuit(app)
         for receiver in app.state.receivers:
             app.act("keep", part=f"{sender}->{receiver}")
         did = "kept" if f"{sender}->{app.state.receivers[-1]}" in app.state.current.edges else "dropped"
@@ -232,7 +233,7 @@ class CircuitPane(Pane):
     def paint(self, app: Host) -> None:
         state, views = app.state, app.state.views
         view, circuit = views[self.view], state.current
-        name = f"{circuit.name} ({len(circuit.nodes)} nodes, {len(circuit.edges)} edges)" if circuit else "no circuit yet"
+        name = files.heading(app)
         if app.info is None:
             self.show_title(app, ("path", "score"), name, "")
             self.map.show(None, (0, 0), views["mode"], [(f"  {app.busy}", DIM)])
@@ -250,7 +251,7 @@ class CircuitPane(Pane):
         mapped = self.map.styles.width = columns_of(grid, max(self.size.width // 2, self.size.width - 60), self.size.height - 2, views["mode"]) + 1
         self.map.show(grid, self.cell(app, None), views["mode"])
         self.paint_side(app, result, max(20, self.size.width - mapped - 3))
-        score = f" · faithfulness {result.faithfulness.mean:.3f}" if result is not None else ""
+        score = f" · faithfulness {result.faithfulness.mean:.3f} {scored_over(state, self.study(app))}" if result is not None else ""
         busy = app.requests.left("score") if "score" in app.requests.wanted and app.requests.stale("score") else ""
         self.show_title(app, ("score",), f"{view} · {name}{score}{busy}", self.note(app, result))
         self.info_line.show([about_node(str(self.node(app, None)), circuit, effects)])
@@ -261,7 +262,7 @@ class CircuitPane(Pane):
         if views[self.view] == "curve":
             return "how it was found is in its title"
         by = "by edges" if circuit is not None and circuit.edges and self.by_edges(app) else f"by nodes, MLPs {views['circuit.mlps']}"
-        note = result.convention if result is not None else f"{by}, rest {views['circuit.rest']}, over the {'set' if self.study(app).prompt_set else 'prompt'}"
+        note = result.convention if result is not None else f"{by}, rest {views['circuit.rest']}, {scored_over(app.state, self.study(app))}"
         left_out = app.state.interventions and app.state.enabled and views[self.view] != "compare"
         return f"interventions left out: a circuit is one of the model itself; {note}" if left_out else note
 
@@ -284,9 +285,10 @@ class CircuitPane(Pane):
                 hint = [("  S scores the circuit: faithfulness, completeness, minimality", DIM)]
                 return [requests.waiting("score") if "score" in requests.wanted else hint]
             case "curve":
-                return curve(self.discovered(app) if circuit else None, width, n)
+                found = self.discovered(app) if circuit else None
+                return curve(found, width, n, scored_over(app.state, found.request.study) if found else "")
             case "compare":
-                return compared(requests.result("compare", CompareResult), circuit, width)
+                return compared(requests.reply("compare"), circuit, width)
             case _ if circuit is None:
                 return NO_CIRCUIT
             case "drawing":

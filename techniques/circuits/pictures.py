@@ -2,6 +2,7 @@
 
 import math
 import textwrap
+from pathlib import Path
 
 import numpy as np
 
@@ -9,9 +10,11 @@ from techniques.circuits.requests import CompareResult, Interval, PathPatch, Sco
 from techniques.patching.requests import SweepResult
 from vocabulary.circuit import Circuit, owner, parse_edge
 from vocabulary.nodes import parse_node
+from vocabulary.prompts import Study
 from vocabulary.requests import ModelInfo
 from screen.pictures import cells_of, change, chart, texts_of
 from screen.replies import Reply
+from screen.session import State
 from widgets import BOLD, DIM, GOOD, PLAIN, WARN, Grid, Spans
 
 NO_CIRCUIT: list[Spans] = [
@@ -20,6 +23,21 @@ NO_CIRCUIT: list[Spans] = [
     [("v paths, drawing, scores, curve", PLAIN)],
     [("S runs what the view shows", PLAIN)],
 ]
+
+
+def scored_over(state: State, study: Study) -> str:
+    """Which prompts a study is over, in words that hold on the screen as it is now."""
+    if not study.prompt_set:
+        return "on this prompt" if study.prompt == state.prompt else "on another prompt"
+    n = len(study.prompt_set)
+    of = (
+        Path(state.set_path).stem
+        if study.prompt_set == state.prompt_set and state.set_path
+        else "this set"
+        if study.prompt_set == state.prompt_set
+        else "ANOTHER SET"
+    )
+    return f"over {n} prompt{'s' * (n != 1)} of {of}"
 
 
 def members(circuit: Circuit) -> dict[tuple[int, int], str]:
@@ -89,22 +107,24 @@ def all_scores(result: ScoreResult, width: int) -> list[Spans]:
     return lines
 
 
-def curve(reply: Reply | None, width: int, n: int) -> list[Spans]:
-    """A discovery's faithfulness against the circuit's size."""
+def curve(reply: Reply | None, width: int, n: int, over: str = "") -> list[Spans]:
+    """A discovery's faithfulness against the circuit's size, in n lines; above it how it was found, and `over` which prompts."""
     found = reply.result if reply is not None else None
     if found is None or not found.counts.size:
         return [[("  a discovery draws this curve: U", DIM)]]
     what = {"greedy": "heads", "features": "features"}.get(found.method, "edges")
     best = dict(zip(found.counts.tolist(), found.faithfulness.tolist()))  # sizes that pruning made the same: the last
     counts, asked = sorted(best), reply.request
-    prompts = len(asked.study.prompt_set) or 1
-    title = f"faithfulness against {what} ({found.method}, rest {asked.rest}, {prompts} prompt{'s' * (prompts != 1)})"
-    return chart(title, [str(c) for c in counts], {title: [best[c] for c in counts]}, min(width, 100), max(8, n - 1), [float(c) for c in counts])
+    head = wrap(f"faithfulness against {what} ({found.method}, rest {asked.rest}, {over})", width)
+    lines = chart("", [str(c) for c in counts], {"": [best[c] for c in counts]}, min(width, 100), max(6, n - len(head) - 1), [float(c) for c in counts])
+    return [*([(line, BOLD)] for line in head), *lines]
 
 
-def compared(got: CompareResult | None, circuit: Circuit | None, width: int) -> list[Spans]:
-    if got is None or circuit is None or got.here != circuit.name:
+def compared(reply: Reply | None, circuit: Circuit | None, width: int) -> list[Spans]:
+    """The comparison, if it is of the circuit as it stands."""
+    if reply is None or circuit is None or reply.request.circuit != circuit:
         return [[("  Y, then compare: with a published circuit or another", DIM)]]
+    got: CompareResult = reply.result
     lines: list[Spans] = [[(f"{got.here} and {got.there}", BOLD)], [(f"overlap of nodes {share(got.nodes)}, of edges {share(got.edges)}", PLAIN)]]
     if got.false_positive.size:
         lines.append([(f"area under the ROC curve {got.area:.3f} ({len(got.false_positive)} steps)", PLAIN)])

@@ -58,10 +58,10 @@ def score(model: Model, ask: Score) -> Generator[Progress, None, ScoreResult]:
         raise UserError(f"{circuit.name} holds only MLPs, and they stay in any case: count them (mlps), or keep a head")
     bench = Bench(model, ask.study, ask.rest, ask.seed, edges, ask.mlps, ask.positions, nodes)
     yield from bench.prepare()
-    mine = frozenset(parts)
+    mine, work = frozenset(parts), Work(parts, circuit, ask)
+    bench.total = 2 + TRIED if ask.dry else work.count()
     alone, empty = yield from bench.values([(mine, NONE), (NONE, NONE)], "faithfulness")
     faithfulness = ratio(alone, empty, bench.whole)
-    work = Work(parts, circuit, ask)
     expected = yield from work.pace(bench, begun)
     effects, tried, by_circuit, by_model, minimal, with_ = np.zeros(0), (), np.zeros(0), np.zeros(0), np.zeros(0), ()
     worst, low, high, mean = None, np.zeros(0), np.zeros(0), None
@@ -149,12 +149,11 @@ class Work:
     def pace(self, bench: Bench, begun: float) -> Generator[Progress, None, float]:
         """How long it all takes, in seconds from the start, by a few of the sets."""
         todo = [s for s in self.sets() if s not in bench.known]
-        prepared, bench.done, bench.spent, bench.total = time.monotonic() - begun, 0, 0.0, 0
-        some = todo[:: max(1, len(todo) // TRIED)][:TRIED]
+        some, total = todo[:: max(1, len(todo) // TRIED)][:TRIED], self.count() - 2
+        prepared, bench.done, bench.spent, bench.total = time.monotonic() - begun, 0, 0.0, len(some) if self.ask.dry else total
         if some:
             yield from bench.values(some, "how long it takes")
-        bench.total = self.count() - 2
-        return prepared + bench.spent / max(1, bench.done) * bench.total
+        return prepared + bench.spent / max(1, bench.done) * total
 
 
 # ------------------------------------------------------------------ completeness and minimality

@@ -15,7 +15,7 @@ def choose_saes(pane: Pane, app: Host) -> None:
     if app.info is None:
         app.say(f"no model yet: {app.busy}", BAD)
         return
-    app.requests.ask("saes", Saes(), lambda listed: list_saes(pane, app, listed))
+    app.requests.ask("saes", Saes(), lambda listed: list_saes(pane, app, listed), opens="looking for SAEs of this model")
 
 
 def list_saes(pane: Pane, app: Host, listed) -> None:

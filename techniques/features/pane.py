@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 
+import numpy as np
 from textual.containers import Horizontal
 from textual.widget import Widget
 
@@ -146,8 +147,8 @@ class FeaturePane(Pane):
             app.move(pos=clip(app.cursor.pos + cols, app.length()))
         if rows and (n := self.rows(app)):
             listed = app.requests.result("features", FeaturesResult)
-            if app.state.views[self.view] != "graph" and listed is not None and self.index in listed.index.tolist():
-                self.row = listed.index.tolist().index(self.index)
+            if app.state.views[self.view] != "graph" and listed is not None:  # from one that is not listed, to the first
+                self.row = listed.index.tolist().index(self.index) if self.index in listed.index.tolist() else -1
             self.row = clip(self.row + rows, n)
             if app.state.views[self.view] != "graph" and listed is not None:
                 self.index = int(listed.index[self.row])
@@ -229,7 +230,10 @@ class FeaturePane(Pane):
             place = f"{got.pos} {show_token(texts_of(got.tokens)[got.pos])}"
             said = f"{title} · {place} by {got.order} · {run_name(state, got.which)} · {ways}"
             self.show_title(app, ("features", "feature"), said, got.convention)
-            self.list.show(feature_lines(got, self.index, n, self.size.width if narrow else self.list.styles.width.value))
+            detail = app.requests.result("feature", FeatureResult)
+            mine = detail is not None and (detail.index, detail.info.source, detail.tokens) == (self.index, source, got.tokens)
+            here = float(detail.activation[got.pos]) if mine else np.nan
+            self.list.show(feature_lines(got, self.index, n, self.size.width if narrow else self.list.styles.width.value, here))
         self.paint_side(app, max(24, self.size.width - int(self.size.width // 2 if narrow else self.list.styles.width.value) - 3), n)
         active = [i for i in state.interventions if i.node.site == "sae"]
         loaded = f"{len(state.saes)} SAEs loaded: {' '.join(state.saes)}  "

@@ -42,8 +42,8 @@ def graph_lines(r: FeatureGraphResult, row: int, n: int) -> list[Spans]:
     return [head, *lines[top : top + fit]] + [[(f"{name:28.28}{value:+21.4f}", BOLD if name == "sum" else DIM)] for name, value in rows]
 
 
-def feature_lines(r: FeaturesResult, index: int, n: int, width: float) -> list[Spans]:
-    """Ranked features, and the rows that make up the activation."""
+def feature_lines(r: FeaturesResult, index: int, n: int, width: float, here: float = np.nan) -> list[Spans]:
+    """Ranked features, and the rows that make up the activation; first the one under the cursor where it is not among them, with its activation `here`."""
     values = getattr(r, r.order)
     size = max(float(np.abs(values).max(initial=0)), 1e-9)
     known = shipped_labels()
@@ -54,10 +54,12 @@ def feature_lines(r: FeaturesResult, index: int, n: int, width: float) -> list[S
         lines.append([(f"f{i:<8}{a:10.3f}{g:+12.4f}{d:+9.4f} ", style), (more, DIM)])
     tail = [("other features", r.rest), ("bias", r.bias), ("reconstruction", r.reconstruction), ("error", r.error), ("activation", r.total)]
     at = next((k for k, i in enumerate(r.index.tolist()) if i == index), 0)
-    room = max(2, n - len(tail) - 2)
+    alone = f"f{index:<8}{'' if np.isnan(here) else f'{here:.3f}':>10}  under the cursor, not in this list"
+    pinned: list[Spans] = [] if index in r.index.tolist() else [[(alone, PLAIN + REVERSE)]]
+    room = max(2, n - len(tail) - 2 - len(pinned))
     top = max(0, min(at - room // 2, len(lines) - room))
     count = f"{top + 1}–{min(top + room, len(lines))}/{r.active}" if lines else "none"
-    shown = [[(f"{count:9}{'activation':>10}{'attribution':>12}{'direct':>9}", BOLD)], *lines[top : top + room]]
+    shown = [[(f"{count:9}{'activation':>10}{'attribution':>12}{'direct':>9}", BOLD)], *pinned, *lines[top : top + room]]
     number = lambda x: " " * 12 if np.isnan(x) else f"{x:+12.4f}"  # noqa: E731
     shown += [
         [(f"{name:14}" + (f"{x:.0f} more" if name == "other features" else f"‖{x:.1f}‖").rjust(9)[:9] + number(g)[3:] + number(d)[3:], DIM)]

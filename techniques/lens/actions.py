@@ -59,7 +59,7 @@ def chart(pane: Pane, app: Host) -> None:
     if app.info is None:
         app.say(f"no model yet: {app.busy}", BAD)
         return
-    app.run_worker(partial(draw_chart, pane, app), group="chart", exclusive=True, exit_on_error=True)
+    app.requests.held.until(app.run_worker(partial(draw_chart, pane, app), group="chart", exclusive=True, exit_on_error=True), "the chart over depth")
 
 
 async def draw_chart(pane: Pane, app: Host) -> None:
@@ -74,3 +74,4 @@ async def draw_chart(pane: Pane, app: Host) -> None:
         lines[RUN_NAMES[which]] = lens_values(result, stat)[:, 0].tolist()
     rows = line_chart(f"{LENS_STATS[stat]} at {pos}", list(result.points), lines, app.size.width - 2, max(8, app.size.height * 3 // 5))
     app.open(Panel("over depth", rows, f"{result.convention} · esc"))
+    app.requests.held.hand_over()

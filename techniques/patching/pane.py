@@ -7,7 +7,7 @@ from textual.widget import Widget
 
 from techniques.patching.requests import Estimate, Sweep, SweepResult
 from vocabulary.nodes import Intervention, Node, parse_node, UserError
-from screen.actions import toggle, turns
+from screen.actions import no_members, toggle, turns
 from screen.cursor import clip, place_of
 from screen.keys import VIEW, Action, Part
 from screen.overlays import Item, Picker
@@ -84,10 +84,10 @@ class PatchingPane(Pane):
         """The sweep that S runs: interventions act on the base prompt, so the base says which way."""
         state, views, c = app.state, app.state.views, app.cursor
         kind, op = views["patching.kind"], views["patching.op"]
-        over = views["patching.over"] == "set"
+        over = views["patching.over"] == "set" and bool(state.members)
         needs_set = over or op in ("mean", "mean_all", "resample")
         study = replace(app.study, prompt_set=state.prompt_set if needs_set else ())
-        if over and state.prompt_set:  # the same for every prompt of the set
+        if over:  # the same for every prompt of the set
             study = replace(study, prompt=state.prompt_set[0])
         study = state.with_saes(study) if kind == "features" else study
         node = f"L{c.layer}H{c.head}" if kind == "cells" else f"L{c.layer}.mlp" if kind == "neurons" else ""
@@ -163,8 +163,8 @@ class PatchingPane(Pane):
         request = self.request(app)
         if request.op == "patch" and app.state.prompt.corrupt is None:
             raise UserError("patching takes values from the other prompt, and there is no corrupted prompt: E types one, o opens a set")
-        if request.over_set and not app.state.prompt_set:
-            raise UserError("no prompt set is open: o opens one, R goes back to the prompt")
+        if app.state.views["patching.over"] == "set" and not request.over_set:
+            raise UserError(no_members(app))
         app.requests.start(request)
 
     def rank(self, app: Host) -> None:
@@ -181,7 +181,8 @@ class PatchingPane(Pane):
     def title(self, app: Host, request: Sweep) -> str:
         ablated = f"{request.op} ablation of the {'clean' if request.direction == 'noise' else 'corrupted'} run"
         what = DIRECTIONS[request.direction] if request.op == "patch" else ablated
-        more = (" over the set" if request.over_set else "") + (" · direct" if request.effect == "direct" else "")
+        over = " over the set" if request.over_set else " · this prompt only: it is not of the set" if app.state.views["patching.over"] == "set" else ""
+        more = over + (" · direct" if request.effect == "direct" else "")
         return f"{request.kind} · {what} · {app.state.views['patching.show']}{more}"
 
     def paint(self, app: Host) -> None:

@@ -1,7 +1,9 @@
 """Weights: what the matrices of a head or an MLP say without a prompt. From factors of a head's size, fp32, in chunks over the vocabulary."""
 
 import math
+import time
 from collections.abc import Generator
+from dataclasses import replace
 
 import numpy as np
 import torch as t
@@ -64,6 +66,14 @@ def pairs(tokens: Tokens, a: Tensor, b: Tensor, k: int, text: str) -> Generator[
     ids = tokens.ids.int().numpy()
     best, worst = yield from extremes(a, b, k, text)
     return Pairs(ids[best.ids], best.scores), Pairs(ids[worst.ids], worst.scores)
+
+
+def pace(m: dict[str, Tensor]) -> float:
+    """Seconds that all pairs of OV and QK take at most, by one block of them (lines that can't reach what was found are left out)."""
+    a, b = m["v"][:2048], m["w"][:2048]
+    begun = time.monotonic()
+    float((a @ b.T).aminmax().max)
+    return 2 * (time.monotonic() - begun) * (len(m["v"]) / len(a)) * (len(m["w"]) / len(b))
 
 
 def no_pairs() -> Pairs:
@@ -194,6 +204,8 @@ def head_weights(model: Model, ask: HeadWeights) -> Generator[Progress | HeadWei
         return HeadWeightsResult(*shape, *ov, *qk, profile, position_pairs, error, texts, said, ov_words(head), qk_words(head, ask.distance))
 
     none = no_pairs(), no_pairs()
+    if not ask.pairs:
+        return replace(result(none, none), expected=pace(m))
     yield result(none, none)
     ov = yield from pairs(tokens, m["v"], m["w"], ask.k, "OV pairs")
     yield result(ov, none)

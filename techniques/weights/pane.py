@@ -1,16 +1,23 @@
 """Pane 7: OV and QK of the head under the cursor, composition with other heads, singular directions."""
 
+from dataclasses import replace
+
+import numpy as np
 from textual.containers import Horizontal
 from textual.widget import Widget
 
 from techniques.weights.requests import Composition, CompositionResult, HeadWeights, HeadWeightsResult, Singular, SingularResult
-from vocabulary.nodes import Node
+from vocabulary.nodes import Node, UserError
+from screen.client import in_words
 from screen.cursor import clip
+from screen.keys import Part
 from screen.maps import columns_of
 from screen.pane import Host, Pane
 from screen.session import VIEWS
 from techniques.weights import pictures
-from widgets import BOLD, DIM, Grid, GridView, Lines, Same
+from widgets import BOLD, DIM, WARN, Grid, GridView, Lines, Same
+
+ON_SIGHT = 5 * 10**8  # pairs of tokens that are looked through without a key
 
 
 class WeightsPane(Pane):
@@ -21,7 +28,8 @@ class WeightsPane(Pane):
         "weights.view": ("ov", "qk", "composition q", "composition k", "composition v", "OV directions", "QK directions", "mlp_out", "mlp_in"),
         "weights.distance": ("0", "1", "2", "4", "8", "16"),
     }
-    hints = ("edit", "undo", "view", "mode")
+    hints = ("sweep", "edit", "undo", "view", "mode")
+    keys = (Part("sweep", "weights", "look through all pairs of tokens of a large vocabulary", lambda pane, app: pane.run(app)),)
 
     def __init__(self, **kw):
         super().__init__(**kw)
@@ -39,10 +47,22 @@ class WeightsPane(Pane):
     def wants(self, app: Host) -> dict[str, object]:
         c, view = app.cursor, app.state.views[self.view]
         if view in ("ov", "qk"):
-            return {"weights": HeadWeights(c.layer, c.head, 40, int(app.state.views["weights.distance"]))}
+            asked, pairs = self.pairs(app), app.info.d_vocab**2
+            return {"weights": asked if pairs <= ON_SIGHT or asked in app.requests.started else replace(asked, pairs=False)}
         if view.startswith("composition"):
             return {"weights": Composition(c.layer, c.head)}
         return {"weights": Singular(c.layer, None if view.startswith("mlp") else c.head, view.removesuffix(" directions"))}
+
+    @staticmethod
+    def pairs(app: Host) -> HeadWeights:
+        return HeadWeights(app.cursor.layer, app.cursor.head, 40, int(app.state.views["weights.distance"]))
+
+    def run(self, app: Host) -> None:
+        """S: all pairs of tokens, where they are too many to be looked through on sight."""
+        app.ready()
+        if app.state.views[self.view] not in ("ov", "qk"):
+            raise UserError("S looks through all pairs of tokens: v turns to ov or qk")
+        app.requests.start(self.pairs(app))
 
     def across(self, app: Host, by: int) -> None:
         """The distance at which a rotary model's queries and keys are compared."""
@@ -86,7 +106,11 @@ class WeightsPane(Pane):
                              [("later layers: they read what it wrote", DIM)], [(f"random heads: {result.baseline:.3f} ± {result.spread:.3f}", BOLD)]])  # fmt: skip
         else:
             lines = {"ov": pictures.ov_lines, "qk": pictures.qk_lines}.get(view, pictures.singular_lines)
-            self.table.show(lines(result, n, w))
+            shown = lines(result, n, w)
+            if isinstance(result, HeadWeightsResult) and np.isfinite(result.expected):
+                count = f"2 × {result.vocabulary**2 / 1e9:.1f} billion pairs of tokens"
+                shown = [[(f"S looks through all {count}: at most about {in_words(result.expected)}", WARN)], *shown]
+            self.table.show(shown)
 
 
 PANE = WeightsPane

@@ -20,7 +20,7 @@ SINGULAR: dict[Matrix, str] = {
 @request
 class HeadWeights:
     """
-    OV and QK of a head in tokens: k pairs of each kind. `distance` is destination minus source position (for rotary models); `mlp0` takes the
+    OV and QK of a head in tokens: k pairs of each kind (without `pairs` only what needs no pair of all tokens: copying, eigenvalues, positions). `distance` is destination minus source position (for rotary models); `mlp0` takes the
     embedding plus what MLP 0 makes of it for a token's vector.
     """
 
@@ -31,6 +31,8 @@ class HeadWeights:
     """destination minus source position, for rotary models"""
     mlp0: bool = False
     """take embedding plus MLP 0 of it for a token's vector"""
+    pairs: bool = True
+    """look through all pairs of tokens, the vocabulary squared"""
 
 
 @request
@@ -85,7 +87,7 @@ class HeadWeightsResult:
     5 highest (lowest) of what the head writes for them; eigenvalues of OV [d_head, 2] real and imaginary part, largest first; `positivity` their
     sum over the sum of their sizes. OV pairs are (source token, written token), QK pairs (destination token, source token). `position` [offset]
     is the mean QK score of learned positions that far apart and `position_pairs` the best (destination, source) positions; empty otherwise.
-    A partial result has empty pairs. `error` is the largest difference to the model's own attention scores and values, a self-check.
+    A partial result has empty pairs; so has one that was asked for none, and `expected` is how long they would take at most, in seconds (else NaN). `error` is the largest difference to the model's own attention scores and values, a self-check.
     """
 
     layer: int
@@ -110,6 +112,7 @@ class HeadWeightsResult:
     convention: str
     ov_convention: str
     qk_convention: str
+    expected: float = float("nan")
 
 
 @message

@@ -33,12 +33,14 @@ from model import untouched
 from model.bridge import Model
 from model.checks import prove, readable
 from model.devices import filled_by_others, pick_device, unused_gpu
-from model.memory import OutOfMemory, first_line, free_bytes, is_out_of_memory, ran_out
+from model.memory import OutOfMemory, first_line, free_bytes, is_out_of_memory, ran_out, room
 from model.tokens import random_ids
 from utils import ROOT, settings, show_bytes
-from vocabulary.typed import parse_json, read_text, user_path
+from vocabulary.names import canonical, spellings
 from vocabulary.nodes import UserError
 from vocabulary.requests import Load, Progress
+from vocabulary.sizes import ways
+from vocabulary.typed import parse_json, read_text, user_path
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
@@ -57,8 +59,14 @@ def is_hub_name(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.startswith(".")
 
 
+def resolved(ask: Load) -> Load:
+    """What is to be loaded, by its canonical name (`gpt2-small` is `gpt2`); a folder of the name that was typed comes first."""
+    known = lambda name: name if not name or user_path(name).is_dir() else canonical(name)  # noqa: E731
+    return replace(ask, model=known(ask.model), base=known(ask.base))
+
+
 def find_folder(name: str, weights: bool = True) -> Generator[Progress, None, Path]:
-    """The folder of `zoo`, of a path or of a hub name (downloaded first when the hub cache lacks it)."""
+    """The folder of `zoo`, of a path or of a name that the hub or TransformerLens knows (downloaded first when the hub cache lacks it)."""
     path = ROOT / "zoo" if name == "zoo" else user_path(name)
     if path.is_dir():
         return path
@@ -68,15 +76,16 @@ def find_folder(name: str, weights: bool = True) -> Generator[Progress, None, Pa
         raise UserError(f"no folder at {path}: give a Hugging Face folder, a hub name such as gpt2, or zoo")
     patterns = ["*.json", "*.model", "*.txt", "*.jinja"] + ["*.safetensors"] * weights
     token = settings().get("HF_TOKEN") or False
-    try:
-        cached = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=True))
-        if (cached / "config.json").is_file() and (not weights or missing_weights(cached) == ""):
-            return cached
-    except (LocalEntryNotFoundError, IncompleteSnapshotError):
-        pass
-    except HFValidationError as error:
-        raise UserError(f"{name!r} is neither a folder nor a hub name") from error
-    return (yield from download(name, patterns, token))
+    for spelling in spellings(name):
+        try:
+            cached = Path(huggingface_hub.snapshot_download(spelling, allow_patterns=patterns, local_files_only=True))
+            if (cached / "config.json").is_file() and (not weights or missing_weights(cached) == ""):
+                return cached
+        except (LocalEntryNotFoundError, IncompleteSnapshotError):
+            pass
+        except HFValidationError as error:
+            raise UserError(f"{name!r} is neither a folder nor a hub name") from error
+    return (yield from download(canonical(name), patterns, token))
 
 
 def download(name: str, patterns: list[str], token: str | bool) -> Generator[Progress, None, Path]:
@@ -231,6 +240,9 @@ def read_weights(folder: Path, config: transformers.PretrainedConfig, dtype: t.d
         if is_out_of_memory(error):
             raise
         raise UserError(f"the weights of {folder} can't be loaded: {first_line(error)}") from error
+    if any(p.device.type == "meta" for p in hf.parameters()):
+        why = "its matrices are then not there to be read between two passes, and every number that needs them would be wrong"
+        raise UserError(f"device_map {device_map} left weights of {folder} outside the GPUs, on the CPU or the disk: {why}. Take dtype=bfloat16 or device=cpu")
     if other := sorted(report["mismatched_keys"]):
         raise UserError(f"the weights of {folder} have other shapes than this architecture's (first: {other[0][0]}): is the base model right?")
     if missing := sorted(report["missing_keys"]):
@@ -239,12 +251,14 @@ def read_weights(folder: Path, config: transformers.PretrainedConfig, dtype: t.d
 
 
 def too_large(ask: Load, need: int, dtype: t.dtype, device: t.device, held: int = 0) -> OutOfMemory:
-    """Words for a model that does not fit: what its weights need, what is free, and what to do."""
-    place = f"{show_bytes(free_bytes(device) or 0)} are free on {device}" + f" and the model that is loaded holds {show_bytes(held)}" * bool(held)
-    smaller = ", load it in bfloat16" * (dtype == t.float32)
-    kind = str(dtype).removeprefix("torch.")
+    """Words for a model that does not fit: what its weights need, what is free, by how much that is too little, and what to do."""
+    free, kind = free_bytes(device) or 0, str(dtype).removeprefix("torch.")
+    place = f"{show_bytes(free)} are free on {device}" + f" and the model that is loaded holds {show_bytes(held)}" * bool(held)
+    over = f" ({show_bytes(need - free - held)} too much)" if need > free + held else ""
+    others = [f"{option} ({words})" for option, words in ways(need, kind, room(device, lambda where: held if where.type == device.type else 0))]
     return OutOfMemory(
-        f"out of memory: the weights of {ask.model} need {show_bytes(need)} in {kind}, some more while they are read; {place}: take a smaller model{smaller}, or another device"
+        f"out of memory: the weights of {ask.model} need {show_bytes(need)} in {kind}, some more while they are read; {place}{over}: "
+        + ", or ".join(["take a smaller model", *others])
     )
 
 

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from screen import actions, dialogs, prompts
+from screen import actions, dialogs, models, prompts
 from screen.keys import INTERVENE, LOUPE, MOVE, PANES, PROMPT, VIEW, FIND, Action
 
 FAR = 10**6
@@ -62,7 +62,7 @@ SCREEN = (
     Action("help", "?", "help", "Keys: filter and run", LOUPE, dialogs.show_help),
     Action("copy", "y", "copy", "Copy or export: text, TSV, SVG, Python script, address", LOUPE, dialogs.copy),
     Action("convention", "=", "convention", "This pane's title and convention in full", LOUPE, dialogs.convention),
-    Action("models", "M", "model", "Load another model", LOUPE, dialogs.models),
+    Action("models", "M", "model", "Load another model", LOUPE, models.models),
     Action("jobs", "J", "jobs", "Running jobs; x cancels one", LOUPE, dialogs.jobs),
     Action("write", "w", "session", "Where this session is written", LOUPE, dialogs.where_written),
     Action("restore", "r", "restore", "Restore another session", LOUPE, dialogs.choose_session),

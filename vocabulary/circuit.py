@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+from vocabulary.names import same_model
 from vocabulary.nodes import AddressError, Node, UserError, parse_node
 
 LOGITS = "logits"
@@ -145,7 +146,7 @@ def grouped(circuit: Circuit, name: str, nodes: tuple[str, ...]) -> Circuit:
 
 def combined(one: Circuit, other: Circuit, how: str, name: str) -> Circuit:
     """Union, intersection or difference of two circuits, parts and edges."""
-    if one.model != other.model:
+    if not same_model(one.model, other.model):
         raise UserError(f"{one.name} is a circuit of {one.model} and {other.name} one of {other.model}")
     join = {"union": set.union, "intersection": set.intersection, "difference": set.difference}[how]
     nodes, edges = join(set(one.nodes), set(other.nodes)), join(set(one.edges), set(other.edges))

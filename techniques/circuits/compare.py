@@ -5,6 +5,7 @@ import numpy as np
 from techniques.circuits.drawings import published
 from techniques.circuits.requests import Compare, CompareResult
 from vocabulary.circuit import LOGITS, owner, parse_edge
+from vocabulary.names import same_model
 from vocabulary.nodes import UserError, parse_node
 
 
@@ -18,7 +19,7 @@ def compare(ask: Compare) -> CompareResult:
     heads = lambda c: {owner(n) for n in c.nodes}  # noqa: E731
     mine, theirs = heads(ask.circuit), heads(there)
     a, b = set(ask.circuit.edges), set(there.edges)
-    if ask.circuit.model and there.model and ask.circuit.model.split("/")[-1] != there.model.split("/")[-1]:
+    if not same_model(ask.circuit.model, there.model):
         raise UserError(f"{ask.circuit.name} is a circuit of {ask.circuit.model} and {there.name} one of {there.model}")
     overlap = lambda x, y: len(x & y) / len(x | y) if x | y else np.nan  # noqa: E731
     wrong = right = np.zeros(0)

@@ -33,6 +33,7 @@ from model import untouched
 from model.bridge import Model
 from model.checks import prove, readable
 from model.devices import filled_by_others, pick_device, unused_gpu
+from model.gguf_files import PLAIN, dequantised, is_gguf, read_kinds, source
 from model.memory import OutOfMemory, first_line, free_bytes, is_out_of_memory, ran_out, room
 from model.tokens import random_ids
 from utils import ROOT, settings, show_bytes
@@ -66,12 +67,14 @@ def resolved(ask: Load) -> Load:
 
 
 def find_folder(name: str, weights: bool = True) -> Generator[Progress, None, Path]:
-    """The folder of `zoo`, of a path or of a name that the hub or TransformerLens knows (downloaded first when the hub cache lacks it)."""
+    """The folder (or GGUF file) of `zoo`, of a path or of a name that the hub or TransformerLens knows (downloaded first when the hub cache lacks it)."""
     path = ROOT / "zoo" if name == "zoo" else user_path(name)
     if path.is_dir():
         return path
+    if path.is_file() and is_gguf(path):
+        return path
     if path.exists():
-        raise UserError(f"{name} is a file: give the folder that holds config.json and model.safetensors")
+        raise UserError(f"{name} is a file: give a .gguf file, or the folder that holds config.json and model.safetensors")
     if name == "zoo" or not is_hub_name(name):
         raise UserError(f"no folder at {path}: give a Hugging Face folder, a hub name such as gpt2, or zoo")
     patterns = ["*.json", "*.model", "*.txt", "*.jinja"] + ["*.safetensors"] * weights
@@ -162,6 +165,8 @@ def missing_weights(folder: Path) -> str:
     absent = [f.name for f in weight_files(folder) if not f.is_file()]
     if not absent:
         return ""
+    if some := sorted(folder.glob("*.gguf")):
+        return f"{folder} holds GGUF files: give one of them ({some[0]})"
     if list(folder.glob("*.bin")) or list(folder.glob("*.pt")):
         return f"{folder} holds pickled weights only; Loupe reads safetensors: save it with save_pretrained(safe_serialization=True)"
     return f"{folder} has no {absent[0]}: give a folder saved by Hugging Face's save_pretrained"
@@ -169,6 +174,9 @@ def missing_weights(folder: Path) -> str:
 
 def read_headers(folder: Path) -> tuple[int, t.dtype]:
     """Number of parameters and stored dtype, from the headers; a truncated file is found here."""
+    if is_gguf(folder):
+        kinds, count = read_kinds(folder)
+        return count, PLAIN.get(kinds.most_common(1)[0][0], t.bfloat16)
     if problem := missing_weights(folder):
         raise UserError(problem)
     count, dtype = 0, None
@@ -189,14 +197,15 @@ def read_headers(folder: Path) -> tuple[int, t.dtype]:
 
 def read_config(folder: Path) -> transformers.PretrainedConfig:
     """The model's config. UserError for what is no causal language model of text alone."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is not a model: it has no config.json. Give a Hugging Face folder, a hub name, or zoo")
-    read_json(folder / "config.json")
+    file = folder if is_gguf(folder) else folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"{folder} is not a model: it has no config.json. Give a Hugging Face folder, a .gguf file, a hub name, or zoo")
+    read_kinds(file) if is_gguf(file) else read_json(file)
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(**source(folder), local_files_only=True, trust_remote_code=False)
         architecture = determine_architecture_from_hf_config(config)
     except (ValueError, OSError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise UserError(f"{folder / 'config.json'} is of no architecture that Loupe can read: {first_line(error)}") from error
+        raise UserError(f"{file} is of no architecture that Loupe can read: {first_line(error)}") from error
     refused = MULTIMODAL_ARCHITECTURES | SEQ2SEQ_ARCHITECTURES | MASKED_LM_ARCHITECTURES
     names = {architecture, *(config.architectures or [])}
     if names & refused or getattr(config, "is_encoder_decoder", False):
@@ -207,12 +216,12 @@ def read_config(folder: Path) -> transformers.PretrainedConfig:
 def read_tokenizer(folders: list[Path]) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer of the first folder that has one, else a UserError."""
     for folder in folders:
-        if any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        if is_gguf(folder) or any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
             for file in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
                 if file.is_file():
                     read_json(file)
             try:
-                return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+                return transformers.AutoTokenizer.from_pretrained(**source(folder), local_files_only=True, trust_remote_code=False)
             except Exception as error:  # tokenizers raises nothing narrower
                 raise UserError(f"the tokenizer of {folder} can't be read: {first_line(error)}") from error
     raise UserError(f"{folders[0]} has no tokenizer (tokenizer.json): copy the tokenizer files of its base model there")
@@ -223,11 +232,11 @@ def read_weights(folder: Path, config: transformers.PretrainedConfig, dtype: t.d
     where = {"device_map": device_map} if device_map else {}
     try:
         hf, report = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
+            **source(folder),
             config=copy.deepcopy(config),
             dtype=dtype,
             attn_implementation="eager",
-            use_safetensors=True,
+            use_safetensors=not is_gguf(folder),
             local_files_only=True,
             trust_remote_code=False,
             generation_config=transformers.GenerationConfig.from_model_config(config),
@@ -247,6 +256,9 @@ def read_weights(folder: Path, config: transformers.PretrainedConfig, dtype: t.d
         raise UserError(f"the weights of {folder} have other shapes than this architecture's (first: {other[0][0]}): is the base model right?")
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"the weights of {folder} lack {len(missing)} tensors of this architecture (first: {missing[0]}): is the base model right?")
+    if is_gguf(folder):  # plain numbers from here on
+        hf.hf_quantizer, hf.is_quantized = None, False
+        vars(hf.config).pop("quantization_config", None)
     return hf.eval()
 
 
@@ -285,12 +297,13 @@ def load(
     base = (yield from find_folder(ask.base, weights=False)) if ask.base else folder
     config = read_config(base)
     n_params, stored = read_headers(folder)
-    tokenizer = read_tokenizer([folder, base])
+    tokenizer = read_tokenizer([base, folder] if is_gguf(folder) else [folder, base])
     dtype = DTYPES[ask.dtype] if ask.dtype != "auto" else t.float32 if n_params <= SMALL else stored
     both = room_for(ask, n_params, dtype, device, held(device))
     if not both:
         give_up()
     warning = (unused_gpu() if ask.device == "auto" else "") or filled_by_others(device)
+    was = dequantised(read_kinds(folder)[0]) if is_gguf(folder) else ""
     if device.type == "cpu":
         t.set_num_threads(1 if n_params < TINY else CORES)
     yield Progress(2, 5, f"reading weights ({n_params / 1e6:.1f} M parameters, {str(dtype).removeprefix('torch.')})")
@@ -308,7 +321,7 @@ def load(
         ran_out(error)
         raise too_large(ask, n_params * dtype.itemsize, dtype, device) from None
     lacks = "; ".join(dict.fromkeys(model.notes.refused.values()))
-    warning = "; ".join(filter(None, (lacks and f"{model.info.architecture}: {lacks}", warning)))
+    warning = "; ".join(filter(None, (was, lacks and f"{model.info.architecture}: {lacks}", warning)))
     model.info = replace(model.info, n_params=n_params, seconds=time.time() - start, checks=checks, warning=warning)
     if both:
         give_up()

@@ -43,9 +43,11 @@ def spellings(name: str) -> tuple[str, ...]:
 
 
 def sources(model: str, base: str | None, name: str) -> tuple[str, str]:
-    """Where a script finds the weights and the base of a model that was loaded as `model` and goes by `name`."""
+    """Where a script finds the weights and the base of a model that was loaded as `model` and goes by `name`. UserError where no script can."""
     place = lambda text: str(ROOT / "zoo") if text == "zoo" else canonical(text)  # noqa: E731
     weights = str(ROOT / "zoo") if model == "zoo" else name
+    if weights.endswith(".gguf"):
+        raise UserError("a script for a GGUF file is not built: save the model as a Hugging Face folder and load that")
     return weights, place(base) if base else weights
 
 

@@ -17,7 +17,7 @@ def is_gguf(place: Path) -> bool:
     return place.suffix == ".gguf"
 
 
-def source(place: Path) -> dict[str, str]:
+def place_of(place: Path) -> dict[str, str]:
     """A model's folder or GGUF file, as the arguments of transformers' `from_pretrained`."""
     return {"pretrained_model_name_or_path": str(place.parent), "gguf_file": place.name} if is_gguf(place) else {"pretrained_model_name_or_path": str(place)}
 

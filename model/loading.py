@@ -8,7 +8,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Generator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import huggingface_hub
@@ -29,11 +29,11 @@ from tqdm import tqdm
 from transformer_lens.model_bridge.sources.transformers import determine_architecture_from_hf_config
 from transformer_lens.utilities.architectures import MASKED_LM_ARCHITECTURES, MULTIMODAL_ARCHITECTURES, SEQ2SEQ_ARCHITECTURES
 
-from model import untouched
+from model import native, untouched
 from model.bridge import Model
 from model.checks import prove, readable
 from model.devices import filled_by_others, pick_device, unused_gpu
-from model.gguf_files import PLAIN, dequantised, is_gguf, read_kinds, source
+from model.gguf_files import PLAIN, dequantised, is_gguf, place_of, read_kinds
 from model.memory import OutOfMemory, first_line, free_bytes, is_out_of_memory, ran_out, room
 from model.tokens import random_ids
 from utils import ROOT, settings, show_bytes
@@ -71,10 +71,12 @@ def find_folder(name: str, weights: bool = True) -> Generator[Progress, None, Pa
     path = ROOT / "zoo" if name == "zoo" else user_path(name)
     if path.is_dir():
         return path
-    if path.is_file() and is_gguf(path):
+    if path.is_file() and (is_gguf(path) or path.suffix in native.SUFFIXES):
         return path
     if path.exists():
-        raise UserError(f"{name} is a file: give a .gguf file, or the folder that holds config.json and model.safetensors")
+        raise UserError(
+            f"{name} is a file: give a .gguf file, a checkpoint trained by hand (.pt, .safetensors), or the folder that holds config.json and model.safetensors"
+        )
     if name == "zoo" or not is_hub_name(name):
         raise UserError(f"no folder at {path}: give a Hugging Face folder, a hub name such as gpt2, or zoo")
     patterns = ["*.json", "*.model", "*.txt", "*.jinja"] + ["*.safetensors"] * weights
@@ -202,7 +204,7 @@ def read_config(folder: Path) -> transformers.PretrainedConfig:
         raise UserError(f"{folder} is not a model: it has no config.json. Give a Hugging Face folder, a .gguf file, a hub name, or zoo")
     read_kinds(file) if is_gguf(file) else read_json(file)
     try:
-        config = transformers.AutoConfig.from_pretrained(**source(folder), local_files_only=True, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(**place_of(folder), local_files_only=True, trust_remote_code=False)
         architecture = determine_architecture_from_hf_config(config)
     except (ValueError, OSError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise UserError(f"{file} is of no architecture that Loupe can read: {first_line(error)}") from error
@@ -221,7 +223,7 @@ def read_tokenizer(folders: list[Path]) -> transformers.PreTrainedTokenizerBase:
                 if file.is_file():
                     read_json(file)
             try:
-                return transformers.AutoTokenizer.from_pretrained(**source(folder), local_files_only=True, trust_remote_code=False)
+                return transformers.AutoTokenizer.from_pretrained(**place_of(folder), local_files_only=True, trust_remote_code=False)
             except Exception as error:  # tokenizers raises nothing narrower
                 raise UserError(f"the tokenizer of {folder} can't be read: {first_line(error)}") from error
     raise UserError(f"{folders[0]} has no tokenizer (tokenizer.json): copy the tokenizer files of its base model there")
@@ -232,7 +234,7 @@ def read_weights(folder: Path, config: transformers.PretrainedConfig, dtype: t.d
     where = {"device_map": device_map} if device_map else {}
     try:
         hf, report = transformers.AutoModelForCausalLM.from_pretrained(
-            **source(folder),
+            **place_of(folder),
             config=copy.deepcopy(config),
             dtype=dtype,
             attn_implementation="eager",
@@ -282,6 +284,54 @@ def room_for(ask: Load, n_params: int, dtype: t.dtype, device: t.device, held: i
     return free is not None and free >= 2 * need + SLACK
 
 
+@dataclass(frozen=True)
+class Source:
+    """What a model is read from, once all that can be checked before its weights is checked. `read` gives the module, `ask` its own word on two prompts."""
+
+    folder: Path
+    base: Path
+    n_params: int
+    stored: t.dtype
+    tokenizer: object
+    read: Callable[[t.dtype, t.device], t.nn.Module]
+    ask: Callable[[t.nn.Module], untouched.Untouched]
+    note: str = ""
+
+
+def open_source(ask: Load) -> Generator[Progress, None, Source]:
+    """The folder, GGUF file or hand-trained checkpoint that a Load means."""
+    folder = yield from find_folder(ask.model)
+    if (found := native.find(folder)) is not None:
+        return hand_trained(ask, folder, found)
+    if folder.is_file() and not is_gguf(folder):
+        raise UserError(f"{folder} has no config of HookedTransformer's beside it: put its cfg.to_dict() as JSON into {folder.with_suffix('.json').name}")
+    base = (yield from find_folder(ask.base, weights=False)) if ask.base else folder
+    config = read_config(base)
+    n_params, stored = read_headers(folder)
+    tokenizer = read_tokenizer([base, folder] if is_gguf(folder) else [folder, base])
+    read = lambda dtype, device: read_weights(folder, config, dtype, device, ask.device_map or None)  # noqa: E731
+    own = lambda hf: untouched.ask(hf, random_ids(tokenizer, hf.get_input_embeddings().weight.shape[0], PROBE, 2))  # noqa: E731
+    return Source(folder, base, n_params, stored, tokenizer, read, own, dequantised(read_kinds(folder)[0]) if is_gguf(folder) else "")
+
+
+def hand_trained(ask: Load, folder: Path, found: native.Checkpoint) -> Source:
+    """A HookedTransformer checkpoint: small, so its tensors are read here. Its own word is HookedTransformer's logits, and the native modules' writes."""
+    if ask.base or ask.device_map:
+        raise UserError(f"{ask.model} is a model trained by hand: it takes no {'base' if ask.base else 'device_map'}")
+    cfg = native.read_config(found)
+    state = native.read_state(found.weights)
+    tokenizer = read_tokenizer([found.config.parent]) if (found.config.parent / "tokenizer.json").is_file() else native.read_tokens(found, cfg)
+    stored = next(x.dtype for x in state.values())
+    ids = random_ids(tokenizer, cfg.d_vocab, min(PROBE, cfg.n_ctx), 2)
+
+    def own(model: t.nn.Module) -> untouched.Untouched:
+        asked = untouched.ask(model, ids)
+        return replace(asked, logits=native.hooked_logits(cfg, state, ids, model.head.weight.dtype), whose="HookedTransformer's")
+
+    read = lambda dtype, device: native.read_model(cfg, state, dtype, device)  # noqa: E731
+    return Source(folder, folder, sum(x.numel() for x in state.values()), stored, tokenizer, read, own)
+
+
 def load(
     ask: Load, cache_mb: int, give_up: Callable[[], None] = lambda: None, held: Callable[[t.device], int] = lambda device: 0
 ) -> Generator[Progress, None, Model]:
@@ -293,27 +343,23 @@ def load(
     if ask.dtype not in ("auto", *DTYPES):
         raise UserError(f"{ask.dtype!r} is not a dtype: write auto, float32, bfloat16 or float16")
     device = pick_device(ask.device)
-    folder = yield from find_folder(ask.model)
-    base = (yield from find_folder(ask.base, weights=False)) if ask.base else folder
-    config = read_config(base)
-    n_params, stored = read_headers(folder)
-    tokenizer = read_tokenizer([base, folder] if is_gguf(folder) else [folder, base])
-    dtype = DTYPES[ask.dtype] if ask.dtype != "auto" else t.float32 if n_params <= SMALL else stored
+    source = yield from open_source(ask)
+    n_params = source.n_params
+    dtype = DTYPES[ask.dtype] if ask.dtype != "auto" else t.float32 if n_params <= SMALL else source.stored
     both = room_for(ask, n_params, dtype, device, held(device))
     if not both:
         give_up()
     warning = (unused_gpu() if ask.device == "auto" else "") or filled_by_others(device)
-    was = dequantised(read_kinds(folder)[0]) if is_gguf(folder) else ""
     if device.type == "cpu":
         t.set_num_threads(1 if n_params < TINY else CORES)
     yield Progress(2, 5, f"reading weights ({n_params / 1e6:.1f} M parameters, {str(dtype).removeprefix('torch.')})")
     hf = model = None
     try:
-        hf = read_weights(folder, config, dtype, device, ask.device_map or None)
+        hf = source.read(dtype, device)
         yield Progress(3, 5, "wrapping")
         with readable(hf):
-            own = untouched.ask(hf, random_ids(tokenizer, hf.get_input_embeddings().weight.shape[0], PROBE, 2))
-            model = Model(ask, hf, tokenizer, folder, base, dtype, cache_mb)
+            own = source.ask(hf)
+            model = Model(ask, hf, source.tokenizer, source.folder, source.base, dtype, cache_mb)
         yield Progress(4, 5, "checking")
         checks = yield from prove(model, own)
     except Exception as error:
@@ -321,7 +367,7 @@ def load(
         ran_out(error)
         raise too_large(ask, n_params * dtype.itemsize, dtype, device) from None
     lacks = "; ".join(dict.fromkeys(model.notes.refused.values()))
-    warning = "; ".join(filter(None, (was, lacks and f"{model.info.architecture}: {lacks}", warning)))
+    warning = "; ".join(filter(None, (source.note, lacks and f"{model.info.architecture}: {lacks}", warning)))
     model.info = replace(model.info, n_params=n_params, seconds=time.time() - start, checks=checks, warning=warning)
     if both:
         give_up()

@@ -329,7 +329,8 @@ def hand_trained(ask: Load, folder: Path, found: native.Checkpoint) -> Source:
         return replace(asked, logits=native.hooked_logits(cfg, state, ids, model.head.weight.dtype), whose="HookedTransformer's")
 
     read = lambda dtype, device: native.read_model(cfg, state, dtype, device)  # noqa: E731
-    return Source(folder, folder, sum(x.numel() for x in state.values()), stored, tokenizer, read, own)
+    note = "attention only: an MLP of it adds exactly nothing" if cfg.attn_only else ""
+    return Source(folder, folder, sum(x.numel() for x in state.values()), stored, tokenizer, read, own, note)
 
 
 def load(

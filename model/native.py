@@ -17,9 +17,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.config import TransformerBridgeConfig
+from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+from transformer_lens.model_bridge.generalized_components import NormalizationBridge
 from transformer_lens.model_bridge.sources.native import NativeModel
+from transformer_lens.model_bridge.supported_architectures.native import NativeArchitectureAdapter
 from transformer_lens.utilities.activation_functions import SUPPORTED_ACTIVATIONS
 
 from model.memory import first_line, is_out_of_memory
@@ -29,12 +32,13 @@ from vocabulary.prompts import TokenRow
 from vocabulary.requests import ModelInfo
 from vocabulary.typed import parse_json, read_text
 
+ARCHITECTURE = "HookedTransformer"
 SUFFIXES = (".pt", ".pth", ".safetensors")
 NEEDED = {"n_layers", "d_model", "n_ctx", "d_head"}
 INSIDE = ("state_dict", "model_state_dict", "model")  # where a checkpoint may keep its state dict
 BUFFERS = ("mask", "IGNORE", "rotary_sin", "rotary_cos")
 KEPT = (
-    "d_model", "d_head", "n_layers", "n_ctx", "n_heads", "d_mlp", "d_vocab", "d_vocab_out", "n_key_value_heads", "attn_only", "gated_mlp", "eps",
+    "d_model", "d_head", "n_layers", "n_ctx", "n_heads", "d_mlp", "d_vocab", "d_vocab_out", "n_key_value_heads", "gated_mlp", "eps",
     "normalization_type", "final_rms", "attention_dir", "attn_scores_soft_cap", "output_logits_soft_cap", "positional_embedding_type", "rotary_dim", "rotary_base",
     "rotary_adjacent_pairs",
 )  # fmt: skip
@@ -143,22 +147,26 @@ def converted(state: dict[str, Tensor], cfg: HookedTransformerConfig) -> dict[st
 
 
 class HandTrained(NativeModel):
-    """TransformerLens's native model with the few things that Hugging Face's have and Loupe asks for, and what HookedTransformer has beyond it."""
+    """
+    TransformerLens's native model with the few things that Hugging Face's have and Loupe asks for, and what HookedTransformer has beyond it. The MLPs of an
+    attention-only model are stand-ins: one neuron whose weights are zero, so that they add exactly nothing.
+    """
 
     _supports_sdpa = False
 
     def __init__(self, cfg: HookedTransformerConfig):
-        kept = {k: getattr(cfg, k) for k in KEPT}
+        kept = {k: getattr(cfg, k) for k in KEPT} | ({"d_mlp": 1, "gated_mlp": False} if cfg.attn_only else {})
         super().__init__(TransformerBridgeConfig(**kept, act_fn="relu", uses_rms_norm=str(cfg.normalization_type).startswith("RMS")))
         self.config = SimpleNamespace(num_hidden_layers=cfg.n_layers, bidirectional=cfg.attention_dir != "causal", get_text_config=lambda: self.config)
         self.head = nn.Linear(cfg.d_model, cfg.d_vocab_out)
         for layer, block in enumerate(self.layers):
             scale = cfg.attn_scale if cfg.use_attn_scale else 1.0
             block.attn.scale = float(scale) * (layer + 1 if cfg.scale_attn_by_inverse_layer_idx else 1)
-            if not cfg.attn_only:
-                block.mlp.act = ACTIVATIONS[cfg.act_fn]
-                if cfg.gated_mlp:
-                    block.mlp.out = nn.Linear(cfg.d_mlp, cfg.d_model)
+            if cfg.attn_only:
+                continue
+            block.mlp.act = ACTIVATIONS[cfg.act_fn]
+            if cfg.gated_mlp:
+                block.mlp.out = nn.Linear(cfg.d_mlp, cfg.d_model)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.tok_embed
@@ -183,6 +191,8 @@ def read_model(cfg: HookedTransformerConfig, state: dict[str, Tensor], dtype: t.
     """The model with the checkpoint's weights; missing, further or misshapen ones are an error."""
     model, found = HandTrained(cfg), converted(state, cfg)
     own = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    if cfg.attn_only:
+        found |= {n: t.zeros_like(p) for n, p in model.named_parameters() if ".mlp." in n or ".ln2." in n}
     if lacking := sorted(own.keys() - found.keys()):
         raise UserError(f"the checkpoint lacks {len(lacking)} tensors that its config asks for (first: {lacking[0]})")
     if more := sorted(found.keys() - own.keys()):
@@ -193,11 +203,32 @@ def read_model(cfg: HookedTransformerConfig, state: dict[str, Tensor], dtype: t.
     return model.to(device=device, dtype=dtype).eval()
 
 
+class NoNorm(NormalizationBridge):
+    """The place of a norm that a model has not: its scale is one, so that what reads through norms reads through it."""
+
+    def forward(self, hidden_states: Tensor, **_) -> Tensor:
+        x = self.hook_in(hidden_states)
+        return self.hook_out(self.hook_normalized(x / self.hook_scale(t.ones_like(x[..., :1]))))
+
+
+class HandTrainedAdapter(NativeArchitectureAdapter):
+    """TransformerLens's adapter, with a place for the norms that a model without any does not have."""
+
+    def __init__(self, cfg: TransformerBridgeConfig):
+        super().__init__(cfg)
+        if cfg.normalization_type is None:
+            self.component_mapping["ln_final"] = NoNorm("ln_out", cfg)
+            self.component_mapping["blocks"].submodules |= {name: NoNorm(name, cfg) for name in ("ln1", "ln2")}
+
+
+ArchitectureAdapterFactory.register_adapter(ARCHITECTURE, HandTrainedAdapter)
+
+
 def bridge_of(model: HandTrained, dtype: t.dtype) -> TransformerBridge:
     """The Bridge around the native model."""
     cfg = copy.deepcopy(model.cfg)
     return build_bridge_from_module(
-        model, architecture="TransformerLensNative", tl_config=cfg, tokenizer=None, dtype=dtype, device=model.head.weight.device, model_name="native"
+        model, architecture=ARCHITECTURE, tl_config=cfg, tokenizer=None, dtype=dtype, device=model.head.weight.device, model_name="native"
     )
 
 

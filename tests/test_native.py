@@ -87,7 +87,7 @@ def test_it_loads_and_proves_itself(both):
     assert (info.d_vocab, info.n_layers, info.bos) == (theirs.cfg.d_vocab_out, theirs.cfg.n_layers, "")
     got, _ = engine.model.forward(ids(CLEAN), keep=0)
     assert t.allclose(got, theirs(ids(CLEAN)), atol=1e-4)
-    rows = engine.run(Identities(study(engine))).checks
+    rows = engine.run(Identities(study(engine))).rows
     assert all(r.ok is not False for r in rows) and any(r.name == "forward pass = HookedTransformer's" and r.ok for r in rows)
 
 
@@ -103,7 +103,8 @@ def test_runs_ablations_and_patterns(both):
 
     assert run.now.metric == pytest.approx(diff(theirs.run_with_hooks(ids(CLEAN), fwd_hooks=[("blocks.0.attn.hook_z", zero)])), abs=1e-4)
     pattern = engine.run(Attention(study(engine), 0)).pattern
-    np.testing.assert_allclose(pattern, cache["pattern", 0][0].numpy(), atol=1e-5)
+    np.testing.assert_allclose(np.nan_to_num(pattern), cache["pattern", 0][0].numpy(), atol=1e-5)
+    assert np.isnan(pattern).any() == (theirs.cfg.attention_dir == "causal")
 
 
 def test_lens_and_attribution(both):
@@ -136,7 +137,7 @@ def test_a_sweep_patches_what_hooks_patch(both):
     """Residual points at every position, those after the metric's too where a model looks ahead."""
     engine, theirs = both
     table = engine.run(Sweep(study(engine), "resid_pre"))
-    _, cache = theirs.run_with_cache(ids(CORRUPT))
+    _, cache = theirs.run_with_cache(ids(CLEAN))
     for layer in range(theirs.cfg.n_layers):
         for pos in range(5):
 
@@ -144,5 +145,5 @@ def test_a_sweep_patches_what_hooks_patch(both):
                 x[:, pos] = cache[hook.name][:, pos]
                 return x
 
-            want = diff(theirs.run_with_hooks(ids(CLEAN), fwd_hooks=[(f"blocks.{layer}.hook_resid_pre", patch)]))
+            want = diff(theirs.run_with_hooks(ids(CORRUPT), fwd_hooks=[(f"blocks.{layer}.hook_resid_pre", patch)]))
             assert table.values[layer, pos] == pytest.approx(want, abs=1e-4), (layer, pos)

@@ -15,7 +15,7 @@ from textual.widget import Widget
 
 from techniques.features.requests import SaeInfo
 from techniques.output.requests import Side
-from vocabulary.circuit import same_model
+from vocabulary.names import same_model
 from vocabulary.nodes import Node
 from vocabulary.prompts import Study
 from vocabulary.requests import ModelInfo

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from screen import actions, dialogs, jobs, prompts, sessions
+from screen import actions, dialogs, jobs, models, prompts, sessions
 from screen.keys import INTERVENE, LOUPE, MOVE, PANES, PROMPT, VIEW, FIND, Action
 
 FAR = 10**6
@@ -70,7 +70,7 @@ SCREEN = (
     Action("help", "?", "help", "Keys: filter and run", LOUPE, dialogs.show_help),
     Action("copy", "y", "copy", "Copy or export: text, TSV, SVG, Python script, address", LOUPE, dialogs.copy),
     Action("convention", "=", "convention", "This pane's title and convention in full", LOUPE, dialogs.convention),
-    Action("models", "M", "model", "Load another model", LOUPE, dialogs.models),
+    Action("models", "M", "model", "Load another model", LOUPE, models.models),
     Action("jobs", "J", "jobs", "Running jobs; x cancels one", LOUPE, jobs.jobs),
     Action("write", "w", "session", "Where this session is written, and its name", LOUPE, sessions.where_written),
     Action("restore", "r", "restore", "Restore another session: its name, model, prompt and last action", LOUPE, sessions.choose_session),

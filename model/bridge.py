@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from model import adapters  # noqa: F401  registers the corrected ones
 from model.cache import Cache
-from model.live_hooks import live_points, turn_neighbours
+from model.live_hooks import cut_heads, live_points, round_rotated, turn_neighbours
 from model.notes import Notes
 from model.memory import is_out_of_memory, out_of_memory, ran_out
 from model.native import HandTrained, Labels, LabelTokens, bridge_of
@@ -43,6 +44,14 @@ def site_of(name: str) -> str:
     """The site that a hook point of a block is; "" for any other."""
     block = re.fullmatch(r"blocks\.\d+\.(.+)", name)
     return SITE_OF.get(block[1], "") if block else ""
+
+
+def neurons(block: t.nn.Module) -> int:
+    """How many neurons a block's MLP has: the rows of its one output matrix; 0 where it has none such (a mixture of experts)."""
+    try:
+        return block.mlp.W_out.shape[0]
+    except AttributeError:
+        return 0
 
 
 class Passed(Exception):
@@ -103,6 +112,8 @@ class Model:
             p.requires_grad_(False)
         cfg = self.cfg = self.bridge.cfg
         turn_neighbours(self.bridge)
+        cut_heads(self.bridge)
+        round_rotated(self.bridge, dtype)
         self.points = live_points(self.bridge, dtype)
         self.unique = list({id(p): p for p in self.points.values()}.values())
         self.parallel = bool(cfg.parallel_attn_mlp) or "blocks.0.hook_resid_mid" not in self.points
@@ -111,30 +122,10 @@ class Model:
         text_config = hf.config.get_text_config()
         self.logit_scale = (getattr(text_config, "logit_scale", None) or 1) / (getattr(text_config, "logits_scaling", None) or 1)
         self.causal = not getattr(text_config, "bidirectional", False)
+        self.widths = [neurons(block) for block in getattr(self.bridge, "blocks", ())]
         self.cache, self.notes = Cache(cache_mb << 20), Notes()
         self.bos, self.n_embed = tokenizer.bos_token_id, hf.get_input_embeddings().weight.shape[0]
-        self.info = ModelInfo(
-            name=ask.model,
-            architecture=cfg.architecture,
-            n_layers=cfg.n_layers,
-            n_heads=cfg.n_heads,
-            n_kv_heads=getattr(cfg, "n_key_value_heads", None) or cfg.n_heads,
-            d_model=cfg.d_model,
-            d_head=cfg.d_head,
-            d_mlp=cfg.d_mlp or 0,
-            d_vocab=hf.get_output_embeddings().weight.shape[0],
-            n_ctx=cfg.n_ctx,
-            n_params=0,
-            dtype=str(dtype).removeprefix("torch."),
-            device=str(self.device),
-            positions=POSITIONS.get(cfg.positional_embedding_type, cfg.positional_embedding_type),
-            norm="RMS" if cfg.uses_rms_norm else "LN" if cfg.normalization_type else "none",
-            parallel=self.parallel,
-            softcap=self.softcap,
-            bos="" if self.bos is None else tokenizer.bos_token,
-            **dict(zip(("default_bos", "bos_habit"), bos_habit(tokenizer, getattr(text_config, "trained_with_bos", None)))),
-            seconds=0.0,
-        )
+        self.info = described(self, ask.model, hf)
         self.tokens = (LabelTokens if isinstance(tokenizer, Labels) else Tokens)(tokenizer, self.info, self.n_embed)
         if self.tokens.two_vocabularies:
             self.notes.refused |= dict.fromkeys(("one vocabulary", "loss"), "what it predicts has other tokens than what it reads")
@@ -168,14 +159,14 @@ class Model:
 
     def point(self, name: str) -> object:
         """The hook point of a name, to read or to write at. UserError where there is none, or the checks at load refused its site."""
-        self.require(site_of(name))
+        self.require(site_of(name), name)
         if not self.has(name):
             raise UserError(f"{self.info.architecture} has no {name}")
         return self.points[name]
 
     def has(self, name: str) -> bool:
         """Whether there is a hook point of this name whose site the checks at load did not refuse."""
-        return name in self.points and not self.bridge._gated_hook_reason(name) and site_of(name) not in self.notes.refused
+        return name in self.points and not self.bridge._gated_hook_reason(name) and not {site_of(name), name} & self.notes.refused.keys()
 
     def require(self, *names: str) -> None:
         """UserError where the checks made at load found one of these sites ("pattern", "q", "mlp" ...) or identities ("parts") wrong on this model."""
@@ -327,7 +318,7 @@ class Model:
         """fp32 logits before the soft cap. A CPU takes a stretch of the vocabulary at a time: for few rows that is nearly twice as fast."""
         head = getattr(self.bridge.unembed, "original_component", None)
         if x.device.type != "cpu" or type(head) is not t.nn.Linear or head.weight.dtype != t.float32:
-            logits = self.bridge.unembed(x).float()
+            logits = self.bridge.unembed(x.to(self.dtype)).float()  # Mamba's stream is float32 in every dtype
             return logits if self.logit_scale == 1 else logits * self.logit_scale
         rows, weight, size = x.flatten(0, -2), head.weight, STRETCH * t.get_num_threads()
         logits = rows.new_empty(len(rows), len(weight))
@@ -387,6 +378,38 @@ class Model:
         error = (got - want).abs().max().item()
         tolerance = TOLERANCE[self.dtype] * max(1.0, want.abs().max().item() / (32 if self.dtype == t.float32 else 4))
         return Identity(name, error, tolerance, error <= tolerance, note)
+
+    def rounded(self, row: Identity) -> Identity:
+        """An identity between the Bridge's code and Hugging Face's: in half precision each rounds at other places, layer by layer; a wrong formula is off by far more."""
+        wide = row.tolerance * (1 if self.dtype == t.float32 else 4)
+        return replace(row, tolerance=wide, ok=row.error <= wide)
+
+
+def described(model: Model, name: str, hf: t.nn.Module) -> ModelInfo:
+    """What is said of a model; the number of parameters and the seconds are the loader's to add."""
+    cfg = model.cfg
+    return ModelInfo(
+        name=name,
+        architecture=cfg.architecture,
+        n_layers=cfg.n_layers,
+        n_heads=cfg.n_heads,
+        n_kv_heads=getattr(cfg, "n_key_value_heads", None) or cfg.n_heads,
+        d_model=cfg.d_model,
+        d_head=cfg.d_head,
+        d_mlp=max(model.widths, default=0) or cfg.d_mlp or 0,
+        d_vocab=hf.get_output_embeddings().weight.shape[0],
+        n_ctx=cfg.n_ctx,
+        n_params=0,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(model.device),
+        positions=POSITIONS.get(cfg.positional_embedding_type, cfg.positional_embedding_type),
+        norm="RMS" if cfg.uses_rms_norm else "LN" if cfg.normalization_type else "none",
+        parallel=model.parallel,
+        softcap=model.softcap,
+        bos="" if model.bos is None else model.tokenizer.bos_token,
+        **dict(zip(("default_bos", "bos_habit"), bos_habit(model.tokenizer, getattr(hf.config.get_text_config(), "trained_with_bos", None)))),
+        seconds=0.0,
+    )
 
 
 def write_mid(layer: int, fn: Callable[[Tensor], Tensor]) -> list[Edit]:

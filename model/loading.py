@@ -32,6 +32,7 @@ from transformer_lens.utilities.architectures import MASKED_LM_ARCHITECTURES, MU
 from model import native, untouched
 from model.bridge import Model
 from model.checks import prove, readable
+from model.live_hooks import alibi_once
 from model.devices import filled_by_others, pick_device, unused_gpu
 from model.gguf_files import PLAIN, dequantised, is_gguf, place_of, read_kinds
 from model.memory import OutOfMemory, first_line, free_bytes, is_out_of_memory, ran_out, room
@@ -51,7 +52,6 @@ STORED = {"F32": t.float32, "BF16": t.bfloat16, "F16": t.float16}
 SMALL = 2_000_000_000
 SLACK = 512 << 20  # bytes that making a model takes beside its weights
 TINY = 20_000_000  # below this a second thread costs more than it brings
-PROBE = 6  # tokens of the two prompts that a model is probed with
 CORES = t.get_num_threads()
 
 
@@ -310,7 +310,11 @@ def open_source(ask: Load) -> Generator[Progress, None, Source]:
     n_params, stored = read_headers(folder)
     tokenizer = read_tokenizer([base, folder] if is_gguf(folder) else [folder, base])
     read = lambda dtype, device: read_weights(folder, config, dtype, device, ask.device_map or None)  # noqa: E731
-    own = lambda hf: untouched.ask(hf, random_ids(tokenizer, hf.get_input_embeddings().weight.shape[0], PROBE, 2))  # noqa: E731
+
+    def own(hf: t.nn.Module) -> untouched.Untouched:
+        alibi_once(hf)
+        return untouched.ask(hf, random_ids(tokenizer, hf.get_input_embeddings().weight.shape[0], untouched.PROBE, 2))
+
     return Source(folder, base, n_params, stored, tokenizer, read, own, dequantised(read_kinds(folder)[0]) if is_gguf(folder) else "")
 
 
@@ -322,7 +326,7 @@ def hand_trained(ask: Load, folder: Path, found: native.Checkpoint) -> Source:
     state = native.read_state(found.weights)
     tokenizer = read_tokenizer([found.config.parent]) if (found.config.parent / "tokenizer.json").is_file() else native.read_tokens(found, cfg)
     stored = next(x.dtype for x in state.values())
-    ids = random_ids(tokenizer, cfg.d_vocab, min(PROBE, cfg.n_ctx), 2)
+    ids = random_ids(tokenizer, cfg.d_vocab, min(untouched.PROBE, cfg.n_ctx), 2)
 
     def own(model: t.nn.Module) -> untouched.Untouched:
         asked = untouched.ask(model, ids)

@@ -125,7 +125,7 @@ def converted(state: dict[str, Tensor], cfg: HookedTransformerConfig) -> dict[st
             case ("pos_embed", "W_pos"):
                 out["pos.weight"] = x
             case ("unembed", "W_U" | "b_U"):
-                out[f"head.{'weight' if leaf == 'W_U' else 'bias'}"] = x.mT
+                out[f"head.{'weight' if leaf == 'W_U' else 'bias'}"] = x.T if x.ndim == 2 else x
             case ("attn", "W_Q" | "W_K" | "W_V"):
                 out[f"{where}.attn.{leaf[-1].lower()}.weight"] = x.transpose(1, 2).flatten(0, 1)
             case ("attn", "W_O"):
@@ -134,7 +134,7 @@ def converted(state: dict[str, Tensor], cfg: HookedTransformerConfig) -> dict[st
                 out[f"{where}.attn.{leaf[-1].lower()}.bias"] = x.flatten()
             case ("mlp", "W_in" | "W_out" | "W_gate" | "b_in" | "b_out"):
                 part = leaf[2:] if cfg.gated_mlp else f"fc_{leaf[2:]}"
-                out[f"{where}.mlp.{part}.{'weight' if leaf[0] == 'W' else 'bias'}"] = x.mT
+                out[f"{where}.mlp.{part}.{'weight' if leaf[0] == 'W' else 'bias'}"] = x.T if x.ndim == 2 else x
             case (norm, "w" | "b") if norm in norms:
                 out[".".join(filter(None, (where, norms[norm], "weight" if leaf == "w" else "bias")))] = x
             case _:

@@ -14,7 +14,7 @@ from families.known import KNOWN
 HEAD = """# Which analyses are right on which architecture
 
 ✓ means: equal to the architecture's own Hugging Face modules under plain torch hooks, to 1e-4 in float32; in bfloat16 finite and near the numbers of float32. **refused** means: Loupe
-says in one line why it can't, and draws nothing; the number leads to the reason below the table. "✓ but q 3": equal, only q is refused. ✗ is known to be wrong.
+says in one line why it can't, and draws nothing; the number leads to the reason below the table. "✓ but q 3": equal, q is refused. ✗ is known to be wrong.
 
 Rows are Hugging Face's `model_type`, with variants: every decoder-only text architecture that TransformerLens lists and transformers builds from a config, as a random model of two
 or three layers. Columns:
@@ -32,10 +32,12 @@ def reason(family: str, analysis: str, words: str) -> str:
     """What an outcome says, without the address, the architecture's name and sizes, so that families share it."""
     if not words.startswith("refused"):
         return "wrong: " + KNOWN.get((family, analysis), words)
-    words = re.sub(r"^refused: (L\d\S*( \S+)?: )?", "", words)
+    words = re.sub(r"^refused: ((L\d|embed)\S*( \S+)?: )?", "", words)
     words = re.sub(r"\b\w+(ForCausalLM|LMHeadModel)\b", "the model", words).removeprefix("the model: ")
-    words = re.sub(r" \(off by [^)]*\)", "", re.sub(r"are \S+ off", "are off", words))
-    return re.sub(r"^(.{80,}?)\. [A-Z].*", r"\1", words)
+    for sizes, instead in ((r" \(off by [^)]*\)", ""), (r"\b(is|are) [\d.e-]+ off", r"\1 off"), (r"blocks\.\d", "blocks.N"), (r"\blayer \d", "a layer")):
+        words = re.sub(sizes, instead, words)
+    words = re.sub(r"^(.{80,}?)\. [A-Z].*", r"\1", words)
+    return words if words.count("(") == words.count(")") else words[: words.index(" (")]
 
 
 def row(family: str, found: dict[str, dict[str, str]], number: dict[str, int]) -> str:
@@ -44,6 +46,9 @@ def row(family: str, found: dict[str, dict[str, str]], number: dict[str, int]) -
     def numbers(parts: list[str], analysis: str) -> str:
         return ", ".join(map(str, sorted({number[reason(family, analysis, found[analysis][part])] for part in parts})))
 
+    def names(parts: list[str]) -> str:
+        return ", ".join(dict.fromkeys(re.split(r"->(?:L\dH\d)?|(?:L\d)?\.", part)[-1] for part in parts))
+
     def cell(analysis: str) -> str:
         parts = {part: words for part, words in found[analysis].items() if words}
         wrong = [part for part, words in parts.items() if not words.startswith("refused")]
@@ -51,8 +56,11 @@ def row(family: str, found: dict[str, dict[str, str]], number: dict[str, int]) -
             return f"✗ {numbers(wrong, analysis)}"
         if len(parts) == len(found[analysis]):
             return f"refused {numbers(list(parts), analysis)}"
-        names = ", ".join(dict.fromkeys(re.split(r"->(?:L\dH\d)?|(?:L\d)?\.", part)[-1] for part in parts))
-        return f"✓ but {names} {numbers(list(parts), analysis)}" if parts else "✓"
+        if not parts:
+            return "✓"
+        equal = [part for part in found[analysis] if part not in parts]
+        said = f"{names(equal)} ✓, others" if len(equal) < len(parts) else f"✓ but {names(list(parts))}"
+        return f"{said} {numbers(list(parts), analysis)}"
 
     return f"| {family} | {' | '.join(map(cell, found))} |"
 

@@ -14,7 +14,7 @@ from families.known import KNOWN
 HEAD = """# Which analyses are right on which architecture
 
 ✓ means: equal to the architecture's own Hugging Face modules under plain torch hooks, to 1e-4 in float32; in bfloat16 finite and near the numbers of float32. **refused** means: Loupe
-says in one line why it can't, and draws nothing; the number leads to the reason below the table. "✓ but q 3": equal, q is refused. ✗ is known to be wrong.
+says in one line why it can't, and draws nothing; the number leads to the reason below the table. "✓ but q 3": equal, q is refused; "✓ only q 3": the others are. ✗ is known to be wrong.
 
 Rows are Hugging Face's `model_type`, with variants: every decoder-only text architecture that TransformerLens lists and transformers builds from a config, as a random model of two
 or three layers. Columns:
@@ -59,7 +59,7 @@ def row(family: str, found: dict[str, dict[str, str]], number: dict[str, int]) -
         if not parts:
             return "✓"
         equal = [part for part in found[analysis] if part not in parts]
-        said = f"{names(equal)} ✓, others" if len(equal) < len(parts) else f"✓ but {names(list(parts))}"
+        said = f"✓ only {names(equal)}" if len(equal) < len(parts) else f"✓ but {names(list(parts))}"
         return f"{said} {numbers(list(parts), analysis)}"
 
     return f"| {family} | {' | '.join(map(cell, found))} |"

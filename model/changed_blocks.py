@@ -119,6 +119,8 @@ class ChangedBlocks(BaseRun):
     # ---------------------------------------------------------------- a single token
 
     def runs_alone(self, spot: PatchSite) -> bool:
+        if not self.model.has(f"blocks.{spot.node.layer}.hook_attn_out"):
+            return False
         return spot.node.site in ROWWISE and not (spot.node.site == "attn" and self.model.parallel)
 
     def alone(self, rows: list[tuple[int, PatchSite]]) -> Tensor:

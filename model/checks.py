@@ -9,20 +9,22 @@ from dataclasses import replace
 
 import torch as t
 from torch import Tensor
+from transformer_lens.model_bridge.generalized_components import MLAAttentionBridge
 
 from model.bridge import FINAL, HOOKS, Model, has_sink, write_mid
 from model.memory import first_line, is_out_of_memory
 from model.probes import WORDS, probe
 from model.resumed import resumed
-from model.untouched import Untouched
+from model.untouched import PROBE, Untouched
 from model.writes import attention_out, post_scales
-from vocabulary.nodes import UserError
+from vocabulary.nodes import PARTS, UserError
 from vocabulary.requests import Identity, Progress
 
 
 # What is refused where an identity fails, and why. "model": every analysis
 REFUSED = {
     "forward pass = Hugging Face's own": ("model", "TransformerLens's forward pass is not Hugging Face's own"),
+    "eager attention = transformers' default": ("model", "transformers' eager attention, which holds the patterns that are read, is not its default attention"),
     "lens at the last point = logits": ("model", "the logits are not the final norm and the unembedding of what the last block puts out"),
     "unembedding of the final norm = logits": ("model", "the logits are not the unembedding of the final norm"),
     "residual stream = sum of its terms": ("parts", "what attention and MLP put out does not add up to the residual stream"),
@@ -51,22 +53,25 @@ def prove(model: Model, untouched: Untouched) -> Generator[Progress, None, tuple
         raise UserError(f"{model.info.architecture}: TransformerLens gives it no residual stream to read (no hook_resid_pre, or no final norm)")
     names, passed = [f"blocks.{i}.{hook}" for i in range(model.info.n_layers) for hook in HOOKS.values()], Counter()
     acts: dict[str, Tensor] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
 
     def take(name: str, x: Tensor) -> None:
         passed.update([name])
+        shapes[name] = tuple(x.shape)
         if model.place(name) in untouched.patched:
             acts[name] = x
 
     with readable(model.bridge.original_model):
         logits, _ = model.forward(untouched.ids, [n for n in (*names, FINAL) if model.has(n)], keep=0, take=take)
-    refused |= absent(model, passed)
+    refused |= absent(model, passed) | misshapen(model, shapes) | without_neurons(model, shapes)
     if passed[FINAL] != 1:
         refused["model"] = f"its final norm is run {passed[FINAL]} times in one forward pass, so that what it puts out can't be told apart"
         return ()
     whole = model.identity("forward pass = Hugging Face's own", logits, untouched.logits)
-    if model.dtype != t.float32:  # every layer rounds anew; another rotation, norm or scale is off by the logits' own size
-        whole = replace(whole, tolerance=4 * whole.tolerance, ok=whole.error <= 4 * whole.tolerance)
-    rows = [whole, *self_check(model)]
+    rows = [model.rounded(whole)]
+    if untouched.default is not None:
+        rows.append(model.rounded(model.identity("eager attention = transformers' default", untouched.logits, untouched.default)))
+    rows += self_check(model)
     for row in rows:
         if row.ok is False and row.name in REFUSED:
             name, why = REFUSED[row.name]
@@ -92,6 +97,30 @@ def absent(model: Model, passed: Counter) -> dict[str, str]:
         who = "it has no" if len(layers) == n else f"layer {layers[0]} has no" if len(layers) == 1 else f"layers {', '.join(layers)} have no"
         out |= dict.fromkeys(sites, f"{who} {', '.join(WORDS[s] for s in sites)}")
     return out
+
+
+def misshapen(model: Model, shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
+    """By part of heads whose values are not [batch, position, head, ...] in some layer, of patterns [batch, head, position, position], why it is refused."""
+    i, out = model.info, {}
+    for layer in range(i.n_layers):
+        for part, heads in zip(PARTS, (i.n_heads, i.n_heads, i.n_kv_heads, i.n_kv_heads, i.n_heads), strict=True):
+            if shape := shapes.get(f"blocks.{layer}.{HOOKS[part]}"):
+                good = len(shape) == 4 and (shape[1] == heads if part == "pattern" else shape[1:3] == (PROBE, heads) and (part != "z" or shape[3] == i.d_head))
+                if not good:
+                    out.setdefault(part, f"{WORDS[part]} of layer {layer} are not cut into {heads} heads")
+    if any(isinstance(getattr(b, "attn", None), MLAAttentionBridge) for b in model.bridge.blocks):
+        out |= dict.fromkeys("kv", "latent attention makes all heads' keys and values from one vector, so they are not read apart")
+    return out
+
+
+def without_neurons(model: Model, shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
+    """By layer, or for the whole model, why it has no neurons: its MLP has no one output matrix that reads them."""
+    names = [f"blocks.{layer}.{HOOKS['neuron']}" for layer in range(model.info.n_layers)]
+    lacking = [layer for layer, name in enumerate(names) if name in shapes and (not model.widths[layer] or shapes[name][-1] != model.widths[layer])]
+    if len(lacking) == len(names):
+        return {"neuron": "it has no neurons: its MLPs are experts"}
+    words = f"layer{'s' * (len(lacking) > 1)} {', '.join(map(str, lacking))} {'have' if len(lacking) > 1 else 'has'} no neurons, but experts"
+    return {names[layer]: words for layer in lacking}
 
 
 def self_check(model: Model, ids: Tensor | None = None) -> tuple[Identity, ...]:

@@ -1,17 +1,19 @@
 """
 Hook points where the Bridge's own would read or turn something else than what the model computes with. Where attention is Hugging Face's own code (GPT-J, OPT,
-GPT-Neo, Llama 4 ...) the Bridge's `hook_pattern` gets a copy of the pattern after the fact: another point stands in for it, at the softmax itself. And models
-that turn neighbouring dimensions with angles written side by side (Cohere) are told so.
+GPT-Neo, Llama 4 ...) the Bridge's `hook_pattern` gets a copy of the pattern after the fact: another point stands in for it, at the softmax itself. Models
+that turn neighbouring dimensions with angles written side by side (Cohere) are told so; heads of latent attention (DeepSeek) are cut at their own width.
 """
 
 import re
+from functools import partial
 from collections.abc import Callable
 
 import torch as t
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from transformer_lens.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.model_bridge.generalized_components import AttentionBridge, PositionEmbeddingsAttentionBridge
+from transformer_lens.model_bridge.generalized_components import AttentionBridge, MLAAttentionBridge, PositionEmbeddingsAttentionBridge
 
 SOFTMAX = (t.nn.functional.softmax, t.softmax, Tensor.softmax)
 
@@ -75,3 +77,45 @@ def turn_neighbours(bridge: t.nn.Module) -> None:
     for a in attention:
         a.config.rotary_adjacent_pairs, inner = True, a._apply_position_embedding_hooks
         a._apply_position_embedding_hooks = lambda both, inner=inner: inner(tuple(map(once, both)) if isinstance(both, tuple) else both)
+
+
+def cut_heads(bridge: t.nn.Module) -> None:
+    """
+    Heads' z of latent attention (DeepSeek, Youtu, GLM 4 MoE Lite) at the width that W_O reads a head with: the Bridge cuts it at the width of the rotated part.
+    Its queries come as [batch, head, position, d]: they pass their point as [batch, position, head, d], as everywhere.
+    """
+    for attention in [b.attn for b in getattr(bridge, "blocks", []) if isinstance(getattr(b, "attn", None), MLAAttentionBridge)]:
+        cut, n_heads = attention.o.hook_in.hook_conversion, bridge.cfg.n_heads
+        bridge.cfg.d_head = attention.o.original_component.in_features // n_heads
+        cut.n_heads, cut.d_head = n_heads, bridge.cfg.d_head
+        attention.hook_q.hook_conversion = attention.hook_k.hook_conversion = attention.hook_v.hook_conversion = PositionsFirst()
+
+
+class PositionsFirst(BaseTensorConversion):
+    """[batch, head, position, d] as [batch, position, head, d], and back."""
+
+    def handle_conversion(self, x: Tensor, *_: object) -> Tensor:
+        return x.transpose(1, 2)
+
+    def revert(self, x: Tensor, *_: object) -> Tensor:
+        return x.transpose(1, 2)
+
+
+def round_rotated(bridge: t.nn.Module, dtype: t.dtype) -> None:
+    """Queries and keys that were turned by float32 angles (OLMo 2, CodeGen) go on in the model's dtype; the Bridge leaves them in float32."""
+    for module in bridge.modules():
+        if isinstance(module, AttentionBridge):
+            module._update_kv_cache = partial(lambda join, keys, values, **more: join(keys.to(values.dtype), values, **more), module._update_kv_cache)
+        for name in ("hook_rot_q", "hook_rot_k"):
+            if isinstance(point := module._modules.get(name), HookPoint):
+                point.register_forward_hook(lambda _, args, x: x.to(dtype))
+
+
+def alibi_once(hf: t.nn.Module) -> None:
+    """
+    Falcon with ALiBi (RW-1B): transformers' eager attention adds ALiBi to the scores although the mask holds it already; its default attention, and the model as
+    trained, once. The attention gets zeros beside the mask.
+    """
+    if hf.config.model_type == "falcon" and hf.config.alibi:
+        for block in hf.transformer.h:
+            block.register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs | {"alibi": t.zeros_like(kwargs["alibi"])}), with_kwargs=True)

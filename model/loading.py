@@ -32,6 +32,7 @@ from transformer_lens.utilities.architectures import MASKED_LM_ARCHITECTURES, MU
 from model import untouched
 from model.bridge import Model
 from model.checks import prove, readable
+from model.live_hooks import alibi_once
 from model.devices import filled_by_others, pick_device, unused_gpu
 from model.memory import OutOfMemory, first_line, free_bytes, is_out_of_memory, ran_out
 from model.tokens import random_ids
@@ -48,7 +49,6 @@ STORED = {"F32": t.float32, "BF16": t.bfloat16, "F16": t.float16}
 SMALL = 2_000_000_000
 SLACK = 512 << 20  # bytes that making a model takes beside its weights
 TINY = 20_000_000  # below this a second thread costs more than it brings
-PROBE = 6  # tokens of the two prompts that a model is probed with
 CORES = t.get_num_threads()
 
 
@@ -285,7 +285,8 @@ def load(
         hf = read_weights(folder, config, dtype, device, ask.device_map or None)
         yield Progress(3, 5, "wrapping")
         with readable(hf):
-            own = untouched.ask(hf, random_ids(tokenizer, hf.get_input_embeddings().weight.shape[0], PROBE, 2))
+            alibi_once(hf)
+            own = untouched.ask(hf, random_ids(tokenizer, hf.get_input_embeddings().weight.shape[0], untouched.PROBE, 2))
             model = Model(ask, hf, tokenizer, folder, base, dtype, cache_mb)
         yield Progress(4, 5, "checking")
         checks = yield from prove(model, own)

@@ -21,8 +21,6 @@ def hook_name(model: Model, node: Node) -> str:
         raise UserError(f"{node}: the model has layers 0 to {i.n_layers - 1}")
     if node.site == "head" and (node.head is None or not 0 <= node.head < i.n_heads):
         raise UserError(f"{node}: the model has heads 0 to {i.n_heads - 1}")
-    if node.site == "neuron" and (node.index is None or not 0 <= node.index < i.d_mlp):
-        raise UserError(f"{node}: the model has neurons 0 to {i.d_mlp - 1}")
     if node.site == "resid_mid" and model.parallel:
         raise UserError(f"{node}: {i.architecture} adds attention and MLP in parallel, so there is no resid_mid; use resid_pre or resid_post")
     match node.site:
@@ -30,6 +28,9 @@ def hook_name(model: Model, node: Node) -> str:
             name = f"blocks.{node.layer}.attn.hook_{node.part}"
         case "neuron":
             name = f"blocks.{node.layer}.mlp.hook_post"
+            model.require("neuron", name)
+            if node.index is None or not 0 <= node.index < model.widths[node.layer]:
+                raise UserError(f"{node}: the layer has neurons 0 to {model.widths[node.layer] - 1}")
         case "attn" | "mlp":
             name = f"blocks.{node.layer}.hook_{node.site}_out"
         case _:

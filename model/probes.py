@@ -13,6 +13,7 @@ from torch import Tensor
 from model.bridge import HOOKS, Edit, Model, write_mid
 from model.memory import is_out_of_memory
 from model.untouched import Untouched
+from model.writes import output_module, part_out
 from vocabulary.nodes import RESIDS
 from vocabulary.requests import Identity, Progress
 
@@ -75,6 +76,7 @@ class Probe:
 
     def note(self, site: str, layer: int, what: str, got: Tensor, want: Tensor) -> None:
         row, worst = self.model.identity(f"writing {WORDS[site]}", got, want, f"layer {layer}: {what}"), self.found.get(site)
+        row = self.model.rounded(row)
         if worst is None or row.ok < worst.ok or row.ok == worst.ok and not row.error <= worst.error:
             self.found[site] = row
 
@@ -96,8 +98,27 @@ class Probe:
             if site in RESIDS:
                 self.note(site, layer, "another prompt's value = that prompt's run", new[0], base[1])
             yield
+        if self.has(layer, "neuron") and self.has(layer, "mlp"):
+            self.note("neuron", layer, "through W_out = the MLP's output", part_out(self.model, layer, "mlp", self.at(layer, "neuron")), self.at(layer, "mlp"))
+        if self.has(layer, "z"):
+            self.one_head(layer, out)
         if self.has(layer, "pattern") and self.has(layer, "z"):
             yield from self.pattern(layer, out)
+
+    def one_head(self, layer: int, out: Callable[[list[Edit]], Tensor]) -> None:
+        """One head's z written as zero is zero in that head's share of what W_O's Hugging Face module gets, and there alone."""
+        got, head, z = [], self.model.info.n_heads // 2, self.at(layer, "z")
+        hook = output_module(self.model, layer, "attn").original_component.register_forward_pre_hook(lambda _, args: got.append(args[0].detach().clone()))
+        try:
+            out([])
+            out(self.write(layer, "z", lambda x: x.index_fill(2, t.tensor([head], device=x.device), 0.0)))
+        finally:
+            hook.remove()
+        if len(got) == 2 and t.equal(got[0].flatten(), z.flatten()):  # else something comes between z and W_O
+            share = got[0].shape[-1] // self.model.info.n_heads
+            want = got[0].clone()
+            want[..., head * share : (head + 1) * share] = 0
+            self.note("z", layer, "one head's zero is zero in its columns of W_O", got[1], want)
 
     def pattern(self, layer: int, out: Callable[[list[Edit]], Tensor]) -> Generator[None]:
         """A pattern is what z is made from: zero gives zero; with v, another prompt's pattern gives its z; or, where a gate is in z, twice it twice z."""

@@ -46,10 +46,10 @@ def resumed(model: Model, untouched: Untouched) -> Generator[Progress, None, Ide
     runs = Runs(model, Study(Prompt("")), {"now": TokenRow(ids[0], ("",) * seq, {})}, [], [], [], ())
     got, want, why = [], [], ""
     for layer in sorted({min(layer, max(0, model.info.n_layers - 2)) for layer in list(untouched.patched)[-2:]}):
-        nodes = cells(model, layer, seq // 2)
+        nodes, z = cells(model, layer, seq // 2), f"blocks.{layer}.attn.hook_z"
         spots = [patch_site(model, n) for n in nodes]
         reads = {s.key: f"blocks.{layer}.{HOOKS[s.node.part if s.node.site == 'head' else s.node.site]}" for s in spots}
-        names = dict.fromkeys([*reads.values(), *(s.name for s in spots), *([f"blocks.{layer}.attn.hook_z"] * any(n.site == "head" for n in nodes))])
+        names = dict.fromkeys([*reads.values(), *(s.name for s in spots), *([z] * (any(n.site == "head" for n in nodes) and model.has(z)))])
         base = Base([runs], names, 1 << 28, beside=untouched.ids[1:])
         base.begin(LastRow(seq, model.info.d_model))
         base.source = {key: base.beside[name] for key, name in reads.items()}

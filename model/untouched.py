@@ -9,16 +9,18 @@ from dataclasses import dataclass, field
 import torch as t
 from torch import Tensor, nn
 
+PROBE = 7  # tokens of the two prompts that a model is probed with
 LAYERS = 6  # at most so many are probed, spread over the kinds
 Place = tuple[nn.Module, str]  # a module and its side, "in" or "out"
 
 
 @dataclass
 class Untouched:
-    """On token ids [2, seq]: logits [2, seq, vocab]; by layer and place, the block's output [seq, d_model] for prompt 0 with prompt 1's value there."""
+    """On token ids [2, seq]: logits [2, seq, vocab], also by transformers' default attention (None: that is the eager one); by layer and place, the block's output [seq, d_model] for prompt 0 with prompt 1's value there."""
 
     ids: Tensor
     logits: Tensor
+    default: Tensor | None = None
     patched: dict[int, dict[Place, Tensor]] = field(default_factory=dict)
 
 
@@ -85,10 +87,22 @@ def ask(hf: nn.Module, ids: Tensor) -> Untouched:
     finally:
         for h in handles:
             h.remove()
+    found.default = by_default(hf, ids)
     for i in layers:
         some = {place: block_with(blocks[i], *calls[i], place) for place in places(blocks[i])}
         found.patched[i] = {place: out for place, out in some.items() if out is not None}
     return found
+
+
+def by_default(hf: nn.Module, ids: Tensor) -> Tensor | None:
+    """Logits with the attention that transformers takes where none is asked for; Loupe reads a model under its eager one, which holds a pattern."""
+    if not getattr(hf, "_supports_sdpa", False):
+        return None
+    try:
+        hf.set_attn_implementation("sdpa")
+        return hf(ids.to(hf.get_input_embeddings().weight.device), use_cache=False).logits
+    finally:
+        hf.set_attn_implementation("eager")
 
 
 def block_with(block: nn.Module, args: tuple, kwargs: dict, place: Place) -> Tensor | None:

@@ -138,15 +138,25 @@ def through_post(model: Model, layer: int, part: str, x: Tensor, scale: Tensor |
 
 def adds(model: Model, layer: int, part: str, x: Tensor, scale: Tensor | None) -> Tensor:
     """What heads' z side by side, or neurons, [n, ..., width] add to the stream [n, ..., d_model], without biases; the scale of a norm after them frozen."""
-    block = model.bridge.blocks[layer]
-    out = block.attn.o if part == "attn" else block.mlp.out
+    out = output_module(model, layer, part)
     return through_post(model, layer, part, out(x) - out(t.zeros_like(x[:1])), scale)
 
 
-def attention_out(model: Model, layer: int, z: Tensor) -> Tensor:
-    """What attention adds to the stream [..., d_model] of heads' z [..., head, d_head]: with b_O, and whatever norm and multiplier are after it."""
-    post, out = post_norm(model, layer, "attn"), model.bridge.blocks[layer].attn.o(z.flatten(-2))
+def output_module(model: Model, layer: int, part: str) -> t.nn.Module:
+    """The Bridge's module of W_O or W_out."""
+    block = model.bridge.blocks[layer]
+    return block.attn.o if part == "attn" else block.mlp._modules.get("out") or block.mlp.dense_out  # in models that have experts in other layers
+
+
+def part_out(model: Model, layer: int, part: str, x: Tensor) -> Tensor:
+    """What attention or MLP adds to the stream [..., d_model] of heads' z side by side, or neurons, [..., width]: with bias, and norm and multiplier after it."""
+    post, out = post_norm(model, layer, part), output_module(model, layer, part)(x)
     return (out if post is None else post[0](out)) * multiplier(model, layer)
+
+
+def attention_out(model: Model, layer: int, z: Tensor) -> Tensor:
+    """What attention adds to the stream [..., d_model] of heads' z [..., head, d_head]."""
+    return part_out(model, layer, "attn", z.flatten(-2))
 
 
 def change_of_head(model: Model, layer: int, head: int, own: Tensor, new: Tensor) -> Tensor:
@@ -212,7 +222,7 @@ def to_neurons(model: Model, layer: int, acts: dict[str, Tensor], u: Tensor) -> 
     """A direction of the stream [batch, d_model] at every neuron [batch, d_mlp]; and what the MLP's output bias and the norm's add along it [batch]."""
     mlp = model.bridge.blocks[layer].mlp
     inner, constant = inner_direction(model, layer, "mlp", acts, u)
-    inner, bias = inner.to(mlp.W_out.device), getattr(mlp.out, "bias", None)
+    inner, bias = inner.to(mlp.W_out.device), getattr(output_module(model, layer, "mlp"), "bias", None)
     if bias is not None:
         constant = constant + dot(inner, bias.float().expand_as(inner))
     return t.einsum("nm,bm->bn", mlp.W_out.float(), inner), constant

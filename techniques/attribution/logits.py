@@ -105,7 +105,7 @@ def drill_names(model: Model, seq: int) -> list[str]:
     i = model.info
     need = i.n_layers * seq * (i.n_kv_heads * i.d_head + i.d_mlp) * t.finfo(model.dtype).bits // 8
     some = [f"blocks.{layer}.{x}" for layer in range(i.n_layers) for x in ("attn.hook_v", "mlp.hook_post")]
-    return [n for n in (*some, *post_scales(model, "mlp")) if n in model.points] if need <= model.cache.limit // 16 else []
+    return [n for n in (*some, *post_scales(model, "mlp")) if model.has(n)] if need <= model.cache.limit // 16 else []
 
 
 def at(x: Tensor, pos: Tensor) -> Tensor:
@@ -295,8 +295,7 @@ def neurons(runs: Runs, which: str, layer: int, pos: int | str | None = None, k:
     check_layer(model, layer)
     if k < 1:
         raise UserError("k must be at least 1")
-    if not hasattr(model.bridge.blocks[layer].mlp, "out") or f"blocks.{layer}.mlp.hook_post" not in model.points:
-        raise UserError(f"the MLP of layer {layer} has no neurons that can be read (a mixture of experts?): its row is L{layer}.mlp as a whole")
+    model.point(f"blocks.{layer}.mlp.hook_post")
     found = subtract([neuron_parts(runs, s, layer, p) for s, p in zip(sides, places)])
     finite("the attribution", *found.values())
     c = found["contribution"]

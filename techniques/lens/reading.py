@@ -29,7 +29,7 @@ CELLS = ("top_ids", "top_probs", *STATS, "kl_pair", "up_ids", "up_values", "down
 
 def default_points(model: Model, lens: Translators | None) -> list[str]:
     """resid_pre of layer 0, then resid_mid (where there is one) and resid_post of every layer; of those, what the lens reads."""
-    sites = ("resid_post",) if model.parallel or lens else ("resid_mid", "resid_post")
+    sites = ("resid_post",) if model.parallel or lens or "resid_mid" in model.notes.refused else ("resid_mid", "resid_post")
     points = ["L0.resid_pre", *(f"L{layer}.{s}" for layer in range(model.info.n_layers) for s in sites)]
     return points if lens is None else [p for p in points if lens.reads(parse_node(p))]
 

@@ -81,7 +81,8 @@ def lay_out(runs: Runs, ask: Sweep) -> Layout:
             return Layout(tuple(places), tuple(places), spots)
         case "neurons":
             node = runs.placed(one_node(ask, "mlp", "L3.mlp"))
-            neurons = [f"n{i}" for i in range(info.d_mlp)]
+            model.point(f"blocks.{node.layer}.mlp.hook_post")
+            neurons = [f"n{i}" for i in range(model.widths[node.layer])]
             return one_each(model, [f"L{node.layer}.mlp"], neurons, lambda r, c: Node("neuron", node.layer, index=c, pos=node.pos))
         case "features":
             return Layout(*feature_sweep.lay_out(model, ask, seq))

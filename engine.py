@@ -104,8 +104,9 @@ class Engine:
 
         def forget() -> None:
             self.swap()
-            self.model = None
-            gc.collect()
+            had, self.model = self.model is not None, None
+            if had:
+                gc.collect()
             tec()
 
         if self.model is not None and self.loaded == request:

@@ -430,11 +430,9 @@ class Reference:
                 v = t.stack([a["v", i][..., self.columns("v", h)] for h in range(self.heads)], 1)
                 z = t.stack([a["z", i][..., self.columns("z", h)] for h in range(self.heads)], 1)
                 out["pattern v = z"] = max(out.get("pattern v = z", 0), size(a["pattern", i] @ v, z))
-        out["own value"] = max(
-            size(self.run([ids], self.edit(site, self.n - 1, lambda x, s=site: a[s, self.n - 1].clone()))[0], a["logits", None])
-            for site in ("resid_pre", "resid_post", "attn", "z", "q", "k", "v", "pattern", "resid_mid", "mlp", "neuron")
-            if self.has(site, self.n - 1)
-        )
+        sites = [s for s in ("resid_pre", "resid_post", "attn", "z", "q", "k", "v", "pattern", "resid_mid", "mlp", "neuron") if self.has(s, self.n - 1)]
+        own = [edit for s in sites for edit in self.edit(s, self.n - 1, lambda x, s=s: a[s, self.n - 1].clone())]
+        out["own value"] = size(self.run([ids], own)[0], a["logits", None])
         return out | self.proof_of_columns(ids)
 
     def bias_of_attention(self, layer: int, x: Tensor) -> Tensor:
@@ -450,19 +448,20 @@ class Reference:
         for part in "qkv":
             if (part, 0) not in a or part in self.paths.joint:
                 continue
+
+            def tripled(x: Tensor, part: str = part) -> Tensor:
+                x = x.clone()
+                for h in range(self.heads):
+                    cols = self.columns(part, h)
+                    x[h][:, cols] = x[h][:, cols] * 3 + t.sin(t.arange(len(cols), dtype=x.dtype))
+                return x
+
+            got = self.run([ids] * self.heads, [((part, 0), tripled)], [("z", 0)])[1]
             for h in range(self.heads):
-                cols = self.columns(part, h)
-
-                def double(x: Tensor, cols: Tensor = cols) -> Tensor:
-                    x = x.clone()
-                    x[..., cols] = x[..., cols] * 3 + t.sin(t.arange(len(cols), dtype=x.dtype))
-                    return x
-
-                got = self.run([ids], [((part, 0), double)], [("z", 0)])[1]
                 if part == "v":
-                    change = t.stack([(got["z", 0] - a["z", 0])[..., self.columns("z", g)].abs().amax() for g in range(self.heads)])
+                    change = t.stack([(got["z", 0][h] - a["z", 0][0])[..., self.columns("z", g)].abs().amax() for g in range(self.heads)])
                 else:
-                    change = (got["pattern", 0] - a["pattern", 0]).abs().amax((0, 2, 3))
+                    change = (got["pattern", 0][h] - a["pattern", 0][0]).abs().amax((1, 2))
                 mine = t.tensor([g == h or part != "q" and g // per == h // per for g in range(self.heads)])
                 worst, least = max(worst, float(change[~mine].max()) if (~mine).any() else 0.0), min(least, float(change[mine].min()))
         return {"heads apart": worst, "every q, k, v moves its head": float(least < 1e-3)}

@@ -3,57 +3,78 @@
 import re
 import sys
 import tempfile
-from collections import defaultdict
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 from families.configs import FAMILIES
+from families.known import KNOWN
 
 HEAD = """# Which analyses are right on which architecture
 
-Made by `uv run tests/families/table.py > docs/architectures.md`; do not edit. A test says when it is stale.
+✓ means: equal to the architecture's own Hugging Face modules under plain torch hooks, to 1e-4 in float32; in bfloat16 finite and near the numbers of float32. **refused** means: Loupe
+says in one line why it can't, and draws nothing; the number leads to the reason below the table. "✓ but q 3": equal, q is refused; "✓ only q 3": the others are. ✗ is known to be wrong.
 
-Every decoder-only text architecture that TransformerLens's Bridge lists and transformers can build from a config, as a random model of two or three layers with effects of real
-size. ✓ means equal to the architecture's own Hugging Face modules under plain torch hooks (`tests/families/reference.py`) to 1e-4 in float32; in bfloat16 finite and near it.
-✓ − k means equal but for k, which is refused in words; − means refused. What is refused, and the words, stands below the table. ✗ is known to be wrong.
+Rows are Hugging Face's `model_type`, with variants: every decoder-only text architecture that TransformerLens lists and transformers builds from a config, as a random model of two
+or three layers. Columns:
 
-* **do**: zero and patch at z, q, k, v, pattern, attn, mlp, resid_pre, resid_mid, resid_post and neurons, at all positions and at one. **sweep**, **estimate**: every cell of each kind.
-* **attribution**: every head, MLP and bias, their sum the logit. **direct**: direct effects. **path**: path patches from embeddings, heads and MLPs to q, k, v, MLPs and the logits.
-  **edges**: one edge cut, every kind of edge. **EAP**: every edge's score. **weights**: OV and QK of a head.
+* **do**: interventions, zero and patch, at z, q, k, v, pattern, attn, mlp, resid_pre, resid_mid, resid_post and neurons. **sweep**, **estimate**: their tables of cells, patched and by gradient.
+* **attribution**: what heads, MLPs and biases add to a logit. **direct**: direct effects. **path**: path patches, **edges**: one edge cut, both from embeddings, heads and MLPs to q, k, v,
+  MLPs and logits. **EAP**: every edge's score. **weights**: a head's OV and QK. **bfloat16**: loading, a sweep of z, and EAP.
 """
+FOOT = """
+Made by `uv run tests/families/table.py > docs/architectures.md` (three minutes); don't edit. `tests/test_architectures.py` holds every row to the page. Left out: DeepSeek-V4 (several
+residual streams), and encoders."""
 
 
-def cell(found: dict[str, str]) -> str:
-    """✓, − or ✗ of an analysis, with the parts that differ."""
-    wrong = [part for part, words in found.items() if words and not words.startswith("refused")]
-    refused = [part for part, words in found.items() if words.startswith("refused")]
-    if wrong:
-        return "✗ " + ", ".join(wrong)
-    if len(refused) == len(found):
-        return "−"
-    return "✓" + (f" − {', '.join(refused)}" if refused else "")
+def reason(family: str, analysis: str, words: str) -> str:
+    """What an outcome says, without the address, the architecture's name and sizes, so that families share it."""
+    if not words.startswith("refused"):
+        return "wrong: " + KNOWN.get((family, analysis), words)
+    words = re.sub(r"^refused: ((L\d|embed)\S*( \S+)?: )?", "", words)
+    words = re.sub(r"\b\w+(ForCausalLM|LMHeadModel)\b", "the model", words).removeprefix("the model: ")
+    for sizes, instead in ((r" \(off by [^)]*\)", ""), (r"\b(is|are) [\d.e-]+ off", r"\1 off"), (r"blocks\.\d", "blocks.N"), (r"\blayer \d", "a layer")):
+        words = re.sub(sizes, instead, words)
+    words = re.sub(r"^(.{80,}?)\. [A-Z].*", r"\1", words)
+    return words if words.count("(") == words.count(")") else words[: words.index(" (")]
 
 
-def short(words: str) -> str:
-    """A refusal without the address that was asked for."""
-    return re.sub(r"^(refused|wrong|error): (L\d\S*( \S+)?: )?", "", words)
+def row(family: str, found: dict[str, dict[str, str]], number: dict[str, int]) -> str:
+    """A family's line of the table; `number` says which reason has which, and gets those it lacks if it can."""
+
+    def numbers(parts: list[str], analysis: str) -> str:
+        return ", ".join(map(str, sorted({number[reason(family, analysis, found[analysis][part])] for part in parts})))
+
+    def names(parts: list[str]) -> str:
+        return ", ".join(dict.fromkeys(re.split(r"->(?:L\dH\d)?|(?:L\d)?\.", part)[-1] for part in parts))
+
+    def cell(analysis: str) -> str:
+        parts = {part: words for part, words in found[analysis].items() if words}
+        wrong = [part for part, words in parts.items() if not words.startswith("refused")]
+        if wrong:
+            return f"✗ {numbers(wrong, analysis)}"
+        if len(parts) == len(found[analysis]):
+            return f"refused {numbers(list(parts), analysis)}"
+        if not parts:
+            return "✓"
+        equal = [part for part in found[analysis] if part not in parts]
+        said = f"✓ only {names(equal)}" if len(equal) < len(parts) else f"✓ but {names(list(parts))}"
+        return f"{said} {numbers(list(parts), analysis)}"
+
+    return f"| {family} | {' | '.join(map(cell, found))} |"
 
 
-def lines(family: str, found: dict[str, dict[str, str]]) -> list[str]:
-    """A family's row of the table, and a line for every reason."""
-    from families.known import KNOWN
+class Numbers(dict):
+    """Each new reason gets the next number."""
 
-    row = [family, *(cell(f).replace("|", "\\|") for f in found.values())]
-    reasons = defaultdict(list)
-    for analysis, parts in found.items():
-        for part, words in parts.items():
-            if words:
-                said = short(words) if words.startswith("refused") else "wrong: " + KNOWN.get((family, analysis), short(words))
-                reasons[said].append(f"{analysis} {part}".strip())
-    every = sum(map(len, found.values()))
-    return [f"| {' | '.join(row)} |", *(f"* {family}, {'everything' if len(some) == every else ', '.join(some)}: {said}" for said, some in reasons.items())]
+    def __missing__(self, words: str) -> int:
+        return self.setdefault(words, len(self) + 1)
+
+
+def numbers_of(page: str) -> dict[str, int]:
+    """Those that a page has given."""
+    return {words: int(n) for n, words in re.findall(r"^(\d+)\. (.*)$", page, re.M)}
 
 
 def main() -> None:
@@ -62,15 +83,15 @@ def main() -> None:
     from families.analyses import ANALYSES, Case, outcomes
 
     torch.set_num_threads(1)
-    rows, reasons, root = [], [], Path(tempfile.mkdtemp())
+    number, root = Numbers(), Path(tempfile.mkdtemp())
+    rows = []
     for family in FAMILIES:
         case = Case(family, root)
-        row, *more = lines(family, {analysis: outcomes(case, analysis) for analysis in ANALYSES})
-        rows.append(row)
-        reasons += more
+        rows.append(row(family, {analysis: outcomes(case, analysis) for analysis in ANALYSES}, number))
     print(HEAD)
-    print(f"| architecture | {' | '.join(ANALYSES)} |\n|{'---|' * (1 + len(ANALYSES))}")
-    print("\n".join(rows), "\n\n## What is refused, and why\n", "\n".join(reasons), sep="\n")
+    print(f"| architecture | {' | '.join(ANALYSES)} |\n|{'---|' * (1 + len(ANALYSES))}", *rows, "\n## Why\n", sep="\n")
+    print(*(f"{n}. {words}" for words, n in number.items()), sep="\n")
+    print(FOOT)
 
 
 if __name__ == "__main__":

@@ -15,22 +15,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import techniques
-from utils import ROOT, setting_of_megabytes, tec
+from utils import setting_of_megabytes, tec
 from vocabulary.nodes import UserError
-from vocabulary.requests import Check, Failure, Load, ModelChoice, Models, ModelsResult, Progress, Status, StatusResult
+from vocabulary.requests import Check, Failure, Load, Models, Progress, Status, StatusResult
 from vocabulary.wire import Frame, WireError, door, encode, needs_model, read_frame
-
-WELL_KNOWN = {
-    "gpt2": "124M",
-    "gpt2-medium": "355M",
-    "EleutherAI/pythia-70m": "70M",
-    "EleutherAI/pythia-160m": "162M",
-    "EleutherAI/pythia-410m": "405M",
-    "Qwen/Qwen3-0.6B": "596M",
-    "Qwen/Qwen3-1.7B": "1.7B",
-    "google/gemma-2-2b": "2.6B, gated",
-    "meta-llama/Llama-3.2-1B": "1.2B, gated",
-}
 
 
 def import_model() -> None:
@@ -92,7 +80,9 @@ class Engine:
             case Status():
                 return self.status()
             case Models():
-                return find_models()
+                from model.catalogue import find_models
+
+                return (yield from find_models(request, self.held))
             case Check():
                 return self.model.check(request.prompt, request.align)
             case Failure():  # a request that could not be read
@@ -110,7 +100,7 @@ class Engine:
             import_model()
         from model import loading
 
-        megabytes = setting_of_megabytes("LOUPE_CACHE_MB", 512)
+        megabytes, request = setting_of_megabytes("LOUPE_CACHE_MB", 512), loading.resolved(request)
 
         def forget() -> None:
             self.swap()
@@ -120,10 +110,13 @@ class Engine:
 
         if self.model is not None and self.loaded == request:
             return self.model.info
-        held = lambda device: self.model.weight_bytes + self.model.cache.size if self.model and self.model.device.type == device.type else 0  # noqa: E731
-        self.model = yield from loading.load(request, megabytes, forget, held)
+        self.model = yield from loading.load(request, megabytes, forget, self.held)
         self.loaded = request
         return self.model.info
+
+    def held(self, device: object) -> int:
+        """Bytes that the loaded model and what is kept of its runs hold on a torch device."""
+        return self.model.weight_bytes + self.model.cache.size if self.model and self.model.device.type == device.type else 0
 
     def status(self) -> StatusResult:
         device = (0, 0)
@@ -140,23 +133,6 @@ def rss() -> int:
     if not status.is_file():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith("VmRSS:"))
-
-
-def find_models() -> ModelsResult:
-    """The zoo, folders beside the program, what the hub cache holds, and well-known names."""
-    import huggingface_hub
-
-    choices = [ModelChoice("zoo", "embedded", "4 layers, no download")] if (ROOT / "zoo" / "config.json").is_file() else []
-    choices += [ModelChoice(str(p.parent), "folder") for p in sorted((ROOT / "models").glob("*/config.json"))]
-    cached = set()
-    if Path(huggingface_hub.constants.HF_HUB_CACHE).is_dir():
-        for repo in sorted(huggingface_hub.scan_cache_dir().repos, key=lambda r: r.repo_id):
-            files = {f.file_name for revision in repo.revisions for f in revision.files}
-            if repo.repo_type == "model" and "config.json" in files and any(f.endswith(".safetensors") for f in files):
-                cached.add(repo.repo_id)
-                choices.append(ModelChoice(repo.repo_id, "hub cache", f"{repo.size_on_disk / 1e9:.1f} GB"))
-    choices += [ModelChoice(n, "hub", f"{size}, needs download") for n, size in WELL_KNOWN.items() if n not in cached]
-    return ModelsResult(tuple(choices))
 
 
 # ------------------------------------------------------------------ scheduling

@@ -35,6 +35,7 @@ from vocabulary.prompts import read_prompt_set, Study
 from vocabulary.requests import Load, ModelInfo
 from screen import layout, loading, top
 from screen.client import Client, Job, words_of
+from screen.colours import LIGHT, SIXTEEN, THEME, use
 from screen.compositor import TightScreen
 from screen.cursor import Cursor, clamped
 from screen.faults import Faults
@@ -69,17 +70,20 @@ class Quiet(TightScreen, inherit_bindings=False):
     focused = var(None)
 
 
+STYLES = """
+Screen { layers: base overlay; overflow: hidden; background: ansi_default; color: ansi_default; }
+#top { height: 5; } #status { height: 1; } #hint { height: 1; }
+#body { height: 1fr; }
+Field { width: 1fr; background: ansi_default; border: none; height: 1; padding: 0; }
+.hidden { display: none; }
+"""
+
+
 class Loupe(App):
     BINDINGS = bindings(TABLE)
-    CSS = """
-    Screen { layers: base overlay; overflow: hidden; background: ansi_default; color: ansi_default; }
-    #top { height: 5; } #status { height: 1; } #hint { height: 1; }
-    #body { height: 1fr; }
-    Field { width: 1fr; background: ansi_default; border: none; height: 1; padding: 0; }
-    .hidden { display: none; }
-    """
+    CSS = STYLES
     ENABLE_COMMAND_PALETTE = False
-    theme = "ansi-dark"
+    theme = "ansi-light" if THEME is LIGHT else "ansi-dark"
 
     def __init__(self, session: Session, via: str = "", note: str = "", log: Path | None = None, table: tuple[Action, ...] = TABLE, **kw):
         super().__init__(ansi_color=True, **{"driver_class": Terminal} | kw)
@@ -119,6 +123,7 @@ class Loupe(App):
         yield self.hint_line
 
     def on_mount(self) -> None:
+        use(SIXTEEN if self.console.color_system == "standard" and not self.is_headless else THEME)
         if self.no_color and self.state.views["mode"] == "colour":
             self.session.state = replace(self.state, views={**self.state.views, "mode": "shade"})
         if not self.is_headless:
@@ -156,11 +161,14 @@ class Loupe(App):
         width, height = self.size
         height = max(height - (6 if height >= 12 else 3) - self.said_lines, 1)
         places = layout.regions([self.panes[p] for p in self.visible_panes()], width, height)
-        for name, r in places.items():
-            if self.places.get(name) != r:
-                styles = self.panes[name].styles
-                styles.offset, styles.width, styles.height = r.offset, r.width, r.height
+        moved = {name: r for name, r in places.items() if self.places.get(name) != r}
+        for name, r in moved.items():
+            styles = self.panes[name].styles
+            styles.offset, styles.width, styles.height = r.offset, r.width, r.height
+            self.panes[name].set_class(r.x > 0, "aside")
         self.places = {**self.places, **places}
+        if moved:  # what is drawn depends on the room
+            self.call_after_refresh(self.draw)
 
     def show_pane(self, name: str) -> None:
         before = self.visible_panes()

@@ -1,10 +1,8 @@
 """
-The panes, drawn from results by the Line API. Quantise -> style table -> merge -> cache; a cursor move repaints the lines it touches and no more.
+What draws lines and maps, by the Line API. Quantise -> style table -> merge -> cache; a cursor move repaints the lines it touches and no more.
 Widgets hold no state of the hunt: they are given a picture and draw it. Never imports torch.
 """
 
-import math
-from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -14,45 +12,18 @@ from textual.geometry import Region
 from textual.strip import Strip
 from textual.widget import Widget
 
-from utils import fit, printable, show_number, show_token, visible, width_of
+from screen.colours import (
+    BAD, BOLD, CHANGED, CURSOR, CURSOR_PLAIN, DIM, FOCUS, GOOD, HEAD, NEGATIVE, PLAIN, POSITIVE, RULE, SHADES, WARN, half_block, half_style, on,
+)  # fmt: skip
+from screen.maps import (
+    FAINT, KEPT, SMALL, Grid, Spans, cell_line, choose, header_height, label_width, ranked, show_value, strip_of_maxima, thinned, whole,
+)  # fmt: skip
+from utils import fit, printable, show_token, width_of
 
-# xterm-256 colours, dark to bright (a test holds them monotone in luminance); the signed ramp goes outward from the middle
-RAMP = (233, 17, 18, 53, 54, 90, 126, 161, 167, 203, 209, 215, 221, 227, 229, 230)
-BELOW = (233, 17, 18, 19, 25, 32, 74, 117)
-ABOVE = (233, 52, 88, 124, 160, 202, 208, 215)
-SHADES = " ░▒▓█"
-FAINT = 0.005  # numbers that would read .00 are drawn as a dot, and the lowest level has no background: legible, and cheap to send
-
-
-def luminance(code: int) -> float:
-    """Relative luminance of an xterm-256 colour (cube or grey ramp), 0 to 1."""
-    steps = (0, 95, 135, 175, 215, 255)
-    rgb = (8 + 10 * (code - 232),) * 3 if code >= 232 else tuple(steps[(code - 16) // n % 6] for n in (36, 6, 1))
-    lin = [c / 255 / 12.92 if c / 255 <= 0.04045 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in rgb]
-    return 0.2126 * lin[0] + 0.7152 * lin[1] + 0.0722 * lin[2]
-
-
-def on(code: int) -> Style:
-    return Style(color="bright_white" if luminance(code) < 0.18 else "color(16)", bgcolor=f"color({code})")  # short codes: there is one a cell
-
-
-PLAIN = Style()
-DIM = Style(color="color(245)")
-BOLD = Style(bold=True)
-HEAD = Style(color="color(117)", bold=True)
-GOOD = Style(color="color(114)")
-WARN = Style(color="color(221)")
-BAD = Style(color="color(203)", bold=True)
-CHANGED = Style(color="color(215)")
-POSITIVE = Style(color="color(208)")  # as in the signed maps: warm is above zero, cold below
-NEGATIVE = Style(color="color(74)")
-CURSOR = Style(color="color(16)", bgcolor="color(214)", bold=True)
-CURSOR_PLAIN = Style(reverse=True, bold=True)
-FOCUS = Style(color="color(16)", bgcolor="color(117)", bold=True)
-HEATS = tuple(on(c) for c in RAMP)
-SIGNED = tuple(on(c) for c in (*reversed(BELOW), *ABOVE))
-
-Spans = list[tuple[str, Style]]
+__all__ = [
+    "BAD", "BOLD", "CHANGED", "CURSOR", "CURSOR_PLAIN", "DIM", "FAINT", "FOCUS", "GOOD", "HEAD", "NEGATIVE", "PLAIN", "POSITIVE", "RULE", "SHADES", "WARN",
+    "Grid", "GridView", "Lines", "Same", "Spans", "on", "strip_of",
+]  # fmt: skip
 
 
 def strip_of(spans: Spans) -> Strip:
@@ -69,6 +40,7 @@ class Lines(Widget):
         super().__init__(**kw)
         self.lines: list[Strip] = []
         self.top = 0
+        self.rule: tuple[str, Style] | None = None  # what fills the rest of a line
 
     def show(self, lines: list[Spans], top: int = 0) -> None:
         new = [strip_of(spans) for spans in lines]
@@ -86,13 +58,15 @@ class Lines(Widget):
     def render_line(self, y: int) -> Strip:
         y += self.top
         strip = self.lines[y] if y < len(self.lines) else Strip.blank(0)
+        if self.rule and strip.cell_length < self.size.width:
+            strip = Strip([*strip, Segment(self.rule[0] * (self.size.width - strip.cell_length), self.rule[1])])
         return strip.adjust_cell_length(self.size.width, PLAIN)
 
     def text(self) -> str:
         return "\n".join(s.text.rstrip() for s in self.lines)
 
 
-# ------------------------------------------------------------------ heat maps and token tables
+# ------------------------------------------------------------------ maps
 
 
 class Same:
@@ -107,51 +81,11 @@ class Same:
     __hash__ = None
 
 
-@dataclass(frozen=True, eq=False)
-class Grid:
-    """
-    A picture: values [rows, columns] (NaN is blank) on the scale lo..hi, what stands in the cells (the number unless there is `text`), labels, and
-    how wide a cell may be; numbers under `faint` are dots; `blanks` are columns that show their name. `numbers` are shown when they differ from what is coloured (ranks on a log scale). `signed` draws outward from zero. `marks` are underlined; `kept`, the circuit's cells, end in a dot; `noise`, cells below the noise floor `floor`, are a dim ~ (their numbers in number mode and exports).
-    """
-
-    values: np.ndarray
-    rows: list[str]
-    cols: list[str]
-    lo: float
-    hi: float
-    text: list[list[str]] | None = None
-    numbers: np.ndarray | None = None
-    signed: bool = False
-    cell: tuple[int, int] = (4, 9)
-    faint: float = FAINT
-    corner: str = ""
-    blanks: tuple[str, ...] = ()
-    marks: frozenset[tuple[int, int]] = field(default_factory=frozenset)
-    kept: frozenset[tuple[int, int]] = field(default_factory=frozenset)
-    noise: frozenset[tuple[int, int]] = field(default_factory=frozenset)
-    floor: float = math.nan
-
-    def level(self) -> np.ndarray:
-        """[rows, columns] int, -1 where blank."""
-        span = max(self.hi - self.lo, 1e-12)
-        n = len(SIGNED) if self.signed else len(HEATS)
-        with np.errstate(invalid="ignore"):
-            level = np.clip((self.values - self.lo) / span * n, 0, n - 1)
-        return np.where(np.isfinite(level), level, -1).astype(int)
-
-    @property
-    def shown(self) -> np.ndarray:
-        return self.values if self.numbers is None else self.numbers
-
-    def tsv(self) -> str:
-        corner = self.corner if math.isnan(self.floor) else f"{self.corner} noise floor {self.floor:.2g}".strip()
-        head = "\t".join([corner, *(visible(c) for c in self.cols)])
-        body = ("\t".join([visible(r).strip(), *("" if math.isnan(v) else f"{v:.6g}" for v in row)]) for r, row in zip(self.rows, self.shown.tolist()))
-        return "\n".join([head, *body]) + "\n"
-
-
 class GridView(Widget):
-    """A Grid with one cursor. Row and column labels stay; when the cursor leaves the view it jumps by half a page."""
+    """
+    A Grid with one cursor, drawn as densely as the room demands (maps.choose). Labels stay. Where even half blocks do not show everything, the view jumps
+    by half a page and strips show the largest of what is outside; where room is left, the largest cells are listed in it.
+    """
 
     DEFAULT_CSS = "GridView { width: 1fr; height: 1fr; }"
     ALLOW_SELECT = False
@@ -160,10 +94,12 @@ class GridView(Widget):
         super().__init__(**kw)
         self.grid: Grid | None = None
         self.at = (0, 0)
-        self.origin = (0, 0)
+        self.origin = (0, 0)  # the first line and column in view
         self.mode = "colour"
         self.message: Spans = []
         self.laid = None  # what the cell widths were computed for
+        self.rows: list[int] = []  # of the grid, in view or to scroll to; fewer than all where text is thinned
+        self.thinned = ""  # what those are, when they are not all
         self.strip = lru_cache(512)(self.draw)
 
     def show(self, grid: Grid | None, at: tuple[int, int], mode: str, message: Spans | None = None) -> None:
@@ -173,30 +109,54 @@ class GridView(Widget):
             self.move(at)
             return
         self.grid, self.mode, self.message, self.at = grid, mode, message, at
-        self.layout_cells()
+        self.laid = None
+        self.lay_out()
         self.refresh()
 
-    def layout_cells(self) -> None:
-        """Cell width: as wide as allowed while everything fits, else the narrowest; then the scroll origin."""
-        if self.grid is None or not self.size or self.laid == (self.grid, self.mode, self.size):
+    # ---------------------------------------------------------------- what goes where
+
+    def lay_out(self) -> None:
+        """Density, thinned rows, what the strips and the list take, then the scroll origin."""
+        if self.grid is None or not self.size or self.laid == (self.mode, self.size):
             return
         self.strip.cache_clear()
-        self.laid = (self.grid, self.mode, self.size)
-        g, (low, high) = self.grid, self.grid.cell
-        self.label = min(max([width_of(r) for r in g.rows] + [width_of(g.corner)], default=0) + 1, max(self.size.width // 3, 6))
-        if self.mode == "number":
-            low = max(low, 7 if g.signed else 6)
-            high = max(low, high)
-        elif self.mode == "shade" and g.text is None:
-            low, high = min(low, 2), high + 1
-        room = self.size.width - self.label
-        self.width = max(low, min(high, room // max(len(g.cols), 1)))
-        self.across = max(1, room // self.width)
-        self.down = max(1, self.size.height - 1)
-        self.origin = (
-            self.page(self.at[0], self.origin[0], self.down, len(g.rows)),
-            self.page(self.at[1], self.origin[1], self.across, len(g.cols)),
-        )
+        self.laid = (self.mode, self.size)
+        g, (width, height) = self.grid, self.size
+        self.density = choose(g, width, height, self.mode)
+        self.head = header_height(g, self.density)
+        self.thin()
+        self.label = label_width(g, width)
+        fits = whole(g, self.density, width, height, len(self.rows))
+        cut_rows = -(-len(self.rows) // self.density.per) + self.head > height
+        self.across = max(1, (width - self.label - 2 * cut_rows) // self.density.width)
+        cut_cols = self.across < len(g.cols)
+        self.down = max(1, height - self.head - (cut_cols and height > 8))
+        self.right = strip_of_maxima(g, self.down, 0) if cut_rows and len(self.rows) == len(g.rows) else np.array([], int)
+        self.below = strip_of_maxima(g, self.across, 1) if cut_cols and height > 8 else np.array([], int)
+        used, lines = self.label + self.density.width * len(g.cols), self.head + self.lines_of()
+        self.beside, self.list = fits and width - used >= 30, []
+        if fits and self.beside:
+            self.list = [strip_of([("   ", PLAIN), *line]) for line in ranked(g, width - used - 3, height)]
+        elif fits and height - lines >= 2:
+            self.list = [Strip.blank(0), *(strip_of([(" ", PLAIN), *line]) for line in ranked(g, width - 1, height - lines - 1))]
+        self.origin = self.origin_for(self.at)
+
+    def thin(self) -> bool:
+        """The rows of a text that is too high, by the cursor; whether they changed."""
+        before, g = self.rows, self.grid
+        self.thinned, self.rows = thinned(g, self.size.height - self.head, self.at[0]) if self.density.kind != "cell" else ("", list(range(len(g.rows))))
+        return self.rows != before
+
+    def lines_of(self) -> int:
+        return -(-len(self.rows) // self.density.per)
+
+    def line_of(self, row: int) -> int:
+        """The line of a row of the grid, of all lines."""
+        return (self.rows.index(row) if row in self.rows else 0) // self.density.per
+
+    def origin_for(self, at: tuple[int, int]) -> tuple[int, int]:
+        line, cols = self.line_of(at[0]), len(self.grid.cols)
+        return self.page(line, self.origin[0], self.down, self.lines_of()), self.page(at[1], self.origin[1], self.across, cols)
 
     @staticmethod
     def page(at: int, origin: int, view: int, total: int) -> int:
@@ -209,26 +169,32 @@ class GridView(Widget):
             return
         old, self.at = self.at, at
         if not self.size:
+            self.laid = None
             self.refresh()
             return
-        self.layout_cells()
-        g = self.grid
-        origin = (self.page(at[0], self.origin[0], self.down, len(g.rows)), self.page(at[1], self.origin[1], self.across, len(g.cols)))
-        if origin != self.origin:
+        self.lay_out()
+        if self.thinned and old[0] != at[0] and self.thin():
+            self.strip.cache_clear()
+            self.refresh()
+        if (origin := self.origin_for(at)) != self.origin:
             self.origin = origin
             self.refresh()
             return
-        lines = {old[0], at[0]}
-        regions = []
-        for r in lines:
-            cells = [c for (rr, c) in (old, at) if rr == r]
-            x0, x1 = (self.label + (f(cells) - self.origin[1]) * self.width for f in (min, max))
-            regions.append(Region(0 if old[0] != at[0] else x0, r - self.origin[0] + 1, x1 + self.width - (0 if old[0] != at[0] else x0), 1))
+        w, lines = self.density.width, [self.line_of(p[0]) for p in (old, at)]
+        x0, x1 = (self.label + (f(old[1], at[1]) - self.origin[1]) * w for f in (min, max))
+        span = (0, x1 + w) if old[0] != at[0] else (x0, x1 + w - x0)  # another row: its label too
+        regions = [Region(span[0], line - self.origin[0] + self.head, span[1], 1) for line in set(lines)]
         if old[1] != at[1]:
-            x0, x1 = (self.label + (f(old[1], at[1]) - self.origin[1]) * self.width for f in (min, max))
-            regions.append(Region(x0, 0, x1 + self.width - x0, 1))
+            regions.append(Region(0 if self.density.width < 4 else x0, 0, self.size.width if self.density.width < 4 else x1 + w - x0, self.head))
         bounds = Region(0, 0, *self.size)
         self.refresh(*(r.intersection(bounds) for r in regions))
+
+    def about(self) -> Spans:
+        """The cell under the cursor in words, where the map shows no numbers."""
+        self.lay_out()
+        return cell_line(self.grid, *self.at) if self.grid is not None and self.laid is not None and self.density.kind == "cell" else []
+
+    # ---------------------------------------------------------------- drawing
 
     def render_line(self, y: int) -> Strip:
         if not self.size:  # drawn before its first resize
@@ -236,83 +202,158 @@ class GridView(Widget):
         if self.grid is None:
             text = self.message if y == self.size.height // 3 else []
             return strip_of(text).adjust_cell_length(self.size.width, PLAIN)
-        self.layout_cells()
-        if y == 0:
-            return self.strip(-1, self.at[1])
-        row = y - 1 + self.origin[0]
-        if row >= len(self.grid.rows):
-            return Strip.blank(self.size.width, PLAIN)
-        return self.strip(row, self.at[1] if row == self.at[0] else -1)
+        self.lay_out()
+        line, width = y - self.head + self.origin[0], self.size.width
+        if y < self.head:
+            strip = self.header(y)
+        elif y - self.head < self.down and line < self.lines_of():
+            here = line == self.line_of(self.at[0])
+            strip = self.strip(line, self.at if here else None)
+            if y - self.head < len(self.right):
+                place = range(self.origin[0] * len(self.right) // self.lines_of(), (self.origin[0] + self.down) * len(self.right) // self.lines_of())
+                mark = self.maximum(int(self.right[y - self.head]), y - self.head in place)
+                strip = Strip.join([strip.adjust_cell_length(width - 1, PLAIN), strip_of([mark])])
+        elif y == self.head + min(self.down, self.lines_of()) and len(self.below):
+            place = range(self.origin[1] * len(self.below) // len(self.grid.cols), (self.origin[1] + self.across) * len(self.below) // len(self.grid.cols))
+            strip = strip_of([("max".ljust(self.label), DIM), *(self.maximum(int(n), i in place) for i, n in enumerate(self.below))])
+        else:
+            strip = Strip.blank(0)
+        strip = self.with_list(strip, y)
+        return strip.adjust_cell_length(width, PLAIN)
 
-    def draw(self, row: int, cursor: int) -> Strip:
-        g, w = self.grid, self.width
+    def with_list(self, strip: Strip, y: int) -> Strip:
+        """The list of the largest cells beside the map, or below it."""
+        y -= 0 if self.beside else self.head + self.lines_of()
+        if not 0 <= y < len(self.list):
+            return strip
+        used = self.label + self.density.width * len(self.grid.cols)
+        return Strip.join([strip.adjust_cell_length(used, PLAIN), self.list[y]]) if self.beside else self.list[y]
+
+    def maximum(self, level: int, in_view: bool) -> tuple[str, Style]:
+        """A cell of a strip: the largest of a part of the map; a line where that part is in view."""
+        text = "│" if in_view else " "
+        if level < 0:
+            return text, DIM
+        return (text if in_view else self.shade(level), PLAIN) if self.mode == "shade" else (text, on(self.grid.ramp[level]))
+
+    def header(self, y: int) -> Strip:
+        """Names of the columns; above those of positions their numbers; where cells are narrow, numbers at every fifth or tenth."""
+        g, w, at = self.grid, self.density.width, self.at[1]
         cols = range(self.origin[1], min(self.origin[1] + self.across, len(g.cols)))
-        more = (len(g.cols) > self.origin[1] + self.across) or self.origin[1] > 0
-        if row < 0:
-            corner = (f"{self.origin[1]}–{cols[-1]}/{len(g.cols)}" if more else g.corner) if cols else ""
-            spans = [(fit(corner, self.label), DIM)]
-            spans += [(show_token(g.cols[c], w - 1) + " ", BOLD if c == cursor else PLAIN) for c in cols]
-            return strip_of(spans).adjust_cell_length(self.size.width, PLAIN)
-        marked = cursor >= 0
-        spans = [(fit(g.rows[row], self.label - 1) + " ", BOLD if marked else PLAIN)]
-        levels, values = self.levels()[row], g.shown[row]
-        palette, middle = (SIGNED, (len(BELOW) - 1, len(BELOW))) if g.signed else (HEATS, (0,))
+        cut = self.across < len(g.cols)
+        place = f"{cols[0]}–{cols[-1]}/{len(g.cols)}" if cols and cut else g.corner
+        corner = place if y == self.head - 1 and (not cut or len(place) < self.label) else ""
+        spans: Spans = [(fit(corner, self.label), DIM)]
+        if w < 4:
+            return strip_of([*spans, *self.ticks(cols)])
         for c in cols:
-            level, value = int(levels[c]), float(values[c])
-            text = self.cell_text(row, c, level, value, w)
-            if (row, c) in g.kept:
-                text = fit(text, w - 1) + "•"
-            if self.mode == "shade":
-                style = CURSOR_PLAIN if c == cursor else DIM if (row, c) in g.noise else BOLD if (row, c) in g.marks else PLAIN
-            else:
-                faint = level < 0 or (g.text is None and self.mode == "colour" and (level in middle or abs(value) < g.faint))
-                style = CURSOR if c == cursor else DIM if (row, c) in g.noise else PLAIN if faint else palette[level]
-                if (row, c) in g.marks and c != cursor:
-                    style += Style(underline=True, bold=True)
-            spans.append((text, style))
-        return strip_of(spans).adjust_cell_length(self.size.width, PLAIN)
+            text = show_token(str(c), w - 1) if y < self.head - 1 else short(g.cols[c], w - 1)
+            spans.append((text + " ", BOLD if c == at else DIM if y < self.head - 1 else PLAIN))
+        return strip_of(spans)
 
-    def levels(self) -> np.ndarray:
-        if getattr(self, "level_of", None) is not self.grid:
-            self.level_of, self.level_array = self.grid, self.grid.level()
-        return self.level_array
+    def ticks(self, cols: range) -> Spans:
+        """Numbers of columns that do not touch, and the cursor's own, which hides those that it touches."""
+        g, w = self.grid, self.density.width
+        names = {c: (str(c) if g.positions or g.cols[c][:1] == "H" else g.cols[c]) for c in cols}
+        step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 1000) if s * w > max(len(str(cols[-1])), 1)) if cols else 1
+        line, wide = [" "] * (len(cols) * w + 6), len(cols) * w
+        for c in cols:
+            x, text = (c - cols[0]) * w, names[c]
+            if (c % step == 0 if text.isdigit() else True) and x + len(text) <= wide + 6 and all(k == " " for k in line[max(0, x - 1) : x + len(text)]):
+                line[x : x + len(text)] = text
+        if self.at[1] not in cols:
+            return [("".join(line), DIM)]
+        x, text = (self.at[1] - cols[0]) * w, names[self.at[1]]
+        x0, x1 = x, x + len(text)
+        while x0 > 0 and line[x0 - 1] != " " and line[x0] != " ":
+            x0 -= 1
+        before = "".join(line[:x0]).ljust(x)
+        while x1 < len(line) and line[x1 - 1] != " " and line[x1] != " ":
+            x1 += 1
+        return [(before, DIM), (text, BOLD), (" " * (x1 - x - len(text)) + "".join(line[x1:]), DIM)]
+
+    def draw(self, line: int, cursor: tuple[int, int] | None) -> Strip:
+        g, per = self.grid, self.density.per
+        rows = self.rows[line * per : line * per + per]
+        shown = cursor[0] if cursor else rows[0]
+        cols = range(self.origin[1], min(self.origin[1] + self.across, len(g.cols)))
+        spans: Spans = [(fit(g.rows[shown], self.label - 1) + " ", BOLD if cursor else PLAIN if per == 1 or line % 2 == 0 else DIM)]
+        make = self.pair if per == 2 else self.cell
+        for c in cols:
+            spans += make(rows, c, cursor is not None and c == cursor[1], shown)
+        return strip_of(spans)
+
+    def cell(self, rows: list[int], c: int, at: bool, row: int) -> Spans:
+        """One cell of a line: its text on its colour."""
+        g, w, level, value = self.grid, self.density.width, int(self.grid.level[row, c]), float(self.grid.shown[row, c])
+        text, noise = self.cell_text(row, c, level, value, w), (row, c) in g.noise
+        coloured = self.density.kind == "cell"
+        rank = g.largest.get((row, c))
+        if (row, c) in g.kept:
+            text = fit(text, w - 1) + KEPT
+        elif rank and coloured and w >= 2:
+            text = str(rank) + text[1:]
+        if self.mode == "shade":
+            return [(text, CURSOR_PLAIN if at else DIM if noise else BOLD if (row, c) in g.marks else PLAIN)]
+        middle = (len(g.ramp) // 2 - 1, len(g.ramp) // 2) if g.signed else (0,)
+        small = self.mode == "colour" and not coloured and g.text is None and (level in middle or abs(value) < g.faint)
+        style = (
+            CURSOR
+            if at
+            else DIM
+            if noise
+            else PLAIN
+            if level < 0 or small
+            else half_style(None, g.ramp[level])
+            if text.isspace()
+            else on(g.ramp[level], g.text is not None)
+        )
+        if (row, c) in g.marks and not at:
+            style += Style(underline=True, bold=True)
+        return [(text, style)]
+
+    def pair(self, rows: list[int], c: int, at: bool, row: int) -> Spans:
+        """Two cells above each other: half blocks. A kept cell ends in its mark, on its own colour."""
+        g, w = self.grid, self.density.width
+        levels = [int(g.level[r, c]) if r is not None and (r, c) not in g.noise else -1 for r in (*rows, None)[:2]]
+        if self.mode == "shade":
+            text = max((self.shade(n) for n in levels), key=SHADES.index) * w
+            return [(text, CURSOR_PLAIN if at else PLAIN)]
+        codes: list[int | None] = [None if n < 0 else g.ramp[n] for n in levels]
+        if at:
+            codes[rows.index(row)] = int(CURSOR.bgcolor.number)
+        char, style = half_block(codes[0], codes[1])
+        kept = next((n for n, r in enumerate(rows) if (r, c) in g.kept), None)
+        if kept is None:
+            return [(char * w, style)]
+        return [(char * (w - 1), style), (KEPT, CURSOR if at and rows[kept] == row else PLAIN if codes[kept] is None else on(codes[kept]))]
 
     def cell_text(self, row: int, col: int, level: int, value: float, w: int) -> str:
         g = self.grid
-        if g.text is not None and self.mode != "number":
+        if self.density.kind == "text":
             token = g.text[row][col]
-            if self.mode == "shade":
-                return self.shade(level) + show_token(token, w - 1)
-            return show_token(token, w - 1) + " "
+            return (self.shade(level) + show_token(token, w - 1)) if self.mode == "shade" else show_token(token, w - 1) + " "
+        if self.density.kind == "cell":
+            return "~".rjust(w) if (row, col) in g.noise else (self.shade(level) if self.mode == "shade" else " ") * w
         if level < 0:
             name = g.cols[col] if g.cols[col] in g.blanks else ""
             return name.center(w - 1)[: w - 1] + " "
         if (row, col) in g.noise:
             return (f"~{show_value(value, w - 2)}" if self.mode == "number" else " ~"[-w:]).ljust(w)
         if self.mode != "number" and abs(value) < g.faint:
-            return " ·".ljust(w)
-        if self.mode == "shade" and w < 4:
-            return (self.shade(level) * (w - 1 if w > 2 else w)).ljust(w)
-        if self.mode == "colour" and w < 4:
-            return " " * w
+            return SMALL.rjust(w - 1) + " "
         number = show_value(value, w - 1 if self.mode != "shade" else w - 2)
         return (self.shade(level) if self.mode == "shade" else "") + number + " "
 
     def shade(self, level: int) -> str:
-        n = len(SIGNED) if self.grid.signed else len(HEATS)
+        n = len(self.grid.ramp)
         if level < 0:
             return " "
         share = abs(2 * level + 1 - n) / n if self.grid.signed else level / (n - 1)
         return SHADES[min(int(share * len(SHADES)), len(SHADES) - 1)]
 
 
-def show_value(value: float, width: int) -> str:
-    """A number without its leading zero where that buys a digit: .93, -.07, 1.0, 12.3."""
-    if value != value:
-        return " " * width
-    for digits in (2, 1, 0) if width < 5 else (3, 2, 1, 0):
-        text = f"{value:.{digits}f}"
-        short = text.replace("0.", ".", 1) if text.startswith(("0.", "-0.")) else text
-        if len(short) <= width:
-            return short.rjust(width)
-    return show_number(value, width)
+def short(name: str, width: int) -> str:
+    """A column's name in few characters: a token that does not fit loses its leading space before its end."""
+    text = show_token(name)
+    return show_token(name, width) if width_of(text) <= width or width > 5 or len(text) < 2 else fit(text.removeprefix("·"), width)

@@ -188,7 +188,7 @@ class BaseRun:
     def begin(self, score: MetricReader) -> np.ndarray:
         """The metric of the base run itself [prompt]; decides whether the fast way gives this model's own numbers."""
         self.score = score
-        self.stop = self.ids.shape[1] if score.whole or self.edits else max(score.places) + 1
+        self.stop = self.ids.shape[1] if score.whole or self.edits or not self.model.causal else max(score.places) + 1
         if score.whole:
             n = self.ids.shape[1] - 1
             score.nll = t.stack([score.tokens(x[:-1], ids[1:].to(x.device), 0) for x, ids in zip(self.resid[-1], self.ids)]) if n else None

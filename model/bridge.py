@@ -17,6 +17,7 @@ from model.cache import Cache
 from model.live_hooks import live_points, turn_neighbours
 from model.notes import Notes
 from model.memory import is_out_of_memory, out_of_memory, ran_out
+from model.native import HandTrained, Labels, LabelTokens, bridge_of
 from model.tokens import Tokens, bos_habit
 from vocabulary.nodes import PARTS, RESIDS, UserError
 from vocabulary.prompts import Prompt, TokenRow
@@ -80,6 +81,14 @@ def entered(blocks: list[t.nn.Module], layer: int, x: Tensor) -> Generator:
             block.__dict__.pop("forward", None)
 
 
+def wrapped(hf: t.nn.Module, tokenizer, base: Path, dtype: t.dtype) -> TransformerBridge:
+    """The Bridge around Hugging Face's modules, where their weights are."""
+    theirs = copy.deepcopy(tokenizer)
+    theirs.init_kwargs["add_bos_token"] = True  # else the Bridge fetches the tokenizer a second time, from the hub if it likes
+    where = hf.get_input_embeddings().weight.device  # else the Bridge takes the accelerator, wherever the weights are
+    return TransformerBridge.boot_transformers(str(base), hf_model=hf, tokenizer=theirs, dtype=dtype, device=where).eval()
+
+
 class Model:
     """
     A loaded model. `points` maps hook names (TransformerLens's) to hook points, resolved once; an unknown name is an error.
@@ -89,10 +98,7 @@ class Model:
     def __init__(self, ask: Load, hf: t.nn.Module, tokenizer, folder: Path, base: Path, dtype: t.dtype, cache_mb: int):
         self.folder, self.base, self.dtype, self.tokenizer = folder, base, dtype, tokenizer
         self.device_map = ask.device_map or None
-        theirs = copy.deepcopy(tokenizer)
-        theirs.init_kwargs["add_bos_token"] = True  # else the Bridge fetches the tokenizer a second time, from the hub if it likes
-        where = hf.get_input_embeddings().weight.device  # else the Bridge takes the accelerator, wherever the weights are
-        self.bridge = TransformerBridge.boot_transformers(str(base), hf_model=hf, tokenizer=theirs, dtype=dtype, device=where).eval()
+        self.bridge = bridge_of(hf, dtype) if isinstance(hf, HandTrained) else wrapped(hf, tokenizer, base, dtype)
         for p in self.bridge.original_model.parameters():
             p.requires_grad_(False)
         cfg = self.cfg = self.bridge.cfg
@@ -104,9 +110,9 @@ class Model:
         self.softcap = max(float(getattr(cfg, "output_logits_soft_cap", None) or 0), 0.0)
         text_config = hf.config.get_text_config()
         self.logit_scale = (getattr(text_config, "logit_scale", None) or 1) / (getattr(text_config, "logits_scaling", None) or 1)
+        self.causal = not getattr(text_config, "bidirectional", False)
         self.cache, self.notes = Cache(cache_mb << 20), Notes()
         self.bos, self.n_embed = tokenizer.bos_token_id, hf.get_input_embeddings().weight.shape[0]
-        default_bos, habit = bos_habit(tokenizer, getattr(text_config, "trained_with_bos", None))
         self.info = ModelInfo(
             name=ask.model,
             architecture=cfg.architecture,
@@ -122,15 +128,16 @@ class Model:
             dtype=str(dtype).removeprefix("torch."),
             device=str(self.device),
             positions=POSITIONS.get(cfg.positional_embedding_type, cfg.positional_embedding_type),
-            norm="RMS" if cfg.uses_rms_norm else "LN",
+            norm="RMS" if cfg.uses_rms_norm else "LN" if cfg.normalization_type else "none",
             parallel=self.parallel,
             softcap=self.softcap,
             bos="" if self.bos is None else tokenizer.bos_token,
-            default_bos=default_bos,
+            **dict(zip(("default_bos", "bos_habit"), bos_habit(tokenizer, getattr(text_config, "trained_with_bos", None)))),
             seconds=0.0,
-            bos_habit=habit,
         )
-        self.tokens = Tokens(tokenizer, self.info, self.n_embed)
+        self.tokens = (LabelTokens if isinstance(tokenizer, Labels) else Tokens)(tokenizer, self.info, self.n_embed)
+        if self.tokens.two_vocabularies:
+            self.notes.refused |= dict.fromkeys(("one vocabulary", "loss"), "what it predicts has other tokens than what it reads")
 
     @property
     def device(self) -> t.device:

@@ -23,6 +23,7 @@ from vocabulary.requests import Identity, Progress
 # What is refused where an identity fails, and why. "model": every analysis
 REFUSED = {
     "forward pass = Hugging Face's own": ("model", "TransformerLens's forward pass is not Hugging Face's own"),
+    "forward pass = HookedTransformer's": ("model", "the forward pass is not HookedTransformer's"),
     "lens at the last point = logits": ("model", "the logits are not the final norm and the unembedding of what the last block puts out"),
     "unembedding of the final norm = logits": ("model", "the logits are not the unembedding of the final norm"),
     "residual stream = sum of its terms": ("parts", "what attention and MLP put out does not add up to the residual stream"),
@@ -63,7 +64,7 @@ def prove(model: Model, untouched: Untouched) -> Generator[Progress, None, tuple
     if passed[FINAL] != 1:
         refused["model"] = f"its final norm is run {passed[FINAL]} times in one forward pass, so that what it puts out can't be told apart"
         return ()
-    whole = model.identity("forward pass = Hugging Face's own", logits, untouched.logits)
+    whole = model.identity(f"forward pass = {untouched.whose}", logits, untouched.logits)
     if model.dtype != t.float32:  # every layer rounds anew; another rotation, norm or scale is off by the logits' own size
         whole = replace(whole, tolerance=4 * whole.tolerance, ok=whole.error <= 4 * whole.tolerance)
     rows = [whole, *self_check(model)]

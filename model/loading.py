@@ -8,7 +8,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Generator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import huggingface_hub
@@ -29,16 +29,19 @@ from tqdm import tqdm
 from transformer_lens.model_bridge.sources.transformers import determine_architecture_from_hf_config
 from transformer_lens.utilities.architectures import MASKED_LM_ARCHITECTURES, MULTIMODAL_ARCHITECTURES, SEQ2SEQ_ARCHITECTURES
 
-from model import untouched
+from model import native, untouched
 from model.bridge import Model
 from model.checks import prove, readable
 from model.devices import filled_by_others, pick_device, unused_gpu
-from model.memory import OutOfMemory, first_line, free_bytes, is_out_of_memory, ran_out
+from model.gguf_files import PLAIN, dequantised, is_gguf, place_of, read_kinds
+from model.memory import OutOfMemory, first_line, free_bytes, is_out_of_memory, ran_out, room
 from model.tokens import random_ids
 from utils import ROOT, settings, show_bytes
-from vocabulary.typed import parse_json, read_text, user_path
+from vocabulary.names import canonical, spellings
 from vocabulary.nodes import UserError
 from vocabulary.requests import Load, Progress
+from vocabulary.sizes import ways
+from vocabulary.typed import parse_json, read_text, user_path
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
@@ -57,26 +60,37 @@ def is_hub_name(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.startswith(".")
 
 
+def resolved(ask: Load) -> Load:
+    """What is to be loaded, by its canonical name (`gpt2-small` is `gpt2`); a folder of the name that was typed comes first."""
+    known = lambda name: name if not name or user_path(name).is_dir() else canonical(name)  # noqa: E731
+    return replace(ask, model=known(ask.model), base=known(ask.base))
+
+
 def find_folder(name: str, weights: bool = True) -> Generator[Progress, None, Path]:
-    """The folder of `zoo`, of a path or of a hub name (downloaded first when the hub cache lacks it)."""
+    """The folder (or GGUF file) of `zoo`, of a path or of a name that the hub or TransformerLens knows (downloaded first when the hub cache lacks it)."""
     path = ROOT / "zoo" if name == "zoo" else user_path(name)
     if path.is_dir():
         return path
+    if path.is_file() and (is_gguf(path) or path.suffix in native.SUFFIXES):
+        return path
     if path.exists():
-        raise UserError(f"{name} is a file: give the folder that holds config.json and model.safetensors")
+        raise UserError(
+            f"{name} is a file: give a .gguf file, a checkpoint trained by hand (.pt, .safetensors), or the folder that holds config.json and model.safetensors"
+        )
     if name == "zoo" or not is_hub_name(name):
         raise UserError(f"no folder at {path}: give a Hugging Face folder, a hub name such as gpt2, or zoo")
     patterns = ["*.json", "*.model", "*.txt", "*.jinja"] + ["*.safetensors"] * weights
     token = settings().get("HF_TOKEN") or False
-    try:
-        cached = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=True))
-        if (cached / "config.json").is_file() and (not weights or missing_weights(cached) == ""):
-            return cached
-    except (LocalEntryNotFoundError, IncompleteSnapshotError):
-        pass
-    except HFValidationError as error:
-        raise UserError(f"{name!r} is neither a folder nor a hub name") from error
-    return (yield from download(name, patterns, token))
+    for spelling in spellings(name):
+        try:
+            cached = Path(huggingface_hub.snapshot_download(spelling, allow_patterns=patterns, local_files_only=True))
+            if (cached / "config.json").is_file() and (not weights or missing_weights(cached) == ""):
+                return cached
+        except (LocalEntryNotFoundError, IncompleteSnapshotError):
+            pass
+        except HFValidationError as error:
+            raise UserError(f"{name!r} is neither a folder nor a hub name") from error
+    return (yield from download(canonical(name), patterns, token))
 
 
 def download(name: str, patterns: list[str], token: str | bool) -> Generator[Progress, None, Path]:
@@ -153,6 +167,8 @@ def missing_weights(folder: Path) -> str:
     absent = [f.name for f in weight_files(folder) if not f.is_file()]
     if not absent:
         return ""
+    if some := sorted(folder.glob("*.gguf")):
+        return f"{folder} holds GGUF files: give one of them ({some[0]})"
     if list(folder.glob("*.bin")) or list(folder.glob("*.pt")):
         return f"{folder} holds pickled weights only; Loupe reads safetensors: save it with save_pretrained(safe_serialization=True)"
     return f"{folder} has no {absent[0]}: give a folder saved by Hugging Face's save_pretrained"
@@ -160,6 +176,9 @@ def missing_weights(folder: Path) -> str:
 
 def read_headers(folder: Path) -> tuple[int, t.dtype]:
     """Number of parameters and stored dtype, from the headers; a truncated file is found here."""
+    if is_gguf(folder):
+        kinds, count = read_kinds(folder)
+        return count, PLAIN.get(kinds.most_common(1)[0][0], t.bfloat16)
     if problem := missing_weights(folder):
         raise UserError(problem)
     count, dtype = 0, None
@@ -180,14 +199,15 @@ def read_headers(folder: Path) -> tuple[int, t.dtype]:
 
 def read_config(folder: Path) -> transformers.PretrainedConfig:
     """The model's config. UserError for what is no causal language model of text alone."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is not a model: it has no config.json. Give a Hugging Face folder, a hub name, or zoo")
-    read_json(folder / "config.json")
+    file = folder if is_gguf(folder) else folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"{folder} is not a model: it has no config.json. Give a Hugging Face folder, a .gguf file, a hub name, or zoo")
+    read_kinds(file) if is_gguf(file) else read_json(file)
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(**place_of(folder), local_files_only=True, trust_remote_code=False)
         architecture = determine_architecture_from_hf_config(config)
     except (ValueError, OSError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise UserError(f"{folder / 'config.json'} is of no architecture that Loupe can read: {first_line(error)}") from error
+        raise UserError(f"{file} is of no architecture that Loupe can read: {first_line(error)}") from error
     refused = MULTIMODAL_ARCHITECTURES | SEQ2SEQ_ARCHITECTURES | MASKED_LM_ARCHITECTURES
     names = {architecture, *(config.architectures or [])}
     if names & refused or getattr(config, "is_encoder_decoder", False):
@@ -198,12 +218,12 @@ def read_config(folder: Path) -> transformers.PretrainedConfig:
 def read_tokenizer(folders: list[Path]) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer of the first folder that has one, else a UserError."""
     for folder in folders:
-        if any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        if is_gguf(folder) or any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
             for file in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
                 if file.is_file():
                     read_json(file)
             try:
-                return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+                return transformers.AutoTokenizer.from_pretrained(**place_of(folder), local_files_only=True, trust_remote_code=False)
             except Exception as error:  # tokenizers raises nothing narrower
                 raise UserError(f"the tokenizer of {folder} can't be read: {first_line(error)}") from error
     raise UserError(f"{folders[0]} has no tokenizer (tokenizer.json): copy the tokenizer files of its base model there")
@@ -214,11 +234,11 @@ def read_weights(folder: Path, config: transformers.PretrainedConfig, dtype: t.d
     where = {"device_map": device_map} if device_map else {}
     try:
         hf, report = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
+            **place_of(folder),
             config=copy.deepcopy(config),
             dtype=dtype,
             attn_implementation="eager",
-            use_safetensors=True,
+            use_safetensors=not is_gguf(folder),
             local_files_only=True,
             trust_remote_code=False,
             generation_config=transformers.GenerationConfig.from_model_config(config),
@@ -231,20 +251,28 @@ def read_weights(folder: Path, config: transformers.PretrainedConfig, dtype: t.d
         if is_out_of_memory(error):
             raise
         raise UserError(f"the weights of {folder} can't be loaded: {first_line(error)}") from error
+    if any(p.device.type == "meta" for p in hf.parameters()):
+        why = "its matrices are then not there to be read between two passes, and every number that needs them would be wrong"
+        raise UserError(f"device_map {device_map} left weights of {folder} outside the GPUs, on the CPU or the disk: {why}. Take dtype=bfloat16 or device=cpu")
     if other := sorted(report["mismatched_keys"]):
         raise UserError(f"the weights of {folder} have other shapes than this architecture's (first: {other[0][0]}): is the base model right?")
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"the weights of {folder} lack {len(missing)} tensors of this architecture (first: {missing[0]}): is the base model right?")
+    if is_gguf(folder):  # plain numbers from here on
+        hf.hf_quantizer, hf.is_quantized = None, False
+        vars(hf.config).pop("quantization_config", None)
     return hf.eval()
 
 
 def too_large(ask: Load, need: int, dtype: t.dtype, device: t.device, held: int = 0) -> OutOfMemory:
-    """Words for a model that does not fit: what its weights need, what is free, and what to do."""
-    place = f"{show_bytes(free_bytes(device) or 0)} are free on {device}" + f" and the model that is loaded holds {show_bytes(held)}" * bool(held)
-    smaller = ", load it in bfloat16" * (dtype == t.float32)
-    kind = str(dtype).removeprefix("torch.")
+    """Words for a model that does not fit: what its weights need, what is free, by how much that is too little, and what to do."""
+    free, kind = free_bytes(device) or 0, str(dtype).removeprefix("torch.")
+    place = f"{show_bytes(free)} are free on {device}" + f" and the model that is loaded holds {show_bytes(held)}" * bool(held)
+    over = f" ({show_bytes(need - free - held)} too much)" if need > free + held else ""
+    others = [f"{option} ({words})" for option, words in ways(need, kind, room(device, lambda where: held if where.type == device.type else 0))]
     return OutOfMemory(
-        f"out of memory: the weights of {ask.model} need {show_bytes(need)} in {kind}, some more while they are read; {place}: take a smaller model{smaller}, or another device"
+        f"out of memory: the weights of {ask.model} need {show_bytes(need)} in {kind}, some more while they are read; {place}{over}: "
+        + ", or ".join(["take a smaller model", *others])
     )
 
 
@@ -254,6 +282,55 @@ def room_for(ask: Load, n_params: int, dtype: t.dtype, device: t.device, held: i
     if free is not None and need > free + held:
         raise too_large(ask, need, dtype, device, held)
     return free is not None and free >= 2 * need + SLACK
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a model is read from, once all that can be checked before its weights is checked. `read` gives the module, `ask` its own word on two prompts."""
+
+    folder: Path
+    base: Path
+    n_params: int
+    stored: t.dtype
+    tokenizer: object
+    read: Callable[[t.dtype, t.device], t.nn.Module]
+    ask: Callable[[t.nn.Module], untouched.Untouched]
+    note: str = ""
+
+
+def open_source(ask: Load) -> Generator[Progress, None, Source]:
+    """The folder, GGUF file or hand-trained checkpoint that a Load means."""
+    folder = yield from find_folder(ask.model)
+    if (found := native.find(folder)) is not None:
+        return hand_trained(ask, folder, found)
+    if folder.is_file() and not is_gguf(folder):
+        raise UserError(f"{folder} has no config of HookedTransformer's beside it: put its cfg.to_dict() as JSON into {folder.with_suffix('.json').name}")
+    base = (yield from find_folder(ask.base, weights=False)) if ask.base else folder
+    config = read_config(base)
+    n_params, stored = read_headers(folder)
+    tokenizer = read_tokenizer([base, folder] if is_gguf(folder) else [folder, base])
+    read = lambda dtype, device: read_weights(folder, config, dtype, device, ask.device_map or None)  # noqa: E731
+    own = lambda hf: untouched.ask(hf, random_ids(tokenizer, hf.get_input_embeddings().weight.shape[0], PROBE, 2))  # noqa: E731
+    return Source(folder, base, n_params, stored, tokenizer, read, own, dequantised(read_kinds(folder)[0]) if is_gguf(folder) else "")
+
+
+def hand_trained(ask: Load, folder: Path, found: native.Checkpoint) -> Source:
+    """A HookedTransformer checkpoint: small, so its tensors are read here. Its own word is HookedTransformer's logits, and the native modules' writes."""
+    if ask.base or ask.device_map:
+        raise UserError(f"{ask.model} is a model trained by hand: it takes no {'base' if ask.base else 'device_map'}")
+    cfg = native.read_config(found)
+    state = native.read_state(found.weights)
+    tokenizer = read_tokenizer([found.config.parent]) if (found.config.parent / "tokenizer.json").is_file() else native.read_tokens(found, cfg)
+    stored = next(x.dtype for x in state.values())
+    ids = random_ids(tokenizer, cfg.d_vocab, min(PROBE, cfg.n_ctx), 2)
+
+    def own(model: t.nn.Module) -> untouched.Untouched:
+        asked = untouched.ask(model, ids)
+        return replace(asked, logits=native.hooked_logits(cfg, state, ids, model.head.weight.dtype), whose="HookedTransformer's")
+
+    read = lambda dtype, device: native.read_model(cfg, state, dtype, device)  # noqa: E731
+    note = "attention only: an MLP of it adds exactly nothing" if cfg.attn_only else ""
+    return Source(folder, folder, sum(x.numel() for x in state.values()), stored, tokenizer, read, own, note)
 
 
 def load(
@@ -267,12 +344,9 @@ def load(
     if ask.dtype not in ("auto", *DTYPES):
         raise UserError(f"{ask.dtype!r} is not a dtype: write auto, float32, bfloat16 or float16")
     device = pick_device(ask.device)
-    folder = yield from find_folder(ask.model)
-    base = (yield from find_folder(ask.base, weights=False)) if ask.base else folder
-    config = read_config(base)
-    n_params, stored = read_headers(folder)
-    tokenizer = read_tokenizer([folder, base])
-    dtype = DTYPES[ask.dtype] if ask.dtype != "auto" else t.float32 if n_params <= SMALL else stored
+    source = yield from open_source(ask)
+    n_params = source.n_params
+    dtype = DTYPES[ask.dtype] if ask.dtype != "auto" else t.float32 if n_params <= SMALL else source.stored
     both = room_for(ask, n_params, dtype, device, held(device))
     if not both:
         give_up()
@@ -282,11 +356,11 @@ def load(
     yield Progress(2, 5, f"reading weights ({n_params / 1e6:.1f} M parameters, {str(dtype).removeprefix('torch.')})")
     hf = model = None
     try:
-        hf = read_weights(folder, config, dtype, device, ask.device_map or None)
+        hf = source.read(dtype, device)
         yield Progress(3, 5, "wrapping")
         with readable(hf):
-            own = untouched.ask(hf, random_ids(tokenizer, hf.get_input_embeddings().weight.shape[0], PROBE, 2))
-            model = Model(ask, hf, tokenizer, folder, base, dtype, cache_mb)
+            own = source.ask(hf)
+            model = Model(ask, hf, source.tokenizer, source.folder, source.base, dtype, cache_mb)
         yield Progress(4, 5, "checking")
         checks = yield from prove(model, own)
     except Exception as error:
@@ -294,7 +368,7 @@ def load(
         ran_out(error)
         raise too_large(ask, n_params * dtype.itemsize, dtype, device) from None
     lacks = "; ".join(dict.fromkeys(model.notes.refused.values()))
-    warning = "; ".join(filter(None, (lacks and f"{model.info.architecture}: {lacks}", warning)))
+    warning = "; ".join(filter(None, (source.note, lacks and f"{model.info.architecture}: {lacks}", warning)))
     model.info = replace(model.info, n_params=n_params, seconds=time.time() - start, checks=checks, warning=warning)
     if both:
         give_up()

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from utils import setting_of_megabytes, show_bytes, tec
 from vocabulary.nodes import UserError
 from vocabulary.requests import ModelInfo, Progress
+from vocabulary.sizes import Room
 
 CHUNK_MB = 128
 UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
@@ -179,6 +180,13 @@ def free_bytes(device: t.device) -> int | None:
         return max(0, t.mps.recommended_max_memory() - t.mps.driver_allocated_memory()) if t.backends.mps.is_available() else None
     known = [x for x in (system_free(), group_free(), limit_free()) if x is not None]
     return max(0, min(known)) if known else None
+
+
+def room(device: t.device, held: Callable[[t.device], int] = lambda device: 0) -> Room:
+    """Room for a model on a device, in place of the one that is loaded, which holds so many bytes there."""
+    gpus = sum(free_bytes(t.device("cuda", i)) or 0 for i in range(t.cuda.device_count() if device.type == "cuda" else 0))
+    free = lambda where: (free_bytes(where) or 0) + held(where)  # noqa: E731
+    return Room(str(device), free(device), gpus + held(device) if gpus else 0, free(t.device("cpu")))
 
 
 def system_free(file: Path = Path("/proc/meminfo")) -> int | None:

@@ -78,7 +78,7 @@ def spreads(runs: Runs, which: str, score: MetricReader) -> Generator[Progress, 
     """The metric's variance over DRAWS roundings, of the run as it is and of one that lacks the middle layer's attention."""
     model, ids, last = runs.model, runs.row(which).ids, f"blocks.{runs.model.info.n_layers - 1}.hook_resid_post"
     middle = model.info.n_layers // 2
-    without = [None] + [middle] * (f"blocks.{middle}.hook_attn_out" in model.points)
+    without = [None] + [middle] * model.has(f"blocks.{middle}.hook_attn_out")
     rows = [(layer, draw) for layer in without for draw in range(DRAWS)]
     values = []
 

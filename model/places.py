@@ -81,7 +81,7 @@ def visible(model: Model, layer: int, seq: int) -> Tensor:
     kind, size = (getattr(config, "layer_types", None) or {layer: ""})[layer], getattr(config, "sliding_window", None)
     if getattr(config, "attention_layers", None):  # GPT-Neo
         kind, size = {"local": "sliding_attention"}.get(config.attention_layers[layer], "full_attention"), config.window_size
-    seen = distance >= 0
+    seen = distance >= 0 if model.causal else t.ones_like(distance, dtype=t.bool)
     if kind == "chunked_attention":
         return seen & (i[:, None] // config.attention_chunk_size == i // config.attention_chunk_size)
     if size and (kind == "sliding_attention" or not kind and getattr(config, "use_sliding_window", True)):

@@ -162,6 +162,8 @@ def read_study(model: Model, study: Study) -> Runs:
         raise UserError(f"{study.base!r} is not a prompt to act on: use clean or corrupt")
     if study.metric.kind not in METRICS:
         raise UserError(f"{study.metric.kind!r} is not a metric: use one of {', '.join(METRICS)}")
+    if study.metric.kind == "loss":
+        model.require("loss")
     check = model.check(study.prompt, study.align)
     if check.problems:
         raise UserError("; ".join(check.problems))

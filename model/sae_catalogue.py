@@ -15,15 +15,15 @@ from model.sae import number
 from techniques.features.requests import SaeChoice, SaesResult
 from utils import ROOT
 from vocabulary.files import folder, short
+from vocabulary.names import aliases, without_owner
 from vocabulary.nodes import UserError
 
-SUFFIXES = re.compile(r"[-_](it|pt|base|instruct|chat|hf|deduped)$")
+SUFFIXES = re.compile(r"[-_](it|pt|base|instruct|chat|hf)$")
 
 
-def canonical(name: str) -> str:
-    """A model's name without its owner, in sae_lens's and the hub's spellings alike; instruction-tuned and base models count as one."""
-    name = Path(name).name.lower()
-    name = {"gpt2": "gpt2-small", "meta-llama-3-8b-instruct": "llama-3-8b", "mistral-7b-v0.1": "mistral-7b"}.get(name, name)
+def trained_on(name: str) -> str:
+    """A model's canonical name without its owner, in lower case; instruction-tuned and base models count as one, since SAEs of one are used on the other."""
+    name = without_owner(name)
     while (short := SUFFIXES.sub("", name)) != name:
         name = short
     return name
@@ -40,8 +40,8 @@ def directory() -> dict:
 
 
 def known_models() -> set[str]:
-    """Names of the models that published SAEs are of, and of the zoo."""
-    return {canonical(r["model"]) for r in directory().values()} | {"zoo"}
+    """Names of the models that published SAEs are of, of those in TransformerLens's table, and of the zoo."""
+    return {trained_on(name) for name in (*(r["model"] for r in directory().values()), *aliases(), "zoo")}
 
 
 def guess_hook(release: str, ident: str, neuronpedia: str) -> str:
@@ -96,16 +96,16 @@ def local_choice(folder: Path, source: str, where: str) -> SaeChoice:
 
 def catalogue(model: Model, every: bool = False) -> SaesResult:
     """What fits the loaded model: shipped ones, folders under saes/, sae_lens's list. No network."""
-    mine, out = canonical(model.info.name), []
+    mine, out = trained_on(model.info.name), []
     for root, where in ((ROOT / "zoo" / "saes", "zoo"), *((own, "folder") for own in dict.fromkeys((ROOT / "saes", folder("saes"))))):
         for file in sorted(root.glob("*/cfg.json")):
             source = f"zoo/{file.parent.name}" if where == "zoo" else short(file.parent)
             choice = local_choice(file.parent, source, where)
-            named = canonical(choice.model or ("zoo" if where == "zoo" else ""))
+            named = trained_on(choice.model or ("zoo" if where == "zoo" else ""))
             if every or named in ("", mine) or named not in known_models():
                 out.append(choice)
     for release, entry in directory().items():
-        if not every and canonical(entry["model"]) != mine:
+        if not every and trained_on(entry["model"]) != mine:
             continue
         files = cached_files(entry["repo_id"])
         for sae in entry["saes"]:

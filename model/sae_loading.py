@@ -19,7 +19,7 @@ from model.bridge import Model
 from model.loading import read_json
 from model.memory import first_line, is_out_of_memory
 from model.sae import SparseAutoencoder
-from model.sae_catalogue import canonical, directory, known_models
+from model.sae_catalogue import directory, known_models, trained_on
 from utils import ROOT, settings
 from vocabulary.files import typed_path
 from vocabulary.nodes import UserError
@@ -189,10 +189,10 @@ def read_release(model: Model, source: str, repo: str) -> Generator[Progress, No
 
 def check_model(model: Model, source: str, theirs: str | None) -> None:
     """An SAE whose metadata names another well-known model than the one that is loaded."""
-    if not theirs or canonical(theirs) == (mine := canonical(model.info.name)):
+    if not theirs or trained_on(theirs) == (mine := trained_on(model.info.name)):
         return
     known = known_models()
-    if canonical(theirs) in known and mine in known:
+    if trained_on(theirs) in known and mine in known:
         raise UserError(f"{source} was trained on {theirs}, and {model.info.name} is loaded: load that model, or another SAE")
 
 

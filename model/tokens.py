@@ -35,6 +35,8 @@ def bos_habit(tokenizer, trained: bool | None) -> tuple[bool, str]:
 class Tokens:
     """What a tokenizer knows, for a model with `n_embed` embeddings. Rows and spellings are remembered."""
 
+    two_vocabularies = False  # whether what the model predicts has other tokens than what it reads
+
     def __init__(self, tokenizer, info: ModelInfo, n_embed: int):
         self.tokenizer, self.info, self.n_embed, self.bos = tokenizer, info, n_embed, tokenizer.bos_token_id
         self.texts: dict[int, str] = {}
@@ -45,6 +47,10 @@ class Tokens:
         if i not in self.texts:
             self.texts[i] = self.spell(i)
         return self.texts[i]
+
+    def output_text(self, i: int) -> str:
+        """The text of a token that the model predicts."""
+        return self.text(i)
 
     def spell(self, i: int) -> str:
         piece = self.tokenizer.convert_ids_to_tokens(i) if i < len(self.tokenizer) else None
@@ -146,9 +152,14 @@ class Tokens:
         """The answers (or foils) as tokens; what is wrong with them is added to the problems and hints."""
         rows = []
         for text in texts:
-            row = self.answer(clean, text)
+            try:
+                row = self.answer(clean, text)
+            except UserError as error:
+                problems.append(f"{what}: {error}")
+                rows.append(TokenRow())
+                continue
             spaced = self.answer(clean, " " + text) if text and not text[0].isspace() else TokenRow()
-            advice = f"; {' ' + text!r} with a leading space is one token" if len(spaced.ids) == 1 else ""
+            advice = f"; {' ' + text!r} with a leading space is one token" if len(spaced.ids) == 1 and spaced.ids != row.ids else ""
             if len(row.ids) != 1:
                 parts = " ".join(repr(s) for s in row.texts)
                 problems.append(f"{what} {text!r} is {len(row.ids)} tokens ({parts}) and must be one{advice}" if text else f"an {what} is empty")

@@ -29,4 +29,4 @@ def largest(x: Tensor, k: int, most: bool = True) -> tuple[Tensor, Tensor]:
 
 def texts(model: Model, ids: np.ndarray) -> dict[int, str]:
     """The texts of the token ids of an array, by id."""
-    return {i: model.token_text(i) for i in np.unique(ids).tolist()}
+    return {i: model.tokens.output_text(i) for i in np.unique(ids).tolist()}

@@ -15,10 +15,14 @@ Place = tuple[nn.Module, str]  # a module and its side, "in" or "out"
 
 @dataclass
 class Untouched:
-    """On token ids [2, seq]: logits [2, seq, vocab]; by layer and place, the block's output [seq, d_model] for prompt 0 with prompt 1's value there."""
+    """
+    On token ids [2, seq]: logits [2, seq, vocab] and `whose` these are; by layer and place, the block's output [seq, d_model] for prompt 0 with prompt 1's value
+    there.
+    """
 
     ids: Tensor
     logits: Tensor
+    whose: str = "Hugging Face's own"
     patched: dict[int, dict[Place, Tensor]] = field(default_factory=dict)
 
 

@@ -22,18 +22,20 @@ LOUD, QUIET = 64.0, 2.0**-9  # sizes of the inputs that a norm is read with: its
 
 @dataclass(frozen=True)
 class LinearNorm:
-    """A norm as the linear map it is at a fixed scale, float32: its gain and bias [d_model] (None: one, nothing), whether it takes the mean off first; its epsilon."""
+    """A norm as the linear map it is at a fixed scale, float32: its gain and bias [d_model] (None: one, nothing), whether it takes the mean off first; its epsilon (None: no scale)."""
 
     gain: Tensor | None
     bias: Tensor | None
     centred: bool
-    eps: float
+    eps: float | None
 
 
 @t.no_grad()
 def linear_norm(model: Model, norm: t.nn.Module) -> LinearNorm:
     """A norm's numbers, read by running a float32 copy of it: classes store the gain as w, as w - 1, or not at all. Read once for each norm."""
     known = model.notes.measured
+    if isinstance(norm.original_component, t.nn.Identity):  # no norm: the scale that stands in for its own is one
+        return LinearNorm(None, None, False, None)
     if norm not in known:
         run = copy.deepcopy(norm.original_component).float()
         weight = getattr(run, "weight", None)

@@ -7,14 +7,13 @@ import time
 from techniques.output.requests import RunResult
 from vocabulary.files import folder, short, write_text
 from vocabulary.nodes import UserError
-from vocabulary.requests import Load, Models
 from screen.jobs import ends_jobs
 from screen.keys import Action, show_keys
 from screen.overlays import Item, Overlay, Panel, Picker
 from screen.pane import Host
 from screen.script import python_script
 from screen.session import VIEWS
-from widgets import BAD, BOLD, DIM, GOOD, PLAIN, WARN
+from widgets import BOLD, DIM, GOOD, PLAIN
 
 # ------------------------------------------------------------------ keys and commands
 
@@ -46,35 +45,6 @@ def convention(app: Host) -> None:
 
 
 # ------------------------------------------------------------------ the engine
-
-
-def models(app: Host) -> None:
-    start = [Item("zoo", "the embedded model", "")]
-    title = "model (or type a folder or hub name, then dtype=bfloat16 base=gpt2 …)"
-    picker = Picker(title, start, lambda item, typed: load_model(app, [item.key] if item else typed.split()), free=True)
-    app.open(picker)
-
-    def fill(found) -> None:
-        picker.items = [Item(c.name, c.where, c.note, c.name) for c in found.choices]
-        if picker.is_mounted and not picker.closing:
-            picker.draw()
-
-    app.requests.ask("models", Models(), fill, 0, failed=lambda error: None, any_model=True)
-
-
-def load_model(app: Host, words: list[str]) -> None:
-    """A model as it is typed: its name, then base=, dtype=, device=, device_map=."""
-    options = dict(w.partition("=")[::2] for w in words[1:])
-    old = app.state.model
-    if unknown := set(options) - {"base", "dtype", "device", "device_map"}:
-        app.say(f"{min(unknown)}=: a model takes base=, dtype=, device=, device_map=", BAD)
-        return
-    kept = {name: options.get(name, getattr(old, name)) for name in ("dtype", "device", "device_map")}
-    load = Load(words[0], options.get("base"), **kept)
-    if load == old and app.info is not None:
-        app.say(f"{load.model} is loaded already: ctrl+e restarts the engine, which reads its weights from disk again", WARN)
-        return
-    app.guard(lambda: ends_jobs(app, f"loading {load.model}", lambda: app.act("model", load=load)))
 
 
 def restart(app: Host) -> None:

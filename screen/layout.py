@@ -11,12 +11,21 @@ def count_that_fit(width: int, height: int, fixed: str) -> int:
 
 
 def regions(shown: list[Pane], width: int, height: int) -> dict[str, Region]:
-    """One pane fills the body; two are stacked, each as high as it can use; a third that is narrow stands on the right."""
+    """One pane fills the body; two are stacked, each as high as it needs; a third stands on the right, as wide as it can use."""
     right = [p for p in shown if not p.wide][-1:] or shown[2:] if len(shown) == 3 else []
-    stack, left = [p for p in shown if p not in right], width - 78 if right else width
-    first = height
-    if len(stack) == 2:
-        a, b = (p.height_needed() for p in stack)
-        first = a if a + b <= height else height - b if b < height // 2 else min(a, height // 2)
+    stack = [p for p in shown if p not in right]
+    left = width - min(78, right[0].width_needed()) if right else width
+    first = shared([(p.height_least(), p.height_needed()) for p in stack], height) if len(stack) == 2 else height
     places = {stack[0].key: Region(0, 0, left, first)} | {p.key: Region(0, first, left, height - first) for p in stack[1:]}
-    return places | {p.key: Region(left + 2, 0, width - left - 2, height) for p in right}
+    return places | {p.key: Region(left, 0, width - left, height) for p in right}
+
+
+def shared(needs: list[tuple[int, int]], height: int) -> int:
+    """Lines of the upper of two panes, given the least and the most that each can use: the least first, then line by line in turn what is left."""
+    (a, most_a), (b, most_b) = needs
+    if most_a + most_b <= height:
+        return most_a
+    if a + b > height:
+        return a if a < height // 2 else height - b if b < height // 2 else height // 2
+    left, lack_a, lack_b = height - a - b, max(0, most_a - a), max(0, most_b - b)
+    return a + (lack_a if lack_a <= left // 2 else left - lack_b if lack_b <= left // 2 else left // 2)

@@ -104,7 +104,9 @@ class Item:
 
 
 class Picker(Overlay):
-    """A list to filter by typing and run from by enter. `chosen(item, typed)` is called with the item, or None and what was typed."""
+    """
+    A list to filter by typing and run from by enter. `chosen(item, typed)` is called with the item, or None and what was typed; `gone()` when it closes.
+    """
 
     BINDINGS = [
         Binding("up,ctrl+p", "step(-1)", show=False),
@@ -114,9 +116,18 @@ class Picker(Overlay):
     ]
     DEFAULT_CSS = "Picker > .list { height: auto; }"
 
-    def __init__(self, title: str, items: list[Item], chosen: Callable[[Item | None, str], None], free: bool = False, start: str = "", **kw):
+    def __init__(
+        self,
+        title: str,
+        items: list[Item],
+        chosen: Callable[[Item | None, str], None],
+        free: bool = False,
+        start: str = "",
+        gone: Callable[[], None] = lambda: None,
+        **kw,
+    ):
         super().__init__(**kw)
-        self.title, self.items, self.chosen, self.free, self.at = title, items, chosen, free, 0
+        self.title, self.items, self.chosen, self.free, self.gone, self.at = title, items, chosen, free, gone, 0
         self.head, self.field, self.list = Lines(), Field(start), Lines(classes="list")
 
     def compose(self) -> ComposeResult:
@@ -130,6 +141,10 @@ class Picker(Overlay):
     def on_mount(self) -> None:
         self.take_focus()
         self.draw()
+
+    def action_close(self) -> None:
+        super().action_close()
+        self.gone()
 
     def matching(self) -> list[Item]:
         words = self.field.value.lower().split()

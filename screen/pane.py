@@ -15,18 +15,20 @@ from textual.widget import Widget
 
 from techniques.features.requests import SaeInfo
 from techniques.output.requests import Side
-from vocabulary.circuit import same_model
+from vocabulary.names import same_model
 from vocabulary.nodes import Node
 from vocabulary.prompts import Study
 from vocabulary.requests import ModelInfo
 from screen.client import Client
 from screen.cursor import Cursor, clip
 from screen.keys import Action, Part
+from screen.maps import least_height, legend, most_height
 from screen.overlays import Item, Overlay
-from screen.pictures import kept_cells
+from screen.pictures import kept_cells, scale
 from screen.replies import Requests
 from screen.session import VIEWS, Session, State
-from widgets import BOLD, DIM, FOCUS, HEAD, PLAIN, Grid, GridView, Lines
+from utils import width_of
+from widgets import BOLD, DIM, FOCUS, HEAD, PLAIN, RULE, Grid, GridView, Lines, Spans
 
 
 class Host(Protocol):
@@ -72,7 +74,7 @@ class Pane(Vertical, can_focus=True):
     """A title line (number, name, convention, scale), a body, and one line about the cell under the cursor."""
 
     DEFAULT_CSS = """
-    Pane { position: absolute; width: 100%; height: 100%; } Pane > Horizontal { height: 1fr; } Pane > Lines.table { height: 1fr; }
+    Pane { position: absolute; width: 100%; height: 100%; } Pane.aside { border-left: solid ansi_bright_black; padding-left: 1; } Pane > Horizontal { height: 1fr; } Pane > Lines.table { height: 1fr; }
     Pane .side { width: 34; height: 1fr; padding-left: 1; } Pane .second { width: 1fr; height: 1fr; padding-left: 1; }
     """
     number, key, label, about, wide = "?", "", "", "", True
@@ -161,13 +163,35 @@ class Pane(Vertical, can_focus=True):
 
     def height_needed(self) -> int:
         """Lines that the pane can use."""
-        return 4 + max([len(g.rows) for g in self.grids().values()], default=8)
+        return 2 + max([most_height(g) for g in self.grids().values()], default=9)
 
-    def show_title(self, app: Host, slots: tuple[str, ...], title: str, note: str) -> None:
+    def height_least(self) -> int:
+        """Lines in which its maps are whole."""
+        return 2 + max([least_height(g) for g in self.grids().values()], default=8)
+
+    def width_needed(self) -> int:
+        """Columns that the pane can use beside others."""
+        return 78
+
+    def show_title(self, app: Host, slots: tuple[str, ...], title: str, note: str, grid: Grid | None = None) -> None:
+        """The rule above the pane: its name, what is shown, the colours with their numbers (of `grid`), and as much of the convention as fits whole."""
         late = app.requests.late(slots)
-        self.said = (f"{late}{title}", note)
-        focus = FOCUS if app.pane == self.key else HEAD
-        self.title_line.show([[(f" {self.number} {self.label} ", focus), (f" {late}{title}", BOLD), (f"  {note}", DIM)]])
+        self.said = (f"{late}{title}{f' {scale(grid)}' if grid else ''}", note)
+        rule, name = (("━", HEAD), FOCUS) if app.pane == self.key else (("─", RULE), HEAD)
+        if self.title_line.rule != rule:
+            self.title_line.rule = rule
+            self.title_line.refresh()
+        spans: Spans = [(rule[0], rule[1]), (f" {self.number} {self.label} ", name)]
+        spans.append((f" {late}{title}  ", BOLD))
+        parts = note.split(" · ")  # the first says the state: it is there before the colours are
+        if grid is not None:
+            spans += legend(
+                grid, app.state.views["mode"], max(14, self.size.width - sum(width_of(text) for text, _ in spans) - min(width_of(parts[0]), 20) - 4)
+            )
+        spans.append((" ", PLAIN))
+        room = self.size.width - sum(width_of(text) for text, _ in spans) - 2
+        fits = next((n for n in range(len(parts), 0, -1) if width_of(" · ".join(parts[:n])) <= room), 0)
+        self.title_line.show([[*spans, (f" {' · '.join(parts[:fits])} " if fits and note else "", DIM)]])
 
     def picture(self, name: str, key: tuple, make: Callable[[], Grid]) -> Grid:
         """A grid, made anew only when what it shows changed."""

@@ -11,7 +11,8 @@ from techniques.patching.requests import SweepResult
 from vocabulary.nodes import parse_node
 from vocabulary.prompts import TokenRow
 from screen.session import State
-from widgets import ABOVE, BELOW, BOLD, DIM, PLAIN, RAMP, WARN, Grid, Spans
+from screen.maps import ends_of
+from widgets import BOLD, DIM, PLAIN, WARN, Grid, Spans
 
 RUN_NAMES = {
     "now": "now",
@@ -40,26 +41,13 @@ def signed(x: float | None, digits: int = 3) -> str:
 
 
 def scale(grid: Grid) -> str:
-    if grid.numbers is not None and np.isfinite(grid.numbers).any():  # what is coloured is not what is shown
-        return f"{np.nanmin(grid.numbers):.0f} … {np.nanmax(grid.numbers):.0f}"
-    return f"{grid.lo:.3g} … {grid.hi:.3g}"
-
-
-def legend(grid: Grid) -> str:
-    """What ~ stands for, where a grid has such cells."""
-    return f" · ~ below the noise floor {grid.floor:.2g}" if grid.noise else ""
+    """The numbers at the ends of the colours."""
+    return " … ".join(ends_of(grid))
 
 
 def cells_of(mask: np.ndarray) -> frozenset[tuple[int, int]]:
     """The cells [row, column] where a mask is true."""
     return frozenset(map(tuple, np.argwhere(mask).tolist()))
-
-
-def heat_code(value: float, signed_: bool) -> int:
-    if not signed_:
-        return RAMP[min(int(value * len(RAMP)), len(RAMP) - 1)]
-    ramp = ABOVE if value >= 0 else BELOW
-    return ramp[min(int(abs(value) * len(ramp)), len(ramp) - 1)]
 
 
 def chart(title: str, points: list[str], lines: dict[str, list[float]], width: int, height: int, at: list[float] | None = None) -> list[Spans]:
@@ -128,8 +116,8 @@ def show_p(p: float) -> str:
     return "below .001" if p < 0.001 else f"{p:.3f}"
 
 
-def sweep_cell(truth: SweepResult | None, estimate: SweepResult | None, row: int, col: int) -> Spans:
-    """One line about a cell: its node, the metric under it, effect, estimate, spread."""
+def sweep_cell(truth: SweepResult | None, estimate: SweepResult | None, row: int, col: int, about: Spans = ()) -> Spans:
+    """One line about a cell: its node, the metric under it, effect, estimate, spread; then what `about` says of it in the map that is shown."""
     result = truth or estimate
     if row >= len(result.rows) or col >= len(result.cols):
         return []
@@ -148,4 +136,4 @@ def sweep_cell(truth: SweepResult | None, estimate: SweepResult | None, row: int
             spans.append((f"  ~ below the noise floor {truth.floor:.2g}", WARN))
     if estimate is not None:
         spans.append((f"  estimate {change(estimate)[row, col]:+.3f}", DIM))
-    return [*spans, (f"  {result.mechanism}", DIM)]
+    return [*spans, ("  ", PLAIN), *about[2:], (f" {result.mechanism}", DIM)]

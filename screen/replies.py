@@ -230,12 +230,22 @@ class Requests:
             self.held.until(worker, opens)
 
     async def asked(
-        self, slot: str, request: object, priority: int = 1, failed: Callable[[EngineError], None] | None = None, cancelled: str = "", any_model: bool = False
+        self,
+        slot: str,
+        request: object,
+        priority: int = 1,
+        failed: Callable[[EngineError], None] | None = None,
+        cancelled: str = "",
+        any_model: bool = False,
+        on_partial: Callable[[object], None] | None = None,
     ) -> object | None:
-        """The result; None when there is none: `failed` shows why (else the status line does), `cancelled` is said when it was cancelled."""
+        """
+        The result; None when there is none: `failed` shows why (else the status line does), `cancelled` is said when it was cancelled. `on_partial` gets
+        what comes before.
+        """
         model = self.model
         try:
-            result = await self.app.client.ask(slot, request, priority)
+            result = await self.app.client.ask(slot, request, priority, on_partial)
         except Superseded:
             if cancelled:
                 self.app.say(cancelled, WARN)

@@ -1,11 +1,11 @@
 """A script that reproduces the metric on the screen with TransformerLens alone. Never imports torch."""
 
 from techniques.output.requests import RunResult
+from vocabulary.names import sources
 from vocabulary.nodes import Intervention, UserError
 from vocabulary.prompts import Prompt, TokenRow
 from vocabulary.requests import ModelInfo
 from screen.session import State
-from utils import ROOT
 
 HEAD = '''"""
 The metric on the screen with TransformerLens alone. Made by Loupe; needs torch, transformers and transformer_lens only.
@@ -147,8 +147,7 @@ def python_script(state: State, info: ModelInfo, run: RunResult) -> str:
     kind, load, active = state.metric.kind, state.model, state.study.interventions
     if run.now.metric is None:
         raise UserError("there is no metric to reproduce: t names the answer and the foil")
-    weights = str(ROOT / "zoo") if load.model == "zoo" else load.model
-    base = str(ROOT / "zoo") if load.base == "zoo" else load.base or weights
+    weights, base = sources(load.model, load.base, info.name)
     row = run.now.tokens
     mids = [i for i in active if i.node.site == "resid_mid"]
     ordered = [i for i in active if i not in mids] + mids

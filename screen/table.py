@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from screen import actions, dialogs, jobs, prompts, sessions
+from screen import actions, dialogs, jobs, models, prompts, sessions
 from screen.keys import INTERVENE, LOUPE, MOVE, PANES, PROMPT, VIEW, FIND, Action
 
 FAR = 10**6
@@ -53,7 +53,14 @@ SCREEN = (
     Action("undo", "u", "undo", "Undo the last action that changed what is computed", INTERVENE, actions.undo),
     Action("redo", "ctrl+r", "redo", "Redo", INTERVENE, partial(actions.undo, way="redo")),
     Action("view", "v", "view", "Next view or statistic of this pane", VIEW, actions.turn_view),
-    Action("mode", "V", "colour", "Colours, numbers or shades", VIEW, partial(actions.turn, name="mode")),
+    Action(
+        "mode",
+        "V",
+        "density",
+        "How maps are drawn: by the room there is, numbers, coloured cells, half blocks, shades without colour",
+        VIEW,
+        partial(actions.turn, name="mode"),
+    ),
     Action("view_back", "backspace", "view back", "Back to the view before; views have a history of their own", VIEW, actions.view_back),
     Action("which", "f", "run", "Which run: now, clean, corrupted, or a difference", VIEW, actions.turn_which),
     Action("search", "/", "search", "Find a token, or go to a node (L2H3, L1.resid_mid@S2)", FIND, actions.search),
@@ -63,7 +70,7 @@ SCREEN = (
     Action("help", "?", "help", "Keys: filter and run", LOUPE, dialogs.show_help),
     Action("copy", "y", "copy", "Copy or export: text, TSV, SVG, Python script, address", LOUPE, dialogs.copy),
     Action("convention", "=", "convention", "This pane's title and convention in full", LOUPE, dialogs.convention),
-    Action("models", "M", "model", "Load another model", LOUPE, dialogs.models),
+    Action("models", "M", "model", "Load another model", LOUPE, models.models),
     Action("jobs", "J", "jobs", "Running jobs; x cancels one", LOUPE, jobs.jobs),
     Action("write", "w", "session", "Where this session is written, and its name", LOUPE, sessions.where_written),
     Action("restore", "r", "restore", "Restore another session: its name, model, prompt and last action", LOUPE, sessions.choose_session),

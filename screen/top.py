@@ -10,7 +10,8 @@ from vocabulary.prompts import TokenRow
 from vocabulary.requests import ModelInfo
 from screen.keys import hints
 from screen.pane import Host
-from screen.pictures import RUN_NAMES, heat_code, signed, texts_of
+from screen.colours import heat_code
+from screen.pictures import RUN_NAMES, signed, texts_of
 from utils import show_bytes, show_count, show_token, visible, width_of
 from widgets import BAD, BOLD, CHANGED, CURSOR, CURSOR_PLAIN, DIM, HEAD, PLAIN, WARN, Spans, on
 
@@ -46,7 +47,7 @@ def state_line(app: Host, clean: TokenRow | None) -> Spans:
     """Interventions, the prompt set, answers and foils, the alignment, the position."""
     s, pos = app.state, app.cursor.pos
     label = [k for k, v in (clean.labels if clean else {}).items() if v == pos]
-    line: Spans = [(" " + ("off " if not s.enabled and s.interventions else ""), WARN)]
+    line: Spans = [(" changes   ", DIM), ("off " if not s.enabled and s.interventions else "", WARN)]
     line += [(" ".join(str(i) for i in s.interventions) or "no interventions", (BOLD if s.enabled else DIM) if s.interventions else DIM)]
     if s.set_path:
         name, edited = Path(s.set_path).stem, s.prompt != s.prompt_set[s.index]
@@ -75,17 +76,17 @@ def hint_line(app: Host) -> Spans:
 
 def model_line(info: ModelInfo | None, name: str, busy: str, memory: tuple[int, int, int]) -> Spans:
     if info is None:
-        return [(" loupe ", HEAD), (f" {visible(name)} ", BOLD), (f" {busy}", WARN)]
+        return [(" loupe     ", HEAD), (f"{visible(Path(name).name or name)} ", BOLD), (f" {busy}", WARN)]
     broken = [c.name for c in info.checks if c.ok is False]
-    heads = f"{info.n_heads}H" + (f"/{info.n_kv_heads}KV" if info.n_kv_heads != info.n_heads else "")
-    text = f" {info.architecture} {info.n_layers}L×{heads} d{info.d_model} {show_count(info.n_params)} · {info.dtype} on {info.device}"
+    heads = f"{info.n_heads} heads" + (f" ({info.n_kv_heads} KV)" if info.n_kv_heads != info.n_heads else "")
+    text = f"  {info.n_layers} layers × {heads} · d {info.d_model} · {show_count(info.n_params)} · {info.dtype} on {info.device} · {info.architecture}"
     process, device, cache = memory
     text += f" · {show_bytes(process)}" if process else ""
     text += f" · GPU {show_bytes(device)}" if device else ""
     text += f" · cache {show_bytes(cache)}" if cache else ""
     return [
-        (" loupe ", HEAD),
-        (f" {visible(name)}", BOLD),
+        (" loupe     ", HEAD),
+        (visible(Path(name).name or name), BOLD),
         *([(f" {info.warning} ·", WARN)] if info.warning else []),
         (text, DIM),
         *([(f"  ✗ self-check: {', '.join(broken)} (D)", BAD)] if broken else []),
@@ -93,17 +94,17 @@ def model_line(info: ModelInfo | None, name: str, busy: str, memory: tuple[int, 
 
 
 def metric_line(result: RunResult | None, kind: str, pos: str, base: str, stale: bool, width: int) -> Spans:
-    spans: Spans = [(f" {kind}@{pos}", BOLD)]
+    spans: Spans = [(" metric    ", DIM), (f"{kind}@{pos}", BOLD)]
     if result is None:
         return [*spans, ("  clean —  corrupted —  now —", DIM), (f"  base {base}", DIM)]
     corrupt = result.corrupt.metric if result.corrupt else None
-    spans += [("  clean ", DIM), (signed(result.clean.metric), PLAIN), ("  corrupted ", DIM), (signed(corrupt), PLAIN)]
-    spans += [("  now ", DIM), ("…" if stale else signed(result.now.metric), BOLD)]
+    spans += [("   clean ", DIM), (signed(result.clean.metric), PLAIN), ("   corrupted ", DIM), (signed(corrupt), PLAIN)]
+    spans += [("   now ", DIM), ("…" if stale else signed(result.now.metric), BOLD)]
     if result.normalised is not None and not stale:
-        spans += [("  normalised ", DIM), (f"{result.normalised:.3f}", BOLD), (" (corrupted 0, clean 1)" if width >= 110 else "", DIM)]
+        spans += [("   normalised ", DIM), (f"{result.normalised:.3f}", BOLD), (" (corrupted 0, clean 1)" if width >= 110 else "", DIM)]
     if result.noise and not stale:
         spans.append((f"  ~ below the noise floor {result.floor:.2g}", WARN))
-    spans += [(f"  base {base}", DIM)]
+    spans += [(f"   base {base}", DIM)]
     return [*spans, (f"  {result.warning}", WARN)] if result.warning else spans
 
 

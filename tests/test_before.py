@@ -1,15 +1,13 @@
-"""What was before the screen was taken apart into rooms: a session file, every key, every word of help and hints."""
+"""A session file of an earlier format opens as it was."""
 
 import json
 from pathlib import Path
 
-from screen.keys import hints, key_table, show_key, show_keys
-from screen.session import VIEWS, read_session
+import tui  # noqa: F401 (its panes add their views)
+from screen.session import read_session
 from vocabulary.wire import to_json
-from tui import PANES, TABLE
 
 HERE = Path(__file__).parent / "fixtures"
-KEYS = json.loads((HERE / "keys_before.json").read_text(encoding="utf-8"))
 
 
 def test_a_session_file_of_before_opens_unchanged():
@@ -27,14 +25,3 @@ def test_a_session_file_of_before_opens_unchanged():
     while session.past:
         session.step("undo", {})
     assert session.state == session.start
-
-
-def test_keys_help_palette_and_hints_are_what_they_were():
-    assert key_table(TABLE) == KEYS["table"]
-    assert {a.id: a.title for a in TABLE} == KEYS["titles"]
-    assert [[show_keys(a), a.help, a.group] for a in TABLE] == KEYS["help"]
-    views = [[f"{n}={v}", "view", ""] for n, values in VIEWS.items() for v in values]
-    assert [[a.id, a.help, show_keys(a)] for a in TABLE] + views == KEYS["palette"]
-    assert list(PANES) == KEYS["panes"] and show_key("enter") == "⏎"
-    for name, line in KEYS["hints"].items():
-        assert "".join(f" {key} {title} " for key, title in hints(TABLE, PANES[name], PANES.values())).rstrip() == line.split("help ")[1].rstrip()

@@ -33,7 +33,7 @@ async def test_keep_score_and_path(zoo, tmp_path, size):
         await press(app, pilot, "5")
         assert "no circuit yet" in shown(app) and "c keeps the node" in shown(app)
         await press(app, pilot, "l", "l", "c", "l", "c")
-        assert app.state.current.nodes == ("L3H2", "L3H3") and "●" in shown(app) and "in circuit" in shown(app)
+        assert app.state.current.nodes == ("L3H2", "L3H3") and "•" in shown(app) and "in circuit" in shown(app)
         for _ in range(3):
             await press(app, pilot, "k")
         await press(app, pilot, "c", "h", "h", "c")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import CLEAN, CORRUPT, PROMPT, SHORT
 
-import engine as e
+from model import catalogue
 from techniques.attention.requests import Attention, HeadStats
 from techniques.identities.requests import Identities
 from techniques.lens.requests import Lens
@@ -210,7 +210,7 @@ def test_without_a_model():
             engine.run(ask)
     assert engine.run(Status()).memory > 1 << 20
     choices = {c.name: c for c in engine.run(Models()).choices}
-    assert choices["zoo"].where == "embedded" and "needs download" in choices["EleutherAI/pythia-70m"].note and "gated" in choices["google/gemma-2-2b"].note
+    assert choices["zoo"].where == "embedded" and "needs download" in choices["EleutherAI/pythia-70m"].note
 
 
 def test_models_lists_folders_and_cache(tmp_path, monkeypatch, folders):
@@ -224,9 +224,9 @@ def test_models_lists_folders_and_cache(tmp_path, monkeypatch, folders):
     (snapshot.parent.parent / "refs" / "main").write_text("abc")
     for name in ("config.json", "model.safetensors"):
         (snapshot / name).write_text("{}")
-    monkeypatch.setattr(e, "ROOT", tmp_path)
+    monkeypatch.setattr(catalogue, "ROOT", tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    choices = {c.name: c.where for c in e.find_models().choices}
+    choices = {c.name: c.where for c in Engine().run(Models()).choices}
     assert choices[str(tmp_path / "models" / "mine")] == "folder" and choices["EleutherAI/pythia-70m"] == "hub cache" and choices["gpt2"] == "hub"
 
 

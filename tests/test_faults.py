@@ -24,7 +24,8 @@ from techniques.patching.requests import Estimate, Sweep
 from techniques.weights.requests import HeadWeights
 from tui import first_state
 from utils import ROOT
-from vocabulary.circuit import Circuit, same_model
+from vocabulary.circuit import Circuit
+from vocabulary.names import same_model
 from vocabulary.nodes import UserError
 from vocabulary.prompts import Study, read_prompt_set
 from vocabulary.requests import Load, Progress

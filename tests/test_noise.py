@@ -13,7 +13,8 @@ from techniques.identities.requests import Identities
 from techniques.output.requests import Run
 from techniques.patching.pictures import sweep_grid
 from techniques.patching.requests import Estimate, Sweep
-from screen.pictures import legend, sweep_cell
+from screen.maps import Density, legend
+from screen.pictures import sweep_cell
 from vocabulary.circuit import Circuit
 from vocabulary.nodes import parse_intervention
 from vocabulary.prompts import Metric, Study, read_prompt_set
@@ -101,12 +102,12 @@ def test_cells_below_the_floor_are_drawn_as_noise(halves):
     found = halves["zoo", "bfloat16"].run(Sweep(Study(PROMPT), "z"))
     grid = sweep_grid(found, None, "effect")
     assert grid.noise and grid.noise == {(int(r), int(c)) for r, c in np.argwhere(found.noise)}
-    assert legend(grid) == f" · ~ below the noise floor {found.floor:.2g}"
+    assert legend(grid, "colour")[-1][0] == f" ~ below the noise floor {found.floor:.2g}"
     assert grid.tsv().startswith(f"noise floor {found.floor:.2g}\t")
     row, col = min(grid.noise)
     assert "~ below the noise floor" in "".join(text for text, _ in sweep_cell(found, None, row, col))
     view = GridView()
-    view.grid, view.width = grid, 7
+    view.grid, view.density = grid, Density("number", 7)
     for mode, mark in (("colour", " ~"), ("number", "~")):
         view.mode = mode
         assert view.cell_text(row, col, 3, float(grid.values[row, col]), 7).startswith(mark)

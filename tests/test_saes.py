@@ -11,7 +11,7 @@ from conftest import PROMPT
 from dictionaries import KINDS, build, save
 
 from model import sae as saes
-from model.sae_catalogue import canonical, catalogue, guess_hook, guess_width
+from model.sae_catalogue import catalogue, guess_hook, guess_width, trained_on
 from model.sae_loading import load
 from techniques.features.requests import Feature, Features, Preflight, Saes
 from techniques.output.requests import Run
@@ -206,9 +206,9 @@ def test_what_names_say(release, ident, hook, width):
 
 
 def test_models_names():
-    assert canonical("openai-community/gpt2") == canonical("gpt2-small") != canonical("gpt2-medium")
-    assert canonical("EleutherAI/pythia-70m") == canonical("pythia-70m-deduped")
-    assert canonical("google/gemma-2-2b-it") == canonical("gemma-2-2b") != canonical("gemma-2-9b")
+    assert trained_on("openai-community/gpt2") == trained_on("gpt2-small") != trained_on("gpt2-medium")
+    assert trained_on("EleutherAI/pythia-70m-deduped") == trained_on("pythia-70m-deduped") != trained_on("pythia-70m")
+    assert trained_on("google/gemma-2-2b-it") == trained_on("gemma-2-2b") != trained_on("gemma-2-9b")
 
 
 def test_what_is_refused_in_one_line(engines, tmp_path):

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
+from screen.colours import THEMES, luminance
 from screen.keys import key_page
+from screen.maps import show_value
 from techniques.attention.requests import AttentionResult, HeadStatsResult
 from techniques.lens.requests import LensResult
 from vocabulary.prompts import TokenRow
@@ -21,7 +23,7 @@ from techniques.lens.pictures import lens_cell, lens_grid
 from tui import TABLE
 from utils import ROOT, show_number, show_token, visible
 from screen.overlays import escape_line, unescape_line
-from widgets import ABOVE, BELOW, RAMP, GridView, luminance, show_value
+from widgets import GridView
 
 
 def test_the_screen_side_never_imports_the_model_side():
@@ -30,11 +32,14 @@ def test_the_screen_side_never_imports_the_model_side():
     assert out.strip() == "[]"
 
 
-@pytest.mark.parametrize("ramp", [RAMP, BELOW, ABOVE])
-def test_ramps_are_exact_xterm_colours_of_rising_luminance(ramp):
-    assert len(ramp) <= 16 and all(16 <= c <= 255 for c in ramp)
-    lums = [luminance(c) for c in ramp]
-    assert lums == sorted(lums) and len(set(lums)) == len(lums)
+@pytest.mark.parametrize("theme", THEMES)
+def test_ramps_are_of_the_terminals_colours_and_monotone_in_luminance(theme):
+    """So that they survive a look without colour; the cursor's colour is in none of them."""
+    for ramp in (THEMES[theme].sizes, THEMES[theme].below, THEMES[theme].above):
+        lums = [luminance(c) for c in ramp]
+        assert len(ramp) <= 16 and all(0 <= c < 16 if theme == "16" else 16 <= c <= 255 for c in ramp) and THEMES[theme].cursor not in ramp
+        assert lums in (sorted(lums), sorted(lums, reverse=True)) and len(set(lums)) == len(lums)
+    assert THEMES[theme].below[0] == THEMES[theme].above[0]
 
 
 @settings(deadline=None, derandomize=True)
@@ -60,12 +65,13 @@ def test_numbers_fit(x, width):
 def view(grid, mode, size, at=(0, 0)) -> list[str]:
     """A grid as the widget would draw it, without an app."""
     widget = GridView()
-    widget.__dict__["_size"] = None
     type(widget).size, saved = property(lambda self: size), type(widget).size
     try:
         widget.grid, widget.mode, widget.at = grid, mode, at
-        widget.layout_cells()
-        return [widget.strip(r, at[1] if r in (-1, at[0]) else -1).text.rstrip() for r in range(-1, len(grid.rows))]
+        lines = [widget.render_line(y).text.rstrip() for y in range(size.height)]
+        while lines and not lines[-1]:
+            lines.pop()
+        return lines
     finally:
         type(widget).size = saved
 
@@ -78,9 +84,13 @@ def test_golden_pattern():
 
     pattern = np.array([[[1, np.nan, np.nan], [0.25, 0.75, np.nan], [0.004, 0.1, 0.896]]], "f4")
     grid = pattern_grid(AttentionResult(TOKENS, 0, pattern, "now", ""), 0)
-    assert view(grid, "colour", Size(40, 8)) == ["to \\ from ⟨b… ·M… ⏎", " 0 ⟨bos⟩  1.0", " 1 ·Mary  .25 .75", " 2 ⏎       ·   ·  .90"]
-    assert view(grid, "shade", Size(40, 8)) == ["to \\ from ⟨bo… ·Ma… ⏎", " 0 ⟨bos⟩  █1.0", " 1 ·Mary  ░.25 █.75", " 2 ⏎       ·    ·   █.90"]
-    assert view(grid, "number", Size(40, 8)) == ["to \\ from ⟨bos⟩ ·Mary ⏎", " 0 ⟨bos⟩  1.000", " 1 ·Mary   .250  .750", " 2 ⏎       .004  .100  .896"]
+    head = ["          0      1      2", "to \\ from ⟨bos⟩  ·Mary  ⏎"]
+    assert view(grid, "colour", Size(40, 8)) == [*head, " 0 ⟨bos⟩   1.000", " 1 ·Mary    .250   .750", " 2 ⏎           .      .   .896"]
+    assert view(grid, "number", Size(40, 8)) == [*head, " 0 ⟨bos⟩   1.000", " 1 ·Mary    .250   .750", " 2 ⏎        .004   .100   .896"]
+    head = ["          0       1       2", "to \\ from ⟨bos⟩   ·Mary   ⏎"]
+    assert view(grid, "shade", Size(40, 8)) == [*head, " 0 ⟨bos⟩  █ 1.000", " 1 ·Mary  ░  .250 ▓  .750", " 2 ⏎            .       . █  .896"]
+    assert view(grid, "colour", Size(24, 5)) == ["        0    1    2", "to \\ fro⟨bos Mary ⏎", " 0 ⟨bos 1.00", " 1 ·Mar  .25  .75", " 2 ⏎       .    .  .90"]
+    assert view(grid, "colour", Size(20, 3)) == ["to \\ f0  1  2", " 0 ⟨b ▀▀▀▄▄▄", " 2 ⏎  ▀▀▀▀▀▀▀▀▀"], "two destinations a line"
 
 
 def test_golden_lens_and_heads():
@@ -93,6 +103,7 @@ def test_golden_lens_and_heads():
     )  # fmt: skip
     grid = lens_grid(result, "prob", 100)
     assert view(grid, "colour", Size(60, 5)) == [
+        "              0         1         2",
         "hook point    ⟨bos⟩     ·Mary     ⏎",
         "L0.resid_pre  ·a        ·a        ·a",
         "L0.resid_post [/INST]   [/INST]   [/INST]",
@@ -100,7 +111,7 @@ def test_golden_lens_and_heads():
     line = "".join(t for t, _ in lens_cell(result, 1, 1))
     assert line.startswith(" L0.resid_post@1 H 1.000 KL 0.0000") and "[/INST] 0.500" in line and "nan" not in line
     heads = heads_grid(HeadStatsResult({"first": np.array([[0.5, np.nan], [0.25, 1]], "f4")}, "now", "prompt", ""), "first", frozenset())
-    assert view(heads, "colour", Size(40, 4)) == ["   H0    H1    attn  mlp", "L0  .500        attn  mlp", "L1  .250 1.000  attn  mlp"]
+    assert view(heads, "colour", Size(40, 3)) == ["   H0     H1     attn   mlp", "L0   .500         attn   mlp", "L1   .250  1.000  attn   mlp"]
     assert grid.tsv().splitlines()[1] == "L0.resid_pre\t0.5\t0.5\t0.5"
 
 

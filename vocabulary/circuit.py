@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+from vocabulary.names import same_model
 from vocabulary.nodes import AddressError, Node, UserError, parse_node
 
 LOGITS = "logits"
@@ -132,11 +133,6 @@ def check_receivers(addresses: tuple[str, ...], info=None) -> None:
             raise UserError(f"{text} does not receive: a receiver is L2H3.q, .k or .v, L3.mlp, or logits")
         if info is not None and (node.layer >= info.n_layers or (node.head or 0) >= info.n_heads):
             raise UserError(f"{text} is not in this model: {info.n_layers} layers of {info.n_heads} heads")
-
-
-def same_model(one: str, other: str) -> bool:
-    """Whether two names mean one model: a folder's last part and a hub name's are what counts; no name is not known to be another."""
-    return not one or not other or one.rstrip("/").split("/")[-1] == other.rstrip("/").split("/")[-1]
 
 
 def grouped(circuit: Circuit, name: str, nodes: tuple[str, ...]) -> Circuit:

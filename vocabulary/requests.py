@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from vocabulary.prompts import Align, Prompt, TokenRow
+from vocabulary.sizes import Room
 from vocabulary.wire import message, request
 
 
@@ -32,7 +33,13 @@ class Status:
 
 @request(needs_model=False)
 class Models:
-    """The models that can be named: the zoo, folders beside the program, what the hub cache holds, well-known names."""
+    """
+    The models that can be named: the zoo, folders beside the program, what the hub cache holds, TransformerLens's table; their sizes in `dtype` against what
+    `device` has free. The names come first, as a partial result.
+    """
+
+    dtype: str = "auto"
+    device: str = "auto"
 
 
 # ------------------------------------------------------------------ results
@@ -116,14 +123,29 @@ class StatusResult:
 
 @dataclass(frozen=True)
 class ModelChoice:
+    """
+    A model that can be named: where it lies (embedded, folder, hub cache, hub), its other names, and what its config or TransformerLens's table says: 0 where
+    neither is at hand. `at_least`: `n_params` counts only the matrices that the table gives. `need`: bytes of the weights in `dtype`.
+    """
+
     name: str
     where: str
     note: str = ""
+    aliases: tuple[str, ...] = ()
+    n_layers: int = 0
+    n_heads: int = 0
+    n_params: int = 0
+    at_least: bool = False
+    dtype: str = ""
+    need: int = 0
 
 
 @message
 class ModelsResult:
+    """Models, and the room that one of them has."""
+
     choices: tuple[ModelChoice, ...]
+    room: Room = Room()
 
 
 @message

@@ -7,7 +7,7 @@ from screen.actions import turns
 from screen.cursor import clip
 from screen.keys import VIEW, Action
 from screen.pane import Host, Pane
-from screen.pictures import run_name, scale, texts_of
+from screen.pictures import run_name, texts_of
 from utils import show_token
 from vocabulary.nodes import Node, parse_node
 from widgets import PLAIN, Grid, GridView, Same
@@ -77,7 +77,7 @@ class NormsPane(Pane):
         stat, first = views["norms.stat"], views["norms.first"]
         grid = self.picture("norms", (Same(result), stat, first), lambda: norms_grid(result, stat, first == "with"))
         row, pos = self.row(app), clip(app.cursor.pos, len(result.tokens.texts))
-        self.show_title(app, ("norms",), f"{name} · {stat} {scale(grid)}", result.convention)
+        self.show_title(app, ("norms",), f"{name} · {stat}", result.convention, grid)
         self.table.show(grid, (row, pos), views["mode"])
         self.info_line.show([[(f" {result.points[row]}@{pos} {show_token(result.tokens.texts[pos])}: norm {result.norms[row, pos]:.3f}", PLAIN)]])
 
@@ -90,7 +90,7 @@ def norms_grid(result: NormsResult, stat: str, first: bool) -> Grid:
         values = values / np.where(before == 0, np.nan, before)
     if not first:
         values[:, 0] = np.nan
-    return Grid(values, list(result.points), texts_of(result.tokens), 0.0, max(float(np.nanmax(values, initial=0)), 1e-6), corner="hook point")
+    return Grid(values, list(result.points), texts_of(result.tokens), 0.0, max(float(np.nanmax(values, initial=0)), 1e-6), corner="hook point", positions=True)
 
 
 PANE = NormsPane

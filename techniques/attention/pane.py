@@ -9,8 +9,9 @@ from vocabulary.nodes import Node
 from screen.actions import turns
 from screen.cursor import clip
 from screen.keys import FIND, VIEW, Action, Part
+from screen.maps import label_width, columns_of
 from screen.pane import Host, Pane, step_component
-from screen.pictures import head_map_addresses, run_name, scale, texts_of
+from screen.pictures import head_map_addresses, run_name, texts_of
 from techniques.attention import actions, pictures
 from utils import show_token
 from widgets import Grid, GridView, Lines, Same
@@ -108,8 +109,9 @@ class AttentionPane(Pane):
         pattern = app.requests.result("attention", AttentionResult)
         self.paint_heads(app)
         many = app.state.views["attention.layer"] == "all heads"
-        self.pattern.set_class(many, "hidden")
         self.many.set_class(not many, "hidden")
+        if many:
+            self.pattern.set_class(True, "hidden")
         if pattern is None or pattern.layer != app.cursor.layer:
             self.pattern.show(None, (0, 0), app.state.views["mode"], app.requests.waiting("attention"))
             self.info_line.show([])
@@ -128,17 +130,27 @@ class AttentionPane(Pane):
             self.map.show(None, (0, 0), views["mode"], app.requests.waiting("heads"))
         else:
             grid = self.with_circuit(app, "heads", (Same(heads), stat, marks), lambda: pictures.heads_grid(heads, stat, marks), head_map_addresses)
-            self.map.styles.width = min(5 + 5 * len(grid.cols), self.size.width // 2)
             column = c.head if c.comp == "head" else len(grid.cols) - (2 if c.comp == "attn" else 1)
+            self.share(app, grid)
             self.map.show(grid, (clip(c.layer, len(grid.rows)), column), views["mode"])
             name = pictures.HEAD_STATS[stat]
             if stat == "pair" and app.tokens and max(c.pos, c.src) < app.length():
                 t = texts_of(app.tokens.tokens)
                 name = f"attention {c.pos} {show_token(t[c.pos])} → {c.src} {show_token(t[c.src])}"
-            title += f" · {name} {scale(grid)}"
+            title += f" · {name}"
             note = f"on {'random repeated tokens' if heads.source == 'random' else 'the prompt'}"
         weighted = "pattern × ‖value written‖ · " if views["attention.weighted"] == "on" else ""
-        self.show_title(app, ("heads", "attention"), title, ("pattern: hjkl, esc · " if self.drilled else "") + weighted + note)
+        self.show_title(app, ("heads", "attention"), title, ("pattern: hjkl, esc · " if self.drilled else "") + weighted + note, self.map.grid)
+
+    def share(self, app: Host, grid: Grid) -> None:
+        """The map of heads is as wide as it needs to be whole. Where that leaves the pattern no room, one of the two is shown: the pattern when it is drilled into."""
+        width, height, mode = self.size.width, self.size.height - 2, app.state.views["mode"]
+        beside = width - min(14 + 2 * app.length(), width // 2)
+        least = label_width(grid, width) + len(grid.cols) + 2  # all heads side by side, a character each
+        alone = beside < least <= width
+        self.map.set_class(alone and self.drilled, "hidden")
+        self.pattern.set_class(alone and not self.drilled, "hidden")
+        self.map.styles.width = "1fr" if alone else columns_of(grid, beside, height, mode) + 1
 
     def paint_layer(self, app: Host, pattern: AttentionResult) -> None:
         """The patterns of all heads of the layer."""
@@ -154,7 +166,8 @@ class AttentionPane(Pane):
         row = np.nan_to_num(np.abs(grid.values[pos]), nan=-1.0)
         src = c.src if self.drilled or self.chosen == self.here(app) or views["attention.stat"] == "pair" else int(row.argmax())
         self.pattern.show(grid, (pos, clip(src, len(grid.cols))), views["mode"])
-        self.info_line.show([pictures.pattern_cell(pattern, c.head, pos, src, self.drilled)])
+        head = [] if self.drilled else self.map.about()
+        self.info_line.show([head + pictures.pattern_cell(pattern, c.head, pos, src, self.drilled)[bool(head) :]])
 
 
 PANE = AttentionPane

@@ -1,15 +1,14 @@
 """From attention results to pictures: the map of heads, one pattern, all patterns of a layer. Pure functions."""
 
 import math
-from functools import lru_cache
 
 import numpy as np
-from rich.style import Style
 
 from techniques.attention.requests import AttentionResult, HeadStatsResult
-from screen.pictures import heat_code, texts_of
+from screen.colours import half_block, heat_code, shade
+from screen.pictures import texts_of
 from utils import show_token
-from widgets import BOLD, CURSOR_PLAIN, DIM, PLAIN, SHADES, Grid, Spans
+from widgets import BOLD, CURSOR_PLAIN, DIM, PLAIN, Grid, Spans
 
 HEAD_STATS = {
     "induction": "attention to the token after an earlier copy",
@@ -33,7 +32,7 @@ def heads_grid(result: HeadStatsResult, stat: str, marks: frozenset[tuple[int, i
     elif stat == "entropy":
         hi = max(float(np.nanmax(values, initial=0)), 1e-6)
     rows, cols = [f"L{n}" for n in range(n_layers)], [*(f"H{n}" for n in range(n_heads)), "attn", "mlp"]
-    return Grid(values, rows, cols, lo, hi, signed=sign, cell=(5, 6), marks=marks, blanks=("attn", "mlp"))
+    return Grid(values, rows, cols, lo, hi, signed=sign, cell=(5, 7), marks=marks, blanks=("attn", "mlp"))
 
 
 def pattern_grid(result: AttentionResult, head: int) -> Grid:
@@ -47,8 +46,19 @@ def pattern_grid(result: AttentionResult, head: int) -> Grid:
         lo, sign = -hi, True
     tokens = texts_of(result.tokens)
     rows = [f"{n:>2} {show_token(tok, 9, fill=False)}" for n, tok in enumerate(tokens)]
-    cols = list(tokens) + ["sink"] * (result.sink is not None)
-    return Grid(values, rows, cols, lo, hi, signed=sign, cell=(4, 4) if len(tokens) <= 40 else (2, 4), faint=(hi - lo) * 0.15, corner="to \\ from")
+    return Grid(
+        values,
+        rows,
+        list(tokens) + ["sink"] * (result.sink is not None),
+        lo,
+        hi,
+        signed=sign,
+        cell=(4, 7 if len(tokens) <= 10 else 4),
+        faint=(hi - lo) * 0.15,
+        corner="to \\ from",
+        positions=True,
+        listed=False,
+    )
 
 
 def small_patterns(result: AttentionResult, head: int, width: int, height: int, mode: str) -> list[Spans]:
@@ -72,7 +82,10 @@ def small_patterns(result: AttentionResult, head: int, width: int, height: int, 
             spans: Spans = []
             for x in range(size):
                 pair = [float(cells[r, x]) / top if r < size else math.nan for r in (y, y + 1)]
-                spans.append(half_block(pair, signed_, mode))
+                if mode == "shade":
+                    spans.append((shade(max((abs(v) for v in pair if not math.isnan(v)), default=math.nan)), PLAIN))
+                else:
+                    spans.append(half_block(*(None if math.isnan(v) else heat_code(v, signed_) for v in pair)))
             block.append([*spans, ("  ", PLAIN)])
         blocks.append(block)
     out: list[Spans] = []
@@ -80,23 +93,6 @@ def small_patterns(result: AttentionResult, head: int, width: int, height: int, 
         group = blocks[start : start + across]
         out += [[span for block in group for span in block[y]] for y in range(len(group[0]))]
     return out
-
-
-def half_block(pair: list[float], signed_: bool, mode: str) -> tuple[str, Style]:
-    """Two cells above each other in one character."""
-    if mode == "shade":
-        value = max((abs(v) for v in pair if not math.isnan(v)), default=math.nan)
-        return (" " if math.isnan(value) else SHADES[min(int(value * len(SHADES)), len(SHADES) - 1)]), PLAIN
-    codes = [None if math.isnan(v) else heat_code(v, signed_) for v in pair]
-    if codes[0] is None and codes[1] is None:
-        return " ", PLAIN
-    return "▀" if codes[0] is not None else "▄", half_style(*codes)
-
-
-@lru_cache(1024)
-def half_style(above: int | None, below: int | None) -> Style:
-    front, back = (above, below) if above is not None else (below, None)
-    return Style(color=f"color({front})", bgcolor=None if back is None else f"color({back})")
 
 
 def pattern_cell(result: AttentionResult, head: int, pos: int, src: int, drilled: bool) -> Spans:

@@ -19,8 +19,9 @@ from vocabulary.nodes import Node, UserError
 from screen.actions import no_members
 from screen.cursor import clip
 from screen.keys import FIND, Action, Part
+from screen.maps import columns_of
 from screen.pane import Host, Pane, step_component
-from screen.pictures import head_map_addresses, run_name, scale, texts_of
+from screen.pictures import head_map_addresses, run_name, texts_of
 from techniques.attribution import pictures
 from utils import show_token
 from widgets import BAD, Grid, GridView, Lines, Same
@@ -99,17 +100,19 @@ class AttributionPane(Pane):
         whole = isinstance(result, AttributionSetResult)
         cells = result.mean if whole else result.cells
         grid = self.with_circuit(app, "attribution", (Same(result),), lambda: pictures.cells_grid(cells), head_map_addresses)
-        self.map.styles.width = min(5 + 7 * len(grid.cols), self.size.width * 3 // 5)
+        self.map.styles.width = (
+            columns_of(grid, self.size.width - 44 if self.size.width >= 100 else self.size.width * 3 // 5, self.size.height - 2, views["mode"]) + 1
+        )
         column = c.head if c.comp == "head" else len(grid.cols) - (2 if c.comp == "attn" else 1)
         self.map.show(grid, (clip(c.layer, len(grid.rows)), column), views["mode"])
         self.paint_side(app, result)
         if whole:
-            self.show_title(app, ("attribution",), f"{name} · mean over the prompt set {scale(grid)}", "direct logit attribution, frozen final scale")
+            self.show_title(app, ("attribution",), f"{name} · mean over the prompt set", "direct logit attribution, frozen final scale", grid)
             self.info_line.show([pictures.set_line(result)])
         else:
             place = f"{result.pos} {show_token(texts_of(result.tokens)[result.pos])}"
-            self.show_title(app, ("attribution",), f"{name} · direct logits at {place} {scale(grid)}", result.convention)
-            self.info_line.show([pictures.sum_line(result.total, result.logit, result.capped, result.error, result.convention)])
+            self.show_title(app, ("attribution",), f"{name} · direct logits at {place}", result.convention, grid)
+            self.info_line.show([self.map.about() + pictures.sum_line(result.total, result.logit, result.capped, result.error, result.convention)])
 
     def paint_side(self, app: Host, result: AttributionResult | AttributionSetResult) -> None:
         """Beside the map: the cell's sources or neurons, or all cells ranked."""

@@ -13,7 +13,7 @@ def cells_grid(cells: AttributionCells) -> Grid:
     values = np.concatenate([cells.heads, cells.attn_bias[:, None], cells.mlps[:, None]], axis=1).astype(float)
     hi = max(float(np.nanmax(np.abs(values), initial=0)), 1e-6)
     rows, cols = [f"L{n}" for n in range(len(values))], [*(f"H{n}" for n in range(cells.heads.shape[1])), "b_O", "mlp"]
-    return Grid(values, rows, cols, -hi, hi, signed=True, cell=(6, 7))
+    return Grid(values, rows, cols, -hi, hi, signed=True, cell=(6, 7), listed=False)
 
 
 def ranked_lines(cells: AttributionCells, std: AttributionCells | None, n: int) -> list[Spans]:

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from vocabulary.circuit import check_receivers, LOGITS, same_model
+from vocabulary.circuit import check_receivers, LOGITS
+from vocabulary.names import same_model
 from vocabulary.nodes import Node, parse_node, UserError
 from screen.actions import find
 from screen.overlays import Item, Picker

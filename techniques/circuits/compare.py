@@ -4,7 +4,8 @@ import numpy as np
 
 from techniques.circuits.drawings import published
 from techniques.circuits.requests import Compare, CompareResult
-from vocabulary.circuit import LOGITS, owner, parse_edge, same_model
+from vocabulary.circuit import LOGITS, owner, parse_edge
+from vocabulary.names import same_model
 from vocabulary.nodes import UserError, parse_node
 
 

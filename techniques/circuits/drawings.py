@@ -7,6 +7,7 @@ from techniques.circuits.requests import ScoreResult
 from vocabulary.typed import parse_json, read_text
 from vocabulary.circuit import Circuit, LOGITS, own_node, owner, parse_edge, rank
 from vocabulary.files import typed_path, write_text
+from vocabulary.names import sources
 from vocabulary.nodes import parse_node, UserError
 from vocabulary.prompts import Study
 from vocabulary.requests import ModelInfo
@@ -457,14 +458,14 @@ def circuit_script(circuit: Circuit, study: Study, info: ModelInfo, load, rest: 
     saes = [s for s in study.saes if features]
     if features and not saes:
         raise UserError(f"{features[0]}: the script needs its SAE, and none is loaded")
-    weights = str(ROOT / "zoo") if load.model == "zoo" else load.model
+    weights, base = sources(load.model, load.base, info.name)
     prompts = study.prompt_set or (study.prompt,)
     bos = prompts[0].bos if prompts[0].bos is not None else info.default_bos
     rows = [(p.clean, p.corrupt, list(p.answers), list(p.foils), dict(p.labels)) for p in prompts]
     shown = f": its faithfulness is {result.faithfulness.mean:.6f} on the screen" if result is not None else ""
     fields = dict(
         about=f"the circuit {circuit.name} of {info.name}{shown}", weights=weights,
-        base=str(ROOT / "zoo") if load.base == "zoo" else load.base or weights, dtype=info.dtype, n_layers=info.n_layers, n_heads=info.n_heads,
+        base=base, dtype=info.dtype, n_layers=info.n_layers, n_heads=info.n_heads,
         n_kv_heads=info.n_kv_heads, prompts="[\n" + "".join(f"    {r!r},\n" for r in rows) + "]", nodes=repr(list(circuit.nodes)),
         edges=repr(list(circuit.edges)), rest=rest, mlps=mlps, saes=[sae_path(x) for x in saes],
         error=study.sae_error, needs=", sae_lens" if features else "", bos="[tokenizer.bos_token_id] + " if bos else "", metric=METRICS[kind], parallel=info.parallel,

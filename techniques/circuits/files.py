@@ -9,7 +9,8 @@ from techniques.circuits import drawings
 from techniques.circuits.actions import free_name
 from techniques.circuits.pictures import scored_over
 from techniques.circuits.requests import Compare, Score
-from vocabulary.circuit import Circuit, COMBINE, same_model
+from vocabulary.circuit import Circuit, COMBINE
+from vocabulary.names import same_model
 from vocabulary.files import folder, short, write_text
 from vocabulary.nodes import parse_node, UserError
 from vocabulary.wire import to_json

@@ -15,8 +15,9 @@ from vocabulary.prompts import Study
 from screen.actions import turns
 from screen.cursor import clip
 from screen.keys import CIRCUIT, Action, Part
+from screen.maps import columns_of
 from screen.pane import Host, Pane
-from screen.pictures import legend, scale, sweep_cell
+from screen.pictures import sweep_cell
 from screen.replies import Reply
 from techniques.circuits import actions, discovery, files
 from techniques.circuits.pictures import NO_CIRCUIT, about_node, all_scores, compared, curve, listing, map_grid, members, path_grid, scored_over, summary, wrap
@@ -247,7 +248,7 @@ class CircuitPane(Pane):
         effects = dict(zip(result.parts, result.effects.tolist())) if result is not None else {}
         grid = self.picture("circuit", (circuit, Same(result)), lambda: map_grid(app.info, parts, effects, result.floor if result is not None else math.nan))
         self.side.styles.width = "1fr"
-        mapped = self.map.styles.width = min(6 + 8 * len(grid.cols), self.size.width // 2)
+        mapped = self.map.styles.width = columns_of(grid, max(self.size.width // 2, self.size.width - 60), self.size.height - 2, views["mode"]) + 1
         self.map.show(grid, self.cell(app, None), views["mode"])
         self.paint_side(app, result, max(20, self.size.width - mapped - 3))
         score = f" · faithfulness {result.faithfulness.mean:.3f} {scored_over(state, self.study(app))}" if result is not None else ""
@@ -318,10 +319,10 @@ class CircuitPane(Pane):
         edges = set(app.state.current.edges) if app.state.current else set()
         grid = self.picture("path", (Same(result), frozenset(edges)), lambda: path_grid(result, request, edges))
         done = "" if result.done == result.total else f"{result.done}/{result.total}{app.requests.left('path')} · "
-        self.show_title(app, ("path",), f"{done}{title} {scale(grid)}{legend(grid)}", result.convention)
+        self.show_title(app, ("path",), f"{done}{title}", result.convention, grid)
         row, col = self.cell(app, result)
         self.map.show(grid, (row, col), views["mode"])
-        self.info_line.show([sweep_cell(result, None, row, col)])
+        self.info_line.show([sweep_cell(result, None, row, col, self.map.about())])
 
 
 PANE = CircuitPane

@@ -140,19 +140,26 @@ def wrap(text: str, width: int) -> list[str]:
 def map_grid(info: ModelInfo, parts: dict[tuple[int, int], str], effects: dict[str, float], floor: float = math.nan) -> Grid:
     """Layers by heads and MLP: what is kept, and the effect of taking it alone away where that is known; ~ where it is below the noise floor."""
     n = info.n_heads
-    values, text = np.full((info.n_layers, n + 1), np.nan), [["·"] * (n + 1) for _ in range(info.n_layers)]
-    for (layer, head), part in parts.items():
+    values, noise = np.full((info.n_layers, n + 1), np.nan), set()
+    for layer, head in parts:
         if not layer < info.n_layers or not head < n:
             continue
         col = n if head < 0 else head
         mine = [
             e for p, e in effects.items() if "->" not in p and (node := parse_node(p)).layer == layer and (node.head if node.site == "head" else -1) == head
         ]
-        values[layer, col] = mine[0] if mine else 0.0
-        text[layer][col] = f"{noisy(mine[0], floor)}{mine[0]:+.2f}" if mine else f"● {part}".strip()
+        values[layer, col] = mine[0] if mine else np.nan
+        if mine and 0 < abs(mine[0]) < floor:
+            noise.add((layer, col))
     hi = max(float(np.nanmax(np.abs(values), initial=0)), 1e-6)
-    marks = frozenset((layer, n if head < 0 else head) for layer, head in parts)
-    return Grid(values, [f"L{i}" for i in range(info.n_layers)], [*(f"H{h}" for h in range(n)), "MLP"], -hi, hi, text, signed=True, cell=(5, 7), marks=marks)
+    kept = frozenset((layer, n if head < 0 else head) for layer, head in parts)
+    more = {"noise": frozenset(noise), "floor": floor}
+    return Grid(values, [f"L{i}" for i in range(info.n_layers)], [*(f"H{h}" for h in range(n)), "MLP"], -hi, hi, signed=True, cell=(5, 7), kept=kept, **more)
+
+
+def noisy(effect: float, floor: float) -> str:
+    """~ before an effect below the noise floor."""
+    return "~" if 0 < abs(effect) < floor else ""
 
 
 def path_grid(result: SweepResult, request: PathPatch, edges: set[str]) -> Grid:
@@ -162,12 +169,8 @@ def path_grid(result: SweepResult, request: PathPatch, edges: set[str]) -> Grid:
     mine = {e.sender for e in map(parse_edge, edges) if request.each == "sender" and e.receiver in request.receivers}
     kept = {(int(r), int(c)) for r, c in zip(*np.nonzero(np.isfinite(values))) if mine and result.address(int(r), int(c)).split("@")[0] in mine}
     cols = texts_of(result.tokens) if request.by_pos else list(result.cols)
-    return Grid(values, list(result.rows), cols, -hi, hi, signed=True, cell=(5, 8), marks=frozenset(kept), noise=cells_of(result.noise), floor=result.floor)
-
-
-def noisy(effect: float, floor: float) -> str:
-    """~ before an effect below the noise floor."""
-    return "~" if 0 < abs(effect) < floor else ""
+    more = {"noise": cells_of(result.noise), "floor": result.floor, "positions": request.by_pos}
+    return Grid(values, list(result.rows), cols, -hi, hi, signed=True, cell=(5, 8), marks=frozenset(kept), **more)
 
 
 def share(x: float) -> str:

@@ -174,7 +174,7 @@ def feature(runs: Runs, d: SparseAutoencoder, ask: Feature) -> FeatureResult:
             rest = total - heads.sum()
     else:
         note = f"{d.kind}: no linear pre-activation"
-    texts = {int(i): model.token_text(int(i)) for ids, _ in tops for i in ids}
+    texts = {int(i): model.tokens.output_text(int(i)) for ids, _ in tops for i in ids}
     address = f"https://www.neuronpedia.org/{d.neuronpedia}/{ask.index}" if d.neuronpedia else ""
     label = labels(d.source).get(ask.index) or neuronpedia(d.neuronpedia, ask.index)
     parts = [

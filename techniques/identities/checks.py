@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch as t
 from torch import Tensor
 
+from model import native
 from model.bridge import FINAL, HOOKS, TOLERANCE, Model
 from model.checks import self_check
 from model.interventions import prepare
@@ -127,6 +128,9 @@ def hugging_face(model: Model, ids: Tensor) -> Identity:
     need = n * t.finfo(model.dtype).bits // 8
     if (free := free_bytes(model.device)) is not None and free < 1.2 * need:
         return Identity(name, math.nan, tolerance, None, f"not run: needs {show_bytes(need)}, {show_bytes(free)} are free")
+    if (found := native.find(model.folder)) is not None:
+        want = native.hooked_logits(native.read_config(found), native.read_state(found.weights), ids.cpu(), model.dtype)
+        return model.identity("forward pass = HookedTransformer's", logits(model, ids), want)
     hf = read_weights(model.folder, read_config(model.base), model.dtype, model.device, None)
     want = hf(ids.to(model.device), use_cache=False).logits
     del hf

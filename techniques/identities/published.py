@@ -153,9 +153,9 @@ def value_biases(engine, study: Study, layer: int) -> list[float]:
     runs = read_study(engine.model, study)
     _, d, _ = frozen(runs, "clean", runs.position("clean", "END"), layer, "attn", [])
     block = engine.model.bridge.blocks[layer]
-    w_o, w_v, norm = block.attn.W_O.detach().float(), block.attn.W_V.detach().float(), block.ln1.original_component.bias.detach().float()
-    b_v = block.attn.b_V.detach().float().reshape(w_o.shape[:2])
-    return [((b_v[h] + norm @ w_v[h]) @ w_o[h] @ d.to(w_o.device)).item() for h in range(len(w_o))]
+    w_v, norm = block.attn.W_V.detach().float(), block.ln1.original_component.bias.detach().float()
+    b_v = block.attn.b_V.detach().float().reshape(d.shape)
+    return [((b_v[h] + norm @ w_v[h]) @ d[h].to(w_v.device)).item() for h in range(len(d))]
 
 
 def patches(engine) -> Generator[Progress, None, dict[str, float]]:

@@ -12,7 +12,7 @@ from screen.actions import turns
 from screen.cursor import clip, place_of
 from screen.keys import VIEW, Action
 from screen.pane import Host, Pane
-from screen.pictures import run_name, scale
+from screen.pictures import run_name
 from screen.session import VIEWS
 from techniques.lens import actions, pictures
 from widgets import Grid, GridView, Lines, Same
@@ -78,7 +78,9 @@ class LensPane(Pane):
 
     def step(self, app: Host, rows: int, cols: int) -> None:
         points = self.shown(app)
-        node = parse_node(points[clip(self.row(app, points) + rows, len(points))])
+        row, drawn = self.row(app, points), self.table.rows if self.table.thinned else list(range(len(points)))
+        at = drawn.index(row) if row in drawn else 0
+        node = parse_node(points[drawn[clip(at + rows, len(drawn))]])
         app.move(**place_of(node), pos=clip(app.cursor.pos + cols, app.length()))
 
     def shown(self, app: Host) -> tuple[str, ...]:
@@ -114,9 +116,10 @@ class LensPane(Pane):
             self.info_line.show([])
             return
         grid = self.picture("lens", (Same(result), stat), lambda: pictures.lens_grid(result, stat, app.info.d_vocab if app.info else 2))
-        self.show_title(app, ("lens",), f"{name} · {pictures.LENS_STATS[stat]} {scale(grid)}", result.convention)
         row, pos = self.row(app, result.points), clip(app.cursor.pos, len(result.tokens.texts))
         self.table.show(grid, (row, pos), views["mode"])
+        thinned = f" · {self.table.thinned}" if self.table.thinned else ""
+        self.show_title(app, ("lens",), f"{name} · {pictures.LENS_STATS[stat]}{thinned}", result.convention, grid)
         beside = self.size.width - 34 >= 14 + grid.cell[0] * len(grid.cols)
         self.side.set_class(not beside, "hidden")
         if beside:

@@ -41,9 +41,9 @@ def lens_values(result: LensResult, stat: str) -> np.ndarray:
 def lens_grid(result: LensResult, stat: str, d_vocab: int) -> Grid:
     """Hook points × positions; each cell the top token, coloured by the statistic."""
     values = lens_values(result, stat)
-    numbers, lo, hi, sign = None, 0.0, 1.0, False
+    numbers, lo, hi, sign, ends = None, 0.0, 1.0, False, ("", "")
     if stat == "rank":
-        numbers, values = values, 1 - np.log1p(values) / math.log1p(d_vocab)
+        numbers, values, ends = values, 1 - np.log1p(values) / math.log1p(d_vocab), (f"{d_vocab}", "0")
     elif stat == "entropy":
         hi = math.log(d_vocab)
     elif stat in ("kl", "kl_pair"):
@@ -55,7 +55,12 @@ def lens_grid(result: LensResult, stat: str, d_vocab: int) -> Grid:
     text = [
         ["" if math.isnan(v) and stat in ("promoted", "suppressed") else result.texts[i] for i, v in zip(*row)] for row in zip(ids.tolist(), values.tolist())
     ]
-    return Grid(values, list(result.points), texts_of(result.tokens), lo, hi, text, numbers, sign, (6, 10), corner="hook point")
+    thin = tuple(
+        (n, some) for n in ("resid_post",) if (some := tuple(i for i, p in enumerate(result.points) if p.endswith(n))) and len(some) < len(result.points)
+    )
+    thin = thin or (("row", tuple(range(len(result.points)))),)
+    look = {"corner": "hook point", "positions": True, "ends": ends, "thin": thin}
+    return Grid(values, list(result.points), texts_of(result.tokens), lo, hi, text, numbers, sign, (6, 10), **look)
 
 
 def lens_cell(result: LensResult, row: int, pos: int, k: int = 5) -> Spans:

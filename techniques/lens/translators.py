@@ -24,6 +24,7 @@ from model.memory import Chunks, first_line, halved, is_out_of_memory, out_of_me
 from techniques.lens.requests import FitJacobian, FitJacobianResult, TuneLens, TuneLensResult
 from utils import ROOT, settings
 from vocabulary.files import check_place, replacing, typed_path
+from vocabulary.names import same_model
 from vocabulary.nodes import Node, UserError
 from vocabulary.requests import Progress
 
@@ -68,7 +69,7 @@ def is_this_model(model: Model, what: str, name: str | None, its_hash: str | Non
     if its_hash:
         if its_hash != unembed_hash(model):
             raise UserError(f"{what} is for another model{f' ({name})' if name else ''}: its hash of the unembedding is not {model.info.name}'s")
-    elif name and Path(name).name not in (Path(model.info.name).name, model.folder.resolve().name, model.base.resolve().name):
+    elif name and not any(same_model(name, mine) for mine in (model.info.name, model.folder.resolve().name, model.base.resolve().name)):
         raise UserError(f"{what} is for {name}, and the model is {model.info.name}: load that model, or give its own lens")
 
 

@@ -19,9 +19,13 @@ class OutputPane(Pane):
     def __init__(self, **kw):
         super().__init__(**kw)
         self.table = Lines(classes="table")
+        self.sides = 2  # lists beside each other
 
     def body(self) -> Widget:
         return self.table
+
+    def width_needed(self) -> int:
+        return 6 + 20 * self.sides
 
     def step(self, app: Host, rows: int, cols: int) -> None:
         app.move(layer=clip(app.cursor.layer + rows, app.info.n_layers), pos=clip(app.cursor.pos + cols, app.length()))
@@ -55,8 +59,9 @@ class OutputPane(Pane):
         )
         other = "" if there == pos else f", {name} after " + (f"{there} {show_token(texts_of(side.tokens)[there])}" if there >= 0 else "none")
         self.show_title(app, ("run",), f"next token after {pos} {show_token(token)}{other}", "")
+        self.sides = 3 if run.corrupt is not None and not pictures.same(run.now, run.clean) else 2
         prompt, k = app.state.prompt, max(1, min(8, self.size.height - 3))
-        self.table.show(pictures.output_lines(run, pos, (name, there), k, self.size.width >= 84, set(prompt.answers), set(prompt.foils)))
+        self.table.show(pictures.output_lines(run, pos, (name, there), k, self.size.width >= 25 * self.sides + 4, set(prompt.answers), set(prompt.foils)))
         self.info_line.show([[(f" {run.convention}", DIM)]])
 
 

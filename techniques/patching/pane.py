@@ -12,7 +12,7 @@ from screen.cursor import clip, place_of
 from screen.keys import VIEW, Action, Part
 from screen.overlays import Item, Picker
 from screen.pane import Host, Pane
-from screen.pictures import legend, scale, sweep_cell
+from screen.pictures import sweep_cell
 from screen.session import VIEWS
 from techniques.patching.pictures import sweep_grid
 from widgets import DIM, Grid, GridView, Same
@@ -204,10 +204,10 @@ class PatchingPane(Pane):
             title, done = f"{done}{app.requests.left('sweep') if 'sweep' in wanted else ', cancelled: S runs it again'} · {title}", "truth"
         tested = " · underlined: corrected p < .05" if shown in ("spread", "p", "corrected p") and grid.marks else ""
         warning = f"{result.warning} · " if result.warning else ""
-        self.show_title(app, slots, f"{title} {scale(grid)}{legend(grid)}{tested}", f"{done} · {warning}{result.convention}")
+        self.show_title(app, slots, title + tested, f"{done} · {warning}{result.convention}", grid)
         row, col = self.at(app, result)
         self.table.show(grid, (row, col), views["mode"])
-        self.info_line.show([sweep_cell(truth, estimate, row, col)])
+        self.info_line.show([sweep_cell(truth, estimate, row, col, self.table.about())])
 
 
 PANE = PatchingPane

@@ -4,6 +4,7 @@ import numpy as np
 
 from techniques.patching.requests import SweepResult
 from screen.pictures import cells_of, change, texts_of
+from utils import show_token
 from widgets import FAINT, Grid
 
 
@@ -27,12 +28,12 @@ def sweep_grid(truth: SweepResult | None, estimate: SweepResult | None, show: st
     far = np.argwhere(np.abs(guess - true) > np.maximum(0.1, 0.3 * np.abs(true))).tolist() if show in ("effect", "estimate", "disagreement") else []
     with np.errstate(invalid="ignore"):
         far = np.argwhere(holm < 0.05).tolist() if tested or show == "spread" else far
-    cell = (5, 7) if len(result.cols) > 24 else (6, 8)
     texts, places = texts_of(result.tokens), tuple(map(str, range(len(result.tokens.ids))))
-    rows, cols = (texts if names == places else list(names) for names in (result.rows, result.cols))
+    rows = [f"{n:>2} {show_token(text, 12, fill=False)}" for n, text in enumerate(texts)] if result.rows == places else list(result.rows)
+    cols = texts if result.cols == places else list(result.cols)
     noise = below(truth, estimate, show) if show in ("effect", "metric", "estimate") else np.zeros(values.shape, bool)
-    faint = 0.0 if tested else FAINT
-    return Grid(values, rows, cols, lo, hi, None, numbers, sign, cell, faint, marks=frozenset(map(tuple, far)), noise=cells_of(noise), floor=result.floor)
+    more = {"positions": result.cols == places, "ends": ("1", "≤ .001") if tested else ("", ""), "noise": cells_of(noise), "floor": result.floor}
+    return Grid(values, rows, cols, lo, hi, None, numbers, sign, (5, 8), 0.0 if tested else FAINT, marks=frozenset(map(tuple, far)), **more)
 
 
 def below(truth: SweepResult | None, estimate: SweepResult | None, show: str) -> np.ndarray:

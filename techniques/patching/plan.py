@@ -288,7 +288,7 @@ def base_run(
         group = [(yield from prepare(model, replace(plan.study, prompt=plan.members[indices[0]][1])))]
     tensor = lambda which: t.tensor([r.row(which).ids for r in group])  # noqa: E731
     shared = 0
-    if ask.op == "patch" and not plan.study.interventions:
+    if ask.op == "patch" and not plan.study.interventions and model.causal:
         shared = min(same_start(r, plan.side, plan.other) for r in group)
     both = all(r.rows[w] is not None for r in group for w in ("clean", "corrupt")) and not plan.study.interventions
     both = both and not apart and tensor("clean").shape == tensor("corrupt").shape

@@ -86,6 +86,7 @@ class Tokens:
     """The vectors of tokens as they enter block 0, without position; with `mlp0`, plus what MLP 0 makes of them. Tokens the tokenizer knows, no special ones."""
 
     def __init__(self, model: Model, mlp0: bool = False):
+        model.require("one vocabulary")
         self.model, self.mlp0 = model, mlp0
         special = set(model.tokenizer.all_special_ids)
         self.ids = t.tensor([i for i in range(min(model.n_embed, model.info.d_vocab, len(model.tokenizer))) if i not in special])

@@ -11,6 +11,7 @@ from vocabulary.nodes import Node, UserError
 from screen.client import in_words
 from screen.cursor import clip
 from screen.keys import Part
+from screen.maps import columns_of
 from screen.pane import Host, Pane
 from screen.session import VIEWS
 from techniques.weights import pictures
@@ -95,7 +96,12 @@ class WeightsPane(Pane):
             part = view.removeprefix("composition ")
             every = lambda g: [((n, h), f"L{n}H{h}") for n in range(len(g.rows)) for h in range(len(g.cols))]  # noqa: E731
             grid = self.with_circuit(app, "weights", (Same(result), part), lambda: pictures.composition_grid(result, part), every)
+            self.map.styles.width = (
+                columns_of(grid, self.size.width - 44 if self.size.width >= 100 else self.size.width * 2 // 3, self.size.height - 2, views["mode"]) + 1
+            )
             self.map.show(grid, (c.layer, c.head), views["mode"])
+            self.show_title(app, ("weights",), name, convention, grid)
+            self.info_line.show([self.map.about() + [(f" {convention}", DIM)]])
             self.table.show([[(f"{part.upper()}-composition of L{c.layer}H{c.head}", BOLD)], [("earlier layers: it reads what they wrote", DIM)],
                              [("later layers: they read what it wrote", DIM)], [(f"random heads: {result.baseline:.3f} ± {result.spread:.3f}", BOLD)]])  # fmt: skip
         else:

@@ -52,7 +52,7 @@ def composition_grid(r: CompositionResult, part: str) -> Grid:
     """Composition with every head of the other layers."""
     values = getattr(r, part).astype(float)
     hi = max(float(np.nanmax(values, initial=0)), 1e-6) if np.isfinite(values).any() else 1.0
-    return Grid(values, [f"L{n}" for n in range(len(values))], [f"H{n}" for n in range(values.shape[1])], 0.0, hi, cell=(5, 7))
+    return Grid(values, [f"L{n}" for n in range(len(values))], [f"H{n}" for n in range(values.shape[1])], 0.0, hi, cell=(5, 7), listed=False)
 
 
 def singular_lines(r: SingularResult, n: int, width: int) -> list[Spans]:

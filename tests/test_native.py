@@ -1,0 +1,149 @@
+"""Models trained by hand: HookedTransformer checkpoints against HookedTransformer itself, on every kind of model that they come in."""
+
+import json
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch as t
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+from engine import Engine
+from techniques.attention.requests import Attention
+from techniques.attribution.requests import Attribution
+from techniques.identities.requests import Identities
+from techniques.lens.requests import Lens
+from techniques.output.requests import Run
+from techniques.patching.requests import Sweep
+from vocabulary.nodes import parse_intervention
+from vocabulary.prompts import Metric, Prompt, Study
+
+SMALL = dict(n_layers=2, d_model=16, d_head=4, n_heads=4, d_mlp=24, n_ctx=5, d_vocab=9, act_fn="relu", normalization_type=None)
+KINDS = {
+    "grokking": {"d_vocab_out": 8, "n_layers": 1},
+    "attention only": {"attn_only": True, "normalization_type": "LN"},
+    "bidirectional": {"attention_dir": "bidirectional", "normalization_type": "LN"},
+    "folded": {"normalization_type": "LNPre", "act_fn": "gelu_new"},
+    "gated": {"normalization_type": "RMS", "gated_mlp": True, "act_fn": "silu", "positional_embedding_type": "rotary", "rotary_adjacent_pairs": True},
+    "unscaled": {"use_attn_scale": False, "act_fn": "gelu"},
+    "two vocabularies": {"d_vocab_out": 2, "attention_dir": "bidirectional", "normalization_type": "LN"},
+}
+CLEAN, CORRUPT = "1 2 3 4 8", "1 5 3 4 8"
+
+
+@dataclass
+class Made:
+    """A checkpoint's folder and the HookedTransformer that it was saved from."""
+
+    folder: object
+    model: HookedTransformer
+
+
+def make(folder, kind: str, **more) -> Made:
+    t.manual_seed(list(KINDS).index(kind))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = HookedTransformer(HookedTransformerConfig(**SMALL | KINDS[kind] | {"device": "cpu"} | more))
+    with t.no_grad():
+        for name, p in model.named_parameters():
+            if not (name.endswith("mlp.b_in") and model.cfg.gated_mlp):
+                p += 0.4 * t.randn_like(p)
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(model.cfg.to_dict(), default=str))
+    t.save(model.state_dict(), folder / "model.pt")
+    if model.cfg.d_vocab_out == 2:
+        (folder / "labels.json").write_text(json.dumps(list("abcdefghi")))
+        (folder / "output_labels.json").write_text('["balanced", "not"]')
+    return Made(folder, model.eval())
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def both(request, tmp_path_factory):
+    made = make(tmp_path_factory.mktemp("native") / "model", request.param)
+    return Engine(str(made.folder)), made.model
+
+
+def study(engine, *do: str, corrupt: bool = True, kind: str = "logit_diff") -> Study:
+    words = lambda text: " ".join(engine.model.tokenizer.labels[int(i)] for i in text.split())  # noqa: E731
+    outputs = engine.model.tokenizer.outputs
+    prompt = Prompt(words(CLEAN), words(CORRUPT) if corrupt else None, (outputs[0],), (outputs[1],))
+    return Study(prompt, metric=Metric(kind), interventions=tuple(map(parse_intervention, do)))
+
+
+def ids(text: str) -> t.Tensor:
+    return t.tensor([[int(i) for i in text.split()]])
+
+
+def diff(logits) -> float:
+    return (logits[0, -1, 0] - logits[0, -1, 1]).item()
+
+
+def test_it_loads_and_proves_itself(both):
+    engine, theirs = both
+    info = engine.model.info
+    assert {c.name: c.ok for c in info.checks}["forward pass = HookedTransformer's"] is True and "model" not in engine.model.notes.refused
+    assert all(c.ok is not False for c in info.checks), [c for c in info.checks if c.ok is False]
+    assert (info.d_vocab, info.n_layers, info.bos) == (theirs.cfg.d_vocab_out, theirs.cfg.n_layers, "")
+    got, _ = engine.model.forward(ids(CLEAN), keep=0)
+    assert t.allclose(got, theirs(ids(CLEAN)), atol=1e-4)
+    rows = engine.run(Identities(study(engine))).rows
+    assert all(r.ok is not False for r in rows) and any(r.name == "forward pass = HookedTransformer's" and r.ok for r in rows)
+
+
+def test_runs_ablations_and_patterns(both):
+    engine, theirs = both
+    run = engine.run(Run(study(engine, "L0H1=zero")))
+    want, cache = theirs.run_with_cache(ids(CLEAN))
+    assert run.clean.metric == pytest.approx(diff(want), abs=1e-4)
+
+    def zero(z, hook):
+        z[:, :, 1] = 0
+        return z
+
+    assert run.now.metric == pytest.approx(diff(theirs.run_with_hooks(ids(CLEAN), fwd_hooks=[("blocks.0.attn.hook_z", zero)])), abs=1e-4)
+    pattern = engine.run(Attention(study(engine), 0)).pattern
+    np.testing.assert_allclose(np.nan_to_num(pattern), cache["pattern", 0][0].numpy(), atol=1e-5)
+    assert np.isnan(pattern).any() == (theirs.cfg.attention_dir == "causal")
+
+
+def test_lens_and_attribution(both):
+    engine, theirs = both
+    _, cache = theirs.run_with_cache(ids(CLEAN))
+    table = engine.run(Lens(study(engine)))
+    for row, point in enumerate(table.points):
+        if point.endswith("resid_post"):
+            logits = theirs.unembed(
+                theirs.ln_final(cache["resid_post", int(point[1:].partition(".")[0])])
+                if theirs.cfg.normalization_type
+                else cache["resid_post", int(point[1:].partition(".")[0])]
+            )
+            best = logits[0].softmax(-1).max(-1)
+            np.testing.assert_allclose(table.top_probs[row, :, 0], best.values.detach().numpy(), atol=1e-4)
+            assert table.texts[int(table.top_ids[row, -1, 0])] == engine.model.tokenizer.outputs[int(best.indices[-1])]
+    cells = engine.run(Attribution(study(engine), "clean")).cells
+    d = theirs.W_U[:, 0] - theirs.W_U[:, 1]
+    scale = cache["ln_final.hook_scale"][0, -1] if theirs.cfg.normalization_type else 1.0
+    gain = getattr(theirs.ln_final, "w", 1.0) if theirs.cfg.normalization_type else 1.0
+    centre = (lambda x: x - x.mean(-1, keepdim=True)) if str(theirs.cfg.normalization_type).startswith("LN") else (lambda x: x)
+    for layer in range(theirs.cfg.n_layers):
+        z = cache["z", layer][0, -1]
+        for head in range(4):
+            want = (centre(z[head] @ theirs.W_O[layer, head]) / scale * gain) @ d
+            assert cells.heads[layer, head] == pytest.approx(want.item(), abs=1e-4)
+
+
+def test_a_sweep_patches_what_hooks_patch(both):
+    """Residual points at every position, those after the metric's too where a model looks ahead."""
+    engine, theirs = both
+    table = engine.run(Sweep(study(engine), "resid_pre"))
+    _, cache = theirs.run_with_cache(ids(CLEAN))
+    for layer in range(theirs.cfg.n_layers):
+        for pos in range(5):
+
+            def patch(x, hook, pos=pos):
+                x[:, pos] = cache[hook.name][:, pos]
+                return x
+
+            want = diff(theirs.run_with_hooks(ids(CORRUPT), fwd_hooks=[(f"blocks.{layer}.hook_resid_pre", patch)]))
+            assert table.values[layer, pos] == pytest.approx(want, abs=1e-4), (layer, pos)

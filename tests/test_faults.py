@@ -2,9 +2,7 @@
 
 import asyncio
 import json
-import os
 import re
-import signal
 import time
 from dataclasses import replace
 
@@ -24,7 +22,7 @@ from techniques.circuits.requests import Discover, Score
 from techniques.features.requests import Saes
 from techniques.patching.requests import Estimate, Sweep
 from techniques.weights.requests import HeadWeights
-from tui import Loupe, first_state
+from tui import first_state
 from utils import ROOT
 from vocabulary.circuit import Circuit
 from vocabulary.names import same_model
@@ -384,7 +382,7 @@ def test_a_damaged_session_line_has_one_number(tmp_path):
 def test_undo_and_views_are_independent(tmp_path):
     """Any mixture of work, views, undo and redo: each kind is what it would be without the other, also when the file is read again."""
     rng = np.random.default_rng(0)
-    for case in range(30):
+    for case in range(12):
         both, work, looks = (Session(State(), tmp_path / f"{case}-{name}.jsonl") for name in ("both", "work", "looks"))
         for step in range(25):
             match int(rng.integers(5)):
@@ -582,24 +580,23 @@ def test_a_step_of_a_job_is_called_one(monkeypatch):
     assert at(90, "partial", Part()) == "30 s left"
 
 
-async def test_no_job_is_listed_that_has_ended(tmp_path):
-    """Of a real engine that is killed while the list is open; and what it ran does not start again with the next one."""
-    app = Loupe(Session(small(2), tmp_path / "session.jsonl"), log=tmp_path / "engine.log")
+async def test_no_job_is_listed_that_has_ended(zoo, tmp_path):
+    """Of an engine that dies while the list is open; and what it ran does not start again with the next one."""
+    app = make_app(Running(zoo), tmp_path, small(2))
     async with app.run_test(size=(120, 36)) as pilot:
-        await press(app, pilot, "4")
-        app.act("view", name="patching.over", value="set")
-        app.client.jobs[10**6] = Job(10**6, "sweep", app.panes["patching"].request(app), asyncio.get_running_loop().create_future(), None)
+        await press(app, pilot, "4", "5")
+        discovery.run(app.panes["circuit"], app, Discover(app.panes["circuit"].study(app), "greedy", rest="patch"))
         app.requests.started.add(app.panes["patching"].request(app))
+        await idle(pilot)
         await pilot.press("J")
-        await pilot.pause()
-        assert "Sweep" in shown(app)
-        died, said = asyncio.Event(), app.client.on_death
-        app.client.on_death = lambda reason: (said(reason), died.set())
-        os.kill(app.client.process.pid, signal.SIGKILL)
-        await asyncio.wait_for(died.wait(), 30)
-        await pilot.pause()
-        assert "Sweep" not in shown(app) and "no jobs are running" in shown(app)
-        assert not app.requests.started, "it waits for its key again"
+        await idle(pilot)
+        assert "Discover" in shown(app)
+        app.client.alive = False
+        app.client.cancel(next(iter(app.client.jobs)))
+        app.on_death("killed by SIGKILL")
+        await idle(pilot)
+        assert "Discover" not in shown(app) and "no jobs are running: the engine is not" in shown(app)
+        assert not app.requests.started, "a sweep waits for its key again"
 
 
 # ------------------------------------------------------------------ what is expensive

@@ -148,7 +148,7 @@ async def test_patching(zoo, tmp_path):
         assert str(app.state.interventions[0]) == f"L{row}H{col}=patch" and reply(app, "run").now.metric == pytest.approx(patched.now.metric)
         await press(app, pilot, "u", "d")
         assert "denoising" in shown(app) and "estimate: S runs the truth" in shown(app)
-        for key in ("P", "P", "P", "P", "P", "P", "Z", "Z"):
+        for key in ("P", "P", "P", "P", "P", "P", "P", "Z", "Z"):
             await press(app, pilot, key)
             assert not app.requests.error("sweep") and not app.requests.error("estimate")
         app.act("view", name="patching.kind", value="resid_pre")

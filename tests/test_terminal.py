@@ -92,17 +92,16 @@ def hostile(folder) -> State:
 
 
 @pytest.mark.slow
-async def test_hostile_names_everywhere(folders, tmp_path, monkeypatch):
+async def test_hostile_names_everywhere(folders, tmp_path, monkeypatch, own_home):
     from shutil import copytree
 
     from engine import Engine
 
     monkeypatch.setenv("TERM", "xterm-256color")
-    sessions, cwd = tmp_path / "sessions", tmp_path / "cwd"
+    sessions, cwd = own_home / "sessions", tmp_path / "cwd"
     for folder in (sessions, cwd):
         folder.mkdir()
         (folder / f"{EVIL.replace('/', '')}.jsonl").write_text("{}\n")
-    monkeypatch.setattr("screen.dialogs.SESSIONS", sessions)
     monkeypatch.chdir(cwd)
     folder = copytree(folders["gemma2"], tmp_path / f"model {EVIL}")
     app = make_app(Engine(str(folder)), tmp_path, hostile(folder), driver_class=Wire)

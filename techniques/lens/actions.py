@@ -32,6 +32,8 @@ def choose_lens(pane: Pane, app: Host) -> None:
 
 def fit(pane: Pane, app: Host) -> None:
     app.ready()
+    if any(j.slot == "fit" for j in app.client.jobs.values()):
+        raise UserError("a lens is being fitted: another one would end that; J lists it, x cancels it there")
     name = re.sub(r"\W+", "-", app.info.name).strip("-")
 
     def accept(values: list[str]) -> str:

@@ -138,11 +138,7 @@ class Model:
             bos_habit=habit,
         )
         self.tokens = (LabelTokens if isinstance(tokenizer, Labels) else Tokens)(tokenizer, self.info, self.n_embed)
-        if self.tokens.two_vocabularies:
-            why = "what it predicts need not be the tokens that it reads (where it is, output_labels.json says so with their names)"
-            self.notes.refused |= {"one vocabulary": why}
-        if self.info.d_vocab < self.n_embed and isinstance(tokenizer, Labels) or self.tokens.two_vocabularies:
-            self.notes.refused |= {"loss": "it predicts other tokens than it reads, so the loss of a prompt's own tokens is none"}
+        self.notes.refused |= self.tokens.refused
 
     @property
     def device(self) -> t.device:

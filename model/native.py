@@ -304,7 +304,9 @@ class LabelTokens(Tokens):
     def __init__(self, tokenizer: Labels, info: ModelInfo, n_embed: int):
         super().__init__(tokenizer, info, n_embed)
         self.outputs = {label: i for i, label in enumerate(tokenizer.outputs)}
-        self.two_vocabularies = not tokenizer.same
+        loss = "it predicts other tokens than it reads, so the loss of a prompt's own tokens is none"
+        two = "what it predicts need not be the tokens that it reads (where it is, output_labels.json says so with their names)"
+        self.refused = ({} if tokenizer.same else {"one vocabulary": two}) | ({} if tokenizer.same and info.d_vocab == n_embed else {"loss": loss})
 
     def spell(self, i: int) -> str:
         return self.tokenizer.labels[i]

@@ -3,7 +3,6 @@
 import json
 import warnings
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -201,7 +200,8 @@ def test_files_and_what_is_refused(tmp_path, monkeypatch):
     assert "a JSON list of 9 different labels" in refusal()
     (made.folder / "second.pt").write_bytes(b"")
     assert "holds 2 checkpoints: give the file itself" in refusal()
-    monkeypatch.setattr(native.HandTrained, "forward", lambda self, x, **_: SimpleNamespace(logits=0 * self.head(self.tok_embed(x))))
+    theirs = native.hooked_logits
+    monkeypatch.setattr(native, "hooked_logits", lambda *args: theirs(*args) + 0.1)
     wrong = Engine(str(tmp_path / "toy.safetensors"))
     with pytest.raises(UserError, match="forward pass is not HookedTransformer's"):
         wrong.run(Run(Study(Prompt("1 2 8"))))

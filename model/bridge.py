@@ -124,8 +124,7 @@ class Model:
         self.bos, self.n_embed = tokenizer.bos_token_id, hf.get_input_embeddings().weight.shape[0]
         self.info = described(self, ask.model, hf)
         self.tokens = (LabelTokens if isinstance(tokenizer, Labels) else Tokens)(tokenizer, self.info, self.n_embed)
-        if self.tokens.two_vocabularies:
-            self.notes.refused |= dict.fromkeys(("one vocabulary", "loss"), "what it predicts has other tokens than what it reads")
+        self.notes.refused |= self.tokens.refused
 
     @property
     def device(self) -> t.device:

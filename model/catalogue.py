@@ -21,6 +21,7 @@ def named() -> list[tuple[ModelChoice, Path | None]]:
     """Every model that can be named, with the folder of its config where one is here."""
     out = [(ModelChoice("zoo", "embedded", "no download"), ROOT / "zoo")] if (ROOT / "zoo" / "config.json").is_file() else []
     out += [(ModelChoice(str(p.parent), "folder"), p.parent) for p in sorted((ROOT / "models").glob("*/config.json"))]
+    out += [(ModelChoice(str(p), "GGUF", "dequantised as it is read"), None) for p in sorted((ROOT / "models").glob("**/*.gguf"))]
     cached, configs = set(), {}
     if Path(huggingface_hub.constants.HF_HUB_CACHE).is_dir():
         for repo in sorted(huggingface_hub.scan_cache_dir().repos, key=lambda r: r.repo_id):
@@ -52,6 +53,8 @@ def find_models(ask: Models, held: Callable[[t.device], int] = lambda device: 0)
 
 def sized(choice: ModelChoice, folder: Path | None, dtype: str) -> ModelChoice:
     """A choice with what is known of its size in a dtype."""
+    if choice.where == "GGUF":  # its header takes seconds
+        return choice
     layers, heads, count, stored = of_folder(folder) if folder is not None else of_table(choice.name)
     known = DTYPES.get(dtype, t.float32 if 0 < count <= SMALL else stored)
     need = count * known.itemsize if count and known else 0

@@ -86,6 +86,9 @@ def read_config(found: Checkpoint) -> HookedTransformerConfig:
         cfg = HookedTransformerConfig(**{k: v for k, v in raw.items() if k in known}, device="cpu", init_weights=False)
     except (TypeError, ValueError, AssertionError) as error:
         raise UserError(f"{found.config} is no HookedTransformerConfig: {first_line(error)}") from error
+    for name in ("d_model", "d_head", "n_layers", "n_ctx", "n_heads", "d_vocab", "d_vocab_out", *(() if cfg.attn_only else ("d_mlp",))):
+        if not isinstance(n := getattr(cfg, name), int) or n < 1:
+            raise UserError(f"{found.config}: {name} is {n!r}: write a whole number of at least 1")
     for name, off in UNBUILT.items():
         if getattr(cfg, name) != off:
             raise UserError(f"{found.config}: {name} is {getattr(cfg, name)!r}, which is not built for models trained by hand")
@@ -93,8 +96,6 @@ def read_config(found: Checkpoint) -> HookedTransformerConfig:
     if cfg.positional_embedding_type != "standard" and not (rotary and cfg.rotary_adjacent_pairs):
         which = "rotary without rotary_adjacent_pairs" if rotary else cfg.positional_embedding_type
         raise UserError(f"{found.config}: positions are {which}: learned ones (standard) and rotary ones of adjacent pairs are built")
-    if "tied" in raw or cfg.d_vocab < 1:
-        raise UserError(f"{found.config}: d_vocab is {cfg.d_vocab}: write the number of input tokens")
     return cfg
 
 
@@ -190,16 +191,17 @@ class HandTrained(NativeModel):
 def read_model(cfg: HookedTransformerConfig, state: dict[str, Tensor], dtype: t.dtype, device: t.device) -> HandTrained:
     """The model with the checkpoint's weights; missing, further or misshapen ones are an error."""
     model, found = HandTrained(cfg), converted(state, cfg)
-    own = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    own, stand_in = {n: tuple(p.shape) for n, p in model.named_parameters()}, {}
     if cfg.attn_only:
-        found |= {n: t.zeros_like(p) for n, p in model.named_parameters() if ".mlp." in n or ".ln2." in n}
+        stand_in = {n: t.zeros_like(p) for n, p in model.named_parameters() if ".mlp." in n or ".ln2." in n}
+        own = {n: shape for n, shape in own.items() if n not in stand_in}
     if lacking := sorted(own.keys() - found.keys()):
         raise UserError(f"the checkpoint lacks {len(lacking)} tensors that its config asks for (first: {lacking[0]})")
     if more := sorted(found.keys() - own.keys()):
         raise UserError(f"the checkpoint has {len(more)} tensors that its config does not ask for (first: {more[0]})")
     if other := sorted(n for n, shape in own.items() if tuple(found[n].shape) != shape):
         raise UserError(f"the checkpoint's {other[0]} is {tuple(found[other[0]].shape)}, and its config asks for {own[other[0]]}")
-    model.load_state_dict({n: x.contiguous() for n, x in found.items()}, strict=False)
+    model.load_state_dict({n: x.contiguous() for n, x in (found | stand_in).items()}, strict=False)
     return model.to(device=device, dtype=dtype).eval()
 
 
@@ -240,7 +242,7 @@ def hooked_logits(cfg: HookedTransformerConfig, state: dict[str, Tensor], ids: T
         model = HookedTransformer(copy.deepcopy(cfg), move_to_device=False)
     found = model.load_state_dict(state, strict=False)
     assert not found.unexpected_keys and not [n for n in found.missing_keys if n.rpartition(".")[2] not in BUFFERS], found
-    return model.to(dtype).eval()(ids, prepend_bos=False)
+    return model.to(dtype, print_details=False).eval()(ids, prepend_bos=False)
 
 
 # ------------------------------------------------------------------ tokens
@@ -251,7 +253,8 @@ class Labels:
 
     bos_token_id, bos_token, is_fast, all_special_ids = None, None, True, ()
 
-    def __init__(self, labels: list[str], outputs: list[str]):
+    def __init__(self, labels: list[str], outputs: list[str], same: bool):
+        self.same = same  # whether output i is input token i, as far as there are outputs
         self.labels, self.outputs, self.ids = labels, outputs, {label: i for i, label in enumerate(labels)}
 
     def __len__(self) -> int:
@@ -287,11 +290,12 @@ def read_labels(file: Path, n: int) -> list[str]:
 
 
 def read_tokens(found: Checkpoint, cfg: HookedTransformerConfig) -> Labels:
-    """The tokens of a checkpoint. What it predicts goes by labels of its own, else, when there are as many or fewer, by those of the inputs."""
+    """The tokens of a checkpoint. What it predicts goes by labels of its own, else by those of the inputs where there are as many, else by numbers."""
     labels = read_labels(found.labels, cfg.d_vocab)
-    if found.output_labels.is_file() or cfg.d_vocab_out > cfg.d_vocab:
-        return Labels(labels, read_labels(found.output_labels, cfg.d_vocab_out))
-    return Labels(labels, labels[: cfg.d_vocab_out])
+    if cfg.d_vocab_out == cfg.d_vocab and not found.output_labels.is_file():
+        return Labels(labels, labels, True)
+    outputs = read_labels(found.output_labels, cfg.d_vocab_out)
+    return Labels(labels, outputs, found.output_labels.is_file() and outputs == labels[: len(outputs)])
 
 
 class LabelTokens(Tokens):
@@ -300,7 +304,9 @@ class LabelTokens(Tokens):
     def __init__(self, tokenizer: Labels, info: ModelInfo, n_embed: int):
         super().__init__(tokenizer, info, n_embed)
         self.outputs = {label: i for i, label in enumerate(tokenizer.outputs)}
-        self.two_vocabularies = tokenizer.outputs != tokenizer.labels
+        loss = "it predicts other tokens than it reads, so the loss of a prompt's own tokens is none"
+        two = "what it predicts need not be the tokens that it reads (where it is, output_labels.json says so with their names)"
+        self.refused = ({} if tokenizer.same else {"one vocabulary": two}) | ({} if tokenizer.same and info.d_vocab == n_embed else {"loss": loss})
 
     def spell(self, i: int) -> str:
         return self.tokenizer.labels[i]

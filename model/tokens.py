@@ -35,7 +35,7 @@ def bos_habit(tokenizer, trained: bool | None) -> tuple[bool, str]:
 class Tokens:
     """What a tokenizer knows, for a model with `n_embed` embeddings. Rows and spellings are remembered."""
 
-    two_vocabularies = False  # whether what the model predicts has other tokens than what it reads
+    refused: dict[str, str] = {}  # what can't be asked of a model with these tokens, and why
 
     def __init__(self, tokenizer, info: ModelInfo, n_embed: int):
         self.tokenizer, self.info, self.n_embed, self.bos = tokenizer, info, n_embed, tokenizer.bos_token_id

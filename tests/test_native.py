@@ -7,17 +7,21 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch as t
+from safetensors.torch import save_file
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from engine import Engine
+from model import native
 from techniques.attention.requests import Attention
 from techniques.attribution.requests import Attribution
 from techniques.identities.requests import Identities
 from techniques.lens.requests import Lens
 from techniques.output.requests import Run
 from techniques.patching.requests import Sweep
-from vocabulary.nodes import parse_intervention
+from techniques.weights.requests import HeadWeights
+from vocabulary.nodes import UserError, parse_intervention
 from vocabulary.prompts import Metric, Prompt, Study
+from vocabulary.requests import Check
 
 SMALL = dict(n_layers=2, d_model=16, d_head=4, n_heads=4, d_mlp=24, n_ctx=5, d_vocab=9, act_fn="relu", normalization_type=None)
 KINDS = {
@@ -147,3 +151,57 @@ def test_a_sweep_patches_what_hooks_patch(both):
 
             want = diff(theirs.run_with_hooks(ids(CORRUPT), fwd_hooks=[(f"blocks.{layer}.hook_resid_pre", patch)]))
             assert table.values[layer, pos] == pytest.approx(want, abs=1e-4), (layer, pos)
+
+
+def problems(engine, clean: str, answer: str = "1") -> tuple[str, ...]:
+    return engine.run(Check(Prompt(clean, None, (answer,)))).problems
+
+
+def test_tokens_by_labels(tmp_path):
+    """Words of a list, or numbers; what is none of them is said. An answer is one of what the model predicts, and its label need not be an input's."""
+    engine = Engine(str(make(tmp_path / "numbers", "grokking").folder))
+    assert engine.run(Check(Prompt("1  7 8", None, ("7",)))).clean.ids == (1, 7, 8)
+    assert "'12' is not one of this model's 9 tokens: 0 1 2 3 4 5 6 7 …" in problems(engine, "1 12 8")[0]
+    assert "'8' is not one of the 8 tokens that this model predicts" in problems(engine, "1 2 8", "8")[0]
+    assert "context holds 5" in problems(engine, "1 2 3 4 5 6")[0] and not problems(engine, "1 2 8", "7")
+    with pytest.raises(UserError, match="the loss of a prompt's own tokens is none"):
+        engine.run(Run(Study(Prompt("1 2 8"), metric=Metric("loss"))))
+    with pytest.raises(UserError, match="output_labels.json says so"):
+        engine.run(HeadWeights())
+    made = make(tmp_path / "named", "grokking")
+    (made.folder / "output_labels.json").write_text(json.dumps([str(i) for i in range(8)]))
+    Engine(str(made.folder)).run(HeadWeights())
+
+
+def test_files_and_what_is_refused(tmp_path, monkeypatch):
+    """A file with its config beside it opens, from safetensors too; a checkpoint that is not its config's is refused in words, and no code in it is run."""
+    made = make(tmp_path / "model", "grokking")
+    state = {n: x.contiguous() for n, x in made.model.state_dict().items() if not n.endswith(("mask", "IGNORE"))}
+    save_file(state, tmp_path / "toy.safetensors")
+    (tmp_path / "toy.json").write_text((made.folder / "config.json").read_text())
+    engine = Engine(str(tmp_path / "toy.safetensors"))
+    assert t.allclose(engine.model.forward(ids(CLEAN), keep=0)[0], made.model(ids(CLEAN)), atol=1e-4)
+    config = json.loads((made.folder / "config.json").read_text())
+
+    def refusal(change: dict = {}, weights: object = None) -> str:  # noqa: B006
+        (made.folder / "config.json").write_text(json.dumps(config | change))
+        t.save(state if weights is None else weights, made.folder / "model.pt")
+        with pytest.raises(UserError) as error:
+            Engine(str(made.folder))
+        return str(error.value)
+
+    assert "its config asks for" in refusal({"d_mlp": 25}) and "lacks" in refusal({"n_layers": 2}) and "does not ask for" in refusal({"attn_only": True})
+    assert "act_fn 'solu_ln' is not built" in refusal({"act_fn": "solu_ln"}) and "positions are shortformer" in refusal(
+        {"positional_embedding_type": "shortformer"}
+    )
+    assert "parallel_attn_mlp is True" in refusal({"parallel_attn_mlp": True}) and "d_model is 'wide'" in refusal({"d_model": "wide"})
+    assert "save model.state_dict()" in refusal(weights={"model": made.model.cfg}) and "holds no state dict" in refusal(weights=[1, 2])
+    (made.folder / "labels.json").write_text('["a", "b"]')
+    assert "a JSON list of 9 different labels" in refusal()
+    (made.folder / "second.pt").write_bytes(b"")
+    assert "holds 2 checkpoints: give the file itself" in refusal()
+    theirs = native.hooked_logits
+    monkeypatch.setattr(native, "hooked_logits", lambda *args: theirs(*args) + 0.1)
+    wrong = Engine(str(tmp_path / "toy.safetensors"))
+    with pytest.raises(UserError, match="forward pass is not HookedTransformer's"):
+        wrong.run(Run(Study(Prompt("1 2 8"))))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from utils import ROOT
 from vocabulary.nodes import UserError
+from vocabulary.requests import ModelInfo
 
 OWNERS = {"distilgpt2": "distilbert"} | dict.fromkeys(
     ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"), "openai-community"
@@ -42,12 +43,14 @@ def spellings(name: str) -> tuple[str, ...]:
     return (name, f"{OWNERS[name]}/{name}") if name in OWNERS else (name,)
 
 
-def sources(model: str, base: str | None, name: str) -> tuple[str, str]:
-    """Where a script finds the weights and the base of a model that was loaded as `model` and goes by `name`. UserError where no script can."""
+def sources(model: str, base: str | None, info: ModelInfo) -> tuple[str, str]:
+    """Where a script finds the weights and the base of what was loaded as `model`. UserError where no script can."""
     place = lambda text: str(ROOT / "zoo") if text == "zoo" else canonical(text)  # noqa: E731
-    weights = str(ROOT / "zoo") if model == "zoo" else name
+    weights = str(ROOT / "zoo") if model == "zoo" else info.name
     if weights.endswith(".gguf"):
         raise UserError("a script for a GGUF file is not built: save the model as a Hugging Face folder and load that")
+    if info.architecture == "HookedTransformer":
+        raise UserError("a script for a model trained by hand is not built: HookedTransformer and load_state_dict open it")
     return weights, place(base) if base else weights
 
 

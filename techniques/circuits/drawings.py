@@ -458,7 +458,7 @@ def circuit_script(circuit: Circuit, study: Study, info: ModelInfo, load, rest: 
     saes = [s for s in study.saes if features]
     if features and not saes:
         raise UserError(f"{features[0]}: the script needs its SAE, and none is loaded")
-    weights, base = sources(load.model, load.base, info.name)
+    weights, base = sources(load.model, load.base, info)
     prompts = study.prompt_set or (study.prompt,)
     bos = prompts[0].bos if prompts[0].bos is not None else info.default_bos
     rows = [(p.clean, p.corrupt, list(p.answers), list(p.foils), dict(p.labels)) for p in prompts]

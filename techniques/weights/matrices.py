@@ -230,6 +230,10 @@ class Head:
         The same run gives the rotation. Returns the largest difference; an architecture of another kind is refused.
         """
         model, layer = self.model, self.layer.index
+        if not model.causal:
+            raise UserError(
+                f"{model.info.architecture} looks ahead, so that no token is read alone: what its heads' weights say can't be held against the model"
+            )
         if not 0 <= distance < model.info.n_ctx:
             raise UserError(f"distance {distance}: give 0 to {model.info.n_ctx - 1}, destination minus source position")
         last = max(distance, 1)

@@ -29,7 +29,8 @@ def text_grid(name: str, tokens: Sequence[str], values: np.ndarray, lo: float, h
 def row_of(grid: Grid, row: int, name: str, tokens: Sequence[str], column: bool = False) -> Grid:
     """One row of a map by position, or one of its columns, as numbers of the tokens; columns that are no position are left out."""
     turn = (lambda a: a.T) if column else (lambda a: a)
-    n, cells = len(tokens), (lambda some: frozenset((0, c) for r, c in ((c, r) if column else (r, c) for r, c in some) if r == row))  # fmt: skip
+    n = len(tokens)
+    cells = lambda some: frozenset((0, c) for r, c in ((c, r) if column else (r, c) for r, c in some) if r == row and c < n)  # noqa: E731
     return replace(
         text_grid(name, tokens, turn(grid.values)[row, :n], grid.lo, grid.hi, grid.signed),
         numbers=None if grid.numbers is None else turn(grid.numbers)[row : row + 1, :n],
@@ -51,10 +52,11 @@ def wrap(tokens: Sequence[str], widths: Sequence[int], room: int) -> Lines:
     for n, token in enumerate(tokens):
         if n and (token[:1].isspace() or tokens[n - 1][-1:].isspace()):
             word, in_word = n, 0
-        if n > first and (tokens[n - 1].endswith("\n") or used + widths[n] > room):
-            start = n if tokens[n - 1].endswith("\n") or word <= first else word
+        after_newline = n > first and tokens[n - 1].endswith("\n")
+        while n > first and (after_newline or used + widths[n] > room):
+            start = n if after_newline or word <= first else word
             lines.append((first, start))
-            first, used = start, in_word if start < n else 0
+            first, used, after_newline = start, in_word if start < n else 0, False
         used, in_word = used + widths[n], in_word + widths[n]
     return (*lines, (first, len(tokens))) if tokens else ()
 

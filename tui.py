@@ -104,7 +104,7 @@ class Loupe(App):
         self.said_lines = 1
         self.memory = (0, 0, 0)
         self.failed = ""
-        self.needle, self.matches = "", []
+        self.needle, self.matches, self.marks = "", [], {}
         if table is not TABLE:
             self.set_keymap(keymap(table))
 

@@ -1,6 +1,7 @@
 """What the screen's own keys do to the state and the cursor: moving, intervening, undoing, turning views, finding. Each takes the app."""
 
 import contextlib
+import re
 from pathlib import Path
 
 from techniques.output.requests import RunResult
@@ -12,6 +13,8 @@ from screen.overlays import Editor, Item, Picker
 from screen.pane import Host
 from screen.session import VIEWS
 from widgets import GOOD, WARN
+
+POSITION = re.compile(r"@?(-?[0-9]{1,9})")
 
 # ------------------------------------------------------------------ panes and the cursor
 
@@ -232,7 +235,7 @@ def turn_which(app: Host) -> None:
 
 
 def search(app: Host) -> None:
-    hint = "a token, or a node such as L2H3 or L1.resid_mid@S2 · enter · esc"
+    hint = "a token, a node such as L2H3 or L1.resid_mid@S2, a position such as @12 or @S2 · enter · esc"
     app.open(Editor("find", [("find", app.needle)], accepted(lambda values: find(app, values[0])), 0, 1, hint, True))
 
 
@@ -240,7 +243,10 @@ def find(app: Host, needle: str) -> str:
     """Go to a node, or to the first place of a token; the line that says why not, or ""."""
     app.ready()
     if not needle:
-        return "type a token or a node"
+        return "type a token, a node or a position"
+    if needle.startswith("@") and (pos := position_of(app, needle)) is not None:
+        app.move(pos=pos)
+        return ""
     with contextlib.suppress(UserError):
         return find_node(app, needle, parse_node(needle))
     app.needle, app.matches = needle, app.panes[app.pane].find(app, needle)
@@ -248,6 +254,19 @@ def find(app: Host, needle: str) -> str:
         return f"{needle!r} is not on this pane"
     find_next(app, 0)
     return ""
+
+
+def position_of(app: Host, text: str) -> int | None:
+    """What `123`, `@123`, `@-1` (from the end) or a label (`@S2`) means in the shown prompt; None: it is no position. UserError beyond the prompt."""
+    n, labels = app.length(), app.tokens.tokens.labels if app.tokens else {}
+    if text.removeprefix("@") in labels:
+        return labels[text.removeprefix("@")]
+    if (match := POSITION.fullmatch(text)) is None:
+        return None
+    pos = int(match[1])
+    if not -n <= pos < n:
+        raise UserError(f"{text}: the prompt has {n} tokens, 0 to {n - 1}")
+    return pos % n
 
 
 def find_node(app: Host, needle: str, node: Node) -> str:

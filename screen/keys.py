@@ -153,7 +153,19 @@ def hints(table: tuple[Action, ...], pane: Keyed, panes: Iterable[Keyed]) -> lis
 
 
 def show_key(key: str) -> str:
-    return {"comma": ",", "escape": "esc", "enter": "⏎", "left": "←", "right": "→", "up": "↑", "down": "↓"}.get(key, key)
+    return {
+        "comma": ",",
+        "escape": "esc",
+        "enter": "⏎",
+        "left": "←",
+        "right": "→",
+        "up": "↑",
+        "down": "↓",
+        "pageup": "PgUp",
+        "pagedown": "PgDn",
+        "home": "Home",
+        "end": "End",
+    }.get(key, key)
 
 
 def show_keys(action: Action) -> str:

@@ -58,6 +58,16 @@ class Grid:
             level = np.clip((self.values - self.lo) / span * n, 0, n - 1)
         return np.where(np.isfinite(level), level, -1).astype(int)
 
+    @cached_property
+    def magnitude(self) -> np.ndarray:
+        """Sizes of the values [rows, columns], -inf where blank."""
+        return np.nan_to_num(np.abs(self.values), nan=-np.inf)
+
+    @cached_property
+    def widest(self) -> int:
+        """Columns of the widest name of a row, or of the corner."""
+        return max([width_of(r) for r in self.rows] + [width_of(self.corner)], default=0)
+
     @property
     def ramp(self) -> list[int]:
         return SIGNED_RAMP if self.signed else RAMP
@@ -110,7 +120,7 @@ class Density:
 
 def label_width(grid: Grid, width: int) -> int:
     """Columns of the row labels."""
-    return min(max([width_of(r) for r in grid.rows] + [width_of(grid.corner)], default=0) + 1, max(width // 3, 6))
+    return min(grid.widest + 1, max(width // 3, 6))
 
 
 def header_height(grid: Grid, density: Density) -> int:
@@ -305,8 +315,8 @@ def ranked(grid: Grid, width: int, height: int) -> list[Spans]:
 
 def strip_of_maxima(grid: Grid, n: int, along: int) -> np.ndarray:
     """The largest size in each of n equal parts of the rows (along 0) or the columns (along 1), as levels of the ramp; -1 where there is none."""
-    size = np.nan_to_num(np.abs(grid.values), nan=-np.inf).max(axis=1 - along, initial=-np.inf)
-    where = np.nan_to_num(np.abs(grid.values), nan=-np.inf).argmax(axis=1 - along) if grid.values.size else np.zeros(len(size), int)
+    size = grid.magnitude.max(axis=1 - along, initial=-np.inf)
+    where = grid.magnitude.argmax(axis=1 - along) if grid.values.size else np.zeros(len(size), int)
     levels = grid.level[np.arange(len(size)), where] if along == 0 else grid.level[where, np.arange(len(size))]
     parts = np.array_split(np.arange(len(size)), min(n, len(size)))
     return np.array([levels[part[int(size[part].argmax())]] if len(part) else -1 for part in parts])

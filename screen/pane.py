@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Protocol
 
-import numpy as np
 from textual.app import ComposeResult
 from textual.containers import Vertical
 from textual.geometry import Region, Size
@@ -24,9 +23,10 @@ from screen.cursor import Cursor, clip
 from screen.keys import Action, Part
 from screen.maps import least_height, legend, most_height
 from screen.overlays import Item, Overlay
-from screen.pictures import kept_cells, scale
+from screen.pictures import kept_cells, scale, texts_of
 from screen.replies import Requests
 from screen.session import VIEWS, Session, State
+from screen.textview import TextView
 from utils import width_of
 from widgets import BOLD, DIM, FOCUS, HEAD, PLAIN, RULE, Grid, GridView, Lines, Spans
 
@@ -48,6 +48,7 @@ class Host(Protocol):
     scopes: dict[str, str]  # of each pane: whether actions act on all positions ("all") or the cursor's ("here")
     table: tuple[Action, ...]
     known_saes: dict[str, SaeInfo]  # of those that were loaded, by source
+    marks: "dict[str, tuple[str, Cursor]]"  # places to come back to: pane and cursor, by a letter
     needle: str  # what is searched for, and where it is, as arguments of move
     matches: list[dict]
     memory: tuple[int, int, int]  # bytes of the engine, of its device, of its cache
@@ -80,6 +81,7 @@ class Pane(Vertical, can_focus=True):
     number, key, label, about, wide = "?", "", "", "", True
     views: dict[str, tuple[str, ...]] = {}  # what it can show: names and values, the first of each at first
     view = ""  # the one of them that `v` turns
+    text_view = ""  # the one that turns to the prompt as text, "" where there is none; its first value is off
     differences = True  # whether `f` turns to differences of runs too
     scope = "all"  # whether actions act on all positions or the cursor's ("here")
     keys: tuple[Action | Part, ...] = ()
@@ -90,6 +92,7 @@ class Pane(Vertical, can_focus=True):
     def __init__(self, **kw):
         super().__init__(**kw)
         self.title_line, self.info_line = Lines(), Lines()
+        self.text = TextView(classes="second")
         self.said = ("", "")  # title and convention as they stand in the title line
         self.drawn: dict[str, tuple[tuple, Grid]] = {}
 
@@ -119,6 +122,11 @@ class Pane(Vertical, can_focus=True):
     def across(self, app: Host, by: int) -> None:
         """What , and . do: the position."""
         app.move(pos=clip(app.cursor.pos + by, app.length()))
+
+    def page(self) -> int:
+        """Rows that a page has: those in view."""
+        shown = [w for w in self.query("GridView, TextView") if w.size and w.display]
+        return max((w.down * (w.density.per if isinstance(w, GridView) and w.laid else 1) for w in shown if getattr(w, "grid", None)), default=10)
 
     def node(self, app: Host, pos: int | None) -> Node:
         """The node under the cursor, that actions act on."""
@@ -158,16 +166,34 @@ class Pane(Vertical, can_focus=True):
     def paint(self, app: Host) -> None:
         """Draw from the replies; cheap, called at every change."""
 
-    def heat(self, app: Host) -> np.ndarray | None:
-        """What colours the prompt's tokens in the top lines, a number a position; None: nothing."""
+    def reads(self, app: Host) -> bool:
+        """Whether the prompt is shown as text."""
+        return bool(self.text_view) and app.state.views[self.text_view] != VIEWS[self.text_view][0]
+
+    def swap(self, app: Host, *instead: Widget) -> bool:
+        """Put the text in the place of what else is shown, or that back; whether the prompt is shown as text."""
+        reads = self.reads(app)
+        self.text.set_class(not reads, "hidden")
+        for widget in instead:
+            widget.set_class(reads, "hidden")
+        if not reads:
+            self.text.grid = None
+        return reads
+
+    def show_text(self, app: Host, grid: Grid | None, message: Spans | None = None) -> None:
+        """The prompt as text with these numbers (a Grid of one row), or why there are none; the line below names the cursor's."""
+        known = grid is not None and app.tokens is not None and grid.cols == texts_of(app.tokens.tokens)
+        self.text.show(grid, app.cursor.pos, app.state.views["mode"], message, differing(app) if known else frozenset())
+        self.info_line.show([self.text.about()])
 
     def height_needed(self) -> int:
         """Lines that the pane can use."""
-        return 2 + max([most_height(g) for g in self.grids().values()], default=9)
+        text = [max(4, len(self.text.lines) * self.text.per)] if self.text.grid else []
+        return 2 + max([*(most_height(g) for g in self.grids().values() if g is not self.text.grid), *text], default=9)
 
     def height_least(self) -> int:
         """Lines in which its maps are whole."""
-        return 2 + max([least_height(g) for g in self.grids().values()], default=8)
+        return 2 + max([least_height(g) for g in self.grids().values() if g is not self.text.grid], default=8)
 
     def width_needed(self) -> int:
         """Columns that the pane can use beside others."""
@@ -227,9 +253,21 @@ class Pane(Vertical, can_focus=True):
         for child in self.walk_children(Widget):
             if isinstance(child, Lines):
                 lines.append(child.text())
-            elif isinstance(child, GridView) and child.size:
+            elif isinstance(child, GridView | TextView) and child.size:
                 lines += [s.text.rstrip() for s in child.render_lines(Region(0, 0, *child.size))]
         return "\n".join(line for line in lines if line.strip()) + "\n"
+
+
+def differing(app: Host) -> frozenset[int]:
+    """Positions of the shown run where clean and corrupted have different tokens: by the alignment where there is one, else by index."""
+    check, shown = app.requests.check(), app.tokens
+    if shown is None or check is None or check.corrupt is None:
+        return frozenset()
+    a, b = check.clean.ids, check.corrupt.ids
+    pairs = check.alignment or tuple((n, n) for n in range(min(len(a), len(b))))
+    alike = {pair for pair in pairs if a[pair[0]] == b[pair[1]]}
+    on_corrupt = shown.tokens.ids == check.corrupt.ids and check.clean.ids != check.corrupt.ids
+    return frozenset(range(len(b if on_corrupt else a))) - {pair[on_corrupt] for pair in alike}
 
 
 def step_component(app: Host, rows: int, cols: int) -> None:

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from screen import actions, dialogs, jobs, models, prompts, sessions
+from screen import actions, dialogs, jobs, models, moves, prompts, sessions
 from screen.keys import INTERVENE, LOUPE, MOVE, PANES, PROMPT, VIEW, FIND, Action
 
 FAR = 10**6
@@ -23,6 +23,17 @@ SCREEN = (
     Action("pos_right", ".", "position +", "Position right (in the weights: farther)", MOVE, partial(actions.across, by=1)),
     Action("first", "g", "first", "First row", MOVE, partial(actions.step, rows=-FAR, cols=0)),
     Action("last", "G", "last", "Last row", MOVE, partial(actions.step, rows=FAR, cols=0)),
+    Action("page_up", "pageup", "page up", "A page of rows, or of lines of the text, up", MOVE, partial(moves.page, by=-1)),
+    Action("page_down", "pagedown", "page down", "A page down", MOVE, partial(moves.page, by=1)),
+    Action("half_up", "ctrl+u", "half a page up", "Half a page up", MOVE, partial(moves.page, by=-0.5)),
+    Action("half_down", "ctrl+d", "half a page down", "Half a page down", MOVE, partial(moves.page, by=0.5)),
+    Action("start", "home", "first position", "First position", MOVE, partial(moves.end, by=-1)),
+    Action("end", "end", "last position", "Last position", MOVE, partial(moves.end, by=1)),
+    Action("count", ";", "count", "A number, then a key that moves (`;12l`: twelve to the right), or ⏎ (`;12⏎`: to position 12)", MOVE, moves.count),
+    Action("next_difference", "}", "differs", "Next position where clean and corrupted have different tokens", MOVE, moves.next_difference),
+    Action("previous_difference", "{", "differed", "Previous position where they differ", MOVE, partial(moves.next_difference, by=-1)),
+    Action("mark", '"', "mark", "Mark this place: pane, component and position, under a letter", MOVE, moves.set_mark),
+    Action("go_to_mark", "'", "to mark", "Go to a mark", MOVE, moves.go_to_mark),
     Action("enter", "enter", "drill in", "", MOVE, lambda app: app.ready()),
     Action("edit", "e", "edit prompt", "Edit the prompt", PROMPT, prompts.edit),
     Action("edit_corrupt", "E", "edit corrupted", "Edit the corrupted prompt", PROMPT, partial(prompts.edit, focus=1)),
@@ -62,8 +73,9 @@ SCREEN = (
         partial(actions.turn, name="mode"),
     ),
     Action("view_back", "backspace", "view back", "Back to the view before; views have a history of their own", VIEW, actions.view_back),
+    Action("reading", "T", "text", "The prompt as text, each token coloured by the pane's number at the cursor", VIEW, moves.turn_text),
     Action("which", "f", "run", "Which run: now, clean, corrupted, or a difference", VIEW, actions.turn_which),
-    Action("search", "/", "search", "Find a token, or go to a node (L2H3, L1.resid_mid@S2)", FIND, actions.search),
+    Action("search", "/", "search", "Find a token, or go to a node (L2H3, L1.resid_mid@S2) or a position (@12, @S2)", FIND, actions.search),
     Action("find_next", "n", "next", "Next match", FIND, actions.find_next),
     Action("find_previous", "N", "previous", "Previous match", FIND, partial(actions.find_next, by=-1)),
     Action("palette", ":", "palette", "Command palette", LOUPE, dialogs.palette),

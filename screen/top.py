@@ -2,21 +2,14 @@
 
 from pathlib import Path
 
-import numpy as np
-from rich.style import Style
-
 from techniques.output.requests import RunResult
 from vocabulary.prompts import TokenRow
 from vocabulary.requests import ModelInfo
 from screen.keys import hints
 from screen.pane import Host
-from screen.colours import heat_code
 from screen.pictures import RUN_NAMES, signed, texts_of
 from utils import show_bytes, show_count, show_token, visible, width_of
-from widgets import BAD, BOLD, CHANGED, CURSOR, CURSOR_PLAIN, DIM, HEAD, PLAIN, WARN, Spans, on
-
-UNDERLINE = Style(underline=True)
-FAINT = 0.05  # what is below it does not colour a token
+from widgets import BAD, BOLD, CHANGED, CURSOR, CURSOR_PLAIN, DIM, HEAD, PLAIN, WARN, Spans
 
 
 def top_lines(app: Host) -> list[Spans]:
@@ -30,15 +23,12 @@ def top_lines(app: Host) -> list[Spans]:
         metric = [(f" {visible(error)}", BAD)]
     ids = s.views["ids"] == "on"
     clean, corrupt = (run.clean.tokens, run.corrupt.tokens if run.corrupt else None) if run else (None, None)
-    heat = next((h for name in app.visible_panes() if (h := app.panes[name].heat(app)) is not None), None)
-    on_corrupt = (s.views["which"].split("-")[0] == "corrupt") or (s.views["which"].startswith("now") and s.base == "corrupt")
-    heats = (None, heat) if on_corrupt else (heat, None)
     other = s.prompt.corrupt or "none: E types one, o opens a prompt set"
     return [
         model_line(app.info, s.model.model, app.busy, app.memory),
         metric,
-        token_line("clean", clean, pos, w, None, ids, colour, s.prompt.clean, heats[0]),
-        token_line("corrupted", corrupt, pos, w, clean, ids, colour, other, heats[1]),
+        token_line("clean", clean, pos, w, None, ids, colour, s.prompt.clean),
+        token_line("corrupted", corrupt, pos, w, clean, ids, colour, other),
         state_line(app, clean),
     ]
 
@@ -108,13 +98,8 @@ def metric_line(result: RunResult | None, kind: str, pos: str, base: str, stale:
     return [*spans, (f"  {result.warning}", WARN)] if result.warning else spans
 
 
-def token_line(
-    name: str, row: TokenRow | None, pos: int, width: int, other: TokenRow | None, ids: bool, colour: bool, text: str = "", heat: np.ndarray | None = None
-) -> Spans:
-    """
-    A prompt as tokens: the cursor's marked, those that differ from the other prompt coloured, or all coloured by `heat` (underlined where there is no
-    colour); a page of them when they do not fit.
-    """
+def token_line(name: str, row: TokenRow | None, pos: int, width: int, other: TokenRow | None, ids: bool, colour: bool, text: str = "") -> Spans:
+    """A prompt as tokens: the cursor's marked, those that differ from the other prompt coloured; a page of them when they do not fit."""
     spans: Spans = [(f" {name:9} ", DIM)]
     if row is None:
         return [*spans, (visible(text[:width])[: width - 12], DIM)]
@@ -134,7 +119,5 @@ def token_line(
     for n in range(first, last):
         differs = other is not None and (n >= len(other.ids) or other.ids[n] != row.ids[n])
         style = (CURSOR if colour else CURSOR_PLAIN) if n == pos else CHANGED if differs else DIM if n == 0 and row.bos else PLAIN
-        if heat is not None and n != pos and n < len(heat) and abs(float(heat[n])) >= FAINT:
-            style = on(heat_code(min(abs(float(heat[n])), 1.0), bool((heat < 0).any()))) if colour else UNDERLINE
         spans.append((shown[n], style))
     return [*spans, ("›" if last < len(shown) else "", DIM)]

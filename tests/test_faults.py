@@ -251,19 +251,6 @@ async def test_a_pattern_remembers_the_source_that_was_chosen(zoo, tmp_path):
         assert app.cursor.src == int(np.nan_to_num(pattern, nan=-1).argmax()), "another head: where that one looks most"
 
 
-async def test_colouring_by_attention_says_what_it_does(zoo, tmp_path):
-    app = make_app(zoo, tmp_path, small())
-    async with app.run_test(size=(80, 24)) as pilot:
-        await press(app, pilot, "2", "T")
-        assert "coloured by L3H0's attention from 14 ·to" in flat(app)
-        await press(app, pilot, "T")
-        assert "attention to 14 ·to" in flat(app)
-        await press(app, pilot, "T")
-        assert "no longer coloured" in flat(app)
-        await press(app, pilot, "1", "T")
-        assert "2 goes there" in flat(app), "what is not to be seen is said"
-
-
 async def test_the_tours_step_8_ends_where_step_14_reads(zoo, tmp_path):
     tour = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
     step = tour[tour.index("8. **") : tour.index("9. **")]

@@ -7,14 +7,12 @@ import numpy as np
 
 from techniques.attention.requests import AttentionSet, Detect, DETECTORS, HeadStatsResult
 from vocabulary.nodes import UserError
-from screen.actions import no_members, turn
+from screen.actions import no_members
 from screen.overlays import Editor, Item, Picker
 from screen.pane import Host, Pane
-from screen.pictures import RUN_NAMES, texts_of
-from screen.top import FAINT
+from screen.pictures import RUN_NAMES
 from techniques.attention.pictures import HEAD_STATS
-from utils import show_token
-from widgets import BAD, WARN
+from widgets import BAD
 
 
 def rank_heads(pane: Pane, app: Host) -> None:
@@ -33,23 +31,6 @@ def rank(app: Host, title: str, scores: np.ndarray) -> None:
 def choose(app: Host, title: str, items: list[Item]) -> None:
     """A list of heads; the chosen one gets the cursor."""
     app.open(Picker(title, items, lambda item, typed: item and app.move(layer=item.value[0], head=item.value[1], comp="head")))
-
-
-def read(pane: Pane, app: Host) -> None:
-    """Turn what colours the prompt's tokens, and say what that is now and where it is to be seen."""
-    turn(app, "attention.read")
-    way, c, heat = app.state.views["attention.read"], app.cursor, pane.heat(app)
-    if way == "off":
-        app.say("the prompt's tokens are no longer coloured by attention")
-        return
-    place = f"{c.pos} {show_token(texts_of(app.tokens.tokens)[c.pos])}" if app.tokens and c.pos < app.length() else str(c.pos)
-    said = f"the prompt's tokens are coloured by L{c.layer}H{c.head}'s attention {way} {place}"
-    if pane.key not in app.visible_panes():
-        app.say(f"{said}, while the attention pane is on the screen: {pane.number} goes there", WARN)
-    elif heat is not None and not (np.abs(heat) >= FAINT).any():
-        app.say(f"{said}; no token has {FAINT} of it")
-    else:
-        app.say(said)
 
 
 def rank_labels(pane: Pane, app: Host) -> None:

@@ -12,6 +12,7 @@ from screen.keys import FIND, VIEW, Action, Part
 from screen.maps import label_width, columns_of
 from screen.pane import Host, Pane, step_component
 from screen.pictures import head_map_addresses, run_name, texts_of
+from screen.textview import row_of
 from techniques.attention import actions, pictures
 from utils import show_token
 from widgets import Grid, GridView, Lines, Same
@@ -19,7 +20,7 @@ from widgets import Grid, GridView, Lines, Same
 
 class AttentionPane(Pane):
     number, key, label, about = "2", "attention", "Attention", "heads map and pattern"
-    view = "attention.stat"
+    view, text_view = "attention.stat", "attention.read"
     views = {
         "attention.stat": ("induction", "previous", "duplicate", "first", "entropy", "pair"),
         "attention.source": ("prompt", "random"),
@@ -38,8 +39,8 @@ class AttentionPane(Pane):
             "ranked", "H", "rank", "Heads or cells ranked by what is shown: filter and go", FIND, actions.rank_heads, "multiples", reach=("lens", "output"),
             elsewhere="H ranks the cells of pane 4, the paths of pane 5 and the heads of pane 2: here is nothing to rank",
         ),
-        Action("reading", "T", "read", "Colour the prompt's tokens by the head's attention from the cursor, to it, or not", VIEW, actions.read, "ranked"),
-        Action("labels", "B", "labels", "Mean attention between labelled positions over the prompt set, ranked: filter and go", FIND, actions.rank_labels, "reading"),
+        Part("reading", "attention", "from the cursor, then to it", turns("attention.read")),
+        Action("labels", "B", "labels", "Mean attention between labelled positions over the prompt set, ranked: filter and go", FIND, actions.rank_labels, "ranked"),
         Action("detect", "C", "detector", "Score heads against a pattern: a known one, or cells such as 14>2 10>4", FIND, actions.choose_detector, "labels"),
     )  # fmt: skip
 
@@ -50,10 +51,10 @@ class AttentionPane(Pane):
         self.map, self.pattern, self.many = GridView(), GridView(classes="second"), Lines(classes="second")
 
     def body(self) -> Widget:
-        return Horizontal(self.map, self.pattern, self.many)
+        return Horizontal(self.map, self.pattern, self.many, self.text)
 
     def grids(self) -> dict[str, Grid]:
-        return {n: v.grid for n, v in (("heads", self.map), ("pattern", self.pattern)) if v.grid}
+        return {n: v.grid for n, v in (("heads", self.map), ("text", self.text) if self.text.grid else ("pattern", self.pattern)) if v.grid}
 
     def wants(self, app: Host) -> dict[str, object]:
         study, views, c = app.study, app.state.views, app.cursor
@@ -66,19 +67,14 @@ class AttentionPane(Pane):
 
     def step(self, app: Host, rows: int, cols: int) -> None:
         c, n = app.cursor, app.length()
+        if self.drilled and self.reads(app):
+            app.move(pos=self.text.walk(c.pos, rows, cols))
+            return
         if self.drilled:
             self.chosen = self.here(app)
             app.move(pos=clip(c.pos + rows, n), src=clip(c.src + cols, n))
             return
         step_component(app, rows, cols)
-
-    def heat(self, app: Host) -> np.ndarray | None:
-        """The head's attention from the cursor's position, or to it, over the positions; None when that is off."""
-        way, pattern, c = app.state.views["attention.read"], app.requests.result("attention", AttentionResult), app.cursor
-        if way == "off" or pattern is None or pattern.layer != c.layer or c.pos >= len(pattern.tokens.ids):
-            return None
-        values = np.nan_to_num(pattern.pattern[c.head])
-        return values[c.pos] if way == "from" else values[:, c.pos]
 
     def back(self, app: Host) -> bool:
         was, self.drilled = self.drilled, False
@@ -93,8 +89,12 @@ class AttentionPane(Pane):
         return node.site != "sae" and not node.site.startswith("resid")
 
     def enter(self, app: Host) -> None:
-        """Into the pattern and out of it; the source is where the head looks most, until another one was chosen."""
+        """Into the pattern and out of it; the source is where the head looks most, until another one was chosen. In the text view: into the text."""
         app.ready()
+        if self.reads(app):
+            self.drilled = not self.drilled
+            app.draw()
+            return
         if self.pattern.grid is not None:
             self.drilled = not self.drilled
             if self.drilled and self.chosen != self.here(app):
@@ -108,11 +108,13 @@ class AttentionPane(Pane):
     def paint(self, app: Host) -> None:
         pattern = app.requests.result("attention", AttentionResult)
         self.paint_heads(app)
-        many = app.state.views["attention.layer"] == "all heads"
+        many = app.state.views["attention.layer"] == "all heads" and not self.reads(app)
         self.many.set_class(not many, "hidden")
         if many:
             self.pattern.set_class(True, "hidden")
-        if pattern is None or pattern.layer != app.cursor.layer:
+        if self.reads(app):
+            self.paint_text(app, pattern if pattern is not None and pattern.layer == app.cursor.layer else None)
+        elif pattern is None or pattern.layer != app.cursor.layer:
             self.pattern.show(None, (0, 0), app.state.views["mode"], app.requests.waiting("attention"))
             self.info_line.show([])
         elif many:
@@ -140,7 +142,14 @@ class AttentionPane(Pane):
             title += f" · {name}"
             note = f"on {'random repeated tokens' if heads.source == 'random' else 'the prompt'}"
         weighted = "pattern × ‖value written‖ · " if views["attention.weighted"] == "on" else ""
-        self.show_title(app, ("heads", "attention"), title, ("pattern: hjkl, esc · " if self.drilled else "") + weighted + note, self.map.grid)
+        self.show_title(app, ("heads", "attention"), title, self.keys_said(app) + weighted + note, self.map.grid)
+
+    def keys_said(self, app: Host) -> str:
+        """What the keys do beside the map, first in the convention."""
+        if not self.reads(app):
+            return "pattern: hjkl, esc · " if self.drilled else ""
+        way = "from" if app.state.views["attention.read"] == "from" else "to"
+        return f"text: attention {way} the cursor, {'hjkl, esc' if self.drilled else '⏎ walks'} · "
 
     def share(self, app: Host, grid: Grid) -> None:
         """The map of heads is as wide as it needs to be whole. Where that leaves the pattern no room, one of the two is shown: the pattern when it is drilled into."""
@@ -149,8 +158,21 @@ class AttentionPane(Pane):
         least = label_width(grid, width) + len(grid.cols) + 2  # all heads side by side, a character each
         alone = beside < least <= width
         self.map.set_class(alone and self.drilled, "hidden")
-        self.pattern.set_class(alone and not self.drilled, "hidden")
+        shown, other = (self.text, self.pattern) if self.reads(app) else (self.pattern, self.text)
+        shown.set_class(alone and not self.drilled, "hidden")
+        other.set_class(True, "hidden")
+        if not self.reads(app):
+            self.text.grid = None
         self.map.styles.width = "1fr" if alone else columns_of(grid, beside, height, mode) + 1
+
+    def paint_text(self, app: Host, pattern: AttentionResult | None) -> None:
+        """The prompt by the head's attention from the cursor's position, or to it."""
+        c, way, grid = app.cursor, app.state.views["attention.read"], None
+        if pattern is not None and c.pos < len(pattern.tokens.ids):
+            name = f"{'from' if way == 'from' else 'into'} {c.pos} {show_token(texts_of(pattern.tokens)[c.pos])}"
+            whole = self.picture("pattern", (Same(pattern), c.head), lambda: pictures.pattern_grid(pattern, c.head))
+            grid = row_of(whole, c.pos, f"L{c.layer}H{c.head} {name}", texts_of(pattern.tokens), way == "to")
+        self.show_text(app, grid, app.requests.waiting("attention"))
 
     def paint_layer(self, app: Host, pattern: AttentionResult) -> None:
         """The patterns of all heads of the layer."""

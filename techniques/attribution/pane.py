@@ -23,14 +23,15 @@ from screen.maps import columns_of
 from screen.pane import Host, Pane, step_component
 from screen.pictures import head_map_addresses, run_name, texts_of
 from techniques.attribution import pictures
+from screen.textview import text_grid
 from utils import show_token
-from widgets import BAD, Grid, GridView, Lines, Same
+from widgets import BAD, DIM, Grid, GridView, Lines, Same
 
 
 class AttributionPane(Pane):
     number, key, label, about = "3", "attribution", "Attribution", "direct logit attribution of every component"
-    view = "attribution.view"
-    views = {"attribution.view": ("ranked", "drill", "set")}
+    view, text_view = "attribution.view", "attribution.text"
+    views = {"attribution.view": ("ranked", "drill", "set"), "attribution.text": ("off", "on")}
     hints = ("enter", "edit", "ablate", "patch", "scope", "keep", "enable", "undo", "view", "mode", "which")
     keys = (
         Part("enter", "attribution", "by source or neuron", lambda pane, app: pane.enter(app)),
@@ -40,12 +41,13 @@ class AttributionPane(Pane):
     def __init__(self, **kw):
         super().__init__(**kw)
         self.map, self.side = GridView(), Lines(classes="second")
+        self.walking = False  # whether the keys move in the text
 
     def body(self) -> Widget:
-        return Horizontal(self.map, self.side)
+        return Horizontal(self.map, self.side, self.text)
 
     def grids(self) -> dict[str, Grid]:
-        return {"attribution": self.map.grid} if self.map.grid else {}
+        return {n: v.grid for n, v in (("attribution", self.map), ("text", self.text)) if v.grid}
 
     def wants(self, app: Host) -> dict[str, object]:
         state, c, which = app.state, app.cursor, app.state.views["which"]
@@ -57,15 +59,28 @@ class AttributionPane(Pane):
         if not app.counted():
             return {}  # until the run says how long the prompt is
         wants = {"attribution": Attribution(app.study, which, c.pos)}
-        if view == "drill":
-            if c.comp == "mlp":
-                wants["drill"] = AttributionNeurons(app.study, which, c.layer, c.pos)
-            elif c.comp == "head":
-                wants["drill"] = AttributionSources(app.study, which, c.layer, c.head, c.pos)
+        if c.comp == "head" and (view == "drill" or self.reads(app)):
+            wants["drill"] = AttributionSources(app.study, which, c.layer, c.head, c.pos)
+        elif c.comp == "mlp" and view == "drill":
+            wants["drill"] = AttributionNeurons(app.study, which, c.layer, c.pos)
         return wants
 
     def step(self, app: Host, rows: int, cols: int) -> None:
-        step_component(app, rows, cols)
+        if self.reads(app) and self.walking:
+            app.move(pos=self.text.walk(app.cursor.pos, rows, cols))
+        else:
+            step_component(app, rows, cols)
+
+    def back(self, app: Host) -> bool:
+        was, self.walking = self.walking, False
+        if was:
+            app.draw()
+        elif was := app.state.views[self.view] == "drill" and not self.reads(app):
+            self.enter(app)
+        return was
+
+    def leave(self) -> None:
+        self.walking = False
 
     def shows(self, node: Node) -> bool:
         return node.site != "sae" and not node.site.startswith("resid")
@@ -77,19 +92,19 @@ class AttributionPane(Pane):
         app.act("go", index=result.worst)
 
     def enter(self, app: Host) -> None:
+        """By source or neuron; in the text view: into the text."""
         app.ready()
+        if self.reads(app):
+            self.walking = not self.walking
+            app.draw()
+            return
         app.act("view", name=self.view, value="ranked" if app.state.views[self.view] == "drill" else "drill")
-
-    def back(self, app: Host) -> bool:
-        drilled = app.state.views[self.view] == "drill"
-        if drilled:
-            self.enter(app)
-        return drilled
 
     def paint(self, app: Host) -> None:
         views, c = app.state.views, app.cursor
         result = app.requests.result("attribution", (AttributionResult, AttributionSetResult))
         name = run_name(app.state, views["which"])
+        reads = self.swap(app, self.side)
         if result is None:
             self.show_title(app, ("attribution",), name, "")
             alone = views[self.view] == "set" and not app.state.members and not app.requests.error("run")
@@ -105,6 +120,9 @@ class AttributionPane(Pane):
         )
         column = c.head if c.comp == "head" else len(grid.cols) - (2 if c.comp == "attn" else 1)
         self.map.show(grid, (clip(c.layer, len(grid.rows)), column), views["mode"])
+        if reads:
+            self.paint_text(app, result)
+            return
         self.paint_side(app, result)
         if whole:
             self.show_title(app, ("attribution",), f"{name} · mean over the prompt set", "direct logit attribution, frozen final scale", grid)
@@ -113,6 +131,22 @@ class AttributionPane(Pane):
             place = f"{result.pos} {show_token(texts_of(result.tokens)[result.pos])}"
             self.show_title(app, ("attribution",), f"{name} · direct logits at {place}", result.convention, grid)
             self.info_line.show([self.map.about() + pictures.sum_line(result.total, result.logit, result.capped, result.error, result.convention)])
+
+    def paint_text(self, app: Host, result: AttributionResult | AttributionSetResult) -> None:
+        """The prompt by what the head under the cursor writes into the logits from each source position."""
+        c, got, text = app.cursor, app.requests.fresh("drill", AttributionSourcesResult), None
+        message = [("  the sources of a head: hjkl to one (an MLP reads its own position alone)", DIM)]
+        if isinstance(result, AttributionSetResult):
+            message = [("  the set has no one text: v turns back to the prompt", DIM)]
+        elif c.comp == "head":
+            message = app.requests.waiting("drill")
+        if got is not None and c.comp == "head":
+            text = text_grid(f"L{got.layer}H{got.head} at {got.pos} from", texts_of(got.tokens), got.sources, *pictures.outward(got.sources), True)
+        place = f"{c.pos} {show_token(texts_of(result.tokens)[c.pos])}" if isinstance(result, AttributionResult) else "the set"
+        walks = "hjkl walk the text, esc leaves it" if self.walking else "⏎ walks in the text"
+        said = f"{run_name(app.state, app.state.views['which'])} · direct logits of {self.node(app, None)} at {place} by source"
+        self.show_title(app, ("attribution", "drill"), said, walks + (f" · {got.convention}" if got else ""), text)
+        self.show_text(app, text, message)
 
     def paint_side(self, app: Host, result: AttributionResult | AttributionSetResult) -> None:
         """Beside the map: the cell's sources or neurons, or all cells ranked."""

@@ -35,6 +35,12 @@ def sum_line(total: float, logit: float, capped: float | None, error: float, con
     return [*spans, (f" {convention}", DIM)]
 
 
+def outward(values: np.ndarray) -> tuple[float, float]:
+    """A scale outward from zero that holds the values."""
+    hi = max(float(np.nanmax(np.abs(values), initial=0)), 1e-6)
+    return -hi, hi
+
+
 def bar(value: float, top: float, width: int) -> str:
     return ("█" * round(abs(value) / top * width)).ljust(width) if top > 0 else " " * width
 

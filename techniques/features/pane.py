@@ -28,8 +28,9 @@ from screen.pane import Host, Pane
 from screen.pictures import run_name, texts_of
 from techniques.features import actions
 from techniques.features.pictures import detail_lines, example_lines, feature_lines, graph_lines, preflight_lines
+from screen.textview import text_grid
 from utils import show_token
-from widgets import BOLD, DIM, PLAIN, Lines, Spans
+from widgets import BOLD, DIM, PLAIN, Grid, Lines, Spans
 
 
 def layer_of(source: str, app: Host) -> int:
@@ -39,8 +40,12 @@ def layer_of(source: str, app: Host) -> int:
 
 class FeaturePane(Pane):
     number, key, label, about = "6", "features", "Features", "an SAE's features at the cursor's position, examples, graph"
-    view = "features.view"
-    views = {"features.view": ("features", "examples", "graph", "preflight"), "features.order": ("activation", "attribution", "direct")}
+    view, text_view = "features.view", "features.text"
+    views = {
+        "features.view": ("features", "examples", "graph", "preflight"),
+        "features.order": ("activation", "attribution", "direct"),
+        "features.text": ("off", "on"),
+    }
     leads_on = (PreflightResult, FeaturesResult)
     hints = ("enter", "ablate", "scale", "saes", "view", "points", "sweep", "weighted")
     keys = (
@@ -61,7 +66,13 @@ class FeaturePane(Pane):
         self.trail: list[tuple[str, int, int]] = []  # walked from, in the graph: SAE, feature, position
 
     def body(self) -> Widget:
-        return Horizontal(self.list, self.side)
+        return Horizontal(self.list, self.side, self.text)
+
+    def reads(self, app: Host) -> bool:
+        return super().reads(app) and bool(app.state.sae) and app.state.views[self.view] in ("features", "examples")
+
+    def grids(self) -> dict[str, Grid]:
+        return {"text": self.text.grid} if self.text.grid else {}
 
     def height_needed(self) -> int:
         return 24
@@ -144,7 +155,7 @@ class FeaturePane(Pane):
 
     def step(self, app: Host, rows: int, cols: int) -> None:
         if cols:
-            app.move(pos=clip(app.cursor.pos + cols, app.length()))
+            app.move(pos=self.text.walk(app.cursor.pos, 0, cols) if self.reads(app) else clip(app.cursor.pos + cols, app.length()))
         if rows and (n := self.rows(app)):
             listed = app.requests.result("features", FeaturesResult)
             if app.state.views[self.view] != "graph" and listed is not None:  # from one that is not listed, to the first
@@ -207,7 +218,13 @@ class FeaturePane(Pane):
         narrow, n = self.size.width < 76, max(3, self.size.height - 3)
         self.list.styles.width = "1fr" if narrow else min(58, max(44, self.size.width * 11 // 20))
         self.side.set_class(narrow and view == "features" and self.size.height < 30, "hidden")
+        self.list.set_class(self.reads(app) and narrow, "hidden")
         flight = app.requests.result("preflight", PreflightResult) if source else None
+        reads = flight is not None and flight.info.source == source and flight.verdict != "refuse" and self.swap(app, self.side)
+        if not reads:
+            self.text.set_class(True, "hidden")
+            self.text.grid = None
+        self.list.set_class(reads and narrow, "hidden")
         if flight is None or flight.info.source != source:
             self.paint_without(app)
             return
@@ -234,10 +251,21 @@ class FeaturePane(Pane):
             mine = detail is not None and (detail.index, detail.info.source, detail.tokens) == (self.index, source, got.tokens)
             here = float(detail.activation[got.pos]) if mine else np.nan
             self.list.show(feature_lines(got, self.index, n, self.size.width if narrow else self.list.styles.width.value, here))
+        if reads:
+            self.paint_text(app)
+            return
         self.paint_side(app, max(24, self.size.width - int(self.size.width // 2 if narrow else self.list.styles.width.value) - 3), n)
         active = [i for i in state.interventions if i.node.site == "sae"]
         loaded = f"{len(state.saes)} SAEs loaded: {' '.join(state.saes)}  "
         self.info_line.show([[(f" {self.node(app, None)} ", BOLD), (loaded, DIM), (" ".join(map(str, active)), PLAIN)]])
+
+    def paint_text(self, app: Host) -> None:
+        """The prompt by the activation of the feature under the cursor."""
+        detail, grid = app.requests.result("feature", FeatureResult), None
+        if detail is not None and detail.index == self.index and detail.info.source == app.state.sae:
+            top = max(float(detail.activation.max(initial=0)), 1e-6)
+            grid = text_grid(f"f{detail.index} {detail.label}".strip(), texts_of(detail.tokens), detail.activation, 0.0, top)
+        self.show_text(app, grid, app.requests.waiting("feature") if "feature" in app.requests.wanted else [])
 
     def alone(self, lines: list[Spans]) -> None:
         """Lines over the pane's whole width, and nothing beside or below them."""

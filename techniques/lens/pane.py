@@ -12,18 +12,20 @@ from screen.actions import turns
 from screen.cursor import clip, place_of
 from screen.keys import VIEW, Action
 from screen.pane import Host, Pane
-from screen.pictures import run_name
+from screen.pictures import run_name, texts_of
 from screen.session import VIEWS
+from screen.textview import row_of
 from techniques.lens import actions, pictures
 from widgets import Grid, GridView, Lines, Same
 
 
 class LensPane(Pane):
     number, key, label, about, scope, differences = "1", "lens", "Lens", "hook points × positions", "here", False
-    view = "lens.stat"
+    view, text_view, urgent = "lens.stat", "lens.text", ("lens_row",)
     views = {
         "lens.stat": ("prob", "answer", "rank", "entropy", "kl", "logit_diff", "kl_pair", "promoted", "suppressed"),
         "lens.points": ("mid+post", "post", "all", "components", "heads"),
+        "lens.text": ("off", "on"),
     }
     hints = ("edit", "ablate", "patch", "scope", "keep", "enable", "undo", "view", "mode", "which", "chart", "lens_kind")
     keys = (
@@ -38,10 +40,11 @@ class LensPane(Pane):
         self.table, self.side = GridView(), Lines(classes="side")
 
     def body(self) -> Widget:
-        return Horizontal(self.table, self.side)
+        return Horizontal(self.table, self.text, self.side)
 
     def grids(self) -> dict[str, Grid]:
-        return {"lens": self.table.grid} if self.table.grid else {}
+        shown = ("text", self.text) if self.text.grid else ("lens", self.table)
+        return {shown[0]: shown[1].grid} if shown[1].grid else {}
 
     def points(self, app: Host) -> tuple[str, ...]:
         kind, n, mid = app.state.views["lens.points"], app.info.n_layers, not app.info.parallel
@@ -63,7 +66,16 @@ class LensPane(Pane):
         if state.lens != "logit":
             points = tuple(p for p in points if p.endswith("resid_post") or p == "L0.resid_pre")
         pair = state.views["lens.stat"] == "kl_pair"
-        return {"lens": Lens(app.study, self.which(app), points, kind=state.lens, artefact=state.artefact, pair=pair)}
+        whole = Lens(app.study, self.which(app), points, kind=state.lens, artefact=state.artefact, pair=pair)
+        if not self.reads(app):
+            return {"lens": whole}
+        return {"lens_row": replace(whole, points=(points[self.row(app, points)],)), "lens": whole}  # the row in view first
+
+    def in_view(self, app: Host) -> LensResult | None:
+        """The whole lens, or its row at the cursor while that has not come so far."""
+        whole = app.requests.result("lens", LensResult)
+        row = app.requests.fresh("lens_row", LensResult) if self.reads(app) else None
+        return row if row is not None and (whole is None or row.points[0] not in whole.points or app.requests.stale("lens")) else whole
 
     def merge(self, before: object | None, part: object) -> object:
         """The rows that have come so far."""
@@ -78,6 +90,9 @@ class LensPane(Pane):
 
     def step(self, app: Host, rows: int, cols: int) -> None:
         points = self.shown(app)
+        if self.reads(app):
+            app.move(pos=self.text.walk(app.cursor.pos, rows, cols))
+            return
         row, drawn = self.row(app, points), self.table.rows if self.table.thinned else list(range(len(points)))
         at = drawn.index(row) if row in drawn else 0
         node = parse_node(points[drawn[clip(at + rows, len(drawn))]])
@@ -106,17 +121,25 @@ class LensPane(Pane):
         return [place_of(node) | {"pos": c} for node, c, i in cells if needle.lower() in lens.texts[i].lower()]
 
     def paint(self, app: Host) -> None:
-        views, result = app.state.views, app.requests.result("lens", LensResult)
+        views, result = app.state.views, self.in_view(app)
+        reads = self.swap(app, self.table)
         stat, artefact = views["lens.stat"], f" {Path(app.state.artefact).name}" if app.state.artefact else ""
         name = f"{run_name(app.state, self.which(app))} · {pictures.LENS_KINDS[app.state.lens]}{artefact}"
         if result is None:
             self.show_title(app, ("lens",), name, "")
-            self.table.show(None, (0, 0), views["mode"], app.requests.waiting("lens"))
+            (
+                self.show_text(app, None, app.requests.waiting("lens_row"))
+                if reads
+                else self.table.show(None, (0, 0), views["mode"], app.requests.waiting("lens"))
+            )
             self.side.show([])
             self.info_line.show([])
             return
         grid = self.picture("lens", (Same(result), stat), lambda: pictures.lens_grid(result, stat, app.info.d_vocab if app.info else 2))
         row, pos = self.row(app, result.points), clip(app.cursor.pos, len(result.tokens.texts))
+        if reads:
+            self.paint_text(app, result, grid, row)
+            return
         self.table.show(grid, (row, pos), views["mode"])
         thinned = f" · {self.table.thinned}" if self.table.thinned else ""
         self.show_title(app, ("lens",), f"{name} · {pictures.LENS_STATS[stat]}{thinned}", result.convention, grid)
@@ -125,6 +148,15 @@ class LensPane(Pane):
         if beside:
             self.side.show(pictures.lens_side(result, row, pos, 3 if len(app.visible_panes()) == 3 else 10))
         self.info_line.show([pictures.lens_cell(result, row, pos, 0 if beside or len(app.visible_panes()) == 3 else 4)])
+
+    def paint_text(self, app: Host, result: LensResult, grid: Grid, row: int) -> None:
+        """The prompt by the row under the cursor."""
+        text = row_of(grid, row, result.points[row], texts_of(result.tokens))
+        name = f"{run_name(app.state, self.which(app))} · {pictures.LENS_KINDS[app.state.lens]} at {result.points[row]}"
+        self.show_title(app, ("lens_row", "lens"), f"{name} · {pictures.LENS_STATS[app.state.views['lens.stat']]}", result.convention, text)
+        self.side.set_class(True, "hidden")
+        self.show_text(app, text)
+        self.info_line.show([pictures.lens_cell(result, row, clip(app.cursor.pos, len(result.tokens.texts)), 4)])
 
 
 PANE = LensPane

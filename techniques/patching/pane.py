@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+from textual.containers import Horizontal
 from textual.widget import Widget
 
 from techniques.patching.requests import Estimate, Sweep, SweepResult
@@ -12,8 +13,9 @@ from screen.cursor import clip, place_of
 from screen.keys import VIEW, Action, Part
 from screen.overlays import Item, Picker
 from screen.pane import Host, Pane
-from screen.pictures import sweep_cell
+from screen.pictures import sweep_cell, texts_of
 from screen.session import VIEWS
+from screen.textview import row_of
 from techniques.patching.pictures import sweep_grid
 from widgets import DIM, Grid, GridView, Same
 
@@ -23,7 +25,7 @@ DIRECTIONS = {"denoise": "denoising: clean into corrupted", "noise": "noising: c
 
 class PatchingPane(Pane):
     number, key, label, about = "4", "patching", "Patching", "sweeps over every node, estimate and truth"
-    view = "patching.kind"
+    view, text_view = "patching.kind", "patching.text"
     views = {
         "patching.kind": (
             "z",
@@ -50,6 +52,7 @@ class PatchingPane(Pane):
         "patching.effect": ("total", "direct"),
         "patching.over": ("prompt", "set"),
         "patching.estimate": ("atp", "ig"),
+        "patching.text": ("off", "on"),
     }
     hints = ("enter", "keep", "base", "undo", "view", "mode", "source", "points", "sweep", "operation", "weighted", "ranked")
     keys = (
@@ -71,10 +74,11 @@ class PatchingPane(Pane):
         self.cell = (0, 0)  # for cells that are not one node
 
     def body(self) -> Widget:
-        return self.table
+        return Horizontal(self.table, self.text)
 
     def grids(self) -> dict[str, Grid]:
-        return {"patching": self.table.grid} if self.table.grid else {}
+        shown = ("text", self.text) if self.text.grid else ("patching", self.table)
+        return {shown[0]: shown[1].grid} if shown[1].grid else {}
 
     def choices(self, app: Host) -> tuple[str, ...]:
         """Features only where an SAE is loaded."""
@@ -131,6 +135,9 @@ class PatchingPane(Pane):
         if result is None:
             return
         r, c = self.at(app, result)
+        if self.reads(app):
+            app.move(pos=self.text.walk(app.cursor.pos, rows, cols))
+            return
         self.go(app, result, clip(r + rows, len(result.rows)), clip(c + cols, len(result.cols)))
 
     def go(self, app: Host, result: SweepResult, row: int, col: int) -> None:
@@ -189,10 +196,12 @@ class PatchingPane(Pane):
         views, wanted = app.state.views, app.requests.wanted
         (truth, estimate), slots, shown = self.shown(app), ("sweep", "estimate"), views["patching.show"]
         title, result = self.title(app, self.request(app)), truth or estimate
+        reads = self.swap(app, self.table)
         if result is None:
             self.show_title(app, slots, title, "")
             waits = next((s for s in slots if s in wanted), None)
-            self.table.show(None, (0, 0), views["mode"], app.requests.waiting(waits) if waits else [("  S runs the sweep", DIM)])
+            message = app.requests.waiting(waits) if waits else [("  S runs the sweep", DIM)]
+            (self.show_text(app, None, message) if reads else self.table.show(None, (0, 0), views["mode"], message))
             self.info_line.show([])
             return
         if not np.isfinite(result.normalised).any() and shown not in ("metric", "p", "corrected p"):
@@ -204,10 +213,21 @@ class PatchingPane(Pane):
             title, done = f"{done}{app.requests.left('sweep') if 'sweep' in wanted else ', cancelled: S runs it again'} · {title}", "truth"
         tested = " · underlined: corrected p < .05" if shown in ("spread", "p", "corrected p") and grid.marks else ""
         warning = f"{result.warning} · " if result.warning else ""
-        self.show_title(app, slots, title + tested, f"{done} · {warning}{result.convention}", grid)
         row, col = self.at(app, result)
+        self.show_title(app, slots, title + tested, f"{done} · {warning}{result.convention}", grid)
+        if reads:
+            self.paint_text(app, result, grid, row, (truth, estimate))
+            return
         self.table.show(grid, (row, col), views["mode"])
         self.info_line.show([sweep_cell(truth, estimate, row, col, self.table.about())])
+
+    def paint_text(self, app: Host, result: SweepResult, grid: Grid, row: int, results: tuple[SweepResult | None, SweepResult | None]) -> None:
+        """The prompt by the row under the cursor: the effect at each position."""
+        if not grid.positions:
+            self.show_text(app, None, [(f"  a sweep of {result.kind} has no positions: v turns to one by position (resid_pre, attn, mlp, z_pos …)", DIM)])
+            return
+        self.show_text(app, row_of(grid, row, grid.rows[row].strip(), texts_of(result.tokens)))
+        self.info_line.show([sweep_cell(*results, row, clip(app.cursor.pos, len(result.cols)), self.text.about())])
 
 
 PANE = PatchingPane

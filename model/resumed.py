@@ -45,7 +45,8 @@ def resumed(model: Model, untouched: Untouched) -> Generator[Progress, None, Ide
     ids, seq = [tuple(row) for row in untouched.ids.tolist()], untouched.ids.shape[1]
     runs = Runs(model, Study(Prompt("")), {"now": TokenRow(ids[0], ("",) * seq, {})}, [], [], [], ())
     got, want, why = [], [], ""
-    for layer in sorted({min(layer, max(0, model.info.n_layers - 2)) for layer in list(untouched.patched)[-2:]}):
+    n = model.info.n_layers  # late layers, since a cell runs all blocks behind its own: the last of each kind, and one block behind it
+    for layer in sorted({min(layer, max(0, n - 2)) for layer in untouched.patched if layer >= n // 2}):
         nodes, z = cells(model, layer, seq // 2), f"blocks.{layer}.attn.hook_z"
         spots = [patch_site(model, n) for n in nodes]
         reads = {s.key: f"blocks.{layer}.{HOOKS[s.node.part if s.node.site == 'head' else s.node.site]}" for s in spots}

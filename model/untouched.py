@@ -102,11 +102,12 @@ def by_default(hf: nn.Module, ids: Tensor) -> Tensor | None:
     """Logits with the attention that transformers takes where none is asked for; Loupe reads a model under its eager one, which holds a pattern."""
     if not getattr(hf, "_supports_sdpa", False):
         return None
+    config = hf.config.get_text_config()  # hf.set_attn_implementation leaves Falcon as it is
     try:
-        hf.set_attn_implementation("sdpa")
+        config._attn_implementation = "sdpa"
         return hf(ids.to(hf.get_input_embeddings().weight.device), use_cache=False).logits
     finally:
-        hf.set_attn_implementation("eager")
+        config._attn_implementation = "eager"
 
 
 def block_with(block: nn.Module, args: tuple, kwargs: dict, place: Place) -> Tensor | None:

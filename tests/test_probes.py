@@ -7,7 +7,8 @@ import transformers as tr
 
 from conftest import PROMPT, tokenizer
 from engine import Engine
-from model import bridge as bridge_module, live_hooks
+from families.configs import build
+from model import bridge as bridge_module, live_hooks, loading
 from model.changed_blocks import ChangedBlocks
 from techniques.attention.requests import Attention, AttentionSet, Detect, HeadStats
 from techniques.attribution.requests import Attribution
@@ -260,3 +261,27 @@ def test_an_attention_sink_is_a_column_of_its_own(loaded, folders):
     assert found.sink.max() > 0.01
     grid = pattern_grid(found, 2)
     assert grid.cols[-1] == "sink" and np.allclose(np.nansum(grid.values, 1), 1, atol=1e-5)
+
+
+# ------------------------------------------------------------------ heads and neurons are what they are called
+
+
+def test_heads_cut_at_another_width_than_w_o_reads_are_refused(tmp_path, monkeypatch):
+    folder = str(build("youtu", tmp_path / "youtu"))
+    assert Engine(folder).model.info.d_head == 8
+    monkeypatch.setattr(live_hooks, "cut_heads", lambda bridge: None)
+    all_refused(Engine(folder), "heads' outputs .z. of layer 0 are not cut into 4 heads", Run(under("L0H2=zero")), Sweep(Study(PROMPT), "z"))
+
+
+def test_a_layer_of_experts_has_no_neurons(loaded, tmp_path):
+    all_refused(loaded["gpt_oss"], "it has no neurons", Run(under("L0.mlp.n3=zero")), Sweep(Study(PROMPT), "neurons", node="L0.mlp"))
+    engine = Engine(str(build("laguna", tmp_path / "laguna")))
+    all_refused(engine, "layer 1 has no neurons, but experts", Run(under("L1.mlp.n3=zero")), Sweep(Study(PROMPT), "neurons", node="L1.mlp"))
+    assert engine.run(Run(under("L0.mlp.n47=zero"))).now.metric != engine.run(Run(Study(PROMPT))).now.metric
+
+
+def test_an_eager_attention_that_is_not_the_default_one_is_refused(tmp_path, monkeypatch):
+    folder = str(build("falcon-alibi", tmp_path / "falcon"))
+    assert not Engine(folder).model.notes.refused
+    monkeypatch.setattr(loading, "alibi_once", lambda hf: None)
+    all_refused(Engine(folder), "is not its default attention", Run(Study(PROMPT)), Sweep(Study(PROMPT), "z"))

@@ -59,6 +59,7 @@ def write(folder, file, quantised: bool):
     out.close()
 
 
+@pytest.mark.slow
 def test_the_numbers_are_the_folders(folders, tmp_path):
     write(folders["llama"], tmp_path / "plain.gguf", False)
     engine = Engine(str(tmp_path / "plain.gguf"))

@@ -103,11 +103,10 @@ async def test_every_pane_shows_its_own_numbers(engines, tmp_path, size):
         assert "has no numbers for the tokens" in shown(app).replace("\n ", " ")
 
 
-@pytest.mark.parametrize("size", SIZES)
-async def test_modes_of_the_text(engines, tmp_path, size):
+async def test_modes_of_the_text(engines, tmp_path):
     """Numbers stand under their tokens; shades without colour; cells and blocks for an overview."""
     app = make_app(engines["zoo"], tmp_path, first_state({}))
-    async with app.run_test(size=size) as pilot:
+    async with app.run_test(size=(80, 24)) as pilot:
         await press(app, pilot, "T", "V")
         lines, values = [s.text for s in text(app).drawn], numbers(app)
         assert f"{values[1]:.2f}" in lines[1] and lines[0].index("When") == lines[1].index(f"{values[1]:.2f}")

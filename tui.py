@@ -12,7 +12,6 @@ import signal
 import contextlib
 import os
 import sys
-import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -300,10 +299,12 @@ class Loupe(App):
         """Show an overlay; it has the focus at once."""
         self.mount(overlay)
         self.screen.set_focus(overlay)
+        self.draw_hint()
 
     def on_overlay_closed(self) -> None:
         open_ones = [o for o in self.query(Overlay) if not o.closing]
         open_ones[-1].take_focus() if open_ones else self.panes[self.pane].focus()
+        self.draw_hint()
 
     # -------------------------------------------------------------- the cursor
 
@@ -366,18 +367,8 @@ class Loupe(App):
 
     def draw_hint(self) -> None:
         """The status line, wrapped, and the hint line below it."""
-        if not self.panes:
-            return
-        text, style = self.status[0] if self.status else ("", PLAIN)
-        if trouble := self.session.trouble:
-            text, style = f"{visible(trouble)} · {text.strip()}", BAD
-        lines = textwrap.wrap(text.strip(), max(self.size.width - 2, 10))[: 3 if self.size.height >= 20 else 1] or [""]
-        if len(lines) != self.said_lines:
-            self.said_lines = len(lines)
-            self.status_line.styles.height = len(lines)
-            self.place()
-        self.status_line.show([[(f" {line}", style)] for line in lines])
-        self.hint_line.show([top.hint_line(self)])
+        if self.panes:
+            top.draw_hint(self)
 
 
 def first_state(values: dict[str, str]) -> State:

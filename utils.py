@@ -56,7 +56,7 @@ def setting_of_megabytes(name: str, default: int) -> int:
 
 # ------------------------------------------------------------------ tokens
 
-VISIBLE = {"\n": "⏎", "\t": "→", "\r": "␍", "\x1b": "␛", "\x7f": "␡"}
+VISIBLE = {"\n": "↵", "\t": "⇥", "\r": "␍", "\x1b": "␛", "\x7f": "␡"}
 JAMO = (*range(0x1160, 0x1200), *range(0xD7B0, 0xD800))  # vowels and finals of Hangul, drawn into the syllable before
 UNSURE = {*range(0x1F3FB, 0x1F400), *range(0x1F1E6, 0x1F200), *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0), 0x34F}  # terminals differ in their cells
 

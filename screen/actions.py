@@ -117,7 +117,7 @@ def scale(app: Host) -> None:
     app.ready()
     node = app.node()
     accept = accepted(lambda values: intervene(app, parse_intervention(f"{node}=scale:{values[0]}")))
-    app.open(Editor(f"scale {node}", [("factor", "2.0")], accept, 0, 1, "enter · esc"))
+    app.open(Editor(f"scale {node}", [("factor", "2.0")], accept, 0, 1))
 
 
 def type_node(app: Host) -> None:
@@ -127,7 +127,7 @@ def type_node(app: Host) -> None:
         for new in [parse_intervention(text) for text in values[0].split()]:
             intervene(app, new)
 
-    fields, hint = [("node=op", f"{app.node()}={app.state.ablation}")], "L2H3@S2=zero 1.2.q=patch L3.mlp=scale:0.5 · enter · esc"
+    fields, hint = [("node=op", f"{app.node()}={app.state.ablation}")], "L2H3@S2=zero 1.2.q=patch L3.mlp=scale:0.5"
     app.open(Editor("interventions", fields, accepted(put), 0, 1, hint, True))
 
 
@@ -195,11 +195,6 @@ def turns(name: str):
     return lambda pane, app: turn(app, name)
 
 
-def turn_view(app: Host) -> None:
-    pane = app.panes[app.pane]
-    turn(app, pane.view, pane.choices(app))
-
-
 def turn_which(app: Host) -> None:
     kinds = WHICH if app.state.prompt.corrupt is not None else ("now", "clean", "now-clean")
     turn(app, "which", tuple(k for k in kinds if "-" not in k or app.panes[app.pane].differences))
@@ -209,7 +204,7 @@ def turn_which(app: Host) -> None:
 
 
 def search(app: Host) -> None:
-    hint = "a token, or a node such as L2H3 or L1.resid_mid@S2 · enter · esc"
+    hint = "a token, or a node such as L2H3 or L1.resid_mid@S2"
     app.open(Editor("find", [("find", app.needle)], accepted(lambda values: find(app, values[0])), 0, 1, hint, True))
 
 

@@ -20,6 +20,7 @@ from vocabulary.prompts import Study
 from vocabulary.requests import ModelInfo
 from screen.client import Client
 from screen.cursor import Cursor, clip
+from screen.explain import Explained
 from screen.keys import Action, Part
 from screen.maps import least_height, legend, most_height
 from screen.overlays import Item, Overlay
@@ -78,7 +79,8 @@ class Pane(Vertical, can_focus=True):
     """
     number, key, label, about, wide = "?", "", "", "", True
     views: dict[str, tuple[str, ...]] = {}  # what it can show: names and values, the first of each at first
-    view = ""  # the one of them that `v` turns
+    view = ""  # the one of them that `v` lists
+    explained: dict[str, Explained] = {}  # what each variant measures, by the name that `variants` gives it
     differences = True  # whether `f` turns to differences of runs too
     scope = "all"  # whether actions act on all positions or the cursor's ("here")
     keys: tuple[Action | Part, ...] = ()
@@ -124,9 +126,17 @@ class Pane(Vertical, can_focus=True):
         c = app.cursor
         return Node("head", c.layer, c.head, pos=pos) if c.comp == "head" else Node(c.comp, c.layer, pos=pos)
 
+    def doing(self, app: Host) -> list[tuple[str, str]]:
+        """Keys (and what they do) that matter most just now, for the hint line: what was drilled into, and how to leave it."""
+        return []
+
     def choices(self, app: Host) -> tuple[str, ...]:
-        """The values that `v` turns through."""
+        """The values that `v` offers."""
         return VIEWS[self.view]
+
+    def variants(self, app: Host) -> tuple[str, ...]:
+        """Which of `explained` is on the screen now."""
+        return (app.state.views[self.view],) if self.view else ()
 
     def back(self, app: Host) -> bool:
         """Leave what was drilled into; whether there was something to leave."""

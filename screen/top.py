@@ -1,5 +1,6 @@
 """The lines around the panes: model, metric, prompts, interventions at the top; the hint line at the bottom."""
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from vocabulary.requests import ModelInfo
 from screen.keys import hints
 from screen.pane import Host
 from screen.colours import heat_code
+from screen.overlays import Overlay
 from screen.pictures import RUN_NAMES, signed, texts_of
 from utils import show_bytes, show_count, show_token, visible, width_of
 from widgets import BAD, BOLD, CHANGED, CURSOR, CURSOR_PLAIN, DIM, HEAD, PLAIN, WARN, Spans, on
@@ -62,14 +64,39 @@ def state_line(app: Host, clean: TokenRow | None) -> Spans:
     return [*line, (f"  @{pos}{' ' + ' '.join(label) if label else ''}" if clean else "", DIM)]
 
 
+def useful_keys(app: Host) -> list[tuple[str, str]]:
+    """(key, what it does), the most useful first: how to leave what was drilled into or zoomed, what stops a job, then the pane's own keys."""
+    some, s = list(app.panes[app.pane].doing(app)), app.state
+    some += [("_", "all panes")] if app.zoomed else []
+    some += [("ctrl+c", "stop"), ("J", "jobs")] if any(j.progress.total > 1 for j in app.client.jobs.values()) else []
+    some += [("x", "interventions on")] if s.interventions and not s.enabled else []
+    known = {key for key, _ in some}
+    return some + [h for h in hints(app.table, app.panes[app.pane], app.panes.values()) if h[0] not in known]
+
+
 def hint_line(app: Host) -> Spans:
-    """The node that actions act on, and the keys of the pane in focus, as many as fit."""
-    line: Spans = [(f" {app.node()!s:18}" if app.info else " ", BOLD), (" ?", BOLD), (" help ", DIM)]
-    for key, title in hints(app.table, app.panes[app.pane], app.panes.values()):
+    """The keys that matter now, as many as fit whole: those of the list that is open, else the node that actions act on and `useful_keys`."""
+    lists = [o for o in app.query(Overlay) if not o.closing]
+    line: Spans = [(" ", BOLD)] if lists else [(f" {app.node()!s:18}" if app.info else " ", BOLD), (" ?", BOLD), (" help ", DIM)]
+    for key, title in lists[-1].hints() if lists else useful_keys(app):
         if sum(width_of(text) for text, _ in line) + width_of(key + title) + 3 > app.size.width:
             break
         line += [(f" {key}", BOLD), (f" {title} ", DIM)]
     return line
+
+
+def draw_hint(app: Host) -> None:
+    """The status line, wrapped over the width there is, and the hint line below it."""
+    text, style = app.status[0] if app.status else ("", PLAIN)
+    if trouble := app.session.trouble:
+        text, style = f"{visible(trouble)} · {text.strip()}", BAD
+    lines = textwrap.wrap(text.strip(), max(app.size.width - 2, 10))[: 3 if app.size.height >= 20 else 1] or [""]
+    if len(lines) != app.said_lines:
+        app.said_lines = len(lines)
+        app.status_line.styles.height = len(lines)
+        app.place()
+    app.status_line.show([[(f" {line}", style)] for line in lines])
+    app.hint_line.show([hint_line(app)])
 
 
 def model_line(info: ModelInfo | None, name: str, busy: str, memory: tuple[int, int, int]) -> Spans:

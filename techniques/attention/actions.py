@@ -61,4 +61,4 @@ def choose_detector(pane: Pane, app: Host) -> None:
         return ""
 
     fields = [("pattern", f"{app.cursor.pos}>{app.cursor.src}"), ("measure", "mul")]
-    app.open(Editor("detector", fields, accept, 0, 1, f"cells destination>source, or {', '.join(DETECTORS)}; measure mul or abs · enter · esc"))
+    app.open(Editor("detector", fields, accept, 0, 1, f"cells destination>source, or {', '.join(DETECTORS)}; measure mul or abs"))

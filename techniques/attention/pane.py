@@ -13,6 +13,7 @@ from screen.maps import label_width, columns_of
 from screen.pane import Host, Pane, step_component
 from screen.pictures import head_map_addresses, run_name, texts_of
 from techniques.attention import actions, pictures
+from techniques.attention.explained import EXPLAINED
 from utils import show_token
 from widgets import Grid, GridView, Lines, Same
 
@@ -20,6 +21,7 @@ from widgets import Grid, GridView, Lines, Same
 class AttentionPane(Pane):
     number, key, label, about = "2", "attention", "Attention", "heads map and pattern"
     view = "attention.stat"
+    explained = EXPLAINED
     views = {
         "attention.stat": ("induction", "previous", "duplicate", "first", "entropy", "pair"),
         "attention.source": ("prompt", "random"),
@@ -86,6 +88,18 @@ class AttentionPane(Pane):
 
     def leave(self) -> None:
         self.drilled = False
+
+    def variants(self, app: Host) -> tuple[str, ...]:
+        views = app.state.views
+        more = (
+            (views["attention.weighted"] == "on", "weighted=on"),
+            (views["attention.source"] == "random", "source=random"),
+            ("-" in views["which"], "difference"),
+        )
+        return (*(() if self.drilled else (views[self.view],)), "pattern", *(name for there, name in more if there))
+
+    def doing(self, app: Host) -> list[tuple[str, str]]:
+        return [("hjkl", "destination, source"), ("esc", "leave the pattern"), ("T", "colour the prompt")] if self.drilled else []
 
     def shows(self, node: Node) -> bool:
         return node.site != "sae" and not node.site.startswith("resid")

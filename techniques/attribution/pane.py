@@ -22,6 +22,7 @@ from screen.maps import columns_of
 from screen.pane import Host, Pane, step_component
 from screen.pictures import head_map_addresses, run_name, texts_of
 from techniques.attribution import pictures
+from techniques.attribution.explained import EXPLAINED
 from utils import show_token
 from widgets import Grid, GridView, Lines, Same
 
@@ -29,6 +30,7 @@ from widgets import Grid, GridView, Lines, Same
 class AttributionPane(Pane):
     number, key, label, about = "3", "attribution", "Attribution", "direct logit attribution of every component"
     view = "attribution.view"
+    explained = EXPLAINED
     views = {"attribution.view": ("ranked", "drill", "set")}
     hints = ("enter", "edit", "ablate", "patch", "scope", "keep", "enable", "undo", "view", "mode", "which")
     keys = (
@@ -63,6 +65,10 @@ class AttributionPane(Pane):
 
     def step(self, app: Host, rows: int, cols: int) -> None:
         step_component(app, rows, cols)
+
+    def doing(self, app: Host) -> list[tuple[str, str]]:
+        view = app.state.views[self.view]
+        return [("⏎", "all components")] if view == "drill" else [("W", "lowest prompt")] if view == "set" else []
 
     def shows(self, node: Node) -> bool:
         return node.site != "sae" and not node.site.startswith("resid")

@@ -101,7 +101,7 @@ def free_name(app: Host, start: str) -> str:
 
 
 def name_it(app: Host, title: str, start: str, then: Callable[[str], None]) -> None:
-    app.open(Editor(title, [("name", start)], accepted(lambda values: then(values[0].strip())), 0, 1, "enter · esc"))
+    app.open(Editor(title, [("name", start)], accepted(lambda values: then(values[0].strip())), 0, 1))
 
 
 def new_circuit(app: Host) -> None:
@@ -116,7 +116,7 @@ def group_nodes(app: Host) -> None:
         app.act("group", name=values[0].strip(), nodes=values[1].split())
         app.say(f"group {values[0].strip()} of {app.state.circuit}")
 
-    hint = "no nodes: the group goes · enter · esc"
+    hint = "no nodes: the group goes"
     app.open(Editor(f"a group of {now.name}", [("name", "S-inhibition"), ("nodes", " ".join(inside))], accepted(put), 0, 1, hint, True))
 
 

@@ -20,6 +20,7 @@ from screen.pane import Host, Pane
 from screen.pictures import sweep_cell
 from screen.replies import Reply
 from techniques.circuits import actions, discovery, files
+from techniques.circuits.explained import EXPLAINED
 from techniques.circuits.pictures import NO_CIRCUIT, about_node, all_scores, compared, curve, listing, map_grid, members, path_grid, summary, wrap
 from widgets import BAD, DIM, PLAIN, Grid, GridView, Lines, Same, Spans
 
@@ -30,6 +31,7 @@ FULL = ("faithfulness", "effects", "completeness", "minimality")
 class CircuitPane(Pane):
     number, key, label, about = "5", "circuit", "Circuit", "what was kept, paths, scores, discovery"
     view = "circuit.view"
+    explained = EXPLAINED
     views = {
         "circuit.view": ("map", "drawing", "list", "path", "scores", "curve", "compare"),
         "circuit.rest": ("patch", "mean", "resample", "zero", "mean_all"),
@@ -186,6 +188,15 @@ class CircuitPane(Pane):
         col = clip((c.head if c.comp == "head" else n) + cols, n + 1)
         where = {"comp": "head", "head": col} if col < n else {"comp": "mlp"}
         app.move(layer=clip(c.layer + rows, app.info.n_layers), **where)
+
+    def variants(self, app: Host) -> tuple[str, ...]:
+        views = app.state.views
+        return (views[self.view], *(["path=mlps"] if views[self.view] == "path" and views["circuit.path"] == "mlps" else []))
+
+    def doing(self, app: Host) -> list[tuple[str, str]]:
+        """What the view waits for."""
+        view, circuit = app.state.views[self.view], app.state.current
+        return [("S", "run the paths"), ("Q", "receivers")] if view == "path" else [("S", "score it")] if circuit is not None and circuit.nodes else []
 
     def shows(self, node: Node) -> bool:
         return node.site != "sae" and not node.site.startswith("resid")

@@ -26,6 +26,7 @@ from screen.overlays import Item
 from screen.pane import Host, Pane
 from screen.pictures import run_name, texts_of
 from techniques.features import actions
+from techniques.features.explained import EXPLAINED
 from techniques.features.pictures import detail_lines, example_lines, feature_lines, graph_lines, preflight_lines
 from utils import show_token
 from widgets import BOLD, DIM, PLAIN, Lines, Spans
@@ -39,6 +40,7 @@ def layer_of(source: str, app: Host) -> int:
 class FeaturePane(Pane):
     number, key, label, about = "6", "features", "Features", "an SAE's features at the cursor's position, examples, graph"
     view = "features.view"
+    explained = EXPLAINED
     views = {"features.view": ("features", "examples", "graph", "preflight"), "features.order": ("activation", "attribution", "direct")}
     leads_on = (PreflightResult, FeaturesResult)
     hints = ("enter", "ablate", "scale", "saes", "view", "points", "sweep", "weighted")
@@ -85,6 +87,13 @@ class FeaturePane(Pane):
 
     def preflight(self, app: Host, source: str) -> Preflight:
         return Preflight(replace(app.study, interventions=(), saes=()), source)
+
+    def variants(self, app: Host) -> tuple[str, ...]:
+        views = app.state.views
+        return (views[self.view], *([f"order={views['features.order']}"] if views[self.view] == "features" else []))
+
+    def doing(self, app: Host) -> list[tuple[str, str]]:
+        return [("esc", "walk back")] if self.trail else []
 
     def shows(self, node: Node) -> bool:
         return node.site == "sae"

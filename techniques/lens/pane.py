@@ -15,12 +15,14 @@ from screen.pane import Host, Pane
 from screen.pictures import run_name
 from screen.session import VIEWS
 from techniques.lens import actions, pictures
+from techniques.lens.explained import EXPLAINED
 from widgets import Grid, GridView, Lines, Same
 
 
 class LensPane(Pane):
     number, key, label, about, scope, differences = "1", "lens", "Lens", "hook points × positions", "here", False
     view = "lens.stat"
+    explained = EXPLAINED
     views = {
         "lens.stat": ("prob", "answer", "rank", "entropy", "kl", "logit_diff", "kl_pair", "promoted", "suppressed"),
         "lens.points": ("mid+post", "post", "all", "components", "heads"),
@@ -94,6 +96,10 @@ class LensPane(Pane):
     def choices(self, app: Host) -> tuple[str, ...]:
         stats = VIEWS[self.view] if app.state.prompt.answers else ("prob", "entropy", "kl", "kl_pair", "promoted", "suppressed")
         return stats if app.state.prompt.corrupt else tuple(s for s in stats if s != "kl_pair")
+
+    def variants(self, app: Host) -> tuple[str, ...]:
+        parts = app.state.views["lens.points"] in ("components", "heads") and app.state.lens == "logit"
+        return app.state.views[self.view], "components" if parts else f"lens={app.state.lens}"
 
     def shows(self, node: Node) -> bool:
         return node.site.startswith("resid")

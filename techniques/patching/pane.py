@@ -14,6 +14,7 @@ from screen.overlays import Item, Picker
 from screen.pane import Host, Pane
 from screen.pictures import sweep_cell
 from screen.session import VIEWS
+from techniques.patching.explained import EXPLAINED
 from techniques.patching.pictures import sweep_grid
 from widgets import DIM, Grid, GridView, Same
 
@@ -24,6 +25,7 @@ DIRECTIONS = {"denoise": "denoising: clean into corrupted", "noise": "noising: c
 class PatchingPane(Pane):
     number, key, label, about = "4", "patching", "Patching", "sweeps over every node, estimate and truth"
     view = "patching.kind"
+    explained = EXPLAINED
     views = {
         "patching.kind": (
             "z",
@@ -79,6 +81,11 @@ class PatchingPane(Pane):
     def choices(self, app: Host) -> tuple[str, ...]:
         """Features only where an SAE is loaded."""
         return tuple(k for k in VIEWS[self.view] if k != "features" or app.state.sae)
+
+    def variants(self, app: Host) -> tuple[str, ...]:
+        views = app.state.views
+        more = (views["patching.effect"] == "direct", "effect=direct"), (views["patching.show"] != "effect", f"show={views['patching.show']}")
+        return (views[self.view], f"op={views['patching.op']}", *(name for there, name in more if there))
 
     def request(self, app: Host) -> Sweep:
         """The sweep that S runs: interventions act on the base prompt, so the base says which way."""

@@ -10,6 +10,7 @@ from screen.maps import columns_of
 from screen.pane import Host, Pane
 from screen.session import VIEWS
 from techniques.weights import pictures
+from techniques.weights.explained import EXPLAINED
 from widgets import BOLD, DIM, Grid, GridView, Lines, Same
 
 
@@ -17,6 +18,7 @@ class WeightsPane(Pane):
     number, key, label = "7", "weights", "Weights"
     about = "OV and QK of the head under the cursor, composition, singular directions"
     view = "weights.view"
+    explained = EXPLAINED
     views = {
         "weights.view": ("ov", "qk", "composition q", "composition k", "composition v", "OV directions", "QK directions", "mlp_out", "mlp_in"),
         "weights.distance": ("0", "1", "2", "4", "8", "16"),

@@ -48,6 +48,7 @@ from screen.replies import Requests
 from screen.session import Session, State, add_views, newest_session, read_session
 from screen.table import SCREEN
 from screen.terminal import Terminal, no_terminal
+from screen.tour import Tour
 from techniques import parts
 from utils import ROOT, printable, settings, visible
 from widgets import BAD, PLAIN, WARN, Lines, Spans
@@ -89,7 +90,7 @@ class Loupe(App):
     def __init__(self, session: Session, via: str = "", note: str = "", log: Path | None = None, table: tuple[Action, ...] = TABLE, **kw):
         super().__init__(ansi_color=True, **{"driver_class": Terminal} | kw)
         self.session, self.table = session, table
-        self.faults = Faults(self)
+        self.faults, self.tour = Faults(self), Tour(self)
         log = log or folder("logs") / "engine.log"
         self.client, self.requests = Client(log, via, self.on_progress, self.on_death, self._handle_exception), Requests(self)
         self.info: ModelInfo | None = None
@@ -160,7 +161,7 @@ class Loupe(App):
 
     def place(self) -> None:
         width, height = self.size
-        height = max(height - (6 if height >= 12 else 3) - self.said_lines, 1)
+        height = max(height - (6 if height >= 12 else 3) - self.said_lines - self.tour.height, 1)
         places = layout.regions([self.panes[p] for p in self.visible_panes()], width, height)
         moved = {name: r for name, r in places.items() if self.places.get(name) != r}
         for name, r in moved.items():
@@ -297,6 +298,7 @@ class Loupe(App):
 
     def open(self, overlay: Overlay) -> None:
         """Show an overlay; it has the focus at once."""
+        overlay.styles.margin = (0, 0, 1 + (self.tour.height + self.said_lines if self.tour.open else 0), 0)
         self.mount(overlay)
         self.screen.set_focus(overlay)
         self.draw_hint()
@@ -352,6 +354,7 @@ class Loupe(App):
         self.draw_top()
         for name in self.visible_panes():
             self.panes[name].paint(self)
+        self.tour.look()
         self.place()
         self.draw_hint()
         self.requests.slow = self.requests.slow and any(map(self.requests.stale, self.requests.wanted))
@@ -422,6 +425,7 @@ def main() -> None:
             given = {k: v for k in ("model", "base", "dtype", "device", "device_map") if (v := getattr(args, k))}
             state = first_state(values)
             session = Session(replace(state, model=replace(state.model, **given)))
+            note = "" if any(folder("sessions").glob("*.jsonl")) else "new here? :tour and enter begin a guided hunt; ? lists the keys"
     except UserError as error:
         sys.exit(printable(f"loupe: {error}"))
     app = Loupe(session, args.via, note, table=table)

@@ -135,6 +135,11 @@ def show_count(n: int) -> str:
     return f"{n / 1e9:.1f}B" if n >= 1e9 else f"{n / 1e6:.1f}M" if n >= 1e6 else f"{n / 1e3:.0f}K" if n >= 1e3 else str(n)
 
 
+def model_name(model: str) -> str:
+    """A model as it is shown: the last part of its folder or of its name on the hub."""
+    return visible(Path(model).name or model)
+
+
 def show_number(x: float | None, width: int = 6) -> str:
     """At most `width` cells, as many digits as fit: 12.345, -0.012, 1.2e-05; blank for None and NaN."""
     if x is None or x != x:

@@ -15,6 +15,7 @@ from screen.overlays import Item, Overlay, Panel, Picker
 from screen.pane import Host
 from screen.script import python_script
 from screen.session import VIEWS, read_session
+from utils import model_name
 from widgets import BAD, BOLD, DIM, GOOD, PLAIN, WARN, Spans
 
 # ------------------------------------------------------------------ keys and commands
@@ -77,7 +78,7 @@ def load_model(app: Host, words: list[str]) -> None:
     kept = {name: options.get(name, getattr(old, name)) for name in ("dtype", "device", "device_map")}
     load = Load(words[0], options.get("base"), **kept)
     if load == old and app.info is not None:
-        app.say(f"{load.model} is loaded already: ctrl+e restarts the engine, which reads its weights from disk again", WARN)
+        app.say(f"{model_name(load.model)} is loaded already: ctrl+e restarts the engine, which reads its weights from disk again", WARN)
         return
     app.guard(lambda: app.act("model", load=load))
 

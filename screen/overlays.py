@@ -58,7 +58,7 @@ class Overlay(Vertical, can_focus=True):
     before its field is there goes into the field, so that a burst of keys never runs as commands.
     """
 
-    DEFAULT_CSS = "Overlay { dock: bottom; margin-bottom: 1; height: auto; max-height: 80%; layer: overlay; background: ansi_default; border-top: solid ansi_bright_blue; }"
+    DEFAULT_CSS = "Overlay { dock: bottom; height: auto; max-height: 80%; layer: overlay; background: ansi_default; border-top: solid ansi_bright_blue; }"
     BINDINGS = [Binding("escape", "close", show=False)]
     closing = False
     head: Lines | None = None  # the line that names it

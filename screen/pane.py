@@ -186,6 +186,7 @@ class Pane(Vertical, can_focus=True):
         """The rule above the pane: its name, what is shown, the colours with their numbers (of `grid`), and as much of the convention as fits whole."""
         late = app.requests.late(slots)
         self.said = (f"{late}{title}{f' {scale(grid)}' if grid else ''}", note)
+        title = whole_parts(title, self.size.width - width_of(f"━ {self.number} {self.label}   {late}") - (18 if grid is not None else 2))
         rule, name = (("━", HEAD), FOCUS) if app.pane == self.key else (("─", RULE), HEAD)
         if self.title_line.rule != rule:
             self.title_line.rule = rule
@@ -238,6 +239,14 @@ class Pane(Vertical, can_focus=True):
             elif isinstance(child, GridView) and child.size:
                 lines += [s.text.rstrip() for s in child.render_lines(Region(0, 0, *child.size))]
         return "\n".join(line for line in lines if line.strip()) + "\n"
+
+
+def whole_parts(title: str, room: int) -> str:
+    """As many parts of a title (name, view, …, the most important first) as fit whole; the first in any case."""
+    parts = title.split(" · ")
+    while len(parts) > 1 and width_of(" · ".join(parts)) > room:
+        parts.pop()
+    return " · ".join(parts)
 
 
 def step_component(app: Host, rows: int, cols: int) -> None:

@@ -68,6 +68,14 @@ SCREEN = (
     Action("find_previous", "N", "previous", "Previous match", FIND, partial(actions.find_next, by=-1)),
     Action("palette", ":", "palette", "Command palette", LOUPE, dialogs.palette),
     Action("help", "?", "help", "This pane's keys, then all others, then the signs: filter and run", LOUPE, dialogs.show_help),
+    Action(
+        "tour",
+        "",
+        "tour",
+        "A guided hunt on the embedded model, to a proven circuit; again: leave it, or go on where it was left",
+        LOUPE,
+        lambda app: app.tour.toggle(),
+    ),
     Action("copy", "y", "copy", "Copy or export: text, TSV, SVG, Python script, address", LOUPE, dialogs.copy),
     Action(
         "convention",

@@ -10,11 +10,11 @@ from techniques.output.requests import RunResult
 from vocabulary.prompts import TokenRow
 from vocabulary.requests import ModelInfo
 from screen.keys import hints
-from screen.pane import Host
+from screen.pane import Host, whole_parts
 from screen.colours import heat_code
 from screen.overlays import Overlay
 from screen.pictures import RUN_NAMES, signed, texts_of
-from utils import show_bytes, show_count, show_token, visible, width_of
+from utils import model_name, show_bytes, show_count, show_token, visible, width_of
 from widgets import BAD, BOLD, CHANGED, CURSOR, CURSOR_PLAIN, DIM, HEAD, PLAIN, WARN, Spans, on
 
 UNDERLINE = Style(underline=True)
@@ -36,7 +36,7 @@ def top_lines(app: Host) -> list[Spans]:
     heats = (None, heat) if on_corrupt else (heat, None)
     other = s.prompt.corrupt or "none: E types one, o opens a prompt set"
     return [
-        model_line(app.info, s.model.model, app.busy, app.memory),
+        model_line(app.info, s.model.model, app.busy, app.memory, w),
         metric,
         token_line("clean", clean, pos, w, None, ids, colour, s.prompt.clean, heats[0]),
         token_line("corrupted", corrupt, pos, w, clean, ids, colour, other, heats[1]),
@@ -99,9 +99,9 @@ def draw_hint(app: Host) -> None:
     app.hint_line.show([hint_line(app)])
 
 
-def model_line(info: ModelInfo | None, name: str, busy: str, memory: tuple[int, int, int]) -> Spans:
+def model_line(info: ModelInfo | None, name: str, busy: str, memory: tuple[int, int, int], width: int) -> Spans:
     if info is None:
-        return [(" loupe     ", HEAD), (f"{visible(Path(name).name or name)} ", BOLD), (f" {busy}", WARN)]
+        return [(" loupe     ", HEAD), (f"{model_name(name)} ", BOLD), (f" {busy}", WARN)]
     broken = [c.name for c in info.checks if c.ok is False]
     heads = f"{info.n_heads} heads" + (f" ({info.n_kv_heads} KV)" if info.n_kv_heads != info.n_heads else "")
     text = f"  {info.n_layers} layers × {heads} · d {info.d_model} · {show_count(info.n_params)} · {info.dtype} on {info.device} · {info.architecture}"
@@ -109,13 +109,10 @@ def model_line(info: ModelInfo | None, name: str, busy: str, memory: tuple[int, 
     text += f" · {show_bytes(process)}" if process else ""
     text += f" · GPU {show_bytes(device)}" if device else ""
     text += f" · cache {show_bytes(cache)}" if cache else ""
-    return [
-        (" loupe     ", HEAD),
-        (visible(Path(name).name or name), BOLD),
-        *([(f" {info.warning} ·", WARN)] if info.warning else []),
-        (text, DIM),
-        *([(f"  ✗ self-check: {', '.join(broken)} (D)", BAD)] if broken else []),
-    ]
+    wrong = f"  ✗ self-check: {', '.join(broken)} (D)" if broken else ""
+    line: Spans = [(" loupe     ", HEAD), (model_name(name), BOLD), *([(f" {info.warning} ·", WARN)] if info.warning else [])]
+    room = width - sum(width_of(t) for t, _ in line) - width_of(wrong)
+    return [*line, (whole_parts(text, room), DIM), (wrong, BAD)]
 
 
 def metric_line(result: RunResult | None, kind: str, pos: str, base: str, stale: bool, width: int) -> Spans:

@@ -50,7 +50,7 @@ def choose_view(app: Host) -> None:
 
 class Views(Panel):
     def hints(self) -> list[tuple[str, str]]:
-        return [("letter", "that view"), ("v", "the next"), ("↑↓ ⏎", "choose"), ("esc", "close"), ("⌫", "later: the view before")]
+        return [("letter", "that view"), ("v", "the next"), ("↑↓ ⏎", "choose"), ("esc", "close")]
 
 
 def sentence(text: str, room: int) -> str:

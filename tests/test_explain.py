@@ -5,10 +5,12 @@ from ui import make_app, press, screen, shown
 
 from screen.glyphs import SIGNS
 from screen.keys import helped
-from screen.overlays import Panel, Picker
+from screen.overlays import Panel
 from screen.session import VIEWS
 from screen.views import TAKEN, letters
-from tui import PANES, TABLE
+from screen.tour import CARDS, compared
+from tui import PANES, TABLE, first_state
+from utils import ROOT
 
 SIZES = [(80, 24), pytest.param((120, 36), marks=pytest.mark.slow), pytest.param((200, 50), marks=pytest.mark.slow)]
 
@@ -111,4 +113,75 @@ def test_one_sign_one_meaning():
     assert len(set(SIGNS.values())) == len(SIGNS)
 
 
-_ = Picker
+# ------------------------------------------------------------------ the tour
+
+NAMES = {"⏎": "enter", "esc": "escape", "/": "slash"}
+
+
+async def walk(app, pilot, card):
+    """The keys that a card names, as one types them."""
+    for word in card.keys:
+        for key in [NAMES[word]] if word in NAMES else word:
+            await pilot.press({".": "full_stop", "_": "underscore"}.get(key, key) if len(word) > 1 else key)
+        if word in ("⏎", "esc") or len(word) == 1:
+            await press(app, pilot)
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_the_tour_ends_with_a_proven_circuit(zoo, tmp_path, size):
+    """By the keys that its cards name; its numbers are those of docs/tour.md."""
+    app = make_app(zoo, tmp_path, first_state({}))
+    async with app.run_test(size=size) as pilot:
+        await press(app, pilot, ":", *"tour", "enter")
+        at = 1
+        while app.tour.at < len(CARDS):
+            assert app.tour.at == at, f"{CARDS[at - 1].title}: {app.tour.said}\n{shown(app)}"
+            card, tries = CARDS[at], 0
+            assert f"tour {at + 1}/{len(CARDS)} · {card.title}" in shown(app) and "  ".join(card.keys) in shown(app), shown(app)
+            while app.tour.at == at and tries < (20 if card.again else 1):
+                await walk(app, pilot, card)
+                tries += 1
+            good = app.tour.said[1]
+            assert app.tour.at > at and good, f"{card.title}: {app.tour.said}\n{shown(app)}"
+            at += 1
+        assert set(app.state.current.nodes) == {"L0H1", "L0H3", "L3H2", "L3H3"} and "faithfulness 0.966" in shown(app)
+        assert "A proven circuit" in shown(app)
+        await press(app, pilot, ":", *"tour", "enter")
+        assert not app.query("#tour") and "A proven circuit" not in shown(app)
+
+
+async def test_the_tour_waits_is_left_and_resumed(zoo, tmp_path):
+    app = make_app(zoo, tmp_path, first_state({}))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await press(app, pilot, ":", *"tour", "enter")
+        assert app.tour.at == 1
+        await press(app, pilot, "j", "k", "2", "v", "e")  # no key is taken away, and the card waits
+        assert app.tour.at == 1 and app.pane == "attention" and app.state.views["attention.stat"] == "entropy"
+        await walk(app, pilot, CARDS[1])
+        assert app.tour.at == 2 and "+8.836" in shown(app)
+        await press(app, pilot, ":", *"tour", "enter")
+        assert not app.query("#tour") and "left at card 3" in shown(app)
+    again = make_app(zoo, tmp_path, first_state({}))
+    async with again.run_test(size=(80, 24)) as pilot:
+        await press(again, pilot, ":", *"tour", "enter")
+        assert again.tour.at == 2 and "where it turns" in shown(again)
+
+
+async def test_on_another_prompt_the_tour_says_the_way(zoo, tmp_path):
+    app = make_app(zoo, tmp_path)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await press(app, pilot, ":", *"tour", "enter")
+        assert app.tour.at == 0 and "M  zoo  ⏎" in shown(app)
+
+
+def test_numbers_of_another_machine_are_said():
+    card = next(c for c in CARDS if c.title == "ablate one")
+    assert compared(card, [2.9444]) == ("+2.944: still Mary.", True)
+    assert compared(card, [2.95]) == ("+2.950 (the tour has +2.944): still Mary.", False)
+
+
+def test_the_cards_numbers_are_those_of_the_page():
+    page = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
+    for card in CARDS:
+        for number in card.numbers:
+            assert number.removeprefix("0") in page, (card.title, number)

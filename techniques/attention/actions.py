@@ -10,7 +10,7 @@ from vocabulary.nodes import UserError
 from screen.overlays import Editor, Item, Picker
 from screen.pane import Host, Pane
 from screen.pictures import RUN_NAMES
-from techniques.attention.pictures import HEAD_STATS
+from techniques.attention.explained import EXPLAINED
 from widgets import BAD
 
 
@@ -18,7 +18,7 @@ def rank_heads(pane: Pane, app: Host) -> None:
     result, stat = app.requests.result("heads", HeadStatsResult), app.state.views["attention.stat"]
     if result is None or stat not in result.stats:
         raise UserError("the heads map has no numbers yet")
-    rank(app, f"heads by {HEAD_STATS[stat]}", result.stats[stat])
+    rank(app, f"heads by {EXPLAINED[stat].name}", result.stats[stat])
 
 
 def rank(app: Host, title: str, scores: np.ndarray) -> None:

@@ -140,11 +140,11 @@ class AttentionPane(Pane):
             column = c.head if c.comp == "head" else len(grid.cols) - (2 if c.comp == "attn" else 1)
             self.share(app, grid)
             self.map.show(grid, (clip(c.layer, len(grid.rows)), column), views["mode"])
-            name = pictures.HEAD_STATS[stat]
+            name = EXPLAINED[stat].name
             if stat == "pair" and app.tokens and max(c.pos, c.src) < app.length():
                 t = texts_of(app.tokens.tokens)
                 name = f"attention {c.pos} {show_token(t[c.pos])} → {c.src} {show_token(t[c.src])}"
-            title += f" · {name}"
+            title = f"{name} · {title}"
             note = f"on {'random repeated tokens' if heads.source == 'random' else 'the prompt'}"
         weighted = "pattern × ‖value written‖ · " if views["attention.weighted"] == "on" else ""
         self.show_title(app, ("heads", "attention"), title, ("pattern: hjkl, esc · " if self.drilled else "") + weighted + note, self.map.grid)

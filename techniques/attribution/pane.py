@@ -103,11 +103,11 @@ class AttributionPane(Pane):
         self.map.show(grid, (clip(c.layer, len(grid.rows)), column), views["mode"])
         self.paint_side(app, result)
         if whole:
-            self.show_title(app, ("attribution",), f"{name} · mean over the prompt set", "direct logit attribution, frozen final scale", grid)
+            self.show_title(app, ("attribution",), f"direct effect, mean over the set · {name}", "direct logit attribution, frozen final scale", grid)
             self.info_line.show([pictures.set_line(result)])
         else:
             place = f"{result.pos} {show_token(texts_of(result.tokens)[result.pos])}"
-            self.show_title(app, ("attribution",), f"{name} · direct logits at {place}", result.convention, grid)
+            self.show_title(app, ("attribution",), f"direct effect at {place} · {name}", result.convention, grid)
             self.info_line.show([self.map.about() + pictures.sum_line(result.total, result.logit, result.capped, result.error, result.convention)])
 
     def paint_side(self, app: Host, result: AttributionResult | AttributionSetResult) -> None:

@@ -16,6 +16,7 @@ from screen.overlays import Editor, Item, Panel, Picker
 from screen.pane import Host, Pane
 from screen.replies import Reply
 from screen.session import VIEWS
+from utils import model_name
 from widgets import GOOD, WARN
 
 EXPORTS = {
@@ -48,7 +49,12 @@ def other_circuits(pane: Pane, app: Host) -> list[Item]:
     for c in state.circuits:
         if c is not state.current:
             items.append(
-                Item(f"go to {c.name}", f"{len(c.nodes)} nodes, {len(c.edges)} edges, {c.model}", "", lambda c=c: app.act("select_circuit", name=c.name))
+                Item(
+                    f"go to {c.name}",
+                    f"{len(c.nodes)} nodes, {len(c.edges)} edges, {model_name(c.model)}",
+                    "",
+                    lambda c=c: app.act("select_circuit", name=c.name),
+                )
             )
     for name, reply in pane.found.items():
         done = reply.result
@@ -135,8 +141,8 @@ def open_circuit(app: Host, path: Path) -> None:
     circuit = dataclasses.replace(circuit, name=free_name(app, circuit.name), model=circuit.model or app.state.model.model)
     app.act("put_circuit", circuit=circuit)
     if app.info and any((n := parse_node(a)).layer >= app.info.n_layers or (n.head or 0) >= app.info.n_heads for a in circuit.nodes):
-        of = circuit.model or "another model"
-        wrong = (*wrong, f"{circuit.name} is of {of}: {app.info.name} does not have all its nodes, so it can be compared but not scored")
+        of = model_name(circuit.model) if circuit.model else "another model"
+        wrong = (*wrong, f"{circuit.name} is of {of}: {model_name(app.info.name)} does not have all its nodes, so it can be compared but not scored")
     if len(wrong) > 1:
         app.open(Panel(f"{circuit.name}: {len(wrong)} entries left out", [[(f" {w}", WARN)] for w in wrong], "esc"))
     app.say(wrong[0] if wrong else f"{circuit.name}: {len(circuit.nodes)} nodes, {len(circuit.edges)} edges", WARN if wrong else GOOD)

@@ -114,9 +114,9 @@ class LensPane(Pane):
     def paint(self, app: Host) -> None:
         views, result = app.state.views, app.requests.result("lens", LensResult)
         stat, artefact = views["lens.stat"], f" {Path(app.state.artefact).name}" if app.state.artefact else ""
-        name = f"{run_name(app.state, self.which(app))} · {pictures.LENS_KINDS[app.state.lens]}{artefact}"
+        kind, run = f"{pictures.LENS_KINDS[app.state.lens]}{artefact}", run_name(app.state, self.which(app))
         if result is None:
-            self.show_title(app, ("lens",), name, "")
+            self.show_title(app, ("lens",), f"{EXPLAINED[stat].name} · {kind} · {run}", "")
             self.table.show(None, (0, 0), views["mode"], app.requests.waiting("lens"))
             self.side.show([])
             self.info_line.show([])
@@ -125,7 +125,7 @@ class LensPane(Pane):
         row, pos = self.row(app, result.points), clip(app.cursor.pos, len(result.tokens.texts))
         self.table.show(grid, (row, pos), views["mode"])
         thinned = f" · {self.table.thinned}" if self.table.thinned else ""
-        self.show_title(app, ("lens",), f"{name} · {pictures.LENS_STATS[stat]}{thinned}", result.convention, grid)
+        self.show_title(app, ("lens",), f"{EXPLAINED[stat].name}{thinned} · {kind} · {run}", result.convention, grid)
         beside = self.size.width - 34 >= 14 + grid.cell[0] * len(grid.cols)
         self.side.set_class(not beside, "hidden")
         if beside:

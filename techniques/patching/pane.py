@@ -19,7 +19,7 @@ from techniques.patching.pictures import sweep_grid
 from widgets import DIM, Grid, GridView, Same
 
 NOT_ESTIMATED = ("pairs", "cumulative", "features")
-DIRECTIONS = {"denoise": "denoising: clean into corrupted", "noise": "noising: corrupted into clean"}
+DIRECTIONS = {"denoise": "denoising", "noise": "noising"}
 
 
 class PatchingPane(Pane):
@@ -189,7 +189,7 @@ class PatchingPane(Pane):
         ablated = f"{request.op} ablation of the {'clean' if request.direction == 'noise' else 'corrupted'} run"
         what = DIRECTIONS[request.direction] if request.op == "patch" else ablated
         more = (" over the set" if request.over_set else "") + (" · direct" if request.effect == "direct" else "")
-        return f"{request.kind} · {what} · {app.state.views['patching.show']}{more}"
+        return f"{EXPLAINED[request.kind].name} · {app.state.views['patching.show']}{more} · {what}"
 
     def paint(self, app: Host) -> None:
         views, wanted = app.state.views, app.requests.wanted

@@ -63,7 +63,7 @@ class WeightsPane(Pane):
         view, n, w = views[self.view], max(2, self.size.height - 3), self.size.width - 2
         kind = CompositionResult if view.startswith("composition") else HeadWeightsResult if view in ("ov", "qk") else SingularResult
         result = app.requests.result("weights", kind)
-        name = f"L{c.layer} {view}" if view.startswith("mlp") else f"L{c.layer}H{c.head} {view}"
+        name = f"L{c.layer}{'' if view.startswith('mlp') else f'H{c.head}'} {EXPLAINED[view].name}"
         self.map.set_class(not view.startswith("composition"), "hidden")
         if result is None or (result.layer, result.head) != (c.layer, None if view.startswith("mlp") else c.head):
             self.show_title(app, ("weights",), name, "")

@@ -123,7 +123,7 @@ def test_token_lines_page_and_mark():
 
 def test_identities_are_red_when_broken():
     rows = identity_rows((Identity("a", 0.5, 1e-4, False, "[x]"), Identity("b", 0, 1e-4, True), Identity("c", 0, 0, None)))
-    assert ["".join(t for t, _ in r).split()[0] for r in rows] == ["✗", "✓", "·"] and "5.0e-01 > 1e-04" in "".join(t for t, _ in rows[0])
+    assert ["".join(t for t, _ in r).split()[0] for r in rows] == ["✗", "✓", "–"] and "5.0e-01 > 1e-04" in "".join(t for t, _ in rows[0])
 
 
 def test_the_table_has_no_clash_and_the_readme_its_keys():

@@ -12,6 +12,8 @@ EXPLAINED = {
     "list": Explained("list", "the circuit's nodes and edges as addresses, with the effect of each alone", f"{ALONE}; {FAITHFUL}", IOI, REST),
     "path": Explained("path patching", "what goes along one path: the receiver gets what it would get if only this sender had its corrupted value", "effect = m(receiver's input with the sender's change) - m(untouched)",
                       "Goldowsky-Dill et al. 2023, arXiv 2304.05969; " + IOI, "all other heads and MLPs, at the base run"),
+    "path=direct": Explained("direct edge", "the receiver's input changes only by what the sender itself writes into the stream", "receiver's input + (sender's corrupted output - its clean output)", "Goldowsky-Dill et al. 2023, arXiv 2304.05969",
+                             "all other heads and MLPs, at the base run"),
     "path=mlps": Explained("through MLPs", "the path may pass MLPs, as in the IOI paper", "MLPs between sender and receiver are computed again", IOI, "all other heads, at the base run"),
     "scores": Explained("scores", "faithfulness: does the circuit alone do the task; completeness: does the model fail without it; minimality: is each part needed",
                         f"{FAITHFUL}; incompleteness = max over K of |F(C without K) - F(M without K)|; minimality of v = max over K of |F(C without K) - F(C without K and v)| / F(M)", IOI, REST),

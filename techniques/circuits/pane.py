@@ -46,11 +46,8 @@ class CircuitPane(Pane):
         Part("enter", "paths", "keep the edge", lambda pane, app: pane.enter(app)),
         Action("keep", "c", "keep", "Keep the node under the cursor in the circuit; again to drop it", CIRCUIT, actions.keep, "scope"),
         Action("circuits", "Y", "circuits", "Circuits: new, open, groups, union, compare, save, export, what the rest is set to", CIRCUIT, files.choose_circuit, "keep"),
-        Action(
-            "receivers", "Q", "receivers",
-            "Where paths end: q, k, v of heads, MLPs, logits; or where those to each receiver begin: a node, some together, a group",
-            CIRCUIT, actions.choose_receivers, "circuits",
-        ),
+        Action("receivers", "Q", "receivers", "Where paths end: q, k, v of heads, MLPs, logits; or where those to each receiver begin: a node, some together, a group",
+               CIRCUIT, actions.choose_receivers, "circuits"),
         Action("discover", "U", "discover", "Find a circuit: EAP, EAP-IG, ACDC or greedy, as a job", CIRCUIT, discovery.choose_method, "receivers"),
         Part("source", "circuit", "over the prompt or the set", turns("circuit.over")),
         Part("points", "paths", "from every sender, by position, or to each receiver", turns("circuit.each")),
@@ -190,13 +187,11 @@ class CircuitPane(Pane):
         app.move(layer=clip(c.layer + rows, app.info.n_layers), **where)
 
     def variants(self, app: Host) -> tuple[str, ...]:
-        views = app.state.views
-        return (views[self.view], *(["path=mlps"] if views[self.view] == "path" and views["circuit.path"] == "mlps" else []))
+        view = app.state.views[self.view]
+        return (view, f"path={app.state.views['circuit.path']}") if view == "path" else (view,)
 
     def doing(self, app: Host) -> list[tuple[str, str]]:
-        """What the view waits for."""
-        view, circuit = app.state.views[self.view], app.state.current
-        return [("S", "run the paths"), ("Q", "receivers")] if view == "path" else [("S", "score it")] if circuit is not None and circuit.nodes else []
+        return [("S", "run the paths"), ("Q", "receivers")] if app.state.views[self.view] == "path" else [("S", "score it")] if app.state.circuits else []
 
     def shows(self, node: Node) -> bool:
         return node.site != "sae" and not node.site.startswith("resid")
@@ -251,8 +246,7 @@ class CircuitPane(Pane):
             self.info_line.show([])
             return
         if view == "path":
-            self.paint_path(app)
-            return
+            return self.paint_path(app)
         result = self.scored(app)
         parts = members(circuit) if circuit else {}
         effects = dict(zip(result.parts, result.effects.tolist())) if result is not None else {}
@@ -263,7 +257,7 @@ class CircuitPane(Pane):
         self.paint_side(app, result, max(20, self.size.width - mapped - 3))
         score = f" · faithfulness {result.faithfulness.mean:.3f}" if result is not None else ""
         busy = app.requests.left("score") if "score" in app.requests.wanted and app.requests.stale("score") else ""
-        self.show_title(app, ("score",), f"{view} · {name}{score}{busy}", self.note(app, result))
+        self.show_title(app, ("score",), f"{view}{score}{busy} · {name}", self.note(app, result))
         self.info_line.show([about_node(str(self.node(app, None)), circuit, effects)])
 
     def note(self, app: Host, result: ScoreResult | None) -> str:

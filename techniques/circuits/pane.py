@@ -246,7 +246,8 @@ class CircuitPane(Pane):
             self.info_line.show([])
             return
         if view == "path":
-            return self.paint_path(app)
+            self.paint_path(app)
+            return
         result = self.scored(app)
         parts = members(circuit) if circuit else {}
         effects = dict(zip(result.parts, result.effects.tolist())) if result is not None else {}

@@ -152,10 +152,10 @@ def keymap(table: tuple[Action, ...]) -> dict[str, str]:
     return {b.id: ",".join(c.key for c in Binding.make_bindings([b])) for b in bindings(table)}
 
 
-def hints(table: tuple[Action, ...], pane: Keyed, panes: Iterable[Keyed]) -> list[tuple[str, str]]:
-    """(key, title) of what the hint line shows in a pane: first what every pane has, then what only this one has."""
-    first, count = ("enter", "sweep", "view"), {a.id: sum(a.id in p.hints for p in panes) for a in table}
-    own = sorted((a for a in table if a.id in pane.hints), key=lambda a: (first.index(a.id) if a.id in first else len(first), count[a.id]))
+def hints(table: tuple[Action, ...], pane: Keyed, panes: Iterable[Keyed], idle: tuple[str, ...] = ()) -> list[tuple[str, str]]:
+    """(key, title) of what the hint line shows in a pane, the most useful first; `idle` are ids of what would do nothing now."""
+    first, count = ("enter", "sweep", "view", "ablate", "patch", "keep"), {a.id: sum(a.id in p.hints for p in panes) for a in table}
+    own = sorted((a for a in table if a.id in pane.hints and a.id not in idle), key=lambda a: (first.index(a.id) if a.id in first else len(first), count[a.id]))
     return [*((show_key(a.keys.split(",")[0]), a.title) for a in own), ("hjkl", "move")]
 
 

@@ -70,8 +70,8 @@ def useful_keys(app: Host) -> list[tuple[str, str]]:
     some += [("_", "all panes")] if app.zoomed else []
     some += [("ctrl+c", "stop"), ("J", "jobs")] if any(j.progress.total > 1 for j in app.client.jobs.values()) else []
     some += [("x", "interventions on")] if s.interventions and not s.enabled else []
-    known = {key for key, _ in some}
-    return some + [h for h in hints(app.table, app.panes[app.pane], app.panes.values()) if h[0] not in known]
+    known, idle = {key for key, _ in some}, (*(() if s.interventions else ("enable",)), *(() if app.session.past else ("undo",)))
+    return some + [h for h in hints(app.table, app.panes[app.pane], app.panes.values(), idle) if h[0] not in known]
 
 
 def hint_line(app: Host) -> Spans:

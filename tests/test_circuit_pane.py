@@ -41,7 +41,7 @@ async def test_keep_score_and_path(zoo, tmp_path, size):
         await press(app, pilot, "S")
         assert "faithfulness +" in shown(app) and "F circuit" in shown(app) and len(asked(app, Score)) == 1
         await press(app, pilot, "v", "v")
-        assert "drawing · circuit" in shown(app) and "L3" in shown(app)
+        assert "drawing · faithfulness" in shown(app) and "L3" in shown(app)
         await press(app, pilot, "v", "v")
         assert "alone away" in shown(app)
         await press(app, pilot, "v", "v", "S")

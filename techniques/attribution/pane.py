@@ -108,7 +108,7 @@ class AttributionPane(Pane):
         else:
             place = f"{result.pos} {show_token(texts_of(result.tokens)[result.pos])}"
             self.show_title(app, ("attribution",), f"direct effect at {place} · {name}", result.convention, grid)
-            self.info_line.show([self.map.about() + pictures.sum_line(result.total, result.logit, result.capped, result.error, result.convention)])
+            self.info_line.show([self.map.about() + pictures.sum_line(result.total, result.logit, result.capped, result.error)])
 
     def paint_side(self, app: Host, result: AttributionResult | AttributionSetResult) -> None:
         """Beside the map: the cell's sources or neurons, or all cells ranked."""

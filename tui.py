@@ -10,7 +10,6 @@ import argparse
 import signal
 import os
 import sys
-import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -47,6 +46,7 @@ from screen.replies import Requests
 from screen.session import Session, State, add_views, newest_session, read_session
 from screen.table import SCREEN
 from screen.terminal import Terminal, no_terminal
+from screen.tour import Tour
 from techniques import parts
 from utils import ROOT, printable, settings, visible
 from widgets import BAD, PLAIN, WARN, Lines, Spans
@@ -88,7 +88,7 @@ class Loupe(App):
     def __init__(self, session: Session, via: str = "", note: str = "", log: Path | None = None, table: tuple[Action, ...] = TABLE, **kw):
         super().__init__(ansi_color=True, **{"driver_class": Terminal} | kw)
         self.session, self.table = session, table
-        self.faults = Faults(self)
+        self.faults, self.tour = Faults(self), Tour(self)
         log = log or folder("logs") / "engine.log"
         self.client, self.requests = Client(log, via, self.on_progress, self.on_death, self._handle_exception), Requests(self)
         self.info: ModelInfo | None = None
@@ -159,7 +159,7 @@ class Loupe(App):
 
     def place(self) -> None:
         width, height = self.size
-        height = max(height - (6 if height >= 12 else 3) - self.said_lines, 1)
+        height = max(height - (6 if height >= 12 else 3) - self.said_lines - self.tour.height, 1)
         places = layout.regions([self.panes[p] for p in self.visible_panes()], width, height)
         moved = {name: r for name, r in places.items() if self.places.get(name) != r}
         for name, r in moved.items():
@@ -296,12 +296,15 @@ class Loupe(App):
 
     def open(self, overlay: Overlay) -> None:
         """Show an overlay; it has the focus at once."""
+        overlay.styles.margin = (0, 0, 1 + (self.tour.height + self.said_lines if self.tour.open else 0), 0)
         self.mount(overlay)
         self.screen.set_focus(overlay)
+        self.draw_hint()
 
     def on_overlay_closed(self) -> None:
         open_ones = [o for o in self.query(Overlay) if not o.closing]
         open_ones[-1].take_focus() if open_ones else self.panes[self.pane].focus()
+        self.draw_hint()
 
     # -------------------------------------------------------------- the cursor
 
@@ -349,6 +352,7 @@ class Loupe(App):
         self.draw_top()
         for name in self.visible_panes():
             self.panes[name].paint(self)
+        self.tour.look()
         self.place()
         self.draw_hint()
         self.requests.slow = self.requests.slow and any(map(self.requests.stale, self.requests.wanted))
@@ -364,18 +368,8 @@ class Loupe(App):
 
     def draw_hint(self) -> None:
         """The status line, wrapped, and the hint line below it."""
-        if not self.panes:
-            return
-        text, style = self.status[0] if self.status else ("", PLAIN)
-        if trouble := self.session.trouble:
-            text, style = f"{visible(trouble)} · {text.strip()}", BAD
-        lines = textwrap.wrap(text.strip(), max(self.size.width - 2, 10))[: 3 if self.size.height >= 20 else 1] or [""]
-        if len(lines) != self.said_lines:
-            self.said_lines = len(lines)
-            self.status_line.styles.height = len(lines)
-            self.place()
-        self.status_line.show([[(f" {line}", style)] for line in lines])
-        self.hint_line.show([top.hint_line(self)])
+        if self.panes:
+            top.draw_hint(self)
 
 
 def first_state(values: dict[str, str]) -> State:
@@ -429,6 +423,7 @@ def main() -> None:
             given = {k: v for k in ("model", "base", "dtype", "device", "device_map") if (v := getattr(args, k))}
             state = first_state(values)
             session = Session(replace(state, model=replace(state.model, **given)))
+            note = "" if any(folder("sessions").glob("*.jsonl")) else "new here? :tour and enter begin a guided hunt; ? lists the keys"
     except UserError as error:
         sys.exit(printable(f"loupe: {error}"))
     app = Loupe(session, args.via, note, table=table)

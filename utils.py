@@ -56,7 +56,7 @@ def setting_of_megabytes(name: str, default: int) -> int:
 
 # ------------------------------------------------------------------ tokens
 
-VISIBLE = {"\n": "⏎", "\t": "→", "\r": "␍", "\x1b": "␛", "\x7f": "␡"}
+VISIBLE = {"\n": "↵", "\t": "⇥", "\r": "␍", "\x1b": "␛", "\x7f": "␡"}
 JAMO = (*range(0x1160, 0x1200), *range(0xD7B0, 0xD800))  # vowels and finals of Hangul, drawn into the syllable before
 UNSURE = {*range(0x1F3FB, 0x1F400), *range(0x1F1E6, 0x1F200), *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0), 0x34F}  # terminals differ in their cells
 
@@ -133,6 +133,11 @@ def show_bytes(n: float) -> str:
 
 def show_count(n: int) -> str:
     return f"{n / 1e9:.1f}B" if n >= 1e9 else f"{n / 1e6:.1f}M" if n >= 1e6 else f"{n / 1e3:.0f}K" if n >= 1e3 else str(n)
+
+
+def model_name(model: str) -> str:
+    """A model as it is shown: the last part of its folder or of its name on the hub."""
+    return visible(Path(model).name or model)
 
 
 def show_number(x: float | None, width: int = 6) -> str:

@@ -3,6 +3,7 @@ What draws lines and maps, by the Line API. Quantise -> style table -> merge -> 
 Widgets hold no state of the hunt: they are given a picture and draw it. Never imports torch.
 """
 
+import textwrap
 from functools import lru_cache
 
 import numpy as np
@@ -200,8 +201,9 @@ class GridView(Widget):
         if not self.size:  # drawn before its first resize
             return Strip.blank(self.region.width, PLAIN)
         if self.grid is None:
-            text = self.message if y == self.size.height // 3 else []
-            return strip_of(text).adjust_cell_length(self.size.width, PLAIN)
+            lines = textwrap.wrap("".join(text for text, _ in self.message), max(self.size.width - 4, 10))
+            n = y - self.size.height // 3
+            return strip_of([(f"  {lines[n]}", self.message[0][1])] if 0 <= n < len(lines) else []).adjust_cell_length(self.size.width, PLAIN)
         self.lay_out()
         line, width = y - self.head + self.origin[0], self.size.width
         if y < self.head:

@@ -129,7 +129,7 @@ def scale(app: Host) -> None:
     app.ready()
     node = app.node()
     accept = accepted(lambda values: intervene(app, parse_intervention(f"{node}=scale:{values[0]}")))
-    app.open(Editor(f"scale {node}", [("factor", "2.0")], accept, 0, 1, "enter · esc"))
+    app.open(Editor(f"scale {node}", [("factor", "2.0")], accept, 0, 1))
 
 
 def type_node(app: Host) -> None:
@@ -139,7 +139,7 @@ def type_node(app: Host) -> None:
         for new in [parse_intervention(text) for text in values[0].split()]:
             intervene(app, new)
 
-    fields, hint = [("node=op", f"{app.node()}={app.state.ablation}")], "L2H3@S2=zero 1.2.q=patch L3.mlp=scale:0.5 · enter · esc"
+    fields, hint = [("node=op", f"{app.node()}={app.state.ablation}")], "L2H3@S2=zero 1.2.q=patch L3.mlp=scale:0.5"
     app.open(Editor("interventions", fields, accepted(put), 0, 1, hint, True))
 
 
@@ -219,11 +219,6 @@ def turn(app: Host, name: str, allowed: tuple[str, ...] | None = None) -> None:
 def turns(name: str):
     """The handler of a pane's key that turns one of its views."""
     return lambda pane, app: turn(app, name)
-
-
-def turn_view(app: Host) -> None:
-    pane = app.panes[app.pane]
-    turn(app, pane.view, pane.choices(app))
 
 
 def turn_which(app: Host) -> None:

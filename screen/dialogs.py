@@ -1,26 +1,29 @@
 """What the keys do that open a list or a panel: help, palette, models, the convention in full, copying."""
 
 import json
-import textwrap
 import time
 
 from techniques.output.requests import RunResult
 from vocabulary.files import folder, short, write_text
 from vocabulary.nodes import UserError
+from screen.explain import paragraphs, wrapped
+from screen.glyphs import SIGNS
 from screen.jobs import ends_jobs
-from screen.keys import Action, show_keys
+from screen.keys import Action, helped, show_keys
 from screen.overlays import Item, Overlay, Panel, Picker
 from screen.pane import Host
 from screen.script import python_script
 from screen.session import VIEWS
-from widgets import BOLD, DIM, GOOD, PLAIN
+from widgets import GOOD
 
 # ------------------------------------------------------------------ keys and commands
 
 
 def show_help(app: Host) -> None:
-    items = [Item(show_keys(a), a.help, a.group, a) for a in app.table]
-    app.open(Picker("keys", items, lambda item, typed: item and app.action_do(item.value.id)))
+    """Every key: the pane's own first, each with what it is for; then what the signs on the screen stand for."""
+    items = [Item(show_keys(a), text, section, a) for section, a, text in helped(app.table, app.panes[app.pane])]
+    items += [Item(sign, text, "signs") for sign, text in SIGNS.items()]
+    app.open(Picker("keys", items, lambda item, typed: item and item.value and app.action_do(item.value.id)))
 
 
 def palette(app: Host) -> None:
@@ -36,12 +39,14 @@ def palette(app: Host) -> None:
 
 
 def convention(app: Host) -> None:
-    """What the title line says, where it may be cut, and the lines below the picture."""
-    pane, width = app.panes[app.pane], max(20, app.size.width - 6)
+    """What is measured, by which formula and whose; then what the title says in full, and how it was done on this model and prompt."""
+    pane, width = app.panes[app.pane], max(20, app.size.width - 4)
     title, note = pane.said
-    lines = [(line, BOLD) for line in textwrap.wrap(title, width)] + [(line, PLAIN) for line in textwrap.wrap(note, width)]
-    lines += [(line, DIM) for row in pane.info_line.text().splitlines() for line in textwrap.wrap(row, width)]
-    app.open(Panel(f"{pane.number} {pane.label}", [[(f" {text}", style)] for text, style in lines] or [[(" nothing is shown", DIM)]], "esc"))
+    lines = paragraphs((pane.explained[v] for v in pane.variants(app) if v in pane.explained), width)
+    lines += wrapped("shown", title, width) + (wrapped("here", note, width) if note else [])
+    for row in pane.info_line.text().splitlines():
+        lines += wrapped("cursor", row.strip(), width)
+    app.open(Panel(f"{pane.number} {pane.label}", lines, ""))
 
 
 # ------------------------------------------------------------------ the engine

@@ -44,6 +44,7 @@ class Action:
     who: str = ""
     reach: tuple[str, ...] | None = None
     elsewhere: str = ""
+    of: tuple[tuple[str, str], ...] = ()  # filled by `collect`: the panes that have a part in it, and what it does there
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def check(table: list[Action]) -> None:
     """Two actions with one id or one key are a mistake in a pane's table."""
     seen: dict[str, str] = {}
     for a in table:
-        for name in (f"id {a.id}", *(f"key {k}" for k in a.keys.split(","))):
+        for name in (f"id {a.id}", *(f"key {k}" for k in a.keys.split(",") if k)):
             assert name not in seen, f"{name} belongs to {seen[name]} and to {a.title}"
             seen[name] = a.title
 
@@ -112,7 +113,13 @@ def joined(action: Action, owner: str | None, parts: list[tuple[str, Action | Pa
         elif text:
             clauses.append(([who], text))
     text = "; ".join(f"{' and '.join(who)}: {words}" if any(who) else words for who, words in clauses)
-    return replace(action, help=text[:1].upper() + text[1:], do=dispatch(action, owner, {key: p.do for key, p in parts}))
+    of = [(key, upper(p.help or action.help)) for key, p in parts]
+    of += [(key, upper(action.help)) for key in action.reach or () if key not in dict(of)]
+    return replace(action, help=upper(text), do=dispatch(action, owner, {key: p.do for key, p in parts}), of=tuple(of))
+
+
+def upper(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def dispatch(action: Action, owner: str | None, parts: dict[str, Callable]) -> Callable:
@@ -145,11 +152,19 @@ def keymap(table: tuple[Action, ...]) -> dict[str, str]:
     return {b.id: ",".join(c.key for c in Binding.make_bindings([b])) for b in bindings(table)}
 
 
-def hints(table: tuple[Action, ...], pane: Keyed, panes: Iterable[Keyed]) -> list[tuple[str, str]]:
-    """(key, title) of what the hint line shows in a pane: first what every pane has, then what only this one has."""
-    first, count = ("enter", "sweep", "view"), {a.id: sum(a.id in p.hints for p in panes) for a in table}
-    own = sorted((a for a in table if a.id in pane.hints), key=lambda a: (first.index(a.id) if a.id in first else len(first), count[a.id]))
+def hints(table: tuple[Action, ...], pane: Keyed, panes: Iterable[Keyed], idle: tuple[str, ...] = ()) -> list[tuple[str, str]]:
+    """(key, title) of what the hint line shows in a pane, the most useful first; `idle` are ids of what would do nothing now."""
+    first, count = ("enter", "sweep", "view", "ablate", "patch", "keep"), {a.id: sum(a.id in p.hints for p in panes) for a in table}
+    own = sorted((a for a in table if a.id in pane.hints and a.id not in idle), key=lambda a: (first.index(a.id) if a.id in first else len(first), count[a.id]))
     return [*((show_key(a.keys.split(",")[0]), a.title) for a in own), ("hjkl", "move")]
+
+
+def helped(table: tuple[Action, ...], pane: Keyed) -> list[tuple[str, Action, str]]:
+    """(section, action, what it is for) of every key: first the pane's own, then those of every pane, then what other panes have."""
+    own = [(pane.label, a, dict(a.of)[pane.key]) for a in table if pane.key in dict(a.of)]
+    mine = {a.id for _, a, _ in own}
+    rest = [(a.group if a.reach is None else "other panes", a, a.help) for a in table if a.id not in mine]
+    return own + sorted(rest, key=lambda row: row[0] == "other panes")
 
 
 def show_key(key: str) -> str:
@@ -157,6 +172,7 @@ def show_key(key: str) -> str:
         "comma": ",",
         "escape": "esc",
         "enter": "⏎",
+        "backspace": "⌫",
         "left": "←",
         "right": "→",
         "up": "↑",
@@ -169,7 +185,8 @@ def show_key(key: str) -> str:
 
 
 def show_keys(action: Action) -> str:
-    return " ".join(show_key(k) for k in action.keys.split(","))
+    """The keys of an action; one without a key is run by its name."""
+    return " ".join(show_key(k) for k in action.keys.split(",")) if action.keys else f":{action.id}"
 
 
 def remapped(path: str, table: tuple[Action, ...]) -> tuple[Action, ...]:
@@ -194,7 +211,7 @@ def remapped(path: str, table: tuple[Action, ...]) -> tuple[Action, ...]:
 
 def key_table(table: tuple[Action, ...]) -> str:
     """The key table in Markdown."""
-    keys = [" ".join(f"`{show_key(k)}`" for k in a.keys.split(",")) for a in table]
+    keys = [" ".join(f"`{k}`" for k in show_keys(a).split()) for a in table]
     return "\n".join(["| key | action | id |", "|---|---|---|", *(f"| {k} | {a.help} | `{a.id}` |" for k, a in zip(keys, table))]) + "\n"
 
 

@@ -7,23 +7,24 @@ from screen.client import EngineDied, EngineError
 from screen.cursor import Cursor
 from screen.history import VIEW
 from screen.pane import Host
+from utils import model_name
 from widgets import BAD, GOOD
 
 
 async def load(app: Host, request: Load) -> None:
     """Load a model; nothing of the one before is shown any more."""
-    app.info, app.busy = None, f"loading {request.model}…"
+    app.info, app.busy = None, f"loading {model_name(request.model)}…"
     app.requests.forget(replace(request))
     app.draw()
     info = await app.requests.asked("load", request, 0, failed=lambda error: not_loaded(app, error), any_model=True)
     if info is None:
         return
     app.info = info
-    broken, line = [c.name for c in info.checks if c.ok is False], f"loaded {info.name} in {info.seconds:.1f} s; self-check"
+    broken, line = [c.name for c in info.checks if c.ok is False], f"loaded {model_name(info.name)} in {info.seconds:.1f} s; self-check"
     passed = f"{line} passed ({sum(c.ok is True for c in info.checks)} identities); {info.bos_habit}"
     app.say(f"{line} FAILED: {', '.join(broken)}" if broken else passed, BAD if broken else GOOD)
     if app.failed:
-        app.say(f"{info.name} stays: {app.failed}", BAD)
+        app.say(f"{model_name(info.name)} stays: {app.failed}", BAD)
         app.failed = ""
     if app.cursor == Cursor():
         app.cursor = Cursor(layer=info.n_layers - 1)

@@ -1,6 +1,7 @@
 """What opens over the screen and takes the keys: a list to choose from, fields to edit, lines to read."""
 
 import re
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -74,6 +75,10 @@ class Overlay(Vertical, can_focus=True):
     def first_field(self) -> "Field | None":
         return None
 
+    def hints(self) -> list[tuple[str, str]]:
+        """Its keys and what they do, for the hint line."""
+        return [("esc", "close")]
+
     def take_focus(self) -> None:
         """Focus what takes the keys here."""
         self.screen.set_focus(self.first_field() or self)
@@ -81,7 +86,9 @@ class Overlay(Vertical, can_focus=True):
     def complain(self, text: str) -> None:
         """An error, where the eye is."""
         if self.head is not None:
-            self.head.show([[(f" {text} ", BAD)]])
+            lines = textwrap.wrap(text, max(self.app.size.width - 2, 10))
+            self.head.styles.height = len(lines)
+            self.head.show([[(f" {line} ", BAD)] for line in lines])
 
     def on_paste(self, event: events.Paste) -> None:
         if (field := self.first_field()) is not None:
@@ -138,6 +145,9 @@ class Picker(Overlay):
     def first_field(self) -> Field:
         return self.field
 
+    def hints(self) -> list[tuple[str, str]]:
+        return [("type", "to filter, or what is not listed" if self.free else "to filter"), ("↑↓", "choose"), ("⏎", "take"), ("esc", "close")]
+
     def on_mount(self) -> None:
         self.take_focus()
         self.draw()
@@ -174,7 +184,7 @@ class Picker(Overlay):
             rows = [[("  enter takes what you typed" if self.free and self.field.value else "  nothing matches", DIM)]]
         self.list.styles.height = height
         self.list.show(rows, top)
-        self.head.show([[(f" {self.title} ", HEAD), (f" {len(found)} of {len(self.items)} · type to filter · enter · esc", DIM)]])
+        self.head.show([[(f" {self.title} ", HEAD), (f" {len(found)} of {len(self.items)}", DIM)]])
 
     def on_input_changed(self) -> None:
         self.at = 0
@@ -240,6 +250,9 @@ class Editor(Overlay):
     def first_field(self) -> Field:
         return self.fields[self.start]
 
+    def hints(self) -> list[tuple[str, str]]:
+        return [("⏎", "accept"), ("esc", "leave it as it was"), *([("tab", "next field")] if len(self.fields) > 1 else [])]
+
     def edited(self) -> None:
         """Called when it opens and whenever something was typed."""
 
@@ -292,6 +305,9 @@ class Panel(Overlay):
     def on_mount(self) -> None:
         self.take_focus()
         self.draw()
+
+    def hints(self) -> list[tuple[str, str]]:
+        return [("jk", "choose" if self.select else "scroll"), ("esc", "close")]
 
     def replace(self, rows: list[Spans]) -> None:
         self.rows = rows

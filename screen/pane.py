@@ -20,6 +20,7 @@ from vocabulary.prompts import Study
 from vocabulary.requests import ModelInfo
 from screen.client import Client
 from screen.cursor import Cursor, clip
+from screen.explain import Explained
 from screen.keys import Action, Part
 from screen.maps import least_height, legend, most_height
 from screen.overlays import Item, Overlay
@@ -80,8 +81,9 @@ class Pane(Vertical, can_focus=True):
     """
     number, key, label, about, wide = "?", "", "", "", True
     views: dict[str, tuple[str, ...]] = {}  # what it can show: names and values, the first of each at first
-    view = ""  # the one of them that `v` turns
+    view = ""  # the one of them that `v` lists
     text_view = ""  # the one that turns to the prompt as text, "" where there is none; its first value is off
+    explained: dict[str, Explained] = {}  # what each variant measures, by the name that `variants` gives it
     differences = True  # whether `f` turns to differences of runs too
     scope = "all"  # whether actions act on all positions or the cursor's ("here")
     keys: tuple[Action | Part, ...] = ()
@@ -133,9 +135,17 @@ class Pane(Vertical, can_focus=True):
         c = app.cursor
         return Node("head", c.layer, c.head, pos=pos) if c.comp == "head" else Node(c.comp, c.layer, pos=pos)
 
+    def doing(self, app: Host) -> list[tuple[str, str]]:
+        """Keys (and what they do) that matter most just now, for the hint line: what was drilled into, and how to leave it."""
+        return []
+
     def choices(self, app: Host) -> tuple[str, ...]:
-        """The values that `v` turns through."""
+        """The values that `v` offers."""
         return VIEWS[self.view]
+
+    def variants(self, app: Host) -> tuple[str, ...]:
+        """Which of `explained` is on the screen now."""
+        return (app.state.views[self.view],) if self.view else ()
 
     def back(self, app: Host) -> bool:
         """Leave what was drilled into; whether there was something to leave."""
@@ -203,6 +213,7 @@ class Pane(Vertical, can_focus=True):
         """The rule above the pane: its name, what is shown, the colours with their numbers (of `grid`), and as much of the convention as fits whole."""
         late = app.requests.late(slots)
         self.said = (f"{late}{title}{f' {scale(grid)}' if grid else ''}", note)
+        title = whole_parts(title, self.size.width - width_of(f"━ {self.number} {self.label}   {late}") - (18 if grid is not None else 2))
         rule, name = (("━", HEAD), FOCUS) if app.pane == self.key else (("─", RULE), HEAD)
         if self.title_line.rule != rule:
             self.title_line.rule = rule
@@ -268,6 +279,14 @@ def differing(app: Host) -> frozenset[int]:
     alike = {pair for pair in pairs if a[pair[0]] == b[pair[1]]}
     on_corrupt = shown.tokens.ids == check.corrupt.ids and check.clean.ids != check.corrupt.ids
     return frozenset(range(len(b if on_corrupt else a))) - {pair[on_corrupt] for pair in alike}
+
+
+def whole_parts(title: str, room: int) -> str:
+    """As many parts of a title (name, view, …, the most important first) as fit whole; the first in any case."""
+    parts = title.split(" · ")
+    while len(parts) > 1 and width_of(" · ".join(parts)) > room:
+        parts.pop()
+    return " · ".join(parts)
 
 
 def step_component(app: Host, rows: int, cols: int) -> None:

@@ -59,7 +59,7 @@ def chart(title: str, points: list[str], lines: dict[str, list[float]], width: i
     plot.theme("simple")
     plot.plot_size(width, height)
     plot.title(title)
-    for (name, ys), marker in zip(lines.items(), ("braille", "•", "x")):
+    for (name, ys), marker in zip(lines.items(), ("braille", "+", "x")):
         xs = [n for n, y in enumerate(ys) if not math.isnan(y)]
         signal = plot.signal([at[n] for n in xs] if at else xs, [ys[n] for n in xs], marker=marker)
         signal.lines()

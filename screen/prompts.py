@@ -128,7 +128,7 @@ def edit_alignment(app: Host, check: CheckResult) -> None:
         return ""
 
     text = " ".join(f"{a}-{b}" for a, b in check.alignment)
-    app.open(Editor("alignment", [("pairs", text)], accept, 0, 1, "clean-corrupted · enter · esc", True))
+    app.open(Editor("alignment", [("pairs", text)], accept, 0, 1, "clean-corrupted", True))
 
 
 # ------------------------------------------------------------------ sets and metrics

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from screen import actions, dialogs, jobs, models, moves, prompts, sessions
+from screen import actions, dialogs, jobs, models, moves, prompts, sessions, views
 from screen.keys import INTERVENE, LOUPE, MOVE, PANES, PROMPT, VIEW, FIND, Action
 
 FAR = 10**6
@@ -63,7 +63,7 @@ SCREEN = (
     Action("clear", "X", "clear", "Clear all interventions", INTERVENE, actions.clear),
     Action("undo", "u", "undo", "Undo the last action that changed what is computed", INTERVENE, actions.undo),
     Action("redo", "ctrl+r", "redo", "Redo", INTERVENE, partial(actions.undo, way="redo")),
-    Action("view", "v", "view", "Next view or statistic of this pane", VIEW, actions.turn_view),
+    Action("view", "v", "views", "The views of this pane, each under a letter; v again takes the next", VIEW, views.choose_view),
     Action(
         "mode",
         "V",
@@ -79,9 +79,24 @@ SCREEN = (
     Action("find_next", "n", "next", "Next match", FIND, actions.find_next),
     Action("find_previous", "N", "previous", "Previous match", FIND, partial(actions.find_next, by=-1)),
     Action("palette", ":", "palette", "Command palette", LOUPE, dialogs.palette),
-    Action("help", "?", "help", "Keys: filter and run", LOUPE, dialogs.show_help),
+    Action("help", "?", "help", "This pane's keys, then all others, then the signs: filter and run", LOUPE, dialogs.show_help),
+    Action(
+        "tour",
+        "",
+        "tour",
+        "A guided hunt on the embedded model, to a proven circuit; again: leave it, or go on where it was left",
+        LOUPE,
+        lambda app: app.tour.toggle(),
+    ),
     Action("copy", "y", "copy", "Copy or export: text, TSV, SVG, Python script, address", LOUPE, dialogs.copy),
-    Action("convention", "=", "convention", "This pane's title and convention in full", LOUPE, dialogs.convention),
+    Action(
+        "convention",
+        "=",
+        "convention",
+        "What this pane measures: definition, formula, source, what is frozen; its title and convention in full",
+        LOUPE,
+        dialogs.convention,
+    ),
     Action("models", "M", "model", "Load another model", LOUPE, models.models),
     Action("jobs", "J", "jobs", "Running jobs; x cancels one", LOUPE, jobs.jobs),
     Action("write", "w", "session", "Where this session is written, and its name", LOUPE, sessions.where_written),

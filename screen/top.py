@@ -1,14 +1,16 @@
 """The lines around the panes: model, metric, prompts, interventions at the top; the hint line at the bottom."""
 
+import textwrap
 from pathlib import Path
 
 from techniques.output.requests import RunResult
 from vocabulary.prompts import TokenRow
 from vocabulary.requests import ModelInfo
 from screen.keys import hints
-from screen.pane import Host
+from screen.overlays import Overlay
+from screen.pane import Host, whole_parts
 from screen.pictures import RUN_NAMES, signed, texts_of
-from utils import show_bytes, show_count, show_token, visible, width_of
+from utils import model_name, show_bytes, show_count, show_token, visible, width_of
 from widgets import BAD, BOLD, CHANGED, CURSOR, CURSOR_PLAIN, DIM, HEAD, PLAIN, WARN, Spans
 
 
@@ -25,7 +27,7 @@ def top_lines(app: Host) -> list[Spans]:
     clean, corrupt = (run.clean.tokens, run.corrupt.tokens if run.corrupt else None) if run else (None, None)
     other = s.prompt.corrupt or "none: E types one, o opens a prompt set"
     return [
-        model_line(app.info, s.model.model, app.busy, app.memory),
+        model_line(app.info, s.model.model, app.busy, app.memory, w),
         metric,
         token_line("clean", clean, pos, w, None, ids, colour, s.prompt.clean),
         token_line("corrupted", corrupt, pos, w, clean, ids, colour, other),
@@ -54,19 +56,44 @@ def state_line(app: Host, clean: TokenRow | None) -> Spans:
     return [*line, (f"  @{pos}{' ' + ' '.join(label) if label else ''}" if clean else "", DIM)]
 
 
+def useful_keys(app: Host) -> list[tuple[str, str]]:
+    """(key, what it does), the most useful first: how to leave what was drilled into or zoomed, what stops a job, then the pane's own keys."""
+    some, s = list(app.panes[app.pane].doing(app)), app.state
+    some += [("_", "all panes")] if app.zoomed else []
+    some += [("ctrl+c", "stop"), ("J", "jobs")] if any(j.progress.total > 1 for j in app.client.jobs.values()) else []
+    some += [("x", "interventions on")] if s.interventions and not s.enabled else []
+    known, idle = {key for key, _ in some}, (*(() if s.interventions else ("enable",)), *(() if app.session.past else ("undo",)))
+    return some + [h for h in hints(app.table, app.panes[app.pane], app.panes.values(), idle) if h[0] not in known]
+
+
 def hint_line(app: Host) -> Spans:
-    """The node that actions act on, and the keys of the pane in focus, as many as fit."""
-    line: Spans = [(f" {app.node()!s:18}" if app.info else " ", BOLD), (" ?", BOLD), (" help ", DIM)]
-    for key, title in hints(app.table, app.panes[app.pane], app.panes.values()):
+    """The keys that matter now, as many as fit whole: those of the list that is open, else the node that actions act on and `useful_keys`."""
+    lists = [o for o in app.query(Overlay) if not o.closing]
+    line: Spans = [(" ", BOLD)] if lists else [(f" {app.node()!s:18}" if app.info else " ", BOLD), (" ?", BOLD), (" help ", DIM)]
+    for key, title in lists[-1].hints() if lists else useful_keys(app):
         if sum(width_of(text) for text, _ in line) + width_of(key + title) + 3 > app.size.width:
             break
         line += [(f" {key}", BOLD), (f" {title} ", DIM)]
     return line
 
 
-def model_line(info: ModelInfo | None, name: str, busy: str, memory: tuple[int, int, int]) -> Spans:
+def draw_hint(app: Host) -> None:
+    """The status line, wrapped over the width there is, and the hint line below it."""
+    text, style = app.status[0] if app.status else ("", PLAIN)
+    if trouble := app.session.trouble:
+        text, style = f"{visible(trouble)} · {text.strip()}", BAD
+    lines = textwrap.wrap(text.strip(), max(app.size.width - 2, 10))[: 3 if app.size.height >= 20 else 1] or [""]
+    if len(lines) != app.said_lines:
+        app.said_lines = len(lines)
+        app.status_line.styles.height = len(lines)
+        app.place()
+    app.status_line.show([[(f" {line}", style)] for line in lines])
+    app.hint_line.show([hint_line(app)])
+
+
+def model_line(info: ModelInfo | None, name: str, busy: str, memory: tuple[int, int, int], width: int) -> Spans:
     if info is None:
-        return [(" loupe     ", HEAD), (f"{visible(Path(name).name or name)} ", BOLD), (f" {busy}", WARN)]
+        return [(" loupe     ", HEAD), (f"{model_name(name)} ", BOLD), (f" {busy}", WARN)]
     broken = [c.name for c in info.checks if c.ok is False]
     heads = f"{info.n_heads} heads" + (f" ({info.n_kv_heads} KV)" if info.n_kv_heads != info.n_heads else "")
     text = f"  {info.n_layers} layers × {heads} · d {info.d_model} · {show_count(info.n_params)} · {info.dtype} on {info.device} · {info.architecture}"
@@ -74,13 +101,10 @@ def model_line(info: ModelInfo | None, name: str, busy: str, memory: tuple[int, 
     text += f" · {show_bytes(process)}" if process else ""
     text += f" · GPU {show_bytes(device)}" if device else ""
     text += f" · cache {show_bytes(cache)}" if cache else ""
-    return [
-        (" loupe     ", HEAD),
-        (visible(Path(name).name or name), BOLD),
-        *([(f" {info.warning} ·", WARN)] if info.warning else []),
-        (text, DIM),
-        *([(f"  ✗ self-check: {', '.join(broken)} (D)", BAD)] if broken else []),
-    ]
+    wrong = f"  ✗ self-check: {', '.join(broken)} (D)" if broken else ""
+    line: Spans = [(" loupe     ", HEAD), (model_name(name), BOLD), *([(f" {info.warning} ·", WARN)] if info.warning else [])]
+    room = width - sum(width_of(t) for t, _ in line) - width_of(wrong)
+    return [*line, (whole_parts(text, room), DIM), (wrong, BAD)]
 
 
 def metric_line(result: RunResult | None, kind: str, pos: str, base: str, stale: bool, width: int) -> Spans:

@@ -40,19 +40,19 @@ async def test_keep_score_and_path(zoo, tmp_path, size):
         assert app.state.current.nodes == ("L0H1", "L0H3", "L3H2", "L3H3")
         await press(app, pilot, "S")
         assert "faithfulness +" in shown(app) and "F circuit" in shown(app) and len(asked(app, Score)) == 1
-        await press(app, pilot, "v")
-        assert "drawing · circuit" in shown(app) and "L3" in shown(app)
-        await press(app, pilot, "v")
+        await press(app, pilot, "v", "v")
+        assert "drawing · faithfulness" in shown(app) and "L3" in shown(app)
+        await press(app, pilot, "v", "v")
         assert "alone away" in shown(app)
-        await press(app, pilot, "v", "S")
+        await press(app, pilot, "v", "v", "S")
         assert "every node → logits" in shown(app) and "direct edge" in shown(app) and len(asked(app, PathPatch)) == 1
         await press(app, pilot, "Z")
         assert "through MLPs" in shown(app) and len(asked(app, PathPatch)) == 1, "another convention waits for S"
         await press(app, pilot, "backspace", "G", "l", "enter")
         assert len(app.state.current.edges) == 1 and "->logits" in app.state.current.edges[0]
-        await press(app, pilot, "u", "v", "S")
+        await press(app, pilot, "u", "v", "v", "S")
         assert "incompleteness" in shown(app) and "K = " in shown(app)
-        await press(app, pilot, "v")
+        await press(app, pilot, "v", "v")
         assert "U" in shown(app)
         await press(app, pilot, "1", "c", "u")
         assert "a circuit holds heads" in shown(app) or app.state.current is not None
@@ -223,7 +223,7 @@ async def test_discovery_and_files(zoo, tmp_path, own_home):
         found = app.state.current
         assert found.name.startswith("eap-ig") and found.edges and "faithfulness" in shown(app)
         for _ in range(5):
-            await press(app, pilot, "v")
+            await press(app, pilot, "v", "v")
         assert "faithfulness against edges" in shown(app)
         await press(app, pilot, "Y", *"save", "enter")
         path = own_home / "exports" / "circuits" / f"{found.name}.json"
@@ -259,7 +259,7 @@ async def test_bad_input(zoo, tmp_path):
         await press(app, pilot)
         await press(app, pilot, "5", "S")
         assert "no circuit yet" in shown(app)
-        await press(app, pilot, "c", "v", "v", "v", "S")
+        await press(app, pilot, "c", *"vv" * 3, "S")
         assert "no corrupted prompt" in shown(app)
         await press(app, pilot, "Q", *"L9", "enter")
         assert "does not receive" in shown(app) or "is not a node" in shown(app)

@@ -110,7 +110,7 @@ def test_it_is_said_when_the_device_is_auto(driver, folders, capsys):
     info = Engine(Load(folder)).model.info
     assert info.device == "cpu" and info.warning == unused_gpu()
     assert Engine(Load(folder, device="cpu")).model.info.warning == ""
-    top = model_line(info, folder, "", (0, 0, 0))
+    top = model_line(info, folder, "", (0, 0, 0), 200)
     assert (f" {info.warning} ·", WARN) in top
     assert main(["run", "--model", folder, "--clean", CLEAN, "--json"]) == 0
     assert info.warning in capsys.readouterr().err

@@ -95,7 +95,7 @@ async def test_on_the_screen(room, own_tui, engines, tmp_path):
         np.testing.assert_array_equal(reply(app, "norms").norms, result.norms)
         assert "8 Norms" in shown(app) and f"L3.resid_post@{app.cursor.pos}" in shown(app) and f"norm {result.norms[-1, -1]:.3f}" in shown(app)
         assert "& position 0" in shown(app), "the hint line"
-        await press(app, pilot, "v")
+        await press(app, pilot, "v", "v")
         np.testing.assert_allclose(grid(app).values[1:], result.norms[1:] / result.norms[:-1], rtol=1e-6)
         await press(app, pilot, "&")
         assert np.isnan(grid(app).values[:, 0]).all() and np.isfinite(grid(app).values[1:, 1:]).all()

@@ -48,7 +48,7 @@ async def test_features(zoo, tmp_path, size):
         assert app.state.sae_error is False and "error term dropped" in " ".join(pane.said)
         await press(app, pilot, "u", "c")
         assert app.state.current.nodes == (f"L2.sae.f{pane.index}",)
-        await press(app, pilot, "v", "v", "v")
+        await press(app, pilot, *"vv" * 3)
         assert "view raw" in shown(app) and "recovered" in shown(app)
     again, warning = read_session(app.session.path)
     assert not warning and again.state.saes == app.state.saes and again.state.interventions == app.state.interventions
@@ -60,7 +60,7 @@ async def test_examples_and_graph(zoo, tmp_path):
     async with app.run_test(size=(140, 50)) as pilot:
         await press(app, pilot)
         await load(app, pilot, "L2.res")
-        await press(app, pilot, "v", "v")
+        await press(app, pilot, *"vv" * 2)
         assert "needs an SAE of a layer below" in shown(app)
         await load(app, pilot, "L1.res")
         await press(app, pilot, "z", *"L2.res", "enter")
@@ -72,7 +72,7 @@ async def test_examples_and_graph(zoo, tmp_path):
         assert app.state.sae == "zoo/L1.resid_post" and "esc goes back" in shown(app)
         await press(app, pilot, "escape")
         assert app.state.sae == "zoo/L2.resid_post" and app.panes["features"].index == target
-        await press(app, pilot, "v", "v", "S")
+        await press(app, pilot, *"vv" * 2, "S")
         assert "examples ·" in shown(app) and "fires on" in shown(app) and len(asked(app, Examples)) == 1
         await press(app, pilot, "s", *"add 8")
         await press(app, pilot, "enter")

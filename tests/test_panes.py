@@ -44,12 +44,12 @@ async def test_attribution(zoo, tmp_path, size):
             await press(app, pilot, "l")
         await press(app, pilot, "k")
         assert "by neuron" in shown(app)
-        await press(app, pilot, "v")
+        await press(app, pilot, "v", "v")
         whole = zoo.run(AttributionSet(Study(state.prompt, prompt_set=state.prompt_set)))
         assert f"{len(state.prompt_set)} prompts" in shown(app) and f"{whole.logits.mean():+.3f}" in shown(app)
         await press(app, pilot, "W")
         assert app.state.index == whole.worst
-        await press(app, pilot, "v", "h")
+        await press(app, pilot, "v", "v", "h")
         here = app.cursor
         await press(app, pilot, "comma")
         assert app.cursor.pos == here.pos - 1 and "ranked" == app.state.views["attribution.view"]
@@ -62,10 +62,10 @@ async def test_weights(zoo, tmp_path):
         await press(app, pilot, "7")
         for expected in ("copying", "destination → source", "Q-composition", "K-composition", "V-composition", "OV", "QK", "mlp_out", "mlp_in"):
             assert expected in shown(app) and not app.requests.error("weights")
-            await press(app, pilot, "v")
+            await press(app, pilot, "v", "v")
         head = zoo.run(HeadWeights(app.cursor.layer, app.cursor.head, 40))
         assert f"copying {head.copying:.2f}" in shown(app)
-        await press(app, pilot, "v", "v", "g")
+        await press(app, pilot, *"vv" * 2, "g")
         assert app.cursor.layer == 0
         comp = zoo.run(Composition(0, app.cursor.head))
         assert f"{comp.baseline:.3f} ± {comp.spread:.3f}" in shown(app)

@@ -111,7 +111,7 @@ async def test_hostile_names_everywhere(folders, tmp_path, monkeypatch, own_home
         for pane in PANES.values():
             await press(app, pilot, pane.number)
             if pane.number in "56":
-                await press(app, pilot, "v")
+                await press(app, pilot, "v", "v")
         for key in ("?", ":", "o", "r", "M", "y", "=", "e", "%", "C", "z", "J", "t", "w", "m"):
             await press(app, pilot, key)
             await press(app, pilot, "escape")

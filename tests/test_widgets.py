@@ -84,13 +84,13 @@ def test_golden_pattern():
 
     pattern = np.array([[[1, np.nan, np.nan], [0.25, 0.75, np.nan], [0.004, 0.1, 0.896]]], "f4")
     grid = pattern_grid(AttentionResult(TOKENS, 0, pattern, "now", ""), 0)
-    head = ["          0      1      2", "to \\ from ⟨bos⟩  ·Mary  ⏎"]
-    assert view(grid, "colour", Size(40, 8)) == [*head, " 0 ⟨bos⟩   1.000", " 1 ·Mary    .250   .750", " 2 ⏎           .      .   .896"]
-    assert view(grid, "number", Size(40, 8)) == [*head, " 0 ⟨bos⟩   1.000", " 1 ·Mary    .250   .750", " 2 ⏎        .004   .100   .896"]
-    head = ["          0       1       2", "to \\ from ⟨bos⟩   ·Mary   ⏎"]
-    assert view(grid, "shade", Size(40, 8)) == [*head, " 0 ⟨bos⟩  █ 1.000", " 1 ·Mary  ░  .250 ▓  .750", " 2 ⏎            .       . █  .896"]
-    assert view(grid, "colour", Size(24, 5)) == ["        0    1    2", "to \\ fro⟨bos Mary ⏎", " 0 ⟨bos 1.00", " 1 ·Mar  .25  .75", " 2 ⏎       .    .  .90"]
-    assert view(grid, "colour", Size(20, 3)) == ["to \\ f0  1  2", " 0 ⟨b ▀▀▀▄▄▄", " 2 ⏎  ▀▀▀▀▀▀▀▀▀"], "two destinations a line"
+    head = ["          0      1      2", "to \\ from ⟨bos⟩  ·Mary  ↵"]
+    assert view(grid, "colour", Size(40, 8)) == [*head, " 0 ⟨bos⟩   1.000", " 1 ·Mary    .250   .750", " 2 ↵           .      .   .896"]
+    assert view(grid, "number", Size(40, 8)) == [*head, " 0 ⟨bos⟩   1.000", " 1 ·Mary    .250   .750", " 2 ↵        .004   .100   .896"]
+    head = ["          0       1       2", "to \\ from ⟨bos⟩   ·Mary   ↵"]
+    assert view(grid, "shade", Size(40, 8)) == [*head, " 0 ⟨bos⟩  █ 1.000", " 1 ·Mary  ░  .250 ▓  .750", " 2 ↵            .       . █  .896"]
+    assert view(grid, "colour", Size(24, 5)) == ["        0    1    2", "to \\ fro⟨bos Mary ↵", " 0 ⟨bos 1.00", " 1 ·Mar  .25  .75", " 2 ↵       .    .  .90"]
+    assert view(grid, "colour", Size(20, 3)) == ["to \\ f0  1  2", " 0 ⟨b ▀▀▀▄▄▄", " 2 ↵  ▀▀▀▀▀▀▀▀▀"], "two destinations a line"
 
 
 def test_golden_lens_and_heads():
@@ -104,7 +104,7 @@ def test_golden_lens_and_heads():
     grid = lens_grid(result, "prob", 100)
     assert view(grid, "colour", Size(60, 5)) == [
         "              0         1         2",
-        "hook point    ⟨bos⟩     ·Mary     ⏎",
+        "hook point    ⟨bos⟩     ·Mary     ↵",
         "L0.resid_pre  ·a        ·a        ·a",
         "L0.resid_post [/INST]   [/INST]   [/INST]",
     ]
@@ -123,7 +123,7 @@ def test_token_lines_page_and_mark():
 
 def test_identities_are_red_when_broken():
     rows = identity_rows((Identity("a", 0.5, 1e-4, False, "[x]"), Identity("b", 0, 1e-4, True), Identity("c", 0, 0, None)))
-    assert ["".join(t for t, _ in r).split()[0] for r in rows] == ["✗", "✓", "·"] and "5.0e-01 > 1e-04" in "".join(t for t, _ in rows[0])
+    assert ["".join(t for t, _ in r).split()[0] for r in rows] == ["✗", "✓", "–"] and "5.0e-01 > 1e-04" in "".join(t for t, _ in rows[0])
 
 
 def test_the_table_has_no_clash_and_the_readme_its_keys():

@@ -5,6 +5,7 @@ from textual.widget import Widget
 
 from screen.actions import turns
 from screen.cursor import clip
+from screen.explain import Explained
 from screen.keys import VIEW, Action
 from screen.pane import Host, Pane
 from screen.pictures import run_name, texts_of
@@ -18,8 +19,12 @@ from .requests import Norms, NormsResult
 class NormsPane(Pane):
     number, key, label, about = "8", "norms", "Norms", "norm of the residual stream"
     scope, differences = "here", False  # a stands for the cursor's position; f turns runs, not their differences
-    view = "norms.stat"  # what v turns
+    view = "norms.stat"  # what v lists
     views = {"norms.stat": ("norm", "growth"), "norms.first": ("with", "without")}
+    explained = {  # what v lists and = defines
+        "norm": Explained("norm", "how long the residual stream is at a hook point and position", "||x||", "definition"),
+        "growth": Explained("growth", "how much longer the stream is than at the row above", "||x|| / ||x of the row above||", "definition"),
+    }
     hints = ("view", "which", "norms_first", "ablate")
     keys = (Action("norms_first", "&", "position 0", "Norms: with or without position 0, where the norm is often huge", VIEW, turns("norms.first")),)
 

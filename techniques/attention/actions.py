@@ -11,7 +11,7 @@ from screen.actions import no_members
 from screen.overlays import Editor, Item, Picker
 from screen.pane import Host, Pane
 from screen.pictures import RUN_NAMES
-from techniques.attention.pictures import HEAD_STATS
+from techniques.attention.explained import EXPLAINED
 from widgets import BAD
 
 
@@ -19,7 +19,7 @@ def rank_heads(pane: Pane, app: Host) -> None:
     result, stat = app.requests.result("heads", HeadStatsResult), app.state.views["attention.stat"]
     if result is None or stat not in result.stats:
         raise UserError("the heads map has no numbers yet")
-    rank(app, f"heads by {HEAD_STATS[stat]}", result.stats[stat])
+    rank(app, f"heads by {EXPLAINED[stat].name}", result.stats[stat])
 
 
 def rank(app: Host, title: str, scores: np.ndarray) -> None:
@@ -62,4 +62,4 @@ def choose_detector(pane: Pane, app: Host) -> None:
         return ""
 
     fields = [("pattern", f"{app.cursor.pos}>{app.cursor.src}"), ("measure", "mul")]
-    app.open(Editor("detector", fields, accept, 0, 1, f"cells destination>source, or {', '.join(DETECTORS)}; measure mul or abs · enter · esc"))
+    app.open(Editor("detector", fields, accept, 0, 1, f"cells destination>source, or {', '.join(DETECTORS)}; measure mul or abs"))

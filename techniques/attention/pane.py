@@ -14,6 +14,7 @@ from screen.pane import Host, Pane, step_component
 from screen.pictures import head_map_addresses, run_name, texts_of
 from screen.textview import row_of
 from techniques.attention import actions, pictures
+from techniques.attention.explained import EXPLAINED
 from utils import show_token
 from widgets import Grid, GridView, Lines, Same
 
@@ -21,6 +22,7 @@ from widgets import Grid, GridView, Lines, Same
 class AttentionPane(Pane):
     number, key, label, about = "2", "attention", "Attention", "heads map and pattern"
     view, text_view = "attention.stat", "attention.read"
+    explained = EXPLAINED
     views = {
         "attention.stat": ("induction", "previous", "duplicate", "first", "entropy", "pair"),
         "attention.source": ("prompt", "random"),
@@ -85,6 +87,18 @@ class AttentionPane(Pane):
     def leave(self) -> None:
         self.drilled = False
 
+    def variants(self, app: Host) -> tuple[str, ...]:
+        views = app.state.views
+        more = (
+            (views["attention.weighted"] == "on", "weighted=on"),
+            (views["attention.source"] == "random", "source=random"),
+            ("-" in views["which"], "difference"),
+        )
+        return (*(() if self.drilled else (views[self.view],)), "pattern", *(name for there, name in more if there))
+
+    def doing(self, app: Host) -> list[tuple[str, str]]:
+        return [("hjkl", "destination, source"), ("esc", "leave the pattern"), ("T", "colour the prompt")] if self.drilled else []
+
     def shows(self, node: Node) -> bool:
         return node.site != "sae" and not node.site.startswith("resid")
 
@@ -135,11 +149,11 @@ class AttentionPane(Pane):
             column = c.head if c.comp == "head" else len(grid.cols) - (2 if c.comp == "attn" else 1)
             self.share(app, grid)
             self.map.show(grid, (clip(c.layer, len(grid.rows)), column), views["mode"])
-            name = pictures.HEAD_STATS[stat]
+            name = EXPLAINED[stat].name
             if stat == "pair" and app.tokens and max(c.pos, c.src) < app.length():
                 t = texts_of(app.tokens.tokens)
                 name = f"attention {c.pos} {show_token(t[c.pos])} → {c.src} {show_token(t[c.src])}"
-            title += f" · {name}"
+            title = f"{name} · {title}"
             note = f"on {'random repeated tokens' if heads.source == 'random' else 'the prompt'}"
         weighted = "pattern × ‖value written‖ · " if views["attention.weighted"] == "on" else ""
         self.show_title(app, ("heads", "attention"), title, self.keys_said(app) + weighted + note, self.map.grid)

@@ -10,15 +10,6 @@ from screen.pictures import texts_of
 from utils import show_token
 from widgets import BOLD, CURSOR_PLAIN, DIM, PLAIN, Grid, Spans
 
-HEAD_STATS = {
-    "induction": "attention to the token after an earlier copy",
-    "previous": "attention to the previous token",
-    "duplicate": "attention to earlier copies of the token",
-    "first": "attention to the first token",
-    "entropy": "entropy of attention, nats",
-    "pair": "attention between the cursor's two positions",
-}
-
 
 def heads_grid(result: HeadStatsResult, stat: str, marks: frozenset[tuple[int, int]]) -> Grid:
     """Layers × heads of a statistic, with two blank columns for the whole attention and MLP output, so that the cursor can stand there."""

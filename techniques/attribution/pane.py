@@ -24,6 +24,7 @@ from screen.pane import Host, Pane, step_component
 from screen.pictures import head_map_addresses, run_name, texts_of
 from techniques.attribution import pictures
 from screen.textview import text_grid
+from techniques.attribution.explained import EXPLAINED
 from utils import show_token
 from widgets import BAD, DIM, Grid, GridView, Lines, Same
 
@@ -31,6 +32,7 @@ from widgets import BAD, DIM, Grid, GridView, Lines, Same
 class AttributionPane(Pane):
     number, key, label, about = "3", "attribution", "Attribution", "direct logit attribution of every component"
     view, text_view = "attribution.view", "attribution.text"
+    explained = EXPLAINED
     views = {"attribution.view": ("ranked", "drill", "set"), "attribution.text": ("off", "on")}
     hints = ("enter", "edit", "ablate", "patch", "scope", "keep", "enable", "undo", "view", "mode", "which")
     keys = (
@@ -82,6 +84,10 @@ class AttributionPane(Pane):
     def leave(self) -> None:
         self.walking = False
 
+    def doing(self, app: Host) -> list[tuple[str, str]]:
+        view = app.state.views[self.view]
+        return [("⏎", "all components")] if view == "drill" else [("W", "lowest prompt")] if view == "set" else []
+
     def shows(self, node: Node) -> bool:
         return node.site != "sae" and not node.site.startswith("resid")
 
@@ -125,12 +131,12 @@ class AttributionPane(Pane):
             return
         self.paint_side(app, result)
         if whole:
-            self.show_title(app, ("attribution",), f"{name} · mean over the prompt set", "direct logit attribution, frozen final scale", grid)
+            self.show_title(app, ("attribution",), f"direct effect, mean over the set · {name}", "direct logit attribution, frozen final scale", grid)
             self.info_line.show([pictures.set_line(result)])
         else:
             place = f"{result.pos} {show_token(texts_of(result.tokens)[result.pos])}"
-            self.show_title(app, ("attribution",), f"{name} · direct logits at {place}", result.convention, grid)
-            self.info_line.show([self.map.about() + pictures.sum_line(result.total, result.logit, result.capped, result.error, result.convention)])
+            self.show_title(app, ("attribution",), f"direct effect at {place} · {name}", result.convention, grid)
+            self.info_line.show([self.map.about() + pictures.sum_line(result.total, result.logit, result.capped, result.error)])
 
     def paint_text(self, app: Host, result: AttributionResult | AttributionSetResult) -> None:
         """The prompt by what the head under the cursor writes into the logits from each source position."""

@@ -26,13 +26,13 @@ def ranked_lines(cells: AttributionCells, std: AttributionCells | None, n: int) 
     ]
 
 
-def sum_line(total: float, logit: float, capped: float | None, error: float, convention: str) -> Spans:
+def sum_line(total: float, logit: float, capped: float | None, error: float) -> Spans:
     """The sum of all cells and the model's own number, side by side."""
     ok = error <= 1e-4 * max(1.0, abs(logit))
     spans: Spans = [(f" sum {total:+.4f}  model {logit:+.4f}  error {error:.1e} ", GOOD if ok else BAD)]
     if capped is not None:
         spans.append((f" after the soft cap {capped:+.4f} ", BOLD))
-    return [*spans, (f" {convention}", DIM)]
+    return spans
 
 
 def outward(values: np.ndarray) -> tuple[float, float]:

@@ -19,6 +19,7 @@ from screen.overlays import Editor, Item, Panel, Picker
 from screen.pane import Host, Pane
 from screen.replies import Reply
 from screen.session import VIEWS
+from utils import model_name
 from widgets import GOOD, WARN
 
 EXPORTS = {
@@ -121,7 +122,7 @@ def last_score(app: Host, circuit: Circuit) -> str:
 
 
 def name_it(app: Host, title: str, start: str, then: Callable[[str], None]) -> None:
-    app.open(Editor(title, [("name", start)], accepted(lambda values: then(values[0].strip())), 0, 1, "enter · esc"))
+    app.open(Editor(title, [("name", start)], accepted(lambda values: then(values[0].strip())), 0, 1))
 
 
 def new_circuit(app: Host) -> None:
@@ -136,7 +137,7 @@ def group_nodes(app: Host) -> None:
         app.act("group", name=values[0].strip(), nodes=values[1].split())
         app.say(f"group {values[0].strip()} of {app.state.circuit}")
 
-    hint = "no nodes: the group goes · enter · esc"
+    hint = "no nodes: the group goes"
     app.open(Editor(f"a group of {now.name}", [("name", "S-inhibition"), ("nodes", " ".join(inside))], accepted(put), 0, 1, hint, True))
 
 
@@ -155,8 +156,8 @@ def open_circuit(app: Host, path: Path) -> None:
     circuit = dataclasses.replace(circuit, name=free_name(app, circuit.name), model=circuit.model or app.state.model.model)
     app.act("put_circuit", circuit=circuit)
     if app.info and any((n := parse_node(a)).layer >= app.info.n_layers or (n.head or 0) >= app.info.n_heads for a in circuit.nodes):
-        of = circuit.model or "another model"
-        wrong = (*wrong, f"{circuit.name} is of {of}: {app.info.name} does not have all its nodes, so it can be compared but not scored")
+        of = model_name(circuit.model) if circuit.model else "another model"
+        wrong = (*wrong, f"{circuit.name} is of {of}: {model_name(app.info.name)} does not have all its nodes, so it can be compared but not scored")
     if len(wrong) > 1:
         app.open(Panel(f"{circuit.name}: {len(wrong)} entries left out", [[(f" {w}", WARN)] for w in wrong], "esc"))
     app.say(wrong[0] if wrong else f"{circuit.name}: {len(circuit.nodes)} nodes, {len(circuit.edges)} edges", WARN if wrong else GOOD)

@@ -20,6 +20,7 @@ from screen.pane import Host, Pane
 from screen.pictures import sweep_cell
 from screen.replies import Reply
 from techniques.circuits import actions, discovery, files
+from techniques.circuits.explained import EXPLAINED
 from techniques.circuits.pictures import NO_CIRCUIT, about_node, all_scores, compared, curve, listing, map_grid, members, path_grid, scored_over, summary, wrap
 from widgets import BAD, DIM, PLAIN, Grid, GridView, Lines, Same, Spans
 
@@ -30,6 +31,7 @@ FULL = ("faithfulness", "effects", "completeness", "minimality")
 class CircuitPane(Pane):
     number, key, label, about = "5", "circuit", "Circuit", "what was kept, paths, scores, discovery"
     view = "circuit.view"
+    explained = EXPLAINED
     views = {
         "circuit.view": ("map", "drawing", "list", "path", "scores", "curve", "compare"),
         "circuit.rest": ("patch", "mean", "resample", "zero", "mean_all"),
@@ -44,11 +46,8 @@ class CircuitPane(Pane):
         Part("enter", "paths", "keep the edge", lambda pane, app: pane.enter(app)),
         Action("keep", "c", "keep", "Keep the node under the cursor in the circuit; again to drop it", CIRCUIT, actions.keep, "scope"),
         Action("circuits", "Y", "circuits", "Circuits: new, open, groups, union, compare, save, export, what the rest is set to", CIRCUIT, files.choose_circuit, "keep"),
-        Action(
-            "receivers", "Q", "receivers",
-            "Where paths end: q, k, v of heads, MLPs, logits; or where those to each receiver begin: a node, some together, a group",
-            CIRCUIT, actions.choose_receivers, "circuits",
-        ),
+        Action("receivers", "Q", "receivers", "Where paths end: q, k, v of heads, MLPs, logits; or where those to each receiver begin: a node, some together, a group",
+               CIRCUIT, actions.choose_receivers, "circuits"),
         Action("discover", "U", "discover", "Find a circuit: EAP, EAP-IG, ACDC or greedy, as a job", CIRCUIT, discovery.choose_method, "receivers"),
         Part("source", "circuit", "over the prompt or the set", turns("circuit.over")),
         Part("points", "paths", "from every sender, by position, or to each receiver", turns("circuit.each")),
@@ -187,6 +186,13 @@ class CircuitPane(Pane):
         where = {"comp": "head", "head": col} if col < n else {"comp": "mlp"}
         app.move(layer=clip(c.layer + rows, app.info.n_layers), **where)
 
+    def variants(self, app: Host) -> tuple[str, ...]:
+        view = app.state.views[self.view]
+        return (view, f"path={app.state.views['circuit.path']}") if view == "path" else (view,)
+
+    def doing(self, app: Host) -> list[tuple[str, str]]:
+        return [("S", "run the paths"), ("Q", "receivers")] if app.state.views[self.view] == "path" else [("S", "score it")] if app.state.circuits else []
+
     def shows(self, node: Node) -> bool:
         return node.site != "sae" and not node.site.startswith("resid")
 
@@ -253,7 +259,7 @@ class CircuitPane(Pane):
         self.paint_side(app, result, max(20, self.size.width - mapped - 3))
         score = f" · faithfulness {result.faithfulness.mean:.3f} {scored_over(state, self.study(app))}" if result is not None else ""
         busy = app.requests.left("score") if "score" in app.requests.wanted and app.requests.stale("score") else ""
-        self.show_title(app, ("score",), f"{view} · {name}{score}{busy}", self.note(app, result))
+        self.show_title(app, ("score",), f"{view}{score}{busy} · {name}", self.note(app, result))
         self.info_line.show([about_node(str(self.node(app, None)), circuit, effects)])
 
     def note(self, app: Host, result: ScoreResult | None) -> str:

@@ -77,7 +77,7 @@ def steer(pane: Pane, app: Host) -> None:
             return f"write scale 2, set 5 or add 8 ({error})"
         return ""
 
-    app.open(Editor(f"{node}", [("op", "add 8")], accept, 0, 1, "scale 2 · set 5 · add 8 (times its decoder row) · enter · esc", True))
+    app.open(Editor(f"{node}", [("op", "add 8")], accept, 0, 1, "scale 2 · set 5 · add 8 (times its decoder row)", True))
 
 
 def check_edge(pane: Pane, app: Host) -> None:

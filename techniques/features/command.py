@@ -179,7 +179,7 @@ def show_examples(out: Console, r: ExamplesResult) -> None:
         for e in r.examples[n]:
             text = plain("")
             for j, x in enumerate(e.texts):
-                text.append(x.replace("\n", "⏎"), CYAN if j == e.at else GREEN if e.activation[j] > 0 else GRAY)
+                text.append(x.replace("\n", "↵"), CYAN if j == e.at else GREEN if e.activation[j] > 0 else GRAY)
             rows.add_row(show_number(e.activation[e.at]), text)
         out.print(rows)
     out.print(plain(f"{r.tokens} tokens, {r.seconds:.1f} s" + (", from the disk" if r.cached else ""), CYAN))

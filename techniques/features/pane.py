@@ -27,6 +27,7 @@ from screen.overlays import Item
 from screen.pane import Host, Pane
 from screen.pictures import run_name, texts_of
 from techniques.features import actions
+from techniques.features.explained import EXPLAINED
 from techniques.features.pictures import detail_lines, example_lines, feature_lines, graph_lines, preflight_lines
 from screen.textview import text_grid
 from utils import show_token
@@ -41,6 +42,7 @@ def layer_of(source: str, app: Host) -> int:
 class FeaturePane(Pane):
     number, key, label, about = "6", "features", "Features", "an SAE's features at the cursor's position, examples, graph"
     view, text_view = "features.view", "features.text"
+    explained = EXPLAINED
     views = {
         "features.view": ("features", "examples", "graph", "preflight"),
         "features.order": ("activation", "attribution", "direct"),
@@ -97,6 +99,13 @@ class FeaturePane(Pane):
 
     def preflight(self, app: Host, source: str) -> Preflight:
         return Preflight(replace(app.study, interventions=(), saes=()), source)
+
+    def variants(self, app: Host) -> tuple[str, ...]:
+        views = app.state.views
+        return (views[self.view], *([f"order={views['features.order']}"] if views[self.view] == "features" else []))
+
+    def doing(self, app: Host) -> list[tuple[str, str]]:
+        return [("esc", "walk back")] if self.trail else []
 
     def shows(self, node: Node) -> bool:
         return node.site == "sae"

@@ -34,7 +34,7 @@ def identity_rows(rows: tuple[Identity, ...]) -> list[Spans]:
     """The honesty panel: each identity with its error against its tolerance; red when broken."""
     lines: list[Spans] = []
     for r in rows:
-        mark, style = ("✓", GOOD) if r.ok else ("·", DIM) if r.ok is None else ("✗", BAD)
+        mark, style = ("✓", GOOD) if r.ok else ("–", DIM) if r.ok is None else ("✗", BAD)
         error = (
             ("not applicable" if math.isnan(r.error) else f"{r.error:.1e}")
             if r.ok is None

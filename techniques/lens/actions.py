@@ -9,7 +9,8 @@ from vocabulary.typed import whole_number
 from screen.overlays import Editor, Item, Panel, Picker
 from screen.pane import Host, Pane
 from screen.pictures import RUN_NAMES, chart as line_chart
-from techniques.lens.pictures import LENS_STATS, lens_values
+from techniques.lens.explained import EXPLAINED
+from techniques.lens.pictures import lens_values
 from utils import ROOT
 from vocabulary.files import folder, short, typed_path
 from vocabulary.nodes import UserError
@@ -74,6 +75,6 @@ async def draw_chart(pane: Pane, app: Host) -> None:
         if result is None:
             return
         lines[RUN_NAMES[which]] = lens_values(result, stat)[:, 0].tolist()
-    rows = line_chart(f"{LENS_STATS[stat]} at {pos}", list(result.points), lines, app.size.width - 2, max(8, app.size.height * 3 // 5))
+    rows = line_chart(f"{EXPLAINED[stat].name} at {pos}", list(result.points), lines, app.size.width - 2, max(8, app.size.height * 3 // 5))
     app.open(Panel("over depth", rows, f"{result.convention} · esc"))
     app.requests.held.hand_over()

@@ -16,12 +16,14 @@ from screen.pictures import run_name, texts_of
 from screen.session import VIEWS
 from screen.textview import row_of
 from techniques.lens import actions, pictures
+from techniques.lens.explained import EXPLAINED
 from widgets import Grid, GridView, Lines, Same
 
 
 class LensPane(Pane):
     number, key, label, about, scope, differences = "1", "lens", "Lens", "hook points × positions", "here", False
     view, text_view, urgent = "lens.stat", "lens.text", ("lens_row",)
+    explained = EXPLAINED
     views = {
         "lens.stat": ("prob", "answer", "rank", "entropy", "kl", "logit_diff", "kl_pair", "promoted", "suppressed"),
         "lens.points": ("mid+post", "post", "all", "components", "heads"),
@@ -110,6 +112,10 @@ class LensPane(Pane):
         stats = VIEWS[self.view] if app.state.prompt.answers else ("prob", "entropy", "kl", "kl_pair", "promoted", "suppressed")
         return stats if app.state.prompt.corrupt else tuple(s for s in stats if s != "kl_pair")
 
+    def variants(self, app: Host) -> tuple[str, ...]:
+        parts = app.state.views["lens.points"] in ("components", "heads") and app.state.lens == "logit"
+        return app.state.views[self.view], "components" if parts else f"lens={app.state.lens}"
+
     def shows(self, node: Node) -> bool:
         return node.site.startswith("resid")
 
@@ -124,9 +130,9 @@ class LensPane(Pane):
         views, result = app.state.views, self.in_view(app)
         reads = self.swap(app, self.table)
         stat, artefact = views["lens.stat"], f" {Path(app.state.artefact).name}" if app.state.artefact else ""
-        name = f"{run_name(app.state, self.which(app))} · {pictures.LENS_KINDS[app.state.lens]}{artefact}"
+        kind, run = f"{pictures.LENS_KINDS[app.state.lens]}{artefact}", run_name(app.state, self.which(app))
         if result is None:
-            self.show_title(app, ("lens",), name, "")
+            self.show_title(app, ("lens",), f"{EXPLAINED[stat].name} · {kind} · {run}", "")
             (
                 self.show_text(app, None, app.requests.waiting("lens_row"))
                 if reads
@@ -142,7 +148,7 @@ class LensPane(Pane):
             return
         self.table.show(grid, (row, pos), views["mode"])
         thinned = f" · {self.table.thinned}" if self.table.thinned else ""
-        self.show_title(app, ("lens",), f"{name} · {pictures.LENS_STATS[stat]}{thinned}", result.convention, grid)
+        self.show_title(app, ("lens",), f"{EXPLAINED[stat].name}{thinned} · {kind} · {run}", result.convention, grid)
         beside = self.size.width - 34 >= 14 + grid.cell[0] * len(grid.cols)
         self.side.set_class(not beside, "hidden")
         if beside:

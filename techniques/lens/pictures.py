@@ -10,22 +10,11 @@ from screen.pictures import texts_of
 from utils import show_token
 from widgets import BOLD, DIM, PLAIN, Grid, Spans
 
-LENS_STATS = {
-    "prob": "probability of the top token",
-    "answer": "probability of the answer",
-    "rank": "rank of the answer (0 = top; colour: log scale)",
-    "entropy": "entropy, nats",
-    "kl": "KL(final ‖ this), nats",
-    "logit_diff": "logit difference, answer − foil",
-    "kl_pair": "KL(clean ‖ corrupted), nats",
-    "promoted": "token promoted most against the row before, log probability",
-    "suppressed": "token suppressed most against the row before, log probability",
-}
 LENS_KINDS = {"logit": "logit lens", "tuned": "tuned lens", "jacobian": "Jacobian lens"}
 
 
 def lens_values(result: LensResult, stat: str) -> np.ndarray:
-    """[point, position] of a statistic of LENS_STATS."""
+    """[point, position] of a statistic of the lens."""
     match stat:
         case "prob":
             values = result.top_probs[..., 0]

@@ -8,6 +8,7 @@ from screen.cursor import clip
 from screen.pane import Host, Pane
 from screen.pictures import texts_of
 from techniques.output import pictures
+from techniques.output.explained import EXPLAINED
 from utils import show_token
 from widgets import DIM, Lines
 
@@ -15,6 +16,7 @@ from widgets import DIM, Lines
 class OutputPane(Pane):
     number, key, label, about, wide = "0", "output", "Output", "likeliest next tokens, clean, corrupted and now", False
     hints = ("edit", "next_prompt", "metric", "undo")
+    explained = EXPLAINED
 
     def __init__(self, **kw):
         super().__init__(**kw)
@@ -29,6 +31,9 @@ class OutputPane(Pane):
 
     def step(self, app: Host, rows: int, cols: int) -> None:
         app.move(layer=clip(app.cursor.layer + rows, app.info.n_layers), pos=clip(app.cursor.pos + cols, app.length()))
+
+    def variants(self, app: Host) -> tuple[str, ...]:
+        return ("output",)
 
     def choices(self, app: Host) -> tuple[str, ...]:
         raise UserError("the output has one view")

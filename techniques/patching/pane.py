@@ -16,16 +16,18 @@ from screen.pane import Host, Pane
 from screen.pictures import sweep_cell, texts_of
 from screen.session import VIEWS
 from screen.textview import row_of
+from techniques.patching.explained import EXPLAINED
 from techniques.patching.pictures import sweep_grid
 from widgets import DIM, Grid, GridView, Same
 
 NOT_ESTIMATED = ("pairs", "cumulative", "features")
-DIRECTIONS = {"denoise": "denoising: clean into corrupted", "noise": "noising: corrupted into clean"}
+DIRECTIONS = {"denoise": "denoising", "noise": "noising"}
 
 
 class PatchingPane(Pane):
     number, key, label, about = "4", "patching", "Patching", "sweeps over every node, estimate and truth"
     view, text_view = "patching.kind", "patching.text"
+    explained = EXPLAINED
     views = {
         "patching.kind": (
             "z",
@@ -83,6 +85,11 @@ class PatchingPane(Pane):
     def choices(self, app: Host) -> tuple[str, ...]:
         """Features only where an SAE is loaded."""
         return tuple(k for k in VIEWS[self.view] if k != "features" or app.state.sae)
+
+    def variants(self, app: Host) -> tuple[str, ...]:
+        views = app.state.views
+        more = (views["patching.effect"] == "direct", "effect=direct"), (views["patching.show"] != "effect", f"show={views['patching.show']}")
+        return (views[self.view], f"op={views['patching.op']}", *(name for there, name in more if there))
 
     def request(self, app: Host) -> Sweep:
         """The sweep that S runs: interventions act on the base prompt, so the base says which way."""
@@ -190,7 +197,7 @@ class PatchingPane(Pane):
         what = DIRECTIONS[request.direction] if request.op == "patch" else ablated
         over = " over the set" if request.over_set else " · this prompt only: it is not of the set" if app.state.views["patching.over"] == "set" else ""
         more = over + (" · direct" if request.effect == "direct" else "")
-        return f"{request.kind} · {what} · {app.state.views['patching.show']}{more}"
+        return f"{EXPLAINED[request.kind].name} · {app.state.views['patching.show']}{more} · {what}"
 
     def paint(self, app: Host) -> None:
         views, wanted = app.state.views, app.requests.wanted

@@ -15,6 +15,7 @@ from screen.maps import columns_of
 from screen.pane import Host, Pane
 from screen.session import VIEWS
 from techniques.weights import pictures
+from techniques.weights.explained import EXPLAINED
 from widgets import BOLD, DIM, WARN, Grid, GridView, Lines, Same
 
 ON_SIGHT = 5 * 10**8  # pairs of tokens that are looked through without a key
@@ -24,6 +25,7 @@ class WeightsPane(Pane):
     number, key, label = "7", "weights", "Weights"
     about = "OV and QK of the head under the cursor, composition, singular directions"
     view = "weights.view"
+    explained = EXPLAINED
     views = {
         "weights.view": ("ov", "qk", "composition q", "composition k", "composition v", "OV directions", "QK directions", "mlp_out", "mlp_in"),
         "weights.distance": ("0", "1", "2", "4", "8", "16"),
@@ -81,7 +83,7 @@ class WeightsPane(Pane):
         view, n, w = views[self.view], max(2, self.size.height - 3), self.size.width - 2
         kind = CompositionResult if view.startswith("composition") else HeadWeightsResult if view in ("ov", "qk") else SingularResult
         result = app.requests.result("weights", kind)
-        name = f"L{c.layer} {view}" if view.startswith("mlp") else f"L{c.layer}H{c.head} {view}"
+        name = f"L{c.layer}{'' if view.startswith('mlp') else f'H{c.head}'} {EXPLAINED[view].name}"
         self.map.set_class(not view.startswith("composition"), "hidden")
         if result is None or (result.layer, result.head) != (c.layer, None if view.startswith("mlp") else c.head):
             self.show_title(app, ("weights",), name, "")

@@ -70,8 +70,8 @@ def prove(model: Model, untouched: Untouched) -> Generator[Progress, None, tuple
         return ()
     whole = model.identity(f"forward pass = {untouched.whose}", logits, untouched.logits)
     rows = [rounded(model, whole)]
-    if untouched.default is not None:
-        rows.append(rounded(model, model.identity("eager attention = transformers' default", untouched.logits, untouched.default)))
+    if untouched.default is not None and model.dtype == t.float32:  # in half precision another rounding may send a token to other experts
+        rows.append(model.identity("eager attention = transformers' default", untouched.logits, untouched.default))
     rows += self_check(model)
     for row in rows:
         if row.ok is False and row.name in REFUSED:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch as t
 from torch import Tensor
-from transformer_lens.model_bridge.generalized_components.position_embeddings_attention import PositionEmbeddingsAttentionBridge
+from transformer_lens.model_bridge.generalized_components import AttentionBridge, PositionEmbeddingsAttentionBridge
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from vocabulary.nodes import Node, UserError
 from model.bridge import FINAL, Edit, Model
@@ -82,6 +83,12 @@ def common(model: Model) -> list[str]:
     return [name for i in range(model.info.n_layers) for end in ends if model.has(name := f"blocks.{i}.{end}")]
 
 
+def keeps_states(model: Model) -> str:
+    """Why a run can't go on behind kept keys and values alone: blocks that keep a state beside them (Falcon-H1); "" where none does."""
+    layers = DynamicCache(config=model.bridge.original_model.config).layers
+    return "" if all(type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in layers) else f"{model.info.architecture} keeps states beside keys and values"
+
+
 class Recorded(Exception):
     """Every block has been called: the rest of the forward pass is not needed."""
 
@@ -130,7 +137,7 @@ class BaseRun:
             known.clear()
         self.called = known.setdefault(id_rows(self.ids[:1]), {})  # what blocks are called with
         notes.slow = self.slow = notes.slow or [slow_modules(b) for b in self.model.bridge.blocks]
-        self.reason = "asked for" if plain else "not every layer has heads" if "z" in notes.refused else ""
+        self.reason = "asked for" if plain else "not every layer has heads" if "z" in notes.refused else keeps_states(self.model)
         self.at_once = self.peak = 0  # the most variants in one batch, and its bytes as `room` counts them
         self.most = math.inf  # variants at a time, once memory ran out
         self.worked, self.work = 0, 1  # tokens through a block: done, and all of them
@@ -344,6 +351,9 @@ class BaseRun:
             kwargs = {k: prefix if a is cache else a for k, a in kwargs.items()}
         ours = [e for e in self.edits if e[0].startswith(f"blocks.{layer}.")]
         block = self.model.bridge.blocks[layer]
+        if type(block.attn).forward is AttentionBridge.forward:  # Hugging Face's own code, of which XGLM's wants a mask for each row
+            each = lambda a: a.expand(len(x), *a.shape[1:]) if isinstance(a, Tensor) and a.ndim == 4 and len(a) == 1 else a  # noqa: E731
+            args, kwargs = tuple(map(each, args)), {k: each(a) for k, a in kwargs.items()}
         ends = (np.cumsum([self.stop - p for p in firsts]) - 1).tolist() if firsts else [x.shape[1] - 1]
         short = layer == self.n - 1 and x.shape[1] > len(ends) and (bool(firsts) or start + x.shape[1] == self.stop)
         short = short and not self.edits and not self.score.whole and len(set(self.score.places)) == 1 and not any("mlp" in name for name, _ in edits)

@@ -5,7 +5,6 @@ import math
 import re
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from model import adapters  # noqa: F401  registers the corrected ones
 from model.cache import Cache
-from model.live_hooks import cut_heads, live_points, round_rotated, turn_neighbours
+from model.live_hooks import live_points, put_right
 from model.notes import Notes
 from model.memory import is_out_of_memory, out_of_memory, ran_out
 from model.tokens import Tokens, bos_habit
@@ -105,9 +104,7 @@ class Model:
         for p in self.bridge.original_model.parameters():
             p.requires_grad_(False)
         cfg = self.cfg = self.bridge.cfg
-        turn_neighbours(self.bridge)
-        cut_heads(self.bridge)
-        round_rotated(self.bridge, dtype)
+        put_right(self.bridge, dtype)
         self.points = live_points(self.bridge, dtype)
         self.unique = list({id(p): p for p in self.points.values()}.values())
         self.parallel = bool(cfg.parallel_attn_mlp) or "blocks.0.hook_resid_mid" not in self.points
@@ -390,11 +387,6 @@ class Model:
         error = (got - want).abs().max().item()
         tolerance = TOLERANCE[self.dtype] * max(1.0, want.abs().max().item() / (32 if self.dtype == t.float32 else 4))
         return Identity(name, error, tolerance, error <= tolerance, note)
-
-    def rounded(self, row: Identity) -> Identity:
-        """An identity between the Bridge's code and Hugging Face's: in half precision each rounds at other places, layer by layer; a wrong formula is off by far more."""
-        wide = row.tolerance * (1 if self.dtype == t.float32 else 4)
-        return replace(row, tolerance=wide, ok=row.error <= wide)
 
 
 def write_mid(layer: int, fn: Callable[[Tensor], Tensor]) -> list[Edit]:

@@ -13,7 +13,7 @@ from transformer_lens.model_bridge.generalized_components import MLAAttentionBri
 
 from model.bridge import FINAL, HOOKS, Model, has_sink, write_mid
 from model.memory import first_line, is_out_of_memory
-from model.probes import WORDS, probe
+from model.probes import WORDS, probe, rounded
 from model.resumed import resumed
 from model.untouched import PROBE, Untouched
 from model.writes import attention_out, post_scales
@@ -68,9 +68,9 @@ def prove(model: Model, untouched: Untouched) -> Generator[Progress, None, tuple
         refused["model"] = f"its final norm is run {passed[FINAL]} times in one forward pass, so that what it puts out can't be told apart"
         return ()
     whole = model.identity("forward pass = Hugging Face's own", logits, untouched.logits)
-    rows = [model.rounded(whole)]
+    rows = [rounded(model, whole)]
     if untouched.default is not None:
-        rows.append(model.rounded(model.identity("eager attention = transformers' default", untouched.logits, untouched.default)))
+        rows.append(rounded(model, model.identity("eager attention = transformers' default", untouched.logits, untouched.default)))
     rows += self_check(model)
     for row in rows:
         if row.ok is False and row.name in REFUSED:

@@ -24,7 +24,7 @@ def last_rows(mlp: t.nn.Module, rows: list[int]) -> Generator:
     whole = type(mlp).forward.__get__(mlp)
 
     def forward(x: Tensor, *args, **kwargs):
-        out = whole(x[:, rows], *args, **kwargs)
+        out = whole(x[:, rows], *(a[:, rows] if isinstance(a, Tensor) and a.shape[:2] == x.shape[:2] else a for a in args), **kwargs)  # Bloom's adds the stream
         if not isinstance(out, Tensor):
             return whole(x, *args, **kwargs)
         full = out.new_zeros(*x.shape[:2], out.shape[-1])

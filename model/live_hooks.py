@@ -57,6 +57,13 @@ def at_softmax(attention: AttentionBridge, name: str, dtype: t.dtype) -> HookPoi
     return point
 
 
+def put_right(bridge: t.nn.Module, dtype: t.dtype) -> None:
+    """What the Bridge turns, cuts or rounds otherwise than the model."""
+    turn_neighbours(bridge)
+    cut_heads(bridge)
+    round_rotated(bridge, dtype)
+
+
 def turn_neighbours(bridge: t.nn.Module) -> None:
     """
     Rotary angles of a model that holds each of them twice side by side (Cohere) turn dimensions 0 and 1, 2 and 3, ... The Bridge does that where it is told

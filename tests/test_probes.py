@@ -7,7 +7,7 @@ import transformers as tr
 
 from conftest import PROMPT, tokenizer
 from engine import Engine
-from model import bridge as bridge_module
+from model import bridge as bridge_module, live_hooks
 from model.changed_blocks import ChangedBlocks
 from techniques.attention.requests import Attention, AttentionSet, Detect, HeadStats
 from techniques.attribution.requests import Attribution
@@ -172,7 +172,7 @@ def all_refused(engine: Engine, why: str, *asks) -> None:
 
 def test_another_forward_pass_than_hugging_faces_is_refused_everywhere(folders, monkeypatch):
     all_refused(Engine(folders["hunyuan"]), "HunYuanDenseV1ForCausalLM: TransformerLens's forward pass is not Hugging Face's own", *EVERY)
-    monkeypatch.setattr(bridge_module, "turn_neighbours", lambda bridge: None)
+    monkeypatch.setattr(live_hooks, "turn_neighbours", lambda bridge: None)
     engine = Engine(folders["cohere"])
     all_refused(engine, "CohereForCausalLM: TransformerLens's forward pass is not Hugging Face's own", *EVERY)
     assert "not Hugging Face's own" in engine.model.info.warning

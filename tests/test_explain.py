@@ -77,9 +77,9 @@ async def test_a_letter_takes_a_view_v_the_next_and_backspace_steps_back(zoo, tm
         await press(app, pilot, "v", "v")
         assert app.state.views["attention.stat"] == "pair"
         await press(app, pilot, "backspace", "backspace")
-        assert app.state.views["attention.stat"] == "first"
+        assert app.state.views["attention.stat"] == "induction"
         await press(app, pilot, "v", "j", "enter", "v", "escape")
-        assert app.state.views["attention.stat"] == "entropy"
+        assert app.state.views["attention.stat"] == "previous"
 
 
 async def test_hints_follow_what_is_going_on(zoo, tmp_path):

@@ -135,7 +135,7 @@ PATHS: dict[str, Paths] = {
     "lfm2_moe": replace(HYBRID, norm="embedding_norm"),
     **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_moe"), MIXED),
     "olmo_hybrid": replace(MIXED, attn_adds="linear_attn|post_attention_layernorm", mlp_adds="post_feedforward_layernorm|mlp"),
-    "jetmoe": replace(MIXED, attn_adds="self_attention", neurons=""),
+    "jetmoe": replace(MIXED, attn="self_attention", attn_adds="self_attention", neurons=""),  # its heads are experts: no one place of z or q
     "opt-350m": replace(STATE, body="model.decoder", embed="embed_tokens", norm=""),
     "openai-gpt": replace(STATE, body="transformer", blocks="h", embed="tokens_embed", norm=""),
     "hrm_text": replace(STATE, body="model", blocks="H_module.layers", embed="embed_tokens", norm=""),
@@ -323,7 +323,7 @@ class Reference:
     def has(self, site: str, layer: int) -> bool:
         """Whether a layer has a site: kinds of layers differ in some architectures."""
         if site == "pattern":
-            return bool(self.paths.out)
+            return bool(self.paths.attn)
         if site == "resid_mid":
             return not self.paths.parallel and not self.paths.beside and self.has("attn", layer)
         try:

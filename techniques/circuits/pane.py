@@ -28,19 +28,22 @@ PATHS = {"direct": "direct edge", "mlps": "through MLPs"}
 FULL = ("faithfulness", "effects", "completeness", "minimality")
 
 
+VIEWS_OF = {
+    "circuit.view": ("map", "drawing", "list", "path", "scores", "curve", "compare"),
+    "circuit.rest": ("patch", "mean", "resample", "zero", "mean_all"),
+    "circuit.mlps": ("stay", "count"),
+    "circuit.by": ("auto", "nodes", "edges"),
+    "circuit.path": ("direct", "mlps"),
+    "circuit.each": ("sender", "position", "receiver"),
+    "circuit.over": ("set", "prompt"),
+}
+
+
 class CircuitPane(Pane):
     number, key, label, about = "5", "circuit", "Circuit", "what was kept, paths, scores, discovery"
     view = "circuit.view"
     explained = EXPLAINED
-    views = {
-        "circuit.view": ("map", "drawing", "list", "path", "scores", "curve", "compare"),
-        "circuit.rest": ("patch", "mean", "resample", "zero", "mean_all"),
-        "circuit.mlps": ("stay", "count"),
-        "circuit.by": ("auto", "nodes", "edges"),
-        "circuit.path": ("direct", "mlps"),
-        "circuit.each": ("sender", "position", "receiver"),
-        "circuit.over": ("set", "prompt"),
-    }
+    views = VIEWS_OF
     hints = ("enter", "keep", "circuits", "receivers", "discover", "view", "source", "points", "sweep", "operation", "weighted")
     keys = (
         Part("enter", "paths", "keep the edge", lambda pane, app: pane.enter(app)),

@@ -14,7 +14,7 @@ import numpy as np
 import torch as t
 from torch import Tensor
 from transformer_lens.model_bridge.generalized_components import AttentionBridge, PositionEmbeddingsAttentionBridge
-from transformers import DynamicCache
+from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from vocabulary.nodes import Node, UserError
@@ -85,7 +85,8 @@ def common(model: Model) -> list[str]:
 
 def keeps_states(model: Model) -> str:
     """Why a run can't go on behind kept keys and values alone: blocks that keep a state beside them (Falcon-H1); "" where none does."""
-    layers = DynamicCache(config=model.bridge.original_model.config).layers
+    config = model.bridge.original_model.config
+    layers = DynamicCache(config=config).layers if isinstance(config, PretrainedConfig) else []
     return "" if all(type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in layers) else f"{model.info.architecture} keeps states beside keys and values"
 
 
@@ -226,7 +227,8 @@ class BaseRun:
         start = self.stop // 2 if not self.edits else 0
         try:
             for i in range(self.n):
-                got = self.step(i, self.resid[i][:, start : self.stop], start, [])[:, -1]
+                twice = self.resid[i][:, start : self.stop].repeat(2, 1, 1)  # two variants: what is handed on for one run alone does not fit
+                got = self.step(i, twice, start, [])[: len(self.resid[i]), -1]
                 same = self.model.identity("resume", got, self.resid[i + 1][:, self.stop - 1])
                 if not same.ok:
                     return f"resumed blocks of {self.model.info.architecture} are off by {same.error:.1g}"
@@ -331,7 +333,8 @@ class BaseRun:
                     before = x[..., places, :].masked_fill(t.arange(stop, device=x.device) >= begins[:, None], never)
                     own = x[..., places[:, None], places].masked_fill(segment[:, None] != segment, never)
                     return t.cat([before, own], -1)
-                assert x.ndim >= 2 and x.shape[1] == stop
+                if x.ndim < 2 or x.shape[1] != stop:  # ALiBi's slopes by head
+                    raise RuntimeError(f"blocks are handed a tensor {list(x.shape)} that has no positions")
                 return x[:, places]
 
             rest = lambda x, cache: x if x is cache else change(x)  # noqa: E731

@@ -67,7 +67,11 @@ def find(place: Path) -> Checkpoint | None:
         return None
     configs = [place.with_suffix(".json")] * place.is_file() + [folder / "config.json"]
     config = next((c for c in configs if c.is_file()), None)
-    if config is None or not NEEDED <= (read := parse_json(read_text(config))).keys() or "model_type" in read:
+    try:
+        read = parse_json(read_text(config)) if config else None
+    except UserError:  # the loader of Hugging Face folders says what is wrong with it
+        return None
+    if not isinstance(read, dict) or not NEEDED <= read.keys() or "model_type" in read:
         return None
     files = [place] if place.is_file() else sorted(f for f in folder.iterdir() if f.suffix in SUFFIXES)
     if len(files) != 1:
@@ -158,7 +162,7 @@ class HandTrained(NativeModel):
     def __init__(self, cfg: HookedTransformerConfig):
         kept = {k: getattr(cfg, k) for k in KEPT} | ({"d_mlp": 1, "gated_mlp": False} if cfg.attn_only else {})
         super().__init__(TransformerBridgeConfig(**kept, act_fn="relu", uses_rms_norm=str(cfg.normalization_type).startswith("RMS")))
-        self.config = SimpleNamespace(num_hidden_layers=cfg.n_layers, bidirectional=cfg.attention_dir != "causal", get_text_config=lambda: self.config)
+        self.config = SimpleNamespace(num_hidden_layers=cfg.n_layers, bidirectional=cfg.attention_dir != "causal", get_text_config=lambda **_: self.config)
         self.head = nn.Linear(cfg.d_model, cfg.d_vocab_out)
         for layer, block in enumerate(self.layers):
             scale = cfg.attn_scale if cfg.use_attn_scale else 1.0

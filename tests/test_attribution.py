@@ -549,7 +549,7 @@ def test_models_without_a_part(engines, monkeypatch, gone, text):
 def test_neurons_of_a_mixture_of_experts(engines, monkeypatch):
     engine = engines["gpt2"]
     monkeypatch.setattr(engine.model, "points", {k: v for k, v in engine.model.points.items() if k != "blocks.1.mlp.hook_post"})
-    with pytest.raises(UserError, match="the MLP of layer 1 has no neurons that can be read"):
+    with pytest.raises(UserError, match="has no blocks.1.mlp.hook_post"):
         engine.run(AttributionNeurons(STUDY, layer=1))
 
 

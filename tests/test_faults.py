@@ -402,11 +402,11 @@ def test_undo_and_views_are_independent(tmp_path):
 async def test_undo_says_what_and_leaves_views(zoo, tmp_path):
     app = make_app(zoo, tmp_path, small(3))
     async with app.run_test(size=(140, 40)) as pilot:
-        await press(app, pilot, "2", "a", "v", "V")
+        await press(app, pilot, "2", "a", "v", "v", "V")
         views = app.state.views
         await press(app, pilot, "u")
         assert "undid: L3H0=zero (0 back, 1 forward)" in shown(app) and app.state.views == views and not app.state.interventions
-        await press(app, pilot, "v", "ctrl+r")
+        await press(app, pilot, "v", "v", "ctrl+r")
         assert "did again: L3H0=zero" in shown(app) and app.state.interventions, "a view in between does not end redo"
         await press(app, pilot, "backspace")
         assert "back to attention.stat previous" in shown(app) and app.state.interventions and app.state.views == views
@@ -605,7 +605,7 @@ async def test_what_is_expensive_waits_for_a_key_with_its_estimate(zoo, tmp_path
         assert alone.copying == whole.copying and np.array_equal(alone.eigenvalues, whole.eigenvalues) and alone.expected > 0 and np.isnan(whole.expected)
         await press(app, pilot, "S")
         assert asked(app, HeadWeights)[-1] == replace(few, pairs=True) and "S looks" not in shown(app)
-        await press(app, pilot, "v", "v", "S")
+        await press(app, pilot, "v", "v", "v", "v", "S")
         assert "v turns to ov or qk" in shown(app)
 
 

@@ -128,7 +128,7 @@ def test_not_a_model(tmp_path):
     assert "no folder at" in failure(Load(str(tmp_path / "nothing" / "here")))
     file = tmp_path / "x.safetensors"
     file.write_bytes(b"")
-    assert "is a file: give the folder" in failure(Load(str(file)))
+    assert "has no config of HookedTransformer's beside it" in failure(Load(str(file)))
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, 4000, -1])

@@ -271,7 +271,7 @@ def test_a_broken_model_is_red(engines, monkeypatch):
         ("L1H1.pattern=mean_all", Study(PROMPT, prompt_set=SET), "a pattern has no mean over positions"),
         ("L9H1=zero", Study(PROMPT), "L9H1: the model has layers 0 to 2"),
         ("L1H4=zero", Study(PROMPT), "L1H4: the model has heads 0 to 3"),
-        ("L1.mlp.n999=zero", Study(PROMPT), "the model has neurons 0 to"),
+        ("L1.mlp.n999=zero", Study(PROMPT), "the layer has neurons 0 to"),
         ("L1.sae.f3=zero", Study(PROMPT), "no SAE is chosen"),
         ("L1H1@15=zero", Study(PROMPT), "position 15 is outside the clean prompt, which has 15 tokens"),
         ("L1H1@-16=zero", Study(PROMPT), "position -16 is outside"),

@@ -94,7 +94,7 @@ async def test_every_pane_shows_its_own_numbers(engines, tmp_path, size):
         row = app.panes["patching"].at(app, estimate)[0]
         base, span = estimate.base, estimate.clean - estimate.corrupt
         assert np.allclose(numbers(app), (estimate.values[row] - base) / span, atol=1e-4)
-        await press(app, pilot, "v", "v", "v", "v", "v", "v", "v", "v")
+        await press(app, pilot, *"vv" * 8)
         assert text(app).grid is not None or "has no positions" in shown(app)
         await press(app, pilot, "6", "T", "h")
         feature = reply(app, "feature")

@@ -39,7 +39,7 @@ def test_the_mask_is_hugging_faces_own(name):
     hf = tr.AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation="eager").eval()
     with t.no_grad():
         attentions = hf(t.arange(3, 3 + SEQ)[None], use_cache=False, output_attentions=True).attentions
-    model = SimpleNamespace(bridge=SimpleNamespace(original_model=hf))
+    model = SimpleNamespace(bridge=SimpleNamespace(original_model=hf), causal=True)
     for layer, a in enumerate(attentions):
         assert ((a[0] > 0).all(0) == visible(model, layer, SEQ)).all() and ((a[0] == 0).all(0) == ~visible(model, layer, SEQ)).all(), layer
     assert name not in ("gpt-neo", "qwen2") or len({visible(model, layer, SEQ).sum().item() for layer in range(4)}) == 2
@@ -55,7 +55,7 @@ def test_outside_a_window_is_blank(engines):
             got = engine.run(ask)
             assert (np.isnan(got.pattern) == blank).all()
             grid = pattern_grid(got, 1)
-            assert (np.isnan(grid.values) == blank).all() and grid.level()[14, 0] == (-1 if size == 8 else grid.level()[14, 0])
+            assert (np.isnan(grid.values) == blank).all() and grid.level[14, 0] == (-1 if size == 8 else grid.level[14, 0])
             assert grid.tsv().splitlines()[-1].split("\t")[1] == ("" if size == 8 else f"{got.pattern[1, 14, 0]:.6g}")
             assert (json.loads(json.dumps(to_json(got), allow_nan=False))["pattern"][1][14][0] is None) == (size == 8)
             words = "".join(text for text, _ in pattern_cell(got, 1, 14, 0, True))

@@ -159,7 +159,7 @@ class LensPane(Pane):
         """The prompt by the row under the cursor."""
         text = row_of(grid, row, result.points[row], texts_of(result.tokens))
         name = f"{run_name(app.state, self.which(app))} · {pictures.LENS_KINDS[app.state.lens]} at {result.points[row]}"
-        self.show_title(app, ("lens_row", "lens"), f"{name} · {pictures.LENS_STATS[app.state.views['lens.stat']]}", result.convention, text)
+        self.show_title(app, ("lens_row", "lens"), f"{name} · {EXPLAINED[app.state.views['lens.stat']].name}", result.convention, text)
         self.side.set_class(True, "hidden")
         self.show_text(app, text)
         self.info_line.show([pictures.lens_cell(result, row, clip(app.cursor.pos, len(result.tokens.texts)), 4)])

@@ -13,6 +13,10 @@ from families.table import numbers_of, row
 from utils import ROOT
 
 QUICK = ("gpt_neox", "olmo2", "granite")
+KINDS = (  # one or two of each kind of difference, in every run of the tests; the others only with `-m table`, three minutes of one core
+    "opt", "gpt_neo", "xglm", "bloom", "mpt", "falcon-alibi", "falcon-7b", "gptj", "phi", "stablelm-parallel", "cohere", "nemotron", "olmo3",
+    "gemma3", "mixtral", "deepseek_v2", "gpt_oss", "mamba",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +41,9 @@ def case(tmp_path_factory):
 
 
 def pytest_generate_tests(metafunc) -> None:
+    marks = lambda f: [] if f in QUICK else [pytest.mark.slow] if f in KINDS else [pytest.mark.slow, pytest.mark.table]  # noqa: E731
     if "family" in metafunc.fixturenames:
-        metafunc.parametrize("family", [pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in FAMILIES], scope="module")
+        metafunc.parametrize("family", [pytest.param(f, marks=marks(f)) for f in FAMILIES], scope="module")
 
 
 @pytest.mark.parametrize("analysis", ANALYSES)

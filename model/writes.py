@@ -58,8 +58,8 @@ def linear_norm(model: Model, norm: t.nn.Module) -> LinearNorm:
 def frozen_norm(model: Model, norm: t.nn.Module, scale: Tensor | float, x: Tensor) -> Tensor:
     """A norm of x [..., d_model] as the linear map it is with its scale frozen, without its bias. LayerNorm takes the mean off first."""
     linear = linear_norm(model, norm)
-    x = (x - x.mean(-1, keepdim=True) if linear.centred else x) / scale
-    return x if linear.gain is None else (x * linear.gain.to(x.device, x.dtype)).to(x.dtype)
+    out = (x - x.mean(-1, keepdim=True) if linear.centred else x) / scale
+    return (out if linear.gain is None else out * linear.gain.to(x.device, x.dtype)).to(x.dtype)
 
 
 def pull_back(model: Model, norm: t.nn.Module, scale: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,8 @@ def pytest_collection_modifyitems(items) -> None:
         arch, size = params.get("arch"), params.get("size")
         if arch in ARCHS and arch not in QUICK or isinstance(size, tuple) and size != (80, 24):
             item.add_marker(pytest.mark.slow)
+        if size == (200, 50) and item.path.stem in ("test_textview", "test_explain", "test_faults", "test_large_screens"):
+            item.add_marker(pytest.mark.table)
 
 
 def tokenizer(bos: bool, adds: bool = False):

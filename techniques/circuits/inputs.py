@@ -52,12 +52,12 @@ class BlockInputs:
         """From gradients at q, k and v [prompt, seq, head, d_head] to those at every head's input [prompt, seq, receiver, d_model]; None where there are none."""
         if not g:
             return None
-        rows = [t.einsum("bshd,hmd->bshm", g[p], w) if p in g else w.new_zeros(*stream.shape[:2], *w.shape[:2]) for p, w in self.weights.items()]
+        rows = [t.einsum("bshd,hmd->bshm", g[p].to(w.device), w) if p in g else w.new_zeros(*stream.shape[:2], *w.shape[:2]) for p, w in self.weights.items()]
         return through(self.norm, stream, t.cat(rows, 2))
 
     def mlp_back(self, stream: Tensor, g: Tensor) -> Tensor:
         """From the gradient where the MLP's input is written [prompt, seq, d_model] to that at its stream [prompt, seq, 1, d_model]."""
-        return through(self.mlp_norm, stream, g[:, :, None])
+        return through(self.mlp_norm, stream, g[:, :, None].to(stream.device))
 
 
 def through(norm: t.nn.Module | None, stream: Tensor, g: Tensor) -> Tensor:

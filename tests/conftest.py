@@ -29,7 +29,9 @@ def pytest_collection_modifyitems(items) -> None:
         arch, size = params.get("arch"), params.get("size")
         if arch in ARCHS and arch not in QUICK or isinstance(size, tuple) and size != (80, 24):
             item.add_marker(pytest.mark.slow)
-        if size == (200, 50) and item.path.stem in ("test_textview", "test_explain", "test_faults", "test_large_screens"):
+        stem = item.path.stem
+        large = isinstance(size, tuple) and size != (80, 24) and stem in ("test_textview", "test_explain", "test_faults", "test_large_screens")
+        if large or stem == "test_storm" or item.name == "test_a_megabyte_of_controls_is_pasted":  # that one wants a quiet machine
             item.add_marker(pytest.mark.table)
 
 

@@ -372,6 +372,6 @@ def answer(args: list[str] | None, engine: Callable[[], object], serve: Callable
         tables()[type(result)](out, result)
     rows = command.checked(result)
     broken = [i for i in (*info.checks, *rows) if i.ok is False]
-    for i in broken:
+    for i in dict.fromkeys(broken):
         errors.print(plain(f"identity broken: {i.name}, error {i.error:.2g} against {i.tolerance:.2g}. {i.note}", RED), soft_wrap=True)
     return 1 if broken and rows else 0

@@ -31,7 +31,7 @@ def identities(model: Model, study: Study) -> Generator[Progress, None, tuple[tu
     runs = read_study(model, study)
     ids = t.tensor([runs.row("clean").ids])
     if why := model.notes.refused.get("model"):
-        return (), f"{model.info.architecture}: {why}"
+        return model.info.checks, f"{model.info.architecture}: {why}"
     yield Progress(0, STEPS, "hook points")
     rows = list(self_check(model, ids))
     rows.append(attribution_sums(runs))

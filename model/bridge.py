@@ -19,6 +19,7 @@ from model.notes import Notes
 from model.memory import is_out_of_memory, out_of_memory, ran_out
 from model.native import HandTrained, Labels, LabelTokens, bridge_of
 from model.tokens import Tokens, bos_habit
+from vocabulary.names import OWN_SOFTMAX
 from vocabulary.nodes import PARTS, RESIDS, UserError
 from vocabulary.prompts import Prompt, TokenRow
 from vocabulary.requests import CheckResult, Identity, Load, ModelInfo
@@ -110,7 +111,7 @@ class Model:
         for p in self.bridge.original_model.parameters():
             p.requires_grad_(False)
         cfg = self.cfg = self.bridge.cfg
-        put_right(self.bridge, dtype)
+        self.repairs = put_right(self.bridge, dtype)
         self.points = live_points(self.bridge, dtype)
         self.unique = list({id(p): p for p in self.points.values()}.values())
         self.parallel = bool(cfg.parallel_attn_mlp) or "blocks.0.hook_resid_mid" not in self.points
@@ -400,6 +401,7 @@ def described(model: Model, name: str, hf: t.nn.Module) -> ModelInfo:
         bos="" if model.bos is None else model.tokenizer.bos_token,
         **dict(zip(("default_bos", "bos_habit"), bos_habit(model.tokenizer, getattr(hf.config.get_text_config(), "trained_with_bos", None)))),
         seconds=0.0,
+        repairs=model.repairs + (OWN_SOFTMAX,) * any(model.points[n] is not p for n, p in model.bridge.hook_dict.items() if n in model.points),
     )
 
 

@@ -57,45 +57,55 @@ def at_softmax(attention: AttentionBridge, name: str, dtype: t.dtype) -> HookPoi
     return point
 
 
-def put_right(bridge: t.nn.Module, dtype: t.dtype) -> None:
-    """What the Bridge turns, cuts or rounds otherwise than the model."""
-    turn_neighbours(bridge)
-    cut_heads(bridge)
+def put_right(bridge: t.nn.Module, dtype: t.dtype) -> tuple[str, ...]:
+    """Puts right what the Bridge turns, cuts or rounds otherwise than the model; in words, what of it changes numbers."""
+    config = bridge.original_model.config
+    falcon = getattr(config, "model_type", "") == "falcon"
+    done = {
+        "rotation of neighbouring dimensions": turn_neighbours(bridge),
+        "heads of latent attention": cut_heads(bridge),
+        "grouped queries, keys and values": falcon and config.new_decoder_architecture,  # model/adapters.py
+        "ALiBi, which is added twice": falcon and config.alibi,  # alibi_once
+    }
     round_rotated(bridge, dtype)
+    return tuple(words for words, was in done.items() if was)
 
 
-def turn_neighbours(bridge: t.nn.Module) -> None:
+def turn_neighbours(bridge: t.nn.Module) -> bool:
     """
     Rotary angles of a model that holds each of them twice side by side (Cohere) turn dimensions 0 and 1, 2 and 3, ... The Bridge does that where it is told
-    to, from angles that are written one after the other, twice.
+    to, from angles that are written one after the other, twice. Whether that was so.
     """
     rotary = getattr(getattr(bridge, "rotary_emb", None), "original_component", None)
     attention = [b.attn for b in getattr(bridge, "blocks", []) if isinstance(getattr(b, "attn", None), PositionEmbeddingsAttentionBridge)]
     if rotary is None or not attention or getattr(attention[0].config, "rotary_adjacent_pairs", False):
-        return
+        return False
     where = bridge.W_U.device
     try:
         cos = rotary(t.zeros(1, 4, 1, device=where), t.arange(4, device=where)[None])[0]
     except (TypeError, KeyError, ValueError, AttributeError):  # angles of another kind, one for each type of layer
-        return
+        return False
     if not isinstance(cos, Tensor) or cos.shape[-1] % 2 or not t.equal(cos[..., ::2], cos[..., 1::2]) or t.equal(*cos.chunk(2, -1)):
-        return
+        return False
     once = lambda x: t.cat([x[..., ::2]] * 2, -1)  # noqa: E731
     for a in attention:
         a.config.rotary_adjacent_pairs, inner = True, a._apply_position_embedding_hooks
         a._apply_position_embedding_hooks = lambda both, inner=inner: inner(tuple(map(once, both)) if isinstance(both, tuple) else both)
+    return True
 
 
-def cut_heads(bridge: t.nn.Module) -> None:
+def cut_heads(bridge: t.nn.Module) -> bool:
     """
     Heads' z of latent attention (DeepSeek, Youtu, GLM 4 MoE Lite) at the width that W_O reads a head with: the Bridge cuts it at the width of the rotated part.
-    Its queries come as [batch, head, position, d]: they pass their point as [batch, position, head, d], as everywhere.
+    Its queries come as [batch, head, position, d]: they pass their point as [batch, position, head, d], as everywhere. Whether the model has such attention.
     """
-    for attention in [b.attn for b in getattr(bridge, "blocks", []) if isinstance(getattr(b, "attn", None), MLAAttentionBridge)]:
+    latent = [b.attn for b in getattr(bridge, "blocks", []) if isinstance(getattr(b, "attn", None), MLAAttentionBridge)]
+    for attention in latent:
         cut, n_heads = attention.o.hook_in.hook_conversion, bridge.cfg.n_heads
         bridge.cfg.d_head = attention.o.original_component.in_features // n_heads
         cut.n_heads, cut.d_head = n_heads, bridge.cfg.d_head
         attention.hook_q.hook_conversion = attention.hook_k.hook_conversion = attention.hook_v.hook_conversion = PositionsFirst()
+    return bool(latent)
 
 
 class PositionsFirst(BaseTensorConversion):

@@ -118,7 +118,7 @@ def read_state(file: Path) -> dict[str, Tensor]:
 
 
 def converted(state: dict[str, Tensor], cfg: HookedTransformerConfig) -> dict[str, Tensor]:
-    """The same numbers by the native model's names and layouts: torch's Linear holds [out, in]."""
+    """HookedTransformer's tensors by the native model's names and layouts: torch's Linear holds [out, in]."""
     out = {}
     norms = {"ln1": "ln1", "ln2": "ln2", "ln_final": "ln_out"}
     for name, x in state.items():

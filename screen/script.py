@@ -147,7 +147,7 @@ def python_script(state: State, info: ModelInfo, run: RunResult) -> str:
     kind, load, active = state.metric.kind, state.model, state.study.interventions
     if run.now.metric is None:
         raise UserError("there is no metric to reproduce: t names the answer and the foil")
-    weights, base = sources(load.model, load.base, info)
+    weights, base = sources(load.model, load.base, info, any(i.node.part == "pattern" and i.node.site == "head" for i in active))
     row = run.now.tokens
     mids = [i for i in active if i.node.site == "resid_mid"]
     ordered = [i for i in active if i not in mids] + mids

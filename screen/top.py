@@ -115,7 +115,7 @@ def metric_line(result: RunResult | None, kind: str, pos: str, base: str, stale:
     spans += [("   clean ", DIM), (signed(result.clean.metric), PLAIN), ("   corrupted ", DIM), (signed(corrupt), PLAIN)]
     spans += [("   now ", DIM), ("…" if stale else signed(result.now.metric), BOLD)]
     if result.normalised is not None and not stale:
-        spans += [("   normalised ", DIM), (f"{result.normalised:.3f}", BOLD), (" (corrupted 0, clean 1)" if width >= 110 else "", DIM)]
+        spans += [("   normalised ", DIM), (f"{result.normalised:.3f}", BOLD), (" (corrupted 0, clean 1)" if width >= 132 else "", DIM)]
     if result.noise and not stale:
         spans.append((f"  ~ below the noise floor {result.floor:.2g}", WARN))
     spans += [(f"   base {base}", DIM)]

@@ -65,8 +65,7 @@ async def test_help_views_and_definitions(zoo, tmp_path, size):
         assert "view" in screen(app)[-1]
         await press(app, pilot, "v")
         assert "head outputs" in shown(app) and app.state.views["patching.kind"] == "z"
-        await press(app, pilot, "P")
-        assert app.state.views["patching.kind"] == "p" or app.query(Panel) or app.state.views["patching.kind"] in VIEWS["patching.kind"]
+        assert app.query(Panel), "the list of views"
 
 
 async def test_a_letter_takes_a_view_v_the_next_and_backspace_steps_back(zoo, tmp_path):

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import gguf
 import pytest
 import torch as t
 from transformers import AutoModelForCausalLM
@@ -10,7 +11,6 @@ from transformers import AutoModelForCausalLM
 from engine import Engine
 from vocabulary.nodes import UserError
 
-gguf = pytest.importorskip("gguf")
 PARTS = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",

@@ -11,6 +11,7 @@ from vocabulary.requests import ModelInfo
 OWNERS = {"distilgpt2": "distilbert"} | dict.fromkeys(
     ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"), "openai-community"
 )  # the hub has these models under both names
+OWN_SOFTMAX = "attention patterns, which TransformerLens only copies"  # where attention is Hugging Face's own code
 
 
 @cache
@@ -43,8 +44,13 @@ def spellings(name: str) -> tuple[str, ...]:
     return (name, f"{OWNERS[name]}/{name}") if name in OWNERS else (name,)
 
 
-def sources(model: str, base: str | None, info: ModelInfo) -> tuple[str, str]:
-    """Where a script finds the weights and the base of what was loaded as `model`. UserError where no script can."""
+def sources(model: str, base: str | None, info: ModelInfo, patterns: bool) -> tuple[str, str]:
+    """
+    Where a script finds the weights and the base of what was loaded as `model`. UserError where no script can, or where one of TransformerLens alone would print
+    other numbers; `patterns`: whether it writes attention patterns.
+    """
+    if lacking := [words for words in info.repairs if patterns or words != OWN_SOFTMAX]:
+        raise UserError(f"a script of TransformerLens alone would print another number: on {info.architecture} Loupe puts right its {' and '.join(lacking)}")
     place = lambda text: str(ROOT / "zoo") if text == "zoo" else canonical(text)  # noqa: E731
     weights = str(ROOT / "zoo") if model == "zoo" else info.name
     if weights.endswith(".gguf"):

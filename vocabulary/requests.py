@@ -60,7 +60,8 @@ class Identity:
 class ModelInfo:
     """
     What is loaded. `bos` is the text of the BOS token ("" when there is none) and `default_bos` whether prompts get it unasked (`bos_habit`: why). `warning`: a GPU that is
-    here and not used, or filled by others.
+    here and not used, or filled by others. `repairs`: what Loupe puts right in TransformerLens on this model (model/live_hooks.py), and a script of
+    TransformerLens alone lacks.
     """
 
     name: str
@@ -86,6 +87,7 @@ class ModelInfo:
     checks: tuple[Identity, ...] = ()
     warning: str = ""
     bos_habit: str = ""
+    repairs: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:

@@ -379,6 +379,9 @@ def alone(circuit, p):
 parts = nodes
 '''
 
+# whose heads write z W_O into the stream with nothing in between, and read through TransformerLens's split inputs (a test runs the script on each)
+EDGE_SCRIPTS = tuple(f"{name}ForCausalLM" for name in ("Falcon", "GPTNeoX", "Llama", "Mistral", "Mixtral", "Nemotron", "Olmo", "Phi", "Qwen2", "Qwen3"))
+EDGE_SCRIPTS = ("GPT2LMHeadModel", *EDGE_SCRIPTS)
 EDGES = '''
 parallel = {parallel}
 model.set_use_split_qkv_input(True)
@@ -450,15 +453,15 @@ def circuit_script(circuit: Circuit, study: Study, info: ModelInfo, load, rest: 
         raise UserError(f"a circuit's script knows the metrics {', '.join(METRICS)} at END, not {kind}@{study.metric.pos}")
     if rest == "resample":
         raise UserError("a circuit's script can't draw the same prompts again: score it with mean or patch")
-    if circuit.edges and "Gemma" in info.architecture:
-        raise UserError("a script for edges of a model with norms after attention is not built: export the nodes, or the JSON")
+    if circuit.edges and info.architecture not in EDGE_SCRIPTS:
+        raise UserError(f"a script for edges is right on {', '.join(EDGE_SCRIPTS)} only, not on {info.architecture}: export the nodes, or the JSON")
     features = [n for n in circuit.nodes if parse_node(n).site == "sae"]
     if features and (circuit.edges or len(features) < len(circuit.nodes)):
         raise UserError(f"{features[0]}: a circuit's script holds heads and MLPs, or features, not both")
     saes = [s for s in study.saes if features]
     if features and not saes:
         raise UserError(f"{features[0]}: the script needs its SAE, and none is loaded")
-    weights, base = sources(load.model, load.base, info)
+    weights, base = sources(load.model, load.base, info, any(parse_node(n).part == "pattern" for n in circuit.nodes))
     prompts = study.prompt_set or (study.prompt,)
     bos = prompts[0].bos if prompts[0].bos is not None else info.default_bos
     rows = [(p.clean, p.corrupt, list(p.answers), list(p.foils), dict(p.labels)) for p in prompts]

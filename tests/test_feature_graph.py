@@ -6,6 +6,7 @@ import pytest
 import torch as t
 from conftest import PROMPT
 from dictionaries import build, save
+from engine import Engine
 from test_features import firing, ids_of, loaded, sources  # noqa: F401
 
 from techniques.attribution.requests import Attribution
@@ -96,3 +97,17 @@ def test_what_is_refused(engines, sources):  # noqa: F811
         with pytest.raises(UserError, match=words):
             engine.run(ask)
     assert t.is_grad_enabled()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["nemotron", "olmo", "granite", "olmo2", "gemma3"])
+def test_norms_of_every_kind_are_held(family, tmp_path):
+    """Gains that are stored as w - 1, not at all, behind attention, with a multiplier: the frozen run is what the graph claims."""
+    from families.configs import build as make
+
+    make(family, tmp_path / "model")
+    engine = Engine(str(tmp_path / "model"))
+    d, last = engine.model.info.d_model, engine.model.info.n_layers - 1
+    up = save(build("standard", "blocks.0.hook_resid_post", d), tmp_path / "up")
+    down = save(build("standard", f"blocks.{last}.hook_resid_post", d, seed=2), tmp_path / "down")
+    both(engine, up, down, target_of(engine, down), 6)

@@ -11,11 +11,11 @@ import numpy as np
 import torch as t
 from torch import Tensor
 
-from model.bridge import FINAL, Edit, Model
+from model.bridge import FINAL, Edit, Keep, Model
 from model.runs import Runs
 from model.sae import SparseAutoencoder
 from model.steering import Change, changed, write
-from model.writes import SCALE, post_norm, pre_norm, pull_back, require_parts, require_values, to_heads
+from model.writes import SCALE, frozen_norm, linear_norm, post_norm, pre_norm, pull_back, require_parts, require_values, to_heads
 from techniques.attribution.logits import direction, true_logits
 from techniques.features.effects import check_run, stream_reader
 from techniques.features.requests import CheckEdge, CheckEdgeResult, FeatureGraph, FeatureGraphResult
@@ -233,9 +233,24 @@ def frozen_names(model: Model, layers: range) -> list[str]:
 
 def freeze(runs: Runs, which: str) -> list[Edit]:
     """Edits that hold attention patterns, MLP outputs and the norms' scales at a run's values."""
-    names = frozen_names(runs.model, range(runs.model.info.n_layers))
+    model, names = runs.model, frozen_names(runs.model, range(runs.model.info.n_layers))
     acts = runs.trace(which, names)
-    return [(n, lambda x, n=n: acts[n]) for n in names]
+    edits = [(n, lambda x, n=n: acts[n]) for n in names if not n.endswith("hook_scale")]
+    for layer in range(model.info.n_layers):
+        for norm, scale in filter(None, (near(model, layer, "attn") for near in (pre_norm, post_norm))):
+            edits += frozen_at(model, norm, scale.removesuffix("hook_scale"), acts[scale])
+    return edits
+
+
+def frozen_at(model: Model, norm: t.nn.Module, name: str, scale: Tensor) -> list[Edit]:
+    """A norm that puts out what it would at a fixed scale. Not by a write at its scale: the Bridge then makes its output from the weight as it is stored, which is not every class's gain."""
+    came, bias = Keep(), linear_norm(model, norm).bias
+
+    def out(x: Tensor) -> Tensor:
+        linear = frozen_norm(model, norm, scale, came.x)
+        return linear if bias is None else linear + bias.to(linear)
+
+    return [(f"{name}hook_in", came), (f"{name}hook_out", out)]
 
 
 @t.no_grad()

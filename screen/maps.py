@@ -231,7 +231,7 @@ def ends_of(grid: Grid) -> tuple[str, str]:
 
 def legend(grid: Grid, mode: str, room: int = 40) -> Spans:
     """The colours (or shades) with the numbers at their ends, and what ~ stands for where a grid has such cells."""
-    note = f" ~ below the noise floor {grid.floor:.2g}" if grid.noise else ""
+    note = f" ~ noise < {grid.floor:.2g}" if grid.noise else ""
     return [*scale_of(grid, mode, room - len(note)), (note, DIM)]
 
 

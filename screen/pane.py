@@ -213,18 +213,18 @@ class Pane(Vertical, can_focus=True):
         """The rule above the pane: its name, what is shown, the colours with their numbers (of `grid`), and as much of the convention as fits whole."""
         late = app.requests.late(slots)
         self.said = (f"{late}{title}{f' {scale(grid)}' if grid else ''}", note)
-        title = whole_parts(title, self.size.width - width_of(f"━ {self.number} {self.label}   {late}") - (18 if grid is not None else 2))
+        parts = note.split(" · ")  # the first says the state: it is there before the colours are, and where there is room before the last of the title
+        state = min(width_of(parts[0]), 20) + 4
+        beside = (18 if grid is not None else 2) + (state if self.size.width >= 100 else 0)
+        title = whole_parts(title, self.size.width - width_of(f"━ {self.number} {self.label}   {late}") - beside)
         rule, name = (("━", HEAD), FOCUS) if app.pane == self.key else (("─", RULE), HEAD)
         if self.title_line.rule != rule:
             self.title_line.rule = rule
             self.title_line.refresh()
         spans: Spans = [(rule[0], rule[1]), (f" {self.number} {self.label} ", name)]
         spans.append((f" {late}{title}  ", BOLD))
-        parts = note.split(" · ")  # the first says the state: it is there before the colours are
         if grid is not None:
-            spans += legend(
-                grid, app.state.views["mode"], max(14, self.size.width - sum(width_of(text) for text, _ in spans) - min(width_of(parts[0]), 20) - 4)
-            )
+            spans += legend(grid, app.state.views["mode"], max(14, self.size.width - sum(width_of(text) for text, _ in spans) - state))
         spans.append((" ", PLAIN))
         room = self.size.width - sum(width_of(text) for text, _ in spans) - 2
         fits = next((n for n in range(len(parts), 0, -1) if width_of(" · ".join(parts[:n])) <= room), 0)

@@ -122,7 +122,7 @@ def sweep_cell(truth: SweepResult | None, estimate: SweepResult | None, row: int
     if row >= len(result.rows) or col >= len(result.cols):
         return []
     name = result.address(row, col) or f"{result.rows[row]} × {result.cols[col]}"
-    spans: Spans = [(f" {name} ", BOLD)]
+    spans: Spans = [(f" {name:6} ", BOLD)]  # the rest keeps its place as the cursor moves
     if truth is not None and np.isfinite(truth.values[row, col]):
         spans.append((f"metric {float(truth.values[row, col]):+.4f}", PLAIN))
         if truth.std.size:

@@ -105,7 +105,7 @@ async def test_nodes_or_edges_names_and_receivers(zoo, tmp_path):
         assert len(app.state.current.edges) == 1 and "scored by nodes until" in shown(app)
         app.act("view", name="circuit.view", value="map")
         await press(app, pilot, "S")
-        assert app.panes["circuit"].scored(app).faithfulness.mean == pytest.approx(before, abs=1e-4) and "nodes: what is not" in shown(app)
+        assert app.panes["circuit"].scored(app).faithfulness.mean == pytest.approx(before, abs=1e-4) and "nodes: what is not" in app.panes["circuit"].said[1]
         app.act("view", name="circuit.by", value="edges")
         await press(app, pilot, "S")
         result = app.panes["circuit"].scored(app)

@@ -102,7 +102,7 @@ def test_cells_below_the_floor_are_drawn_as_noise(halves):
     found = halves["zoo", "bfloat16"].run(Sweep(Study(PROMPT), "z"))
     grid = sweep_grid(found, None, "effect")
     assert grid.noise and grid.noise == {(int(r), int(c)) for r, c in np.argwhere(found.noise)}
-    assert legend(grid, "colour")[-1][0] == f" ~ below the noise floor {found.floor:.2g}"
+    assert legend(grid, "colour")[-1][0] == f" ~ noise < {found.floor:.2g}"
     assert grid.tsv().startswith(f"noise floor {found.floor:.2g}\t")
     row, col = min(grid.noise)
     assert "~ below the noise floor" in "".join(text for text, _ in sweep_cell(found, None, row, col))

@@ -268,7 +268,7 @@ async def test_a_cancelled_sweep_stays_cancelled(zoo, tmp_path):
         await pilot.pause()
         assert "Sweep" in shown(app)
         await press(app, pilot, "x", "escape")
-        assert not link.jobs and "truth 3/16, cancelled: S runs it again ·" in shown(app)
+        assert not link.jobs and "truth 3/16, cancelled: S runs it again" in shown(app)
         await press(app, pilot, "=")
         assert "z = every head" in shown(app) or "output z" in shown(app)
         await press(app, pilot, "escape", "l", "j")

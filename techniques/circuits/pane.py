@@ -273,7 +273,7 @@ class CircuitPane(Pane):
         by = "by edges" if circuit is not None and circuit.edges and self.by_edges(app) else f"by nodes, MLPs {views['circuit.mlps']}"
         note = result.convention if result is not None else f"{by}, rest {views['circuit.rest']}, {scored_over(app.state, self.study(app))}"
         left_out = app.state.interventions and app.state.enabled and views[self.view] != "compare"
-        return f"interventions left out: a circuit is one of the model itself; {note}" if left_out else note
+        return f"interventions left out · a circuit is one of the model itself · {note}" if left_out else note
 
     def paint_side(self, app: Host, result: ScoreResult | None, width: int) -> None:
         """Beside the map: what the view names, scrolled."""

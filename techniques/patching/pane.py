@@ -193,11 +193,11 @@ class PatchingPane(Pane):
         app.open(Picker(f"cells by {show}", items, lambda item, typed: item and self.go(app, result, *item.value)))
 
     def title(self, app: Host, request: Sweep) -> str:
-        ablated = f"{request.op} ablation of the {'clean' if request.direction == 'noise' else 'corrupted'} run"
+        ablated = f"{request.op} ablation of {'clean' if request.direction == 'noise' else 'corrupted'}"
         what = DIRECTIONS[request.direction] if request.op == "patch" else ablated
         over = " over the set" if request.over_set else " · this prompt only: it is not of the set" if app.state.views["patching.over"] == "set" else ""
         more = over + (" · direct" if request.effect == "direct" else "")
-        return f"{EXPLAINED[request.kind].name} · {app.state.views['patching.show']}{more} · {what}"
+        return f"{EXPLAINED[request.kind].name} · {what}{more} · {app.state.views['patching.show']}"
 
     def paint(self, app: Host) -> None:
         views, wanted = app.state.views, app.requests.wanted

@@ -1,0 +1,169 @@
+"""Chats: the same ids as the tokenizer's own apply_chat_template, Hugging Face's logits on them, template tokens, labels, sets, the command line, scripts, sessions."""
+
+import json
+
+import pytest
+import torch as t
+from conftest import build
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from engine import Engine
+from techniques.output.requests import Run
+from vocabulary.chat import Turn, as_typed, messages, read_typed, ROLES
+from vocabulary.nodes import UserError
+from vocabulary.prompts import Prompt, Study, as_chat, read_prompt
+from vocabulary.wire import from_json, to_json
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA2 = (  # BOS in its text, contents trimmed, the system's inside the user's, turns that must alternate
+    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set system = messages[0]['content'] %}"
+    "{% else %}{% set loop_messages = messages %}{% set system = false %}{% endif %}"
+    "{% for m in loop_messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% set content = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' + m['content'] if loop.index0 == 0 and system else m['content'] %}"
+    "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+SHOUTS = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] | upper + '\n' }}{% endfor %}"
+TALK = (Turn("system", "she gave Tom milk"), Turn("user", "When Mary and John went to the store, John gave a drink to"))
+PREFIX = (*TALK, Turn("assistant", "Mary and"))
+CHATS = (TALK, TALK[1:], PREFIX, (*PREFIX, Turn("user", "  red green blue\n"), Turn("assistant", "a drink ")), (Turn("user", "Mary"),))
+
+
+TEMPLATES = {"chatml": CHATML, "llama2": LLAMA2, "shouts": SHOUTS, "none": None}
+
+
+class Made(dict):
+    """One small model; made[name] is its engine with that chat template."""
+
+    def __getitem__(self, name: str) -> Engine:
+        engine = super().__getitem__("engine")
+        engine.model.tokenizer.chat_template = TEMPLATES[name]
+        engine.model.tokens.rows.clear()
+        return engine
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Made:
+    folder = build("llama", tmp_path_factory.mktemp("chat"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    return Made(engine=Engine(str(folder)))
+
+
+@pytest.fixture(scope="module")
+def theirs(made):
+    """Hugging Face's own model and tokenizer, of the same folder."""
+    folder = made["none"].model.folder
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def plain(tokenizer, name: str, chat) -> list[int]:
+    """What transformers alone makes of a chat."""
+    prefix = chat[-1].role == "assistant"
+    how = {"add_generation_prompt": not prefix, "continue_final_message": prefix}
+    return tokenizer.apply_chat_template(messages(chat), chat_template=TEMPLATES[name], tokenize=True, return_dict=False, **how)
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama2", "shouts"])
+@pytest.mark.parametrize("chat", CHATS, ids=range(len(CHATS)))
+def test_ids_are_those_of_transformers_and_logits_those_of_hugging_face(made, theirs, name, chat):
+    engine = made[name]
+    if name == "shouts" and chat[-1].role == "assistant":
+        with pytest.raises(UserError, match="the chat template refuses"):
+            engine.model.row(chat, None)
+        return
+    row, want = engine.model.row(chat, None), plain(theirs[1], name, chat)
+    assert list(row.ids) == want and row.labels["END"] == len(want) - 1
+    assert row.bos is (name == "llama2") is (want[0] == engine.model.bos) and want[1] != engine.model.bos
+    got = engine.model.forward(t.tensor([row.ids]), keep=0)[0]
+    with t.no_grad():
+        assert (got - theirs[0](t.tensor([want])).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama2"])
+@pytest.mark.parametrize("chat", CHATS, ids=range(len(CHATS)))
+def test_template_tokens_are_those_that_hold_nothing_of_a_turn(made, name, chat):
+    """Independent: the contents, found by hand in the decoded text, are exactly what the other tokens hold."""
+    row = made[name].model.row(chat, None)
+    rest = [i for i in range(len(row.ids)) if i not in row.template]
+    assert row.template and rest
+    own = "".join(made[name].model.tokenizer.decode([row.ids[i]]) for i in rest)
+    want = "".join(turn.content.strip() if name == "llama2" or turn is chat[-1] else turn.content for turn in chat)
+    assert own.replace(" ", "") == want.replace(" ", "")
+    assert (row.labels["END"] in row.template) is (chat[-1].role != "assistant")
+
+
+def test_labels_count_characters_of_the_turns(made):
+    line = {"messages": messages(TALK), "labels": {"IO": [1, 5], "Tom": [0, 9]}, "answer": "Mary"}
+    prompt = read_prompt(line)
+    for name in ("chatml", "llama2"):
+        row = made[name].model.check(prompt).clean
+        assert [row.texts[row.labels[k]] for k in ("IO", "Tom")] == [" Mary", " Tom"]
+    check = made["shouts"].model.check(prompt)
+    assert "a label's place in them is not known" in check.problems[0]
+    with pytest.raises(UserError, match="pair .message, character offset"):
+        read_prompt(line | {"labels": {"IO": 5}})
+    with pytest.raises(UserError, match="pair .message, character offset"):
+        read_prompt(line | {"labels": {"IO": [2, 0]}})
+
+
+def test_what_can_not_be_asked_is_one_line(made):
+    row = lambda name, chat, bos=None: made[name].model.row(chat, bos)  # noqa: E731
+    for call, words in (
+        (lambda: row("none", TALK), "no chat template"),
+        (lambda: row("llama2", (TALK[1], TALK[1])), "the chat template refuses these turns: Conversation roles must alternate"),
+        (lambda: row("llama2", (TALK[0], TALK[0], TALK[1])), "must alternate"),
+        (lambda: row("chatml", (*TALK, Turn("assistant", " "))), "the assistant's turn at the end is empty"),
+        (lambda: row("chatml", TALK, True), "as its template has it, without BOS"),
+        (lambda: row("llama2", TALK, False), "as its template has it, with BOS"),
+        (lambda: read_prompt({"messages": [{"role": "narrator", "content": "x"}]}), "roles are system"),
+        (lambda: read_prompt({"messages": []}), "a chat is a list of messages"),
+        (lambda: read_prompt({"clean": [{"role": "user", "content": 3}]}), "message 0 of the chat"),
+    ):
+        with pytest.raises(UserError, match=words) as error:
+            call()
+        assert "\n" not in str(error.value)
+    assert row("llama2", TALK, True) == row("llama2", TALK)
+
+
+def test_answers_follow_the_rendered_text(made, theirs):
+    """In ChatML the answer begins after a newline, and so without a space."""
+    check = made["chatml"].model.check(Prompt(TALK, None, ("a",), (" a",)))
+    own = made["chatml"].model.tokenizer
+    assert [r.ids for r in (*check.answers, *check.foils)] == [tuple(own.encode(x, add_special_tokens=False)) for x in ("a", " a")]
+    assert check.clean.texts[-1] == "\n" and not check.problems
+    run = made["chatml"].run(Run(Study(Prompt(TALK, None, ("a",), (" a",)))))
+    with t.no_grad():
+        logits = theirs[0](t.tensor([plain(theirs[1], "chatml", TALK)])).logits[0, -1]
+    assert run.now.metric == pytest.approx(float(logits[check.answers[0].ids[0]] - logits[check.foils[0].ids[0]]), abs=1e-4)
+
+
+turns = st.builds(Turn, st.sampled_from(ROLES), st.text(st.sampled_from("a \\\n:\n") | st.sampled_from("usertoolé"), max_size=12) | st.sampled_from(["x\nuser: y", "\\user: z\n\\\\tool:"]))
+
+
+@given(st.lists(turns, min_size=1, max_size=4).map(tuple))
+def test_what_is_typed_is_read_back(chat):
+    assert read_typed(as_typed(chat)) == chat
+
+
+def test_a_chat_goes_through_json_as_messages():
+    prompt = Prompt(PREFIX, TALK, ("Mary",), (), (("IO", 22),))
+    assert json.loads(json.dumps(to_json(prompt)))["clean"] == messages(PREFIX)
+    assert from_json(json.loads(json.dumps(to_json(prompt))), Prompt) == prompt
+
+
+def test_plain_text_to_chat_and_back():
+    prompt = Prompt("When Mary", "When Anna", (" a",), (), (("IO", 5),), True)
+    chat = as_chat(prompt, True)
+    assert (chat.clean, chat.corrupt, chat.labels, chat.bos) == ((Turn("user", "When Mary"),), (Turn("user", "When Anna"),), (("IO", 5),), None)
+    assert as_chat(chat, False) == Prompt("When Mary", "When Anna", (" a",), (), (("IO", 5),))
+    long = Prompt((Turn("system", "be brief"), *chat.clean, Turn("assistant", "She")), None, (), (), (("IO", 13), ("be", 0)))
+    assert as_chat(long, False) == Prompt("When Mary", None, (), (), (("IO", 5),))

@@ -22,7 +22,9 @@ def render(tokenizer, chat: Chat) -> str:
     if not chat:
         raise UserError("an empty chat: type what the user says")
     if not getattr(tokenizer, "chat_template", None):
-        raise UserError("this model's tokenizer has no chat template, so it can't be asked in turns: ask it in plain text (>), or put a chat_template.jinja into its folder")
+        raise UserError(
+            "this model's tokenizer has no chat template, so it can't be asked in turns: ask it in plain text (>), or put a chat_template.jinja into its folder"
+        )
     if prefix_of(chat) and not chat[-1].content.strip():
         raise UserError("the assistant's turn at the end is empty: type how its answer begins, or take the turn out")
     try:

@@ -4,6 +4,7 @@ import json
 import time
 
 from techniques.output.requests import RunResult
+from vocabulary.chat import label_json, text_json
 from vocabulary.files import folder, short, write_text
 from vocabulary.nodes import UserError
 from screen.explain import paragraphs, wrapped
@@ -86,7 +87,8 @@ def copy(app: Host) -> None:
 
 def prompt_line(app: Host) -> str:
     p = app.state.prompt
-    line = {"clean": p.clean, "corrupt": p.corrupt, "answer": list(p.answers), "foil": list(p.foils), "labels": dict(p.labels)}
+    labels = {name: label_json(place, p.clean) for name, place in p.labels}
+    line = {"clean": text_json(p.clean), "corrupt": text_json(p.corrupt), "answer": list(p.answers), "foil": list(p.foils), "labels": labels}
     return json.dumps(line | ({} if p.bos is None else {"bos": p.bos}), ensure_ascii=False) + "\n"
 
 

@@ -1,6 +1,7 @@
 """Chats: the same ids as the tokenizer's own apply_chat_template, Hugging Face's logits on them, template tokens, labels, sets, the command line, scripts, sessions."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch as t
@@ -10,10 +11,18 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine import Engine
+from screen.script import python_script
+from screen.session import State
+from techniques.circuits.drawings import circuit_script
+from techniques.circuits.requests import Score
 from techniques.output.requests import Run
-from vocabulary.chat import Turn, as_typed, messages, read_typed, ROLES
-from vocabulary.nodes import UserError
+from techniques.shell import read_command
+from test_scripts import printed
+from vocabulary.chat import as_typed, label_json, messages, read_typed, ROLES, text_json, Turn
+from vocabulary.circuit import Circuit
+from vocabulary.nodes import parse_intervention, UserError
 from vocabulary.prompts import Prompt, Study, as_chat, read_prompt
+from vocabulary.requests import Load
 from vocabulary.wire import from_json, to_json
 
 CHATML = (
@@ -146,7 +155,11 @@ def test_answers_follow_the_rendered_text(made, theirs):
     assert run.now.metric == pytest.approx(float(logits[check.answers[0].ids[0]] - logits[check.foils[0].ids[0]]), abs=1e-4)
 
 
-turns = st.builds(Turn, st.sampled_from(ROLES), st.text(st.sampled_from("a \\\n:\n") | st.sampled_from("usertoolé"), max_size=12) | st.sampled_from(["x\nuser: y", "\\user: z\n\\\\tool:"]))
+turns = st.builds(
+    Turn,
+    st.sampled_from(ROLES),
+    st.text(st.sampled_from("a \\\n:\n") | st.sampled_from("usertoolé"), max_size=12) | st.sampled_from(["x\nuser: y", "\\user: z\n\\\\tool:"]),
+)
 
 
 @given(st.lists(turns, min_size=1, max_size=4).map(tuple))
@@ -167,3 +180,46 @@ def test_plain_text_to_chat_and_back():
     assert as_chat(chat, False) == Prompt("When Mary", "When Anna", (" a",), (), (("IO", 5),))
     long = Prompt((Turn("system", "be brief"), *chat.clean, Turn("assistant", "She")), None, (), (), (("IO", 13), ("be", 0)))
     assert as_chat(long, False) == Prompt("When Mary", None, (), (), (("IO", 5),))
+
+
+def test_a_set_of_chats_and_what_is_copied_of_it():
+    line = {"clean": messages(PREFIX), "corrupt": messages(TALK), "answer": ["Mary"], "labels": {"IO": [1, 5], "P": [2, 0]}, "corrupt_labels": {"IO": [1, 5]}}
+    prompt = read_prompt(line)
+    assert prompt.clean == PREFIX and prompt.corrupt == TALK and dict(prompt.labels) == {"IO": 22, "P": 17 + 58} and dict(prompt.corrupt_labels) == {"IO": 22}
+    assert {name: label_json(place, prompt.clean) for name, place in prompt.labels} == line["labels"]
+    assert text_json(prompt.clean) == line["clean"] and text_json("x") == "x" and label_json(3, "text") == 3
+
+
+def test_a_chat_on_the_command_line(made, tmp_path):
+    words = ["run", "--clean", "When Mary", "--answer", "a"]
+    study = lambda *more: read_command([*words, *more]).study()  # noqa: E731
+    assert study("--chat").prompt.clean == (Turn("user", "When Mary"),)
+    assert study("--system", "red").prompt.clean == (Turn("system", "red"), Turn("user", "When Mary"))
+    assert study("--chat", "--corrupt", "user: Anna\nassistant: it").prompt.corrupt == (Turn("user", "Anna"), Turn("assistant", "it"))
+    assert study("--chat", "--corrupt", json.dumps(messages(PREFIX))).prompt.corrupt == PREFIX
+    with pytest.raises(UserError, match="a system's turn of its own"):
+        study("--system", "red", "--corrupt", "system: blue\nuser: x")
+    file = tmp_path / "set.jsonl"
+    file.write_text(json.dumps({"clean": "When Mary", "labels": {"IO": 5}}) + "\n" + json.dumps({"messages": messages(PREFIX)}) + "\n")
+    study = read_command(["run", "--set", str(file), "--system", "red"]).study()
+    assert study.prompt == Prompt((Turn("system", "red"), Turn("user", "When Mary")), labels=(("IO", 8),)) == study.prompt_set[0]
+    assert study.prompt_set[1].clean == PREFIX
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama2"])
+def test_scripts_ask_the_template_and_print_the_number(made, name):
+    engine = made[name]
+    engine.model.tokenizer.save_pretrained(engine.model.folder)
+    other = Prompt(PREFIX, (*TALK, Turn("assistant", "she and")), ("a",), ("it",))
+    state = State(Load(str(engine.model.folder)), other, prompt_set=(other, replace(other, corrupt=PREFIX)), interventions=(parse_intervention("L1H1=mean"),))
+    run = engine.run(Run(state.study))
+    assert printed(python_script(state, engine.model.info, run)) == pytest.approx(run.now.metric, abs=1e-4)
+    circuit = Circuit("c", str(engine.model.folder), ("L0H1", "L1H2", "L2H0@3"))
+    study = Study(other, prompt_set=state.prompt_set)
+    want = engine.run(Score(study, circuit)).faithfulness.mean
+    assert printed(circuit_script(circuit, study, engine.model.info, state.model)) == pytest.approx(want, abs=1e-4)
+    with pytest.raises(UserError, match="labels in plain text only"):
+        circuit_script(replace(circuit, nodes=("L0H1@IO",)), study, engine.model.info, state.model)
+    code = python_script(state, engine.model.info, run).replace("When Mary", "Then Mary")
+    with pytest.raises(AssertionError, match="another chat template"):
+        printed(code)

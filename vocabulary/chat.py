@@ -3,7 +3,6 @@ Chats: a prompt as turns, which a model's own template writes as text. A chat is
 answer. A label in a chat stands at a character of the turns' contents, one after another, so that it does not depend on the template. Never imports torch.
 """
 
-import json
 import re
 from dataclasses import dataclass
 
@@ -63,13 +62,28 @@ def read_typed(text: str) -> Chat:
     return (*([Turn("user", free(first))] if first else []), *turns)
 
 
-def turned(text: str | Chat | None, on: bool) -> str | Chat | None:
-    """Text as the user's turn of a chat; back: the text of the last user's turn."""
+def asked(text: str, system: str | None) -> Chat:
+    """The chat that was typed, with this system's turn in front."""
+    chat = read_typed(text)
+    if system is None:
+        return chat
+    if any(turn.role == "system" for turn in chat):
+        raise UserError("the chat has a system's turn of its own: leave --system or that turn out")
+    return (Turn("system", system), *chat)
+
+
+def turned(text: str | Chat | None, on: bool, system: str | None = None) -> str | Chat | None:
+    """Text as the user's turn of a chat, behind a system's turn; back: the text of the last user's turn."""
     if text is None or isinstance(text, str) is not on:
         return text
     if on:
-        return (Turn("user", text),)
-    return next((turn.content for turn in reversed(text) if turn.role == "user"), text[-1].content)
+        return (*([] if system is None else [Turn("system", system)]), Turn("user", text))
+    return text[last_user(text)].content
+
+
+def last_user(chat: Chat) -> int:
+    """The number of the user's last turn; of the last turn where the user says nothing."""
+    return max((n for n, turn in enumerate(chat) if turn.role == "user"), default=len(chat) - 1)
 
 
 def start_of(chat: Chat, number: int) -> int:
@@ -106,6 +120,10 @@ def text_json(text: str | Chat | None) -> object:
     return text if isinstance(text, str | None) else messages(text)
 
 
-def as_json_text(text: str | Chat) -> str:
-    """For scripts and tables: the text, or the messages as JSON."""
-    return text if isinstance(text, str) else json.dumps(messages(text), ensure_ascii=False)
+CHAT_IDS = '''
+def chat_ids(messages):
+    """A chat as the tokenizer's own template writes it, up to where the assistant's answer begins, or goes on after its prefix."""
+    prefix = messages[-1]["role"] == "assistant"
+    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, add_generation_prompt=not prefix, continue_final_message=prefix)
+
+'''  # of exported scripts

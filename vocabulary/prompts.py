@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from vocabulary.chat import Chat, read_label, read_messages, start_of, turned
+from vocabulary.chat import Chat, last_user, read_label, read_messages, start_of, turned
 from vocabulary.typed import parse_json, read_text, user_path, whole_number
 from vocabulary.nodes import Intervention, LABEL, UserError
 
+Labels = tuple[tuple[str, int], ...]
 Align = Literal["", "diff", "labels"]
 ALIGNMENTS: dict[Align, str] = {
     "": "position by position, which needs equal lengths",
@@ -30,9 +31,9 @@ class Prompt:
     corrupt: str | Chat | None = None
     answers: tuple[str, ...] = ()
     foils: tuple[str, ...] = ()
-    labels: tuple[tuple[str, int], ...] = ()
+    labels: Labels = ()
     bos: bool | None = None
-    corrupt_labels: tuple[tuple[str, int], ...] = ()
+    corrupt_labels: Labels = ()
     alignment: tuple[tuple[int, int], ...] = ()
 
 
@@ -62,7 +63,11 @@ def read_prompt(obj: object) -> Prompt:
     for name, some, text in (("labels", labels, clean), ("corrupt_labels", theirs, corrupt)):
         if not all(re.fullmatch(LABEL, k) and v >= 0 for k, v in some):
             which = "clean" if name == "labels" else "corrupted"
-            of = f"character offset inside the {which} text" if not isinstance(text, tuple) else f"pair [message, character offset in its content] of the {which} chat"
+            of = (
+                f"character offset inside the {which} text"
+                if not isinstance(text, tuple)
+                else f"pair [message, character offset in its content] of the {which} chat"
+            )
             raise UserError(f"{name} map a name to a {of}")
     if not isinstance(pairs, list) or not all(isinstance(p, list) and len(p) == 2 and all(type(i) is int and 0 <= i < FAR for i in p) for p in pairs):
         raise UserError("alignment is a list of pairs of positions, [[0, 0], [1, 1]]")
@@ -80,21 +85,25 @@ def read_prompt(obj: object) -> Prompt:
     )
 
 
-def as_chat(prompt: Prompt, on: bool) -> Prompt:
-    """A prompt of plain text with its texts as users' turns, BOS as the template has it; back: the texts of the last users' turns. Labels stay where their text does."""
+def as_chat(prompt: Prompt, on: bool, system: str | None = None) -> Prompt:
+    """
+    A prompt of plain text with its texts as users' turns (behind a system's turn), and BOS as the template has it; back: the texts of the last users' turns.
+    Labels stay where their text does. A prompt that is one already stays as it is.
+    """
     if isinstance(prompt.clean, str) is not on:
         return prompt
+    spots = [placed(labels, text, on, system) for labels, text in ((prompt.labels, prompt.clean), (prompt.corrupt_labels, prompt.corrupt))]
+    texts = [turned(text, on, system) for text in (prompt.clean, prompt.corrupt)]
+    return Prompt(*texts, prompt.answers, prompt.foils, spots[0], None, spots[1])
 
-    def kept(labels: tuple[tuple[str, int], ...], text: str | Chat | None) -> tuple[tuple[str, int], ...]:
-        if on or not isinstance(text, tuple):
-            return labels
-        number = max((n for n, turn in enumerate(text) if turn.role == "user"), default=len(text) - 1)
-        first, last = start_of(text, number), start_of(text, number + 1)
-        return tuple((name, place - first) for name, place in labels if first <= place < last)
 
-    labels = kept(prompt.labels, prompt.clean), kept(prompt.corrupt_labels, prompt.corrupt)
-    texts = turned(prompt.clean, on), turned(prompt.corrupt, on)
-    return Prompt(*texts, prompt.answers, prompt.foils, labels[0], None, labels[1])
+def placed(labels: Labels, text: str | Chat | None, on: bool, system: str | None) -> Labels:
+    """The labels of a text that was turned into a chat, or back."""
+    if on or not isinstance(text, tuple):
+        return tuple((name, place + len(system or "")) for name, place in labels)
+    number = last_user(text)
+    first, last = start_of(text, number), start_of(text, number + 1)
+    return tuple((name, place - first) for name, place in labels if first <= place < last)
 
 
 def read_prompt_set(path: str | Path) -> tuple[Prompt, ...]:

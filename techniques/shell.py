@@ -145,6 +145,8 @@ class StudyOptions(ModelOptions):
         prompts = read_prompt_set(self.set) if self.set else ()
         prompts = prompts if self.bos is None else tuple(replace(p, bos=self.bos) for p in prompts)
         chat = self.chat or self.system is not None
+        if self.system is not None and any(isinstance(p.clean, tuple) for p in prompts):
+            raise UserError("--system goes in front of plain texts, and the set has chats: give these a system message of their own")
         prompts = tuple(as_chat(p, True, self.system) for p in prompts) if chat else prompts
         clean, corrupt = (asked(text, self.system) if chat and text is not None else text for text in (self.clean, self.corrupt))
         prompt = Prompt(clean, corrupt, self.answer, self.foil, bos=self.bos)
@@ -375,7 +377,7 @@ def answer(args: list[str] | None, engine: Callable[[], object], serve: Callable
         out.width = out.width if out.is_terminal else 10_000
         words = [f"{info.architecture}, {info.n_layers} layers x {info.n_heads} heads, d_model {info.d_model}, {info.dtype} on {info.device}"]
         if isinstance(command, StudyOptions):
-            words.append(info.bos_habit if command.bos is None else "BOS in front: asked for" if command.bos else "no BOS: asked for")
+            words.append("a chat, as its template writes it" if isinstance(command.study().prompt.clean, tuple) else info.bos_habit if command.bos is None else "BOS in front: asked for" if command.bos else "no BOS: asked for")
         out.print(plain(f"{info.name}: {'; '.join(words)}", GRAY))
         tables()[type(result)](out, result)
     rows = command.checked(result)

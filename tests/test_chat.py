@@ -201,9 +201,14 @@ def test_a_chat_on_the_command_line(made, tmp_path):
         study("--system", "red", "--corrupt", "system: blue\nuser: x")
     file = tmp_path / "set.jsonl"
     file.write_text(json.dumps({"clean": "When Mary", "labels": {"IO": 5}}) + "\n" + json.dumps({"messages": messages(PREFIX)}) + "\n")
+    study = read_command(["run", "--set", str(file), "--chat"]).study()
+    assert study.prompt == Prompt((Turn("user", "When Mary"),), labels=(("IO", 5),)) == study.prompt_set[0]
+    assert study.prompt_set[1].clean == PREFIX
+    with pytest.raises(UserError, match="the set has chats"):
+        read_command(["run", "--set", str(file), "--system", "red"]).study()
+    file.write_text(json.dumps({"clean": "When Mary", "labels": {"IO": 5}}))
     study = read_command(["run", "--set", str(file), "--system", "red"]).study()
     assert study.prompt == Prompt((Turn("system", "red"), Turn("user", "When Mary")), labels=(("IO", 8),)) == study.prompt_set[0]
-    assert study.prompt_set[1].clean == PREFIX
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama2"])

@@ -402,6 +402,7 @@ def described(model: Model, name: str, hf: t.nn.Module) -> ModelInfo:
         bos="" if model.bos is None else model.tokenizer.bos_token,
         **dict(zip(("default_bos", "bos_habit"), bos_habit(model.tokenizer, getattr(hf.config.get_text_config(), "trained_with_bos", None)))),
         seconds=0.0,
+        chat_template=bool(getattr(model.tokenizer, "chat_template", None)),
         repairs=model.repairs + (OWN_SOFTMAX,) * any(model.points[n] is not p for n, p in model.bridge.hook_dict.items() if n in model.points),
     )
 

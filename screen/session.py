@@ -25,7 +25,7 @@ from vocabulary.wire import fits, from_json, to_json
 from screen import history
 from screen.log import encoded, FORMAT, Line, Log, new_path, read_lines
 
-VIEWS = {"mode": ("colour", "number", "cells", "blocks", "shade"), "which": WHICH, "ids": ("off", "on"), "template": ("shown", "dim", "fold")}  # what the screen shows; each pane adds its own
+VIEWS = {"mode": ("colour", "number", "cells", "blocks", "shade"), "which": WHICH, "ids": ("off", "on"), "template": ("shown", "dim", "fold")}
 
 
 def add_views(views: dict[str, tuple[str, ...]]) -> None:

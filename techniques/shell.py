@@ -377,7 +377,15 @@ def answer(args: list[str] | None, engine: Callable[[], object], serve: Callable
         out.width = out.width if out.is_terminal else 10_000
         words = [f"{info.architecture}, {info.n_layers} layers x {info.n_heads} heads, d_model {info.d_model}, {info.dtype} on {info.device}"]
         if isinstance(command, StudyOptions):
-            words.append("a chat, as its template writes it" if isinstance(command.study().prompt.clean, tuple) else info.bos_habit if command.bos is None else "BOS in front: asked for" if command.bos else "no BOS: asked for")
+            words.append(
+                "a chat, as its template writes it"
+                if isinstance(command.study().prompt.clean, tuple)
+                else info.bos_habit
+                if command.bos is None
+                else "BOS in front: asked for"
+                if command.bos
+                else "no BOS: asked for"
+            )
         out.print(plain(f"{info.name}: {'; '.join(words)}", GRAY))
         tables()[type(result)](out, result)
     rows = command.checked(result)

@@ -15,6 +15,7 @@ from screen.overlays import Item, Overlay, Panel, Picker
 from screen.pane import Host
 from screen.script import python_script
 from screen.session import VIEWS
+from screen.template import end_of
 from widgets import GOOD
 
 # ------------------------------------------------------------------ keys and commands
@@ -45,6 +46,9 @@ def convention(app: Host) -> None:
     title, note = pane.said
     lines = paragraphs((pane.explained[v] for v in pane.variants(app) if v in pane.explained), width)
     lines += wrapped("shown", title, width) + (wrapped("here", note, width) if note else [])
+    if isinstance(app.state.prompt.clean, tuple):
+        end = f"END is the last token before what is predicted, {end_of(app.state.prompt)}; \\ dims or folds the tokens of the chat template"
+        lines += wrapped("chat", end, width)
     for row in pane.info_line.text().splitlines():
         lines += wrapped("cursor", row.strip(), width)
     app.open(Panel(f"{pane.number} {pane.label}", lines, ""))

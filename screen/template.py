@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from vocabulary.prompts import TokenRow
+from vocabulary.prompts import Prompt, TokenRow
 from screen.cursor import Cursor
 from screen.maps import Grid, without
 from screen.session import State
@@ -31,10 +31,9 @@ def by_template(state: State, grid: Grid, row: TokenRow, rows: bool = False) -> 
     return without(replace(grid, faded=(dim if rows else NONE, dim)), gone if rows else NONE, gone)
 
 
-def said(state: State, row: TokenRow) -> str:
-    """What is not shown, for a line."""
-    gone = folded(state, row)
-    return f"{len(gone)} of {len(row.template)} template tokens folded" if gone else ""
+def end_of(prompt: Prompt) -> str:
+    """What follows END in a chat."""
+    return "the assistant's next token after its prefix" if prompt.clean[-1].role == "assistant" else "the first token of the answer"
 
 
 def skipped(state: State, row: TokenRow | None, old: Cursor, new: Cursor) -> Cursor:

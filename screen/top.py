@@ -11,7 +11,7 @@ from screen.keys import hints
 from screen.overlays import Overlay
 from screen.pane import Host, whole_parts
 from screen.pictures import RUN_NAMES, signed, texts_of
-from screen.template import faded, folded, said
+from screen.template import end_of, faded, folded
 from screen.textview import fold_texts
 from utils import model_name, show_bytes, show_count, show_token, visible, width_of
 from widgets import BAD, BOLD, CHANGED, CURSOR, CURSOR_PLAIN, DIM, HEAD, PLAIN, WARN, Spans
@@ -30,8 +30,8 @@ def top_lines(app: Host) -> list[Spans]:
     clean, corrupt = (run.clean.tokens, run.corrupt.tokens if run.corrupt else None) if run else (None, None)
     other = as_typed(s.prompt.corrupt or "none: E types one, o opens a prompt set")
     fold = lambda row: {"faded": faded(s, row), "folded": folded(s, row)} if row else {}  # noqa: E731
-    if isinstance(s.prompt.clean, tuple) and s.metric.pos == "END" and w >= 100 and len(metric) > 2:
-        metric.insert(2, (" the answer's next token" if s.prompt.clean[-1].role == "assistant" else " the answer's first token", DIM))
+    if isinstance(s.prompt.clean, tuple) and s.metric.pos == "END" and w >= 140 and len(metric) > 2:
+        metric.insert(2, (f" ({end_of(s.prompt)})", DIM))
     return [
         model_line(app.info, s.model.model, app.busy, app.memory, w),
         metric,
@@ -54,8 +54,8 @@ def state_line(app: Host, clean: TokenRow | None) -> Spans:
     answers, foils = (" ".join(show_token(a) for a in some[:3]) or "—" for some in (s.prompt.answers, s.prompt.foils))
     line.append((f"  answer {answers} foil {foils}", DIM))
     if isinstance(s.prompt.clean, tuple):
-        line.append(("  chat", DIM))
-        line.append((f", {said(s, clean)}" if clean and folded(s, clean) else "", WARN))
+        gone = len(folded(s, clean)) if clean else 0
+        line += [("  chat", DIM), (f", {gone} folded (\\)" if gone else "", WARN)]
     elif app.info and clean and s.prompt.bos is None and not clean.bos:
         line.append((f"  {app.info.bos_habit.partition(':')[0]}", DIM))
     elif s.prompt.bos is not None and clean:

@@ -171,15 +171,16 @@ class Tokens:
                 hints.append(f"clean has {n} tokens and corrupted {m}: patching by position needs equal lengths, or an alignment (diff or labels)")
             if pairs and not align.is_by_index(pairs, n, m):
                 hints.append(align.words(pairs, n, m))
-        text = self.written(prompt.clean) if clean.ids else ""
+        text = prompt.clean if clean.ids else ""
         sides = [self.side(what, texts, text, problems, hints) for what, texts in (("answer", prompt.answers), ("foil", prompt.foils))]
         both = {r.ids for r in sides[0]} & {r.ids for r in sides[1]}
         if both and not problems:
             hints.append("a token is both answer and foil")
         return CheckResult(clean, corrupt, *sides, tuple(problems), tuple(hints), pairs)
 
-    def side(self, what: str, texts: tuple[str, ...], clean: str, problems: list[str], hints: list[str]) -> tuple[TokenRow, ...]:
+    def side(self, what: str, texts: tuple[str, ...], prompt: str | Chat, problems: list[str], hints: list[str]) -> tuple[TokenRow, ...]:
         """The answers (or foils) as tokens; what is wrong with them is added to the problems and hints."""
+        chat, clean = isinstance(prompt, tuple), self.written(prompt)
         rows = []
         for text in texts:
             try:
@@ -197,6 +198,8 @@ class Tokens:
                 problems.append(f"{what} {text!r} is token {row.ids[0]}, which the model can't predict")
             elif advice and not clean[-1:].isspace():
                 hints.append(f"{what} {text!r} has no leading space: after this prompt {' ' + text!r} is the usual token")
+            elif chat and text[:1] == " " and clean[-1:].isspace() and len(self.answer(clean, text.lstrip()).ids) == 1:
+                hints.append(f"{what} {text!r} has a leading space: at the start of the assistant's answer {text.lstrip()!r} is the usual token")
             rows.append(row)
         return tuple(rows)
 

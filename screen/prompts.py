@@ -112,7 +112,9 @@ def turn_chat(app: Host) -> None:
         raise UserError("this model's tokenizer has no chat template, so it can't be asked in turns: put a chat_template.jinja into its folder")
     app.act("chat", value=on)
     if on:
-        app.say("the prompt is what a user says, as this model's chat template writes it: e adds turns, \\ dims or folds the template, > is plain text again")
+        app.say(
+            "the prompt is what a user says, as this model's chat template writes it: e adds turns, t the answer (often without a leading space), \\ dims the template"
+        )
     elif len(before) > 1:
         app.say("plain text: what the user says last; the other turns are gone, u brings them back", WARN)
     else:

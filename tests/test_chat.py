@@ -149,6 +149,7 @@ def test_answers_follow_the_rendered_text(made, theirs):
     own = made["chatml"].model.tokenizer
     assert [r.ids for r in (*check.answers, *check.foils)] == [tuple(own.encode(x, add_special_tokens=False)) for x in ("a", " a")]
     assert check.clean.texts[-1] == "\n" and not check.problems
+    assert [h for h in check.hints if "foil ' a' has a leading space" in h] and not [h for h in check.hints if h.startswith("answer")]
     run = made["chatml"].run(Run(Study(Prompt(TALK, None, ("a",), (" a",)))))
     with t.no_grad():
         logits = theirs[0](t.tensor([plain(theirs[1], "chatml", TALK)])).logits[0, -1]

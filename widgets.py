@@ -243,7 +243,7 @@ class GridView(Widget):
         g, w, at = self.grid, self.density.width, self.at[1]
         cols = range(self.origin[1], min(self.origin[1] + self.across, len(g.cols)))
         cut = self.across < len(g.cols)
-        place = f"{g.place(cols[0])}–{g.place(cols[-1])}/{len(g.cols)}" if cols and cut else g.corner
+        place = f"{g.place(cols[0])}–{g.place(cols[-1])}/{len((g.whole or g).cols)}" if cols and cut else g.corner
         corner = place if y == self.head - 1 and (not cut or len(place) < self.label) else ""
         spans: Spans = [(fit(corner, self.label), DIM)]
         if w < 4:

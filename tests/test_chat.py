@@ -38,13 +38,22 @@ LLAMA2 = (  # BOS in its text, contents trimmed, the system's inside the user's,
     "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
     "{% else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}{% for m in messages %}"
+    "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
 SHOUTS = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] | upper + '\n' }}{% endfor %}"
 TALK = (Turn("system", "she gave Tom milk"), Turn("user", "When Mary and John went to the store, John gave a drink to"))
 PREFIX = (*TALK, Turn("assistant", "Mary and"))
 CHATS = (TALK, TALK[1:], PREFIX, (*PREFIX, Turn("user", "  red green blue\n"), Turn("assistant", "a drink ")), (Turn("user", "Mary"),))
 
 
-TEMPLATES = {"chatml": CHATML, "llama2": LLAMA2, "shouts": SHOUTS, "none": None}
+TEMPLATES = {"chatml": CHATML, "llama2": LLAMA2, "llama3": LLAMA3, "gemma": GEMMA, "shouts": SHOUTS, "none": None}
 
 
 class Made(dict):
@@ -81,23 +90,23 @@ def plain(tokenizer, name: str, chat) -> list[int]:
     return tokenizer.apply_chat_template(messages(chat), chat_template=TEMPLATES[name], tokenize=True, return_dict=False, **how)
 
 
-@pytest.mark.parametrize("name", ["chatml", "llama2", "shouts"])
+@pytest.mark.parametrize("name", ["chatml", "llama2", "llama3", "gemma", "shouts"])
 @pytest.mark.parametrize("chat", CHATS, ids=range(len(CHATS)))
 def test_ids_are_those_of_transformers_and_logits_those_of_hugging_face(made, theirs, name, chat):
     engine = made[name]
-    if name == "shouts" and chat[-1].role == "assistant":
-        with pytest.raises(UserError, match="the chat template refuses"):
+    if name == "shouts" and chat[-1].role == "assistant" or name == "gemma" and chat[0].role == "system":
+        with pytest.raises(UserError, match="the chat template refuses these turns: " + ("System role not supported" if name == "gemma" else "continue_final")):
             engine.model.row(chat, None)
         return
     row, want = engine.model.row(chat, None), plain(theirs[1], name, chat)
     assert list(row.ids) == want and row.labels["END"] == len(want) - 1
-    assert row.bos is (name == "llama2") is (want[0] == engine.model.bos) and want[1] != engine.model.bos
+    assert row.bos is (name not in ("chatml", "shouts")) is (want[0] == engine.model.bos) and want[1] != engine.model.bos
     got = engine.model.forward(t.tensor([row.ids]), keep=0)[0]
     with t.no_grad():
         assert (got - theirs[0](t.tensor([want])).logits).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("name", ["chatml", "llama2"])
+@pytest.mark.parametrize("name", ["chatml", "llama2", "llama3"])
 @pytest.mark.parametrize("chat", CHATS, ids=range(len(CHATS)))
 def test_template_tokens_are_those_that_hold_nothing_of_a_turn(made, name, chat):
     """Independent: the contents, found by hand in the decoded text, are exactly what the other tokens hold."""
@@ -105,7 +114,7 @@ def test_template_tokens_are_those_that_hold_nothing_of_a_turn(made, name, chat)
     rest = [i for i in range(len(row.ids)) if i not in row.template]
     assert row.template and rest
     own = "".join(made[name].model.tokenizer.decode([row.ids[i]]) for i in rest)
-    want = "".join(turn.content.strip() if name == "llama2" or turn is chat[-1] else turn.content for turn in chat)
+    want = "".join(turn.content.strip() if name != "chatml" or turn is chat[-1] else turn.content for turn in chat)
     assert own.replace(" ", "") == want.replace(" ", "")
     assert (row.labels["END"] in row.template) is (chat[-1].role != "assistant")
 

@@ -205,8 +205,9 @@ class AttentionPane(Pane):
         src = c.src if self.drilled or self.chosen == self.here(app) or views["attention.stat"] == "pair" else int(row.argmax())
         self.pattern.show(self.by_position(app, "pattern", grid, pattern.tokens, True), (pos, clip(src, len(grid.cols))), views["mode"])
         head = [] if self.drilled else self.map.about()
-        away: Spans = [(f"  folded {float(np.nansum(grid.values[pos, gone])):.3f}", WARN)] if gone else []
-        self.info_line.show([head + pictures.pattern_cell(pattern, c.head, pos, src, self.drilled)[bool(head) :] + away])
+        away: Spans = [(f" folded {float(np.nansum(grid.values[pos, gone])):.3f} ", WARN)] if gone else []
+        cell = pictures.pattern_cell(pattern, c.head, pos, src, self.drilled)
+        self.info_line.show([(head or cell[:1]) + away + cell[1:]])
 
 
 PANE = AttentionPane

@@ -33,7 +33,7 @@ def by_template(state: State, grid: Grid, row: TokenRow, rows: bool = False) -> 
 
 def end_of(prompt: Prompt) -> str:
     """What follows END in a chat."""
-    return "the assistant's next token after its prefix" if prompt.clean[-1].role == "assistant" else "the first token of the answer"
+    return "the assistant's next token after its prefix" if [turn.role for turn in prompt.clean[-1:]] == ["assistant"] else "the first token of the answer"
 
 
 def skipped(state: State, row: TokenRow | None, old: Cursor, new: Cursor) -> Cursor:

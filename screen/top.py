@@ -47,16 +47,16 @@ def state_line(app: Host, clean: TokenRow | None) -> Spans:
     label = [k for k, v in (clean.labels if clean else {}).items() if v == pos]
     line: Spans = [(" changes   ", DIM), ("off " if not s.enabled and s.interventions else "", WARN)]
     line += [(" ".join(str(i) for i in s.interventions) or "no interventions", (BOLD if s.enabled else DIM) if s.interventions else DIM)]
+    if isinstance(s.prompt.clean, tuple):
+        gone = len(folded(s, clean)) if clean else 0
+        line += [("  chat", DIM), (f", {gone} folded (\\)" if gone else "", WARN)]
     if s.set_path:
         name, edited = Path(s.set_path).stem, s.prompt != s.prompt_set[s.index]
         place = f"  set {name} {s.index + 1}/{len(s.prompt_set)}{' (edited)' if edited else ''}"
         line.append((place if s.members else f"  typed: not of the set {name}", WARN if edited else DIM))
     answers, foils = (" ".join(show_token(a) for a in some[:3]) or "—" for some in (s.prompt.answers, s.prompt.foils))
     line.append((f"  answer {answers} foil {foils}", DIM))
-    if isinstance(s.prompt.clean, tuple):
-        gone = len(folded(s, clean)) if clean else 0
-        line += [("  chat", DIM), (f", {gone} folded (\\)" if gone else "", WARN)]
-    elif app.info and clean and s.prompt.bos is None and not clean.bos:
+    if not isinstance(s.prompt.clean, tuple) and app.info and clean and s.prompt.bos is None and not clean.bos:
         line.append((f"  {app.info.bos_habit.partition(':')[0]}", DIM))
     elif s.prompt.bos is not None and clean:
         line.append(("  BOS asked for" if s.prompt.bos else "  no BOS asked for", WARN))

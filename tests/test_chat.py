@@ -181,6 +181,9 @@ def test_a_chat_goes_through_json_as_messages():
     prompt = Prompt(PREFIX, TALK, ("Mary",), (), (("IO", 22),))
     assert json.loads(json.dumps(to_json(prompt)))["clean"] == messages(PREFIX)
     assert from_json(json.loads(json.dumps(to_json(prompt))), Prompt) == prompt
+    for wrong in ({"clean": [{"role": "user"}]}, {"clean": [3]}, {"clean": "a", "corrupt": [{"role": "user", "content": 3}]}, {"clean": {}}):
+        with pytest.raises(UserError):
+            from_json(wrong, Prompt)
 
 
 def test_plain_text_to_chat_and_back():

@@ -92,6 +92,8 @@ async def test_the_template_folds_and_the_cursor_skips_it(engine, tmp_path):
         assert app.cursor.pos == left[-3] and app.panes["lens"].table.at[1] == len(left) - 3
         await press(app, pilot, "home")
         assert app.cursor.pos == left[0] > 0
+        await press(app, pilot, ";", "1", "enter")
+        assert app.cursor.pos == left[0] and "1 is a token of the chat template that is folded away" in shown(app)
         await press(app, pilot, "end", "T")
         text = app.panes["lens"].text
         first = row.template.index(left[0] - 1) + 1

@@ -99,7 +99,7 @@ def prompt(state: State, prompt: dict) -> State:
 
 def bos(state: State, value: bool | None) -> State:
     """Whether BOS comes before the prompt and all of the set; None: what the model's tokenizer does by itself."""
-    of = lambda p: dataclasses.replace(p, bos=value)  # noqa: E731
+    of = lambda p: dataclasses.replace(p, bos=value) if isinstance(p.clean, str) else p  # noqa: E731  a chat's BOS is its template's
     return dataclasses.replace(state, prompt=of(state.prompt), prompt_set=tuple(map(of, state.prompt_set)))
 
 

@@ -45,6 +45,7 @@ from screen.pane import Pane
 from screen.replies import Requests
 from screen.session import Session, State, add_views, newest_session, read_session
 from screen.table import SCREEN
+from screen.template import skipped
 from screen.terminal import Terminal, no_terminal
 from screen.tour import Tour
 from techniques import parts
@@ -330,12 +331,14 @@ class Loupe(App):
         """Keep the cursor inside the model and the prompt; at the end it stays at the end."""
         if self.info is None:
             return
-        before, self.cursor = self.cursor, clamped(self.cursor, self.info, self.length(), self.at_end)
+        before, row = self.cursor, self.tokens.tokens if self.tokens else None
+        self.cursor = skipped(self.state, row, before, clamped(before, self.info, self.length(), self.at_end))
         if before != self.cursor:
             self.refresh_wants()
 
     def move(self, **where: object) -> None:
-        old, self.cursor = self.cursor, replace(self.cursor, **where)
+        old, row = self.cursor, self.tokens.tokens if self.tokens else None
+        self.cursor = skipped(self.state, row, old, replace(old, **where))
         if self.cursor != old:
             self.at_end = self.cursor.pos == self.length() - 1
             self.refresh_wants()

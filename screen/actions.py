@@ -240,7 +240,7 @@ def find(app: Host, needle: str) -> str:
     if not needle:
         return "type a token, a node or a position"
     if needle.startswith("@") and (pos := position_of(app, needle)) is not None:
-        app.move(pos=pos)
+        to_position(app, pos)
         return ""
     with contextlib.suppress(UserError):
         return find_node(app, needle, parse_node(needle))
@@ -262,6 +262,12 @@ def position_of(app: Host, text: str) -> int | None:
     if not -n <= pos < n:
         raise UserError(f"{text}: the prompt has {n} tokens, 0 to {n - 1}")
     return pos % n
+
+
+def to_position(app: Host, pos: int) -> None:
+    app.move(pos=pos)
+    if app.cursor.pos != pos:
+        app.say(f"{pos} is a token of the chat template that is folded away: \\ unfolds it", WARN)
 
 
 def find_node(app: Host, needle: str, node: Node) -> str:

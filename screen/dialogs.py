@@ -4,6 +4,7 @@ import json
 import time
 
 from techniques.output.requests import RunResult
+from vocabulary.chat import label_json, text_json
 from vocabulary.files import folder, short, write_text
 from vocabulary.nodes import UserError
 from screen.explain import paragraphs, wrapped
@@ -14,6 +15,7 @@ from screen.overlays import Item, Overlay, Panel, Picker
 from screen.pane import Host
 from screen.script import python_script
 from screen.session import VIEWS
+from screen.template import end_of
 from widgets import GOOD
 
 # ------------------------------------------------------------------ keys and commands
@@ -44,6 +46,9 @@ def convention(app: Host) -> None:
     title, note = pane.said
     lines = paragraphs((pane.explained[v] for v in pane.variants(app) if v in pane.explained), width)
     lines += wrapped("shown", title, width) + (wrapped("here", note, width) if note else [])
+    if isinstance(app.state.prompt.clean, tuple):
+        end = f"END is the last token before what is predicted, {end_of(app.state.prompt)}; \\ dims or folds the tokens of the chat template"
+        lines += wrapped("chat", end, width)
     for row in pane.info_line.text().splitlines():
         lines += wrapped("cursor", row.strip(), width)
     app.open(Panel(f"{pane.number} {pane.label}", lines, ""))
@@ -86,7 +91,8 @@ def copy(app: Host) -> None:
 
 def prompt_line(app: Host) -> str:
     p = app.state.prompt
-    line = {"clean": p.clean, "corrupt": p.corrupt, "answer": list(p.answers), "foil": list(p.foils), "labels": dict(p.labels)}
+    labels = {name: label_json(place, p.clean) for name, place in p.labels}
+    line = {"clean": text_json(p.clean), "corrupt": text_json(p.corrupt), "answer": list(p.answers), "foil": list(p.foils), "labels": labels}
     return json.dumps(line | ({} if p.bos is None else {"bos": p.bos}), ensure_ascii=False) + "\n"
 
 

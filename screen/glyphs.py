@@ -8,6 +8,7 @@ SIGNS = {
     VISIBLE["\n"]: "a newline in a token",
     VISIBLE["\t"]: "a tab in a token",
     "⟨bos⟩": "the token that was put in front; in ⟨ ⟩ also a character that has no picture, by its code",
+    "⋯5⋯": "so many tokens of the chat template, folded away (the key \\)",
     "∅": "a token without text",
     SMALL: "a number too small to print in its cell",
     "~": "a change below the noise floor: not to be told from rounding",

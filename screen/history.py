@@ -64,6 +64,8 @@ def words(name: str, before, after) -> str:
             return f"{name} {' '.join(getattr(after, name)) or 'the node under the cursor'}"
         case "align":
             return f"alignment {after.align or 'position by position'}"
+        case "chat":
+            return "plain text" if isinstance(after.prompt.clean, str) else "chat"
         case "bos":
             return f"BOS {'as the tokenizer does' if after.prompt.bos is None else 'on' if after.prompt.bos else 'off'}"
     return circuit_words(before, after) or name.replace("_", " ")

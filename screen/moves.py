@@ -119,7 +119,7 @@ def count(app: Host) -> None:
             return len(keys) > 9
         number = "".join(digits)
         if last == "enter" and number:
-            app.move(pos=actions.position_of(app, number))
+            actions.to_position(app, actions.position_of(app, number))
         elif show_key(last) in by_key and number.isdigit():
             COUNTED[by_key[show_key(last)]](app, int(number))
         else:

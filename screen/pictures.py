@@ -32,8 +32,8 @@ def run_name(state: State, which: str) -> str:
 
 
 def texts_of(row: TokenRow) -> list[str]:
-    """The tokens' texts; a BOS token that was put in front reads ⟨bos⟩."""
-    return ["⟨bos⟩", *row.texts[1:]] if row.bos else list(row.texts)
+    """The tokens' texts; a BOS token that was put in front reads ⟨bos⟩, one of a chat's template as it is written."""
+    return ["⟨bos⟩", *row.texts[1:]] if row.bos and 0 not in row.template else list(row.texts)
 
 
 def signed(x: float | None, digits: int = 3) -> str:

@@ -1,6 +1,7 @@
 """A script that reproduces the metric on the screen with TransformerLens alone. Never imports torch."""
 
 from techniques.output.requests import RunResult
+from vocabulary.chat import CHAT_IDS, messages
 from vocabulary.names import sources
 from vocabulary.nodes import Intervention, UserError
 from vocabulary.prompts import Prompt, TokenRow
@@ -21,10 +22,10 @@ t.set_grad_enabled(False)
 tokenizer = AutoTokenizer.from_pretrained({tokenizer!r})
 hf = AutoModelForCausalLM.from_pretrained({weights!r}, dtype=t.{dtype}, attn_implementation="eager", use_safetensors=True)
 model = TransformerBridge.boot_transformers({base!r}, hf_model=hf, tokenizer=tokenizer, device="cpu").eval()
-
+{chat}
 clean = t.tensor([{clean}])
 corrupt = {corrupt}
-base, other = {base_run}
+{same}base, other = {base_run}
 answers, foils = {answers}, {foils}
 means = {means}  # the corrupted prompts that means are taken over
 
@@ -136,10 +137,20 @@ def hook_lines(i: Intervention, row: TokenRow, info: ModelInfo) -> str:
     return f"# {str(i)!r}\n{setup}hooks += {call}\n"
 
 
-def ids_of(prompts: tuple[Prompt, ...], bos: bool) -> str:
+def ids_of(prompts: tuple[Prompt, ...], bos: bool, default: bool) -> str:
+    """The corrupted prompts of a set as ids; `bos` is that of the prompt on the screen, `default` that of plain texts beside chats."""
     texts = [p.corrupt for p in prompts if p.corrupt is not None]
-    start = "[tokenizer.bos_token_id] + " if bos else ""
-    return f"[{start}tokenizer.encode(text, add_special_tokens=False) for text in {texts!r}]" if texts else "[]"
+    encoded = lambda text, bos: f"{'[tokenizer.bos_token_id] + ' if bos else ''}tokenizer.encode({text}, add_special_tokens=False)"  # noqa: E731
+    if any(isinstance(text, tuple) for text in texts):
+        one = lambda p: f"chat_ids({messages(p.corrupt)!r})" if isinstance(p.corrupt, tuple) else encoded(repr(p.corrupt), default if p.bos is None else p.bos)  # noqa: E731
+        return f"[{', '.join(one(p) for p in prompts if p.corrupt is not None)}]"
+    return f"[{encoded('text', bos)} for text in {texts!r}]" if texts else "[]"
+
+
+def same_ids(prompt: Prompt) -> str:
+    """The lines that prove that the ids of chats are those of the model's own template."""
+    sides = {name: text for name, text in (("clean", prompt.clean), ("corrupt", prompt.corrupt)) if isinstance(text, tuple)}
+    return "".join(f"assert chat_ids({messages(text)!r}) == {name}[0].tolist(), 'another chat template'\n" for name, text in sides.items())
 
 
 def python_script(state: State, info: ModelInfo, run: RunResult) -> str:
@@ -153,11 +164,12 @@ def python_script(state: State, info: ModelInfo, run: RunResult) -> str:
     ordered = [i for i in active if i not in mids] + mids
     needs_means = any(i.op.startswith("mean") for i in active)
     runs = ("clean", "corrupt") if state.base == "clean" else ("corrupt", "clean")
+    means, same = ids_of(state.prompt_set, row.bos, info.default_bos) if needs_means else "[]", same_ids(state.prompt)
     text = HEAD.format(
         about=f"{kind} at {state.metric.pos} of {info.name} under {' '.join(map(str, active)) or 'no interventions'}: {run.now.metric:.6f} on the screen.",
         tokenizer=base, weights=weights, base=base, dtype=info.dtype, clean=list(run.clean.tokens.ids), base_run=f"{runs[0]}, {runs[1]}",
         corrupt=f"t.tensor([{list(run.corrupt.tokens.ids)}])" if run.corrupt else "None", answers=list(run.answers), foils=list(run.foils),
-        means=ids_of(state.prompt_set, row.bos) if needs_means else "[]",
+        means=means, same=same, chat=CHAT_IDS if "chat_ids(" in means + same else "",
     )  # fmt: skip
     text += "".join(hook_lines(i, row, info) for i in ordered)
     pos = position(state.metric.pos, row) if kind != "loss" else "ALL"

@@ -19,18 +19,18 @@ from pathlib import Path
 from vocabulary.circuit import check_receivers, Circuit, COMBINE, combined, grouped, LOGITS, parse_edge, toggled
 from vocabulary.files import folder, reason, typed_path
 from vocabulary.nodes import ABLATIONS, FROM_SET, Intervention, parse_intervention, UserError
-from vocabulary.prompts import ALIGNMENTS, Metric, METRICS, Prompt, read_place, RUNS, Study, WHICH
+from vocabulary.prompts import ALIGNMENTS, as_chat, Metric, METRICS, Prompt, read_place, RUNS, Study, WHICH
 from vocabulary.requests import Load
 from vocabulary.wire import fits, from_json, to_json
 from screen import history
 from screen.log import encoded, FORMAT, Line, Log, new_path, read_lines
 
-VIEWS = {"mode": ("colour", "number", "cells", "blocks", "shade"), "which": WHICH, "ids": ("off", "on")}  # what the screen shows; each pane adds its own
+VIEWS = {"mode": ("colour", "number", "cells", "blocks", "shade"), "which": WHICH, "ids": ("off", "on"), "template": ("shown", "dim", "fold")}
 
 
 def add_views(views: dict[str, tuple[str, ...]]) -> None:
     """A pane's views and their values, the first of which is shown first; before those of all prompts."""
-    last = {name: VIEWS.pop(name) for name in ("which", "ids")}
+    last = {name: VIEWS.pop(name) for name in ("which", "ids", "template")}
     VIEWS.update(views | last)
 
 
@@ -99,8 +99,14 @@ def prompt(state: State, prompt: dict) -> State:
 
 def bos(state: State, value: bool | None) -> State:
     """Whether BOS comes before the prompt and all of the set; None: what the model's tokenizer does by itself."""
-    of = lambda p: dataclasses.replace(p, bos=value)  # noqa: E731
+    of = lambda p: dataclasses.replace(p, bos=value) if isinstance(p.clean, str) else p  # noqa: E731  a chat's BOS is its template's
     return dataclasses.replace(state, prompt=of(state.prompt), prompt_set=tuple(map(of, state.prompt_set)))
+
+
+def chat(state: State, value: bool) -> State:
+    """The prompt and all of the set as chats, or as plain text."""
+    prompts = tuple(as_chat(p, bool(value)) for p in state.prompt_set)
+    return dataclasses.replace(state, prompt=as_chat(state.prompt, bool(value)), prompt_set=prompts)
 
 
 def open_set(state: State, path: str, prompts: list | tuple[Prompt, ...], index: int = 0) -> State:
@@ -254,6 +260,7 @@ ACTIONS: dict[str, Callable[..., State]] = {
         model,
         prompt,
         bos,
+        chat,
         open_set,
         go,
         metric,

@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+from vocabulary.chat import as_typed
 from vocabulary.files import folder
 from vocabulary.nodes import UserError
 from screen import history
@@ -53,7 +54,7 @@ def listed(file: Path, until: float) -> Item:
 def about(session: Session) -> str:
     state = session.state
     name = f"{session.name}: " if session.name else ""
-    return f"{name}{Path(state.model.model).name} · {fit(state.prompt.clean, 30).strip()} · last {last_action(session)}"
+    return f"{name}{Path(state.model.model).name} · {fit(as_typed(state.prompt.clean), 30).strip()} · last {last_action(session)}"
 
 
 def last_action(session: Session) -> str:

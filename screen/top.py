@@ -4,12 +4,15 @@ import textwrap
 from pathlib import Path
 
 from techniques.output.requests import RunResult
+from vocabulary.chat import as_typed
 from vocabulary.prompts import TokenRow
 from vocabulary.requests import ModelInfo
 from screen.keys import hints
 from screen.overlays import Overlay
 from screen.pane import Host, whole_parts
 from screen.pictures import RUN_NAMES, signed, texts_of
+from screen.template import end_of, faded, folded
+from screen.textview import fold_texts
 from utils import model_name, show_bytes, show_count, show_token, visible, width_of
 from widgets import BAD, BOLD, CHANGED, CURSOR, CURSOR_PLAIN, DIM, HEAD, PLAIN, WARN, Spans
 
@@ -25,12 +28,15 @@ def top_lines(app: Host) -> list[Spans]:
         metric = [(f" {visible(error)}", BAD)]
     ids = s.views["ids"] == "on"
     clean, corrupt = (run.clean.tokens, run.corrupt.tokens if run.corrupt else None) if run else (None, None)
-    other = s.prompt.corrupt or "none: E types one, o opens a prompt set"
+    other = as_typed(s.prompt.corrupt or "none: E types one, o opens a prompt set")
+    fold = lambda row: {"faded": faded(s, row), "folded": folded(s, row)} if row else {}  # noqa: E731
+    if isinstance(s.prompt.clean, tuple) and s.metric.pos == "END" and w >= 140 and len(metric) > 2:
+        metric.insert(2, (f" ({end_of(s.prompt)})", DIM))
     return [
         model_line(app.info, s.model.model, app.busy, app.memory, w),
         metric,
-        token_line("clean", clean, pos, w, None, ids, colour, s.prompt.clean),
-        token_line("corrupted", corrupt, pos, w, clean, ids, colour, other),
+        token_line("clean", clean, pos, w, None, ids, colour, as_typed(s.prompt.clean), **fold(clean)),
+        token_line("corrupted", corrupt, pos, w, clean, ids, colour, other, **fold(corrupt)),
         state_line(app, clean),
     ]
 
@@ -41,13 +47,16 @@ def state_line(app: Host, clean: TokenRow | None) -> Spans:
     label = [k for k, v in (clean.labels if clean else {}).items() if v == pos]
     line: Spans = [(" changes   ", DIM), ("off " if not s.enabled and s.interventions else "", WARN)]
     line += [(" ".join(str(i) for i in s.interventions) or "no interventions", (BOLD if s.enabled else DIM) if s.interventions else DIM)]
+    if isinstance(s.prompt.clean, tuple):
+        gone = len(folded(s, clean)) if clean else 0
+        line += [("  chat", DIM), (f", {gone} folded (\\)" if gone else "", WARN)]
     if s.set_path:
         name, edited = Path(s.set_path).stem, s.prompt != s.prompt_set[s.index]
         place = f"  set {name} {s.index + 1}/{len(s.prompt_set)}{' (edited)' if edited else ''}"
         line.append((place if s.members else f"  typed: not of the set {name}", WARN if edited else DIM))
     answers, foils = (" ".join(show_token(a) for a in some[:3]) or "—" for some in (s.prompt.answers, s.prompt.foils))
     line.append((f"  answer {answers} foil {foils}", DIM))
-    if app.info and clean and s.prompt.bos is None and not clean.bos:
+    if not isinstance(s.prompt.clean, tuple) and app.info and clean and s.prompt.bos is None and not clean.bos:
         line.append((f"  {app.info.bos_habit.partition(':')[0]}", DIM))
     elif s.prompt.bos is not None and clean:
         line.append(("  BOS asked for" if s.prompt.bos else "  no BOS asked for", WARN))
@@ -122,12 +131,17 @@ def metric_line(result: RunResult | None, kind: str, pos: str, base: str, stale:
     return [*spans, (f"  {result.warning}", WARN)] if result.warning else spans
 
 
-def token_line(name: str, row: TokenRow | None, pos: int, width: int, other: TokenRow | None, ids: bool, colour: bool, text: str = "") -> Spans:
-    """A prompt as tokens: the cursor's marked, those that differ from the other prompt coloured; a page of them when they do not fit."""
+def token_line(name: str, row: TokenRow | None, pos: int, width: int, other: TokenRow | None, ids: bool, colour: bool, text: str = "",
+    faded: frozenset[int] = frozenset(), folded: frozenset[int] = frozenset(),
+) -> Spans:  # fmt: skip
+    """
+    A prompt as tokens: the cursor's marked, those that differ from the other prompt coloured, the `faded` dim, of the `folded` their number; a page of them when
+    they do not fit.
+    """
     spans: Spans = [(f" {name:9} ", DIM)]
     if row is None:
         return [*spans, (visible(text[:width])[: width - 12], DIM)]
-    shown = [f"{show_token(t)}{f':{i}' if ids else ''}" for t, i in zip(texts_of(row), row.ids)]
+    shown = fold_texts([f"{show_token(t)}{f':{i}' if ids else ''}" for t, i in zip(texts_of(row), row.ids)], folded)
     room, page, used, pages = max(width - 16, 8), 0, 0, [0]
     for n, t in enumerate(shown):
         size = width_of(t)
@@ -142,6 +156,8 @@ def token_line(name: str, row: TokenRow | None, pos: int, width: int, other: Tok
     spans.append(("‹" if first else " ", DIM))
     for n in range(first, last):
         differs = other is not None and (n >= len(other.ids) or other.ids[n] != row.ids[n])
-        style = (CURSOR if colour else CURSOR_PLAIN) if n == pos else CHANGED if differs else DIM if n == 0 and row.bos else PLAIN
+        style = (
+            (CURSOR if colour else CURSOR_PLAIN) if n == pos else CHANGED if differs and n not in folded else DIM if n == 0 and row.bos or n in faded else PLAIN
+        )
         spans.append((shown[n], style))
     return [*spans, ("›" if last < len(shown) else "", DIM)]

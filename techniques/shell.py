@@ -27,9 +27,10 @@ from rich.text import Text
 
 import techniques
 from utils import printable, settings
+from vocabulary.chat import asked
 from vocabulary.typed import check_text
 from vocabulary.nodes import UserError, parse_intervention
-from vocabulary.prompts import Align, Base, Metric, MetricKind, Prompt, Study, read_place, read_prompt_set
+from vocabulary.prompts import Align, Base, Metric, MetricKind, Prompt, Study, as_chat, read_place, read_prompt_set
 from vocabulary.requests import Identity, Load, ModelInfo, Progress
 from vocabulary.wire import to_json
 
@@ -112,6 +113,10 @@ class StudyOptions(ModelOptions):
     """the prompt"""
     corrupt: str | None = None
     """the corrupted prompt"""
+    chat: bool = False
+    """--clean and --corrupt are chats, which the model's chat template writes: what a user says, lines that begin with system: user: assistant:, or messages as JSON; the prompts of --set become what a user says"""
+    system: str | None = None
+    """the system's turn of both (and of the prompts of --set), as chats"""
     answer: tuple[str, ...] = ()
     """answer tokens, with their leading space"""
     foil: tuple[str, ...] = ()
@@ -139,8 +144,13 @@ class StudyOptions(ModelOptions):
     def study(self) -> Study:
         prompts = read_prompt_set(self.set) if self.set else ()
         prompts = prompts if self.bos is None else tuple(replace(p, bos=self.bos) for p in prompts)
-        prompt = Prompt(self.clean, self.corrupt, self.answer, self.foil, bos=self.bos)
-        if prompts and prompt == Prompt(StudyOptions.clean, bos=self.bos):
+        chat = self.chat or self.system is not None
+        if self.system is not None and any(isinstance(p.clean, tuple) for p in prompts):
+            raise UserError("--system goes in front of plain texts, and the set has chats: give these a system message of their own")
+        prompts = tuple(as_chat(p, True, self.system) for p in prompts) if chat else prompts
+        clean, corrupt = (asked(text, self.system) if chat and text is not None else text for text in (self.clean, self.corrupt))
+        prompt = Prompt(clean, corrupt, self.answer, self.foil, bos=self.bos)
+        if prompts and self.clean == StudyOptions.clean and prompt == Prompt(clean, bos=self.bos):
             prompt = prompts[0]
         metric, done = Metric(self.metric, read_place(self.pos or str(Metric.pos))), tuple(parse_intervention(d) for d in self.do)
         return Study(prompt, done, self.base, metric, prompts, self.sae, self.sae_error, self.align, self.do_seed)
@@ -367,7 +377,15 @@ def answer(args: list[str] | None, engine: Callable[[], object], serve: Callable
         out.width = out.width if out.is_terminal else 10_000
         words = [f"{info.architecture}, {info.n_layers} layers x {info.n_heads} heads, d_model {info.d_model}, {info.dtype} on {info.device}"]
         if isinstance(command, StudyOptions):
-            words.append(info.bos_habit if command.bos is None else "BOS in front: asked for" if command.bos else "no BOS: asked for")
+            words.append(
+                "a chat, as its template writes it"
+                if isinstance(command.study().prompt.clean, tuple)
+                else info.bos_habit
+                if command.bos is None
+                else "BOS in front: asked for"
+                if command.bos
+                else "no BOS: asked for"
+            )
         out.print(plain(f"{info.name}: {'; '.join(words)}", GRAY))
         tables()[type(result)](out, result)
     rows = command.checked(result)

@@ -112,6 +112,7 @@ GOOD = {
     "align": {"how": "diff"},
     "sae_error": {"value": False},
     "bos": {"value": True},
+    "chat": {"value": True},
 }
 
 

@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
+from vocabulary.chat import Chat, last_user, read_label, read_messages, start_of, turned
 from vocabulary.typed import parse_json, read_text, user_path, whole_number
 from vocabulary.nodes import Intervention, LABEL, UserError
 
+Labels = tuple[tuple[str, int], ...]
 Align = Literal["", "diff", "labels"]
 ALIGNMENTS: dict[Align, str] = {
     "": "position by position, which needs equal lengths",
@@ -19,19 +21,19 @@ ALIGNMENTS: dict[Align, str] = {
 @dataclass(frozen=True)
 class Prompt:
     """
-    A clean text, an optional corrupted one, single-token answers and foils. `labels` name positions: (label, character offset into `clean`),
+    A clean text (or a chat), an optional corrupted one, single-token answers and foils. `labels` name positions: (label, character offset into `clean`, of a chat into its contents one after another),
     the token that covers the character; END, the last token, needs no label; `corrupt_labels` do so for the corrupted text (missing ones: the aligned
     positions). `bos` None means what the model's tokenizer does by itself (ModelInfo.bos_habit). `alignment`: pairs (clean index, corrupted index) of positions that are patched
     across, for prompts of unequal length (empty: none of its own, ALIGNMENTS).
     """
 
-    clean: str
-    corrupt: str | None = None
+    clean: str | Chat
+    corrupt: str | Chat | None = None
     answers: tuple[str, ...] = ()
     foils: tuple[str, ...] = ()
-    labels: tuple[tuple[str, int], ...] = ()
+    labels: Labels = ()
     bos: bool | None = None
-    corrupt_labels: tuple[tuple[str, int], ...] = ()
+    corrupt_labels: Labels = ()
     alignment: tuple[tuple[int, int], ...] = ()
 
 
@@ -39,36 +41,69 @@ FAR = 10**9  # no prompt has so many positions
 
 
 def read_prompt(obj: object) -> Prompt:
-    """A prompt from one object of a prompt set: clean, corrupt, answer, foil (a string or a list of strings), labels, corrupt_labels, alignment."""
-    if not isinstance(obj, dict) or not isinstance(obj.get("clean"), str):
-        raise UserError('a prompt needs an object with at least "clean": "text"')
+    """
+    A prompt from one object of a prompt set: clean, corrupt, answer, foil (a string or a list of strings), labels, corrupt_labels, alignment. Clean (also named
+    messages) and corrupt may be chats; then a label is a pair, [number of the message, character offset in its content].
+    """
+    if isinstance(obj, dict) and "messages" in obj and "clean" not in obj:
+        obj = {"clean" if k == "messages" else k: v for k, v in obj.items()}
+    if not isinstance(obj, dict) or not isinstance(obj.get("clean"), str | list):
+        raise UserError('a prompt needs an object with at least "clean": "text" (or "messages": a chat)')
     unknown = set(obj) - {"clean", "corrupt", "answer", "foil", "labels", "bos", "corrupt_labels", "alignment"}
     if unknown:
         raise UserError(f"unknown field {min(unknown)!r}: a prompt has clean, corrupt, answer, foil, labels, bos, corrupt_labels, alignment")
+    clean, corrupt = (read_messages(v) if isinstance(v := obj.get(k), list) else v for k in ("clean", "corrupt"))
     many = {k: [v] if isinstance(v := obj.get(k, []), str) else v for k in ("answer", "foil")}
     labels = obj.get("labels", {})
     if not all(isinstance(v, list) and all(isinstance(s, str) for s in v) for v in many.values()):
         raise UserError("answer and foil are strings or lists of strings")
-    named = lambda x, text: isinstance(x, dict) and all(re.fullmatch(LABEL, k) and type(v) is int and 0 <= v < len(text) for k, v in x.items())  # noqa: E731
-    if not named(labels, obj["clean"]):
-        raise UserError("labels map a name to a character offset inside the clean text")
-    theirs, pairs = obj.get("corrupt_labels", {}), obj.get("alignment", [])
-    if not named(theirs, obj["corrupt"] if isinstance(obj.get("corrupt"), str) else ""):
-        raise UserError("corrupt_labels map a name to a character offset inside the corrupted text")
+    read = lambda x, text: [(k, read_label(v, text)) for k, v in x.items()] if isinstance(x, dict) else [("", -1)]  # noqa: E731
+    theirs, pairs = read(obj.get("corrupt_labels", {}), corrupt if isinstance(corrupt, str | tuple) else ""), obj.get("alignment", [])
+    labels = read(labels, clean)
+    for name, some, text in (("labels", labels, clean), ("corrupt_labels", theirs, corrupt)):
+        if not all(re.fullmatch(LABEL, k) and v >= 0 for k, v in some):
+            which = "clean" if name == "labels" else "corrupted"
+            of = (
+                f"character offset inside the {which} text"
+                if not isinstance(text, tuple)
+                else f"pair [message, character offset in its content] of the {which} chat"
+            )
+            raise UserError(f"{name} map a name to a {of}")
     if not isinstance(pairs, list) or not all(isinstance(p, list) and len(p) == 2 and all(type(i) is int and 0 <= i < FAR for i in p) for p in pairs):
         raise UserError("alignment is a list of pairs of positions, [[0, 0], [1, 1]]")
-    if not isinstance(obj.get("corrupt"), str | None) or not isinstance(obj.get("bos"), bool | None):
+    if not isinstance(corrupt, str | tuple | None) or not isinstance(obj.get("bos"), bool | None):
         raise UserError("corrupt is a string and bos is true or false")
     return Prompt(
-        obj["clean"],
-        obj.get("corrupt"),
+        clean,
+        corrupt,
         tuple(many["answer"]),
         tuple(many["foil"]),
-        tuple(labels.items()),
+        tuple(labels),
         obj.get("bos"),
-        tuple(theirs.items()),
+        tuple(theirs),
         tuple(map(tuple, pairs)),
     )
+
+
+def as_chat(prompt: Prompt, on: bool, system: str | None = None) -> Prompt:
+    """
+    A prompt of plain text with its texts as users' turns (behind a system's turn), and BOS as the template has it; back: the texts of the last users' turns.
+    Labels stay where their text does. A prompt that is one already stays as it is.
+    """
+    if isinstance(prompt.clean, str) is not on:
+        return prompt
+    spots = [placed(labels, text, on, system) for labels, text in ((prompt.labels, prompt.clean), (prompt.corrupt_labels, prompt.corrupt))]
+    texts = [turned(text, on, system) for text in (prompt.clean, prompt.corrupt)]
+    return Prompt(*texts, prompt.answers, prompt.foils, spots[0], None, spots[1])
+
+
+def placed(labels: Labels, text: str | Chat | None, on: bool, system: str | None) -> Labels:
+    """The labels of a text that was turned into a chat, or back."""
+    if on or not isinstance(text, tuple):
+        return tuple((name, place + len(system or "")) for name, place in labels)
+    number = last_user(text)
+    first, last = start_of(text, number), start_of(text, number + 1)
+    return tuple((name, place - first) for name, place in labels if first <= place < last)
 
 
 def read_prompt_set(path: str | Path) -> tuple[Prompt, ...]:
@@ -149,9 +184,13 @@ class Study:
 
 @dataclass(frozen=True)
 class TokenRow:
-    """A tokenised text: ids, the text of each token, the index of each labelled position, and whether index 0 is a BOS token put there."""
+    """
+    A tokenised text: ids, the text of each token, the index of each labelled position, whether index 0 is a BOS token put there, and the indices of the
+    tokens that are a chat template's, not of its turns.
+    """
 
     ids: tuple[int, ...] = ()
     texts: tuple[str, ...] = ()
     labels: dict[str, int] = field(default_factory=dict)
     bos: bool = False
+    template: tuple[int, ...] = ()

@@ -61,7 +61,7 @@ class ModelInfo:
     """
     What is loaded. `bos` is the text of the BOS token ("" when there is none) and `default_bos` whether prompts get it unasked (`bos_habit`: why). `warning`: a GPU that is
     here and not used, or filled by others. `repairs`: what Loupe puts right in TransformerLens on this model (model/live_hooks.py), and a script of
-    TransformerLens alone lacks.
+    TransformerLens alone lacks. `chat_template`: whether its tokenizer can write chats.
     """
 
     name: str
@@ -88,6 +88,7 @@ class ModelInfo:
     warning: str = ""
     bos_habit: str = ""
     repairs: tuple[str, ...] = ()
+    chat_template: bool = False
 
     @property
     def key(self) -> str:

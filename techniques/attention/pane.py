@@ -12,11 +12,12 @@ from screen.keys import FIND, VIEW, Action, Part
 from screen.maps import label_width, columns_of
 from screen.pane import Host, Pane, step_component
 from screen.pictures import head_map_addresses, run_name, texts_of
+from screen.template import folded
 from screen.textview import row_of
 from techniques.attention import actions, pictures
 from techniques.attention.explained import EXPLAINED
 from utils import show_token
-from widgets import Grid, GridView, Lines, Same
+from widgets import WARN, Grid, GridView, Lines, Same, Spans
 
 
 class AttentionPane(Pane):
@@ -112,7 +113,7 @@ class AttentionPane(Pane):
         if self.pattern.grid is not None:
             self.drilled = not self.drilled
             if self.drilled and self.chosen != self.here(app):
-                app.move(src=self.pattern.at[1])
+                app.move(src=self.pattern.grid.place(self.pattern.at[1]))
             app.draw()
 
     @staticmethod
@@ -198,12 +199,15 @@ class AttentionPane(Pane):
         """The pattern of the head under the cursor."""
         c, views = app.cursor, app.state.views
         grid = self.picture("pattern", (Same(pattern), c.head), lambda: pictures.pattern_grid(pattern, c.head))
-        pos = clip(c.pos, len(grid.rows))
+        pos, gone = clip(c.pos, len(grid.rows)), sorted(folded(app.state, pattern.tokens))
         row = np.nan_to_num(np.abs(grid.values[pos]), nan=-1.0)
+        row[gone] = -1.0
         src = c.src if self.drilled or self.chosen == self.here(app) or views["attention.stat"] == "pair" else int(row.argmax())
-        self.pattern.show(grid, (pos, clip(src, len(grid.cols))), views["mode"])
+        self.pattern.show(self.by_position(app, "pattern", grid, pattern.tokens, True), (pos, clip(src, len(grid.cols))), views["mode"])
         head = [] if self.drilled else self.map.about()
-        self.info_line.show([head + pictures.pattern_cell(pattern, c.head, pos, src, self.drilled)[bool(head) :]])
+        away: Spans = [(f" folded {float(np.nansum(grid.values[pos, gone])):.3f} ", WARN)] if gone else []
+        cell = pictures.pattern_cell(pattern, c.head, pos, src, self.drilled)
+        self.info_line.show([(head or cell[:1]) + away + cell[1:]])
 
 
 PANE = AttentionPane

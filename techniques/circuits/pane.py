@@ -330,7 +330,7 @@ class CircuitPane(Pane):
         done = "" if result.done == result.total else f"{result.done}/{result.total}{app.requests.left('path')} · "
         self.show_title(app, ("path",), f"{done}{title}", result.convention, grid)
         row, col = self.cell(app, result)
-        self.map.show(grid, (row, col), views["mode"])
+        self.map.show(self.by_position(app, "path", grid, result.tokens) if grid.positions else grid, (row, col), views["mode"])
         self.info_line.show([sweep_cell(result, None, row, col, self.map.about())])
 
 

@@ -146,6 +146,7 @@ class LensPane(Pane):
         if reads:
             self.paint_text(app, result, grid, row)
             return
+        grid = self.by_position(app, "lens", grid, result.tokens)
         self.table.show(grid, (row, pos), views["mode"])
         thinned = f" · {self.table.thinned}" if self.table.thinned else ""
         self.show_title(app, ("lens",), f"{EXPLAINED[stat].name}{thinned} · {kind} · {run}", result.convention, grid)

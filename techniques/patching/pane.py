@@ -225,7 +225,8 @@ class PatchingPane(Pane):
         if reads:
             self.paint_text(app, result, grid, row, (truth, estimate))
             return
-        self.table.show(grid, (row, col), views["mode"])
+        shown_grid = self.by_position(app, "sweep", grid, result.tokens) if grid.positions else grid
+        self.table.show(shown_grid, (row, col), views["mode"])
         self.info_line.show([sweep_cell(truth, estimate, row, col, self.table.about())])
 
     def paint_text(self, app: Host, result: SweepResult, grid: Grid, row: int, results: tuple[SweepResult | None, SweepResult | None]) -> None:

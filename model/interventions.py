@@ -14,9 +14,9 @@ from vocabulary.prompts import Study, TokenRow
 from vocabulary.requests import Progress
 
 
-def prepare(model: Model, study: Study) -> Generator[Progress, None, Runs]:
+def prepare(model: Model, study: Study, with_answer: bool = False) -> Generator[Progress, None, Runs]:
     """Read the study and turn its interventions into edits, in order; a write at resid_mid comes after those at the attention it is written through."""
-    runs = read_study(model, study)
+    runs = read_study(model, study, with_answer)
     base, row = study.base, runs.row("now")
     other = "corrupt" if base == "clean" else "clean"
     edits, late, done, layers = [], [], [], set()

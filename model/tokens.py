@@ -143,9 +143,9 @@ class Tokens:
             if pairs and not align.is_by_index(pairs, n, m):
                 hints.append(align.words(pairs, n, m))
         sides = [self.side(what, texts, prompt.clean, problems, hints) for what, texts in (("answer", prompt.answers), ("foil", prompt.foils))]
-        both = {r.ids for r in sides[0]} & {r.ids for r in sides[1]}
+        both = {r.ids[:1] for r in sides[0]} & {r.ids[:1] for r in sides[1]}
         if both and not problems:
-            hints.append("a token is both answer and foil")
+            hints.append("an answer and a foil begin with the same token")
         return CheckResult(clean, corrupt, *sides, tuple(problems), tuple(hints), pairs)
 
     def side(self, what: str, texts: tuple[str, ...], clean: str, problems: list[str], hints: list[str]) -> tuple[TokenRow, ...]:
@@ -160,11 +160,15 @@ class Tokens:
                 continue
             spaced = self.answer(clean, " " + text) if text and not text[0].isspace() else TokenRow()
             advice = f"; {' ' + text!r} with a leading space is one token" if len(spaced.ids) == 1 and spaced.ids != row.ids else ""
-            if len(row.ids) != 1:
-                parts = " ".join(repr(s) for s in row.texts)
-                problems.append(f"{what} {text!r} is {len(row.ids)} tokens ({parts}) and must be one{advice}" if text else f"an {what} is empty")
+            parts = " ".join(repr(s) for s in row.texts)
+            if not row.ids:
+                problems.append(f"{what} {text!r} is no token" if text else f"an {what} is empty")
+            elif len(row.ids) > 1 and advice:
+                problems.append(f"{what} {text!r} is {len(row.ids)} tokens ({parts}){advice}")
             elif row.ids[0] >= self.info.d_vocab:
                 problems.append(f"{what} {text!r} is token {row.ids[0]}, which the model can't predict")
+            elif len(row.ids) > 1:
+                hints.append(f"{what} {text!r} is {len(row.ids)} tokens ({parts}): the first, {row.texts[0]!r}, stands for it; the metric logprob_sum takes all of them")
             elif advice and not clean[-1:].isspace():
                 hints.append(f"{what} {text!r} has no leading space: after this prompt {' ' + text!r} is the usual token")
             rows.append(row)

@@ -19,7 +19,7 @@ ALIGNMENTS: dict[Align, str] = {
 @dataclass(frozen=True)
 class Prompt:
     """
-    A clean text, an optional corrupted one, single-token answers and foils. `labels` name positions: (label, character offset into `clean`),
+    A clean text, an optional corrupted one, answers and foils (of several tokens: the first stands for it, and the metric logprob_sum takes all). `labels` name positions: (label, character offset into `clean`),
     the token that covers the character; END, the last token, needs no label; `corrupt_labels` do so for the corrupted text (missing ones: the aligned
     positions). `bos` None means what the model's tokenizer does by itself (ModelInfo.bos_habit). `alignment`: pairs (clean index, corrupted index) of positions that are patched
     across, for prompts of unequal length (empty: none of its own, ALIGNMENTS).
@@ -90,12 +90,13 @@ def read_prompt_set(path: str | Path) -> tuple[Prompt, ...]:
 
 # ------------------------------------------------------------------ metrics
 
-MetricKind = Literal["logit_diff", "prob", "prob_diff", "logprob", "rank", "loss", "kl"]
+MetricKind = Literal["logit_diff", "prob", "prob_diff", "logprob", "logprob_sum", "rank", "loss", "kl"]
 METRICS: dict[MetricKind, str] = {
     "logit_diff": "mean logit of the answers minus mean logit of the foils",
     "prob": "probability of the answers (summed)",
     "prob_diff": "probability of the answers minus probability of the foils (summed)",
     "logprob": "log probability of the answers (of their summed probability), nats",
+    "logprob_sum": "log probability of the whole answer: of its tokens one after the other, each after those before it, summed, nats",
     "rank": "rank of the best answer, 0 is the top",
     "loss": "mean next-token cross-entropy of the prompt itself, nats",
     "kl": "KL(unpatched clean run || this run) at the metric's position, nats",
@@ -149,9 +150,13 @@ class Study:
 
 @dataclass(frozen=True)
 class TokenRow:
-    """A tokenised text: ids, the text of each token, the index of each labelled position, and whether index 0 is a BOS token put there."""
+    """
+    A tokenised text: ids, the text of each token, the index of each labelled position, and whether index 0 is a BOS token put there. `tail`: so many tokens
+    of an answer stand behind the prompt; END and negative positions are the prompt's.
+    """
 
     ids: tuple[int, ...] = ()
     texts: tuple[str, ...] = ()
     labels: dict[str, int] = field(default_factory=dict)
     bos: bool = False
+    tail: int = 0

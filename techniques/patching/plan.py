@@ -184,7 +184,7 @@ def read_plan(model: Model, ask: Sweep) -> Plan:
 def read_member(model: Model, study: Study, patch: bool) -> Runs:
     if study.prompt.corrupt is None and (patch or study.base == "corrupt"):
         raise UserError("there is no corrupted prompt, and patching needs one: type one first")
-    runs, kind = read_study(model, study), study.metric.kind
+    runs, kind = read_study(model, study, with_answer=True), study.metric.kind
     if kind not in ("kl", "loss") and not runs.answers:
         raise UserError(f"there is no answer, and {kind} needs one: give one, with its leading space")
     if kind in ("logit_diff", "prob_diff") and not runs.foils:
@@ -286,7 +286,7 @@ def base_run(
     model, ask, group = plan.model, plan.ask, [plan.runs[i] for i in indices]
     last = f"blocks.{model.info.n_layers - 1}.hook_resid_post"
     if plan.study.interventions:
-        group = [(yield from prepare(model, replace(plan.study, prompt=plan.members[indices[0]][1])))]
+        group = [(yield from prepare(model, replace(plan.study, prompt=plan.members[indices[0]][1]), with_answer=True))]
     tensor = lambda which: t.tensor([r.row(which).ids for r in group])  # noqa: E731
     shared = 0
     if ask.op == "patch" and not plan.study.interventions and model.causal:

@@ -174,9 +174,19 @@ def whole_answer(model: Model, study: Study, rows: dict[str, TokenRow | None], a
     out, answer = {}, answers[0]
     for which, row in rows.items():
         if row is not None and len(row.ids) + len(answer.ids) > model.info.n_ctx:
-            raise UserError(f"the prompt with its answer has {len(row.ids) + len(answer.ids)} tokens and the model's context holds {model.info.n_ctx}: shorten it")
+            raise UserError(
+                f"the prompt with its answer has {len(row.ids) + len(answer.ids)} tokens and the model's context holds {model.info.n_ctx}: shorten it"
+            )
         out[which] = row and replace(row, ids=row.ids + answer.ids, texts=row.texts + answer.texts, tail=len(answer.ids))
     return out
+
+
+def first_tokens(group: list[Runs]) -> str:
+    """For a title over several prompts, in how many an answer or foil is there by its first token alone."""
+    if len(group) == 1:
+        return group[0].first_tokens
+    n = sum(bool(r.shortened) for r in group)
+    return f"answers of several tokens by their first alone, in {n} of {len(group)} prompts" if n else ""
 
 
 def read_study(model: Model, study: Study, with_answer: bool = False) -> Runs:

@@ -41,6 +41,7 @@ class Tokens:
         self.tokenizer, self.info, self.n_embed, self.bos = tokenizer, info, n_embed, tokenizer.bos_token_id
         self.texts: dict[int, str] = {}
         self.rows: dict[tuple, TokenRow] = {}
+        self.checks: dict[tuple, CheckResult] = {}
 
     def text(self, i: int) -> str:
         """The text of one token, alone: spaces kept, an incomplete UTF-8 sequence as its bytes (\\xe4)."""
@@ -108,6 +109,13 @@ class Tokens:
 
     def check(self, prompt: Prompt, how: str = "") -> CheckResult:
         """The prompt's rows, its alignment (`how` of ALIGNMENTS), and what is wrong with it."""
+        if (prompt, how) not in self.checks:
+            if len(self.checks) > 4096:
+                self.checks.clear()
+            self.checks[prompt, how] = self.make_check(prompt, how)
+        return self.checks[prompt, how]
+
+    def make_check(self, prompt: Prompt, how: str) -> CheckResult:
         problems, hints, pairs = [], [], ()
 
         def read(what: str, text: str, labels: tuple = ()) -> TokenRow:
@@ -168,7 +176,9 @@ class Tokens:
             elif row.ids[0] >= self.info.d_vocab:
                 problems.append(f"{what} {text!r} is token {row.ids[0]}, which the model can't predict")
             elif len(row.ids) > 1:
-                hints.append(f"{what} {text!r} is {len(row.ids)} tokens ({parts}): the first, {row.texts[0]!r}, stands for it; the metric logprob_sum takes all of them")
+                hints.append(
+                    f"{what} {text!r} is {len(row.ids)} tokens ({parts}): the first, {row.texts[0]!r}, stands for it; the metric logprob_sum takes all of them"
+                )
             elif advice and not clean[-1:].isspace():
                 hints.append(f"{what} {text!r} has no leading space: after this prompt {' ' + text!r} is the usual token")
             rows.append(row)

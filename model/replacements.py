@@ -20,7 +20,7 @@ BATCH = 32
 
 def corrupted_rows(model: Model, prompts: tuple[Prompt, ...], align: str = "") -> list[TokenRow]:
     """The corrupted prompts of a set that the model can read, with their labels."""
-    rows = [row for p in prompts if p.corrupt is not None and (row := model.check(p, align).corrupt) is not None]
+    rows = [row for p in prompts if p.corrupt is not None and (row := model.tokens.pair(p, align, [], [])[1]) is not None]
     return [row for row in rows if 0 < len(row.ids) <= model.info.n_ctx and max(row.ids) < model.n_embed]
 
 

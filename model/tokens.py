@@ -41,7 +41,6 @@ class Tokens:
         self.tokenizer, self.info, self.n_embed, self.bos = tokenizer, info, n_embed, tokenizer.bos_token_id
         self.texts: dict[int, str] = {}
         self.rows: dict[tuple, TokenRow] = {}
-        self.checks: dict[tuple, CheckResult] = {}
 
     def text(self, i: int) -> str:
         """The text of one token, alone: spaces kept, an incomplete UTF-8 sequence as its bytes (\\xe4)."""
@@ -109,14 +108,19 @@ class Tokens:
 
     def check(self, prompt: Prompt, how: str = "") -> CheckResult:
         """The prompt's rows, its alignment (`how` of ALIGNMENTS), and what is wrong with it."""
-        if (prompt, how) not in self.checks:
-            if len(self.checks) > 4096:
-                self.checks.clear()
-            self.checks[prompt, how] = self.make_check(prompt, how)
-        return self.checks[prompt, how]
+        problems, hints = [], []
+        clean, corrupt, pairs = self.pair(prompt, how, problems, hints)
+        sides = [self.side(what, texts, prompt.clean, problems, hints) for what, texts in (("answer", prompt.answers), ("foil", prompt.foils))]
+        both = {r.ids[:1] for r in sides[0]} & {r.ids[:1] for r in sides[1]}
+        if both and not problems:
+            hints.append(
+                "a token is both answer and foil" if all(len(r.ids) == 1 for side in sides for r in side) else "an answer and a foil begin with the same token"
+            )
+        return CheckResult(clean, corrupt, *sides, tuple(problems), tuple(hints), pairs)
 
-    def make_check(self, prompt: Prompt, how: str) -> CheckResult:
-        problems, hints, pairs = [], [], ()
+    def pair(self, prompt: Prompt, how: str, problems: list[str], hints: list[str]) -> tuple[TokenRow, TokenRow | None, align.Pairs]:
+        """The clean and the corrupted prompt as tokens, and their alignment; what is wrong with them is added to the problems and hints."""
+        pairs = ()
 
         def read(what: str, text: str, labels: tuple = ()) -> TokenRow:
             try:
@@ -150,11 +154,7 @@ class Tokens:
                 hints.append(f"clean has {n} tokens and corrupted {m}: patching by position needs equal lengths, or an alignment (diff or labels)")
             if pairs and not align.is_by_index(pairs, n, m):
                 hints.append(align.words(pairs, n, m))
-        sides = [self.side(what, texts, prompt.clean, problems, hints) for what, texts in (("answer", prompt.answers), ("foil", prompt.foils))]
-        both = {r.ids[:1] for r in sides[0]} & {r.ids[:1] for r in sides[1]}
-        if both and not problems:
-            hints.append("an answer and a foil begin with the same token")
-        return CheckResult(clean, corrupt, *sides, tuple(problems), tuple(hints), pairs)
+        return clean, corrupt, pairs
 
     def side(self, what: str, texts: tuple[str, ...], clean: str, problems: list[str], hints: list[str]) -> tuple[TokenRow, ...]:
         """The answers (or foils) as tokens; what is wrong with them is added to the problems and hints."""

@@ -1,5 +1,6 @@
 """Prompts and prompt sets, metrics, and the study that every analysis runs on. Never imports torch."""
 
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +70,13 @@ def read_prompt(obj: object) -> Prompt:
         tuple(theirs.items()),
         tuple(map(tuple, pairs)),
     )
+
+
+def line_of(p: Prompt) -> str:
+    """A prompt as a line of a prompt set: what read_prompt reads."""
+    line = {"clean": p.clean, "corrupt": p.corrupt, "answer": list(p.answers), "foil": list(p.foils), "labels": dict(p.labels)}
+    more = {"bos": p.bos, "corrupt_labels": dict(p.corrupt_labels) or None, "alignment": list(map(list, p.alignment)) or None}
+    return json.dumps(line | {k: v for k, v in more.items() if v is not None}, ensure_ascii=False) + "\n"
 
 
 def read_prompt_set(path: str | Path) -> tuple[Prompt, ...]:

@@ -153,8 +153,9 @@ def test_means_by_label(engines, references):
     swept = engine.run(Sweep(SET, "z", "mean", over_set=True))
     assert "by label (IO S1 S2 END)" in swept.convention
     for j, c in enumerate(checks):
+        names = kind(c.clean)
 
-        def put(x, names=kind(c.clean)):
+        def put(x, names=names):
             for i in range(x.shape[1]):
                 x[0, i, columns] = mean[names.get(i, "other")]
 

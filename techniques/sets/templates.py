@@ -5,6 +5,7 @@ The words are those of zoo/corpus.py.
 
 import random
 from collections.abc import Callable, Generator
+from functools import partial
 
 from vocabulary.nodes import UserError
 from vocabulary.prompts import Prompt
@@ -47,21 +48,26 @@ def offsets(text: str, **words: tuple[str, int]) -> tuple[tuple[str, int], ...]:
     return tuple(found.items())
 
 
+def swapped(text: str) -> str:
+    """A template with its first two names in the other order."""
+    return text.replace("{a}", "{x}").replace("{b}", "{a}").replace("{x}", "{b}")
+
+
 def ioi(r: random.Random, one: One, corruption: str, templates: int) -> Generator[Prompt]:
     names, places, objects = enough(one(c.NAMES), 5, "names"), enough(one(c.PLACES), 1, "places"), enough(one(c.OBJECTS), 1, "objects")
     forms, i = IOI[:templates], 0
     while True:
         io, s, *others = r.sample(names, 5)
         text, thing = forms[i // 2 % len(forms)], {"place": r.choice(places), "object": r.choice(objects)}
-        order = lambda x, y: {"a": x, "b": y} if i % 2 == 0 else {"a": y, "b": x}  # noqa: E731
-        clean = text.format(**order(io, s), s=s, **thing)
+        write = partial(text.format if i % 2 == 0 else swapped(text).format, **thing)
+        clean = write(a=io, b=s, s=s)
         match corruption:
             case "abc":
-                corrupt = text.format(**order(others[0], others[1]), s=others[2], **thing)
+                corrupt = write(a=others[0], b=others[1], s=others[2])
             case "swap":
-                corrupt = text.format(**order(io, s), s=io, **thing)
+                corrupt = write(a=io, b=s, s=io)
             case _:
-                corrupt = text.format(**order(io, s), s=others[0], **thing)
+                corrupt = write(a=io, b=s, s=others[0])
         yield Prompt(clean, corrupt, (f" {io}",), (f" {s}",), offsets(clean, IO=(f" {io}", 0), S1=(f" {s}", 0), S2=(f" {s}", 1)))
         i += 1
 

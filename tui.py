@@ -226,7 +226,7 @@ class Loupe(App):
     def study(self) -> Study:
         """The state's study; without answers that are not single tokens in this model, so that everything else still runs (the top line says so)."""
         study, check = self.state.study, self.requests.check()
-        if check is not None and any(len(r.ids) != 1 for r in (*check.answers, *check.foils)):
+        if check is not None and check.problems and any(len(r.ids) != 1 for r in (*check.answers, *check.foils)):
             return replace(study, prompt=replace(study.prompt, answers=(), foils=()))
         return study
 

@@ -7,16 +7,16 @@ from torch import Tensor
 from model import steering
 from model.bridge import Model, write_mid
 from model.places import hook_name, where
-from model.replacements import gaussian, means, noise_scale, place_in_set, resampled, set_key
+from model.replacements import corrupted_rows, gaussian, mean_in_words, means, noise_scale, place_in_set, resampled, set_key
 from model.runs import NAMES, Runs, edit, read_study
 from vocabulary.nodes import Intervention, NOISE, OPS, UserError
 from vocabulary.prompts import Study, TokenRow
 from vocabulary.requests import Progress
 
 
-def prepare(model: Model, study: Study) -> Generator[Progress, None, Runs]:
+def prepare(model: Model, study: Study, with_answer: bool = False) -> Generator[Progress, None, Runs]:
     """Read the study and turn its interventions into edits, in order; a write at resid_mid comes after those at the attention it is written through."""
-    runs = read_study(model, study)
+    runs = read_study(model, study, with_answer)
     base, row = study.base, runs.row("now")
     other = "corrupt" if base == "clean" else "clean"
     edits, late, done, layers = [], [], [], set()
@@ -68,7 +68,8 @@ def one_edit(runs: Runs, i: Intervention, row: TokenRow, base: str, other: str) 
         case "freeze":
             return edit(spot, "patch", None, model.trace(row.ids, [name])[name]), (str(i), spot_key(spot), row.ids)
         case "resample":
-            ids = resampled(model, runs.study, len(row.ids), row.ids, runs.study.seed)
+            n = len(row.ids) - row.tail
+            ids = resampled(model, runs.study, n, row.ids[:n], runs.study.seed) + row.ids[n:]
             return edit(spot, "patch", None, model.trace(ids, [name])[name]), (str(i), spot_key(spot), ids)
         case "noise":
             shape = model.trace(row.ids, [name])[name].shape[1:]
@@ -83,11 +84,12 @@ def one_edit(runs: Runs, i: Intervention, row: TokenRow, base: str, other: str) 
         case "mean" | "mean_all":
             if i.op == "mean_all" and node.part == "pattern" and node.site == "head":
                 raise UserError(f"{i}: a pattern has no mean over positions; use mean with a set of one template, or zero")
-            values = yield from means(model, runs.study.prompt_set, [name], i.op, len(row.ids))
+            values = yield from means(model, runs.study.prompt_set, [name], i.op, [row], runs.study.align)
             return edit(spot, i.op, None, values[name]), (
                 str(i),
                 spot_key(spot),
-                set_key([model.row(p.corrupt, p.bos).ids for p in runs.study.prompt_set if p.corrupt is not None]),
+                set_key([r.ids for r in corrupted_rows(model, runs.study.prompt_set)]),
+                "" if i.op != "mean" else repr(values[name].shape) + mean_in_words(model, runs.study, [row]) + repr(row.labels),
             )
     raise UserError(f"{i.op!r} is not an operation: use one of {', '.join(OPS)}")
 

@@ -8,6 +8,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -79,18 +80,35 @@ def find_folder(name: str, weights: bool = True) -> Generator[Progress, None, Pa
         )
     if name == "zoo" or not is_hub_name(name):
         raise UserError(f"no folder at {path}: give a Hugging Face folder, a hub name such as gpt2, or zoo")
-    patterns = ["*.json", "*.model", "*.txt", "*.jinja"] + ["*.safetensors"] * weights
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja"] + ["*final.pth" if canonical(name).startswith(native.OWNERS) else "*.safetensors"] * weights
     token = settings().get("HF_TOKEN") or False
     for spelling in spellings(name):
         try:
             cached = Path(huggingface_hub.snapshot_download(spelling, allow_patterns=patterns, local_files_only=True))
-            if (cached / "config.json").is_file() and (not weights or missing_weights(cached) == ""):
+            if (cached / "config.json").is_file() and (not weights or missing_weights(cached) == "" or is_checkpoint(cached)):
                 return cached
         except (LocalEntryNotFoundError, IncompleteSnapshotError):
             pass
         except HFValidationError as error:
             raise UserError(f"{name!r} is neither a folder nor a hub name") from error
     return (yield from download(canonical(name), patterns, token))
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder of the hub cache holds a HookedTransformer checkpoint."""
+    try:
+        return native.find(folder) is not None
+    except UserError:
+        return False
+
+
+def own_tokens(found: native.Checkpoint, cfg: object) -> object:
+    """A hand-trained model's tokenizer beside it, else its labels, else the tokenizer that its config names where the hub cache has that, else numbers."""
+    folder, name = found.config.parent, native.tokenizer_name(found)
+    if name and not (folder / "tokenizer.json").is_file():
+        with suppress(LocalEntryNotFoundError, IncompleteSnapshotError, HFValidationError):
+            folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+    return read_tokenizer([folder]) if (folder / "tokenizer.json").is_file() else native.read_tokens(found, cfg)
 
 
 def download(name: str, patterns: list[str], token: str | bool) -> Generator[Progress, None, Path]:
@@ -324,7 +342,7 @@ def hand_trained(ask: Load, folder: Path, found: native.Checkpoint) -> Source:
         raise UserError(f"{ask.model} is a model trained by hand: it takes no {'base' if ask.base else 'device_map'}")
     cfg = native.read_config(found)
     state = native.read_state(found.weights)
-    tokenizer = read_tokenizer([found.config.parent]) if (found.config.parent / "tokenizer.json").is_file() else native.read_tokens(found, cfg)
+    tokenizer = own_tokens(found, cfg)
     stored = next(x.dtype for x in state.values())
     ids = random_ids(tokenizer, cfg.d_vocab, min(untouched.PROBE, cfg.n_ctx), 2)
 
@@ -333,7 +351,10 @@ def hand_trained(ask: Load, folder: Path, found: native.Checkpoint) -> Source:
         return replace(asked, logits=native.hooked_logits(cfg, state, ids, model.head.weight.dtype), whose="HookedTransformer's")
 
     read = lambda dtype, device: native.read_model(cfg, state, dtype, device)  # noqa: E731
-    note = "attention only: an MLP of it adds exactly nothing" if cfg.attn_only else ""
+    notes = ["attention only: an MLP of it adds exactly nothing"] * cfg.attn_only
+    if (name := native.tokenizer_name(found)) and isinstance(tokenizer, native.Labels):
+        notes.append(f"its tokenizer {name} is not in the hub cache: tokens are numbers")
+    note = "; ".join(notes)
     return Source(folder, folder, sum(x.numel() for x in state.values()), stored, tokenizer, read, own, note)
 
 

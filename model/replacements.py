@@ -2,7 +2,8 @@
 
 import hashlib
 import zlib
-from collections.abc import Generator, Iterable
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable
 
 import numpy as np
 import torch as t
@@ -11,60 +12,117 @@ from torch import Tensor
 from model.bridge import Model
 from model.memory import Chunks, block_bytes, chunk_bytes
 from vocabulary.nodes import UserError
-from vocabulary.prompts import Prompt, Study
+from vocabulary.prompts import Prompt, Study, TokenRow
 from vocabulary.requests import Progress
 
 BATCH = 32
 
 
-def means(model: Model, prompts: tuple[Prompt, ...], names: Iterable[str], op: str, seq: int) -> Generator[Progress, None, dict[str, Tensor]]:
-    """
-    Means of hook points over the corrupted prompts of a set: position by position (equal lengths needed), or over all positions but the first.
-    Kept in the cache; the set runs in batches of prompts of equal length.
-    """
-    texts = [p.corrupt for p in prompts if p.corrupt is not None]
-    if not texts:
-        raise UserError("mean ablation needs a prompt set with corrupted prompts: open one first, or ablate to zero")
-    rows = [model.row(p.corrupt, p.bos).ids for p in prompts if p.corrupt is not None]
-    if too_long := [len(r) for r in rows if not 0 < len(r) <= model.info.n_ctx]:
-        raise UserError(f"a corrupted prompt of the set has {too_long[0]} tokens and the context holds {model.info.n_ctx}")
-    if op == "mean" and (other := sorted({len(r) for r in rows} - {seq})):
-        raise UserError(
-            f"a mean position by position needs corrupted prompts as long as the prompt: it has {seq} tokens and the set has some with {other[0]};"
-            " use mean_all or a set of one template"
-        )
-    if op == "mean_all" and max(len(r) for r in rows) < 2:
-        raise UserError("mean_all leaves out the first position, and the set's corrupted prompts have no other")
-    key = set_key(rows)
-    out = {n: v for n in names if (v := model.cache.get((key, (op,), n))) is not None}
-    wanted = [n for n in dict.fromkeys(names) if n not in out]
-    if not wanted:
-        return out
-    sums, count, done = dict.fromkeys(wanted, 0.0), 0, 0
-    chunks = Chunks("prompts", lambda _: prompts_at_once(model, length))
-    for length in sorted({len(r) for r in rows}):
-        same = [r for r in rows if len(r) == length]
-        if op == "mean_all" and length < 2:
-            continue
+def corrupted_rows(model: Model, prompts: tuple[Prompt, ...], align: str = "") -> list[TokenRow]:
+    """The corrupted prompts of a set that the model can read, with their labels."""
+    rows = [row for p in prompts if p.corrupt is not None and (row := model.tokens.pair(p, align, [], [])[1]) is not None]
+    return [row for row in rows if 0 < len(row.ids) <= model.info.n_ctx and max(row.ids) < model.n_embed]
 
-        def work(start: int, stop: int, same: list = same) -> tuple[int, dict[str, Tensor]]:
-            return stop - start, model.forward(t.tensor(same[start:stop]), wanted)[1]
+
+def kinds_of(row: TokenRow, labels: tuple[str, ...]) -> list[str]:
+    """What each position of a prompt is in a mean by label: one of the labels, else the first position, else any other."""
+    named = {row.labels[name]: name for name in reversed(labels) if name in row.labels}
+    return [named.get(i, "first" if i == 0 else "other") for i in range(len(row.ids))]
+
+
+def by_label(rows: list[TokenRow], own: list[TokenRow]) -> tuple[str, ...] | None:
+    """None where all of these prompts have one length, so that means go position by position; else the labels that all corrupted prompts have."""
+    if len({len(row.ids) for row in (*rows, *own)}) == 1:
+        return None
+    return tuple(name for name in sorted(rows[0].labels, key=rows[0].labels.get) if all(name in row.labels for row in rows))
+
+
+def mean_in_words(model: Model, study: Study, own: list[TokenRow]) -> str:
+    """How a mean over prompts of unequal length is taken; "" where it goes position by position."""
+    rows = corrupted_rows(model, study.prompt_set, study.align)
+    labels = by_label(rows, own) if rows else None
+    if labels is None:
+        return ""
+    return f"prompts of unequal length, so the mean goes by label ({' '.join(labels)}); of the first position by itself, elsewhere over all other positions"
+
+
+def means(
+    model: Model, prompts: tuple[Prompt, ...], names: Iterable[str], op: str, own: list[TokenRow], align: str = ""
+) -> Generator[Progress, None, dict[str, Tensor]]:
+    """
+    Means of hook points over the corrupted prompts of a set, for the prompts `own` (of one length): [1 or prompt, seq, ...] position by position where all have one
+    length, by label where they have not; or [1, 1, ...] over all positions but the first. Kept in the cache; the set runs in batches of prompts of equal length.
+    """
+    if not any(p.corrupt is not None for p in prompts):
+        raise UserError("mean ablation needs a prompt set with corrupted prompts: open one first, or ablate to zero")
+    rows = corrupted_rows(model, prompts, align)
+    if not rows:
+        raise UserError(f"this model can read none of the set's corrupted prompts: its context holds {model.info.n_ctx} tokens")
+    if op == "mean_all" and max(len(r.ids) for r in rows) < 2:
+        raise UserError("mean_all leaves out the first position, and the set's corrupted prompts have no other")
+    labels = by_label(rows, own) if op == "mean" else ()
+    if op == "mean" and any(row.tail for row in own):
+        raise UserError("a mean by position says nothing of the answer's own tokens, which logprob_sum reads: use mean_all, patch or zero")
+    if labels is None:
+        kinds = list(range(len(own[0].ids)))
+        of = lambda row: kinds  # noqa: E731
+    elif op == "mean":
+        kinds = [*labels, "first", "other"]
+        of = lambda row: kinds_of(row, labels)  # noqa: E731
+        if any(name.endswith("pattern") for name in names):
+            raise UserError("a pattern's mean needs corrupted prompts as long as the prompt: use a set of one template, or zero")
+        if short := {k for row in own for k in of(row)} - {k for row in rows for k in of(row)}:
+            raise UserError(f"a mean by label has no value for the position {min(short)}: no corrupted prompt of the set has one; use mean_all")
+    else:
+        kinds = ["other"]
+        of = lambda row: [None, *["other"] * (len(row.ids) - 1)]  # noqa: E731
+    how = (op, ("by label", *labels)) if labels else (op,)
+    found = yield from sums_by_kind(model, rows, list(dict.fromkeys(names)), kinds, of, how)
+    if not labels:
+        return {name: x[None] for name, x in found.items()}
+    places = t.tensor([[kinds.index(k) for k in of(row)] for row in own])
+    return {name: x[places.to(x.device)] for name, x in found.items()}
+
+
+def sums_by_kind(
+    model: Model, rows: list[TokenRow], names: list[str], kinds: list, of: Callable[[TokenRow], list], how: tuple
+) -> Generator[Progress, None, dict[str, Tensor]]:
+    """The mean [kind, ...] of hook points over all positions of each kind, `of` one row; a kind that no position has is NaN."""
+    key = set_key([row.ids for row in rows])
+    key += tuple(sorted({(row.ids, tuple(of(row))) for row in rows})) if how[1:] else ()
+    out = {n: v for n in names if (v := model.cache.get((key, how, n))) is not None}
+    if not (wanted := [n for n in names if n not in out]):
+        return out
+    sums, counts, done = dict.fromkeys(wanted, 0.0), Counter(k for row in rows for k in of(row)), 0
+    chunks = Chunks("prompts", lambda _: prompts_at_once(model, length))
+    for length in sorted({len(r.ids) for r in rows}):
+        same = [r for r in rows if len(r.ids) == length]
+
+        def work(start: int, stop: int, same: list = same) -> tuple[list[TokenRow], dict[str, Tensor]]:
+            return same[start:stop], model.forward(t.tensor([row.ids for row in same[start:stop]]), wanted)[1]
 
         for part in chunks.over(len(same), work):
             if isinstance(part, Progress):
                 yield part
                 continue
-            n, got = part
+            some, got = part
+            here = t.tensor([[[float(k == kind) for k in of(row)] for kind in kinds] for row in some]) if how[1:] else None  # [prompt, kind, seq]
             for name in wanted:
                 x = got[name].float()
-                sums[name] = sums[name] + (x.sum(0, keepdim=True) if op == "mean" else x[:, 1:].sum((0, 1)))
-            count += n * (1 if op == "mean" else length - 1)
-            done += n
+                match how:
+                    case ("mean",):
+                        x = x.sum(0)
+                    case ("mean_all",):
+                        x = x[:, 1:].sum((0, 1))[None]
+                    case _:
+                        x = t.einsum("pks,psx->kx", here.to(x.device), x.flatten(2)).view(len(kinds), *x.shape[2:])
+                sums[name] = sums[name] + x
+            done += len(some)
             yield Progress(done, len(rows), "means over the prompt set")
     for name in wanted:
+        count = len(rows) if how == ("mean",) else t.tensor([counts[k] for k in kinds]).to(sums[name].device).view(-1, *[1] * (sums[name].ndim - 1))
         out[name] = (sums[name] / count).to(model.dtype)
-        out[name] = out[name] if op == "mean" else out[name][None, None]
-        model.cache.put((key, (op,), name), out[name])
+        model.cache.put((key, how, name), out[name])
     return out
 
 
@@ -75,7 +133,7 @@ def prompts_at_once(model: Model, length: int) -> int:
 
 def resampled(model: Model, study: Study, length: int, own: tuple[int, ...], seed: int) -> tuple[int, ...]:
     """Token ids of another corrupted prompt of the set, as long as the prompt and not its own, drawn with the seed (and the prompt's place in the set)."""
-    rows = [model.row(p.corrupt, p.bos).ids for p in study.prompt_set if p.corrupt is not None and p != study.prompt]
+    rows = [r.ids for r in corrupted_rows(model, tuple(p for p in study.prompt_set if p != study.prompt), study.align)]
     rows = [r for r in rows if len(r) == length and r != own]
     if not rows:
         raise UserError(f"resample ablation needs a prompt set with another corrupted prompt of {length} tokens: open one, or ablate to zero")

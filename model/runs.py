@@ -50,6 +50,7 @@ class Runs:
     edits: list[Edit]
     done: tuple
     alignment: align.Pairs = ()
+    shortened: tuple[str, ...] = ()  # answers and foils of several tokens, each as its first token of how many
 
     def row(self, which: str) -> TokenRow:
         row = self.rows.get(which)
@@ -132,12 +133,17 @@ class Runs:
         return f"{source}: {align.words(self.alignment, *(len(self.row(w).ids) for w in ('clean', 'corrupt')))}"
 
     @property
+    def first_tokens(self) -> str:
+        """For the titles, which answers and foils are there by their first token alone; "" where none is."""
+        return f"by its first token alone: {', '.join(self.shortened)}" if self.shortened else ""
+
+    @property
     def convention(self) -> str:
         """What was done to the model, for the titles."""
         some = self.study.interventions
         if not some:
-            return ""
-        notes = [f"now = {self.study.base} under {', '.join(str(i) for i in some)}"]
+            return self.first_tokens
+        notes = [*filter(None, [self.first_tokens]), f"now = {self.study.base} under {', '.join(str(i) for i in some)}"]
         parts = {i.node.part for i in some if i.node.site == "head"}
         if parts & {"k", "v"} and self.model.info.n_kv_heads < self.model.info.n_heads:
             notes.append("k and v are shared by a group of heads")
@@ -156,8 +162,38 @@ class Runs:
         return "; ".join(notes)
 
 
-def read_study(model: Model, study: Study) -> Runs:
-    """The study's prompts as tokens, without its interventions; what stops an analysis is an error."""
+def whole_answer(model: Model, study: Study, rows: dict[str, TokenRow | None], answers: tuple[TokenRow, ...]) -> dict[str, TokenRow | None]:
+    """The prompts with the answer's tokens behind them, which logprob_sum reads the probabilities of."""
+    if len(answers) != 1:
+        raise UserError(f"logprob_sum is of one answer, and there {'is none' if not answers else f'are {len(answers)}'}: give one, with its leading space")
+    if study.metric.pos not in ("END", -1):
+        raise UserError("logprob_sum is read from the prompt's end on: its position is END")
+    model.require("one vocabulary", "loss")
+    if not model.causal:
+        raise UserError(f"{model.info.architecture} is not causal: an answer behind the prompt would change the prompt's own activations")
+    out, answer = {}, answers[0]
+    for which, row in rows.items():
+        if row is not None and len(row.ids) + len(answer.ids) > model.info.n_ctx:
+            raise UserError(
+                f"the prompt with its answer has {len(row.ids) + len(answer.ids)} tokens and the model's context holds {model.info.n_ctx}: shorten it"
+            )
+        out[which] = row and replace(row, ids=row.ids + answer.ids, texts=row.texts + answer.texts, tail=len(answer.ids))
+    return out
+
+
+def first_tokens(group: list[Runs]) -> str:
+    """For a title over several prompts, in how many an answer or foil is there by its first token alone."""
+    if len(group) == 1:
+        return group[0].first_tokens
+    n = sum(bool(r.shortened) for r in group)
+    return f"answers of several tokens by their first alone, in {n} of {len(group)} prompts" if n else ""
+
+
+def read_study(model: Model, study: Study, with_answer: bool = False) -> Runs:
+    """
+    The study's prompts as tokens, without its interventions; what stops an analysis is an error. `with_answer`: for analyses of the metric, which in the case of
+    logprob_sum reads the answer's tokens behind the prompt.
+    """
     if study.base not in ("clean", "corrupt"):
         raise UserError(f"{study.base!r} is not a prompt to act on: use clean or corrupt")
     if study.metric.kind not in METRICS:
@@ -172,4 +208,12 @@ def read_study(model: Model, study: Study) -> Runs:
     if rows["now"] is None:
         raise UserError("the interventions act on the corrupted prompt, and there is none: type one first")
     answers, foils = (list(dict.fromkeys(r.ids[0] for r in side)) for side in (check.answers, check.foils))
-    return Runs(model, study, rows, answers, foils, [], (), check.alignment)
+    long = tuple(f"{r.texts[0]!r} (first of {len(r.ids)} tokens)" for r in (*check.answers, *check.foils) if len(r.ids) > 1)
+    if long and study.metric.kind in ("logit_diff", "prob_diff") and {*answers} & {*foils}:
+        raise UserError(f"answer and foil begin with the same token, {long[0]}: give another foil, or use the metric logprob_sum")
+    pairs = check.alignment
+    if with_answer and study.metric.kind == "logprob_sum":
+        n, m = len(rows["clean"].ids), len(rows["corrupt"].ids) if rows["corrupt"] else 0
+        rows, long = whole_answer(model, study, rows, check.answers), ()
+        pairs += tuple((n + i, m + i) for i in range(rows["clean"].tail)) if pairs else ()
+    return Runs(model, study, rows, answers, foils, [], (), pairs, long)

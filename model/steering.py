@@ -10,7 +10,7 @@ from vocabulary.nodes import Intervention, UserError
 from vocabulary.requests import Progress
 from model.bridge import Edit, Model, write_mid
 from model.places import find_position
-from model.replacements import resampled
+from model.replacements import corrupted_rows, resampled
 from model.runs import NAMES, Runs
 from model.sae_fit import check
 from model.sae import SparseAutoencoder
@@ -105,7 +105,7 @@ def one(d: SparseAutoencoder, x: Tensor, index: int) -> Tensor:
 def mean(runs: Runs, d: SparseAutoencoder, i: Intervention, make: Callable) -> Generator[Progress, None, tuple[Change, tuple]]:
     """The feature's mean activation over the set's corrupted prompts, position by position or over all positions but the first."""
     model, seq = runs.model, len(runs.row("now").ids)
-    rows = [model.row(p.corrupt, p.bos).ids for p in runs.study.prompt_set if p.corrupt is not None]
+    rows = [r.ids for r in corrupted_rows(model, runs.study.prompt_set)]
     if not rows:
         raise UserError("mean ablation needs a prompt set with corrupted prompts: open one first, or ablate to zero")
     if i.op == "mean" and any(len(r) != seq for r in rows):

@@ -135,7 +135,20 @@ class Tokens:
 
     def check(self, prompt: Prompt, how: str = "") -> CheckResult:
         """The prompt's rows, its alignment (`how` of ALIGNMENTS), and what is wrong with it."""
-        problems, hints, pairs = [], [], ()
+        problems, hints = [], []
+        clean, corrupt, pairs = self.pair(prompt, how, problems, hints)
+        text = prompt.clean if clean.ids else ""
+        sides = [self.side(what, texts, text, problems, hints) for what, texts in (("answer", prompt.answers), ("foil", prompt.foils))]
+        both = {r.ids[:1] for r in sides[0]} & {r.ids[:1] for r in sides[1]}
+        if both and not problems:
+            hints.append(
+                "a token is both answer and foil" if all(len(r.ids) == 1 for side in sides for r in side) else "an answer and a foil begin with the same token"
+            )
+        return CheckResult(clean, corrupt, *sides, tuple(problems), tuple(hints), pairs)
+
+    def pair(self, prompt: Prompt, how: str, problems: list[str], hints: list[str]) -> tuple[TokenRow, TokenRow | None, align.Pairs]:
+        """The clean and the corrupted prompt as tokens, and their alignment; what is wrong with them is added to the problems and hints."""
+        pairs = ()
 
         def read(what: str, text: str | Chat, labels: tuple = ()) -> TokenRow:
             try:
@@ -171,12 +184,7 @@ class Tokens:
                 hints.append(f"clean has {n} tokens and corrupted {m}: patching by position needs equal lengths, or an alignment (diff or labels)")
             if pairs and not align.is_by_index(pairs, n, m):
                 hints.append(align.words(pairs, n, m))
-        text = prompt.clean if clean.ids else ""
-        sides = [self.side(what, texts, text, problems, hints) for what, texts in (("answer", prompt.answers), ("foil", prompt.foils))]
-        both = {r.ids for r in sides[0]} & {r.ids for r in sides[1]}
-        if both and not problems:
-            hints.append("a token is both answer and foil")
-        return CheckResult(clean, corrupt, *sides, tuple(problems), tuple(hints), pairs)
+        return clean, corrupt, pairs
 
     def side(self, what: str, texts: tuple[str, ...], prompt: str | Chat, problems: list[str], hints: list[str]) -> tuple[TokenRow, ...]:
         """The answers (or foils) as tokens; what is wrong with them is added to the problems and hints."""
@@ -191,11 +199,17 @@ class Tokens:
                 continue
             spaced = self.answer(clean, " " + text) if text and not text[0].isspace() else TokenRow()
             advice = f"; {' ' + text!r} with a leading space is one token" if len(spaced.ids) == 1 and spaced.ids != row.ids else ""
-            if len(row.ids) != 1:
-                parts = " ".join(repr(s) for s in row.texts)
-                problems.append(f"{what} {text!r} is {len(row.ids)} tokens ({parts}) and must be one{advice}" if text else f"an {what} is empty")
+            parts = " ".join(repr(s) for s in row.texts)
+            if not row.ids:
+                problems.append(f"{what} {text!r} is no token" if text else f"an {what} is empty")
+            elif len(row.ids) > 1 and advice:
+                problems.append(f"{what} {text!r} is {len(row.ids)} tokens ({parts}){advice}")
             elif row.ids[0] >= self.info.d_vocab:
                 problems.append(f"{what} {text!r} is token {row.ids[0]}, which the model can't predict")
+            elif len(row.ids) > 1:
+                hints.append(
+                    f"{what} {text!r} is {len(row.ids)} tokens ({parts}): the first, {row.texts[0]!r}, stands for it; the metric logprob_sum takes all of them"
+                )
             elif advice and not clean[-1:].isspace():
                 hints.append(f"{what} {text!r} has no leading space: after this prompt {' ' + text!r} is the usual token")
             elif chat and text[:1] == " " and clean[-1:].isspace() and len(self.answer(clean, text.lstrip()).ids) == 1:

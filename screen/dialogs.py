@@ -1,12 +1,11 @@
 """What the keys do that open a list or a panel: help, palette, models, the convention in full, copying."""
 
-import json
 import time
 
 from techniques.output.requests import RunResult
-from vocabulary.chat import label_json, text_json
 from vocabulary.files import folder, short, write_text
 from vocabulary.nodes import UserError
+from vocabulary.prompts import line_of
 from screen.explain import paragraphs, wrapped
 from screen.glyphs import SIGNS
 from screen.jobs import ends_jobs
@@ -84,16 +83,9 @@ def copy(app: Host) -> None:
         Item("svg", "the screen as a picture", ".svg", lambda: app.export_screenshot(title="loupe")),
         Item("node", f"the address {node}", ".txt", lambda: f"{node}\n"),
         *pane.copies(app),
-        Item("prompt", "the prompt as a line of a prompt set", ".jsonl", lambda: prompt_line(app)),
+        Item("prompt", "the prompt as a line of a prompt set", ".jsonl", lambda: line_of(app.state.prompt)),
     ]
     app.open(Picker("copy", choices, lambda item, typed: item and app.guard(lambda: export(app, pane.key, item))))
-
-
-def prompt_line(app: Host) -> str:
-    p = app.state.prompt
-    labels = {name: label_json(place, p.clean) for name, place in p.labels}
-    line = {"clean": text_json(p.clean), "corrupt": text_json(p.corrupt), "answer": list(p.answers), "foil": list(p.foils), "labels": labels}
-    return json.dumps(line | ({} if p.bos is None else {"bos": p.bos}), ensure_ascii=False) + "\n"
 
 
 def export(app: Host, name: str, item: Item) -> None:

@@ -1,5 +1,6 @@
 """What the keys do to prompts: edit them, choose the metric, open and step through a set, align two of unequal length."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,9 @@ from vocabulary.alignment import check_pairs
 from vocabulary.chat import as_typed, read_typed
 from vocabulary.typed import whole_number
 from vocabulary.nodes import UserError
-from vocabulary.prompts import ALIGNMENTS, METRICS, Prompt, read_place, read_prompt_set
+from techniques.sets.requests import MAKES, MakeSet, SetResult
+from vocabulary.files import folder, short, write_text
+from vocabulary.prompts import ALIGNMENTS, METRICS, Prompt, line_of, read_place, read_prompt_set
 from vocabulary.requests import Check, CheckResult
 from screen.actions import turn
 from screen.overlays import Editor, Item, Picker
@@ -78,7 +81,10 @@ class PromptEditor(Editor):
             spans: Spans = [(f" {name:9}  ", DIM)]
             for r in rows:
                 spans += [
-                    (" ".join(show_token(t) + (f":{i}" if ids else "") for t, i in zip(r.texts, r.ids)), GOOD if len(r.ids) == 1 else BAD),
+                    (
+                        " ".join(show_token(t) + (f":{i}" if ids else "") for t, i in zip(r.texts, r.ids)),
+                        GOOD if len(r.ids) == 1 else BAD if check.problems else WARN,
+                    ),
                     ("  ", PLAIN),
                 ]
             lines.append(spans)
@@ -185,17 +191,49 @@ def edit_alignment(app: Host, check: CheckResult) -> None:
 def open_set(app: Host) -> None:
     files = sorted((ROOT / "zoo" / "prompts").glob("*.jsonl")) + sorted(Path.cwd().glob("*.jsonl"))
     items = [Item(f.stem, str(f.relative_to(ROOT) if f.is_relative_to(ROOT) else f), "", f) for f in files]
+    items += [Item(f"make {name}", what, "", MakeSet(name)) for name, what in MAKES.items()]
 
     def chosen(item: Item | None, typed: str) -> None:
-        open_file(app, item.value if item else Path(typed))
+        if item is not None and isinstance(item.value, MakeSet):
+            make(app, item.value)
+        else:
+            open_file(app, item.value if item else Path(typed))
 
-    app.open(Picker("prompt set", items, chosen, free=True))
+    app.open(Picker("prompt set: open a file, or make one in this model's words", items, chosen, free=True))
+
+
+def make(app: Host, request: MakeSet) -> None:
+    """A set made for this model, written beside the exports and opened."""
+    app.ready()
+
+    def made(result: SetResult) -> None:
+        path = folder("exports") / f"{time.strftime('%Y-%m-%d-%H%M%S')}-set-{result.make}.jsonl"
+        write_text(path, "".join(map(line_of, result.prompts)))
+        app.act("open_set", path=str(path), prompts=result.prompts, index=0)
+        app.say(f"{result.summary}; written to {short(path)}", GOOD)
+
+    app.requests.ask("set", request, made)
+
+
+def look_through(app: Host, name: str, prompts: tuple[Prompt, ...]) -> None:
+    """What of an opened set does not fit this model is listed, each line with its reason."""
+
+    def seen(result: SetResult) -> None:
+        if not result.left:
+            return
+        items = [Item(f"line {i + 1}", reason, "", i) for i, reason in result.left]
+        title = f"{len(result.left)} of {len(prompts)} prompts of {name} do not fit {app.info.name} and are left out of what runs over the set"
+        app.open(Picker(title, items, lambda item, typed: item and app.act("go", index=item.value)))
+
+    if app.info is not None:
+        app.requests.ask("set", MakeSet(name, prompts=prompts), seen)
 
 
 def open_file(app: Host, path: Path) -> None:
     prompts = read_prompt_set(path)
     app.act("open_set", path=str(path), prompts=prompts, index=0)
     app.say(f"{len(prompts)} prompts of {path.name}: ( and ) step through them; mean ablation averages over their corrupted prompts", GOOD)
+    look_through(app, path.name, prompts)
 
 
 def next_prompt(app: Host, by: int = 1) -> None:

@@ -158,6 +158,8 @@ def python_script(state: State, info: ModelInfo, run: RunResult) -> str:
     kind, load, active = state.metric.kind, state.model, state.study.interventions
     if run.now.metric is None:
         raise UserError("there is no metric to reproduce: t names the answer and the foil")
+    if kind not in METRIC:
+        raise UserError(f"a script knows the metrics {', '.join(METRIC)}, not {kind}")
     weights, base = sources(load.model, load.base, info, any(i.node.part == "pattern" and i.node.site == "head" for i in active))
     row = run.now.tokens
     mids = [i for i in active if i.node.site == "resid_mid"]

@@ -54,7 +54,7 @@ def state_line(app: Host, clean: TokenRow | None) -> Spans:
         name, edited = Path(s.set_path).stem, s.prompt != s.prompt_set[s.index]
         place = f"  set {name} {s.index + 1}/{len(s.prompt_set)}{' (edited)' if edited else ''}"
         line.append((place if s.members else f"  typed: not of the set {name}", WARN if edited else DIM))
-    answers, foils = (" ".join(show_token(a) for a in some[:3]) or "—" for some in (s.prompt.answers, s.prompt.foils))
+    answers, foils = answer_words(app)
     line.append((f"  answer {answers} foil {foils}", DIM))
     if not isinstance(s.prompt.clean, tuple) and app.info and clean and s.prompt.bos is None and not clean.bos:
         line.append((f"  {app.info.bos_habit.partition(':')[0]}", DIM))
@@ -63,6 +63,20 @@ def state_line(app: Host, clean: TokenRow | None) -> Spans:
     if s.align or s.prompt.alignment:
         line.append((f"  aligned {'by hand' if s.prompt.alignment else f'by {s.align}'}", WARN))
     return [*line, (f"  @{pos}{' ' + ' '.join(label) if label else ''}" if clean else "", DIM)]
+
+
+def answer_words(app: Host) -> tuple[str, str]:
+    """Answers and foils, the first three of each; of one of several tokens its first, as such."""
+    prompt, check = app.state.prompt, app.requests.check()
+    rows = {} if check is None else dict(zip((*prompt.answers, *prompt.foils), (*check.answers, *check.foils)))
+
+    def word(text: str) -> str:
+        row = rows.get(text)
+        if row is None or len(row.ids) < 2 or app.state.metric.kind == "logprob_sum":
+            return show_token(text)
+        return f"{show_token(row.texts[0])}… (1 of {len(row.ids)})"
+
+    return tuple(" ".join(map(word, some[:3])) or "—" for some in (prompt.answers, prompt.foils))
 
 
 def useful_keys(app: Host) -> list[tuple[str, str]]:

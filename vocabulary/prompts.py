@@ -1,11 +1,12 @@
 """Prompts and prompt sets, metrics, and the study that every analysis runs on. Never imports torch."""
 
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from vocabulary.chat import Chat, last_user, read_label, read_messages, start_of, turned
+from vocabulary.chat import Chat, label_json, last_user, read_label, read_messages, start_of, text_json, turned
 from vocabulary.typed import parse_json, read_text, user_path, whole_number
 from vocabulary.nodes import Intervention, LABEL, UserError
 
@@ -21,7 +22,8 @@ ALIGNMENTS: dict[Align, str] = {
 @dataclass(frozen=True)
 class Prompt:
     """
-    A clean text (or a chat), an optional corrupted one, single-token answers and foils. `labels` name positions: (label, character offset into `clean`, of a chat into its contents one after another),
+    A clean text (or a chat), an optional corrupted one, answers and foils (of several tokens: the first stands for it, and the metric logprob_sum takes all).
+    `labels` name positions: (label, character offset into `clean`, of a chat into its contents one after another),
     the token that covers the character; END, the last token, needs no label; `corrupt_labels` do so for the corrupted text (missing ones: the aligned
     positions). `bos` None means what the model's tokenizer does by itself (ModelInfo.bos_habit). `alignment`: pairs (clean index, corrupted index) of positions that are patched
     across, for prompts of unequal length (empty: none of its own, ALIGNMENTS).
@@ -106,6 +108,14 @@ def placed(labels: Labels, text: str | Chat | None, on: bool, system: str | None
     return tuple((name, place - first) for name, place in labels if first <= place < last)
 
 
+def line_of(p: Prompt) -> str:
+    """A prompt as a line of a prompt set: what read_prompt reads."""
+    labels, others = ({name: label_json(place, text) for name, place in some} for some, text in ((p.labels, p.clean), (p.corrupt_labels, p.corrupt)))
+    line = {"clean": text_json(p.clean), "corrupt": text_json(p.corrupt), "answer": list(p.answers), "foil": list(p.foils), "labels": labels}
+    more = {"bos": p.bos, "corrupt_labels": others or None, "alignment": list(map(list, p.alignment)) or None}
+    return json.dumps(line | {k: v for k, v in more.items() if v is not None}, ensure_ascii=False) + "\n"
+
+
 def read_prompt_set(path: str | Path) -> tuple[Prompt, ...]:
     """A .jsonl prompt set, one object a line; the error names file and line."""
     path = user_path(path)
@@ -125,12 +135,13 @@ def read_prompt_set(path: str | Path) -> tuple[Prompt, ...]:
 
 # ------------------------------------------------------------------ metrics
 
-MetricKind = Literal["logit_diff", "prob", "prob_diff", "logprob", "rank", "loss", "kl"]
+MetricKind = Literal["logit_diff", "prob", "prob_diff", "logprob", "logprob_sum", "rank", "loss", "kl"]
 METRICS: dict[MetricKind, str] = {
     "logit_diff": "mean logit of the answers minus mean logit of the foils",
     "prob": "probability of the answers (summed)",
     "prob_diff": "probability of the answers minus probability of the foils (summed)",
     "logprob": "log probability of the answers (of their summed probability), nats",
+    "logprob_sum": "log probability of the whole answer: of its tokens one after the other, each after those before it, summed, nats",
     "rank": "rank of the best answer, 0 is the top",
     "loss": "mean next-token cross-entropy of the prompt itself, nats",
     "kl": "KL(unpatched clean run || this run) at the metric's position, nats",
@@ -186,7 +197,7 @@ class Study:
 class TokenRow:
     """
     A tokenised text: ids, the text of each token, the index of each labelled position, whether index 0 is a BOS token put there, and the indices of the
-    tokens that are a chat template's, not of its turns.
+    tokens that are a chat template's, not of its turns. `tail`: so many tokens of an answer stand behind the prompt; END and negative positions are the prompt's.
     """
 
     ids: tuple[int, ...] = ()
@@ -194,3 +205,4 @@ class TokenRow:
     labels: dict[str, int] = field(default_factory=dict)
     bos: bool = False
     template: tuple[int, ...] = ()
+    tail: int = 0

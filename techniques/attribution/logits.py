@@ -18,6 +18,7 @@ from techniques.attribution.requests import AttributionCells, AttributionNeurons
 from vocabulary.nodes import UserError
 from vocabulary.prompts import Study
 from vocabulary.requests import Progress
+from vocabulary.sets import left_out
 from model.bridge import FINAL, Edit, Model
 from model.writes import POSITION, SCALE, dot, embedding, linear_norm, post_norm, post_scales, pull_back, require_parts, require_values, to_heads, to_neurons
 from model.steering import sites
@@ -335,13 +336,14 @@ def attribution_set(model: Model, study: Study, which: str, pos: int | str | Non
         return [{k: v[j] for k, v in cells.items()} for j in range(len(group))]
 
     check = lambda r, side: r.place(side, pos)  # noqa: E731
-    found = yield from over_set(model, study, members, which, check, work, "attribution over the prompt set")
+    members, found, left = yield from over_set(model, study, members, which, check, work, "attribution over the prompt set")
     stacked = {k: np.stack([row[k] for row in found]) for k in found[0]}
     finite("the attribution", *stacked.values())
     totals, logits, used = total(stacked), stacked["logit"], np.array([i for i, _ in members], np.int32)
     first = read_study(model, replace(study, prompt=members[0][1], interventions=()))
     n = len(used)
     words = convention(replace(first, study=replace(study, prompt=members[0][1])), which, named, f"mean and standard deviation over {n} prompts of the set")
+    words = "; ".join(filter(None, (words, left_out(left, len(study.prompt_set)))))
     return AttributionSetResult(
         which, to_cells(model, {k: v.mean(0) for k, v in stacked.items()}), to_cells(model, {k: v.std(0) for k, v in stacked.items()}), used,
         totals, logits, stacked.get("capped", np.zeros(0)), int(used[logits.argmin()]), float(np.abs(totals - logits).max()), words,

@@ -92,6 +92,8 @@ def slope_at(model: Model, score: MetricReader, ids: Tensor, d: SparseAutoencode
 def no_metric(runs: Runs, which: str) -> str:
     """Why there is no gradient of the metric, or ""."""
     kind = runs.study.metric.kind
+    if kind == "logprob_sum":
+        return "logprob_sum reads the answer's tokens behind the prompt, which features here do not see: use logprob"
     if kind == "rank":
         return "a rank has no gradient: use logit_diff, prob, logprob, kl or loss"
     if kind not in ("kl", "loss") and not runs.answers:

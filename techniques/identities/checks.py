@@ -101,7 +101,10 @@ def metric_floor(runs: Runs) -> Generator[Progress, None, Identity]:
     name, kind = "noise floor of the metric", runs.study.metric.kind
     if kind not in ("kl", "loss") and not runs.answers or kind in ("logit_diff", "prob_diff") and not runs.foils:
         return Identity(name, math.nan, math.nan, None, f"{kind} needs an answer" + " and a foil" * kind.endswith("diff"))
-    floor = yield from noise_floor([runs])
+    try:
+        floor = yield from noise_floor([read_study(runs.model, runs.study, with_answer=True)])
+    except UserError as error:
+        return Identity(name, math.nan, math.nan, None, str(error))
     return Identity(name, floor, math.nan, None, f"of {kind}: twice its standard deviation over roundings of the run; smaller changes are noise")
 
 

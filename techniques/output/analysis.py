@@ -11,7 +11,7 @@ from torch import Tensor
 from model.bridge import FINAL, Model
 from model.interventions import prepare
 from model.memory import Chunks
-from model.metrics import measure, rows_at_once
+from model.metrics import MetricReader, measure, rows_at_once
 from model.noise import known_floor, noise_floor
 from model.runs import Runs
 from model.top_tokens import largest, texts
@@ -21,7 +21,8 @@ from vocabulary.requests import Progress
 
 
 def answer(model: Model, request: Run) -> Generator:
-    runs = yield from prepare(model, request.study)
+    with_answer = request.study.metric.kind == "logprob_sum" and bool(request.study.prompt.answers)
+    runs = yield from prepare(model, request.study, with_answer)
     return (yield from run(runs, request.k))
 
 
@@ -33,13 +34,15 @@ class SideReading:
 
     def __init__(self, runs: Runs, which: str, k: int):
         model, row, metric = runs.model, runs.row(which), runs.study.metric
-        self.runs, self.which, self.row, self.loss = runs, which, row, metric.kind == "loss"
+        n = len(row.ids) - row.tail  # what is shown is the prompt
+        self.runs, self.which, self.loss = runs, which, metric.kind == "loss"
+        self.row = replace(row, ids=row.ids[:n], texts=row.texts[:n], tail=0)
         self.pos = 0 if self.loss else runs.metric_position(which)
         self.clean_ids = runs.row("clean").ids if metric.kind == "kl" else None
         self.key = (row.ids, runs.done if which == "now" else (), k, metric.kind, self.pos, tuple(runs.answers), tuple(runs.foils), self.clean_ids)
         self.done = model.cache.sides.get(self.key)
         if self.done is None:
-            shape = (len(row.ids), min(k, model.info.d_vocab))
+            shape = (n, min(k, model.info.d_vocab))
             self.ids, self.probs, self.logits = np.full(shape, -1, np.int32), *(np.full(shape, np.nan, np.float32) for _ in range(2))
             self.nll, self.metric = np.full(shape[0], np.nan), None
             self.last = runs.trace(which, [FINAL])[FINAL][0]
@@ -71,6 +74,10 @@ class SideReading:
 
     def measure(self, row: Tensor) -> None:
         runs, clean = self.runs, row
+        if runs.row(self.which).tail:
+            last = f"blocks.{runs.model.info.n_layers - 1}.hook_resid_post"
+            self.metric = float(MetricReader([runs], None, self.which).of(runs.trace(self.which, [last])[last], 0)[0, 0])
+            return
         if runs.study.metric.kind == "kl":
             clean = runs.model.unembed(runs.trace("clean", [FINAL])[FINAL][0][runs.metric_position("clean")][None])[0]
         self.metric = measure(runs.study.metric.kind, row, clean, self.nll[:-1], runs.answers, runs.foils)

@@ -9,14 +9,17 @@ import numpy as np
 import torch as t
 
 from model.noise import known_floor, noise_floor
+from model.replacements import mean_in_words
+from model.runs import first_tokens
 from model.variants import Base, Variant
 from techniques.patching import feature_sweep
-from techniques.patching.plan import Plan
+from techniques.patching.plan import POSITIONED, Plan
 from techniques.patching.requests import ESTIMATES, SWEEP_OPS, SWEEPS, SweepResult
 from vocabulary.nodes import UserError, parse_node
-from vocabulary.prompts import METRICS
+from vocabulary.prompts import METRICS, TokenRow
 from vocabulary.progress import time_left
 from vocabulary.requests import Progress
+from vocabulary.sets import left_out
 from vocabulary.statistics import paired_effects, smallest_p
 
 
@@ -41,7 +44,7 @@ class SweepTable:
         self.members, self.base, self.reason = members, base, base.reason
         self.sides[:, members] = sides
         self.waiting = []
-        for cell, spots in zip(self.cells, self.plan.layout.cells.values()):
+        for cell, spots in zip(self.cells, self.plan.layouts[members[0]].cells.values()):
             variant = Variant(cell, tuple(s for s in spots if s.node.pos is None or base.shared <= s.node.pos < base.stop))
             if variant.spots and max(variant.first, base.shared) < base.stop:
                 self.waiting.append(variant)
@@ -101,6 +104,7 @@ class SweepTable:
         with np.errstate(invalid="ignore"):
             mean = np.where(some, self.values, 0.0).sum(0) / count
         normalised, warning = normalise(mean, base, self.sides[:, known])
+        warning = "; ".join(filter(None, (warning, left_out(plan.left, len(plan.left) + len(plan.runs)))))
         table = lambda x: np.asarray(x, np.float32).reshape(self.shape)  # noqa: E731
         empty, stats, every = np.zeros((0, 0), np.float32), {}, np.zeros((0, *self.shape), np.float32)
         if whole and ask.over_set:
@@ -110,7 +114,7 @@ class SweepTable:
         stats = {k: stats.get(k, empty) for k in ("std", "low", "high", "p", "holm")}
         floor = known_floor(plan.runs) if self.has_floor else math.nan
         return SweepResult(
-            ask.kind, ask.op, ask.direction, ask.effect, self.method, layout.rows, layout.cols, layout.nodes, plan.runs[0].row(plan.side),
+            ask.kind, ask.op, ask.direction, ask.effect, self.method, layout.rows, layout.cols, layout.nodes, first_row(plan),
             table(mean), table(normalised), base, clean, None if math.isnan(corrupt) else corrupt, self.done, self.total, **stats, per_prompt=every,
             prompts=tuple(i for i, _ in plan.members) if ask.over_set else (), mechanism=mechanism(plan, self.reason, self.method), at_once=self.at_once,
             warning=warning, convention=convention(plan, self.method, self.how), peak_mb=round(self.peak_mb, 1),
@@ -142,6 +146,13 @@ def too_few(prompts: int, cells: int) -> str:
     return f"{prompts} prompts give no p below {floor:.2g}, so that none of {cells} cells can have a corrected p below .05" if floor * cells >= 0.05 else ""
 
 
+def first_row(plan: Plan) -> TokenRow:
+    """The tokens of the first prompt, without those of an answer behind it."""
+    row = plan.runs[0].row(plan.side)
+    n = len(row.ids) - row.tail
+    return replace(row, ids=row.ids[:n], texts=row.texts[:n], tail=0)
+
+
 # ------------------------------------------------------------------ words
 
 
@@ -167,7 +178,7 @@ def convention(plan: Plan, method: str, how: str = "") -> str:
         seed = f", seed {ask.seed}" if ask.op == "resample" else ""
         what = f"{run} run, {ask.op}: {SWEEP_OPS[ask.op]}{amount}{seed}"
     place = "" if metric.kind == "loss" else f" at {metric.pos}"
-    parts = [SWEEPS[ask.kind], what, f"{metric.kind}{place}"]
+    parts = [SWEEPS[ask.kind], what, f"{metric.kind}{place}", first_tokens(plan.runs)]
     parts.append("normalised: corrupted = 0, clean = 1" if plan.runs[0].rows["corrupt"] is not None else "normalised: share of the base run's metric")
     if ask.effect == "direct":
         parts.append("direct effect: later attention, MLPs and norm scales as in the base run")
@@ -180,6 +191,10 @@ def convention(plan: Plan, method: str, how: str = "") -> str:
         parts.append(
             f"mean over {len(plan.runs)} prompts, ratio of means; spread, interval and p (sign flips; corrected by Holm for {len(plan.layout.cells)} cells) of the effect, paired by prompt"
         )
+    if len({len(r.row(plan.side).ids) for r in plan.runs}) > 1:
+        parts.append("prompts of unequal length, run in groups of equal length" + ", columns by label" * (ask.kind in POSITIONED))
+    if ask.op == "mean":
+        parts.append(mean_in_words(model, ask.study, [r.row(plan.side) for r in plan.runs]))
     if ask.kind == "q" or ask.kind == "k":
         parts += ["before the rotation"] * (model.info.positions == "rotary")
     if ask.kind in ("k", "v") and model.info.n_kv_heads < model.info.n_heads:

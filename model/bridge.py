@@ -122,6 +122,7 @@ class Model:
         self.causal = not getattr(text_config, "bidirectional", False)
         self.widths = [neurons(block) for block in getattr(self.bridge, "blocks", ())]
         self.cache, self.notes = Cache(cache_mb << 20), Notes()
+        self.pair: tuple[Model, Model] | None = None  # with a second model: the first and the second (beside.py)
         self.bos, self.n_embed = tokenizer.bos_token_id, hf.get_input_embeddings().weight.shape[0]
         self.info = described(self, ask.model, hf)
         self.tokens = (LabelTokens if isinstance(tokenizer, Labels) else Tokens)(tokenizer, self.info, self.n_embed)

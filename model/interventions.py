@@ -17,7 +17,7 @@ from vocabulary.requests import Progress
 def prepare(model: Model, study: Study) -> Generator[Progress, None, Runs]:
     """Read the study and turn its interventions into edits, in order; a write at resid_mid comes after those at the attention it is written through."""
     runs = read_study(model, study)
-    base, row = study.base, runs.row("now")
+    model, base, row = runs.model, study.base, runs.row("now")
     other = "corrupt" if base == "clean" else "clean"
     edits, late, done, layers = [], [], [], set()
     for i in study.interventions:
@@ -63,7 +63,7 @@ def one_edit(runs: Runs, i: Intervention, row: TokenRow, base: str, other: str) 
             except UserError as error:
                 raise UserError(f"{i}: {error}") from error
             value = runs.trace(other, [name])[name]
-            mark = (str(i), spot_key(spot), source.ids)
+            mark = (str(i), spot_key(spot), source.ids, runs.study.against)
             return (edit(spot, "patch", None, value), mark) if there is None else (across(spot, value, there, i), (*mark, there))
         case "freeze":
             return edit(spot, "patch", None, model.trace(row.ids, [name])[name]), (str(i), spot_key(spot), row.ids)

@@ -63,7 +63,7 @@ def is_hub_name(name: str) -> bool:
 def resolved(ask: Load) -> Load:
     """What is to be loaded, by its canonical name (`gpt2-small` is `gpt2`); a folder of the name that was typed comes first."""
     known = lambda name: name if not name or user_path(name).is_dir() else canonical(name)  # noqa: E731
-    return replace(ask, model=known(ask.model), base=known(ask.base))
+    return replace(ask, model=known(ask.model), base=known(ask.base), against=known(ask.against))
 
 
 def find_folder(name: str, weights: bool = True) -> Generator[Progress, None, Path]:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from utils import model_name
 from vocabulary.prompts import Align, Prompt, TokenRow
 from vocabulary.sizes import Room
 from vocabulary.wire import message, request
@@ -9,13 +10,18 @@ from vocabulary.wire import message, request
 
 @request(needs_model=False)
 class Load:
-    """Load a model: `zoo`, a Hugging Face folder or a hub name; `base` names the architecture when `model` holds only fine-tuned weights."""
+    """
+    Load a model: `zoo`, a Hugging Face folder or a hub name; `base` names the architecture when `model` holds only fine-tuned weights, or an adapter's
+    base. `against`: a second model of the same shape beside it, whose run of the prompt is the corrupted run. `scale`: of an adapter's change, 0 to 1.
+    """
 
     model: str = "zoo"
     base: str | None = None
     dtype: str = "auto"
     device: str = "auto"
     device_map: str | None = None
+    against: str = ""
+    scale: float = 1.0
 
 
 @request
@@ -61,7 +67,7 @@ class ModelInfo:
     """
     What is loaded. `bos` is the text of the BOS token ("" when there is none) and `default_bos` whether prompts get it unasked (`bos_habit`: why). `warning`: a GPU that is
     here and not used, or filled by others. `repairs`: what Loupe puts right in TransformerLens on this model (model/live_hooks.py), and a script of
-    TransformerLens alone lacks.
+    TransformerLens alone lacks. `against`: the second model, and `beside` what the two share; `scale` of an adapter (None: it is none).
     """
 
     name: str
@@ -88,11 +94,24 @@ class ModelInfo:
     warning: str = ""
     bos_habit: str = ""
     repairs: tuple[str, ...] = ()
+    against: str = ""
+    beside: str = ""
+    scale: float | None = None
 
     @property
     def key(self) -> str:
         """What replies are marked with that were computed on this model."""
-        return f"{self.name}, {self.dtype} on {self.device}"
+        return f"{self.name}{self.scaled}, {self.dtype} on {self.device}" + f", against {self.against}" * bool(self.against)
+
+    @property
+    def scaled(self) -> str:
+        """An adapter's scale, where it is not the whole of it."""
+        return "" if self.scale is None else f" × {self.scale:g}"
+
+    @property
+    def title(self) -> str:
+        """A short name, for titles."""
+        return model_name(self.name) + self.scaled
 
 
 @message

@@ -85,7 +85,7 @@ class EdgeRun:
         _, self.clean = model.forward(self.ids, names)
         corrupt = None
         if all(r.rows["corrupt"] is not None for r in self.group) and len({len(r.rows["corrupt"].ids) for r in self.group} | {self.seq}) == 1:
-            _, corrupt = model.forward(t.tensor([r.row("corrupt").ids for r in self.group]), names)
+            _, corrupt = self.group[0].of("corrupt").forward(t.tensor([r.row("corrupt").ids for r in self.group]), names)
         normed = None
         if self.group[0].study.metric.kind == "kl":
             normed = t.stack([x[r.metric_position("clean")] for r, x in zip(self.group, self.clean[FINAL])])
@@ -99,6 +99,11 @@ class EdgeRun:
                 if corrupt is None:
                     raise UserError(
                         "cut edges carry the corrupted run, and a prompt has none of equal length: use zero, or mean and resample with prompts of one length"
+                    )
+                if self.group[0].pair and self.by_edges and self.scales:
+                    raise UserError(
+                        f"{self.info.architecture}: what a head writes through the norm after attention is not defined with one model's z and another's"
+                        " scale, so edges are not cut across two models; score nodes"
                     )
                 acts = corrupt
             case "resample":
@@ -406,6 +411,7 @@ def edge_runs(model: Model, study: Study, rest: str, seed: int = 0, make: Callab
             check_lengths(runs[-1:], "clean", Sweep(study, op=rest))
         except UserError as error:
             raise UserError(f"prompt {i + 1} of the set: {error}" if study.prompt_set else str(error)) from error
+    model = runs[0].model
     plan = Plan(model, Sweep(study, "nodes", rest, seed=seed), members, runs, "clean", "corrupt", None, chunk_bytes(model.device))
     out = []
 

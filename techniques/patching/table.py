@@ -155,20 +155,20 @@ def mechanism(plan: Plan, reason: str, method: str) -> str:
 
 def convention(plan: Plan, method: str, how: str = "") -> str:
     """What matters first: it is a pane's title. `how` says where an estimate's gradients are taken."""
-    ask, model = plan.ask, plan.model
+    ask, model, called = plan.ask, plan.model, plan.runs[0].called
     metric = ask.study.metric
     assert metric.kind in METRICS
     if ask.op == "patch":
-        what = {"denoise": "denoise: clean values into the corrupted run", "noise": "noise: corrupted values into the clean run"}[ask.direction]
-        what += f", the {'clean' if plan.other == 'clean' else 'corrupted'} run without the interventions" * bool(plan.study.interventions)
+        what = f"{ask.direction}: {called(plan.other)} values into the {called(plan.side)} run"
+        what += f", the {called(plan.other)} run without the interventions" * bool(plan.study.interventions)
     else:
-        run = "corrupted" if plan.side == "corrupt" else "clean"
+        run = called(plan.side)
         amount = f" of {ask.noise:g} embedding standard deviations, seed {ask.seed}" if ask.op == "noise" else ""
         seed = f", seed {ask.seed}" if ask.op == "resample" else ""
         what = f"{run} run, {ask.op}: {SWEEP_OPS[ask.op]}{amount}{seed}"
     place = "" if metric.kind == "loss" else f" at {metric.pos}"
     parts = [SWEEPS[ask.kind], what, f"{metric.kind}{place}"]
-    parts.append("normalised: corrupted = 0, clean = 1" if plan.runs[0].rows["corrupt"] is not None else "normalised: share of the base run's metric")
+    parts.append(f"normalised: {called('corrupt')} = 0, {called('clean')} = 1" if plan.runs[0].rows["corrupt"] is not None else "normalised: share of the base run's metric")
     if ask.effect == "direct":
         parts.append("direct effect: later attention, MLPs and norm scales as in the base run")
         parts += ["through the head's own z"] * (ask.kind in ("q", "k", "v", "pattern"))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model import loading
 from model.bridge import Model
-from utils import model_name, show_bytes
+from utils import show_bytes, two_names
 from vocabulary.nodes import UserError
 from vocabulary.requests import Load, Progress
 
@@ -29,17 +29,27 @@ def load_beside(first: Model, ask: Load, cache_mb: int) -> Generator[Progress, N
     second = yield from loading.load(replace(ask, model=ask.against, base=None, against="", scale=1.0, dtype=name, device=str(first.device)), cache_mb)
     check_shape(first, second)
     shared, own = share(first, second)
-    words = f"{model_name(second.info.name)} is beside it: {show_bytes(shared)} of its weights are shared, it takes {show_bytes(own)} more"
-    first.info, second.info = replace(first.info, against=second.info.name, beside=words), replace(second.info, beside=words)
+    names = two_names(first.info.name, second.info.name)
+    words = f"{names[1]} is beside it: {show_bytes(shared)} of its weights are shared, it takes {show_bytes(own)} more"
+    first.info = replace(first.info, against=second.info.name, beside=words)
     first.pair = second.pair = (first, second)
+    call(first)
     forget(first)
     return second
+
+
+def call(model: Model) -> None:
+    """Say on each of a pair what both are called, with an adapter's scale."""
+    infos = [m.info for m in model.pair]
+    names = tuple(name + info.scaled for name, info in zip(two_names(*(i.name for i in infos)), infos))
+    for m in model.pair:
+        m.info = replace(m.info, names=names)
 
 
 def part(first: Model) -> None:
     """Go on with the first model alone."""
     if first.pair:
-        first.info, first.pair = replace(first.info, against="", beside=""), None
+        first.info, first.pair = replace(first.info, against="", beside="", names=()), None
         forget(first)
 
 

@@ -161,12 +161,12 @@ class Runs:
 
     def called(self, which: str) -> str:
         """A run in words: clean or corrupted, or the model that makes it where these are two."""
-        return self.of(which).info.title if self.pair else {"clean": "clean", "corrupt": "corrupted"}[which]
+        return self.model.info.names[which == "corrupt"] if self.pair else {"clean": "clean", "corrupt": "corrupted"}[which]
 
     @property
     def compared(self) -> str:
         """Which two models the runs compare, in words."""
-        return "clean and corrupted are one prompt in two models: {} and {}".format(*(m.info.title for m in self.pair)) if self.pair else ""
+        return "clean and corrupted are one prompt in two models: {} and {}".format(*self.model.info.names) if self.pair else ""
 
     @property
     def convention(self) -> str:

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from utils import model_name
 from vocabulary.prompts import Align, Prompt, TokenRow
 from vocabulary.sizes import Room
 from vocabulary.wire import message, request
@@ -67,7 +66,8 @@ class ModelInfo:
     """
     What is loaded. `bos` is the text of the BOS token ("" when there is none) and `default_bos` whether prompts get it unasked (`bos_habit`: why). `warning`: a GPU that is
     here and not used, or filled by others. `repairs`: what Loupe puts right in TransformerLens on this model (model/live_hooks.py), and a script of
-    TransformerLens alone lacks. `against`: the second model, and `beside` what the two share; `scale` of an adapter (None: it is none).
+    TransformerLens alone lacks. `against`: the second model, `beside` what the two share, `names` both as they are shown;
+    `scale` of an adapter (None: it is none).
     """
 
     name: str
@@ -96,6 +96,7 @@ class ModelInfo:
     repairs: tuple[str, ...] = ()
     against: str = ""
     beside: str = ""
+    names: tuple[str, ...] = ()
     scale: float | None = None
 
     @property
@@ -105,13 +106,8 @@ class ModelInfo:
 
     @property
     def scaled(self) -> str:
-        """An adapter's scale, where it is not the whole of it."""
+        """The scale of an adapter, in words."""
         return "" if self.scale is None else f" × {self.scale:g}"
-
-    @property
-    def title(self) -> str:
-        """A short name, for titles."""
-        return model_name(self.name) + self.scaled
 
 
 @message

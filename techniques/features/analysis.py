@@ -43,7 +43,8 @@ def answer(model: Model, ask: Request) -> Generator:
 def own_run(runs: Runs, which: str) -> Runs:
     """The runs, of which one is read through this model's SAE. UserError where that is the second model's."""
     if runs.pair and runs.of(which) is not runs.pair[0]:
-        raise UserError(f"an SAE reads the model that it was trained on, and this run is one of {runs.pair[1].info.title}: choose the run of {runs.pair[0].info.title} (f, --which)")
+        own, other = runs.called("clean"), runs.called("corrupt")
+        raise UserError(f"an SAE reads the model that it was trained on, and this run is one of {other}: choose a run of {own} (f, --which)")
     return runs
 
 

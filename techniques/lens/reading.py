@@ -272,17 +272,19 @@ def read_lens(runs: Runs, ask) -> Generator[Progress | LensResult, None, LensRes
     has_norm(model)
     lens = None if ask.kind == "logit" else (yield from read_translators(model, ask.kind, ask.artefact))
     if lens is not None and runs.pair and model is not runs.pair[0]:
-        raise UserError(f"the {ask.kind} lens is fitted on {runs.pair[0].info.title}, and this run is one of {model.info.title}: use the logit lens")
+        raise UserError(f"the {ask.kind} lens is fitted on {runs.called('clean')}, and this run is one of {runs.called('corrupt')}: use the logit lens")
     nodes = lens_points(model, ask.points, lens)
     places = list(dict.fromkeys(runs.position(which, p) for p in ask.positions)) or list(range(len(row.ids)))
     with_pair, convention = others(runs, which, ask.pair and (lens is None or not runs.pair)), lens_convention(runs, nodes, lens)
     readers = {r: Reader(runs, r, nodes, lens, places) for r in dict.fromkeys((which, *with_pair))}
     table: list[dict[str, np.ndarray]] = []  # one for every stretch of positions, [point, place, ...]
 
+    called = runs.called("clean"), runs.called("corrupt")
+
     def result(cells: dict[str, np.ndarray], first: int) -> LensResult:
         used = np.concatenate([cells[n].ravel() for n in ("top_ids", "up_ids", "down_ids")])
         names = tuple(str(n) for n in nodes[first : first + len(cells["entropy"])])
-        return LensResult(row, names, texts=texts(model, used), convention=convention, positions=tuple(places), kind=ask.kind, **cells)
+        return LensResult(row, names, texts=texts(model, used), convention=convention, positions=tuple(places), kind=ask.kind, names=called, **cells)
 
     per_point = lambda _: max(1, min(CHUNK_BYTES, vocab_bytes(model)) // (4 * model.info.d_vocab * readers[which].n))  # noqa: E731
     points = Chunks("points", per_point)

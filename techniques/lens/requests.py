@@ -80,6 +80,7 @@ class LensResult:
     rank_pair, with a second model: its rank of the best answer minus this model's. up and down [point, seq, 3]: the tokens whose log
     probability rose and fell most against the residual row before it in the table, and by how much (NaN in the first row); of a component, the
     tokens it writes most for and against, direct logits minus their mean over the vocabulary. `positions` are the columns: indices into `tokens`.
+    `names`: what clean and corrupted are called (two models, of one prompt).
     """
 
     tokens: TokenRow
@@ -101,6 +102,7 @@ class LensResult:
     positions: tuple[int, ...] = ()
     kind: str = "logit"
     rank_pair: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    names: tuple[str, str] = ("clean", "corrupted")
 
 
 @message

@@ -143,5 +143,6 @@ def run_result(runs: Runs, readings: dict[str, SideReading]) -> RunResult:
     words = texts(runs.model, np.concatenate([s.top_ids[s.top_ids >= 0] for s in sides]))
     place = "" if metric.kind == "loss" else f" at {metric.pos}"
     parts = [f"{metric.kind}{place}", f"normalised: {runs.called('corrupt')} = 0, {runs.called('clean')} = 1", f"raw weights, {runs.model.info.dtype}", runs.convention]
+    names = runs.called("clean"), runs.called("corrupt")
     floor = known_floor([runs]) if runs.edits and now.metric is not None and tells(runs) else math.nan
-    return RunResult(clean, corrupt, now, normalised, warning, words, ", ".join(p for p in parts if p), tuple(runs.answers), tuple(runs.foils), floor)
+    return RunResult(clean, corrupt, now, normalised, warning, words, ", ".join(p for p in parts if p), tuple(runs.answers), tuple(runs.foils), floor, names, runs.study.base)

@@ -76,6 +76,11 @@ class SweepTable:
         return Progress(max(self.done, int(part * self.total)), self.total, f"{self.plan.ask.kind} {self.done}/{self.total}{left}")
 
     @property
+    def names(self) -> tuple[str, str]:
+        """What clean and corrupted are called."""
+        return self.plan.runs[0].called("clean"), self.plan.runs[0].called("corrupt")
+
+    @property
     def peak_mb(self) -> float:
         device = self.plan.model.device
         return (t.cuda.max_memory_allocated(device) if device.type == "cuda" else self.peak) / 2**20
@@ -100,7 +105,7 @@ class SweepTable:
         count = some.sum(0)
         with np.errstate(invalid="ignore"):
             mean = np.where(some, self.values, 0.0).sum(0) / count
-        normalised, warning = normalise(mean, base, self.sides[:, known])
+        normalised, warning = normalise(mean, base, self.sides[:, known], self.names)
         table = lambda x: np.asarray(x, np.float32).reshape(self.shape)  # noqa: E731
         empty, stats, every = np.zeros((0, 0), np.float32), {}, np.zeros((0, *self.shape), np.float32)
         if whole and ask.over_set:
@@ -114,11 +119,11 @@ class SweepTable:
             table(mean), table(normalised), base, clean, None if math.isnan(corrupt) else corrupt, self.done, self.total, **stats, per_prompt=every,
             prompts=tuple(i for i, _ in plan.members) if ask.over_set else (), mechanism=mechanism(plan, self.reason, self.method), at_once=self.at_once,
             warning=warning, convention=convention(plan, self.method, self.how), peak_mb=round(self.peak_mb, 1),
-            floor=floor,
+            floor=floor, names=self.names,
         )  # fmt: skip
 
 
-def normalise(mean: np.ndarray, base: float, sides: np.ndarray) -> tuple[np.ndarray, str]:
+def normalise(mean: np.ndarray, base: float, sides: np.ndarray, names: tuple[str, str] = ("clean", "corrupted")) -> tuple[np.ndarray, str]:
     """(mean - corrupted) / (clean - corrupted), a ratio of means; without a corrupted prompt mean / base. NaN, and why, where that says nothing."""
     clean, corrupt = sides[1], sides[2]
     if np.isnan(corrupt).any():
@@ -128,11 +133,11 @@ def normalise(mean: np.ndarray, base: float, sides: np.ndarray) -> tuple[np.ndar
     gaps = clean - corrupt
     gap, size = gaps.mean(), max(abs(clean.mean()), abs(corrupt.mean()))
     if abs(gap) < 1e-3 * size or gap == 0:
-        return np.full(mean.shape, math.nan), f"clean and corrupted differ by {gap:.2g} only: not normalised"
+        return np.full(mean.shape, math.nan), f"{names[0]} and {names[1]} differ by {gap:.2g} only: not normalised"
     small = int((np.abs(gaps) < 0.1 * abs(gap)).sum())
-    words = f"{small} of {len(gaps)} prompts have a clean - corrupted below a tenth of the mean" if small else ""
+    words = f"{small} of {len(gaps)} prompts have a {names[0]} - {names[1]} below a tenth of the mean" if small else ""
     if abs(gap) < 0.05 * size:
-        words = f"clean and corrupted differ by {gap:.2g} only: normalised values are large and noisy"
+        words = f"{names[0]} and {names[1]} differ by {gap:.2g} only: normalised values are large and noisy"
     return (mean - corrupt.mean()) / gap, words
 
 

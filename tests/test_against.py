@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from engine import Engine
 from techniques.attention.requests import Attention
 from techniques.attribution.requests import Attribution
-from techniques.circuits.requests import Discover, PathPatch, Score
+from techniques.circuits.requests import PathPatch, Score
 from techniques.lens.requests import Lens
 from techniques.output.requests import Run
 from techniques.patching.requests import Estimate, Sweep
 from vocabulary.circuit import Circuit
-from vocabulary.nodes import UserError, parse_intervention
+from vocabulary.nodes import parse_intervention
 from vocabulary.prompts import Metric, Study
 from vocabulary.requests import Load
 

@@ -67,7 +67,7 @@ class ModelInfo:
     What is loaded. `bos` is the text of the BOS token ("" when there is none) and `default_bos` whether prompts get it unasked (`bos_habit`: why). `warning`: a GPU that is
     here and not used, or filled by others. `repairs`: what Loupe puts right in TransformerLens on this model (model/live_hooks.py), and a script of
     TransformerLens alone lacks. `against`: the second model, `beside` what the two share, `names` both as they are shown;
-    `scale` of an adapter (None: it is none).
+    `scale` of an adapter (None: it is none) and its `base`.
     """
 
     name: str
@@ -98,6 +98,7 @@ class ModelInfo:
     beside: str = ""
     names: tuple[str, ...] = ()
     scale: float | None = None
+    base: str = ""
 
     @property
     def key(self) -> str:

@@ -319,7 +319,7 @@ def fill_paths(
     """The cells of a few prompts, as many paths at a time as fit; of a dry run the first few, and with them the result: how long all of it takes."""
     if base.reason:
         raise UserError(f"path patching runs the model block by block, and {base.reason}")
-    model, runs = plan.model, [plan.runs[i] for i in members]
+    runs = [plan.runs[i] for i in members]
     other = base.beside.get(EMBED)
     other = runs[0].of(plan.other).forward(t.tensor([r.row(plan.other).ids for r in runs]), [EMBED])[1][EMBED] if other is None else other
     base.source["embed"] = aligned(plan, other, base.resid[0], (0, "resid_pre", "z"), runs[0])

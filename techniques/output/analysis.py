@@ -142,7 +142,14 @@ def run_result(runs: Runs, readings: dict[str, SideReading]) -> RunResult:
     sides = [s for s in (clean, corrupt, now) if s is not None]
     words = texts(runs.model, np.concatenate([s.top_ids[s.top_ids >= 0] for s in sides]))
     place = "" if metric.kind == "loss" else f" at {metric.pos}"
-    parts = [f"{metric.kind}{place}", f"normalised: {runs.called('corrupt')} = 0, {runs.called('clean')} = 1", f"raw weights, {runs.model.info.dtype}", runs.convention]
+    parts = [
+        f"{metric.kind}{place}",
+        f"normalised: {runs.called('corrupt')} = 0, {runs.called('clean')} = 1",
+        f"raw weights, {runs.model.info.dtype}",
+        runs.convention,
+    ]
     names = runs.called("clean"), runs.called("corrupt")
     floor = known_floor([runs]) if runs.edits and now.metric is not None and tells(runs) else math.nan
-    return RunResult(clean, corrupt, now, normalised, warning, words, ", ".join(p for p in parts if p), tuple(runs.answers), tuple(runs.foils), floor, names, runs.study.base)
+    return RunResult(
+        clean, corrupt, now, normalised, warning, words, ", ".join(p for p in parts if p), tuple(runs.answers), tuple(runs.foils), floor, names, runs.study.base
+    )

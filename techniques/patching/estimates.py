@@ -37,7 +37,9 @@ def estimate(model, ask: Estimate) -> Generator[Progress | SweepResult, None, Sw
     if ask.kind == "features":
         raise UserError("estimates of features are their attributions: order pane 6 by attribution, or run the sweep itself")
     if ask.study.against and ask.method == "ig":
-        raise UserError(f"ig goes from one prompt's embeddings to another's in one model, and {ask.study.against} is a second one: use atp, or run the sweep itself")
+        raise UserError(
+            f"ig goes from one prompt's embeddings to another's in one model, and {ask.study.against} is a second one: use atp, or run the sweep itself"
+        )
     if ask.kind in ("pairs", "cumulative"):
         raise UserError(f"{ask.kind}: gradients say nothing of several nodes at once; run the sweep itself")
     plan = read_plan(model, Sweep(ask.study, ask.kind, "patch", ask.direction, node=ask.node, over_set=ask.over_set))

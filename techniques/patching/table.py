@@ -173,7 +173,11 @@ def convention(plan: Plan, method: str, how: str = "") -> str:
         what = f"{run} run, {ask.op}: {SWEEP_OPS[ask.op]}{amount}{seed}"
     place = "" if metric.kind == "loss" else f" at {metric.pos}"
     parts = [SWEEPS[ask.kind], what, f"{metric.kind}{place}"]
-    parts.append(f"normalised: {called('corrupt')} = 0, {called('clean')} = 1" if plan.runs[0].rows["corrupt"] is not None else "normalised: share of the base run's metric")
+    parts.append(
+        f"normalised: {called('corrupt')} = 0, {called('clean')} = 1"
+        if plan.runs[0].rows["corrupt"] is not None
+        else "normalised: share of the base run's metric"
+    )
     if ask.effect == "direct":
         parts.append("direct effect: later attention, MLPs and norm scales as in the base run")
         parts += ["through the head's own z"] * (ask.kind in ("q", "k", "v", "pattern"))

@@ -26,7 +26,7 @@ def models(app: Host) -> None:
     def fill(result: ModelsResult) -> None:
         nonlocal found
         found, room = result, result.room
-        picker.items, picker.title = items(result), f"model in {old.dtype}, {show_bytes(room.free)} free on {room.device} {USAGE}"
+        picker.items, picker.title = listed(app, result), f"model in {old.dtype}, {show_bytes(room.free)} free on {room.device} {USAGE}"
         if picker.is_mounted and not picker.closing:
             picker.draw()
 
@@ -34,9 +34,9 @@ def models(app: Host) -> None:
 
 
 def listed(app: Host, found: ModelsResult) -> list[Item]:
-    """The models; with one loaded, what compares it with a second comes after the first line."""
+    """The models; what compares with a second one comes after the first line."""
     first, *rest = items(found)
-    return [first, *(beside.items(app) if app.info is not None else []), *rest]
+    return [first, *beside.items(app), *rest]
 
 
 def stop(app: Host) -> None:

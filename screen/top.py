@@ -39,7 +39,7 @@ def top_lines(app: Host) -> list[Spans]:
 def beside_line(app: Host, width: int) -> Spans:
     """The second model, in the place of the corrupted prompt."""
     said = app.info.beside if app.info is not None else f"{app.state.model.against}, not loaded"
-    return [(" against   ", DIM), (visible(whole_parts(" " + said.replace(": ", " · "), width - 12)), PLAIN)]
+    return [(" against   ", DIM), (" " + visible(whole_parts(said.replace(": ", " · "), width - 12)), PLAIN)]
 
 
 def state_line(app: Host, clean: TokenRow | None) -> Spans:

@@ -112,6 +112,8 @@ GOOD = {
     "align": {"how": "diff"},
     "sae_error": {"value": False},
     "bos": {"value": True},
+    "against": {"name": "a"},
+    "adapter_scale": {"value": 0.5},
 }
 
 

@@ -1,5 +1,6 @@
 """Two models of one shape: the run of the other model against plain hooks on two Hugging Face models; patching across them; what is refused."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -12,12 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from engine import Engine
 from techniques.attention.requests import Attention
 from techniques.attribution.requests import Attribution
-from techniques.circuits.requests import PathPatch, Score
+from techniques.circuits.requests import Discover, PathPatch, Score
 from techniques.lens.requests import Lens
 from techniques.output.requests import Run
 from techniques.patching.requests import Estimate, Sweep
+from techniques.weights.requests import WeightDifference
 from vocabulary.circuit import Circuit
-from vocabulary.nodes import parse_intervention
+from vocabulary.nodes import UserError, parse_intervention
 from vocabulary.prompts import Metric, Study
 from vocabulary.requests import Load
 
@@ -176,3 +178,67 @@ def test_a_circuit_of_nodes_and_the_rest_of_the_other_model(two):
 
     whole, alone, empty = two.diff(two.first.run([two.ids])[0]), cut([h for h in heads if h not in kept]), cut(heads)
     assert r.faithfulness.mean == pytest.approx((alone - empty) / (whole - empty), abs=1e-3)
+
+
+def product(reference, layer: int, part: str, head: int) -> t.Tensor:
+    """W_V W_O or W_Q W_K^T [d_model, d_model] of one head, from Hugging Face's own matrices."""
+    a, d, g = reference.attn(layer), reference.d_head, reference.arch == "gpt2"
+    rows = lambda p: (getattr(a, f"{p}_proj").weight if not g else a.c_attn.weight.T)[reference.columns(p, head)].detach()  # noqa: E731
+    out = (a.c_proj.weight.T if g else a.o_proj.weight).detach()[:, head * d : (head + 1) * d]
+    return rows("v").T @ out.T if part == "OV" else rows("q").T @ rows("k")
+
+
+@pytest.mark.parametrize("arch", QUICK)
+def test_the_map_of_weight_differences(twos, arch):
+    two = twos[arch]
+    r = two.engine.run(WeightDifference())
+    for part in ("OV", "QK"):
+        for layer, head in ((0, 1), (1, 3)):
+            x, y = (product(m, layer, part, head).flatten().double() for m in (two.first, two.second))
+            assert r.heads[part][layer, head] == pytest.approx((x @ y / x.norm() / y.norm()).item(), abs=1e-4)
+    state = [m.hf.state_dict() for m in (two.first, two.second)]
+    name = next(n for n in state[0] if ".1." in n and n.endswith(("down_proj.weight", "mlp.c_proj.weight")))
+    x, y = (s[name] for s in state)
+    at = next(i for i, p in enumerate(r.parts) if name.endswith(p))
+    assert r.values[1, at] == pytest.approx(((y - x).norm() / x.norm()).item(), abs=1e-5)
+    assert np.nanmax(r.values[0]) == 0 and np.nanmin(r.values[1]) > 0, "only layer 1 was moved"
+    x, y = (m.attn(1).c_attn.weight.T[m.columns("q", 2)] if arch == "gpt2" else m.attn(1).q_proj.weight[m.columns("q", 2)] for m in (two.first, two.second))
+    assert r.heads["Q"][1, 2] == pytest.approx(((y - x).norm() / x.norm()).item(), abs=1e-5)
+    assert {v for n, v in r.rest.items() if "norm" not in n and "ln_f" not in n} == {0.0}, "the embeddings are the same"
+
+
+def test_equal_tensors_are_held_once(twos):
+    two = twos["llama"]
+    one, other = (dict(m.bridge.original_model.named_parameters()) for m in two.engine.model.pair)
+    same = {n for n in one if one[n].data_ptr() == other[n].data_ptr()}
+    assert same == {n for n in one if t.equal(one[n], other[n])} and len(same) > len(one) / 2
+    assert "of its weights are shared" in two.engine.model.info.beside
+
+
+def test_what_can_not_be_compared_is_refused(engines, folders, twos, tmp_path):
+    zoo = Engine("zoo")
+    for other, why in ((folders["llama"], "one architecture"), (folders["gpt2"], "another shape")):
+        with pytest.raises(UserError, match=why):
+            zoo.run(Load("zoo", against=str(other)))
+        assert zoo.run(Run(Study(PROMPT))).corrupt is not None, "the first model stays"
+    llama = twos["llama"]
+    with pytest.raises(UserError, match="is not loaded beside"):
+        zoo.run(Run(Study(ALONE, against="elsewhere")))
+    with pytest.raises(UserError, match="is a second one"):
+        llama.engine.run(Estimate(llama.study, "mlp", "ig"))
+    with pytest.raises(UserError, match="is a second one"):
+        llama.engine.run(Discover(llama.study, "eap-ig", rest="patch"))
+    llama.engine.run(Load(str(folders["llama"])))
+    assert llama.engine.model.pair is None and llama.engine.run(Run(Study(PROMPT))).names == ("clean", "corrupted")
+    del twos["llama"]
+
+
+def test_another_tokenizer_is_refused(folders, tmp_path):
+    other = tuned(folders["llama"], tmp_path / "other")
+    tok = json.loads((other / "tokenizer.json").read_text())
+    vocab = tok["model"]["vocab"]
+    vocab["ĠMary"], vocab["ĠJohn"] = vocab["ĠJohn"], vocab["ĠMary"]
+    (other / "tokenizer.json").write_text(json.dumps(tok))
+    engine = Engine(Load(str(folders["llama"]), against=str(other)))
+    with pytest.raises(UserError, match="other tokens"):
+        engine.run(Run(Study(ALONE, against=str(other))))

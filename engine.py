@@ -110,16 +110,22 @@ class Engine:
                 gc.collect()
             tec()
 
-        alone = replace(request, against="")
-        if self.model is None or self.loaded is None or alone != replace(self.loaded, against=""):
+        bare, alone = (lambda ask: replace(ask, against="", scale=1.0)), replace(request, against="")
+        if not 0 <= request.scale <= 1:
+            raise UserError(f"{request.scale:g} is not a scale of an adapter: give a number from 0 to 1")
+        if self.model is None or bare(request) != bare(self.loaded):
             self.model = yield from loading.load(alone, megabytes, forget, self.held)
             self.loaded = alone
-        if self.loaded != request:
+        if self.loaded.against != request.against:
             self.swap()
             beside.part(self.model)
-            self.loaded = alone
+            self.loaded = replace(self.loaded, against="")
             if request.against:
                 yield from beside.load_beside(self.model, request, megabytes)
+                self.loaded = replace(self.loaded, against=request.against)
+        if request.scale != self.loaded.scale or request.scale != 1:
+            self.swap()
+            beside.rescale(self.model, request.scale)
             self.loaded = request
         return self.model.info
 

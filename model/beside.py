@@ -26,7 +26,9 @@ def load_beside(first: Model, ask: Load, cache_mb: int) -> Generator[Progress, N
     (by how much) where it does not fit beside the first.
     """
     name = str(first.dtype).removeprefix("torch.")
-    second = yield from loading.load(replace(ask, model=ask.against, base=None, against="", scale=1.0, dtype=name, device=str(first.device)), cache_mb)
+    second = yield from loading.load(
+        replace(ask, model=ask.against, base=None, against="", scale=1.0 if first.adapter else ask.scale, dtype=name, device=str(first.device)), cache_mb
+    )
     check_shape(first, second)
     shared, own = share(first, second)
     names = two_names(first.info.name, second.info.name)
@@ -43,14 +45,29 @@ def call(model: Model) -> None:
     infos = [m.info for m in model.pair]
     names = tuple(name + info.scaled for name, info in zip(two_names(*(i.name for i in infos)), infos))
     for m in model.pair:
-        m.info = replace(m.info, names=names)
+        m.info = replace(m.info, names=names, beside_scale=infos[1].scale)
 
 
 def part(first: Model) -> None:
     """Go on with the first model alone."""
     if first.pair:
-        first.info, first.pair = replace(first.info, against="", beside="", names=()), None
+        first.info, first.pair = replace(first.info, against="", beside="", names=(), beside_scale=None), None
         forget(first)
+
+
+def rescale(model: Model, scale: float) -> None:
+    """Let so much of an adapter's change count, of the first model's if it is one, else of the second's. Nothing computed before is read again."""
+    found = next((m for m in model.pair or (model,) if m.adapter), None)
+    if found is None:
+        raise UserError(f"{model.info.name} is no adapter, and has no scale: give a folder with adapter_config.json")
+    if found.adapter.scale != scale:
+        found.adapter.set(scale)
+        found.info = replace(found.info, scale=scale)
+        if model.pair:
+            call(model)
+        for kept in (found.notes.measured, found.notes.trials, found.notes.calls, found.notes.slow):
+            kept.clear()
+        forget(model)
 
 
 def forget(model: Model) -> None:
@@ -95,11 +112,16 @@ def alike(a: Tensor, b: Tensor) -> bool:
 def share(first: Model, second: Model) -> tuple[int, int]:
     """Let the second model read the first one's storages where the bytes are equal: bytes that are shared, and that are its own."""
     mine, shared, own = dict(first.bridge.original_model.named_parameters()), {}, {}
+    changing = second.adapter.storages if second.adapter else set()
+    fixed = first.adapter.storages if first.adapter else set()
     for name, p in second.bridge.original_model.named_parameters():
         storage = p.untyped_storage()
+        if storage.data_ptr() in changing:
+            own[storage.data_ptr()] = storage
+            continue
         if storage.data_ptr() in shared or storage.data_ptr() in own:
             continue
-        if alike(mine[name], p):
+        if mine[name].untyped_storage().data_ptr() not in fixed and alike(mine[name], p):
             shared[storage.data_ptr()] = mine[name].untyped_storage()
         else:
             own[storage.data_ptr()] = storage

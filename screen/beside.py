@@ -36,16 +36,17 @@ def compare(app: Host, name: str) -> None:
     if name == app.state.model.against:
         app.say(f"{model_name(name)} is beside this model already", WARN)
         return
-    app.guard(lambda: ends_jobs(app, f"comparing with {model_name(name)}" if name else "one model", lambda: app.act("against", name=name)))
+    whole = {} if app.info is None or app.info.scale is not None else {"scale": 1.0}  # the second model's, which goes
+    app.guard(lambda: ends_jobs(app, f"comparing with {model_name(name)}" if name else "one model", lambda: app.act("against", name=name, **whole)))
 
 
 def scale(app: Host) -> None:
     """Choose how much of an adapter's change counts."""
     app.ready()
-    if app.info.scale is None:
+    if app.info.scales is None:
         raise UserError("this model is no adapter, and has no scale: M loads one, a folder with adapter_config.json")
     some = [Item(f"{s:g}", "the base" if s == 0 else "the adapter as it was trained" if s == 1 else f"the base and {s:.0%} of the change") for s in SCALES]
-    title = f"scale of the adapter (now {app.info.scale:g}; or type a number from 0 to 1)"
+    title = f"scale of the adapter (now {app.info.scales:g}; or type a number from 0 to 1)"
     app.open(Picker(title, some, lambda item, typed: app.guard(lambda: rescale(app, item.key if item else typed)), free=True))
 
 

@@ -5,9 +5,10 @@ from dataclasses import replace
 from vocabulary.nodes import UserError
 
 
-def against(state, name: str):
-    """The other run: the prompt in a second model of this name; "": the corrupted prompt again."""
-    return replace(state, model=replace(state.model, against=str(name)))
+def against(state, name: str, scale: float | None = None):
+    """The other run: the prompt in a second model of this name; "": the corrupted prompt again. `scale`: of an adapter's change from then on."""
+    model = replace(state.model, against=str(name))
+    return replace(state, model=model if scale is None else replace(model, scale=float(scale)))
 
 
 def adapter_scale(state, value: float):

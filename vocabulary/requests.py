@@ -67,7 +67,7 @@ class ModelInfo:
     What is loaded. `bos` is the text of the BOS token ("" when there is none) and `default_bos` whether prompts get it unasked (`bos_habit`: why). `warning`: a GPU that is
     here and not used, or filled by others. `repairs`: what Loupe puts right in TransformerLens on this model (model/live_hooks.py), and a script of
     TransformerLens alone lacks. `against`: the second model, `beside` what the two share, `names` both as they are shown;
-    `scale` of an adapter (None: it is none) and its `base`.
+    `scale` of an adapter (None: it is none) and its `base`; `beside_scale` where the second model is one.
     """
 
     name: str
@@ -99,11 +99,17 @@ class ModelInfo:
     names: tuple[str, ...] = ()
     scale: float | None = None
     base: str = ""
+    beside_scale: float | None = None
 
     @property
     def key(self) -> str:
         """What replies are marked with that were computed on this model."""
-        return f"{self.name}{self.scaled}, {self.dtype} on {self.device}" + f", against {self.against}" * bool(self.against)
+        return f"{self.name}{self.scaled}, {self.dtype} on {self.device}" + f", against {self.against} × {self.beside_scale}" * bool(self.against)
+
+    @property
+    def scales(self) -> float | None:
+        """The scale that can be changed: the first model's, else the second one's."""
+        return self.beside_scale if self.scale is None else self.scale
 
     @property
     def scaled(self) -> str:

@@ -61,7 +61,7 @@ def rescale(model: Model, scale: float) -> None:
     if found is None:
         raise UserError(f"{model.info.name} is no adapter, and has no scale: give a folder with adapter_config.json")
     if found.adapter.scale != scale:
-        found.adapter.set(scale)
+        found.adapter.apply(scale)
         found.info = replace(found.info, scale=scale)
         if model.pair:
             call(model)

@@ -30,7 +30,7 @@ class Adapter:
     scale: float = 1.0
 
     @t.no_grad()
-    def set(self, scale: float) -> None:
+    def apply(self, scale: float) -> None:
         """Write W0 + scale dW, made in float32 and rounded once, into every matrix (in place: views of it follow)."""
         for weight, own, change in self.changed:
             weight.copy_(own if scale == 0 else own.float() + scale * change().float().to(own.device))
@@ -97,5 +97,5 @@ def put_on(hf: t.nn.Module, folder: Path, base: str, scale: float) -> Adapter:
     changed = [(w := m.get_base_layer().weight, w.detach().clone(), partial(m.get_delta_weight, "default")) for m in layers]
     wrapped.unload()
     adapter = Adapter(base, [(w.detach(), own, change) for w, own, change in changed])
-    adapter.set(scale)
+    adapter.apply(scale)
     return adapter

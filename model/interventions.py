@@ -24,6 +24,7 @@ def prepare(model: Model, study: Study) -> Generator[Progress, None, Runs]:
         if i.node.site == "sae":  # all features of one SAE are one edit
             if i.node.layer not in layers:
                 layers.add(i.node.layer)
+                runs.require_first("an SAE")
                 some, mark = yield from steering.edits(runs, [j for j in study.interventions if (j.node.site, j.node.layer) == ("sae", i.node.layer)])
                 (late if len(some) == 2 else edits).extend(some)  # two: what is read is another point than what is written
                 done.append(mark)

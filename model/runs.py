@@ -159,6 +159,11 @@ class Runs:
         source = "the prompt's own" if self.study.prompt.alignment else f"by {self.study.align}"
         return f"{source}: {align.words(self.alignment, *(len(self.row(w).ids) for w in ('clean', 'corrupt')))}"
 
+    def require_first(self, what: str, which: str = "now") -> None:
+        """UserError where a run is the second model's, and `what` belongs to the first."""
+        if self.pair and self.of(which) is not self.pair[0]:
+            raise UserError(f"{what} belongs to {self.called('clean')}, and this run is one of {self.called('corrupt')}: choose a run of the first")
+
     def called(self, which: str) -> str:
         """A run in words: clean or corrupted, or the model that makes it where these are two."""
         return self.model.info.names[which == "corrupt"] if self.pair else {"clean": "clean", "corrupt": "corrupted"}[which]

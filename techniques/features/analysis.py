@@ -14,7 +14,6 @@ from techniques.features.preflight import preflight
 from techniques.features.reading import feature, features
 from techniques.features.requests import CheckEdge, Examples, Feature, FeatureGraph, Features, Preflight, Saes, TrainSae
 from techniques.features.training import train
-from vocabulary.nodes import UserError
 from vocabulary.requests import Progress
 
 Request = Saes | Preflight | Examples | TrainSae | FeatureGraph | CheckEdge | Features | Feature
@@ -41,10 +40,8 @@ def answer(model: Model, ask: Request) -> Generator:
 
 
 def own_run(runs: Runs, which: str) -> Runs:
-    """The runs, of which one is read through this model's SAE. UserError where that is the second model's."""
-    if runs.pair and runs.of(which) is not runs.pair[0]:
-        own, other = runs.called("clean"), runs.called("corrupt")
-        raise UserError(f"an SAE reads the model that it was trained on, and this run is one of {other}: choose a run of {own} (f, --which)")
+    """The runs, of which one is read through this model's SAE."""
+    runs.require_first("an SAE", which)
     return runs
 
 

@@ -271,8 +271,8 @@ def read_lens(runs: Runs, ask) -> Generator[Progress | LensResult, None, LensRes
         raise UserError(f"{ask.kind!r} is not a lens: use {', '.join(LENSES)}")
     has_norm(model)
     lens = None if ask.kind == "logit" else (yield from read_translators(model, ask.kind, ask.artefact))
-    if lens is not None and runs.pair and model is not runs.pair[0]:
-        raise UserError(f"the {ask.kind} lens is fitted on {runs.called('clean')}, and this run is one of {runs.called('corrupt')}: use the logit lens")
+    if lens is not None:
+        runs.require_first(f"the {ask.kind} lens", which)
     nodes = lens_points(model, ask.points, lens)
     places = list(dict.fromkeys(runs.position(which, p) for p in ask.positions)) or list(range(len(row.ids)))
     with_pair, convention = others(runs, which, ask.pair and (lens is None or not runs.pair)), lens_convention(runs, nodes, lens)

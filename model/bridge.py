@@ -16,6 +16,7 @@ from model import adapters  # noqa: F401  registers the corrected ones
 from model.cache import Cache
 from model.live_hooks import live_points, put_right
 from model.notes import Notes
+from model.peft_adapters import Adapter
 from model.memory import is_out_of_memory, out_of_memory, ran_out
 from model.native import HandTrained, Labels, LabelTokens, bridge_of
 from model.tokens import Tokens, bos_habit
@@ -123,6 +124,8 @@ class Model:
         self.causal = not getattr(text_config, "bidirectional", False)
         self.widths = [neurons(block) for block in getattr(self.bridge, "blocks", ())]
         self.cache, self.notes = Cache(cache_mb << 20), Notes()
+        self.pair: tuple[Model, Model] | None = None  # with a second model: the first and the second (beside.py)
+        self.adapter: Adapter | None = None  # whose change is in the weights
         self.bos, self.n_embed = tokenizer.bos_token_id, hf.get_input_embeddings().weight.shape[0]
         self.info = described(self, ask.model, hf)
         self.tokens = (LabelTokens if isinstance(tokenizer, Labels) else Tokens)(tokenizer, self.info, self.n_embed)

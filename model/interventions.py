@@ -17,13 +17,14 @@ from vocabulary.requests import Progress
 def prepare(model: Model, study: Study, with_answer: bool = False) -> Generator[Progress, None, Runs]:
     """Read the study and turn its interventions into edits, in order; a write at resid_mid comes after those at the attention it is written through."""
     runs = read_study(model, study, with_answer)
-    base, row = study.base, runs.row("now")
+    model, base, row = runs.model, study.base, runs.row("now")
     other = "corrupt" if base == "clean" else "clean"
     edits, late, done, layers = [], [], [], set()
     for i in study.interventions:
         if i.node.site == "sae":  # all features of one SAE are one edit
             if i.node.layer not in layers:
                 layers.add(i.node.layer)
+                runs.require_first("an SAE")
                 some, mark = yield from steering.edits(runs, [j for j in study.interventions if (j.node.site, j.node.layer) == ("sae", i.node.layer)])
                 (late if len(some) == 2 else edits).extend(some)  # two: what is read is another point than what is written
                 done.append(mark)
@@ -63,7 +64,7 @@ def one_edit(runs: Runs, i: Intervention, row: TokenRow, base: str, other: str) 
             except UserError as error:
                 raise UserError(f"{i}: {error}") from error
             value = runs.trace(other, [name])[name]
-            mark = (str(i), spot_key(spot), source.ids)
+            mark = (str(i), spot_key(spot), source.ids, runs.study.against)
             return (edit(spot, "patch", None, value), mark) if there is None else (across(spot, value, there, i), (*mark, there))
         case "freeze":
             return edit(spot, "patch", None, model.trace(row.ids, [name])[name]), (str(i), spot_key(spot), row.ids)

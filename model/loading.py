@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformer_lens.model_bridge.sources.transformers import determine_architecture_from_hf_config
 from transformer_lens.utilities.architectures import MASKED_LM_ARCHITECTURES, MULTIMODAL_ARCHITECTURES, SEQ2SEQ_ARCHITECTURES
 
-from model import native, untouched
+from model import native, peft_adapters, untouched
 from model.bridge import Model
 from model.checks import prove, readable
 from model.live_hooks import alibi_once
@@ -64,7 +64,7 @@ def is_hub_name(name: str) -> bool:
 def resolved(ask: Load) -> Load:
     """What is to be loaded, by its canonical name (`gpt2-small` is `gpt2`); a folder of the name that was typed comes first."""
     known = lambda name: name if not name or user_path(name).is_dir() else canonical(name)  # noqa: E731
-    return replace(ask, model=known(ask.model), base=known(ask.base))
+    return replace(ask, model=known(ask.model), base=known(ask.base), against=known(ask.against))
 
 
 def find_folder(name: str, weights: bool = True) -> Generator[Progress, None, Path]:
@@ -314,6 +314,8 @@ class Source:
     read: Callable[[t.dtype, t.device], t.nn.Module]
     ask: Callable[[t.nn.Module], untouched.Untouched]
     note: str = ""
+    adapter: Path | None = None
+    base_name: str = ""
 
 
 def open_source(ask: Load) -> Generator[Progress, None, Source]:
@@ -323,6 +325,11 @@ def open_source(ask: Load) -> Generator[Progress, None, Source]:
         return hand_trained(ask, folder, found)
     if folder.is_file() and not is_gguf(folder):
         raise UserError(f"{folder} has no config of HookedTransformer's beside it: put its cfg.to_dict() as JSON into {folder.with_suffix('.json').name}")
+    if folder.is_dir() and peft_adapters.is_adapter(folder):
+        name = peft_adapters.base_of(folder, ask.base)
+        source = yield from open_source(replace(ask, model=name, base=None))
+        words = f"an adapter on {name}"
+        return replace(source, tokenizer=own_tokenizer(folder, source), adapter=folder, base_name=name, note="; ".join(filter(None, (source.note, words))))
     base = (yield from find_folder(ask.base, weights=False)) if ask.base else folder
     config = read_config(base)
     n_params, stored = read_headers(folder)
@@ -334,6 +341,11 @@ def open_source(ask: Load) -> Generator[Progress, None, Source]:
         return untouched.ask(hf, random_ids(tokenizer, hf.get_input_embeddings().weight.shape[0], untouched.PROBE, 2))
 
     return Source(folder, base, n_params, stored, tokenizer, read, own, dequantised(read_kinds(folder)[0]) if is_gguf(folder) else "")
+
+
+def own_tokenizer(folder: Path, base: Source) -> object:
+    """The tokenizer beside an adapter where there is one, else its base's."""
+    return read_tokenizer([folder]) if (folder / "tokenizer.json").is_file() else base.tokenizer
 
 
 def hand_trained(ask: Load, folder: Path, found: native.Checkpoint) -> Source:
@@ -382,10 +394,14 @@ def load(
     hf = model = None
     try:
         hf = source.read(dtype, device)
+        adapter = source.adapter and peft_adapters.put_on(hf, source.adapter, source.base_name, ask.scale)
         yield Progress(3, 5, "wrapping")
         with readable(hf):
             own = source.ask(hf)
             model = Model(ask, hf, source.tokenizer, source.folder, source.base, dtype, cache_mb)
+        if adapter:
+            model.adapter = adapter
+            model.info = replace(model.info, scale=adapter.scale, base=adapter.base)
         yield Progress(4, 5, "checking")
         checks = yield from prove(model, own)
     except Exception as error:

@@ -51,7 +51,7 @@ class MetricReader:
 
     def __init__(self, group: list[Runs], clean: Tensor | None = None, which: str = "now"):
         runs = self.runs = group[0]
-        self.model, self.group, self.kind = runs.model, group, runs.study.metric.kind
+        self.model, self.group, self.kind = runs.of(which), group, runs.study.metric.kind
         self.whole = self.kind in ("loss", "logprob_sum")  # read at several positions
         self.ids = [r.row(which).ids for r in group]
         self.places = [len(ids) - 1 if self.whole else r.metric_position(which) for r, ids in zip(group, self.ids)]
@@ -96,7 +96,7 @@ class MetricReader:
             return self.diff(normed).cpu().numpy()
         out = np.zeros(normed.shape[:2])
         for j, r in enumerate(self.group):
-            clean = model.unembed(self.clean[j : j + 1])[0] if self.kind == "kl" else None
+            clean = r.of("clean").unembed(self.clean[j : j + 1])[0] if self.kind == "kl" else None
             for i in range(0, len(normed), size := rows_at_once(model)):
                 for k, row in enumerate(model.unembed(normed[i : i + size, j])):
                     out[i + k, j] = measure(self.kind, row, row if clean is None else clean, np.zeros(0), r.answers, r.foils)
@@ -149,6 +149,6 @@ def metric(score: MetricReader, x: Tensor) -> Tensor:
             case "logprob":
                 out.append(right.logsumexp(0))
             case "kl":
-                clean = model.unembed(score.clean[j : j + 1])[0].double().log_softmax(-1)
+                clean = r.of("clean").unembed(score.clean[j : j + 1])[0].double().log_softmax(-1)
                 out.append((clean.exp() * (clean - logp[j])).sum())
     return t.stack(out)

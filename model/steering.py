@@ -85,7 +85,7 @@ def read_change(runs: Runs, d: SparseAutoencoder, i: Intervention) -> Generator[
                 values = t.tensor([values[j] if j >= 0 else float("nan") for j in there])
                 if pos is not None and values[pos].isnan():
                     raise UserError(f"{i}: this position has no partner in the other prompt: choose another, or edit the alignment")
-            return make(values), theirs
+            return make(values), (theirs, runs.study.against)
         case "freeze":
             return make(one(d, runs.trace(base, [d.point])[d.point][0], node.index)), row.ids
         case "resample":

@@ -10,6 +10,7 @@ from vocabulary.prompts import WHICH
 from screen import history
 from screen.jobs import ends_jobs
 from screen.overlays import Editor, Item, Picker
+from screen.pictures import run_names
 from screen.pane import Host
 from screen.session import VIEWS
 from widgets import GOOD, WARN
@@ -96,7 +97,7 @@ def check_source(app: Host, new: Intervention) -> None:
     if new.op == "patch" and run is not None and run.corrupt is not None and not aligned and len(run.corrupt.tokens.ids) != len(run.clean.tokens.ids):
         a, b = len(run.clean.tokens.ids), len(run.corrupt.tokens.ids)
         raise UserError(f"patching is position by position, and clean has {a} tokens, corrupted {b}: make them equal with e or E, or align them with %")
-    if new.op == "patch" and app.state.prompt.corrupt is None:
+    if new.op == "patch" and not app.state.compares:
         raise UserError("patching takes the value from the other prompt, and there is no corrupted prompt: E types one, o opens a set")
     if new.op.startswith("mean") and not app.state.prompt_set:
         raise UserError("mean ablation averages over the corrupted prompts of a prompt set: o opens one, A chooses another kind")
@@ -166,7 +167,9 @@ def base(app: Host) -> None:
     new = "corrupt" if app.state.base == "clean" else "clean"
     app.act("base", value=new)
     app.say(
-        "denoising: interventions act on the corrupted prompt, p patches from the clean one"
+        f"interventions act on {run_names(app.state)[new]}, p patches from {run_names(app.state)['clean' if new == 'corrupt' else 'corrupt']}"
+        if app.state.model.against
+        else "denoising: interventions act on the corrupted prompt, p patches from the clean one"
         if new == "corrupt"
         else "noising: interventions act on the clean prompt, p patches from the corrupted one"
     )
@@ -222,7 +225,7 @@ def turns(name: str):
 
 
 def turn_which(app: Host) -> None:
-    kinds = WHICH if app.state.prompt.corrupt is not None else ("now", "clean", "now-clean")
+    kinds = WHICH if app.state.compares else ("now", "clean", "now-clean")
     turn(app, "which", tuple(k for k in kinds if "-" not in k or app.panes[app.pane].differences))
 
 

@@ -40,6 +40,10 @@ def words(name: str, before, after) -> str:
             return " ".join(new) or f"{'restored' if name == 'drop' else 'cleared'} {' '.join(gone)}"
         case "model":
             return f"model {Path(after.model.model).name}"
+        case "against":
+            return f"compared with {Path(after.model.against).name or 'the corrupted prompt'}"
+        case "adapter_scale":
+            return f"adapter × {after.model.scale:g}"
         case "prompt":
             return (
                 "the prompt's alignment"

@@ -29,6 +29,8 @@ def page(app: Host, by: float) -> None:
 def next_difference(app: Host, by: int = 1) -> None:
     """The position after (or before) the cursor's where clean and corrupted have different tokens."""
     app.ready()
+    if app.state.model.against:
+        raise UserError("both models read the same tokens: there is no position where the two runs differ")
     if app.state.prompt.corrupt is None:
         raise UserError("there is no corrupted prompt to differ from: E types one, o opens a set")
     places, pos = sorted(differing(app)), app.cursor.pos

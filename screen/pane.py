@@ -279,7 +279,7 @@ class Pane(Vertical, can_focus=True):
 def differing(app: Host) -> frozenset[int]:
     """Positions of the shown run where clean and corrupted have different tokens: by the alignment where there is one, else by index."""
     check, shown = app.requests.check(), app.tokens
-    if shown is None or check is None or check.corrupt is None:
+    if shown is None or check is None or check.corrupt is None or app.state.model.against:
         return frozenset()
     a, b = check.clean.ids, check.corrupt.ids
     pairs = check.alignment or tuple((n, n) for n in range(min(len(a), len(b))))

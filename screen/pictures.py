@@ -12,23 +12,21 @@ from vocabulary.nodes import parse_node
 from vocabulary.prompts import TokenRow
 from screen.session import State
 from screen.maps import ends_of
+from utils import two_names
 from widgets import BOLD, DIM, PLAIN, WARN, Grid, Spans
 
-RUN_NAMES = {
-    "now": "now",
-    "clean": "clean",
-    "corrupt": "corrupted",
-    "clean-corrupt": "clean − corrupted",
-    "now-clean": "now − clean",
-    "now-corrupt": "now − corrupted",
-}
+
+def run_names(state: State, now: str = "now") -> dict[str, str]:
+    """Every run and difference in words: clean and corrupted, or the two models that are compared."""
+    a, b = two_names(state.model.model, state.model.against) if state.model.against else ("clean", "corrupted")
+    pairs = {"clean-corrupt": (a, b), "now-clean": (now, a), "now-corrupt": (now, b)}
+    return {"now": now, "clean": a, "corrupt": b} | {which: f"{x} − {y}" for which, (x, y) in pairs.items()}
 
 
 def run_name(state: State, which: str) -> str:
     """A run or a difference in words, with what is done to it."""
-    base = RUN_NAMES[state.base]
-    now = f"now ({len(state.interventions)} on {base})" if state.interventions and state.enabled else f"now = {base}"
-    return RUN_NAMES[which].replace("now", now)
+    base = run_names(state)[state.base]
+    return run_names(state, f"now ({len(state.interventions)} on {base})" if state.interventions and state.enabled else f"now = {base}")[which]
 
 
 def texts_of(row: TokenRow) -> list[str]:

@@ -148,6 +148,8 @@ def align(app: Host) -> None:
     """How positions stand against each other: seen, chosen, edited."""
     app.ready()
     check, s = app.requests.check(), app.state
+    if app.state.model.against:
+        raise UserError("both models read the same tokens: nothing is to be aligned (M goes back to the corrupted prompt)")
     if check is None or check.corrupt is None:
         raise UserError("an alignment is between two prompts, and there is no corrupted prompt: E types one, o opens a set")
     now = "by hand" if s.prompt.alignment else s.align or "position by position"

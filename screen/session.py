@@ -22,7 +22,7 @@ from vocabulary.nodes import ABLATIONS, FROM_SET, Intervention, parse_interventi
 from vocabulary.prompts import ALIGNMENTS, as_chat, Metric, METRICS, Prompt, read_place, RUNS, Study, WHICH
 from vocabulary.requests import Load
 from vocabulary.wire import fits, from_json, to_json
-from screen import history
+from screen import compared, history
 from screen.log import encoded, FORMAT, Line, Log, new_path, read_lines
 
 VIEWS = {"mode": ("colour", "number", "cells", "blocks", "shade"), "which": WHICH, "ids": ("off", "on"), "template": ("shown", "dim", "fold")}
@@ -65,7 +65,7 @@ class State:
         """What analyses run on. The set travels only when a mean or another of its prompts is needed."""
         active = self.interventions if self.enabled else ()
         means = any(i.op in FROM_SET for i in active)
-        study = Study(self.prompt, active, self.base, self.metric, self.prompt_set if means else (), align=self.align)
+        study = Study(self.prompt, active, self.base, self.metric, self.prompt_set if means else (), align=self.align, against=self.model.against)
         return self.with_saes(study) if any(i.node.site == "sae" for i in active) else study
 
     def with_saes(self, study: Study) -> Study:
@@ -77,6 +77,11 @@ class State:
         """What "over the set" means: the prompts of the open set, while the prompt is one of them; one that was typed has left it."""
         text = lambda p: (p.clean, p.corrupt, p.answers, p.foils)  # noqa: E731
         return self.prompt_set if text(self.prompt) in map(text, self.prompt_set) else ()
+
+    @property
+    def compares(self) -> bool:
+        """Whether there is another run to compare with and to patch from."""
+        return self.prompt.corrupt is not None or bool(self.model.against)
 
     @property
     def current(self) -> Circuit | None:
@@ -286,6 +291,7 @@ ACTIONS: dict[str, Callable[..., State]] = {
         show_sae,
         align,
         sae_error,
+        *compared.ACTIONS,
     )
 }
 

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from screen import actions, dialogs, jobs, models, moves, prompts, sessions, views
+from screen import actions, beside, dialogs, jobs, models, moves, prompts, sessions, views
 from screen.keys import INTERVENE, LOUPE, MOVE, PANES, PROMPT, VIEW, FIND, Action
 
 FAR = 10**6
@@ -59,6 +59,7 @@ SCREEN = (
     Action("scale", "s", "scale", "Scale the node under the cursor by a factor", INTERVENE, actions.scale),
     Action("scope", "@", "scope", "Act on all positions, or on the cursor's only", INTERVENE, actions.scope),
     Action("type_node", "I", "type one", "Type an intervention: L2H3@S2=zero", INTERVENE, actions.type_node),
+    Action("adapter_scale", "|", "adapter", "How much of an adapter's change counts, 0 to 1", PROMPT, beside.scale),
     Action("base", "d", "base", "Noising or denoising: intervene on the clean or on the corrupted prompt", INTERVENE, actions.base),
     Action("enable", "x", "off/on", "Interventions off or on", INTERVENE, actions.enable),
     Action("clear", "X", "clear", "Clear all interventions", INTERVENE, actions.clear),

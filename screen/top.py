@@ -10,7 +10,7 @@ from vocabulary.requests import ModelInfo
 from screen.keys import hints
 from screen.overlays import Overlay
 from screen.pane import Host, whole_parts
-from screen.pictures import RUN_NAMES, signed, texts_of
+from screen.pictures import run_names, signed, texts_of
 from screen.template import end_of, faded, folded
 from screen.textview import fold_texts
 from utils import model_name, show_bytes, show_count, show_token, visible, width_of
@@ -21,7 +21,8 @@ def top_lines(app: Host) -> list[Spans]:
     """Model, metric, clean prompt, corrupted prompt, state."""
     s, run, requests = app.state, app.requests.result("run", RunResult), app.requests
     w, pos, colour = app.size.width, app.cursor.pos, s.views["mode"] != "shade"
-    metric = metric_line(run, s.metric.kind, str(s.metric.pos), RUN_NAMES[s.base], requests.fresh("run", RunResult) is None, w)
+    names = run_names(s)
+    metric = metric_line(run, s.metric.kind, str(s.metric.pos), names[s.base], requests.fresh("run", RunResult) is None, w, (names["clean"], names["corrupt"]))
     if s.prompt.answers and not app.study.prompt.answers:
         metric = [(f" {s.metric.kind} —  an answer or foil is not one token in this model: t edits them", WARN)]
     if error := requests.error("run"):
@@ -35,10 +36,16 @@ def top_lines(app: Host) -> list[Spans]:
     return [
         model_line(app.info, s.model.model, app.busy, app.memory, w),
         metric,
-        token_line("clean", clean, pos, w, None, ids, colour, as_typed(s.prompt.clean), **fold(clean)),
-        token_line("corrupted", corrupt, pos, w, clean, ids, colour, other, **fold(corrupt)),
+        token_line("prompt" if s.model.against else "clean", clean, pos, w, None, ids, colour, as_typed(s.prompt.clean), **fold(clean)),
+        beside_line(app, w) if s.model.against else token_line("corrupted", corrupt, pos, w, clean, ids, colour, other, **fold(corrupt)),
         state_line(app, clean),
     ]
+
+
+def beside_line(app: Host, width: int) -> Spans:
+    """The second model, in the place of the corrupted prompt."""
+    said = app.info.beside if app.info is not None else f"{app.state.model.against}, not loaded"
+    return [(" against   ", DIM), (" " + visible(whole_parts(said.replace(": ", " · "), width - 12)), PLAIN)]
 
 
 def state_line(app: Host, clean: TokenRow | None) -> Spans:
@@ -125,20 +132,21 @@ def model_line(info: ModelInfo | None, name: str, busy: str, memory: tuple[int, 
     text += f" · GPU {show_bytes(device)}" if device else ""
     text += f" · cache {show_bytes(cache)}" if cache else ""
     wrong = f"  ✗ self-check: {', '.join(broken)} (D)" if broken else ""
-    line: Spans = [(" loupe     ", HEAD), (model_name(name), BOLD), *([(f" {info.warning} ·", WARN)] if info.warning else [])]
+    line: Spans = [(" loupe     ", HEAD), (model_name(name), BOLD), (info.scaled, BOLD), *([(f" {info.warning} ·", WARN)] if info.warning else [])]
     room = width - sum(width_of(t) for t, _ in line) - width_of(wrong)
     return [*line, (whole_parts(text, room), DIM), (wrong, BAD)]
 
 
-def metric_line(result: RunResult | None, kind: str, pos: str, base: str, stale: bool, width: int) -> Spans:
+def metric_line(result: RunResult | None, kind: str, pos: str, base: str, stale: bool, width: int, names: tuple[str, str] = ("clean", "corrupted")) -> Spans:
+    a, b = names
     spans: Spans = [(" metric    ", DIM), (f"{kind}@{pos}", BOLD)]
     if result is None:
-        return [*spans, ("  clean —  corrupted —  now —", DIM), (f"  base {base}", DIM)]
+        return [*spans, (f"  {a} —  {b} —  now —", DIM), (f"  base {base}", DIM)]
     corrupt = result.corrupt.metric if result.corrupt else None
-    spans += [("   clean ", DIM), (signed(result.clean.metric), PLAIN), ("   corrupted ", DIM), (signed(corrupt), PLAIN)]
+    spans += [(f"   {a} ", DIM), (signed(result.clean.metric), PLAIN), (f"   {b} ", DIM), (signed(corrupt), PLAIN)]
     spans += [("   now ", DIM), ("…" if stale else signed(result.now.metric), BOLD)]
     if result.normalised is not None and not stale:
-        spans += [("   normalised ", DIM), (f"{result.normalised:.3f}", BOLD), (" (corrupted 0, clean 1)" if width >= 132 else "", DIM)]
+        spans += [("   normalised ", DIM), (f"{result.normalised:.3f}", BOLD), (f" ({b} 0, {a} 1)" if width >= 132 else "", DIM)]
     if result.noise and not stale:
         spans.append((f"  ~ below the noise floor {result.floor:.2g}", WARN))
     spans += [(f"   base {base}", DIM)]

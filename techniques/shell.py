@@ -65,6 +65,10 @@ class ModelOptions:
     """auto, cpu, cuda, cuda:1, mps"""
     device_map: str | None = None
     """auto spreads the model over the GPUs"""
+    against: str = ""
+    """a second model of the same shape: its run of the prompt is the corrupted run, and patches take its activations"""
+    adapter_scale: float = Load.scale
+    """of an adapter's change to its base, 0 to 1"""
     json: bool = False
     """print the result as JSON, and nothing else"""
 
@@ -77,7 +81,8 @@ class ModelOptions:
         env = settings()
         ask = {"dtype": self.dtype or env.get("LOUPE_DTYPE"), "device": self.device or env.get("LOUPE_DEVICE")}
         name = self.model or env.get("LOUPE_MODEL") or "zoo"
-        return Load(name, self.base_model, **{k: v for k, v in ask.items() if v}, device_map=self.device_map or env.get("LOUPE_DEVICE_MAP") or None)
+        device_map = self.device_map or env.get("LOUPE_DEVICE_MAP") or None
+        return Load(name, self.base_model, **{k: v for k, v in ask.items() if v}, device_map=device_map, against=self.against, scale=self.adapter_scale)
 
     def ask(self, kind: type, **given: object) -> object:
         """A request of this kind from the options of its fields' names, and what is given here."""
@@ -153,7 +158,7 @@ class StudyOptions(ModelOptions):
         if prompts and self.clean == StudyOptions.clean and prompt == Prompt(clean, bos=self.bos):
             prompt = prompts[0]
         metric, done = Metric(self.metric, read_place(self.pos or str(Metric.pos))), tuple(parse_intervention(d) for d in self.do)
-        return Study(prompt, done, self.base, metric, prompts, self.sae, self.sae_error, self.align, self.do_seed)
+        return Study(prompt, done, self.base, metric, prompts, self.sae, self.sae_error, self.align, self.do_seed, self.against)
 
 
 def place_or_none(text: str, name: str = "") -> Place:
@@ -328,6 +333,8 @@ def run(command: ModelOptions, engine, show: Callable[[object], None], errors: C
     info = engine.run(command.load(), show)
     if info.warning:
         errors.print(plain(info.warning, YELLOW), soft_wrap=True)
+    if info.beside:
+        errors.print(plain(info.beside, GRAY), soft_wrap=True)
     text = command.printed(info)
     if text is not None:
         return info, text

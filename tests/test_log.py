@@ -113,6 +113,8 @@ GOOD = {
     "sae_error": {"value": False},
     "bos": {"value": True},
     "chat": {"value": True},
+    "against": {"name": "a"},
+    "adapter_scale": {"value": 0.5},
 }
 
 

@@ -179,7 +179,8 @@ class Study:
     """
     What every analysis runs on: the prompt, the interventions, which prompt they act on (`base`), the metric, and the prompt set (for means). `saes`
     are the sources of the SAEs that feature nodes speak of, one a layer; `sae_error`: their error term is kept when a feature is changed. `align`,
-    of ALIGNMENTS: how positions of clean and corrupted are matched where the prompt says nothing. `seed` is that of noise and resample.
+    of ALIGNMENTS: how positions of clean and corrupted are matched where the prompt says nothing. `seed` is that of noise and resample. `against`: the
+    name of a second model, whose run of the clean prompt is the corrupted run.
     """
 
     prompt: Prompt
@@ -191,6 +192,7 @@ class Study:
     sae_error: bool = True
     align: Align = ""
     seed: int = 0
+    against: str = ""
 
 
 @dataclass(frozen=True)

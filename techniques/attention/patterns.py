@@ -64,7 +64,7 @@ def attention(runs: Runs, layer: int, which: str, weighted: bool = False) -> Att
     check_which(which)
     model = runs.model
     check_layer(model, layer)
-    sides = runs.pair(which) if "-" in which else (which,)
+    sides = runs.sides(which)
     name, value = pattern_name(layer), f"blocks.{layer}.attn.hook_v"
     if weighted:
         require_values(model)
@@ -73,7 +73,7 @@ def attention(runs: Runs, layer: int, which: str, weighted: bool = False) -> Att
         acts = runs.trace(s, [name, value] if weighted else [name])
         pattern = acts[name][0].float()
         sinks.append((1 - pattern.sum(-1)).cpu().numpy())
-        patterns.append((pattern * value_norms(model, layer, acts[value][0])[:, None] if weighted else pattern).cpu().numpy())
+        patterns.append((pattern * value_norms(runs.of(s), layer, acts[value][0])[:, None] if weighted else pattern).cpu().numpy())
     if not all(np.isfinite(p).all() for p in patterns):
         raise UserError("the attention patterns are not finite: load the model in float32")
     hidden = ~visible(model, layer, len(patterns[0][0])).numpy() & np.all([(p == 0).all(0) for p in patterns], 0)
@@ -156,6 +156,7 @@ def check_pair(runs: Runs, which: str, source: str, pair: tuple[int, int]) -> No
 def head_stats(runs: Runs, which: str, source: str, pair: tuple[int, int] | None = None) -> Generator[Progress, None, HeadStatsResult]:
     """The statistics of every head, [layer, head]: of a run or a difference on the prompt, or on random repeated tokens."""
     check_which(which)
+    runs = runs if "-" in which else runs.at(which)
     model = runs.model
     if source not in ("prompt", "random"):
         raise UserError(f"{source!r} is not a source of tokens: use prompt or random")
@@ -164,7 +165,7 @@ def head_stats(runs: Runs, which: str, source: str, pair: tuple[int, int] | None
     if pair is not None:
         check_pair(runs, which, source, pair)
     names, note = [pattern_name(layer) for layer in range(model.info.n_layers)], ""
-    sides = runs.pair(which) if "-" in which else (which,)
+    sides = runs.sides(which)
     both = []
     for i, s in enumerate(sides):
         yield Progress(i, len(sides), "head statistics")
@@ -225,7 +226,7 @@ def detect(
     if error_measure not in ("mul", "abs"):
         raise UserError(f"{error_measure!r} is not a measure: use mul or abs")
     model = runs.model
-    sides = runs.pair(which) if "-" in which else (which,)
+    sides = runs.sides(which)
     hooks, scores, found = [pattern_name(layer) for layer in range(model.info.n_layers)], [], []
     for s in sides:
         found.append(wanted(runs.row(s).ids, pattern, cells))
@@ -281,7 +282,7 @@ def over_set(
 
     def read(prompt: Prompt) -> Runs:
         runs = read_study(model, replace(study, prompt=prompt, interventions=()))
-        for side in runs.pair(which) if "-" in which else (which,):
+        for side in runs.sides(which):
             check(runs, side)
         return runs
 
@@ -293,7 +294,7 @@ def over_set(
             for j, (i, prompt) in enumerate(members):
                 try:
                     runs = yield from prepare(model, replace(study, prompt=prompt))
-                    order[place][j] = work([runs], side, t.tensor([runs.row(side).ids]), runs.edits)[0]
+                    order[place][j] = work([runs.at(side)], side, t.tensor([runs.row(side).ids]), runs.edits)[0]
                 except UserError as error:
                     left = (*left, (i, str(error)))
                 done += 1
@@ -304,7 +305,7 @@ def over_set(
 
             def batch(start: int, stop: int, same: list[int] = same, side: str = side) -> tuple[list[int], list[dict]]:
                 these = same[start:stop]
-                return these, work([everyone[j] for j in these], side, t.tensor([everyone[j].row(side).ids for j in these]), [])
+                return these, work([everyone[j].at(side) for j in these], side, t.tensor([everyone[j].row(side).ids for j in these]), [])
 
             for part in chunks.over(len(same), batch):
                 if isinstance(part, Progress):
@@ -339,7 +340,7 @@ def attention_set(model: Model, study: Study, which: str, labels: tuple[str, ...
         for layer in range(model.info.n_layers):
             mask = visible(model, layer, ids.shape[1])
             seen[layer] |= mask[spots[:, :, None], spots[:, None, :]].any(0).numpy()
-        model.forward(ids, hooks, edits, keep=None, take=lambda _, x: grab(x))
+        group[0].model.forward(ids, hooks, edits, keep=None, take=lambda _, x: grab(x))
         cells = t.stack(got, 1).double()
         for j, spot in enumerate(spots):
             cells[j][:, :, spot[:, None] < spot[None, :]] = math.nan

@@ -37,6 +37,10 @@ def edges(model: Model, ask: Discover) -> Generator[Progress, None, DiscoverResu
     if ask.edges < 1 or ask.steps < 1 or not 0 < ask.threshold < np.inf:
         raise UserError("edges and steps are at least 1, and the threshold is a number above 0")
     fractions(ask.steps, ask.steps_at or "right")  # or an error
+    if ask.study.against and ask.rest == "patch" and ask.method in ("eap-ig", "clean-corrupted"):
+        raise UserError(
+            f"{ask.method} goes from one prompt to another in one model, and {ask.study.against} is a second one: use eap, eap-ig-activations or acdc"
+        )
     begun = time.monotonic()
     runs = yield from edge_runs(model, ask.study, ask.rest)
     return (yield from (acdc if ask.method == "acdc" else attribute)(model, ask, runs, begun))

@@ -86,7 +86,7 @@ class EdgeRun:
         _, self.clean = model.forward(self.ids, names)
         corrupt = None
         if all(r.rows["corrupt"] is not None for r in self.group) and len({len(r.rows["corrupt"].ids) for r in self.group} | {self.seq}) == 1:
-            _, corrupt = model.forward(t.tensor([r.row("corrupt").ids for r in self.group]), names)
+            _, corrupt = self.group[0].of("corrupt").forward(t.tensor([r.row("corrupt").ids for r in self.group]), names)
         normed = None
         if self.group[0].study.metric.kind == "kl":
             normed = t.stack([x[r.metric_position("clean")] for r, x in zip(self.group, self.clean[FINAL])])
@@ -97,6 +97,11 @@ class EdgeRun:
         self.corrupted = None if corrupt is None else MetricReader(self.group, normed, "corrupt").of(corrupt[last], 0)[0]
         match self.rest:
             case "patch":
+                if self.group[0].pair and self.by_edges and self.scales:
+                    raise UserError(
+                        f"{self.info.architecture}: what a head writes through the norm after attention is not defined with one model's z and another's"
+                        " scale, so edges are not cut across two models; score nodes"
+                    )
                 acts = corrupt
             case "resample":
                 _, acts = model.forward(t.tensor([others(self.plan, i) for i in self.indices]), names)
@@ -414,6 +419,7 @@ def edge_runs(
         members, runs, left = fitting(enumerate(study.prompt_set), read)
     else:
         members, runs = [(0, study.prompt)], [read(study.prompt)]
+    model = runs[0].model
     plan = Plan(model, Sweep(study, "nodes", rest, seed=seed), members, runs, "clean", "corrupt", [], chunk_bytes(model.device), left)
     out = []
 

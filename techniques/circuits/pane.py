@@ -152,7 +152,7 @@ class CircuitPane(Pane):
         request = self.request(app)
         if request is None:
             raise UserError("there is no circuit yet: c keeps the node under the cursor, Y opens one, U finds one")
-        if isinstance(request, PathPatch) and app.state.prompt.corrupt is None and not request.over_set:
+        if isinstance(request, PathPatch) and not app.state.compares and not request.over_set:
             raise UserError("path patching takes values from the other prompt, and there is no corrupted prompt: E types one, o opens a set")
         app.requests.start(request)
 

@@ -314,7 +314,7 @@ def path_patch(model: Model, ask: PathPatch) -> Generator[Progress | SweepResult
     board = SweepTable(replace(plan, layouts=[layout for layout, _ in tables]))
     fill = partial(fill_paths, plan=plan, board=board, ask=ask, cells=[{p.cell: p for p in paths.values()} for _, paths in tables])
     early = yield from over_bases(plan, fill, (*names, EMBED), board.forget)
-    return early or labelled((yield from board.finish()), ask, model)
+    return early or labelled((yield from board.finish()), ask, plan)
 
 
 def same_cells(tables: list[tuple[Layout, dict]]) -> list[tuple[Layout, dict]]:
@@ -335,9 +335,9 @@ def fill_paths(
     """The cells of a few prompts, as many paths at a time as fit; of a dry run the first few, and with them the result: how long all of it takes."""
     if base.reason:
         raise UserError(f"path patching runs the model block by block, and {base.reason}")
-    model, runs = plan.model, [plan.runs[i] for i in members]
+    runs = [plan.runs[i] for i in members]
     other = base.beside.get(EMBED)
-    other = model.forward(t.tensor([r.row(plan.other).ids for r in runs]), [EMBED])[1][EMBED] if other is None else other
+    other = runs[0].of(plan.other).forward(t.tensor([r.row(plan.other).ids for r in runs]), [EMBED])[1][EMBED] if other is None else other
     base.source["embed"] = aligned(plan, other, base.resid[0], (0, "resid_pre", "z"), runs[0])
     board.begin(members, base, sides)
     waiting = [cells[members[0]][v.cell] for v in board.waiting]
@@ -362,9 +362,9 @@ def fill_paths(
         if ask.dry:
             n = len(part[0])
             seconds = (time.monotonic() - began) / n / len(members) * (board.total - board.done) + time.monotonic() - began
-            return replace(labelled(board.result(False), ask, model), warning=f"the whole table: about {seconds:.1f} s, by its first {n} paths")
+            return replace(labelled(board.result(False), ask, plan), warning=f"the whole table: about {seconds:.1f} s, by its first {n} paths")
         if board.done < board.total:
-            yield labelled(board.result(False), ask, model)
+            yield labelled(board.result(False), ask, plan)
     return None
 
 
@@ -385,11 +385,12 @@ def needed(node: Node, paths: dict) -> bool:
     return any((s.site, s.layer, s.head) == (node.site, node.layer, node.head) for p in paths.values() for s in p.senders)
 
 
-def labelled(result: SweepResult, ask: PathPatch, model: Model) -> SweepResult:
+def labelled(result: SweepResult, ask: PathPatch, plan: Plan) -> SweepResult:
     """A sweep's result as one of path patching, with its convention."""
-    way = "noise: clean run, the path carries the corrupted value" if ask.direction == "noise" else "denoise: corrupted run, the path carries the clean value"
+    model, called = plan.model, plan.runs[0].called
+    way = f"{ask.direction}: {called(plan.side)} run, the path carries the {called(plan.other)} value"
     if ask.study.interventions:
-        way += f", the {'corrupted' if ask.direction == 'noise' else 'clean'} run without the interventions"
+        way += f", the {called(plan.other)} run without the interventions"
     if ask.each == "receiver":
         pos = next((p for r in ask.receivers if r != LOGITS and (p := parse_node(r).pos) is not None), None)
         to = "each receiver" + ("" if pos is None else f" at {pos}")
@@ -397,6 +398,8 @@ def labelled(result: SweepResult, ask: PathPatch, model: Model) -> SweepResult:
         to = ", ".join(ask.receivers)
     ends = f"{', '.join(ask.senders) or 'every node'} → {to}"
     words = [f"path patching {ends}", way, CONVENTIONS[ask.convention]]
+    if plan.runs[0].pair:
+        words.append("a head sends its z, written by the matrices of the model that is changed")
     if model.info.n_kv_heads < model.info.n_heads:
         words.append("k and v are shared by a group of heads")
     if post_scales(model, "attn"):

@@ -37,7 +37,7 @@ def lens_grid(result: LensResult, stat: str, d_vocab: int) -> Grid:
         hi = math.log(d_vocab)
     elif stat in ("kl", "kl_pair"):
         hi = max(float(np.nanmax(values, initial=0)), 1e-6)
-    elif stat in ("logit_diff", "promoted", "suppressed"):
+    elif stat in ("logit_diff", "rank_pair", "promoted", "suppressed"):
         hi = max(float(np.nanmax(np.abs(values), initial=0)), 1e-6)
         lo, sign = -hi, True
     ids = {"promoted": result.up_ids, "suppressed": result.down_ids}.get(stat, result.top_ids)[..., 0]

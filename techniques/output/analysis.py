@@ -33,9 +33,9 @@ class SideReading:
     """
 
     def __init__(self, runs: Runs, which: str, k: int):
-        model, row, metric = runs.model, runs.row(which), runs.study.metric
+        model, row, metric = runs.of(which), runs.row(which), runs.study.metric
         n = len(row.ids) - row.tail  # what is shown is the prompt
-        self.runs, self.which, self.loss = runs, which, metric.kind == "loss"
+        self.model, self.runs, self.which, self.loss = model, runs, which, metric.kind == "loss"
         self.row = replace(row, ids=row.ids[:n], texts=row.texts[:n], tail=0)
         self.pos = 0 if self.loss else runs.metric_position(which)
         self.clean_ids = runs.row("clean").ids if metric.kind == "kl" else None
@@ -55,7 +55,7 @@ class SideReading:
 
     @t.no_grad()
     def read(self, places: list[int]) -> None:
-        model, device = self.runs.model, self.last.device
+        model, device = self.model, self.last.device
         logits = model.unembed(self.last[t.tensor(places, device=device)])
         (values, ids), lse = largest(logits, self.ids.shape[1]), logits.logsumexp(-1, keepdim=True)
         numbers = [(values - lse).exp(), values]
@@ -79,14 +79,14 @@ class SideReading:
             self.metric = float(MetricReader([runs], None, self.which).of(runs.trace(self.which, [last])[last], 0)[0, 0])
             return
         if runs.study.metric.kind == "kl":
-            clean = runs.model.unembed(runs.trace("clean", [FINAL])[FINAL][0][runs.metric_position("clean")][None])[0]
+            clean = runs.of("clean").unembed(runs.trace("clean", [FINAL])[FINAL][0][runs.metric_position("clean")][None])[0]
         self.metric = measure(runs.study.metric.kind, row, clean, self.nll[:-1], runs.answers, runs.foils)
 
     def steps(self, first: bool) -> Generator[Progress | None]:
         """Read what comes first (all of a short prompt), or what is left; None after each chunk."""
         if self.done:
             return
-        size, few = rows_at_once(self.runs.model), len({self.pos, len(self.row.ids) - 1})
+        size, few = rows_at_once(self.model), len({self.pos, len(self.row.ids) - 1})
         if not first or self.loss or len(self.order) <= size:
             few = len(self.order)
         todo, self.order = self.order[:few], self.order[few:]
@@ -94,7 +94,7 @@ class SideReading:
         if not self.order:
             if self.loss:
                 self.measure(self.last[0])
-            sides = self.runs.model.cache.sides
+            sides = self.model.cache.sides
             if len(sides) >= 64:
                 sides.pop(next(iter(sides)))
             self.done = sides[self.key] = self.side
@@ -141,14 +141,22 @@ def run_result(runs: Runs, readings: dict[str, SideReading]) -> RunResult:
     else:
         gap = clean.metric - corrupt.metric
         if abs(gap) < 1e-3 * max(abs(clean.metric), abs(corrupt.metric)) or gap == 0:
-            warning = f"clean and corrupted differ by {gap:.2g} only: not normalised"
+            warning = f"{runs.called('clean')} and {runs.called('corrupt')} differ by {gap:.2g} only: not normalised"
         else:
             normalised = (now.metric - corrupt.metric) / gap
             if abs(gap) < 0.05 * max(abs(clean.metric), abs(corrupt.metric)):
-                warning = f"small denominator: clean and corrupted differ by {gap:+.3g} only"
+                warning = f"small denominator: {runs.called('clean')} and {runs.called('corrupt')} differ by {gap:+.3g} only"
     sides = [s for s in (clean, corrupt, now) if s is not None]
     words = texts(runs.model, np.concatenate([s.top_ids[s.top_ids >= 0] for s in sides]))
     place = "" if metric.kind == "loss" else f" at {metric.pos}"
-    parts = [f"{metric.kind}{place}", "normalised: corrupted = 0, clean = 1", f"raw weights, {runs.model.info.dtype}", runs.convention]
+    parts = [
+        f"{metric.kind}{place}",
+        f"normalised: {runs.called('corrupt')} = 0, {runs.called('clean')} = 1",
+        f"raw weights, {runs.model.info.dtype}",
+        runs.convention,
+    ]
+    names = runs.called("clean"), runs.called("corrupt")
     floor = known_floor([runs]) if runs.edits and now.metric is not None and tells(runs) else math.nan
-    return RunResult(clean, corrupt, now, normalised, warning, words, ", ".join(p for p in parts if p), tuple(runs.answers), tuple(runs.foils), floor)
+    return RunResult(
+        clean, corrupt, now, normalised, warning, words, ", ".join(p for p in parts if p), tuple(runs.answers), tuple(runs.foils), floor, names, runs.study.base
+    )

@@ -53,8 +53,8 @@ def show_sweep(out: Console, r: SweepResult) -> None:
         cells = [r.values.flat[i], r.normalised.flat[i], r.values.flat[i] - r.base, *(x.flat[i] for _, x in stats)]
         rows.add_row(plain("~" * bool(r.noise.flat[i]) + name), *(show_number(float(v), 8) for v in cells))
     out.print(rows)
-    corrupt = "" if r.corrupt is None else f"  corrupted {r.corrupt:.4f}"
-    out.print(plain(f"base run {r.base:.4f}  clean {r.clean:.4f}{corrupt}  {r.mechanism}", CYAN))
+    corrupt = "" if r.corrupt is None else f"  {r.names[1]} {r.corrupt:.4f}"
+    out.print(plain(f"base run {r.base:.4f}  {r.names[0]} {r.clean:.4f}{corrupt}  {r.mechanism}", CYAN))
     if r.at_once:
         out.print(
             plain(f"{r.at_once} cells in the largest batch, peak {r.peak_mb:.1f} MB (on a GPU all that was allocated, else the batch's activations)", GRAY)

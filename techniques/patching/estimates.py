@@ -36,6 +36,10 @@ def estimate(model, ask: Estimate) -> Generator[Progress | SweepResult, None, Sw
         raise UserError("a rank has no gradient: use logit_diff, prob, logprob, kl or loss, or run the sweep itself")
     if ask.kind == "features":
         raise UserError("estimates of features are their attributions: order pane 6 by attribution, or run the sweep itself")
+    if ask.study.against and ask.method == "ig":
+        raise UserError(
+            f"ig goes from one prompt's embeddings to another's in one model, and {ask.study.against} is a second one: use atp, or run the sweep itself"
+        )
     if ask.kind in ("pairs", "cumulative"):
         raise UserError(f"{ask.kind}: gradients say nothing of several nodes at once; run the sweep itself")
     plan = read_plan(model, Sweep(ask.study, ask.kind, "patch", ask.direction, node=ask.node, over_set=ask.over_set))
@@ -77,7 +81,7 @@ def guess(plan: Plan, base: Base, board: SweepTable) -> Generator[Progress, None
 def between(plan: Plan, base: Base, runs: list[Runs], fraction: float) -> Tensor:
     """The input of block 0, some way from the base run's to the source run's."""
     own, ids = base.resid[0], t.tensor([r.row(plan.other).ids for r in runs])
-    theirs = base.model.forward(ids, [FIRST], keep=None)[1][FIRST].to(own)
+    theirs = runs[0].of(plan.other).forward(ids, [FIRST], keep=None)[1][FIRST].to(own)
     return own + fraction * (aligned(plan, theirs, own, (0, "resid_pre", "z"), runs[0]) - own)
 
 

@@ -52,6 +52,7 @@ def find_nodes(model: Model, ask: Sweep) -> Generator[Progress, None, tuple[str,
     side = ask.study.base if ask.op != "patch" else {"denoise": "corrupt", "noise": "clean"}[ask.direction]
     prompt = ask.study.prompt_set[0] if ask.over_set and ask.study.prompt_set else ask.study.prompt
     runs = read_study(model, replace(ask.study, prompt=prompt, interventions=(), base=side))
+    runs.require_first("an SAE")
     d = yield from for_layer(model, ask.study.saes, layer)
     check(runs, d)
     if not (d.site_out.startswith("resid_") or d.site_out in ("attn", "mlp")):

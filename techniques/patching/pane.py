@@ -13,7 +13,7 @@ from screen.cursor import clip, place_of
 from screen.keys import VIEW, Action, Part
 from screen.overlays import Item, Picker
 from screen.pane import Host, Pane
-from screen.pictures import sweep_cell, texts_of
+from screen.pictures import run_names, sweep_cell, texts_of
 from screen.session import VIEWS
 from screen.textview import row_of
 from techniques.patching.explained import EXPLAINED
@@ -113,8 +113,8 @@ class PatchingPane(Pane):
         request = self.request(app)
         wants: dict[str, object] = {"sweep": request} if request in app.requests.started else {}
         estimated = request.op == "patch" and request.effect == "total" and request.kind not in NOT_ESTIMATED
-        if estimated and app.state.prompt.corrupt is not None:
-            way = app.state.views["patching.estimate"]
+        if estimated and app.state.compares:
+            way = "atp" if app.state.model.against else app.state.views["patching.estimate"]
             wants["estimate"] = Estimate(request.study, request.kind, way, request.direction, node=request.node, over_set=request.over_set)
         return wants
 
@@ -175,7 +175,7 @@ class PatchingPane(Pane):
         """S: every cell."""
         app.ready()
         request = self.request(app)
-        if request.op == "patch" and app.state.prompt.corrupt is None:
+        if request.op == "patch" and not app.state.compares:
             raise UserError("patching takes values from the other prompt, and there is no corrupted prompt: E types one, o opens a set")
         if app.state.views["patching.over"] == "set" and not request.over_set:
             raise UserError(no_members(app))
@@ -193,8 +193,11 @@ class PatchingPane(Pane):
         app.open(Picker(f"cells by {show}", items, lambda item, typed: item and self.go(app, result, *item.value)))
 
     def title(self, app: Host, request: Sweep) -> str:
-        ablated = f"{request.op} ablation of {'clean' if request.direction == 'noise' else 'corrupted'}"
-        what = DIRECTIONS[request.direction] if request.op == "patch" else ablated
+        names = run_names(app.state)
+        a, b = (names[w] for w in (("clean", "corrupt") if request.direction == "noise" else ("corrupt", "clean")))
+        ablated = f"{request.op} ablation of {a}"
+        patched = f"{b} into {a}" if app.state.model.against else DIRECTIONS[request.direction]
+        what = patched if request.op == "patch" else ablated
         over = " over the set" if request.over_set else " · this prompt only: it is not of the set" if app.state.views["patching.over"] == "set" else ""
         more = over + (" · direct" if request.effect == "direct" else "")
         return f"{EXPLAINED[request.kind].name} · {what}{more} · {app.state.views['patching.show']}"

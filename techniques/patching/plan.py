@@ -172,7 +172,7 @@ def check(ask: Sweep) -> None:
 
 
 def read_plan(model: Model, ask: Sweep) -> Plan:
-    """Everything that can be refused is refused here."""
+    """Everything that can be refused is refused here. The plan's model is the one whose run is changed."""
     check(ask)
     study = ask.study
     members = list(enumerate(study.prompt_set)) if ask.over_set else [(0, study.prompt)]
@@ -190,6 +190,7 @@ def read_plan(model: Model, ask: Sweep) -> Plan:
         raise UserError(f"there is no cell {bad[0]}: the table has {len(layout.rows)} rows and {len(layout.cols)} columns")
     for each in layouts if ask.only else ():
         each.cells = {rc: each.cells[rc] for rc in dict.fromkeys(ask.only) if rc in each.cells}
+    model = runs[0].model
     return Plan(model, ask, members, runs, side, other, layouts, chunk_bytes(model.device, ask.chunk_mb), left)
 
 
@@ -213,7 +214,7 @@ def each_layout[T](runs: list[Runs], labels: tuple[str, ...], make: Callable[[Ru
 def read_member(model: Model, study: Study, op: str) -> Runs:
     """One prompt of a sweep or a circuit; what stops `op` on it is an error."""
     patch = op == "patch"
-    if study.prompt.corrupt is None and (patch or study.base == "corrupt"):
+    if study.prompt.corrupt is None and not study.against and (patch or study.base == "corrupt"):
         raise UserError("there is no corrupted prompt, and patching needs one: type one first")
     runs, kind = read_study(model, study, with_answer=True), study.metric.kind
     if kind not in ("kl", "loss") and not runs.answers:
@@ -327,16 +328,16 @@ def base_run(
         group = [(yield from prepare(model, replace(plan.study, prompt=plan.members[indices[0]][1]), with_answer=True))]
     tensor = lambda which: t.tensor([r.row(which).ids for r in group])  # noqa: E731
     shared = 0
-    if ask.op == "patch" and not plan.study.interventions and model.causal:
+    if ask.op == "patch" and not plan.study.interventions and model.causal and not group[0].pair:
         shared = min(same_start(r, plan.side, plan.other) for r in group)
     both = all(r.rows[w] is not None for r in group for w in ("clean", "corrupt")) and not plan.study.interventions
-    both = both and not apart and tensor("clean").shape == tensor("corrupt").shape
+    both = both and not apart and group[0].together("clean", "corrupt") and tensor("clean").shape == tensor("corrupt").shape
     wanted = [*names, *more, *([FINAL] if ask.study.metric.kind == "kl" else [])]
     base = Base(group, wanted, plan.limit, ask.plain, shared, tensor(plan.other) if both else None)
     acts = ({} if base.edits else {plan.side: base.acts}) | ({plan.other: base.beside} if both else {})
     for which in ("clean", "corrupt"):
         if which not in acts and all(r.rows[which] is not None for r in group):
-            acts[which] = model.forward(tensor(which), [last, FINAL, *(names if which == plan.other and ask.op == "patch" else [])], keep=None)[1]
+            acts[which] = group[0].of(which).forward(tensor(which), [last, FINAL, *(names if which == plan.other and ask.op == "patch" else [])], keep=None)[1]
     clean = None
     if ask.study.metric.kind == "kl":
         clean = t.stack([x[r.metric_position("clean")] for r, x in zip(group, acts["clean"][FINAL])])

@@ -133,7 +133,7 @@ class SweepResult:
     `prompts` are indices into the set. `base` is the metric of the run that the cells change. `method` is "truth" or one of ESTIMATES. `mechanism` says how it was run, and why
     when that is not the fast way; `at_once` the most variants in one batch. `peak_mb`: on a GPU the most memory allocated meanwhile, the model
     included; elsewhere the activations of the largest batch, as the bound counts them. `floor`: changes of the metric below it are noise of the dtype
-    (model/noise.py); NaN while it is not measured.
+    (model/noise.py); NaN while it is not measured. `names`: what clean and corrupted are called (two models, of one prompt).
     """
 
     kind: SweepKind | Literal["path"]
@@ -165,6 +165,7 @@ class SweepResult:
     peak_mb: float = 0.0
     floor: float = float("nan")
     holm: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    names: tuple[str, str] = ("clean", "corrupted")
 
     def address(self, row: int, col: int) -> str:
         """The node of a cell as an address, for an intervention; "" where the cell is not one node."""

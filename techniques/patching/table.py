@@ -79,6 +79,11 @@ class SweepTable:
         return Progress(max(self.done, int(part * self.total)), self.total, f"{self.plan.ask.kind} {self.done}/{self.total}{left}")
 
     @property
+    def names(self) -> tuple[str, str]:
+        """What clean and corrupted are called."""
+        return self.plan.runs[0].called("clean"), self.plan.runs[0].called("corrupt")
+
+    @property
     def peak_mb(self) -> float:
         device = self.plan.model.device
         return (t.cuda.max_memory_allocated(device) if device.type == "cuda" else self.peak) / 2**20
@@ -103,7 +108,7 @@ class SweepTable:
         count = some.sum(0)
         with np.errstate(invalid="ignore"):
             mean = np.where(some, self.values, 0.0).sum(0) / count
-        normalised, warning = normalise(mean, base, self.sides[:, known])
+        normalised, warning = normalise(mean, base, self.sides[:, known], self.names)
         warning = "; ".join(filter(None, (warning, left_out(plan.left, len(plan.left) + len(plan.runs)))))
         table = lambda x: np.asarray(x, np.float32).reshape(self.shape)  # noqa: E731
         empty, stats, every = np.zeros((0, 0), np.float32), {}, np.zeros((0, *self.shape), np.float32)
@@ -118,11 +123,11 @@ class SweepTable:
             table(mean), table(normalised), base, clean, None if math.isnan(corrupt) else corrupt, self.done, self.total, **stats, per_prompt=every,
             prompts=tuple(i for i, _ in plan.members) if ask.over_set else (), mechanism=mechanism(plan, self.reason, self.method), at_once=self.at_once,
             warning=warning, convention=convention(plan, self.method, self.how), peak_mb=round(self.peak_mb, 1),
-            floor=floor,
+            floor=floor, names=self.names,
         )  # fmt: skip
 
 
-def normalise(mean: np.ndarray, base: float, sides: np.ndarray) -> tuple[np.ndarray, str]:
+def normalise(mean: np.ndarray, base: float, sides: np.ndarray, names: tuple[str, str] = ("clean", "corrupted")) -> tuple[np.ndarray, str]:
     """(mean - corrupted) / (clean - corrupted), a ratio of means; without a corrupted prompt mean / base. NaN, and why, where that says nothing."""
     clean, corrupt = sides[1], sides[2]
     if np.isnan(corrupt).any():
@@ -132,11 +137,11 @@ def normalise(mean: np.ndarray, base: float, sides: np.ndarray) -> tuple[np.ndar
     gaps = clean - corrupt
     gap, size = gaps.mean(), max(abs(clean.mean()), abs(corrupt.mean()))
     if abs(gap) < 1e-3 * size or gap == 0:
-        return np.full(mean.shape, math.nan), f"clean and corrupted differ by {gap:.2g} only: not normalised"
+        return np.full(mean.shape, math.nan), f"{names[0]} and {names[1]} differ by {gap:.2g} only: not normalised"
     small = int((np.abs(gaps) < 0.1 * abs(gap)).sum())
-    words = f"{small} of {len(gaps)} prompts have a clean - corrupted below a tenth of the mean" if small else ""
+    words = f"{small} of {len(gaps)} prompts have a {names[0]} - {names[1]} below a tenth of the mean" if small else ""
     if abs(gap) < 0.05 * size:
-        words = f"clean and corrupted differ by {gap:.2g} only: normalised values are large and noisy"
+        words = f"{names[0]} and {names[1]} differ by {gap:.2g} only: normalised values are large and noisy"
     return (mean - corrupt.mean()) / gap, words
 
 
@@ -166,20 +171,24 @@ def mechanism(plan: Plan, reason: str, method: str) -> str:
 
 def convention(plan: Plan, method: str, how: str = "") -> str:
     """What matters first: it is a pane's title. `how` says where an estimate's gradients are taken."""
-    ask, model = plan.ask, plan.model
+    ask, model, called = plan.ask, plan.model, plan.runs[0].called
     metric = ask.study.metric
     assert metric.kind in METRICS
     if ask.op == "patch":
-        what = {"denoise": "denoise: clean values into the corrupted run", "noise": "noise: corrupted values into the clean run"}[ask.direction]
-        what += f", the {'clean' if plan.other == 'clean' else 'corrupted'} run without the interventions" * bool(plan.study.interventions)
+        what = f"{ask.direction}: {called(plan.other)} values into the {called(plan.side)} run"
+        what += f", the {called(plan.other)} run without the interventions" * bool(plan.study.interventions)
     else:
-        run = "corrupted" if plan.side == "corrupt" else "clean"
+        run = called(plan.side)
         amount = f" of {ask.noise:g} embedding standard deviations, seed {ask.seed}" if ask.op == "noise" else ""
         seed = f", seed {ask.seed}" if ask.op == "resample" else ""
         what = f"{run} run, {ask.op}: {SWEEP_OPS[ask.op]}{amount}{seed}"
     place = "" if metric.kind == "loss" else f" at {metric.pos}"
     parts = [SWEEPS[ask.kind], what, f"{metric.kind}{place}", first_tokens(plan.runs)]
-    parts.append("normalised: corrupted = 0, clean = 1" if plan.runs[0].rows["corrupt"] is not None else "normalised: share of the base run's metric")
+    parts.append(
+        f"normalised: {called('corrupt')} = 0, {called('clean')} = 1"
+        if plan.runs[0].rows["corrupt"] is not None
+        else "normalised: share of the base run's metric"
+    )
     if ask.effect == "direct":
         parts.append("direct effect: later attention, MLPs and norm scales as in the base run")
         parts += ["through the head's own z"] * (ask.kind in ("q", "k", "v", "pattern"))

@@ -350,6 +350,8 @@ def answer(args: list[str] | None, engine: Callable[[], object], serve: Callable
         if isinstance(command, ServeCommand):
             serve()
             return 0
+        if hasattr(command, "alone"):
+            return command.alone(engine(), show, errors)
         info, result = run(command, engine(), show, errors)
     except UserError as error:
         errors.print(plain(str(error), RED), soft_wrap=True)

@@ -25,7 +25,7 @@ def keep(app: Host) -> None:
 def put_back(app: Host) -> None:
     """Pane, zoom and cursor as the session has them; what does not fit this program stays as it is."""
     there = app.session.record.place
-    if there.get("pane") in app.panes:
+    if isinstance(there.get("pane"), str) and there["pane"] in app.panes:
         app.show_pane(there["pane"])
     try:
         c = from_json(there["cursor"], Cursor)

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import engine as program
 import tui  # noqa: F401  (the panes bring their views)
 from engine import Engine
-from screen.script import python_script
+from vocabulary.script import python_script
 from techniques.output.requests import Run
 from vocabulary.circuit import Circuit
 from vocabulary.nodes import parse_intervention

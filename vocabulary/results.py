@@ -73,6 +73,13 @@ def numbers(result: object) -> Numbers:
     return out
 
 
+def worth(results) -> list["Result"]:
+    """Those that a notebook shows: what a key asked for, every run, and the last of each other kind."""
+    results = list(results)
+    last = {r.kind: r for r in results}
+    return [r for r in results if r.asked or r.kind == "Run" or last[r.kind] is r]
+
+
 def metric_of(result: object) -> float | None:
     """The metric of a run as it is now; None for other results."""
     value = getattr(getattr(result, "now", None), "metric", None)

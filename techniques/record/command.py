@@ -9,10 +9,11 @@ from typing import Annotated, ClassVar
 import tyro
 from rich.console import Console
 
-from techniques.record.replay import Outcome, find_session, read_results, replay
+from techniques.record.replay import Outcome, find_session, notebook, read_results, replay
 from techniques.shell import GRAY, GREEN, RED, YELLOW, ModelOptions, console, plain, put
-from vocabulary.files import typed_path
+from vocabulary.files import typed_path, write_text
 from vocabulary.log import newest_session
+from vocabulary.nodes import UserError
 from vocabulary.requests import Load
 from vocabulary.wire import to_json
 
@@ -42,7 +43,9 @@ class ReplayCommand(ModelOptions):
     def alone(self, engine, show: Callable[[object], None], errors: Console) -> int:
         """Runs by itself: several models, many requests. The exit code."""
         path, out = find_session(self.session) if self.session else newest_session(), console(quiet=self.json)
-        results, wrong = read_results(path)
+        if self.plot is not None:
+            raise UserError("--plot draws one result: a replay writes session.ipynb, with a picture of each, into --out")
+        results, notes, wrong = read_results(path)
         for line in wrong:
             errors.print(plain(f"{path.name} {line}; left out", YELLOW), soft_wrap=True)
         out.print(plain(f"{path.name}: {len(results)} results", GRAY))
@@ -53,6 +56,7 @@ class ReplayCommand(ModelOptions):
             out.print(plain(f"{o.number:4} {o.verdict:10} {words}", STYLES[o.verdict]), soft_wrap=True)
 
         done = replay(engine, results, typed_path(self.out), self.changed, self.train, show, told)
+        write_text(typed_path(self.out) / "session.ipynb", notebook(path, done, notes))
         counts = {v: sum(o.verdict == v for o in done) for v in STYLES}
         failed = sum(o.failed for o in done)
         worst = max((o.worst.size for o in done if o.worst), default=0.0)

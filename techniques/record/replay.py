@@ -16,8 +16,9 @@ from utils import ROOT
 from vocabulary.files import folder, make_folder, reason, typed_path, write_text
 from vocabulary.log import read_lines
 from vocabulary.nodes import UserError
-from vocabulary.requests import Load
-from vocabulary.results import Difference, Kept, Result, differences, digest, headline, numbers
+from vocabulary.notebook import as_notebook, session_cells
+from vocabulary.requests import Load, ModelInfo
+from vocabulary.results import Difference, Kept, Result, differences, digest, headline, numbers, worth
 from vocabulary.wire import to_json
 
 PACKAGES = ("torch", "transformers", "transformer_lens", "sae_lens", "numpy")
@@ -45,8 +46,8 @@ def name_of(file: Path) -> str:
     return next((str(e["args"].get("text", "")) for e in reversed([*entries]) if e.get("do") == "name" and isinstance(e.get("args"), dict)), "")
 
 
-def read_results(path: Path) -> tuple[list[Result], list[str]]:
-    """The results that a session holds, each once with its newest numbers, in their order; and what is wrong with its lines."""
+def read_results(path: Path) -> tuple[list[Result], list[dict], list[str]]:
+    """The results that a session holds, each once with its newest numbers, in their order; its notes as lines; and what is wrong with its lines."""
     try:
         lines, ended = read_lines(path.read_bytes())
     except OSError as error:
@@ -73,7 +74,8 @@ def read_results(path: Path) -> tuple[list[Result], list[str]]:
             f"{path.name} holds {steps} actions and no result: it is of a version that kept none. Open it with `uv run tui.py --resume {path}` "
             "and press a key that acts: what is computed from then on is kept"
         )
-    return [*found.values()], wrong + ([] if ended else ["its last line is cut"])
+    notes = [e for e in (line.entry or {} for line in lines) if e.get("do") == "note" and isinstance(e.get("args"), dict)]
+    return [*found.values()], notes, wrong + ([] if ended else ["its last line is cut"])
 
 
 # ------------------------------------------------------------------ running it
@@ -88,8 +90,9 @@ class Outcome:
     verdict: str
     says: str = ""
     worst: Difference | None = None
-    seconds: float = 0.0
     why: str = ""
+    whole: object = None
+    info: ModelInfo | None = None
 
     @property
     def failed(self) -> bool:
@@ -127,6 +130,17 @@ def seeds(request: object) -> dict[str, int]:
     return found
 
 
+def notebook(path: Path, done: list[Outcome], notes: list[dict]) -> str:
+    """The session as a notebook: prompts, notes, every result worth showing with its picture, the circuits."""
+    shown = {id(r) for r in worth(o.result for o in done)}
+    rows = [(o.result.time, "result", o.result, o.whole, o.info) for o in done if id(o.result) in shown]
+    rows += [(str(e.get("t", "")), "note", e["args"]) for e in notes]
+    about = ", ".join(f"{k} {v}" for k, v in versions().items())
+    return as_notebook(
+        session_cells(name_of(path) or path.stem, f"A session of Loupe, run again: {about}.", [row[1:] for row in sorted(rows, key=lambda row: row[0])])
+    )
+
+
 def replay(
     engine, results: list[Result], out: Path, change: Callable[[Load], Load], train: bool, show: Callable[[object], None], told: Callable[[Outcome], None]
 ) -> list[Outcome]:
@@ -158,7 +172,7 @@ def one(engine, number: int, result: Result, out: Path, change: Callable[[Load],
         return Outcome(number, result, "refused", why=str(error))
     rows = differences(result.numbers, numbers(now), info.dtype, getattr(now, "floor", math.nan))
     worst = rows[0] if rows else None
-    outcome = Outcome(number, result, "differs" if worst is not None and worst.over else "equal", headline(request, now), worst)
+    outcome = Outcome(number, result, "differs" if worst is not None and worst.over else "equal", headline(request, now), worst, "", now, info)
     stem = out / f"{number:03}-{result.kind}"
     about = {
         "versions": versions(), "model": info.name, "dtype": info.dtype, "device": info.device, "seeds": seeds(request), "session": {"time": result.time,

@@ -26,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 import techniques
+from techniques.training import Bar, recorded
 from utils import printable, settings
 from vocabulary.files import check_place, typed_path, write_text
 from vocabulary.plots import page, pictures_of, svg
@@ -326,8 +327,14 @@ def run(command: ModelOptions, engine, show: Callable[[object], None], errors: C
     if text is not None:
         return info, text
     if command.interruptible:
-        with interruptible(show) as show_or_stop:
-            result = engine.run(request, show_or_stop)
+        bar = Bar(sys.stderr) if errors.is_terminal else show
+        with recorded(getattr(command, "wandb", False), request, info) as (step, end), interruptible(bar) as show_or_stop:
+            try:
+                result = engine.run(request, lambda part: (step(part), show_or_stop(part)))
+            finally:
+                if isinstance(bar, Bar):
+                    bar.close()
+            end(result)
     else:
         result = engine.run(request, show)
     return info, command.finish(result, engine, show)

@@ -68,7 +68,8 @@ class Record:
         for line in entries(new):
             name = line.get("set") or line.get("study")
             if "set" in line:
-                self.session.refer({"prompts": line["prompts"]})  # `Session.keep` writes it
+                if line["set"] not in self.session.sets:
+                    self.session.refer({"prompts": line["prompts"]})  # `Session.keep` writes it
             elif name not in self.said:
                 self.waiting.append(line)
                 self.said |= {name} - {None}

@@ -331,6 +331,8 @@ def run(command: ModelOptions, engine, show: Callable[[object], None], errors: C
         with recorded(getattr(command, "wandb", False), request, info) as (step, end), interruptible(bar) as show_or_stop:
             try:
                 result = engine.run(request, lambda part: (step(part), show_or_stop(part)))
+                if isinstance(bar, Bar):
+                    bar.close(True)
             finally:
                 if isinstance(bar, Bar):
                     bar.close()

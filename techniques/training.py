@@ -47,13 +47,15 @@ class Bar:
             tqdm.write(printable(part.text), file=self.file)
             return
         if self.bar is None or (words, part.total) != self.phase:
-            self.close()
+            self.close(True)
             self.bar, self.phase = tqdm(total=part.total, desc=words, initial=part.done, file=self.file, leave=True), (words, part.total)
         self.bar.set_postfix_str(rest, refresh=False)
         self.bar.update(part.done - self.bar.n)
 
-    def close(self) -> None:
+    def close(self, whole: bool = False) -> None:
+        """`whole`: what the bar stands for is done, which its last step did not say."""
         if self.bar is not None:
+            self.bar.update(self.bar.total - self.bar.n if whole else 0)
             self.bar.close()
         self.bar = None
 

@@ -7,6 +7,7 @@ What a session keeps of what was computed: the request, the model, the headline,
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -15,13 +16,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from vocabulary.nodes import UserError
-from vocabulary.prompts import Prompt
+from vocabulary.prompts import Prompt, Study
 from vocabulary.requests import Load
 from vocabulary.wire import TYPES, from_json, to_json
 
 NOT_HELD = ("seconds", "expected", "peak_mb", "floor", "normalised", "p", "holm", "bytes", "normalised_low")  # times, sizes, and what follows from the rest
 ALLOWED = {"float32": 1e-4, "float64": 1e-4, "float16": 4e-3, "bfloat16": 3e-2}  # of a number's size, at least of 1: what roundings in another order make
 Numbers = dict[str, float | list]
+EMPTY = {"prompt": {"clean": ""}}  # a study as JSON
 
 
 def digest(obj: object) -> str:
@@ -167,16 +169,24 @@ class Result:
         return (self.on, self.request) if not isinstance(self.request, dict) else (self.on, self.kind, digest(self.request))
 
 
+@functools.lru_cache(8)
+def set_line(prompts: tuple[Prompt, ...]) -> dict:
+    body = to_json(prompts)
+    return {"set": digest(body), "prompts": body}
+
+
 def packed(request: object) -> tuple[dict, list[dict]]:
     """A request as JSON with its study and prompt set as digests, and the lines that these stand in, to be written once."""
-    body, lines = to_json(request), []
-    study = body.get("study")
-    if isinstance(study, dict):
-        if study["prompt_set"]:
-            lines.append({"set": digest(study["prompt_set"]), "prompts": study["prompt_set"]})
-            study = study | {"prompt_set": lines[0]["set"]}
-        lines.append({"study": digest(study), "is": study})
-        body = body | {"study": lines[-1]["study"]}
+    study, lines = getattr(request, "study", None), []
+    if not isinstance(study, Study):
+        return to_json(request), []
+    body = {f.name: to_json(getattr(request, f.name)) for f in dataclasses.fields(request) if f.name != "study"}
+    inside = to_json(dataclasses.replace(study, prompt_set=()))
+    if study.prompt_set:
+        lines.append(set_line(study.prompt_set))
+        inside["prompt_set"] = lines[0]["set"]
+    lines.append({"study": digest(inside), "is": inside})
+    body["study"] = lines[-1]["study"]
     return body, lines
 
 
@@ -191,7 +201,7 @@ class Kept:
     """Reads results back from a session's lines, in their order. `sets` are prompt sets by digest, as JSON or as prompts; `studies` by digest, as JSON."""
 
     def __init__(self, sets: dict | None = None):
-        self.sets, self.studies = {} if sets is None else sets, {}
+        self.sets, self.studies, self.read_studies = {} if sets is None else sets, {}, {}
 
     def read(self, entry: dict) -> Result | None:
         """The result of a line; None for a line that only says what others refer to. UserError for what is no result."""
@@ -208,24 +218,26 @@ class Kept:
         )  # fmt: skip
 
     def request(self, kind: str, body: dict) -> object:
-        """The request; its JSON where it can't be read (of another version, or a technique that is not here)."""
-        whole = self.whole(body)
+        """The request; its JSON where it can't be read (of another version, or a technique that is not here). UserError where its study is missing."""
+        named = isinstance(body.get("study"), str)
+        study = self.study(body["study"]) if named else None
         try:
-            return from_json(whole, TYPES[kind])
+            read = from_json(body | {"study": EMPTY} if named else body, TYPES[kind])
         except (UserError, LookupError):
-            return whole
-
-    def whole(self, body: dict) -> dict:
-        """JSON with its study and prompt set in the place of their digests. UserError where these are missing."""
-        study = body.get("study")
-        if not isinstance(study, str):
             return body
-        if not isinstance(self.studies.get(study), dict):
-            raise UserError("the study that it is of is missing")
-        study = self.studies[study]
-        if isinstance(name := study.get("prompt_set"), str):
-            if name not in self.sets:
+        return dataclasses.replace(read, study=study) if named else read
+
+    def study(self, name: str) -> Study:
+        """The study of a digest, read once."""
+        if name not in self.read_studies:
+            body = self.studies.get(name)
+            if not isinstance(body, dict):
+                raise UserError("the study that it is of is missing")
+            of = body.get("prompt_set")
+            if isinstance(of, str) and of not in self.sets:
                 raise UserError("its prompt set is missing")
-            some = self.sets[name]
-            study = study | {"prompt_set": to_json(some) if some and isinstance(some[0], Prompt) else some}
-        return body | {"study": study}
+            some = self.sets[of] if isinstance(of, str) else ()
+            if some and not isinstance(some[0], Prompt):
+                self.sets[of] = some = from_json(some, tuple[Prompt, ...])
+            self.read_studies[name] = dataclasses.replace(from_json(body | {"prompt_set": []}, Study), prompt_set=tuple(some))
+        return self.read_studies[name]

@@ -34,6 +34,7 @@ DONE = {
 }
 DONE |= {"freeze": "froze", "set": "set", "add": "added to"}
 LONGEST = 500  # characters of a note
+ALWAYS = ("model", "prompt", "corrupted", "answer", "metric", "base", "interventions")  # what two points are shown with also where it is alike
 
 # ------------------------------------------------------------------ points in words
 
@@ -60,7 +61,8 @@ def metric(app: Host, state: State) -> float | None:
 def words(app: Host, step: Step) -> str:
     """What was done in a step, and what it did to the metric."""
     if step.name == "note":
-        about = " · ".join(str(step.args[k]) for k in ("node", "number") if step.args.get(k))
+        number = step.args.get("number") or ("" if (m := metric(app, step.after)) is None else f"{step.after.metric.kind} {m:.4f}")
+        about = " · ".join(str(x) for x in (step.args.get("node"), number) if x)
         return f"! {step.args.get('text', '')}" + (f"  ({about})" if about else "")
     if step.name == "result":
         return f"computed {step.args['says']}"
@@ -141,7 +143,7 @@ def show(app: Host) -> None:
         app.guard(lambda: jump(app, all_points[at]))
 
     keys = {"enter": go, "m": mark, "c": compare}
-    panel = Panel(f"history, {len(all_points)} points", rows(), "enter goes there · m marks · c compares with the marked one, else with now", True, keys)
+    panel = Panel(f"history, {len(all_points)} points", rows(), "enter goes there · m marks · c compares (else with now)", True, keys)
     panel.at = len(all_points) - 1
     app.open(panel)
 
@@ -166,7 +168,7 @@ def comparison(app: Host, a: Step, b: Step) -> list[Spans]:
     """Two points side by side: what they say, their metrics, and what differs in the visible panes."""
     one, other = described(a.after), described(b.after)
     shown = lambda state: "not computed there" if (m := metric(app, state)) is None else f"{state.metric.kind} {m:.4f}"  # noqa: E731
-    table = [("", clock(a), clock(b)), *((name, one[name], other[name]) for name in one if one[name] or other[name])]
+    table = [("", clock(a), clock(b)), *((n, one[n], other[n]) for n in one if one[n] != other[n] or n in ALWAYS and one[n])]
     table.append(("value", shown(a.after), shown(b.after)))
     wide = max(12, (app.size.width - 18) // 2)
     out: list[Spans] = []

@@ -76,8 +76,13 @@ def test_the_screens_numbers(engines, monkeypatch):
     ]  # fmt: skip
     check_notebook(monkeypatch, engines["zoo"], Load(), study, requests)
     sweep = Sweep(study, "z", "patch", "denoise")  # the interventions are then on the other prompt
-    cells = screen_cells(Shown(Load(), study), engines["zoo"].model.info, engines["zoo"].run(Run(study)), [(sweep, engines["zoo"].run(sweep), [])])
-    assert "the numbers that Loupe computed" in cells[-1].text
+    cells = screen_cells(
+        Shown(Load(), study),
+        engines["zoo"].model.info,
+        engines["zoo"].run(Run(study)),
+        [(sweep, engines["zoo"].run(sweep), [plots.picture("z", np.eye(2), "ab", "cd")])],
+    )
+    assert "the numbers that Loupe computed" in cells[-2].text and not any("by TransformerLens alone" in c.text for c in cells if not c.code)
 
 
 @pytest.mark.table

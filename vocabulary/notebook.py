@@ -83,11 +83,8 @@ def pane_cells(shown: Shown, info: ModelInfo, run, request: object, result: obje
                 code = attention_code(request, result)
             case "Sweep" if request.kind in SWEPT and request.op in ("patch", "zero") and request.effect == "total" and not request.over_set:
                 code = sweep_code(shown, request, result, info)
-    words = "by TransformerLens alone, held against the screen" if code else "the numbers that Loupe computed"
-    cells = [Cell(f"### {type(request).__name__}: {words}", False)]
-    if code:
-        cells.append(Cell(code))
-    return cells + [Cell(plots.code(p)) for p in pictures]
+    cells = [Cell(f"### {type(request).__name__}: by TransformerLens alone, held against the screen", False), Cell(code)] if code else []
+    return cells + (embedded(request, pictures) if pictures else [])
 
 
 def literal(values: np.ndarray) -> str:
@@ -183,7 +180,7 @@ def screen_cells(shown: Shown, info: ModelInfo, run, panes: list[tuple[object, o
 
 
 def embedded(request: object, drawn: list[Picture]) -> list[Cell]:
-    return [Cell(f"### {type(request).__name__}: the numbers that Loupe computed", False), *(Cell(plots.code(p)) for p in drawn)]
+    return [Cell(f"### The pane's maps ({type(request).__name__}): the numbers that Loupe computed", False), *(Cell(plots.code(p)) for p in drawn)]
 
 
 # ------------------------------------------------------------------ a whole session

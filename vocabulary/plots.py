@@ -182,7 +182,7 @@ def svg(p: Picture) -> str:
                         x + width / 2, y + height * 0.7, p.text[r][c][:8] if p.text else f"{v:.3g}", 9, "middle", fill="white" if abs(share) > 0.6 else "black"
                     )
                 )
-    return framed(out, left + len(p.cols) * width + 12, top + len(p.rows) * height + 12)
+    return framed(out, max(left + len(p.cols) * width, 12 + 8 * len(p.title)) + 12, top + len(p.rows) * height + 12)
 
 
 def line_svg(p: Picture) -> str:
@@ -192,12 +192,14 @@ def line_svg(p: Picture) -> str:
     low, high_value = float(y[found].min()), float(y[found].max())
     x_at = lambda n: left + n * wide / max(1, len(y) - 1)  # noqa: E731
     y_at = lambda v: top + high * (1 - (v - low) / max(high_value - low, 1e-12))  # noqa: E731
-    points = " ".join(f"{x_at(n):.1f},{y_at(v):.1f}" for n, v in enumerate(y.tolist()) if not math.isnan(v))
-    out = [text_at(12, 20, p.title, 14, bold=True), f'<polyline points="{points}" fill="none" stroke="#053061" stroke-width="1.5"/>']
+    pieces = "".join("  " if math.isnan(v) else f"{x_at(n):.1f},{y_at(v):.1f} " for n, v in enumerate(y.tolist())).split("  ")  # none across a gap
+    lines = [f'<polyline points="{piece.strip()}" fill="none" stroke="#053061" stroke-width="1.5"/>' for piece in pieces if piece.strip()]
+    dots = [f'<circle cx="{x_at(n):.1f}" cy="{y_at(v):.1f}" r="2" fill="#053061"/>' for n, v in enumerate(y.tolist()) if not math.isnan(v)]
+    out = [text_at(12, 20, p.title, 14, bold=True), *lines, *dots]
     out += [text_at(left - 6, y_at(v) + 4, f"{v:.4g}", FONT, "end") for v in (low, high_value)]
     step = -(-len(p.cols) * 12 // wide)
     out += [text_at(x_at(n) + 4, top + high + 10, name, FONT, "end", -90) for n, name in enumerate(p.cols) if n % step == 0]
-    return framed(out, left + wide + 20, top + high + 24 + 7 * max(map(len, p.cols)))
+    return framed(out, max(left + wide, 12 + 8 * len(p.title)) + 20, top + high + 24 + 7 * max(map(len, p.cols)))
 
 
 def text_at(x: float, y: float, text: str, size: int, anchor: str = "start", turn: int = 0, bold: bool = False, fill: str = "black") -> str:

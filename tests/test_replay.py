@@ -201,3 +201,16 @@ def test_a_session_that_is_only_looked_at_is_not_written(engines, tmp_path):
     assert path.read_bytes() == before
     with pytest.raises(UserError):
         session.do("nonsense")
+
+
+def test_a_session_is_found_by_its_name(tmp_path, monkeypatch):
+    from techniques.record import replay
+
+    monkeypatch.setattr(replay, "folder", lambda name: tmp_path)
+    session = Session(State(), tmp_path / "2026.jsonl")
+    session.do("name", text="first")
+    session.do("name", text="my hunt")
+    session.close()
+    assert replay.find_session("my hunt") == replay.find_session("2026") == replay.find_session(str(tmp_path / "2026.jsonl")) == tmp_path / "2026.jsonl"
+    with pytest.raises(UserError, match="no session 'first'"):
+        replay.find_session("first")

@@ -8,7 +8,7 @@ import datetime
 from dataclasses import dataclass
 
 from vocabulary.requests import Load, ModelInfo
-from vocabulary.results import Kept, Result, entries, headline, numbers
+from vocabulary.results import Kept, Result, entries, headline, key_of, numbers
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Record:
     def add(self, request: object, result: object, load: Load, info: ModelInfo, asked: bool = False) -> None:
         """Keep what came back for a request: once, and again when a key asked for it."""
         found = numbers(result)
-        known = self.results.get((info.key, request))
+        known = self.result(info.key, request)
         if not found or getattr(request, "dry", False) or known is not None and known.numbers == found and (known.asked or not asked):
             return
         now = datetime.datetime.now().isoformat(timespec="milliseconds")
@@ -98,9 +98,9 @@ class Record:
     # ---------------------------------------------------------------- looking up
 
     def result(self, on: str, request: object) -> Result | None:
-        return self.results.get((on, request))
+        return self.results.get(key_of(on, request))
 
     def metric(self, on: str, request: object) -> float | None:
         """The metric that a run was seen to have."""
-        found = self.results.get((on, request))
+        found = self.result(on, request)
         return None if found is None else found.numbers.get("now.metric")

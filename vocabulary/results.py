@@ -151,6 +151,15 @@ def differences(was: Numbers, now: Numbers, dtype: str, floor: float = math.nan)
 # ------------------------------------------------------------------ lines of the session file
 
 
+def key_of(on: str, request: object) -> tuple:
+    """By what a result is looked up: the model, and the request (as JSON where that has no hash)."""
+    try:
+        hash(request)
+    except TypeError:
+        return on, digest(to_json(request))
+    return on, request
+
+
 @dataclass(frozen=True)
 class Result:
     """One result as a session keeps it. `request` is its JSON where this program has no such request; `on` the model, its dtype and device; `asked`: by a key."""
@@ -166,7 +175,7 @@ class Result:
 
     @property
     def key(self) -> tuple:
-        return (self.on, self.request) if not isinstance(self.request, dict) else (self.on, self.kind, digest(self.request))
+        return key_of(self.on, self.request)
 
 
 @functools.lru_cache(8)

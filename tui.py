@@ -28,11 +28,12 @@ from textual.reactive import var
 from techniques.features.requests import SaeInfo
 from techniques.output.requests import Run, RunResult, Side
 from vocabulary.files import folder
+from vocabulary.log import newest_session
 from vocabulary.typed import check_text
 from vocabulary.nodes import Node, UserError
 from vocabulary.prompts import read_prompt_set, Study
 from vocabulary.requests import Load, ModelInfo
-from screen import layout, loading, top
+from screen import layout, loading, resume, top
 from screen.client import Client, Job, words_of
 from screen.colours import LIGHT, SIXTEEN, THEME, use
 from screen.compositor import TightScreen
@@ -43,7 +44,7 @@ from screen.keys import Action, bindings, collect, key_page, keymap, remapped
 from screen.overlays import Overlay
 from screen.pane import Pane
 from screen.replies import Requests
-from screen.session import Session, State, add_views, newest_session, read_session
+from screen.session import Session, State, add_views, read_session
 from screen.table import SCREEN
 from screen.template import skipped
 from screen.terminal import Terminal, no_terminal
@@ -132,9 +133,11 @@ class Loupe(App):
                 self.exit()
             self.app_resume_signal.subscribe(self, lambda app: self.screen.forget())
         self.arrange()
+        resume.put_back(self)
         self.call_after_refresh(self.start_engine)
 
     async def on_unmount(self) -> None:
+        resume.keep(self)
         await self.client.stop()
 
     def on_resize(self) -> None:

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from vocabulary.nodes import UserError
+from vocabulary.prompts import Prompt
+from vocabulary.wire import from_json
 
 VIEW = "view"  # the action that changes views, and only them
 
@@ -25,6 +27,12 @@ def taken_back(now, stack: list, of: str, way: str) -> tuple:
     old, name = stack[at]
     part = (lambda state: replace(state, views=old.views)) if of == VIEW else (lambda state: replace(old, views=state.views)) if of else (lambda state: old)
     return part(now), name, [*stack[:at], *((part(state), later) for state, later in stack[at + 1 :])]
+
+
+def jump(state, to: dict, prompts: list | tuple[Prompt, ...] = ()):
+    """Another point of the session, whole but for its set, which comes beside it; the views stay."""
+    prompts = prompts if isinstance(prompts, tuple) else from_json(prompts, tuple[Prompt, ...])
+    return replace(from_json(to, type(state)), prompt_set=prompts, views=state.views)
 
 
 def count(stack: list) -> int:
@@ -58,6 +66,8 @@ def words(name: str, before, after) -> str:
             return f"metric {after.metric.kind}@{after.metric.pos}"
         case "base" | "ablation" | "lens":
             return f"{name} {getattr(after, name)}"
+        case "jump":
+            return "a jump to another point"
         case "enable":
             return f"interventions {'on' if after.enabled else 'off'}"
         case "sae_error":

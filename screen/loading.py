@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from vocabulary.requests import Load, Status
+from screen import resume
 from screen.client import EngineDied, EngineError
 from screen.cursor import Cursor
 from screen.history import VIEW
@@ -46,6 +47,8 @@ def not_loaded(app: Host, error: EngineError) -> None:
 
 
 async def poll_memory(app: Host) -> None:
+    """When nothing is being computed: memory for the top line, and what waits goes to the session file."""
+    resume.keep(app)
     s = await app.requests.asked("status", Status(), 2, failed=lambda error: None, any_model=True)
     if s is not None:
         app.memory = (s.memory // 10**7 * 10**7, s.device_memory // 10**7 * 10**7, s.cache)

@@ -6,7 +6,7 @@ from pathlib import Path
 from vocabulary.chat import as_typed
 from vocabulary.files import folder
 from vocabulary.nodes import UserError
-from screen import history
+from screen import history, resume
 from screen.actions import accepted
 from screen.jobs import ends_jobs
 from screen.overlays import Editor, Item, Picker
@@ -82,5 +82,6 @@ def restore(app: Host, path: Path) -> None:
     app.session = session
     warning = " · ".join(filter(None, (left, session.log.claim(), warning)))
     app.at_end = True
+    resume.put_back(app)
     app.say(warning or f"restored {path.name}: {history.count(session.past)} steps back", WARN if warning else GOOD)
     app.refresh_wants()

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from screen import actions, beside, dialogs, jobs, models, moves, prompts, sessions, views
+from screen import actions, beside, dialogs, jobs, models, moves, points, prompts, sessions, views
 from screen.keys import INTERVENE, LOUPE, MOVE, PANES, PROMPT, VIEW, FIND, Action
 
 FAR = 10**6
@@ -103,6 +103,8 @@ SCREEN = (
     Action("models", "M", "model", "Load another model", LOUPE, models.models),
     Action("jobs", "J", "jobs", "Running jobs; x cancels one", LOUPE, jobs.jobs),
     Action("write", "w", "session", "Where this session is written, and its name", LOUPE, sessions.where_written),
+    Action("note", "!", "note", "Write a line of text on this point: node, prompt, number", LOUPE, points.note),
+    Action("history", "", "history", "The session in words: what was done, computed and noted; go to a point, compare two", LOUPE, points.show),
     Action("restore", "r", "restore", "Restore another session: its name, model, prompt and last action", LOUPE, sessions.choose_session),
     Action("restart", "ctrl+e", "restart engine", "Restart the engine; prompts and interventions are kept", LOUPE, dialogs.restart),
     Action("redraw", "ctrl+l", "redraw", "Draw the whole screen again", LOUPE, lambda app: app.screen.forget()),

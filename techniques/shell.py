@@ -26,8 +26,11 @@ from rich.table import Table
 from rich.text import Text
 
 import techniques
+from techniques.training import Bar, recorded
 from utils import printable, settings
 from vocabulary.chat import asked
+from vocabulary.files import check_place, typed_path, write_text
+from vocabulary.plots import page, pictures_of, svg
 from vocabulary.typed import check_text
 from vocabulary.nodes import UserError, parse_intervention
 from vocabulary.prompts import Align, Base, Metric, MetricKind, Prompt, Study, as_chat, read_place, read_prompt_set
@@ -71,6 +74,8 @@ class ModelOptions:
     """of an adapter's change to its base, 0 to 1"""
     json: bool = False
     """print the result as JSON, and nothing else"""
+    plot: Path | None = None
+    """draw the result's tables into this file too: .html by plotly, which needs no network, or .svg (the first table)"""
 
     asks: ClassVar[tuple[type, ...]] = ()
     names: ClassVar[dict[str, str]] = NAMES
@@ -339,8 +344,16 @@ def run(command: ModelOptions, engine, show: Callable[[object], None], errors: C
     if text is not None:
         return info, text
     if command.interruptible:
-        with interruptible(show) as show_or_stop:
-            result = engine.run(request, show_or_stop)
+        bar = Bar(sys.stderr) if errors.is_terminal else show
+        with recorded(getattr(command, "wandb", False), request, info) as (step, end), interruptible(bar) as show_or_stop:
+            try:
+                result = engine.run(request, lambda part: (step(part), show_or_stop(part)))
+                if isinstance(bar, Bar):
+                    bar.close(True)
+            finally:
+                if isinstance(bar, Bar):
+                    bar.close()
+            end(result)
     else:
         result = engine.run(request, show)
     return info, command.finish(result, engine, show)
@@ -355,6 +368,24 @@ def main(args: list[str] | None, engine: Callable[[], object], serve: Callable[[
         return 1
 
 
+def plots_to(path: Path | None) -> None:
+    """UserError where a plot could not be written."""
+    if path is None:
+        return
+    if path.suffix not in (".html", ".svg"):
+        raise UserError(f"--plot {path}: name a file that ends in .html or .svg")
+    check_place(typed_path(path))
+
+
+def draw(command: ModelOptions, result: object, info: ModelInfo) -> None:
+    """The result's tables as a picture."""
+    drawn = [] if isinstance(result, str) else pictures_of(result)
+    name = f"{type(result).__name__.removesuffix('Result')} of {info.name}"
+    if not drawn:
+        raise UserError(f"{name}: it has no table of numbers to draw; leave --plot out")
+    write_text(typed_path(command.plot), svg(drawn[0]) if command.plot.suffix == ".svg" else page(name, drawn, getattr(result, "convention", "")))
+
+
 def answer(args: list[str] | None, engine: Callable[[], object], serve: Callable[[], None]) -> int:
     """What `main` does for one command line."""
     errors = console(stderr=True)
@@ -367,7 +398,13 @@ def answer(args: list[str] | None, engine: Callable[[], object], serve: Callable
         if isinstance(command, ServeCommand):
             serve()
             return 0
+        if hasattr(command, "alone"):
+            return command.alone(engine(), show, errors)
+        plots_to(command.plot)
         info, result = run(command, engine(), show, errors)
+        if command.plot is not None:
+            draw(command, result, info)
+            errors.print(plain(f"drawn in {command.plot}", GRAY), soft_wrap=True)
     except UserError as error:
         errors.print(plain(str(error), RED), soft_wrap=True)
         return 2

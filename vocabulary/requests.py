@@ -1,6 +1,6 @@
 """What is asked of a model itself: load one, check a prompt, memory, which there are. Never imports torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vocabulary.prompts import Align, Prompt, TokenRow
 from vocabulary.sizes import Room
@@ -175,12 +175,16 @@ class ModelsResult:
 
 @message
 class Progress:
-    """How far an analysis is. A `notice` is a line that the user should have read when it is over: it passes every analysis that words another's progress."""
+    """
+    How far an analysis is. A `notice` is a line that the user should have read when it is over: it passes every analysis that words another's progress.
+    `values` are a training's numbers after `done` steps, by name.
+    """
 
     done: int
     total: int
     text: str = ""
     notice: bool = False
+    values: dict[str, float] = field(default_factory=dict)
 
 
 @message

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from techniques.lens.requests import FitJacobian, FitJacobianResult, Lens, LensResult, TuneLens, TuneLensResult
 from techniques.shell import CYAN, GRAY, GREEN, METRIC, RED, options, plain, table
+from techniques.training import Recorded
 from utils import show_number, show_token
 
 
@@ -17,7 +18,7 @@ class LensCommand(options(Lens, unused=METRIC, k=5)):
 
 
 @dataclass
-class TuneLensCommand(options(TuneLens)):
+class TuneLensCommand(Recorded, options(TuneLens)):
     """Fit a tuned lens: an affine map a layer, from the identity, to KL(final || lens). Interrupted, it resumes from its last checkpoint (every 50 steps)."""
 
     interruptible = True

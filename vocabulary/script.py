@@ -1,12 +1,12 @@
 """A script that reproduces the metric on the screen with TransformerLens alone. Never imports torch."""
 
-from techniques.output.requests import RunResult
+from dataclasses import dataclass
+
 from vocabulary.chat import CHAT_IDS, messages
 from vocabulary.names import sources
 from vocabulary.nodes import Intervention, UserError
-from vocabulary.prompts import Prompt, TokenRow
-from vocabulary.requests import ModelInfo
-from screen.session import State
+from vocabulary.prompts import Prompt, Study, TokenRow
+from vocabulary.requests import Load, ModelInfo
 
 HEAD = '''"""
 The metric on the screen with TransformerLens alone. Made by Loupe; needs torch, transformers and transformer_lens only.
@@ -153,8 +153,20 @@ def same_ids(prompt: Prompt) -> str:
     return "".join(f"assert chat_ids({messages(text)!r}) == {name}[0].tolist(), 'another chat template'\n" for name, text in sides.items())
 
 
-def python_script(state: State, info: ModelInfo, run: RunResult) -> str:
-    """The script for the metric on the screen; running it prints that number."""
+@dataclass(frozen=True)
+class Shown:
+    """What a script is about: a model and a study, by the names that a session's state gives them."""
+
+    model: Load
+    study: Study
+
+    metric = property(lambda self: self.study.metric)
+    base = property(lambda self: self.study.base)
+    prompt_set = property(lambda self: self.study.prompt_set)
+
+
+def python_script(state, info: ModelInfo, run) -> str:
+    """The script for the metric of a session's state, or of what is `Shown`, from its RunResult; running it prints that number."""
     kind, load, active = state.metric.kind, state.model, state.study.interventions
     if run.now.metric is None:
         raise UserError("there is no metric to reproduce: t names the answer and the foil")
@@ -162,6 +174,8 @@ def python_script(state: State, info: ModelInfo, run: RunResult) -> str:
         raise UserError(f"a script knows the metrics {', '.join(METRIC)}, not {kind}")
     weights, base = sources(load.model, load.base, info, any(i.node.part == "pattern" and i.node.site == "head" for i in active))
     row = run.now.tokens
+    if any(i.op == "patch" for i in active) and run.corrupt is not None and len(run.corrupt.tokens.ids) != len(run.clean.tokens.ids):
+        raise UserError("a script that patches across prompts of unequal length is not built: it would take other positions than the screen")
     mids = [i for i in active if i.node.site == "resid_mid"]
     ordered = [i for i in active if i not in mids] + mids
     needs_means = any(i.op.startswith("mean") for i in active)

@@ -169,7 +169,8 @@ class QKPane(Pane):
             self.info_line.show([])
             return
         order = views["qk.order"]
-        grid = self.picture("qk", (Same(result), order), lambda: pictures.qk_grid(result, order))
+        most = max(4, self.size.height - 6), max(3, (self.size.width - 12) // 8 - 2)  # that fit with their sums and the rest
+        grid = self.picture("qk", (Same(result), order, most), lambda: pictures.qk_grid(result, order, most))
         self.at = clip(self.at[0], len(grid.rows)), clip(self.at[1], len(grid.cols))
         title = f"L{result.layer}H{result.head} {pictures.place(result, result.dest)} → {pictures.place(result, result.source)}"
         against = f" less {result.instead}" if result.instead else ""

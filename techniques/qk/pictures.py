@@ -9,11 +9,11 @@ from utils import show_token
 from widgets import BAD, BOLD, DIM, GOOD, PLAIN, Grid, Spans
 
 
-def qk_grid(result: QKResult, order: str) -> Grid:
-    """Query components (rows) × key components (columns); the first row and column are sums."""
-    rows, cols, values = table(result, order)
+def qk_grid(result: QKResult, order: str, most: tuple[int, int]) -> Grid:
+    """Query components (rows) × key components (columns), at most so many of each by size; the first row and column are sums."""
+    rows, cols, values = table(result, order, most)
     hi = max(float(np.abs(values).max()), 1e-6)
-    return Grid(values, rows, cols, -hi, hi, signed=True, cell=(6, 9), corner="query \\ key", faint=hi * 0.02, listed=False)
+    return Grid(values, rows, cols, -hi, hi, signed=True, cell=(7, 9), corner="query \\ key", faint=hi * 0.02, listed=False)
 
 
 def place(result: QKResult, pos: int) -> str:

@@ -4,22 +4,22 @@ import numpy as np
 
 from techniques.qk.requests import QKCheckResult, QKResult
 
-ALL, REST, MOST = "all", "the rest", 24
+ALL, REST = "all", "the rest"
 
 
-def shown(margins: np.ndarray, values: np.ndarray, order: str) -> list[int]:
-    """Which components of a side are shown on their own, of margins [component] and entries [component, other side]."""
-    if order == "model" or len(margins) <= MOST:
-        best = range(len(margins))
-    else:
-        best = np.argsort(-np.maximum(np.abs(margins), np.abs(values).max(1)), kind="stable")[:MOST]
-    return sorted(best, key=lambda i: -abs(float(margins[i]))) if order == "largest" else list(best)
+def shown(values: np.ndarray, order: str, most: int) -> list[int]:
+    """Which components of a side are shown on their own, of entries [component, other side]: those with the largest margins or entries, by margin."""
+    if order == "model":
+        return list(range(len(values)))
+    margins = np.abs(values.sum(1))
+    best = np.argsort(-np.maximum(margins, np.abs(values).max(1)), kind="stable")[:most]
+    return sorted(best.tolist(), key=lambda i: -float(margins[i]))
 
 
-def table(result: QKResult, order: str, values: np.ndarray | None = None) -> tuple[list[str], list[str], np.ndarray]:
-    """Row names, column names and the numbers [row, column]: margins first, then components, then what is left of them."""
-    v = (result.values if values is None else values).astype(float)
-    rows, cols = (shown(m, x, order) for m, x in ((v.sum(1), v), (v.sum(0), v.T)))
+def table(result: QKResult, order: str, most: tuple[int, int] = (24, 12)) -> tuple[list[str], list[str], np.ndarray]:
+    """Row names, column names and the numbers [row, column]: margins first, then at `most` so many components, then what is left of them."""
+    v = result.values.astype(float)
+    rows, cols = shown(v, order, most[0]), shown(v.T, order, most[1])
     sides = []
     for some, names in ((rows, result.queries), (cols, result.keys)):
         left = [i for i in range(len(names)) if i not in set(some)]
@@ -32,5 +32,5 @@ def table(result: QKResult, order: str, values: np.ndarray | None = None) -> tup
 def check_words(r: QKCheckResult) -> str:
     """What a path did for real beside what the sum says."""
     way = "patched" if r.op == "patch" else "taken away"
-    words = f"{r.edge.replace('->', ' → ')} {way}: score {r.true:+.4f} (the sum says {r.predicted:+.4f}), attention {r.attention[0]:.3f} → {r.attention[1]:.3f}"
+    words = f"{r.edge.replace('->', ' → ')} {way}: moves the score by {r.true:+.4f} (the sum says {r.predicted:+.4f}), attention {r.attention[0]:.3f} → {r.attention[1]:.3f}"
     return words + ("" if r.metric is None else f", metric {r.metric[0]:+.3f} → {r.metric[1]:+.3f}")

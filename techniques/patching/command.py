@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 from rich.console import Console
 
-from techniques.patching.requests import Estimate, Sweep, SweepResult
+from techniques.patching.requests import Certify, CertifyResult, Estimate, Method, Sweep, SweepResult
 from techniques.shell import CYAN, GRAY, YELLOW, options, plain, table
 from utils import show_number, show_token
 from vocabulary.nodes import UserError
@@ -16,8 +16,8 @@ from vocabulary.nodes import UserError
 class SweepCommand(options(Sweep, Estimate, hide=("method",))):
     """Patch or ablate one cell after the other; or estimate it by gradients."""
 
-    estimate: Literal["", "atp", "ig"] = ""
-    """instead of patching: attribution patching, or integrated gradients"""
+    estimate: Literal[""] | Method = ""
+    """instead of patching: attribution patching (atp), its corrections (atp_star; atp_qk and graddrop alone), or integrated gradients (ig)"""
 
     def request(self) -> Sweep | Estimate:
         if not self.estimate:

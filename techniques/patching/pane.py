@@ -53,7 +53,7 @@ class PatchingPane(Pane):
         "patching.show": ("effect", "metric", "estimate", "disagreement", "spread", "p", "corrected p"),
         "patching.effect": ("total", "direct"),
         "patching.over": ("prompt", "set"),
-        "patching.estimate": ("atp", "ig"),
+        "patching.estimate": ("atp", "ig", "atp_qk", "graddrop", "atp_star"),
         "patching.text": ("off", "on"),
     }
     hints = ("enter", "keep", "base", "undo", "view", "mode", "source", "points", "sweep", "operation", "weighted", "ranked")

@@ -4,7 +4,7 @@ import numpy as np
 
 from techniques.qk.requests import QKCheckResult, QKResult
 
-ALL, REST = "all", "the rest"
+ALL, REST = "all", "rest"
 
 
 def shown(values: np.ndarray, order: str, most: int) -> list[int]:

@@ -90,9 +90,11 @@ def test_an_entry_is_its_own_product(engines, references, arch):
 
     def score(dq, dk):
         """The score when the head's query and key are their own and so much more; norms of q and k frozen by undoing what they do to the length."""
+
         def put(spot, vector, columns):
             def fn(x):
                 x[0, spot, columns] = vector
+
             return fn
 
         edits = [(("q", layer), put(last, own["q"] + dq, ref.columns("q", head))), (("k", layer), put(source, own["k"] + dk, ref.columns("k", head)))]

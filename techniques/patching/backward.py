@@ -21,9 +21,7 @@ FIRST = "blocks.0.hook_resid_pre"
 Take = Callable[[int | None, dict[str, Tensor]], None]
 
 
-def backward(
-    base: Base, names: set[str], take: Take, path: Tensor | None = None, drops: bool = False, behind: bool = False
-) -> Generator[Progress]:
+def backward(base: Base, names: set[str], take: Take, path: Tensor | None = None, drops: bool = False, behind: bool = False) -> Generator[Progress]:
     """
     Give take(None, gradients) the metric's gradients at hook points [prompt, ...] of the base run (along a path: of the run whose block 0 gets `path`), a few
     points at a time. With `drops` also take(layer, gradients) for every layer, with what that layer's attention and MLP add left out of the gradient: at the

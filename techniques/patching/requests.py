@@ -154,8 +154,8 @@ class Certify:
 @message
 class CertifyResult:
     """
-    `nodes` of the largest true effects (of those run), their `effects` and `estimates`, and which are certain: larger than `bound`, what no cell outside reaches. `ran` of
-    `cells` runs were made, `subsets` of them of random subsets; `plain` is the bound that the subsets give without an estimate. `convention` says what the bound assumes.
+    `nodes` of the largest true effects (of those run), their `effects` and `estimates`, and which are certain: larger than `bound`, what no cell outside reaches. `ran`
+    runs were made where a sweep makes `cells`, `subsets` of them of random subsets. `convention` says what the bound assumes.
     """
 
     kind: SweepKind

@@ -136,7 +136,7 @@ class Certify:
     kind: SweepKind = "z"
     top: int = 10
     """how many cells"""
-    method: Method = "atp_star"
+    method: Method = "atp_qk"
     """the estimate: atp, ig, atp_qk, graddrop or atp_star"""
     direction: Direction = "denoise"
     confidence: float = 0.95

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from techniques.output.requests import RunResult
+from vocabulary.names import same_model
 from vocabulary.nodes import ABLATIONS, Intervention, Node, OPS, parse_intervention, parse_node, UserError
 from vocabulary.prompts import WHICH
 from screen import history
@@ -227,6 +228,24 @@ def turns(name: str):
 def turn_which(app: Host) -> None:
     kinds = WHICH if app.state.compares else ("now", "clean", "now-clean")
     turn(app, "which", tuple(k for k in kinds if "-" not in k or app.panes[app.pane].differences))
+
+
+# ------------------------------------------------------------------ the circuit of this model
+
+
+def own_circuit(app: Host) -> None:
+    """What is kept on one model does not join the circuit of another: a circuit of the loaded one begins."""
+    now = app.state.current
+    if now is not None and not same_model(now.model, app.state.model.model):
+        app.act("new_circuit", name=free_name(app, "circuit"))
+
+
+def free_name(app: Host, start: str) -> str:
+    names, n = {c.name for c in app.state.circuits}, 2
+    name = start
+    while name in names:
+        name, n = f"{start}-{n}", n + 1
+    return name
 
 
 # ------------------------------------------------------------------ finding

@@ -18,19 +18,22 @@ def paired_effects(values: np.ndarray, base: np.ndarray, seed: int) -> dict[str,
     Of the effects value - base [prompt, cell], paired by prompt: standard deviation (n - 1), the mean effect's 95 % confidence interval (Student's t),
     its two-sided p-value by sign flips, and `holm`, that p corrected for all cells. For p, an effect within float32's rounding of its prompt's largest metric is none.
     """
-    n = len(values)
     effect = values - base[:, None]
-    mean = effect.mean(0)
+    found = interval(effect)
+    rounding = ROUNDING * np.nanmax(np.abs(np.column_stack([values, base])), axis=1, keepdims=True)
+    p = sign_flips(np.where(np.abs(effect) < rounding, 0.0, effect), seed) if len(values) > 1 else found["std"]
+    return found | {"p": p, "holm": holm(p)}
+
+
+def interval(values: np.ndarray) -> dict[str, np.ndarray]:
+    """Standard deviation (n - 1) over prompts of values [prompt, ...], and their mean's 95 % confidence interval (Student's t); NaN for one prompt."""
+    n, mean = len(values), values.mean(0)
     if n < 2:
-        nan = np.full(mean.shape, math.nan)
-        return {"std": nan, "low": nan, "high": nan, "p": nan, "holm": nan}
-    std = effect.std(0, ddof=1)
-    df = n - 1
+        return dict.fromkeys(("std", "low", "high"), np.full(mean.shape, math.nan))
+    std, df = values.std(0, ddof=1), n - 1
     quantile = T95[df - 1] if df <= len(T95) else 1.959964 + 2.3723 / df + 2.823 / df**2
     half = quantile * std / math.sqrt(n)
-    rounding = ROUNDING * np.nanmax(np.abs(np.column_stack([values, base])), axis=1, keepdims=True)
-    p = sign_flips(np.where(np.abs(effect) < rounding, 0.0, effect), seed)
-    return {"std": std, "low": mean - half, "high": mean + half, "p": p, "holm": holm(p)}
+    return {"std": std, "low": mean - half, "high": mean + half}
 
 
 def tries(n: int, cells: int) -> tuple[int, bool]:

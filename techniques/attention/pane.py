@@ -34,7 +34,7 @@ class AttentionPane(Pane):
     urgent = ("attention",)
     hints = ("enter", "edit", "ablate", "patch", "scope", "keep", "enable", "undo", "view", "mode", "which", "source", "weighted", "multiples", "ranked")
     keys = (
-        Part("enter", "attention", "into the head's pattern (hjkl move destination and source)", lambda pane, app: pane.enter(app)),
+        Part("enter", "attention", "into the head's pattern (hjkl move destination and source); there: why it looks from this destination to this source", lambda pane, app: pane.enter(app)),
         Action("source", "R", "random / set", "statistics on the prompt or on random repeated tokens", VIEW, turns("attention.source"), "which", "attention"),
         Action("weighted", "Z", "weighted / direct", "weighted by the size of what each value writes", VIEW, turns("attention.weighted"), "fit", "attention"),
         Action("multiples", "O", "all heads", "The patterns of all heads of the layer, small, or one head's", VIEW, turns("attention.layer"), "weighted"),
@@ -98,21 +98,23 @@ class AttentionPane(Pane):
         return (*(() if self.drilled else (views[self.view],)), "pattern", *(name for there, name in more if there))
 
     def doing(self, app: Host) -> list[tuple[str, str]]:
-        return [("hjkl", "destination, source"), ("esc", "leave the pattern"), ("T", "colour the prompt")] if self.drilled else []
+        return [("hjkl", "destination, source"), ("⏎", "why it looks there"), ("esc", "leave the pattern"), ("T", "colour the prompt")] if self.drilled else []
 
     def shows(self, node: Node) -> bool:
         return node.site != "sae" and not node.site.startswith("resid")
 
     def enter(self, app: Host) -> None:
-        """Into the pattern and out of it; the source is where the head looks most, until another one was chosen. In the text view: into the text."""
+        """Into the pattern, where the source is where the head looks most, until another one was chosen; there, why it looks so. In the text view: into the text."""
         app.ready()
         if self.reads(app):
             self.drilled = not self.drilled
             app.draw()
             return
-        if self.pattern.grid is not None:
-            self.drilled = not self.drilled
-            if self.drilled and self.chosen != self.here(app):
+        if self.drilled:
+            app.show_pane("qk")
+        elif self.pattern.grid is not None:
+            self.drilled = True
+            if self.chosen != self.here(app):
                 app.move(src=self.pattern.grid.place(self.pattern.at[1]))
             app.draw()
 

@@ -13,7 +13,7 @@ from screen.client import in_words
 from screen.overlays import Editor, Item, Panel, Picker
 from screen.pane import Host, Pane
 from screen.replies import Reply
-from techniques.circuits.actions import free_name
+from screen.actions import free_name
 from techniques.circuits.pictures import scored_over
 from widgets import BOLD, DIM, GOOD, PLAIN, WARN
 

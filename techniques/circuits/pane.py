@@ -12,7 +12,7 @@ from techniques.patching.requests import SweepResult
 from vocabulary.circuit import connected, LOGITS
 from vocabulary.nodes import Node, parse_node, UserError
 from vocabulary.prompts import Study
-from screen.actions import turns
+from screen.actions import own_circuit, turns
 from screen.cursor import clip
 from screen.keys import CIRCUIT, Action, Part
 from screen.maps import columns_of
@@ -229,7 +229,7 @@ class CircuitPane(Pane):
         if app.state.views[self.view] != "path" or app.state.views["circuit.each"] == "receiver":
             raise UserError("⏎ keeps the path under the cursor, where rows are senders: P turns to them (in the path view); c keeps a node anywhere")
         sender = str(self.node(app, None))
-        actions.own_circuit(app)
+        own_circuit(app)
         for receiver in app.state.receivers:
             app.act("keep", part=f"{sender}->{receiver}")
         did = "kept" if f"{sender}->{app.state.receivers[-1]}" in app.state.current.edges else "dropped"

@@ -16,7 +16,8 @@ from screen.pane import Host, Pane
 from screen.pictures import run_names, sweep_cell, texts_of
 from screen.session import VIEWS
 from screen.textview import row_of
-from techniques.patching.explained import EXPLAINED
+from techniques.patching.actions import certify
+from techniques.patching.explained import EXPLAINED, METHODS
 from techniques.patching.pictures import sweep_grid
 from widgets import DIM, Grid, GridView, Same
 
@@ -53,7 +54,7 @@ class PatchingPane(Pane):
         "patching.show": ("effect", "metric", "estimate", "disagreement", "spread", "p", "corrected p"),
         "patching.effect": ("total", "direct"),
         "patching.over": ("prompt", "set"),
-        "patching.estimate": ("atp", "ig"),
+        "patching.estimate": ("atp", "ig", "atp_qk", "graddrop", "atp_star"),
         "patching.text": ("off", "on"),
     }
     hints = ("enter", "keep", "base", "undo", "view", "mode", "source", "points", "sweep", "operation", "weighted", "ranked")
@@ -67,6 +68,10 @@ class PatchingPane(Pane):
         ),
         Action("operation", "b", "operation", "What the sweep does: patch, zero, mean, resample, noise", VIEW, turns("patching.op"), "sweep"),
         Part("weighted", "patching", "total or direct effect", turns("patching.effect")),
+        Action("estimate", "*", "estimate", "The estimate: AtP, integrated gradients, AtP with the query and key fix, GradDrop, AtP*", VIEW, turns("patching.estimate"), "operation", reach=(),
+               elsewhere="estimates live in pane 4: 4 goes there, * turns to the next"),
+        Action("certify", "^", "certify", "The ten largest cells for certain, by true patches in the order of the estimate and random subsets", VIEW, lambda pane, app: certify(pane, app),
+               "estimate", reach=(), elsewhere="cells are certified in pane 4: 4 goes there"),
         Part("ranked", "", "", lambda pane, app: pane.rank(app)),
     )  # fmt: skip
 
@@ -88,7 +93,12 @@ class PatchingPane(Pane):
 
     def variants(self, app: Host) -> tuple[str, ...]:
         views = app.state.views
-        more = (views["patching.effect"] == "direct", "effect=direct"), (views["patching.show"] != "effect", f"show={views['patching.show']}")
+        way = views["patching.estimate"]
+        more = (
+            (views["patching.effect"] == "direct", "effect=direct"),
+            (views["patching.show"] != "effect", f"show={views['patching.show']}"),
+            (way != "atp", f"by={way}"),
+        )
         return (views[self.view], f"op={views['patching.op']}", *(name for there, name in more if there))
 
     def request(self, app: Host) -> Sweep:
@@ -200,7 +210,9 @@ class PatchingPane(Pane):
         what = patched if request.op == "patch" else ablated
         over = " over the set" if request.over_set else " · this prompt only: it is not of the set" if app.state.views["patching.over"] == "set" else ""
         more = over + (" · direct" if request.effect == "direct" else "")
-        return f"{EXPLAINED[request.kind].name} · {what}{more} · {app.state.views['patching.show']}"
+        way = app.state.views["patching.estimate"]
+        by = f" · by {METHODS[way]}" if way != "atp" and request.op == "patch" and request.effect == "total" else ""
+        return f"{EXPLAINED[request.kind].name} · {what}{more} · {app.state.views['patching.show']}{by}"
 
     def paint(self, app: Host) -> None:
         views, wanted = app.state.views, app.requests.wanted

@@ -12,7 +12,10 @@ from vocabulary.nodes import parse_node
 from vocabulary.prompts import TokenRow
 from screen.session import State
 from screen.maps import ends_of
+from utils import width_of
 from widgets import BOLD, DIM, PLAIN, WARN, Grid, Spans
+
+Ranked = tuple[int, Spans]  # a part of a line and its importance, 0 the most
 
 RUN_NAMES = {
     "now": "now",
@@ -34,6 +37,17 @@ def run_name(state: State, which: str) -> str:
 def texts_of(row: TokenRow) -> list[str]:
     """The tokens' texts; a BOS token that was put in front reads ⟨bos⟩."""
     return ["⟨bos⟩", *row.texts[1:]] if row.bos else list(row.texts)
+
+
+def fitted(parts: list[Ranked], width: int) -> Spans:
+    """Of the parts of a line, in their order, those that fit whole: the less important go first, those of importance 0 stay."""
+    room, kept = width, set()
+    for n in sorted(range(len(parts)), key=lambda n: parts[n][0]):
+        size = sum(width_of(text) for text, _ in parts[n][1])
+        if parts[n][0] == 0 or size <= room:
+            kept.add(n)
+            room -= size
+    return [span for n, (_, spans) in enumerate(parts) if n in kept for span in spans]
 
 
 def signed(x: float | None, digits: int = 3) -> str:

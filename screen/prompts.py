@@ -56,7 +56,7 @@ class PromptEditor(Editor):
     def show_tokens(self, prompt: Prompt, check: CheckResult) -> None:
         self.checked = (prompt, check)
         ids, w = self.ids, self.host.size.width
-        row = lambda name, r: token_line(name, r, -1, w, None, ids, True)  # noqa: E731
+        row = lambda name, r: token_line(name, r, -1, w, frozenset(), ids, True)  # noqa: E731
         lines = [row(f"{len(check.clean.ids)} tokens", check.clean)]
         lines.append(row(f"{len(check.corrupt.ids)} tokens", check.corrupt) if check.corrupt else [])
         for name, rows in (("answer", check.answers), ("foil", check.foils)):

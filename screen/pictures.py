@@ -130,24 +130,23 @@ def show_p(p: float) -> str:
     return "below .001" if p < 0.001 else f"{p:.3f}"
 
 
-def sweep_cell(truth: SweepResult | None, estimate: SweepResult | None, row: int, col: int, about: Spans = ()) -> Spans:
-    """One line about a cell: its node, the metric under it, effect, estimate, spread; then what `about` says of it in the map that is shown."""
+def sweep_cell(truth: SweepResult | None, estimate: SweepResult | None, row: int, col: int, about: Spans = (), width: int = 1000) -> Spans:
+    """One line about a cell: its node, effect, rank (of `about`, what is said of it in the map that is shown), the metric under it, spread, estimate."""
     result = truth or estimate
     if row >= len(result.rows) or col >= len(result.cols):
         return []
     name = result.address(row, col) or f"{result.rows[row]} × {result.cols[col]}"
-    spans: Spans = [(f" {name:6} ", BOLD)]  # the rest keeps its place as the cursor moves
+    parts: list[Ranked] = [(0, [(f" {name:6} ", BOLD)])]  # the rest keeps its place as the cursor moves
     if truth is not None and np.isfinite(truth.values[row, col]):
-        spans.append((f"metric {float(truth.values[row, col]):+.4f}", PLAIN))
+        parts.append((0, [(f"effect {change(truth)[row, col]:+.3f}", BOLD)]))
+        parts.append((1, [(f"  ~ below the noise floor {truth.floor:.2g}", WARN)] if truth.noise[row, col] else []))
+        parts.append((3, [(f"  metric {float(truth.values[row, col]):+.4f}", PLAIN), (f" (untouched {truth.base:+.4f})", DIM)]))
         if truth.std.size:
             low, high, p, holm = (float(x[row, col]) for x in (truth.low, truth.high, truth.p, truth.holm))
             moved = float(truth.values[row, col]) - truth.base
-            spans.append(
-                (f" moved {moved:+.3f} ± {float(truth.std[row, col]):.3f} (95 % {low:+.3f} … {high:+.3f}, p {show_p(p)}, corrected {show_p(holm)})", PLAIN)
-            )
-        spans.append((f" (untouched {truth.base:+.4f})  effect {change(truth)[row, col]:+.3f}", PLAIN))
-        if truth.noise[row, col]:
-            spans.append((f"  ~ below the noise floor {truth.floor:.2g}", WARN))
+            parts.append((2, [(f"  moved {moved:+.3f} ± {float(truth.std[row, col]):.3f}", PLAIN)]))
+            parts.append((4, [(f" (95 % {low:+.3f} … {high:+.3f}, p {show_p(p)}, corrected {show_p(holm)})", PLAIN)]))
     if estimate is not None:
-        spans.append((f"  estimate {change(estimate)[row, col]:+.3f}", DIM))
-    return [*spans, ("  ", PLAIN), *about[2:], (f" {result.mechanism}", DIM)]
+        parts.append((3, [(f"  estimate {change(estimate)[row, col]:+.3f}", DIM)]))
+    parts += [(2 if n == 0 else 5, [(" ", PLAIN), span]) for n, span in enumerate(about[2:])]
+    return fitted([*parts, (6, [(f"  {result.mechanism}", DIM)])], width)

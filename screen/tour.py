@@ -135,7 +135,7 @@ CARDS = (
     Card("a pair of positions", ("h",), "h and l walk the source. Walk to 2 ·Mary.", source_mary, "destination 14 ·to, source 2 ·Mary.", again=True),
     Card("all heads at once", ("esc", "v", "a"), "Leave the pattern; v lists the views, a is attention between the cursor's two positions: 14 ·to and 2 ·Mary (⏎ goes back in, h and l walk the source).", who_looks,
          "L1H0 looks at Mary with {}, L1H3 with {}, L2H3 with {}. Do they matter?", ("0.97", "0.93", "0.52")),
-    Card("attention is not importance", ("/", "L1H0", "⏎", "a"), "Go to L1H0 and ablate it: its output is zero from now on. Watch now, in the second line.", now("L1H0=zero"),
+    Card("attention is not importance", ("/", "L1H0", "⏎", "a"), "Go to L1H0 and ablate it: its output is zero from now on. Watch now, in the top line.", now("L1H0=zero"),
          "without the head that looks at Mary most the difference rises, to {}.", ("+10.444",)),
     Card("undo", ("u",), "Every action can be undone.", now(), "{} again.", ("+8.836",)),
     Card("what is written to the answer", ("3",), "Pane 3: what every component adds straight to the logit difference.", direct, "L3H2 {} and L3H3 {} stand out; all cells together are {}, the model's own number.",

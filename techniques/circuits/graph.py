@@ -220,7 +220,7 @@ def chip_style(name: str, at: str, effect: float | None, hi: float, mode: str) -
         return CURSOR_PLAIN if mode == "shade" else CURSOR
     if mode == "shade":
         return BOLD
-    return on(heat_code(effect / hi, True), True) if effect is not None and hi > 0 else BOLD + Style(bgcolor=f"color({THEME.text['rule']})")
+    return on(heat_code(effect / hi, True), True) if effect is not None and hi > 0 else on(THEME.text["rule"], True) + BOLD
 
 
 def along(x0: float, y0: float, x1: float, y1: float, thick: bool) -> list[tuple[int, int, int]]:

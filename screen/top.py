@@ -31,16 +31,17 @@ def metric_line(app: Host, run: RunResult | None) -> Spans:
     parts.append((0, failed(info)))
     if s.prompt.answers and not app.study.prompt.answers:
         return [*parts[0][1], *failed(info), (f"  {s.metric.kind}: an answer or foil is not one token in this model: t edits them", WARN)]
-    parts.append((0, [(f"  {s.metric.kind}@{s.metric.pos}", BOLD)]))
+    gap = "   " if app.size.width >= 100 else "  "
+    parts.append((0, [(f"{gap[1:]}{s.metric.kind}@{s.metric.pos}", BOLD)]))
     clean, corrupt, now = (None, None, None) if run is None else (run.clean.metric, run.corrupt.metric if run.corrupt else None, run.now.metric)
-    parts += [(n, [(f"   {name} ", DIM), (signed(x), PLAIN)]) for n, name, x in ((1, "clean", clean), (2, "corrupted", corrupt))]
-    parts.append((0, [("   now ", DIM), ("…" if stale else signed(now), BOLD)]))
+    parts += [(n, [(f"{gap}{name} ", DIM), (signed(x), PLAIN)]) for n, name, x in ((1, "clean", clean), (2, "corrupted", corrupt))]
+    parts.append((0, [(f"{gap}now ", DIM), ("…" if stale else signed(now), BOLD)]))
     if run is not None and not stale:
         if run.normalised is not None:
-            parts += [(4, [("   normalised ", DIM), (f"{run.normalised:.3f}", BOLD)]), (8, [(" (corrupted 0, clean 1)", DIM)])]
+            name = "normalised" if app.size.width >= 100 else "norm"
+            parts += [(4, [(f"{gap}{name} ", DIM), (f"{run.normalised:.3f}", BOLD)]), (8, [(" (corrupted 0, clean 1)", DIM)])]
         parts.append((2, [(f"   ~ below the noise floor {run.floor:.2g}", WARN)] if run.noise else []))
-    parts.append((3 if s.base == "corrupt" else 7, [(f"   base {RUN_NAMES[s.base]}", WARN if s.base == "corrupt" else DIM)]))
-    parts.append((3, [(f"   {run.warning}", WARN)] if run is not None and run.warning else []))
+    parts.append((2 if s.base == "corrupt" else 7, [(f"{gap}base {RUN_NAMES[s.base]}", WARN if s.base == "corrupt" else DIM)]))
     return fitted(parts, app.size.width)
 
 
@@ -82,14 +83,16 @@ def state_line(app: Host, run: RunResult | None) -> Spans:
     s, pos, on = app.state, app.cursor.pos, app.state.enabled
     done = " ".join(str(i) for i in s.interventions)
     off = [("off ", WARN)] if done and not on else []
-    parts: list[Ranked] = [(1, [(" ", PLAIN), *off, (done or "no interventions", (BOLD if on else DIM) if done else DIM)])]
+    warnings = [text for text in (app.info.warning if app.info else "", run.warning if run is not None else "") if text]
+    parts: list[Ranked] = [(0 if done else 1, [(" ", PLAIN), *off, (done or "no interventions", (BOLD if on else DIM) if done else DIM)])]
     if done and width_of(done) > app.size.width // 2:
-        parts[0] = (1, [(" ", PLAIN), *off, (f"{s.interventions[0]} and {len(s.interventions) - 1} more", BOLD if on else DIM)])
+        parts[0] = (0, [(" ", PLAIN), *off, (f"{s.interventions[0]} and {len(s.interventions) - 1} more", BOLD if on else DIM)])
     if run is not None:
         shown = app.tokens.tokens if app.tokens else run.clean.tokens
         label = "".join(f" {k}" for k, v in run.clean.tokens.labels.items() if v == pos)
         here = show_token(texts_of(shown)[pos], 10) if pos < len(shown.ids) else ""
         parts.append((0, [("   ", PLAIN), (fit(f"@{pos}{label} {here}", 18), PLAIN)]))  # what follows keeps its place as the cursor moves
+    parts.append((0, [(f"   {visible(' · '.join(warnings))}", WARN)] if warnings else []))
     answers, foils = (" ".join(show_token(a) for a in some[:3]) + " …" * (len(some) > 3) or "—" for some in (s.prompt.answers, s.prompt.foils))
     parts.append((3, [("   answer ", DIM), (answers, PLAIN), (" foil ", DIM), (foils, PLAIN)]))
     if s.set_path:
@@ -118,10 +121,10 @@ def about_model(info: ModelInfo | None, memory: tuple[int, int, int], room: int)
 
 
 def failed(info: ModelInfo) -> Spans:
-    """What the model's own checks found."""
+    """Which of the model's own checks failed."""
     broken = [c.name for c in info.checks if c.ok is False]
-    warning: Spans = [(f" {info.warning}", WARN)] if info.warning else []
-    return warning + ([(f"  ✗ self-check: {', '.join(broken)} (D)", BAD)] if broken else [])
+    more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+    return [(f"  ✗ self-check: {broken[0]}{more} (D)", BAD)] if broken else []
 
 
 def useful_keys(app: Host) -> list[tuple[str, str]]:

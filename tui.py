@@ -74,7 +74,7 @@ class Quiet(TightScreen, inherit_bindings=False):
 
 STYLES = """
 Screen { layers: base overlay; overflow: hidden; background: ansi_default; color: ansi_default; }
-#top { height: 5; } #status { height: 1; } #hint { height: 1; }
+#top { height: 3; } #status { height: 1; } #hint { height: 1; }
 #body { height: 1fr; }
 Field { width: 1fr; background: ansi_default; border: none; height: 1; padding: 0; }
 .hidden { display: none; }
@@ -155,7 +155,7 @@ class Loupe(App):
         shown = self.visible_panes()
         for name, pane in self.panes.items():
             pane.set_class(name not in shown, "hidden")
-        self.query_one("#top").styles.height = 5 if self.size.height >= 12 else 2
+        self.query_one("#top").styles.height = 3 if self.size.height >= 12 else 2
         if all(o.closing for o in self.query(Overlay)):
             self.panes[self.pane].focus()
         self.refresh_wants()
@@ -163,7 +163,7 @@ class Loupe(App):
 
     def place(self) -> None:
         width, height = self.size
-        height = max(height - (6 if height >= 12 else 3) - self.said_lines - self.tour.height, 1)
+        height = max(height - (4 if height >= 12 else 3) - self.said_lines - self.tour.height, 1)
         places = layout.regions([self.panes[p] for p in self.visible_panes()], width, height)
         moved = {name: r for name, r in places.items() if self.places.get(name) != r}
         for name, r in moved.items():

@@ -31,20 +31,34 @@ def strip_of(spans: Spans) -> Strip:
     return Strip([Segment(printable(text), style) for text, style in spans if text]).simplify()
 
 
+def whole_spans(spans: Spans, width: int) -> Spans:
+    """Without the last parts that do not fit whole: spans, or what stands between ` · ` in the last one."""
+    spans = list(spans)
+    while spans and sum(width_of(text) for text, _ in spans) > width:
+        text, style = spans.pop()
+        if " · " in text.strip(" ·"):
+            spans.append((text.rpartition(" · ")[0], style))
+        elif not spans:
+            return [(text, style)]
+    return spans
+
+
 class Lines(Widget):
-    """Lines of styled text. `show` repaints only the lines that changed; lines beyond the height are cut, `top` scrolls."""
+    """Lines of styled text. `show` repaints only the lines that changed; lines beyond the height are cut, `top` scrolls. `whole`: a line's last parts go rather than be cut."""
 
     DEFAULT_CSS = "Lines { height: 1; width: 1fr; }"
     ALLOW_SELECT = False
 
-    def __init__(self, **kw):
+    def __init__(self, whole: bool = False, **kw):
         super().__init__(**kw)
         self.lines: list[Strip] = []
+        self.whole, self.spans = whole, []
         self.top = 0
         self.rule: tuple[str, Style] | None = None  # what fills the rest of a line
 
     def show(self, lines: list[Spans], top: int = 0) -> None:
-        new = [strip_of(spans) for spans in lines]
+        self.spans = lines if self.whole else []
+        new = [strip_of(whole_spans(spans, self.size.width) if self.whole and self.size else spans) for spans in lines]
         old, self.lines = self.lines, new
         if top != self.top:
             self.top = top
@@ -55,6 +69,10 @@ class Lines(Widget):
             self.refresh()
         elif changed:
             self.refresh(*(Region(0, y - top, self.size.width, 1) for y in changed if 0 <= y - top < self.size.height))
+
+    def on_resize(self) -> None:
+        if self.spans:
+            self.show(self.spans, self.top)
 
     def render_line(self, y: int) -> Strip:
         y += self.top

@@ -14,6 +14,7 @@ SIGNS = {
     "~": "a change below the noise floor: not to be told from rounding",
     KEPT: "a node of the circuit",
     "underlined": "intervened on; in sweeps: estimate and truth disagree, or the corrected p is below .05",
+    "·John⁄·Alice": "the shown prompt's tokens, and what the other prompt has in their place",
     "…": "cut here, or still being computed",
     "‹ ›": "more of the prompt to the left, to the right",
     "│": "the part of the map that is in view, in a strip of largest cells",

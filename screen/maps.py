@@ -345,12 +345,9 @@ def ranked(grid: Grid, width: int, height: int) -> list[Spans]:
         )
     if spread:
         values = grid.values[np.isfinite(grid.values)]
-        counts, edges = np.histogram(values, bins=min(30, width - 4))
-        lines += [
-            [],
-            [("distribution of the values (log counts)", DIM)],
-            [(f"{edges[0]:.2g} ", DIM), (bars(np.log1p(counts).tolist()), PLAIN), (f" {edges[-1]:.2g}", DIM)],
-        ]
+        low, high = f"{values.min():.2g} ", f" {values.max():.2g}"
+        counts, _ = np.histogram(values, bins=max(4, min(30, width - len(low + high) - 1)))
+        lines += [[], [("distribution of the values (log counts)"[:width], DIM)], [(low, DIM), (bars(np.log1p(counts).tolist()), PLAIN), (high, DIM)]]
     return lines
 
 

@@ -94,7 +94,7 @@ class Pane(Vertical, can_focus=True):
 
     def __init__(self, **kw):
         super().__init__(**kw)
-        self.title_line, self.info_line = Lines(), Lines()
+        self.title_line, self.info_line = Lines(), Lines(whole=True)
         self.text = TextView(classes="second")
         self.said = ("", "")  # title and convention as they stand in the title line
         self.drawn: dict[str, tuple[tuple, Grid]] = {}

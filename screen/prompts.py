@@ -74,7 +74,7 @@ class PromptEditor(Editor):
         self.checked = (prompt, check)
         ids, w = self.ids, self.host.size.width
         fold = lambda r: frozenset() if ids else frozenset(r.template) - {len(r.ids) - 1}  # noqa: E731
-        row = lambda name, r: token_line(name, r, -1, w, None, ids, True, faded=frozenset(r.template), folded=fold(r))  # noqa: E731
+        row = lambda name, r: token_line(name, r, -1, w, frozenset(), ids, True, faded=frozenset(r.template), folded=fold(r))  # noqa: E731
         lines = [row(f"{len(check.clean.ids)} tokens", check.clean)]
         lines.append(row(f"{len(check.corrupt.ids)} tokens", check.corrupt) if check.corrupt else [])
         for name, rows in (("answer", check.answers), ("foil", check.foils)):

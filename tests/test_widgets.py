@@ -117,7 +117,7 @@ def test_golden_lens_and_heads():
 
 def test_token_lines_page_and_mark():
     row = TokenRow(tuple(range(30)), tuple(f" w{n}" for n in range(30)), {}, False)
-    text = "".join(t for t, _ in token_line("clean", row, 29, 60, None, False, True))
+    text = "".join(t for t, _ in token_line("clean", row, 29, 60, frozenset(), False, True))
     assert "·w29" in text and "·w0·" not in text and text.startswith(" clean     ‹") and cell_len(text) <= 60
 
 

@@ -56,11 +56,11 @@ def lens_cell(result: LensResult, row: int, pos: int, k: int = 5) -> Spans:
     """One line about a cell: its top tokens and statistics."""
     if not (row < len(result.points) and pos < len(result.tokens.texts)):
         return []
-    tops = [(show_token(result.texts[i]), p) for i, p in zip(result.top_ids[row, pos, :k].tolist(), result.top_probs[row, pos, :k].tolist())]
+    tops = [(f"{show_token(result.texts[i])} {p:.3f}  ", PLAIN) for i, p in zip(result.top_ids[row, pos, :k].tolist(), result.top_probs[row, pos, :k].tolist())]
     spans: Spans = [(f" {result.points[row]}@{pos}", BOLD), (f" {lens_numbers(result, row, pos)} ", PLAIN)]
     if tops:
-        spans.append((show_token(texts_of(result.tokens)[pos]) + " → ", PLAIN))
-    return [*spans, ("  ".join(f"{token} {p:.3f}" for token, p in tops), PLAIN)]
+        tops[0] = (f"{show_token(texts_of(result.tokens)[pos])} → {tops[0][0]}", PLAIN)
+    return [*spans, *tops]
 
 
 def lens_numbers(result: LensResult, row: int, pos: int) -> str:

@@ -242,7 +242,7 @@ class PatchingPane(Pane):
             return
         shown_grid = self.by_position(app, "sweep", grid, result.tokens) if grid.positions else grid
         self.table.show(shown_grid, (row, col), views["mode"])
-        self.info_line.show([sweep_cell(truth, estimate, row, col, self.table.about())])
+        self.info_line.show([sweep_cell(truth, estimate, row, col, self.table.about(), self.size.width)])
 
     def paint_text(self, app: Host, result: SweepResult, grid: Grid, row: int, results: tuple[SweepResult | None, SweepResult | None]) -> None:
         """The prompt by the row under the cursor: the effect at each position."""
@@ -250,7 +250,7 @@ class PatchingPane(Pane):
             self.show_text(app, None, [(f"  a sweep of {result.kind} has no positions: v turns to one by position (resid_pre, attn, mlp, z_pos …)", DIM)])
             return
         self.show_text(app, row_of(grid, row, grid.rows[row].strip(), texts_of(result.tokens)))
-        self.info_line.show([sweep_cell(*results, row, clip(app.cursor.pos, len(result.cols)), self.text.about())])
+        self.info_line.show([sweep_cell(*results, row, clip(app.cursor.pos, len(result.cols)), self.text.about(), self.size.width)])
 
 
 PANE = PatchingPane

@@ -127,6 +127,6 @@ def test_identities_are_red_when_broken():
 
 
 def test_the_table_has_no_clash_and_the_readme_its_keys():
-    keys = [k for a in TABLE for k in a.keys.split(",")]
+    keys = [k for a in TABLE for k in a.keys.split(",") if k]
     assert len(keys) == len(set(keys)) and len({a.id for a in TABLE}) == len(TABLE)
     assert (ROOT / "docs" / "keys.md").read_text(encoding="utf-8") == key_page(TABLE), "uv run tui.py --keys > docs/keys.md"

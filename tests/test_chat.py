@@ -168,13 +168,20 @@ def test_answers_follow_the_rendered_text(made, theirs):
 turns = st.builds(
     Turn,
     st.sampled_from(ROLES),
-    st.text(st.sampled_from("a \\\n:\n") | st.sampled_from("usertoolé"), max_size=12) | st.sampled_from(["x\nuser: y", "\\user: z\n\\\\tool:"]),
+    st.text(st.sampled_from("a \\\n:\n") | st.sampled_from("usertoolé"), max_size=12)
+    | st.sampled_from(["\nuser:", "user:\n", "\n", "x\nuser: y", "\\user: z\n\\\\tool:"]),
 )
 
 
 @given(st.lists(turns, min_size=1, max_size=4).map(tuple))
 def test_what_is_typed_is_read_back(chat):
     assert read_typed(as_typed(chat)) == chat
+
+
+def test_turns_are_typed_loosely_too():
+    want = (Turn("user", "When"), Turn("assistant", "it"))
+    assert read_typed("When\nassistant: it") == read_typed("user:When\nassistant:it") == read_typed("user:\nWhen\nassistant:\nit") == want
+    assert read_typed("user:\nassistant: it") == (Turn("user", ""), Turn("assistant", "it")) and read_typed("my user: x") == (Turn("user", "my user: x"),)
 
 
 def test_a_chat_goes_through_json_as_messages():

@@ -10,8 +10,7 @@ from vocabulary.nodes import UserError
 from vocabulary.typed import parse_json
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-HEAD = re.compile(rf"({'|'.join(ROLES)}):(?: |$)", re.MULTILINE)
-FORM = "turns begin with user: assistant: system: on a new line"
+HEAD = re.compile(rf"^({'|'.join(ROLES)}):[ \n]?", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def read_typed(text: str) -> Chat:
     """The chat that was typed: turns as `as_typed` writes them, or a JSON list of messages; text before the first role is the user's turn."""
     if text.lstrip().startswith("[{"):
         return read_messages(parse_json(text))
-    marks = [m for m in HEAD.finditer(text) if m.start() == 0 or text[m.start() - 1] == "\n"]
+    marks = [*HEAD.finditer(text)]
     ends = [*(m.start() - 1 for m in marks[1:]), len(text)]
     free = lambda content: re.sub(rf"\n\\(\\*(?:{'|'.join(ROLES)}):)", r"\n\1", content)  # noqa: E731
     turns = [Turn(m[1], free(text[m.end() : end])) for m, end in zip(marks, ends)]
@@ -89,11 +88,6 @@ def last_user(chat: Chat) -> int:
 def start_of(chat: Chat, number: int) -> int:
     """Where the content of a turn begins among all contents."""
     return sum(len(turn.content) for turn in chat[:number])
-
-
-def whole_text(text: str | Chat | None) -> str:
-    """The characters that labels count: the text, or the turns' contents one after another."""
-    return text or "" if isinstance(text, str | None) else "".join(turn.content for turn in text)
 
 
 def read_label(place: object, text: str | Chat | None) -> int:

@@ -22,7 +22,7 @@ from pathlib import Path
 from model import relay
 from model.scheduler import Job, Scheduler, Seat
 from vocabulary.files import folder
-from vocabulary.requests import Failure, Load, LoadForAll, News, Where, WhereResult
+from vocabulary.requests import Failure, LoadForAll, News, Where, WhereResult
 from vocabulary.wire import Frame, WireError, encode, read_frame
 
 AWAY = 60.0  # seconds
@@ -89,9 +89,8 @@ class Host:
         self.inbox.put(partial(self.seated, screen))
 
     def seated(self, screen: Screen) -> None:
-        for job in self.scheduler.unclaimed():
-            if not isinstance(job.ask.body, Load):
-                screen.put(Frame("left", body=job.ask.body))
+        for job in self.scheduler.told():
+            screen.put(Frame("left", body=job.ask.body))
         self.scheduler.seats.append(screen)
 
     def read_all(self, screen: Screen) -> None:
@@ -141,7 +140,7 @@ class Host:
     def where(self, seat: Seat) -> WhereResult:
         others = [s for s in self.scheduler.seats if s is not seat and not s.away]
         running = [words(job) for job in self.scheduler.jobs if job.seat in others]
-        left = [f"{words(job)}{', done' if job.end else ''}" for job in self.scheduler.unclaimed()]
+        left = [f"{words(job)}{', done' if job.end else ''}" for job in self.scheduler.told()]
         memory, log = self.engine.status().memory, folder("logs") / "engine.log"
         place = str(self.path or "")
         names = tuple(f"{s.name or 'a screen'}{'' if s.looks else ', which loads'}" for s in others)
@@ -204,7 +203,7 @@ class Host:
 
     def busy(self) -> str:
         """Who or what needs this engine, in words; "" for nobody."""
-        looking, left = sum(not s.away for s in self.scheduler.seats), sum(job.end is None for job in self.scheduler.unclaimed())
+        looking, left = sum(not s.away for s in self.scheduler.seats), sum(job.end is None for job in self.scheduler.told())
         words = [f"{looking} screen{'s look' if looking > 1 else ' looks'} at it"] if looking else []
         words += [f"{left} job{'s go' if left > 1 else ' goes'} on in it"] if left else []
         return " and ".join(words)

@@ -7,16 +7,18 @@ Who asks and what waits: the jobs of one engine, a seat for each screen that loo
 """
 
 import itertools
+import time
 import traceback
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 
+from utils import model_name
 from vocabulary.nodes import UserError
 from vocabulary.requests import Failure, Load, News, Progress
 from vocabulary.wire import Frame, needs_model
 
 PATIENCE = 8  # steps of other screens before one that waits has its turn whatever the priorities
-LEFT_PRIORITY = 100  # of jobs whose screen went
+LONG = 1.0  # seconds of computing; what took less is asked again without a word
 LEFT_AT_MOST = 32  # finished jobs that are kept for the next screen
 
 
@@ -64,6 +66,7 @@ class Job:
     parts: list[object] = field(default_factory=list, compare=False)  # partial results, for a screen that takes the job over
     end: tuple[str, object] | None = field(default=None, compare=False)
     turn: int = field(default=0, compare=False)  # in which it ended
+    spent: float = field(default=0.0, compare=False)  # seconds
     sure: bool = field(default=False, compare=False)  # a Load that was confirmed: others who look at the model lose it
 
 
@@ -100,6 +103,10 @@ class Scheduler:
         """Jobs, finished or not, whose screen went or is silent."""
         return [*self.left, *(job for seat in self.seats if seat.away for job in seat.finished), *(job for job in self.jobs if job.seat.away)]
 
+    def told(self) -> list[Job]:
+        """Those of them that a new screen is told of: what goes on, or took a while."""
+        return [job for job in self.unclaimed() if not isinstance(job.ask.body, Load) and (job.end is None or job.spent >= LONG)]
+
     def adopt(self, frame: Frame, seat: Seat) -> bool:
         """Hand a job that nobody waits for to the screen that asks for the same: what it found, and what it will find."""
         job = next((job for job in self.unclaimed() if job.ask.body == frame.body), None)
@@ -123,11 +130,10 @@ class Scheduler:
         self.left = [job for job in self.left if not needs_model(job.ask.body)]
         for other in self.seats:
             other.finished = [job for job in other.finished if not needs_model(job.ask.body)]
-        for other in (s for s in self.seats if s is not seat):
-            other.behind = True
+        for other in (s for s in self.seats if s is not seat and s.looks):
+            other.behind, other.looks = True, False
             if load is not None:
-                other.looks = False
-                other.send(Frame("news", body=News(f"the model was changed to {load.ask.body.model} by another screen", load.ask.body)))
+                other.send(Frame("news", body=News(f"the model was changed to {model_name(load.ask.body.model)} by another screen", load.ask.body)))
         self.drop(lambda job: needs_model(job.ask.body) and (job.steps is not None or job.seat is not seat))
 
     def ask_first(self, request: Load) -> None:
@@ -189,7 +195,11 @@ class Scheduler:
         try:
             if job.steps is None:
                 job.steps = self.start(job.ask.body)
-            part = next(job.steps)
+            begun = time.monotonic()
+            try:
+                part = next(job.steps)
+            finally:
+                job.spent += time.monotonic() - begun
         except StopIteration as stop:
             self.finish(job, "result", stop.value)
         except UserError as error:

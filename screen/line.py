@@ -51,4 +51,4 @@ class Line:
         if silent >= SILENT:
             return f"line silent for {max(s for s in STEPS if s <= silent)} s"
         slow = statistics.median(self.times) if self.times else 0.0
-        return f"line {1000 * slow:.1g} ms".replace("e+03", "000") if slow >= SLOW else ""
+        return f"line {float(f'{1000 * slow:.1g}'):.0f} ms" if slow >= SLOW else ""

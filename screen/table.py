@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from screen import actions, dialogs, jobs, models, moves, prompts, sessions, views
+from screen import actions, dialogs, engines, jobs, models, moves, prompts, sessions, views
 from screen.keys import INTERVENE, LOUPE, MOVE, PANES, PROMPT, VIEW, FIND, Action
 
 FAR = 10**6
@@ -101,7 +101,8 @@ SCREEN = (
     Action("jobs", "J", "jobs", "Running jobs; x cancels one", LOUPE, jobs.jobs),
     Action("write", "w", "session", "Where this session is written, and its name", LOUPE, sessions.where_written),
     Action("restore", "r", "restore", "Restore another session: its name, model, prompt and last action", LOUPE, sessions.choose_session),
-    Action("restart", "ctrl+e", "restart engine", "Restart the engine; prompts and interventions are kept", LOUPE, dialogs.restart),
+    Action("restart", "ctrl+e", "restart engine", "Restart the engine; prompts and interventions are kept", LOUPE, engines.restart),
+    Action("engine", "", "engine", "Where the engine runs, its memory, its log, the line to it, who else looks at its model", LOUPE, engines.show),
     Action("redraw", "ctrl+l", "redraw", "Draw the whole screen again", LOUPE, lambda app: app.screen.forget()),
     Action("suspend", "ctrl+z", "suspend", "Suspend to the shell (fg comes back)", LOUPE, lambda app: app.action_suspend_process()),
     Action("interrupt", "ctrl+c", "interrupt", "Cancel running jobs", LOUPE, jobs.interrupt),

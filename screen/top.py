@@ -27,7 +27,7 @@ def top_lines(app: Host) -> list[Spans]:
     clean, corrupt = (run.clean.tokens, run.corrupt.tokens if run.corrupt else None) if run else (None, None)
     other = s.prompt.corrupt or "none: E types one, o opens a prompt set"
     return [
-        model_line(app.info, s.model.model, app.busy, app.memory, w),
+        model_line(app.info, s.model.model, app.busy, app.memory, w, app.client.line.said),
         metric,
         token_line("clean", clean, pos, w, None, ids, colour, s.prompt.clean),
         token_line("corrupted", corrupt, pos, w, clean, ids, colour, other),
@@ -91,9 +91,9 @@ def draw_hint(app: Host) -> None:
     app.hint_line.show([hint_line(app)])
 
 
-def model_line(info: ModelInfo | None, name: str, busy: str, memory: tuple[int, int, int], width: int) -> Spans:
+def model_line(info: ModelInfo | None, name: str, busy: str, memory: tuple[int, int, int], width: int, said: str = "") -> Spans:
     if info is None:
-        return [(" loupe     ", HEAD), (f"{model_name(name)} ", BOLD), (f" {busy}", WARN)]
+        return [(" loupe     ", HEAD), (f"{model_name(name)} ", BOLD), (f" {busy}", WARN), (f" · {said}" if said else "", WARN)]
     broken = [c.name for c in info.checks if c.ok is False]
     heads = f"{info.n_heads} heads" + (f" ({info.n_kv_heads} KV)" if info.n_kv_heads != info.n_heads else "")
     text = f"  {info.n_layers} layers × {heads} · d {info.d_model} · {show_count(info.n_params)} · {info.dtype} on {info.device} · {info.architecture}"
@@ -102,7 +102,7 @@ def model_line(info: ModelInfo | None, name: str, busy: str, memory: tuple[int, 
     text += f" · GPU {show_bytes(device)}" if device else ""
     text += f" · cache {show_bytes(cache)}" if cache else ""
     wrong = f"  ✗ self-check: {', '.join(broken)} (D)" if broken else ""
-    line: Spans = [(" loupe     ", HEAD), (model_name(name), BOLD), *([(f" {info.warning} ·", WARN)] if info.warning else [])]
+    line: Spans = [(" loupe     ", HEAD), (model_name(name), BOLD), *[(f" {text} ·", WARN) for text in (said, info.warning) if text]]
     room = width - sum(width_of(t) for t, _ in line) - width_of(wrong)
     return [*line, (whole_parts(text, room), DIM), (wrong, BAD)]
 

@@ -149,7 +149,7 @@ class WhereResult:
     log: str
     socket: str
     memory: int
-    minutes: int
+    minutes: float
     started: float
     loaded: Load | None = None
     screens: tuple[str, ...] = ()

@@ -144,7 +144,9 @@ class Host:
         memory, log = self.engine.status().memory, folder("logs") / "engine.log"
         place = str(self.path or "")
         names = tuple(f"{s.name or 'a screen'}{'' if s.looks else ', which loads'}" for s in others)
-        return WhereResult(socket.gethostname(), os.getpid(), str(log), place, memory, self.minutes, self.started, self.engine.loaded, names, (*running,), (*left,))
+        return WhereResult(
+            socket.gethostname(), os.getpid(), str(log), place, memory, self.minutes, self.started, self.engine.loaded, names, (*running,), (*left,)
+        )
 
     # ---------------------------------------------------------------- the loop
 
@@ -182,7 +184,9 @@ class Host:
             loaded = self.engine.loaded
             with self.gate:
                 self.since = time.monotonic()
-                line.sendall(json.dumps({"version": self.version, "pid": os.getpid(), "busy": self.busy(), "model": loaded.model if loaded else ""}).encode() + b"\n")
+                line.sendall(
+                    json.dumps({"version": self.version, "pid": os.getpid(), "busy": self.busy(), "model": loaded.model if loaded else ""}).encode() + b"\n"
+                )
             stream = line.makefile("rwb")
             word = stream.readline(16).strip()
         except OSError:

@@ -22,7 +22,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 from utils import ROOT, settings
-from vocabulary.files import folder, open_log, reason
+from vocabulary.files import folder, make_folder, open_log, reason
 from vocabulary.nodes import UserError
 from vocabulary.typed import whole_number
 
@@ -38,7 +38,9 @@ def minutes() -> int:
     text = settings().get("LOUPE_KEEP_ENGINE_MINUTES", "").strip() or "0"
     number = whole_number(text)
     if number is None or number < 0:
-        raise UserError(f"LOUPE_KEEP_ENGINE_MINUTES in .env (or .env.local) is {text!r}: write a whole number of minutes, 0 for an engine that ends with its screen")
+        raise UserError(
+            f"LOUPE_KEEP_ENGINE_MINUTES in .env (or .env.local) is {text!r}: write a whole number of minutes, 0 for an engine that ends with its screen"
+        )
     return number
 
 
@@ -52,8 +54,7 @@ def digest(*parts: str) -> str:
 def own_folder() -> Path:
     """/tmp/loupe-UID, this user's alone. UserError where it is not."""
     place = BASE / f"loupe-{os.getuid()}"
-    with contextlib.suppress(FileExistsError):
-        place.mkdir(0o700)
+    make_folder(place)
     found = place.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise UserError(f"{place} is not a folder of yours that nobody else may enter (0700): remove it, or set LOUPE_KEEP_ENGINE_MINUTES=0")
@@ -162,7 +163,9 @@ def attach() -> None:
         from vocabulary.requests import News
         from vocabulary.wire import Frame, encode
 
-        os.write(1, encode(Frame("news", body=News(str(error) if isinstance(error, UserError) else f"the engine can't be reached: {reason(error)}", stopped=True))))
+        os.write(
+            1, encode(Frame("news", body=News(str(error) if isinstance(error, UserError) else f"the engine can't be reached: {reason(error)}", stopped=True)))
+        )
         print(f"engine: {error}", file=sys.stderr, flush=True)
         os._exit(1)
     threading.Thread(target=pump, args=(line.fileno(), 1, LOST), daemon=True).start()
@@ -204,7 +207,9 @@ def stop() -> list[str]:
         found[0].close()
         facts = found[1]
         end(path, facts["pid"])
-        lines.append(f"stopped the engine, process {facts['pid']}" + (f": {facts['model']}" if facts["model"] else "") + (f" ({facts['busy']})" if facts["busy"] else ""))
+        lines.append(
+            f"stopped the engine, process {facts['pid']}" + (f": {facts['model']}" if facts["model"] else "") + (f" ({facts['busy']})" if facts["busy"] else "")
+        )
     return lines
 
 

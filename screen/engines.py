@@ -83,7 +83,11 @@ def who() -> str:
 def rows(where: WhereResult, line: str, log: str) -> list[Spans]:
     """`:engine`, a line a fact."""
     several = lambda some, none: some or (none,)  # noqa: E731
-    stays = f"{where.minutes:g} min after its last screen went (LOUPE_KEEP_ENGINE_MINUTES)" if where.minutes else "it ends with this screen (LOUPE_KEEP_ENGINE_MINUTES)"
+    stays = (
+        f"{where.minutes:g} min after its last screen went (LOUPE_KEEP_ENGINE_MINUTES)"
+        if where.minutes
+        else "it ends with this screen (LOUPE_KEEP_ENGINE_MINUTES)"
+    )
     facts = [("where", f"{where.host}, process {where.pid}, since {time.strftime('%Y-%m-%d %H:%M', time.localtime(where.started))}"), ("stays", stays)]
     facts += [("socket", where.socket)] if where.socket else []
     facts += [("memory", show_bytes(where.memory)), ("log", where.log if where.socket else log), ("line", line)]
@@ -102,7 +106,9 @@ def show(app: Host) -> None:
 
     def opened(where: WhereResult) -> None:
         times = app.client.line.times
-        quick = f"{1000 * times[-1]:.0f} ms there and back, last heard {time.monotonic() - app.client.line.heard:.0f} s ago" if times else "a pipe on this machine"
+        quick = (
+            f"{1000 * times[-1]:.0f} ms there and back, last heard {time.monotonic() - app.client.line.heard:.0f} s ago" if times else "a pipe on this machine"
+        )
         app.open(Panel("engine", rows(where, quick, str(app.client.log)), "uv run engine.py stop ends one that stays · ctrl+e restarts · esc"))
 
     app.requests.ask("engine", Where(who()), opened, 0, any_model=True)
@@ -158,5 +164,7 @@ async def ask_others(app: Host, request: Load, load) -> None:
 
     name, mine = model_name(theirs.model), model_name(request.model)
     keys = {"enter": sure, "escape": take, "q": take}
-    panel = Panel(f"others look at {name}: loading {mine} changes it for them too", others(where), f"enter: {mine} for all · esc: {name} with them", False, keys)
+    panel = Panel(
+        f"others look at {name}: loading {mine} changes it for them too", others(where), f"enter: {mine} for all · esc: {name} with them", False, keys
+    )
     app.open(panel)

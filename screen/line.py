@@ -16,14 +16,14 @@ class Line:
     """Pings that come back. `changed` is called when there is something else to say."""
 
     def __init__(self):
-        self.heard, self.asked, self.came_back = time.monotonic(), 0.0, True
+        self.heard, self.asked, self.came_back = 0.0, 0.0, False  # 0: not yet
         self.times: list[float] = []
         self.number, self.said = 0, ""
         self.pings: asyncio.Task | None = None
         self.changed: Callable[[], None] = lambda: None
 
     async def ping(self, send: Callable[[Frame], None]) -> None:
-        """Ping as long as the line is there; the next when the one before came back."""
+        """Ping as long as the line is there, from its first word on; the next when the one before came back."""
         while True:
             if self.came_back:
                 self.number, self.asked, self.came_back = self.number + 1, time.monotonic(), False
@@ -34,6 +34,7 @@ class Line:
                 self.changed()
 
     def hear(self, frame: Frame) -> None:
+        self.came_back = self.came_back or not self.heard
         self.heard = time.monotonic()
         if frame.kind == "ping" and frame.id == self.number:
             self.times = [*self.times[-4:], self.heard - self.asked]
@@ -47,7 +48,7 @@ class Line:
 
     def words(self) -> str:
         """What is to be said of the line; "" while it is quick."""
-        silent = time.monotonic() - self.heard
+        silent = time.monotonic() - self.heard if self.heard else 0.0
         if silent >= SILENT:
             return f"line silent for {max(s for s in STEPS if s <= silent)} s"
         slow = statistics.median(self.times) if self.times else 0.0

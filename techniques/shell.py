@@ -276,7 +276,9 @@ def read_command(args: list[str]) -> ModelOptions | ServeCommand | StopCommand:
     every = {name: kind for part in techniques.parts("command") for name, kind in part.COMMANDS.items()}
     if {"-h", "--help"} & {*args}:
         every = {name: without_unused(kind) for name, kind in every.items()}
-    return tyro.extras.subcommand_cli_from_dict(every | {"serve": ServeCommand, "stop": StopCommand}, prog="engine.py", description="Loupe without a screen.", args=args)
+    return tyro.extras.subcommand_cli_from_dict(
+        every | {"serve": ServeCommand, "stop": StopCommand}, prog="engine.py", description="Loupe without a screen.", args=args
+    )
 
 
 def tables() -> dict[type, Callable[[Console, object], None]]:

@@ -136,6 +136,10 @@ class Loupe(App):
         self.arrange()
         self.call_after_refresh(self.start_engine)
 
+    def exit(self, *args, **kw) -> None:
+        self.client.leaving = True
+        super().exit(*args, **kw)
+
     async def on_unmount(self) -> None:
         await self.client.stop()
 

@@ -37,7 +37,7 @@ class Screen(Seat):
         self.read, self.out, self.gone_by = read, out, gone_by
         self.outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self.queued = self.written = 0
-        self.heard, self.pings, self.sent = time.monotonic(), pings, 0  # `sent`: the turn whose results were on their way at the last ping
+        self.heard, self.pings = time.monotonic(), pings
         self.drained: Callable[[], None] = lambda: None
 
     @property
@@ -111,19 +111,12 @@ class Host:
                 break
             screen.heard = time.monotonic()
             if frame.kind == "ping":
-                sent = self.scheduler.turns - 1  # the turn now may not have been
                 screen.outbox.put(encode(frame))
-                self.inbox.put(partial(self.acknowledge, screen, sent))
             elif frame.kind == "stop":
                 self.stop(screen)
             else:
                 self.inbox.put(partial(self.take, frame, screen))
         screen.gone_by()
-
-    def acknowledge(self, screen: Screen, sent: int) -> None:
-        """A ping is sent when the one before came back: what was sent until then has arrived."""
-        screen.finished = [job for job in screen.finished if job.turn > screen.sent]
-        screen.sent = sent
 
     def take(self, frame: Frame, screen: Screen) -> None:
         sure = isinstance(frame.body, LoadForAll)

@@ -43,7 +43,7 @@ class Seat:
     gone: bool = False
     served: int = 0  # the number of its last turn
     passed: int = 0  # turns of others since, while it waited
-    finished: list["Job"] = field(default_factory=list)  # whose results may not have arrived
+    finished: list["Job"] = field(default_factory=list)  # what took long, for the next screen: it may never have arrived
 
     @property
     def away(self) -> bool:
@@ -65,7 +65,6 @@ class Job:
     steps: Generator | None = field(default=None, compare=False)
     parts: list[object] = field(default_factory=list, compare=False)  # partial results, for a screen that takes the job over
     end: tuple[str, object] | None = field(default=None, compare=False)
-    turn: int = field(default=0, compare=False)  # in which it ended
     spent: float = field(default=0.0, compare=False)  # seconds
     sure: bool = field(default=False, compare=False)  # a Load that was confirmed: others who look at the model lose it
 
@@ -104,8 +103,8 @@ class Scheduler:
         return [*self.left, *(job for seat in self.seats if seat.away for job in seat.finished), *(job for job in self.jobs if job.seat.away)]
 
     def told(self) -> list[Job]:
-        """Those of them that a new screen is told of: what goes on, or took a while."""
-        return [job for job in self.unclaimed() if not isinstance(job.ask.body, Load) and (job.end is None or job.spent >= LONG)]
+        """Those of them that a new screen is told of."""
+        return [job for job in self.unclaimed() if not isinstance(job.ask.body, Load)]
 
     def adopt(self, frame: Frame, seat: Seat) -> bool:
         """Hand a job that nobody waits for to the screen that asks for the same: what it found, and what it will find."""
@@ -218,16 +217,15 @@ class Scheduler:
             self.after()
         except AssertionError as error:
             kind, body = "error", internal(error)
-        job.end, job.parts, job.turn = (kind, body), [], self.turns
+        job.end, job.parts = (kind, body), []
         self.deliver(job)
 
     def deliver(self, job: Job) -> None:
-        """The end of a job to its screen; where none hears it, it is kept."""
+        """The end of a job to its screen; what took long, and wrote no file, is kept for the next one, which may ask for the same."""
         seat, (kind, body) = job.seat, job.end
         if isinstance(job.ask.body, Load) and kind == "result":
             seat.looks, seat.behind = True, False
-        if self.keeps and needs_model(job.ask.body):
-            job.turn = self.turns
+        if self.keeps and needs_model(job.ask.body) and job.spent >= LONG and not getattr(job.ask.body, "out", ""):
             (self.left if seat.gone else seat.finished).append(job)
             del self.left[:-LEFT_AT_MOST], seat.finished[:-LEFT_AT_MOST]
         self.reply(job, kind, body)

@@ -111,6 +111,7 @@ class Client:
         self.jobs: dict[int, Job] = {}
         self.count = 0
         self.stopping = False
+        self.leaving = False  # the screen closes: what it asked goes on in an engine that stays
 
     @property
     def alive(self) -> bool:
@@ -221,7 +222,8 @@ class Client:
         try:
             return await job.future
         except asyncio.CancelledError:
-            self.cancel(job.id)
+            if not self.leaving:
+                self.cancel(job.id)
             raise
 
     def cancel(self, ident: int) -> None:

@@ -15,16 +15,16 @@ from widgets import BAD, GOOD
 
 async def load(app: Host, request: Load, sure: bool = False) -> None:
     """Load a model; nothing of the one before is shown any more. `sure`: also where other screens look at that."""
-    app.info, app.busy = None, f"loading {model_name(request.model)}…"
+    app.info, app.busy = None, (busy := f"loading {model_name(request.model)}…")
     app.requests.forget(replace(request))
     app.draw()
     asked = LoadForAll(request) if sure else request
     info = await app.requests.asked("load", asked, 0, failed=lambda error: not_loaded(app, request, error), any_model=True)
     if info is None:
         return
+    how = "found {} in the engine that stayed, loaded in" if app.client.kept and app.busy == busy else "loaded {} in"
     app.info = info
-    broken, line = [c.name for c in info.checks if c.ok is False], f"loaded {model_name(info.name)} in {info.seconds:.1f} s; self-check"
-    line = app.shared.loaded() + line
+    broken, line = [c.name for c in info.checks if c.ok is False], f"{app.shared.loaded()}{how.format(model_name(info.name))} {info.seconds:.1f} s; self-check"
     passed = f"{line} passed ({sum(c.ok is True for c in info.checks)} identities); {info.bos_habit}"
     app.say(f"{line} FAILED: {', '.join(broken)}" if broken else passed, BAD if broken else GOOD)
     if app.failed:

@@ -80,3 +80,19 @@ async def test_a_death_ends_the_jobs_and_is_told_once(pipes, tmp_path):
     assert seen == [Progress(1, 2)] and deaths == ["exit code 3"] and link.jobs == {}
     with pytest.raises(EngineDied, match="not running"):
         await link.ask("status", Status())
+
+
+async def test_a_screen_that_closes_cancels_nothing(pipes, tmp_path):
+    """What it asked goes on in an engine that stays; a key that cancels does so."""
+    link = Client(tmp_path / "log")
+    await link.start()
+    sent = []
+    pipes[0].stdin.write = sent.append
+    for leaving, kinds in ((False, 2), (True, 1)):
+        sent.clear()
+        link.leaving, task = leaving, await asked(link)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert len(sent) == kinds
+    await link.stop()

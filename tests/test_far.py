@@ -13,13 +13,15 @@ from pathlib import Path
 import pytest
 from conftest import PROMPT
 from kept import INFO, Pretended
-from ui import make_app, press, shown
+from ui import LocalClient, make_app, press, shown
 
 from model import relay
+import model.scheduler as scheduling
 from model.scheduler import PATIENCE, OthersLook, Scheduler, Seat
 from screen import line as lines
-from screen.client import Client, EngineDied, EngineError, Superseded
+from screen.client import Client, Job, EngineDied, EngineError, Superseded
 from techniques.output.requests import Run
+from tui import first_state
 from vocabulary.nodes import UserError
 from vocabulary.prompts import Study
 from vocabulary.requests import Load, LoadForAll, News, Progress, Where
@@ -93,7 +95,8 @@ def test_screens_take_turns_and_none_waits_for_ever():
     assert desk.kinds("b", 1)[-1] == "result" and len(desk.sent["a"]) == 4 * PATIENCE
 
 
-def test_what_a_gone_screen_asked_goes_to_the_next_that_asks_for_it():
+def test_what_a_gone_screen_asked_goes_to_the_next_that_asks_for_it(monkeypatch):
+    monkeypatch.setattr(scheduling, "LONG", 0.0)
     desk = Desk("a", "b", "c")
     desk.ask("a", 1, 6)
     desk.run(4)
@@ -395,3 +398,50 @@ def test_the_pretended_engine_has_what_a_host_uses():
     from engine import Engine
 
     assert all(hasattr(Engine(), name) for name in vars(Pretended()))
+
+
+class Rounds(LocalClient):
+    """A line on which answers arrive together, a round trip after they were asked for."""
+
+    def __init__(self, engine):
+        super().__init__(engine)
+        self.gate, self.waiting = asyncio.Event(), []
+
+    async def ask(self, slot, request, priority=1, on_partial=None):
+        self.waiting.append(slot)
+        job = self.jobs[len(self.asked) + len(self.waiting)] = Job(0, slot, request, None, on_partial)
+        try:
+            await self.gate.wait()
+            return await super().ask(slot, request, priority, on_partial)
+        finally:
+            self.jobs = {n: j for n, j in self.jobs.items() if j is not job}
+
+    async def round(self) -> list[str]:
+        """Let what was asked be answered; the slots of that."""
+        some, self.waiting = self.waiting, []
+        gate, self.gate = self.gate, asyncio.Event()
+        gate.set()
+        return [slot for slot in some if slot != "status"]
+
+
+async def test_a_keys_answer_takes_two_round_trips_at_most(engines, tmp_path):
+    """Whatever the line's delay: no key asks, waits, asks and waits a third time."""
+    client = Rounds(engines["zoo"])
+    app, trips = make_app(client, tmp_path, first_state({})), {}
+    async with app.run_test(size=(120, 36)) as pilot:
+        seen = []
+
+        async def count(*keys: str) -> int:
+            await pilot.press(*keys)
+            for n in range(9):
+                for _ in range(4):
+                    await pilot.pause()
+                if not (some := await client.round()):
+                    return n
+                seen.append((keys, some))
+            raise AssertionError("it goes on and on")
+
+        assert await count() <= 4  # the model, the run, what depends on it
+        for key in ("k", "h", "]", "a", "u", "p", "X", ")", "d", "f", "2", "enter", "h", "3", "4", "j", "5", "6", "7", "0", "1", "x"):
+            trips[key] = max(await count(key), trips.get(key, 0))
+    assert max(trips.values()) <= 2, str((trips, seen))

@@ -163,9 +163,8 @@ def attach() -> None:
         from vocabulary.requests import News
         from vocabulary.wire import Frame, encode
 
-        os.write(
-            1, encode(Frame("news", body=News(str(error) if isinstance(error, UserError) else f"the engine can't be reached: {reason(error)}", stopped=True)))
-        )
+        words = str(error) if isinstance(error, UserError) else f"the engine can't be reached: {reason(error)}"
+        os.write(1, encode(Frame("hello")) + encode(Frame("news", body=News(words, stopped=True))))
         print(f"engine: {error}", file=sys.stderr, flush=True)
         os._exit(1)
     threading.Thread(target=pump, args=(line.fileno(), 1, LOST), daemon=True).start()

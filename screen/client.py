@@ -56,6 +56,21 @@ def surface(error: Exception) -> None:
     raise error
 
 
+async def hello(stream: asyncio.StreamReader) -> Frame:
+    """The engine's first frame; what a shell or a module system printed before it is passed over. WireError, with its beginning, for what goes on without one."""
+    greeting = Frame("hello")
+    try:
+        await stream.readuntil(encode(greeting))
+    except asyncio.LimitOverrunError as error:
+        said = " ".join((await stream.read(200)).decode(errors="replace").split())
+        raise WireError(f"not an engine: it says {said[:80]!r} …") from error
+    except asyncio.IncompleteReadError as error:
+        if said := " ".join(error.partial.decode(errors="replace").split()):
+            raise WireError(f"not an engine: it says {said[-80:]!r}") from error
+        raise
+    return greeting
+
+
 @dataclass
 class Job:
     id: int
@@ -152,6 +167,7 @@ class Client:
         """Answer this process's jobs until it ends; then those left have died with it."""
         reason = ""
         try:
+            self.line.hear(await hello(process.stdout))
             while True:
                 frame = await read_frame_async(process.stdout)
                 self.line.hear(frame)

@@ -33,7 +33,8 @@ def sshd(folder: Path) -> Generator[str]:
     )
     if os.getuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True)
-    process = subprocess.Popen([DAEMON, "-D", "-e", "-f", str(folder / "sshd_config")], stderr=open(folder / "sshd.log", "w"))
+    with open(folder / "sshd.log", "w") as log:
+        process = subprocess.Popen([DAEMON, "-D", "-e", "-f", str(folder / "sshd_config")], stderr=log)
     until = time.monotonic() + 20
     try:
         while socket.socket().connect_ex(("127.0.0.1", port)):

@@ -35,6 +35,7 @@ def via(tmp_path):
 
 
 async def test_a_far_engine_outlives_the_line(via, tmp_path, monkeypatch):
+    monkeypatch.setattr(Client, "kept", True)
     monkeypatch.setattr(lines, "EVERY", 0.1)
     monkeypatch.setattr(lines, "SILENT", 0.5)
     monkeypatch.setattr(lines, "STEPS", (0.5, 10))

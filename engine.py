@@ -1,24 +1,20 @@
-"""The process that owns the model: load, queue, cancel, memory, `serve`, and the command line. Heavy imports happen inside functions."""
+"""The process that owns the model: load, memory, `serve`, and the command line. Heavy imports happen inside functions."""
 
 import atexit
 import gc
-import heapq
-import itertools
 import os
-import queue
 import resource
 import sys
-import threading
-import traceback
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import techniques
+from model import relay
+from model.host import Host, Screen
 from utils import setting_of_megabytes, tec
 from vocabulary.nodes import UserError
 from vocabulary.requests import Check, Failure, Load, Models, Progress, Status, StatusResult
-from vocabulary.wire import Frame, WireError, door, encode, needs_model, read_frame
+from vocabulary.wire import door, needs_model
 
 
 def import_model() -> None:
@@ -36,7 +32,8 @@ class Engine:
     def __init__(self, model: str | Load | None = None):
         techniques.parts("requests")  # what may go over the wire
         self.model, self.loaded, self.seconds = None, None, 0.0
-        self.swap: Callable[[], None] = lambda: None
+        self.swap: Callable[[], None] = lambda: None  # before the model goes
+        self.ask_first: Callable[[Load], None] = lambda request: None  # UserError where it must not go
         if model is not None:
             self.run(Load(model) if isinstance(model, str) else model)
 
@@ -113,6 +110,8 @@ class Engine:
         bare, alone = (lambda ask: replace(ask, against="", scale=1.0)), replace(request, against="")
         if not 0 <= request.scale <= 1:
             raise UserError(f"{request.scale:g} is not a scale of an adapter: give a number from 0 to 1")
+        if self.model is not None and self.loaded != request:
+            self.ask_first(request)
         if self.model is None or bare(request) != bare(self.loaded):
             self.model = yield from loading.load(alone, megabytes, forget, self.held)
             self.loaded = alone
@@ -150,132 +149,22 @@ def rss() -> int:
     return next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith("VmRSS:"))
 
 
-# ------------------------------------------------------------------ scheduling
-
-
-def internal(error: Exception) -> Failure:
-    """The whole story to the log, one line to the screen."""
-    traceback.print_exception(error)
-    return Failure(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-
-
-@dataclass(order=True)
-class Job:
-    priority: int
-    number: int
-    ask: Frame = field(compare=False)
-    steps: Generator | None = field(default=None, compare=False)
-
-
-class Scheduler:
-    """
-    Interleaves generators: each `step` advances the waiting job of lowest priority, oldest first, to its next yield. A newer request in a
-    slot drops the older one. While a Load waits or runs, jobs that need a model wait for it.
-    """
-
-    def __init__(
-        self, start: Callable[[object], Generator], send: Callable[[Frame], None], after: Callable[[], None] = lambda: None, model: Callable[[], str] = str
-    ):
-        self.start, self.send, self.after, self.model = start, send, after, model
-        self.jobs: list[Job] = []
-        self.numbers = itertools.count()
-
-    def reply(self, job: Job, kind: str, body: object = None) -> None:
-        self.send(Frame(kind, job.ask.id, job.ask.slot, job.ask.priority, body, self.model()))
-
-    def put(self, frame: Frame) -> None:
-        if frame.kind == "cancel":
-            self.drop(lambda job: job.ask.id == frame.id)
-        elif frame.kind == "ask":
-            if frame.slot:
-                self.drop(lambda job: job.ask.slot == frame.slot)
-            heapq.heappush(self.jobs, Job(frame.priority, next(self.numbers), frame))
-
-    def drop(self, which: Callable[[Job], bool]) -> None:
-        gone = sorted(job for job in self.jobs if which(job))
-        self.jobs = [job for job in self.jobs if not which(job)]
-        heapq.heapify(self.jobs)
-        for job in gone:
-            if job.steps is not None:
-                job.steps.close()
-            self.reply(job, "cancelled")
-
-    def drop_started(self) -> None:
-        """The model they ran on is going away."""
-        self.drop(lambda job: job.steps is not None and needs_model(job.ask.body))
-
-    def next_job(self) -> Job | None:
-        loads = [job for job in self.jobs if isinstance(job.ask.body, Load)]
-        ready = [job for job in self.jobs if not loads or not needs_model(job.ask.body) and (job is min(loads) or job not in loads)]
-        return min(ready, default=None)
-
-    def step(self) -> bool:
-        """Advance one job by one yield; False when there is nothing to do."""
-        job = self.next_job()
-        if job is None:
-            return False
-        try:
-            if job.steps is None:
-                job.steps = self.start(job.ask.body)
-            part = next(job.steps)
-        except StopIteration as stop:
-            self.finish(job, "result", stop.value)
-        except UserError as error:
-            self.finish(job, "error", Failure(str(error), "user"))
-        except Exception as error:
-            self.finish(job, "error", internal(error))
-        else:
-            self.reply(job, "progress" if isinstance(part, Progress) else "partial", part)
-        return True
-
-    def finish(self, job: Job, kind: str, body: object) -> None:
-        self.jobs.remove(job)
-        heapq.heapify(self.jobs)
-        try:
-            self.after()
-        except AssertionError as error:
-            kind, body = "error", internal(error)
-        self.reply(job, kind, body)
-
-
 # ------------------------------------------------------------------ the server
 
 
 def serve() -> None:
-    """Speak the protocol on a copy of fd 1, with fd 1 pointed at stderr so that no library's print gets into it."""
+    """
+    Speak the protocol on a copy of fd 1, with fd 1 pointed at stderr so that no library's print gets into it. With LOUPE_KEEP_ENGINE_MINUTES the
+    streams lead to the engine that outlives its screens.
+    """
     if None in (sys.stdin, sys.stdout, sys.stderr):
         sys.exit("engine: serve answers on standard input and output, and writes its log to standard error: one of them is closed")
+    relay.attach()
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    inbox: queue.SimpleQueue[Frame] = queue.SimpleQueue()
-
-    def send(frame: Frame) -> None:
-        out.write(encode(frame))
-        out.flush()
-
-    def read_all() -> None:
-        """Owns stdin. At its end the process goes, whatever it is doing."""
-        while True:
-            try:
-                frame = read_frame(sys.stdin.buffer.read)
-            except WireError as error:
-                if error.frame is None:
-                    print(f"stdin: {error}", file=sys.stderr, flush=True)
-                    os._exit(1)
-                frame = replace(error.frame, body=Failure(str(error), "user"))
-            if frame is None:
-                os._exit(0)
-            inbox.put(frame)
-
-    engine = Engine()
-    send(Frame("hello"))
-    threading.Thread(target=read_all, daemon=True).start()
-    scheduler = Scheduler(engine.jobs, send, engine.check_hooks, lambda: engine.model.info.key if engine.model else "")
-    engine.swap = scheduler.drop_started
-    while True:
-        while not scheduler.jobs or not inbox.empty():
-            scheduler.put(inbox.get())
-        scheduler.step()
+    host = Host(Engine())
+    host.join(Screen(sys.stdin.buffer.read, out, lambda: os._exit(0)))
+    host.run()
 
 
 def main(args: list[str] | None = None) -> int:
@@ -288,5 +177,7 @@ def main(args: list[str] | None = None) -> int:
 if __name__ == "__main__":
     if sys.argv[1:] == ["serve"]:
         serve()
+    elif sys.argv[1:2] == ["keep"]:  # as model/relay.py starts it
+        Host(Engine(), *sys.argv[2:]).keep()
     else:
         sys.exit(main())

@@ -38,6 +38,7 @@ from screen.client import Client, Job, words_of
 from screen.colours import LIGHT, SIXTEEN, THEME, use
 from screen.compositor import TightScreen
 from screen.cursor import Cursor, clamped
+from screen.engines import Shared
 from screen.faults import Faults
 from screen.held import ALWAYS
 from screen.keys import Action, bindings, collect, key_page, keymap, remapped
@@ -54,6 +55,7 @@ from utils import ROOT, printable, settings, visible
 from widgets import BAD, PLAIN, WARN, Lines, Spans
 
 ENDING = (signal.SIGHUP, signal.SIGTERM)
+MODEL_OPTIONS = ("model", "base", "dtype", "device", "device_map")
 EARLY: list[int] = []  # those that came before the app could leave the terminal as it was
 try:
     MODULES = parts("pane")
@@ -92,7 +94,8 @@ class Loupe(App):
         self.session, self.table = session, table
         self.faults, self.tour = Faults(self), Tour(self)
         log = log or folder("logs") / "engine.log"
-        self.client, self.requests = Client(log, via, self.on_progress, self.on_death, self._handle_exception), Requests(self)
+        self.requests, self.shared = Requests(self), Shared(self)
+        self.client = Client(log, via, self.on_progress, self.on_death, self._handle_exception, self.shared.heard)
         self.info: ModelInfo | None = None
         self.busy = "starting the engine…"
         self.cursor, self.at_end = Cursor(), True
@@ -135,6 +138,10 @@ class Loupe(App):
         self.arrange()
         resume.put_back(self)
         self.call_after_refresh(self.start_engine)
+
+    def exit(self, *args, **kw) -> None:
+        self.client.leaving = True
+        super().exit(*args, **kw)
 
     async def on_unmount(self) -> None:
         resume.keep(self)
@@ -200,12 +207,13 @@ class Loupe(App):
             return
         if note:
             self.say(note, WARN)
+        await self.shared.join()
         self.refresh_wants()
 
     def on_death(self, reason: str) -> None:
         self.info, self.busy = None, f"no engine ({reason})"
         self.requests.died()
-        self.say(f"the engine died ({reason}): ctrl+e restarts it; model, prompts and interventions are kept; its log is {self.client.log}", BAD)
+        self.say(self.shared.obituary(reason), BAD)
         self.draw()
 
     def on_progress(self, job: Job) -> None:
@@ -426,13 +434,14 @@ def main() -> None:
             session, note = read_session(args.resume or newest_session())
             note = " · ".join(filter(None, (session.log.claim(), note))) or f" restored {session.path.name}: {len(session.past)} steps back"
         else:
-            given = {k: v for k in ("model", "base", "dtype", "device", "device_map") if (v := getattr(args, k))}
+            given = {k: v for k in MODEL_OPTIONS if (v := getattr(args, k))}
             state = first_state(values)
             session = Session(replace(state, model=replace(state.model, **given)))
             note = "" if any(folder("sessions").glob("*.jsonl")) else "new here? :tour and enter begin a guided hunt; ? lists the keys"
     except UserError as error:
         sys.exit(printable(f"loupe: {error}"))
     app = Loupe(session, args.via, note, table=table)
+    app.shared.takes = args.resume is None and not any(getattr(args, name) for name in MODEL_OPTIONS)
     for sig in ENDING:
         signal.signal(sig, lambda number, frame: EARLY.append(number))
     try:
@@ -440,6 +449,8 @@ def main() -> None:
     finally:
         if left := app.session.close():
             print(f"loupe: {left}", file=sys.stderr)
+        if stays := app.shared.farewell():
+            print(f"loupe: {stays}")
     sys.exit(app.return_code or 0)
 
 

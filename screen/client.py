@@ -14,17 +14,23 @@ from pathlib import Path
 
 from vocabulary.files import open_log, reason
 from vocabulary.nodes import UserError
-from vocabulary.requests import Failure, Progress
+from vocabulary.requests import Failure, News, Progress
 from vocabulary.wire import encode, Frame, read_frame_async, WireError
-from utils import ROOT
+from screen.line import Line
+from utils import ROOT, settings
 
 
 LEFT = re.compile(r"[\d.,]+ (?:s|min) left(?: in this step)?")  # as the engine words it (vocabulary/progress.time_left)
+ENDS = {75: "its process is gone", 127: "exit code 127: the command was not found", 255: "exit code 255: the line broke, or ssh could not connect"}
 STEP = re.compile(r"[^\d:]*")  # the words of a progress that name its step
 
 
 class EngineError(Exception):
-    """A request failed; the message is the line for the screen."""
+    """A request failed; the message is the line for the screen. `kind`: that of its Failure."""
+
+    def __init__(self, message: str, kind: str = ""):
+        super().__init__(message)
+        self.kind = kind
 
 
 class EngineDied(EngineError): ...
@@ -48,6 +54,21 @@ def words_of(via: str) -> list[str]:
 
 def surface(error: Exception) -> None:
     raise error
+
+
+async def hello(stream: asyncio.StreamReader) -> Frame:
+    """The engine's first frame; what a shell or a module system printed before it is passed over. WireError, with its beginning, for what goes on without one."""
+    greeting = Frame("hello")
+    try:
+        await stream.readuntil(encode(greeting))
+    except asyncio.LimitOverrunError as error:
+        said = " ".join((await stream.read(200)).decode(errors="replace").split())
+        raise WireError(f"not an engine: it says {said[:80]!r} …") from error
+    except asyncio.IncompleteReadError as error:
+        if said := " ".join(error.partial.decode(errors="replace").split()):
+            raise WireError(f"not an engine: it says {said[-80:]!r}") from error
+        raise
+    return greeting
 
 
 @dataclass
@@ -86,18 +107,26 @@ class Job:
 class Client:
     """
     One engine process. `ask` sends a request and awaits its result; a newer ask in the same slot replaces the older one.
-    `on_progress(job)`, `on_death(reason)` and `on_fault(error)`, of drawing a reply, are called on the event loop.
+    `on_progress(job)`, `on_death(reason)`, `on_fault(error)`, of drawing a reply, and `on_news(frame)`, of what comes unasked, are called on the event loop.
     """
 
     def __init__(
-        self, log: Path, via: str = "", on_progress: Callable = lambda job: None, on_death: Callable = lambda reason: None, on_fault: Callable = surface
+        self,
+        log: Path,
+        via: str = "",
+        on_progress: Callable = lambda job: None,
+        on_death: Callable = lambda reason: None,
+        on_fault: Callable = surface,
+        on_news: Callable = lambda frame: None,
     ):
-        self.log, self.via, self.on_progress, self.on_death, self.on_fault = log, via, on_progress, on_death, on_fault
+        self.log, self.via, self.on_progress, self.on_death, self.on_fault, self.on_news = log, via, on_progress, on_death, on_fault, on_news
+        self.line, self.stopped = Line(), ""
         self.process: asyncio.subprocess.Process | None = None
         self.reader: asyncio.Task | None = None
         self.jobs: dict[int, Job] = {}
         self.count = 0
         self.stopping = False
+        self.leaving = False  # the screen closes: what it asked goes on in an engine that stays
 
     @property
     def alive(self) -> bool:
@@ -105,8 +134,7 @@ class Client:
 
     async def start(self) -> str:
         """Start the engine. What there is to say of its log, or ""."""
-        command = [*words_of(self.via), "uv", "run", "engine.py", "serve"] if self.via else [sys.executable, str(ROOT / "engine.py"), "serve"]
-        self.stopping, self.jobs = False, {}  # the reader of an engine before this one ends that one's jobs
+        self.stopping, self.jobs, self.stopped, self.line = False, {}, "", Line()  # the reader of an engine before this one ends that one's jobs
         note = ""
         try:
             log = open_log(self.log)
@@ -115,31 +143,48 @@ class Client:
             log = os.open(os.devnull, os.O_WRONLY)
         try:
             self.process = await asyncio.create_subprocess_exec(
-                *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=log, start_new_session=True, cwd=ROOT
+                *self.command(), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=log, start_new_session=True, cwd=ROOT
             )
         finally:
             os.close(log)
         self.reader = asyncio.create_task(self.read(self.process, self.jobs))
+        if self.kept:
+            self.line.pings = asyncio.create_task(self.line.ping(self.send))
         return note
+
+    @property
+    def kept(self) -> bool:
+        """Whether the engine may be another's too, or far: a line that is watched."""
+        return bool(self.via) or settings().get("LOUPE_KEEP_ENGINE_MINUTES", "").strip() not in ("", "0")
+
+    def command(self) -> list[str]:
+        """What starts the engine, or reaches the one that stayed."""
+        if self.via:
+            return [*words_of(self.via), "uv", "run", "engine.py", "serve"]
+        return [sys.executable, *(["-m", "model.relay"] if self.kept else [str(ROOT / "engine.py"), "serve"])]
 
     async def read(self, process: asyncio.subprocess.Process, jobs: dict[int, Job]) -> None:
         """Answer this process's jobs until it ends; then those left have died with it."""
         reason = ""
         try:
+            self.line.hear(await hello(process.stdout))
             while True:
                 frame = await read_frame_async(process.stdout)
+                self.line.hear(frame)
                 try:
                     self.receive(frame, jobs)
                 except Exception as error:  # of what draws it: the other jobs go on
                     self.on_fault(error)
         except asyncio.IncompleteReadError:
             code = await process.wait()
-            reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            reason = self.stopped or (f"killed by {signal.Signals(-code).name}" if code < 0 else ENDS.get(code, f"exit code {code}"))
         except WireError as error:
             reason = str(error)
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
+        if process is self.process:
+            self.line.end()
         for job in jobs.values():
             if not job.future.done():
                 job.future.set_exception(EngineDied(f"the engine died ({reason})"))
@@ -148,6 +193,9 @@ class Client:
             self.on_death(reason)
 
     def receive(self, frame: Frame, jobs: dict[int, Job]) -> None:
+        if frame.kind in ("news", "left"):
+            self.stopped = frame.body.text if isinstance(frame.body, News) and frame.body.stopped else self.stopped
+            self.on_news(frame)
         job = jobs.get(frame.id)
         if job is None:
             return  # an answer to a request that was replaced
@@ -170,7 +218,7 @@ class Client:
                     job.future.set_exception(Superseded())
                 else:
                     failure = frame.body if isinstance(frame.body, Failure) else Failure("an error without a message")
-                    job.future.set_exception(EngineError(failure.message))
+                    job.future.set_exception(EngineError(failure.message, failure.kind))
 
     def send(self, frame: Frame) -> None:
         if self.alive and not self.process.stdin.is_closing():
@@ -190,7 +238,8 @@ class Client:
         try:
             return await job.future
         except asyncio.CancelledError:
-            self.cancel(job.id)
+            if not self.leaving:
+                self.cancel(job.id)
             raise
 
     def cancel(self, ident: int) -> None:
@@ -203,6 +252,7 @@ class Client:
     async def stop(self) -> None:
         """End the engine: EOF first, SIGKILL when it does not go."""
         self.stopping = True
+        self.line.end()
         if self.process is None:
             return
         if self.process.returncode is None:

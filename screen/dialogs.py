@@ -8,7 +8,6 @@ from vocabulary.prompts import line_of
 from screen import exports
 from screen.explain import paragraphs, wrapped
 from screen.glyphs import SIGNS
-from screen.jobs import ends_jobs
 from screen.keys import Action, helped, show_keys
 from screen.overlays import Item, Overlay, Panel, Picker
 from screen.pane import Host
@@ -50,19 +49,6 @@ def convention(app: Host) -> None:
     for row in pane.info_line.text().splitlines():
         lines += wrapped("cursor", row.strip(), width)
     app.open(Panel(f"{pane.number} {pane.label}", lines, ""))
-
-
-# ------------------------------------------------------------------ the engine
-
-
-def restart(app: Host) -> None:
-    def go() -> None:
-        app.busy = "starting the engine…"
-        app.say("restarting the engine; model, prompts and interventions are kept")
-        app.requests.forget()
-        app.start_engine()
-
-    ends_jobs(app, "restarting the engine", go)
 
 
 # ------------------------------------------------------------------ out

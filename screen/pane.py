@@ -43,6 +43,7 @@ class Host(Protocol):
     busy: str  # what it is doing while there is none
     client: Client
     requests: Requests
+    shared: object  # what is known of an engine that others look at too
     cursor: Cursor
     tokens: Side | None  # of the run that is shown
     pane: str  # the key of the pane in focus

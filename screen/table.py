@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from screen import actions, beside, dialogs, jobs, models, moves, points, prompts, sessions, views
+from screen import actions, beside, dialogs, engines, jobs, models, moves, points, prompts, sessions, views
 from screen.keys import INTERVENE, LOUPE, MOVE, PANES, PROMPT, VIEW, FIND, Action
 
 FAR = 10**6
@@ -106,7 +106,8 @@ SCREEN = (
     Action("note", "!", "note", "Write a line of text on this point: node, prompt, number", LOUPE, points.note),
     Action("history", "", "history", "The session in words: what was done, computed and noted; go to a point, compare two", LOUPE, points.show),
     Action("restore", "r", "restore", "Restore another session: its name, model, prompt and last action", LOUPE, sessions.choose_session),
-    Action("restart", "ctrl+e", "restart engine", "Restart the engine; prompts and interventions are kept", LOUPE, dialogs.restart),
+    Action("restart", "ctrl+e", "restart engine", "Restart the engine; prompts and interventions are kept", LOUPE, engines.restart),
+    Action("engine", "", "engine", "Where the engine runs, its memory, its log, the line to it, who else looks at its model", LOUPE, engines.show),
     Action("redraw", "ctrl+l", "redraw", "Draw the whole screen again", LOUPE, lambda app: app.screen.forget()),
     Action("suspend", "ctrl+z", "suspend", "Suspend to the shell (fg comes back)", LOUPE, lambda app: app.action_suspend_process()),
     Action("interrupt", "ctrl+c", "interrupt", "Cancel running jobs", LOUPE, jobs.interrupt),

@@ -26,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 import techniques
+from model import relay
 from techniques.training import Bar, recorded
 from utils import printable, settings
 from vocabulary.chat import asked
@@ -273,7 +274,12 @@ def table(title: str, *columns: str) -> Table:
 
 @dataclass
 class ServeCommand:
-    """Answer requests on stdin and stdout, for tui.py."""
+    """Answer requests on stdin and stdout, for tui.py. With LOUPE_KEEP_ENGINE_MINUTES they go to the engine that stays."""
+
+
+@dataclass
+class StopCommand:
+    """End the engines of this checkout that stayed (LOUPE_KEEP_ENGINE_MINUTES), with what they compute."""
 
 
 def with_bos(args: list[str]) -> list[str]:
@@ -284,13 +290,15 @@ def with_bos(args: list[str]) -> list[str]:
     return out
 
 
-def read_command(args: list[str]) -> ModelOptions | ServeCommand:
+def read_command(args: list[str]) -> ModelOptions | ServeCommand | StopCommand:
     """The command that these words call, of every room's."""
     args = with_bos(args)
     every = {name: kind for part in techniques.parts("command") for name, kind in part.COMMANDS.items()}
     if {"-h", "--help"} & {*args}:
         every = {name: without_unused(kind) for name, kind in every.items()}
-    return tyro.extras.subcommand_cli_from_dict(every | {"serve": ServeCommand}, prog="engine.py", description="Loupe without a screen.", args=args)
+    return tyro.extras.subcommand_cli_from_dict(
+        every | {"serve": ServeCommand, "stop": StopCommand}, prog="engine.py", description="Loupe without a screen.", args=args
+    )
 
 
 def tables() -> dict[type, Callable[[Console, object], None]]:
@@ -400,6 +408,9 @@ def answer(args: list[str] | None, engine: Callable[[], object], serve: Callable
             return 0
         if hasattr(command, "alone"):
             return command.alone(engine(), show, errors)
+        if isinstance(command, StopCommand):
+            put("".join(f"{line}\n" for line in relay.stop() or ["no engine of this checkout stays"]))
+            return 0
         plots_to(command.plot)
         info, result = run(command, engine(), show, errors)
         if command.plot is not None:

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import screen.client
 import vocabulary.files
 from vocabulary.prompts import Prompt
 from utils import ROOT
@@ -94,9 +95,10 @@ def build(arch: str, folder: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def own_home(tmp_path_factory, monkeypatch) -> Path:
-    """LOUPE_HOME of a test: what it writes lies nowhere else."""
+    """LOUPE_HOME of a test: what it writes lies nowhere else, and its engine ends with it."""
     folder = tmp_path_factory.mktemp("home")
     monkeypatch.setattr(vocabulary.files, "home", lambda: folder)
+    monkeypatch.setattr(screen.client.Client, "kept", False)  # whatever .env.local says
     return folder
 
 

@@ -15,6 +15,7 @@ class Pipe:
 
     def __init__(self):
         self.stdout, self.returncode, self.pid, self.ended = asyncio.StreamReader(), None, 0, asyncio.Event()
+        self.stdout.feed_data(encode(Frame("hello")))
         self.stdin = SimpleNamespace(is_closing=lambda: False, write=lambda data: None, close=self.end)
 
     async def wait(self) -> int:
@@ -80,3 +81,48 @@ async def test_a_death_ends_the_jobs_and_is_told_once(pipes, tmp_path):
     assert seen == [Progress(1, 2)] and deaths == ["exit code 3"] and link.jobs == {}
     with pytest.raises(EngineDied, match="not running"):
         await link.ask("status", Status())
+
+
+async def test_a_screen_that_closes_cancels_nothing(pipes, tmp_path):
+    """What it asked goes on in an engine that stays; a key that cancels does so."""
+    link = Client(tmp_path / "log")
+    await link.start()
+    sent = []
+    pipes[0].stdin.write = sent.append
+    for leaving, kinds in ((False, 2), (True, 1)):
+        sent.clear()
+        link.leaving, task = leaving, await asked(link)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert len(sent) == kinds
+    await link.stop()
+
+
+@pytest.mark.parametrize(
+    "said, reason",
+    [
+        (b"Welcome to gpu01\nLoading cuda/12.4\n", ""),
+        (b"\x00" * 3000, ""),
+        (b"bash: uv: command not found\n", "not an engine: it says 'bash: uv: command not found'"),
+        (b"y\n" * 50_000, "not an engine: it says 'y y y"),
+    ],
+)
+async def test_a_banner_before_the_first_frame_is_passed_over(pipes, tmp_path, said, reason):
+    deaths = []
+    link = Client(tmp_path / "log", on_death=deaths.append)
+    await link.start()
+    pipe = pipes[0]
+    pipe.stdout._buffer.clear()
+    pipe.stdout.feed_data(said)
+    pipe.kill = pipe.end
+    if reason:
+        pipe.end()
+        await link.reader
+        assert len(deaths) == 1 and deaths[0].startswith(reason)
+        return
+    pipe.stdout.feed_data(encode(Frame("hello")))
+    task = await asked(link)
+    pipe.stdout.feed_data(answer(link.count))
+    assert (await task).memory == link.count and deaths == []
+    await link.stop()

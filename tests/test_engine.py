@@ -10,6 +10,7 @@ import pytest
 from conftest import CLEAN, CORRUPT, PROMPT, SHORT
 
 from model import catalogue
+from model.scheduler import Scheduler
 from techniques.attention.requests import Attention, HeadStats
 from techniques.identities.requests import Identities
 from techniques.lens.requests import Lens
@@ -18,7 +19,7 @@ from vocabulary.nodes import parse_intervention, UserError
 from vocabulary.prompts import Prompt, Study
 from vocabulary.requests import Check, Failure, Load, Models, Progress, Status
 from vocabulary.wire import encode, Frame, read_frame
-from engine import Engine, Scheduler, main
+from engine import Engine, main
 from utils import ROOT
 
 
@@ -167,7 +168,7 @@ def test_a_new_model_drops_what_ran_on_the_old():
     desk.ask(1, 5)
     desk.ask(2, 5)
     desk.run(1)
-    desk.scheduler.drop_started()
+    desk.scheduler.behind()
     assert [f.id for f in desk.sent if f.kind == "cancelled"] == [1]
     assert (2, "result") in desk.run()
 

@@ -5,6 +5,7 @@ from textual.drivers.headless_driver import HeadlessDriver
 from vocabulary.nodes import UserError
 from vocabulary.requests import Progress
 from screen.client import EngineDied, EngineError, Superseded
+from screen.line import Line
 from screen.session import Session, State
 from tui import Loupe
 
@@ -15,6 +16,7 @@ class LocalClient:
     def __init__(self, engine):
         self.engine, self.jobs, self.alive, self.log, self.asked = engine, {}, True, "the log", []
         self.on_death = lambda reason: None
+        self.line, self.kept, self.stopped = Line(), False, ""
 
     async def start(self):
         self.alive = True

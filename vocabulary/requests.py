@@ -37,6 +37,20 @@ class Status:
 
 
 @request(needs_model=False)
+class LoadForAll:
+    """Load a model also where other screens look at the one that goes."""
+
+    load: Load = Load()
+
+
+@request(needs_model=False)
+class Where:
+    """Where the engine runs, who looks at its model, and what goes on in it. `name` is what others are told about who asks."""
+
+    name: str = ""
+
+
+@request(needs_model=False)
 class Models:
     """
     The models that can be named: the zoo, folders beside the program, what the hub cache holds, TransformerLens's table; their sizes in `dtype` against what
@@ -144,6 +158,35 @@ class StatusResult:
     cache: int
     cache_limit: int
     entries: tuple[str, ...]
+
+
+@message
+class WhereResult:
+    """
+    `minutes`: how long the engine stays when the last screen went; 0: it ends with its screen. `screens` are the others that look, `running` what is computed
+    for them, `left` the jobs, finished or not, of screens that went. `loaded`: the model as it was asked for.
+    """
+
+    host: str
+    pid: int
+    log: str
+    socket: str
+    memory: int
+    minutes: float
+    started: float
+    loaded: Load | None = None
+    screens: tuple[str, ...] = ()
+    running: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
+
+
+@message
+class News:
+    """A line that comes unasked; `load`: the model that another screen loads, `stopped`: the engine ends."""
+
+    text: str
+    load: Load | None = None
+    stopped: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,55 @@
+"""The line to an engine that is far away, or shared: how long it takes there and back, when it was last heard, and what to say of that."""
+
+import asyncio
+import statistics
+import time
+from collections.abc import Callable
+
+from vocabulary.wire import Frame
+
+EVERY = 2.0  # seconds between two pings
+SLOW, SILENT = 0.15, 6.0  # seconds there and back, seconds without a word: what is worth saying
+STEPS = (6, 10, 20, 30, 60, 120, 300, 600, 1800, 3600)  # the silence is said when it passes one of these, so that an idle screen writes little
+
+
+class Line:
+    """Pings that come back. `changed` is called when there is something else to say."""
+
+    def __init__(self):
+        self.heard, self.asked, self.came_back = 0.0, 0.0, False  # 0: not yet
+        self.times: list[float] = []
+        self.number, self.said = 0, ""
+        self.pings: asyncio.Task | None = None
+        self.changed: Callable[[], None] = lambda: None
+
+    async def ping(self, send: Callable[[Frame], None]) -> None:
+        """Ping as long as the line is there, from its first word on; the next when the one before came back."""
+        while True:
+            if self.came_back:
+                self.number, self.asked, self.came_back = self.number + 1, time.monotonic(), False
+                send(Frame("ping", self.number))
+            await asyncio.sleep(EVERY)
+            if self.said != (words := self.words()):
+                self.said = words
+                self.changed()
+
+    def hear(self, frame: Frame) -> None:
+        self.came_back = self.came_back or not self.heard
+        self.heard = time.monotonic()
+        if frame.kind == "ping" and frame.id == self.number:
+            self.times = [*self.times[-4:], self.heard - self.asked]
+            self.came_back = True
+
+    def end(self) -> None:
+        if self.pings is not None:
+            self.pings.cancel()
+            self.pings = None
+        self.said = ""
+
+    def words(self) -> str:
+        """What is to be said of the line; "" while it is quick."""
+        silent = time.monotonic() - self.heard if self.heard else 0.0
+        if silent >= SILENT:
+            return f"line silent for {max(s for s in STEPS if s <= silent)} s"
+        slow = statistics.median(self.times) if self.times else 0.0
+        return f"line {float(f'{1000 * slow:.1g}'):.0f} ms" if slow >= SLOW else ""

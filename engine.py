@@ -6,6 +6,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from pathlib import Path
 
 import techniques

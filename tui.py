@@ -106,9 +106,8 @@ class Loupe(App):
         self.places: dict[str, Region] = {}
         self.known_saes: dict[str, SaeInfo] = {}
         self.status: Spans = [(note, WARN)] if note else []
-        self.said_lines = 1
+        self.said_lines, self.failed = 1, ""
         self.memory = (0, 0, 0)
-        self.failed = ""
         self.needle, self.matches, self.marks = "", [], {}
         if table is not TABLE:
             self.set_keymap(keymap(table))

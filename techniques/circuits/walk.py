@@ -129,7 +129,7 @@ def lines(pane: Pane, app: Host, graph: Graph, effects: dict[str, float], width:
     pane.laid = graph
     words = drawings.draw(app.state.current, mine, width)
     line = next((n for n, text in enumerate(words) if text.strip().split(" ")[0] == here), 0)
-    start = clip(line - height // 2, max(1, len(words) - height + 1))
+    start = clip(line - height // 4, max(1, len(words) - height + 1))
     marked = CURSOR_PLAIN if mode == "shade" else CURSOR
     return [[(text, marked if start + n == line and here else PLAIN)] for n, text in enumerate(words[start : start + height])]
 

@@ -55,7 +55,7 @@ async def test_a_circuit_is_of_its_model(engines, tmp_path):
     app, other = make_app(TwoModels(engines, False), tmp_path, small()), str(engines["gpt2"].model.info.name)
     async with app.run_test(size=(130, 45)) as pilot:
         await press(app, pilot, "5", "l", "l", "c", "l", "c")
-        assert app.panes["circuit"].said[0].startswith("map · circuit (2 nodes") and app.state.current.model == "zoo"
+        assert app.panes["circuit"].said[0].startswith("drawing · circuit (2 nodes") and app.state.current.model == "zoo"
         app.act("model", load=Load(other))
         await press(app, pilot)
         assert "NOT OF THIS MODEL: of zoo" in app.panes["circuit"].said[0]

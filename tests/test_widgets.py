@@ -23,7 +23,8 @@ from techniques.lens.pictures import lens_cell, lens_grid
 from tui import TABLE
 from utils import ROOT, show_number, show_token, visible
 from screen.overlays import escape_line, unescape_line
-from widgets import GridView
+from screen.pictures import fitted
+from widgets import PLAIN, GridView, whole_spans
 
 
 def test_the_screen_side_never_imports_the_model_side():
@@ -130,3 +131,12 @@ def test_the_table_has_no_clash_and_the_readme_its_keys():
     keys = [k for a in TABLE for k in a.keys.split(",") if k]
     assert len(keys) == len(set(keys)) and len({a.id for a in TABLE}) == len(TABLE)
     assert (ROOT / "docs" / "keys.md").read_text(encoding="utf-8") == key_page(TABLE), "uv run tui.py --keys > docs/keys.md"
+
+
+def test_parts_of_a_line_go_whole_by_importance():
+    parts = [(0, [("name", PLAIN)]), (3, [(" least", PLAIN)]), (1, [(" label", PLAIN), (" 12", PLAIN)]), (2, [(" more", PLAIN)])]
+    said = lambda width: "".join(t for t, _ in fitted(parts, width))  # noqa: E731
+    assert [said(w) for w in (40, 18, 13, 12, 2)] == ["name least label 12 more", "name label 12 more", "name label 12", "name more", "name"]
+    line = [("L3H2 ", PLAIN), ("effect · rank 2 · near", PLAIN), ("  tail", PLAIN)]
+    cut = lambda width: "".join(t for t, _ in whole_spans(line, width))  # noqa: E731
+    assert [cut(w) for w in (40, 30, 20, 8)] == ["L3H2 effect · rank 2 · near  tail", "L3H2 effect · rank 2 · near", "L3H2 effect · rank 2", "L3H2 "]

@@ -14,9 +14,11 @@ from widgets import BOLD, CURSOR, CURSOR_PLAIN, DIM, PLAIN, Same, Spans
 
 
 def drawn(pane: Pane, app: Host) -> Graph | None:
-    """The circuit as a graph, where the view is the drawing and there are edges to walk along."""
+    """The circuit as a graph to walk in, where the view is the drawing and it has edges; None where this model does not have all its nodes."""
     circuit = app.state.current
     if app.state.views[pane.view] != "drawing" or circuit is None or not circuit.edges or app.info is None:
+        return None
+    if any(n.layer >= app.info.n_layers or (n.head or 0) >= app.info.n_heads for n in map(parse_node, circuit.nodes)):
         return None
     result, found = pane.scored(app), pane.discovered(app)
     labels = app.tokens.tokens.labels if app.tokens else {}
@@ -129,7 +131,7 @@ def lines(pane: Pane, app: Host, graph: Graph, effects: dict[str, float], width:
     pane.laid = graph
     words = drawings.draw(app.state.current, mine, width)
     line = next((n for n, text in enumerate(words) if text.strip().split(" ")[0] == here), 0)
-    start = clip(line - height // 2, max(1, len(words) - height + 1))
+    start = clip(line - height // 4, max(1, len(words) - height + 1))
     marked = CURSOR_PLAIN if mode == "shade" else CURSOR
     return [[(text, marked if start + n == line and here else PLAIN)] for n, text in enumerate(words[start : start + height])]
 

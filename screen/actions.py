@@ -69,7 +69,9 @@ def intervene(app: Host, new: Intervention) -> None:
     if new.op.startswith("mean") and app.state.prompt not in app.state.prompt_set:
         app.say(f"{new}: the mean is over {Path(app.state.set_path).stem}, a set that this prompt is not from", WARN)
     else:
-        app.say(f"{new}: {OPS[new.op]}", GOOD)
+        names = run_names(app.state)
+        other = f"the value this node has in {names['corrupt' if app.state.base == 'clean' else 'clean']}"
+        app.say(f"{new}: {other if new.op == 'patch' and app.state.model.against else OPS[new.op]}", GOOD)
 
 
 def check_node(app: Host, node: Node) -> None:

@@ -64,8 +64,9 @@ async def test_two_models_on_the_screen(engine, blind, tmp_path):
         assert any(i.key == COMPARE for i in picker.items)
         await press(app, pilot, "escape")
         compare(app, blind)
-        await press(app, pilot, "p")
-        want = engine.run(Run(Study(app.state.prompt, (parse_intervention("L3.resid_post=patch"),), against=blind)))
+        await press(app, pilot, "h", "l", "p")
+        assert app.state.interventions == (parse_intervention("L3.resid_post@14=patch"),)
+        want = engine.run(Run(Study(app.state.prompt, app.state.interventions, against=blind)))
         top = shown(app)
         assert "zoo +" in top and "blind +" in top and f"now {want.now.metric:+.3f}" in top and "weights are shared" in top
         assert "clean +" not in top and "corrupted +" not in top

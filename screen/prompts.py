@@ -228,7 +228,7 @@ def look_through(app: Host, name: str, prompts: tuple[Prompt, ...]) -> None:
         app.open(Picker(title, items, lambda item, typed: item and app.act("go", index=item.value)))
 
     if app.info is not None:
-        app.requests.ask("set", MakeSet(name, prompts=prompts), seen)
+        app.requests.ask("set", MakeSet(name, measured=False, prompts=prompts), seen)
 
 
 def open_file(app: Host, path: Path) -> None:

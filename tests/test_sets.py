@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch as t
 from conftest import PROMPT
+from transformers import AutoTokenizer
 from reference import log_softmax
 
 from techniques.attention.requests import AttentionSet
@@ -13,12 +14,15 @@ from techniques.attribution.requests import AttributionSet
 from techniques.circuits.requests import Discover, PathPatch, Score
 from techniques.output.requests import Run
 from techniques.patching.requests import Estimate, Sweep
+from techniques.sets.requests import MAKES, MakeSet
 from vocabulary.circuit import Circuit
 from vocabulary.nodes import UserError, parse_intervention, parse_node
-from vocabulary.prompts import Metric, Prompt, Study
+from vocabulary.prompts import Metric, Prompt, Study, line_of, read_prompt
+from vocabulary.typed import parse_json
+from utils import ROOT
 
 TOL = 1e-4
-LONG = "Then, when Mary and John went to the store, John gave a drink to"
+TABLE = pytest.mark.table
 
 
 def ioi(text: str, io: str, s: str, other: str) -> Prompt:
@@ -51,7 +55,7 @@ def test_the_prompts_differ_in_length(engine):
 # ------------------------------------------------------------------ groups of equal length against one prompt at a time
 
 
-@pytest.mark.parametrize("op", ["patch", "zero", "mean_all", "resample"])
+@pytest.mark.parametrize("op", ["patch", "resample", *(pytest.param(op, marks=TABLE) for op in ("zero", "mean_all"))])
 def test_a_sweep_of_heads_has_each_prompts_own_numbers(engine, op):
     given = SET if op != "resample" else replace(SET, prompt_set=(*MIXED, *(ioi(f, "Mary", "Tom", "John") for f in FORMS)))
     whole = engine.run(Sweep(given, "z", op, over_set=True))
@@ -61,7 +65,7 @@ def test_a_sweep_of_heads_has_each_prompts_own_numbers(engine, op):
     assert "groups of equal length" in whole.convention and np.isfinite(whole.p).all()
 
 
-@pytest.mark.parametrize("kind", ["attn", "z_pos", "cells"])
+@pytest.mark.parametrize("kind", ["attn", "cells", pytest.param("z_pos", marks=TABLE)])
 def test_a_table_by_position_goes_by_label(engine, kind):
     ask = Sweep(SET, kind, node="L1H2" if kind == "cells" else "", over_set=True)
     whole = engine.run(ask)
@@ -87,13 +91,13 @@ def test_nodes_at_labels_stand_where_each_prompt_has_them(engine):
             assert np.abs(whole.per_prompt[i] - engine.run(replace(ask, study=Study(p), over_set=False)).values).max() < TOL
 
 
-@pytest.mark.parametrize("method", ["atp", "ig"])
+@pytest.mark.parametrize("method", ["atp", pytest.param("ig", marks=TABLE)])
 def test_estimates(engine, method):
     whole = engine.run(Estimate(SET, "z", method, over_set=True))
     assert np.abs(whole.per_prompt - np.stack([engine.run(Estimate(s, "z", method)).values for s in ALONE])).max() < TOL
 
 
-@pytest.mark.parametrize("by_pos", [False, True])
+@pytest.mark.parametrize("by_pos", [False, pytest.param(True, marks=TABLE)])
 def test_paths(engine, by_pos):
     ask = PathPatch(SET, ("L0H1", "L0.mlp"), ("L2H3.q@END",) if not by_pos else ("L2H3.k",), over_set=True, by_pos=by_pos)
     whole = engine.run(ask)
@@ -107,7 +111,7 @@ def test_paths(engine, by_pos):
 CIRCUIT = Circuit("some", "any", ("L0H1", "L1H2@S2", "L2H3@END"))
 
 
-@pytest.mark.parametrize("rest", ["patch", "zero"])
+@pytest.mark.parametrize("rest", ["patch", pytest.param("zero", marks=TABLE)])
 def test_a_circuits_score(engine, rest):
     ask = Score(SET, CIRCUIT, ("faithfulness",), rest=rest)
     whole = engine.run(ask)
@@ -282,3 +286,60 @@ def test_an_answer_by_its_first_token_says_so(engine):
         with pytest.raises(UserError, match=words):
             engine.run(Sweep(study, "z"))
     assert parse_node("L1H1@END").pos == "END"
+
+
+# ------------------------------------------------------------------ sets made from templates
+
+
+@pytest.mark.parametrize("make", MAKES)
+def test_a_made_set_is_in_the_models_own_words(engines, make):
+    """By the tokenizer alone: answers of one token, a corrupted partner of equal length, and labels that point at what they name."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "zoo")
+    count = lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])  # noqa: E731
+    got = engines["zoo"].run(MakeSet(make, n=5, seed=3))
+    assert len({p.clean for p in got.prompts}) == len(got.prompts) == 5 and got.lengths[0] == count(got.prompts[0].clean) + 1  # BOS
+    for p in got.prompts:
+        assert count(p.clean) == count(p.corrupt) and p.clean != p.corrupt and not set(p.answers) & set(p.foils)
+        assert all(count(p.clean + a) == count(p.clean) + 1 for a in (*p.answers, *p.foils))
+        assert read_prompt(parse_json(line_of(p))) == p
+    assert engines["zoo"].run(MakeSet(make, n=5, seed=3)).prompts == got.prompts
+    assert MAKES[make] in got.convention and engines["zoo"].run(MakeSet(make, n=5, seed=4)).prompts != got.prompts
+
+
+@pytest.mark.parametrize("corruption", ["abc", "swap", "other"])
+def test_ioi(engines, corruption):
+    """IO and S stand where the labels say in both orders; what the corruption leaves; with all templates, prompts of several lengths."""
+    got = engines["zoo"].run(MakeSet("ioi", n=8, corruption=corruption))
+    orders = set()
+    for p in got.prompts:
+        io, s, labels = p.answers[0], p.foils[0], dict(p.labels)
+        assert [p.clean[labels[k] :].startswith(w) for k, w in (("IO", io), ("S1", s), ("S2", s))] == [True] * 3 and p.clean.count(s) == 2
+        orders.add(labels["IO"] < labels["S1"])
+        assert {"abc": io not in p.corrupt and s not in p.corrupt, "swap": p.corrupt.count(io) == 2, "other": p.corrupt.count(s) == p.corrupt.count(io) == 1}[
+            corruption
+        ]
+    assert orders == {True, False}
+    assert len(set(engines["zoo"].run(MakeSet("ioi", n=12, templates=15)).lengths)) > 1
+
+
+def test_only_what_the_model_gets_right(engines, references):
+    engine, ref = engines["zoo"], references["zoo"]
+    every, right = (engine.run(MakeSet("capitals", n=12, correct=c)) for c in (False, True))
+    good = []
+    for p in every.prompts:
+        c = engine.model.check(p)
+        logits = ref.run([c.clean.ids])[0][0, -1]
+        good.append(logits[c.answers[0].ids[0]] > logits[c.foils[0].ids[0]])
+    assert every.right == sum(good) and every.tried == 12
+    assert set(right.prompts) >= {p for p, g in zip(every.prompts, good) if g} and right.clean > 0
+    bad = (*every.prompts[:2], replace(every.prompts[2], clean=""), replace(every.prompts[3], answers=("Paris",)))
+    seen = engine.run(MakeSet("mine.jsonl", prompts=bad))
+    assert seen.prompts == every.prompts[:2] and [i for i, _ in seen.left] == [2, 3] and "leading space" in seen.left[1][1]
+    for ask, words in (
+        (MakeSet("novel"), "can't be made"),
+        (MakeSet(n=0), "n is at least 1"),
+        (MakeSet(templates=99), "1 to 15"),
+        (MakeSet(corruption="x"), "not a corruption"),
+    ):
+        with pytest.raises(UserError, match=words):
+            engine.run(ask)

@@ -36,7 +36,9 @@ def answer(model: Model, ask: MakeSet) -> Generator[Progress, None, SetResult]:
         some = fresh(model, made, good, min(ask.n - len(good), 32), TRIES * ask.n - tried)
         if not some:
             break
-        found = yield from differences(model, [study_of(model, p) for p in some], len(good))
+        found = np.full((3, len(some)), np.nan)
+        if ask.measured or ask.correct:
+            found = yield from differences(model, [study_of(model, p) for p in some], len(good))
         wins = found[0] > 0
         tried, right = tried + len(some), right + int(wins.sum())
         keep = [i for i in range(len(some)) if wins[i] or not ask.correct]
@@ -55,7 +57,7 @@ def look_through(model: Model, ask: MakeSet) -> Generator[Progress, None, SetRes
     """Which prompts of a set fit, and with `correct` those of them that the model gets right."""
     members, runs, left = fitting(enumerate(ask.prompts), lambda p: study_of(model, p))
     found, wins = np.full((3, len(runs)), np.nan), np.zeros(len(runs), bool)
-    known = [i for i, r in enumerate(runs) if r.answers and r.foils]
+    known = [i for i, r in enumerate(runs) if r.answers and r.foils and (ask.measured or ask.correct)]
     if known:
         found[:, known] = yield from differences(model, [runs[i] for i in known], 0)
         wins = found[0] > 0

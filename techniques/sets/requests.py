@@ -42,6 +42,8 @@ class MakeSet:
     """of ioi: so many of the paper's 15 templates (more than one: prompts of unequal length)"""
     correct: bool = False
     """only prompts that the model gets right: an answer's logit is above all foils'"""
+    measured: bool = True
+    """run the model on the prompts: how many it gets right, and the mean logit difference"""
     prompts: tuple[Prompt, ...] = ()
 
 

@@ -118,6 +118,7 @@ def test_atp_star_is_its_definition(engines, references, arch):
         np.testing.assert_allclose(np.abs(found.values - np.float32(found.base)), want, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.table
 def test_whole_passes_give_the_same(engines, monkeypatch):
     """Where blocks can't be run one by one, the estimates are those of whole passes."""
     engine, asks = (

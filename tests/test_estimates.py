@@ -8,6 +8,7 @@ import pytest
 import torch as t
 from conftest import ARCHS, PROMPT
 from torch.overrides import TorchFunctionMode
+from screen.session import State
 from ui import make_app, press, reply, shown
 
 import engine as program
@@ -117,6 +118,7 @@ def test_atp_star_is_its_definition(engines, references, arch):
         np.testing.assert_allclose(np.abs(found.values - np.float32(found.base)), want, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.table
 def test_whole_passes_give_the_same(engines, monkeypatch):
     """Where blocks can't be run one by one, the estimates are those of whole passes."""
     engine, asks = (
@@ -215,7 +217,7 @@ def test_from_the_shell(engines, monkeypatch, capsys):
 
 
 async def test_on_the_screen(engines, tmp_path):
-    app = make_app(engines["zoo"], tmp_path)
+    app = make_app(engines["zoo"], tmp_path, State(prompt=PROMPT))
     async with app.run_test(size=(120, 36)) as pilot:
         await press(app, pilot, "4", "*", "*", "*", "*")
         assert reply(app, "estimate").method == "atp_star" and "AtP*" in shown(app)

@@ -23,7 +23,15 @@ def zoo(engines):
 def test_every_view_of_every_pane_is_explained():
     """Each value that changes what is measured: name, definition, formula, source."""
     other = {"lens": ("lens=logit", "lens=tuned", "lens=jacobian", "components"), "attention": ("pattern", "weighted=on", "source=random", "difference")}
-    other |= {"patching": (*(f"op={o}" for o in VIEWS["patching.op"]), "effect=direct", *(f"show={s}" for s in VIEWS["patching.show"][1:]))}
+    other |= {
+        "patching": (
+            *(f"op={o}" for o in VIEWS["patching.op"]),
+            "effect=direct",
+            *(f"show={s}" for s in VIEWS["patching.show"][1:]),
+            *(f"by={e}" for e in VIEWS["patching.estimate"][1:]),
+        )
+    }
+    other |= {"qk": ("set",)}
     other |= {"circuit": ("path=direct", "path=mlps"), "features": tuple(f"order={o}" for o in VIEWS["features.order"]), "output": ("output",)}
     for pane in PANES.values():
         wanted = {*(VIEWS[pane.view] if pane.view else ()), *other.get(pane.key, ())}

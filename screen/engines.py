@@ -54,7 +54,7 @@ class Shared:
         """What is said before the line about a model that was loaded: who changed it, and what goes on here for no screen."""
         text, self.changed = self.changed, ""
         if self.left:
-            goes = f"of a screen that went: {', '.join(self.left)}; with its session (r, --resume) it is shown"
+            goes = f"here from a screen that went: {', '.join(dict.fromkeys(self.left))} (its session shows it: r, or --resume)"
             text, self.left = f"{text} · {goes}" if text else goes, []
         return f"{text} · " if text else ""
 

@@ -386,7 +386,10 @@ async def test_what_the_engine_says_unasked_is_shown(engines, tmp_path):
         app.shared.heard(Frame("news", body=News("the model was changed to zoo by another screen", app.state.model)))
         await press(app, pilot)
         text = " ".join(shown(app).split())
-        assert "the model was changed to zoo by another screen · of a screen that went: Run; with its session" in text and "loaded zoo" in text
+        assert (
+            "the model was changed to zoo by another screen · here from a screen that went: Run (its session shows it: r, or --resume) · loaded zoo" in text
+            and "loaded zoo" in text
+        )
         assert request in app.requests.started and app.info is not None
         app.client.line.said = "line silent for 10 s"
         app.draw_top()

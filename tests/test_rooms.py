@@ -26,7 +26,7 @@ def help_of(*args: str) -> str:
 
 def test_every_request_has_a_door():
     own = {kind for kind in REQUESTS.values() if kind.__module__ == "vocabulary.requests"}
-    assert {kind.__name__ for kind in own} == {"Load", "Check", "Status", "Models"}
+    assert {kind.__name__ for kind in own} == {"Load", "LoadForAll", "Check", "Status", "Where", "Models"}
     for kind in set(REQUESTS.values()) - own:
         if kind.__module__.startswith("techniques."):
             assert callable(door(kind).answer) and kind.needs_model, kind

@@ -165,6 +165,24 @@ def test_over_a_set(engines):
         engines["zoo"].run(QKSet(study, 2, 1, "END"))
 
 
+def test_the_hunt_of_the_docs(engines):
+    """The numbers of docs/qk.md."""
+    r, page = (
+        engines["zoo"].run(QK(Study(read_prompt_set(ROOT / "zoo" / "prompts" / "ioi_abba.jsonl")[0]), 2, 0, "END", 4)),
+        (ROOT / "docs" / "qk.md").read_text(encoding="utf-8"),
+    )
+    rows, cols = dict(zip(r.queries, r.values.sum(1).tolist())), dict(zip(r.keys, r.values.sum(0).tolist()))
+    assert f"attention {r.attention:.3f}".replace("0.", ".") in page and f"The sum says {r.total:+.2f} against" in page
+    assert max(rows, key=rows.get) == "L0.mlp" and max(cols, key=cols.get) == "L1.mlp"
+    for words in (
+        f"MLP 0 at the destination ({rows['L0.mlp']:+.2f})",
+        f"L1H3 ({rows['L1H3']:+.2f})",
+        f"L1H0 ({rows['L1H0']:+.2f})",
+        f"MLP 1 at the source ({cols['L1.mlp']:+.2f})",
+    ):
+        assert words in page, words
+
+
 def test_from_the_shell(engines, monkeypatch, capsys):
     monkeypatch.setattr(program, "Engine", lambda: engines["zoo"])
     words = ["qk", "--clean", PROMPT.clean, "--layer", "2", "--head", "1", "--answer", " Mary", "--foil", " John"]

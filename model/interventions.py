@@ -1,11 +1,12 @@
 """A study's interventions as edits on hook points: `prepare` reads a study and makes its runs ready."""
 
 from collections.abc import Callable, Generator
+from dataclasses import replace
 
 from torch import Tensor
 
 from model import steering
-from model.bridge import Model, write_mid
+from model.bridge import Edit, Model, write_mid
 from model.places import hook_name, where
 from model.replacements import gaussian, means, noise_scale, place_in_set, resampled, set_key
 from model.runs import NAMES, Runs, edit, read_study
@@ -17,26 +18,43 @@ from vocabulary.requests import Progress
 def prepare(model: Model, study: Study) -> Generator[Progress, None, Runs]:
     """Read the study and turn its interventions into edits, in order; a write at resid_mid comes after those at the attention it is written through."""
     runs = read_study(model, study)
-    base, row = study.base, runs.row("now")
+    runs.edits, runs.done = yield from edits_of(runs, study.interventions)
+    return runs
+
+
+def edits_of(runs: Runs, some: tuple[Intervention, ...]) -> Generator[Progress, None, tuple[list[Edit], tuple]]:
+    """Interventions as edits of the run "now", and what names them in the cache."""
+    base, row = runs.study.base, runs.row("now")
     other = "corrupt" if base == "clean" else "clean"
     edits, late, done, layers = [], [], [], set()
-    for i in study.interventions:
+    for i in some:
         if i.node.site == "sae":  # all features of one SAE are one edit
             if i.node.layer not in layers:
                 layers.add(i.node.layer)
-                some, mark = yield from steering.edits(runs, [j for j in study.interventions if (j.node.site, j.node.layer) == ("sae", i.node.layer)])
-                (late if len(some) == 2 else edits).extend(some)  # two: what is read is another point than what is written
+                found, mark = yield from steering.edits(runs, [j for j in some if (j.node.site, j.node.layer) == ("sae", i.node.layer)])
+                (late if len(found) == 2 else edits).extend(found)  # two: what is read is another point than what is written
                 done.append(mark)
             continue
         fn, mark = yield from one_edit(runs, i, row, base, other)
-        name = hook_name(model, i.node)
         if i.node.site == "resid_mid":
             late += write_mid(i.node.layer, fn)
         else:
-            edits.append((name, fn))
+            edits.append((hook_name(runs.model, i.node), fn))
         done.append(mark)
-    runs.edits, runs.done = edits + late, tuple(done)
-    return runs
+    return edits + late, tuple(done)
+
+
+FROM_PROMPT = ("patch", "freeze", "resample", "mean", "noise")  # what they write is known for the prompt's own positions alone
+
+
+def edits_of_new(runs: Runs) -> Generator[Progress, None, list[Edit]]:
+    """The interventions at all positions as edits of one new token behind the prompt. UserError for those whose values only the prompt's positions have."""
+    some = tuple(i for i in runs.study.interventions if i.node.pos is None)
+    for i in some:
+        if i.op in FROM_PROMPT:
+            raise UserError(f"{i}: {i.op} has values for the prompt's positions and none for a new token: hold the interventions on the prompt (held prompt)")
+    one = replace(runs, rows=runs.rows | {"now": TokenRow((0,), ("",))}, behind=True)
+    return (yield from edits_of(one, some))[0]
 
 
 def one_edit(runs: Runs, i: Intervention, row: TokenRow, base: str, other: str) -> Generator[Progress, None, tuple[Callable, object]]:

@@ -50,6 +50,7 @@ class Runs:
     edits: list[Edit]
     done: tuple
     alignment: align.Pairs = ()
+    behind: bool = False  # whether "now" stands for a token behind the prompt
 
     def row(self, which: str) -> TokenRow:
         row = self.rows.get(which)

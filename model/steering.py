@@ -39,7 +39,8 @@ class Change:
             case "set":
                 new = t.full_like(f, self.value)
             case _:
-                found = self.values.to(f)[places]
+                found = self.values.to(f)
+                found = found if len(found) == 1 else found[places]  # one for all: of tokens behind the prompt
                 new = t.where(found.isnan(), f, found)
         return new if self.pos is None else t.where(places == self.pos, new, f)
 
@@ -49,6 +50,8 @@ def edits(runs: Runs, group: list[Intervention]) -> Generator[Progress, None, tu
     d = yield from for_layer(runs.model, runs.study.saes, group[0].node.layer)
     if not d.passed:  # once: a set may hold a prompt that it explains less well
         check(runs, d)
+    if runs.behind and d.kind == "temporal":
+        raise UserError(f"{group[0]}: features of a temporal SAE depend on the tokens before: hold the interventions on the prompt (held prompt)")
     changes, marks = [], []
     for i in group:
         d.check_index(i.node.index)
@@ -61,7 +64,7 @@ def edits(runs: Runs, group: list[Intervention]) -> Generator[Progress, None, tu
     if not kept and 0 in places and not any(c.pos == 0 for c in changes):
         places.remove(0)
     mark = (" ".join(str(i) for i in group), d.key, kept, tuple(places), tuple(marks))
-    return write(d, changed(d, changes, places, kept)), mark
+    return write(d, changed(d, changes, None if runs.behind else places, kept)), mark
 
 
 def read_change(runs: Runs, d: SparseAutoencoder, i: Intervention) -> Generator[Progress, None, tuple[Change, tuple]]:
@@ -120,8 +123,8 @@ def mean(runs: Runs, d: SparseAutoencoder, i: Intervention, make: Callable) -> G
     return make((total / count) * t.ones(seq)), tuple(rows)
 
 
-def changed(d: SparseAutoencoder, changes: list[Change], places: list[int], kept: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    """From the SAE's input x and what is written there, y [batch, seq, ...], what is written under the changes: y + decode(f') - decode(f), or decode(f')."""
+def changed(d: SparseAutoencoder, changes: list[Change], places: list[int] | None, kept: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """From the SAE's input x and what is written there, y [batch, seq, ...], what is written under the changes: y + decode(f') - decode(f), or decode(f'). At `places` (None: all)."""
     index = sorted({c.index for c in changes})
 
     def rows(f: Tensor, x: Tensor, where: Tensor) -> Tensor:
@@ -138,8 +141,8 @@ def changed(d: SparseAutoencoder, changes: list[Change], places: list[int], kept
         return d.decode(whole, x)
 
     def work(x: Tensor, y: Tensor) -> Tensor:
-        where = t.tensor(places, device=d.device)
         x, out = d.flat(x), y.clone()
+        where = t.arange(y.shape[1], device=d.device) if places is None else t.tensor(places, device=d.device)
         for b in range(len(y)):
             if d.kind == "temporal":  # one position's features depend on those before it
                 everywhere = t.arange(x.shape[1], device=d.device)
@@ -147,8 +150,8 @@ def changed(d: SparseAutoencoder, changes: list[Change], places: list[int], kept
             else:
                 mine = x[b, where]
                 parts = [rows(d.encode(mine[p]), mine[p], where[p]) for p in d.pieces(len(where))]
-            new = t.cat(parts).to(y).view(len(places), *y.shape[2:])
-            out[b, places] = y[b, places] + new if kept else new
+            new = t.cat(parts).to(y).view(len(where), *y.shape[2:])
+            out[b, where] = y[b, where] + new if kept else new
         return out
 
     return work

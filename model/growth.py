@@ -9,7 +9,7 @@ from transformers import DynamicCache, PretrainedConfig
 from model.bridge import Edit, Model
 from model.memory import is_out_of_memory
 
-TRIAL = 12  # tokens
+TRIAL = 8  # tokens, the last two one by one
 
 
 class Growth:
@@ -74,11 +74,13 @@ def why_not_cached(model: Model) -> str:
 def trial(model: Model) -> str:
     if not isinstance(model.bridge.original_model.config, PretrainedConfig):
         return "its blocks keep no keys and values"
+    if model.info.n_ctx < 3:
+        return "its context is too short to try it"
     ids, logits = model.random_ids(min(TRIAL, model.info.n_ctx), rows=2), []
     want, _ = model.forward(ids, keep=0)
     try:
-        cache, half = new_cache(model), ids.shape[1] // 2
-        for a, b in [(0, half), *((n, n + 1) for n in range(half, ids.shape[1]))]:
+        cache, n = new_cache(model), ids.shape[1]
+        for a, b in [(0, n - 2), (n - 2, n - 1), (n - 1, n)]:
             logits.append(model.forward(ids[:, a:b], keep=0, cache=cache)[0])
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
         if is_out_of_memory(error):

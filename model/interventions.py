@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from model import steering
+from model import directions, steering
 from model.bridge import Edit, Model, write_mid
 from model.places import hook_name, where
 from model.replacements import gaussian, means, noise_scale, place_in_set, resampled, set_key
@@ -96,8 +96,15 @@ def one_edit(runs: Runs, i: Intervention, row: TokenRow, base: str, other: str) 
         case "add":
             if node.site in ("head", "neuron"):
                 raise UserError(f"{i}: the answer's direction lies in the residual stream; add it at resid_pre, resid_mid, resid_post, attn, mlp or embed")
-            u = i.value * direction(runs)
+            u = i.value * answer_direction(runs)
             return edit(spot, "add", None, u.expand(1, len(row.ids), -1)), (str(i), spot_key(spot), tuple(runs.answers), tuple(runs.foils))
+        case "steer":
+            if node.site in ("head", "neuron"):
+                raise UserError(f"{i}: a direction lies in the residual stream; add it at resid_pre, resid_mid, resid_post, attn, mlp or embed")
+            if i.value is None or not i.source:
+                raise UserError(f"{i}: steer needs a direction and a number, {node}=steer:NAME:2")
+            v = directions.vector(model, i.source)
+            return edit(spot, "add", None, (i.value * v).expand(1, len(row.ids), -1)), (str(i), spot_key(spot), directions.digest(v))
         case "mean" | "mean_all":
             if i.op == "mean_all" and node.part == "pattern" and node.site == "head":
                 raise UserError(f"{i}: a pattern has no mean over positions; use mean with a set of one template, or zero")
@@ -127,7 +134,7 @@ def across(spot: tuple, value: Tensor, there: tuple[int, ...], i: Intervention) 
     return apply
 
 
-def direction(runs: Runs) -> Tensor:
+def answer_direction(runs: Runs) -> Tensor:
     """The unit vector [d_model] of the answers' minus the foils' columns of the unembedding, means of several."""
     if not runs.answers:
         raise UserError("add steers along the answer's direction, and there is no answer: give one, with its leading space")

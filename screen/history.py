@@ -62,6 +62,8 @@ def words(name: str, before, after) -> str:
             return f"SAE {after.sae}" if after.sae else "SAEs put away"
         case "receivers" | "senders":
             return f"{name} {' '.join(getattr(after, name)) or 'the node under the cursor'}"
+        case "generation":
+            return f"continuation {after.generation.words}"
         case "align":
             return f"alignment {after.align or 'position by position'}"
         case "bos":

@@ -1,6 +1,7 @@
 """A script that reproduces the metric on the screen with TransformerLens alone. Never imports torch."""
 
 from techniques.output.requests import RunResult
+from vocabulary.files import folder, typed_path
 from vocabulary.names import sources
 from vocabulary.nodes import Intervention, UserError
 from vocabulary.prompts import Prompt, TokenRow
@@ -11,7 +12,9 @@ HEAD = '''"""
 The metric on the screen with TransformerLens alone. Made by Loupe; needs torch, transformers and transformer_lens only.
 """
 
+import numpy as np
 import torch as t
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -52,6 +55,14 @@ def mean(name, over_positions):
     """Over the corrupted prompts: position by position, or over all positions but the first."""
     kept = [value(name, t.tensor([ids])).float() for ids in means]
     return t.cat([x[:, 1:].flatten(0, 1) for x in kept]).mean(0)[None, None] if over_positions else t.cat(kept).mean(0, keepdim=True)
+
+
+def direction(path):
+    """One vector of a .safetensors or .npy file."""
+    if path.endswith(".npy"):
+        return t.tensor(np.load(path)).squeeze().float()
+    found = load_file(path)
+    return found.get("direction", next(iter(found.values()))).squeeze().float()
 
 
 def write(name, spot, make):
@@ -130,10 +141,21 @@ def hook_lines(i: Intervention, row: TokenRow, info: ModelInfo) -> str:
         case "mean_all":
             rest = spot.replace(pos, "ALL", 1) if pos != "ALL" else spot
             setup, make = f"source = mean({name!r}, True)\n", f"lambda x, s=source: s[{rest}].to(x)"
+        case "steer":
+            file = steer_file(i.source)
+            setup, make = f"source = direction({file!r})\n", f"lambda x, v=source: x[{spot}] + {i.value!r} * v.to(x)"
         case _:
             raise UserError(f"{i}: a script for {i.op} is not built yet")
     call = f"write_mid({node.layer}, {spot}, {make})" if node.site == "resid_mid" else f"write({name!r}, {spot}, {make})"
     return f"# {str(i)!r}\n{setup}hooks += {call}\n"
+
+
+def steer_file(source: str) -> str:
+    """The file of a direction, which is on this machine when the engine is."""
+    if "/" in source or source.endswith((".safetensors", ".npy")):
+        return str(typed_path(source).resolve())
+    name = f"{source}.safetensors"
+    return str(next((p for p in (folder("directions") / name, folder("directions") / "away" / name) if p.is_file()), folder("directions") / name))
 
 
 def ids_of(prompts: tuple[Prompt, ...], bos: bool) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from techniques.generation.requests import Sampling
 from vocabulary.circuit import check_receivers, Circuit, COMBINE, combined, grouped, LOGITS, parse_edge, toggled
 from vocabulary.files import folder, reason, typed_path
 from vocabulary.nodes import ABLATIONS, FROM_SET, Intervention, parse_intervention, UserError
@@ -58,6 +59,7 @@ class State:
     sae: str = ""  # the one that pane 6 shows
     sae_error: bool = True
     align: str = ""
+    generation: Sampling = Sampling()
     views: dict[str, str] = field(default_factory=lambda: {k: v[0] for k, v in VIEWS.items()})
 
     @property
@@ -240,6 +242,10 @@ def align(state: State, how: str) -> State:
     return dataclasses.replace(state, align=one_of(how, ALIGNMENTS, "alignment") if how else "")
 
 
+def generation(state: State, **how: object) -> State:
+    return dataclasses.replace(state, generation=state.generation.changed(**how))
+
+
 def show_sae(state: State, source: str) -> State:
     return dataclasses.replace(state, sae=one_of(source, state.saes, "SAE"))
 
@@ -278,6 +284,7 @@ ACTIONS: dict[str, Callable[..., State]] = {
         saes,
         show_sae,
         align,
+        generation,
         sae_error,
     )
 }

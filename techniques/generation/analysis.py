@@ -12,13 +12,26 @@ from model.growth import Growth, why_not_cached
 from model.interventions import edits_of_new, prepare
 from model.runs import Runs
 from model.top_tokens import largest, texts
-from techniques.generation.requests import Continuation, Continued, Generate, GenerateResult, HELD, Sampling
+from techniques.generation import steering
+from techniques.generation.requests import Continuation, Continued, Curve, Directions, Generate, GenerateResult, HELD, MakeDirection, Sampling
 from vocabulary.nodes import UserError
 
 TOP = 5
 
 
-def answer(model: Model, request: Generate) -> Generator[object, None, GenerateResult]:
+def answer(model: Model, request: Generate | MakeDirection | Directions | Curve) -> object:
+    match request:
+        case MakeDirection():
+            return steering.make(model, request)
+        case Directions():
+            return steering.listed(model, request)
+        case Curve():
+            return steering.curve(model, request)
+    return generate(model, request)
+
+
+def generate(model: Model, request: Generate) -> Generator[object, None, GenerateResult]:
+    """Every run one token further, then a part of the result, until all have ended."""
     how = request.how
     how.check()
     model.require("loss")
@@ -146,9 +159,8 @@ def result(model: Model, writers: list[Writer], how: Sampling, done: int, total:
 
 def convention(runs: Runs, how: Sampling, total: int, reason: str) -> str:
     """How it was continued, in words."""
-    drawn = "greedy" if how.temperature == 0 else f"temperature {how.temperature:g}" + (f", top-p {how.top_p:g}" if how.top_p < 1 else "") + f", seed {how.seed}"
     parts = [HELD[how.held]] if runs.edits else []
-    parts += [drawn, f"probabilities at temperature 1, raw weights, {runs.model.info.dtype}"]
+    parts += [how.words, f"probabilities at temperature 1, raw weights, {runs.model.info.dtype}"]
     parts += [f"each token a whole run without a cache: {reason}"] * bool(reason)
     parts += [f"the context of {runs.model.info.n_ctx} tokens ends after {total}"] * (total < how.tokens)
     return " · ".join(p for p in (*parts, runs.convention) if p)

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from techniques.generation.requests import Continued, Generate, GenerateResult, Sampling
-from techniques.shell import CYAN, GRAY, PURPLE, options, plain, table
+from techniques.generation.requests import (
+    Continued, Curve, CurveResult, Direction, Directions, DirectionsResult, Generate, GenerateResult, MakeDirection, Sampling,
+)  # fmt: skip
+from techniques.shell import CYAN, GRAY, PURPLE, YELLOW, options, plain, table
 from utils import show_token
 
 
@@ -17,7 +19,22 @@ class GenerateCommand(options(Generate, Sampling, hide=("how",), unused=("metric
         return Generate(self.study(), self.ask(Sampling))
 
 
-COMMANDS = {"generate": GenerateCommand}
+@dataclass
+class DirectionCommand(options(MakeDirection, unused=("metric", "pos", "do", "base", "do_seed"))):
+    """Make a direction to steer along and keep it under directions/: from prompts, a set, a feature, a head, a file. Then --do L8.resid_post=steer:NAME:2."""
+
+
+@dataclass
+class DirectionsCommand(options(Directions)):
+    """The kept directions that fit the model."""
+
+
+@dataclass
+class SteerCurveCommand(options(Curve)):
+    """The metric at each coefficient of a steering intervention (--do L8.resid_post=steer:NAME:2)."""
+
+
+COMMANDS = {"generate": GenerateCommand, "direction": DirectionCommand, "directions": DirectionsCommand, "steer-curve": SteerCurveCommand}
 
 
 # ------------------------------------------------------------------ tables
@@ -43,4 +60,26 @@ def show_generated(out: Console, r: GenerateResult) -> None:
     out.print(plain(r.convention, GRAY))
 
 
-SHOW = {GenerateResult: show_generated}
+def show_direction(out: Console, d: Direction) -> None:
+    out.print(plain(f"{d.name}  length {d.norm:.4g}, at {d.at or 'no hook point'}: {d.words}", CYAN))
+    out.print(plain(f"{d.path}; steer with --do {d.at or 'L0.resid_post'}=steer:{d.name}:1", GRAY))
+
+
+def show_directions(out: Console, r: DirectionsResult) -> None:
+    rows = table("", "name", "at", "length", "what it is", "model")
+    for d in r.some:
+        rows.add_row(plain(d.name), d.at, f"{d.norm:.4g}", plain(d.words), plain(d.model))
+    out.print(rows)
+    for text in r.wrong:
+        out.print(plain(text, YELLOW))
+
+
+def show_curve(out: Console, r: CurveResult) -> None:
+    rows = table("", "coefficient", "metric")
+    for c, v in zip(r.coefficients.tolist(), r.values.tolist()):
+        rows.add_row(f"{c:g}", f"{v:+.4f}")
+    out.print(rows)
+    out.print(plain(r.convention, GRAY))
+
+
+SHOW = {GenerateResult: show_generated, Direction: show_direction, DirectionsResult: show_directions, CurveResult: show_curve}

@@ -160,7 +160,23 @@ def test_refusals(engines, how, done, words):
 
 def test_from_the_shell(engines, monkeypatch, capsys):
     monkeypatch.setattr(program, "Engine", lambda: engines["zoo"])
-    words = ["generate", "--clean", CLEAN, "--corrupt", CORRUPT, "--do", "L2H1=zero", "--tokens", "3", "--samples", "2", "--temperature", "1", "--contains", "."]
+    words = [
+        "generate",
+        "--clean",
+        CLEAN,
+        "--corrupt",
+        CORRUPT,
+        "--do",
+        "L2H1=zero",
+        "--tokens",
+        "3",
+        "--samples",
+        "2",
+        "--temperature",
+        "1",
+        "--contains",
+        ".",
+    ]
     assert program.main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     want = engines["zoo"].run(Generate(study_of("L2H1=zero", prompt=Prompt(CLEAN, CORRUPT)), Sampling(3, 1.0, samples=2, contains=".")))

@@ -1,12 +1,14 @@
 """Pane 8: the prompt continued without and with the interventions, side by side, each token coloured by its probability."""
 
+from functools import partial
+
 from textual.widget import Widget
 
 from screen.cursor import clip
-from screen.keys import Part
+from screen.keys import INTERVENE, Action, Part
 from screen.pane import Host, Pane
 from screen.pictures import run_name
-from techniques.generation import actions, pictures
+from techniques.generation import actions, directions, pictures
 from techniques.generation.explained import EXPLAINED
 from techniques.generation.requests import HELD, Generate, GenerateResult
 from vocabulary.nodes import UserError
@@ -16,8 +18,20 @@ from widgets import WARN, Grid, GridView, Lines, Same
 class GeneratePane(Pane):
     number, key, label, about = "8", "generate", "Generate", "the prompt continued, without and with the interventions"
     explained, differences = EXPLAINED, False
-    hints = ("edit", "enter", "operation", "weighted", "sweep", "enable", "undo", "mode")
+    hints = ("edit", "enter", "operation", "weighted", "directions", "less", "more", "chart", "sweep", "enable", "undo", "mode")
     keys = (
+        Action(
+            "directions",
+            "$",
+            "directions",
+            "Directions to steer along: make, load, save, put away, add one with a coefficient",
+            INTERVENE,
+            directions.show_list,
+            "scale",
+        ),
+        Action("less", "-", "less", "Steering: the coefficient one step down", INTERVENE, partial(directions.change, by=-1), "directions"),
+        Action("more", "^", "more", "Steering: the coefficient one step up", INTERVENE, partial(directions.change, by=1), "less"),
+        Part("chart", "generate", "the metric over the steering coefficient", directions.show_curve),
         Part("enter", "generate", "the new tokens up to the cursor's join the prompt", actions.send_back),
         Part("operation", "generate", "how it is continued: tokens, temperature, top-p, seed, samples, a text to look for", actions.edit_sampling),
         Part("weighted", "generate", "interventions on every new token, or on the prompt's positions only", actions.turn_held),
@@ -85,8 +99,8 @@ class GeneratePane(Pane):
     def paint(self, app: Host) -> None:
         result, how = app.requests.result("generate", GenerateResult), app.state.generation
         active = app.state.interventions and app.state.enabled
-        held = {"all": "on every new token", "prompt": "on the prompt's positions only"}[how.held]
-        title = f"{f'interventions {held}' if active else 'no interventions'} · {how.words} · {how.tokens} tokens"
+        held = {"all": "held on every new token", "prompt": "held on the prompt only"}[how.held]
+        title = f"{held if active else 'no interventions'} · {how.words.replace('temperature', 'T')} · {how.tokens} tokens"
         self.check_expected(app)
         if result is None or not result.runs:
             self.grid = None

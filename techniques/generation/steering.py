@@ -78,7 +78,9 @@ def of_sets(model: Model, ask: MakeDirection) -> Generator[Progress, None, tuple
     prompts = ask.study.prompt_set
     if not prompts:
         raise UserError("a difference of sets needs a prompt set: open one (--set on the command line)")
-    other = read_prompt_set(ask.against) if ask.against else tuple(replace(p, clean=p.corrupt, labels=p.corrupt_labels or p.labels) for p in prompts if p.corrupt)
+    other = (
+        read_prompt_set(ask.against) if ask.against else tuple(replace(p, clean=p.corrupt, labels=p.corrupt_labels or p.labels) for p in prompts if p.corrupt)
+    )
     if not other:
         raise UserError("the set has no corrupted prompts: give another set whose clean prompts are taken away (--against)")
     one = yield from set_mean(model, prompts, node, name)

@@ -93,18 +93,8 @@ def one_edit(runs: Runs, i: Intervention, row: TokenRow, base: str, other: str) 
             key = (runs.study.seed, place_in_set(runs.study), (node.layer, node.site, node.part))
             noise = (NOISE if i.value is None else i.value) * noise_scale(model) * gaussian(shape, key)[None].to(model.device)
             return edit(spot, "noise", None, noise), (str(i), spot_key(spot), repr(key))
-        case "add":
-            if node.site in ("head", "neuron"):
-                raise UserError(f"{i}: the answer's direction lies in the residual stream; add it at resid_pre, resid_mid, resid_post, attn, mlp or embed")
-            u = i.value * answer_direction(runs)
-            return edit(spot, "add", None, u.expand(1, len(row.ids), -1)), (str(i), spot_key(spot), tuple(runs.answers), tuple(runs.foils))
-        case "steer":
-            if node.site in ("head", "neuron"):
-                raise UserError(f"{i}: a direction lies in the residual stream; add it at resid_pre, resid_mid, resid_post, attn, mlp or embed")
-            if i.value is None or not i.source:
-                raise UserError(f"{i}: steer needs a direction and a number, {node}=steer:NAME:2")
-            v = directions.vector(model, i.source)
-            return edit(spot, "add", None, (i.value * v).expand(1, len(row.ids), -1)), (str(i), spot_key(spot), directions.digest(v))
+        case "add" | "steer":
+            return pushed(runs, i, row, spot)
         case "mean" | "mean_all":
             if i.op == "mean_all" and node.part == "pattern" and node.site == "head":
                 raise UserError(f"{i}: a pattern has no mean over positions; use mean with a set of one template, or zero")
@@ -115,6 +105,20 @@ def one_edit(runs: Runs, i: Intervention, row: TokenRow, base: str, other: str) 
                 set_key([model.row(p.corrupt, p.bos).ids for p in runs.study.prompt_set if p.corrupt is not None]),
             )
     raise UserError(f"{i.op!r} is not an operation: use one of {', '.join(OPS)}")
+
+
+def pushed(runs: Runs, i: Intervention, row: TokenRow, spot: tuple) -> tuple[Callable, object]:
+    """The function that adds a number of times a direction: the answers', or a kept one."""
+    if i.node.site in ("head", "neuron"):
+        raise UserError(f"{i}: a direction lies in the residual stream; add it at resid_pre, resid_mid, resid_post, attn, mlp or embed")
+    if i.op == "steer":
+        if i.value is None or not i.source:
+            raise UserError(f"{i}: steer needs a direction and a number, {i.node}=steer:NAME:2")
+        u = directions.vector(runs.model, i.source)
+        mark = (directions.digest(u),)
+    else:
+        u, mark = answer_direction(runs), (tuple(runs.answers), tuple(runs.foils))
+    return edit(spot, "add", None, (i.value * u).expand(1, len(row.ids), -1)), (str(i), spot_key(spot), *mark)
 
 
 def across(spot: tuple, value: Tensor, there: tuple[int, ...], i: Intervention) -> Callable[[Tensor], Tensor]:

@@ -9,6 +9,8 @@ from torch import Tensor
 from vocabulary import alignment as align
 from vocabulary.nodes import Node, OPS, UserError
 from vocabulary.prompts import METRICS, RUNS, Study, TokenRow
+from model import own_metric
+from model.own_metric import OwnMetric
 from model.places import find_position, hook_name, where
 from model.bridge import Edit, Model
 
@@ -50,6 +52,7 @@ class Runs:
     edits: list[Edit]
     done: tuple
     alignment: align.Pairs = ()
+    own: OwnMetric | None = None
     behind: bool = False  # whether "now" stands for a token behind the prompt
 
     def row(self, which: str) -> TokenRow:
@@ -165,6 +168,9 @@ def read_study(model: Model, study: Study) -> Runs:
         raise UserError(f"{study.metric.kind!r} is not a metric: use one of {', '.join(METRICS)}")
     if study.metric.kind == "loss":
         model.require("loss")
+    own = own_metric.read(study.metric) if study.metric.kind == "own" else None
+    if own:
+        study = replace(study, metric=replace(study.metric, own=f"{own.file}:{own.name}", digest=own.digest))
     check = model.check(study.prompt, study.align)
     if check.problems:
         raise UserError("; ".join(check.problems))
@@ -173,4 +179,4 @@ def read_study(model: Model, study: Study) -> Runs:
     if rows["now"] is None:
         raise UserError("the interventions act on the corrupted prompt, and there is none: type one first")
     answers, foils = (list(dict.fromkeys(r.ids[0] for r in side)) for side in (check.answers, check.foils))
-    return Runs(model, study, rows, answers, foils, [], (), check.alignment)
+    return Runs(model, study, rows, answers, foils, [], (), check.alignment, own)

@@ -51,7 +51,7 @@ def words(name: str, before, after) -> str:
         case "open_set":
             return f"set {Path(after.set_path).stem}"
         case "metric":
-            return f"metric {after.metric.kind}@{after.metric.pos}"
+            return f"metric {after.metric.words if after.metric.own else f'{after.metric.kind}@{after.metric.pos}'}"
         case "base" | "ablation" | "lens":
             return f"{name} {getattr(after, name)}"
         case "enable":

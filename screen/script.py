@@ -167,6 +167,8 @@ def ids_of(prompts: tuple[Prompt, ...], bos: bool) -> str:
 def python_script(state: State, info: ModelInfo, run: RunResult) -> str:
     """The script for the metric on the screen; running it prints that number."""
     kind, load, active = state.metric.kind, state.model, state.study.interventions
+    if kind == "own":
+        raise UserError("a script for a metric of your own is not built: it needs your file too")
     if run.now.metric is None:
         raise UserError("there is no metric to reproduce: t names the answer and the foil")
     weights, base = sources(load.model, load.base, info, any(i.node.part == "pattern" and i.node.site == "head" for i in active))

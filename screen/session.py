@@ -116,8 +116,8 @@ def go(state: State, index: int) -> State:
     return dataclasses.replace(state, index=index, prompt=state.prompt_set[index])
 
 
-def metric(state: State, kind: str, pos: int | str = "END") -> State:
-    return dataclasses.replace(state, metric=Metric(one_of(kind, METRICS, "metric"), read_place(str(pos))))
+def metric(state: State, kind: str, pos: int | str = "END", own: str = "", digest: str = "") -> State:
+    return dataclasses.replace(state, metric=Metric(one_of(kind, METRICS, "metric"), read_place(str(pos)), own, digest))
 
 
 def base(state: State, value: str) -> State:

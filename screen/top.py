@@ -18,7 +18,9 @@ def top_lines(app: Host) -> list[Spans]:
     """Model, metric, clean prompt, corrupted prompt, state."""
     s, run, requests = app.state, app.requests.result("run", RunResult), app.requests
     w, pos, colour = app.size.width, app.cursor.pos, s.views["mode"] != "shade"
-    metric = metric_line(run, s.metric.kind, str(s.metric.pos), RUN_NAMES[s.base], requests.fresh("run", RunResult) is None, w)
+    metric = metric_line(
+        run, s.metric.words if s.metric.own else f"{s.metric.kind}@{s.metric.pos}", RUN_NAMES[s.base], requests.fresh("run", RunResult) is None, w
+    )
     if s.prompt.answers and not app.study.prompt.answers:
         metric = [(f" {s.metric.kind} —  an answer or foil is not one token in this model: t edits them", WARN)]
     if error := requests.error("run"):
@@ -107,8 +109,8 @@ def model_line(info: ModelInfo | None, name: str, busy: str, memory: tuple[int, 
     return [*line, (whole_parts(text, room), DIM), (wrong, BAD)]
 
 
-def metric_line(result: RunResult | None, kind: str, pos: str, base: str, stale: bool, width: int) -> Spans:
-    spans: Spans = [(" metric    ", DIM), (f"{kind}@{pos}", BOLD)]
+def metric_line(result: RunResult | None, metric: str, base: str, stale: bool, width: int) -> Spans:
+    spans: Spans = [(" metric    ", DIM), (metric, BOLD)]
     if result is None:
         return [*spans, ("  clean —  corrupted —  now —", DIM), (f"  base {base}", DIM)]
     corrupt = result.corrupt.metric if result.corrupt else None

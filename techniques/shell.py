@@ -44,7 +44,7 @@ GRAY, GREEN, CYAN, YELLOW, RED, PURPLE = (
 Cells = tuple[tuple[int, int], ...]
 Place = int | str | None
 NAMES = {"pos": "at", "over_set": "mean"}  # options that are called otherwise than the request's field
-ANSWERS, DO, METRIC = ("answer", "foil"), ("do", "base", "do_seed"), ("metric", "pos")  # of a study; what analyses may have no use for
+ANSWERS, DO, METRIC = ("answer", "foil"), ("do", "base", "do_seed"), ("metric", "pos", "own")  # of a study; what analyses may have no use for
 
 
 # ------------------------------------------------------------------ options
@@ -131,6 +131,8 @@ class StudyOptions(ModelOptions):
     metric: MetricKind = Metric.kind
     pos: str = str(Metric.pos)
     """the metric's position: a number or a label"""
+    own: str = ""
+    """a metric of your own, FILE.py:NAME (or NAME of LOUPE_METRICS in .env): a function name(logits, tokens) -> value, whose file is run"""
     sae: tuple[str, ...] = ()
     """SAEs that nodes such as L2.sae.f12 speak of: folders, zoo/NAME, RELEASE:ID"""
     sae_error: bool = Study.sae_error
@@ -142,7 +144,12 @@ class StudyOptions(ModelOptions):
         prompt = Prompt(self.clean, self.corrupt, self.answer, self.foil, bos=self.bos)
         if prompts and prompt == Prompt(StudyOptions.clean, bos=self.bos):
             prompt = prompts[0]
-        metric, done = Metric(self.metric, read_place(self.pos or str(Metric.pos))), tuple(parse_intervention(d) for d in self.do)
+        if self.metric == "own" and not self.own:
+            raise UserError("--metric own needs --own FILE.py:NAME")
+        metric, done = (
+            Metric("own" if self.own else self.metric, read_place(self.pos or str(Metric.pos)), self.own),
+            tuple(parse_intervention(d) for d in self.do),
+        )
         return Study(prompt, done, self.base, metric, prompts, self.sae, self.sae_error, self.align, self.do_seed)
 
 

@@ -185,7 +185,7 @@ def test_session_and_script(engines, tmp_path):
     assert again.state.interventions == (one,)
     run = engine.run(Run(again.state.study))
     space: dict = {}
-    exec(compile(python_script(again.state, engine.model.info, run), "script", "exec"), space)  # noqa: S102
+    exec(compile(python_script(again.state, engine.model.info, run), "script", "exec"), space)
     t.set_grad_enabled(True)
     logits = space["logits"][-1]
     assert (logits[space["answers"]].mean() - logits[space["foils"]].mean()).item() == pytest.approx(run.now.metric, abs=1e-4)

@@ -90,7 +90,7 @@ def read_prompt_set(path: str | Path) -> tuple[Prompt, ...]:
 
 # ------------------------------------------------------------------ metrics
 
-MetricKind = Literal["logit_diff", "prob", "prob_diff", "logprob", "rank", "loss", "kl"]
+MetricKind = Literal["logit_diff", "prob", "prob_diff", "logprob", "rank", "loss", "kl", "own"]
 METRICS: dict[MetricKind, str] = {
     "logit_diff": "mean logit of the answers minus mean logit of the foils",
     "prob": "probability of the answers (summed)",
@@ -99,15 +99,37 @@ METRICS: dict[MetricKind, str] = {
     "rank": "rank of the best answer, 0 is the top",
     "loss": "mean next-token cross-entropy of the prompt itself, nats",
     "kl": "KL(unpatched clean run || this run) at the metric's position, nats",
+    "own": "a function name(logits, tokens) of a Python file of your own",
 }
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What is measured, at which position (an int, or a label such as END or S2)."""
+    """
+    What is measured, at which position (an int, or a label such as END or S2). `own` names a function as FILE.py:NAME, `digest` pins its file ("": as it is).
+    """
 
     kind: MetricKind = "logit_diff"
     pos: int | str = "END"
+    own: str = ""
+    digest: str = ""
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is of the whole run and no position."""
+        return self.kind in ("loss", "own")
+
+    @property
+    def needs_answer(self) -> bool:
+        return self.kind not in ("kl", "loss", "own")
+
+    @property
+    def words(self) -> str:
+        """Kind and position in words; of one's own the function, its file and what pins it."""
+        if self.kind == "own":
+            file, _, name = self.own.rpartition(":")
+            return f"{name} ({Path(file).name}{' ' * bool(self.digest)}{self.digest})"
+        return self.kind if self.whole else f"{self.kind} at {self.pos}"
 
 
 def read_place(text: str) -> int | str:

@@ -91,7 +91,7 @@ class EdgeRun:
             normed = t.stack([x[r.metric_position("clean")] for r, x in zip(self.group, self.clean[FINAL])])
         self.score = MetricReader(self.group, normed, "clean")
         if self.score.whole:
-            raise UserError("circuits are scored at one position, and loss has none: use another metric")
+            raise UserError("circuits are scored at one position, and loss or a metric of your own has none: use another metric")
         self.score.base = self.value = self.score.of(self.clean[last], 0)[0]
         self.corrupted = None if corrupt is None else MetricReader(self.group, normed, "corrupt").of(corrupt[last], 0)[0]
         match self.rest:

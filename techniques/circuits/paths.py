@@ -299,8 +299,8 @@ def path_patch(model: Model, ask: PathPatch) -> Generator[Progress | SweepResult
         raise UserError(f"{ask.convention!r} is not a convention of path patching: use direct or mlps")
     if ask.each not in ("sender", "receiver"):
         raise UserError("one cell is one sender or one receiver: each is sender or receiver")
-    if ask.study.metric.kind == "loss":
-        raise UserError("path patching reads one position, and loss has none: use another metric")
+    if ask.study.metric.whole:
+        raise UserError("path patching reads one position, and loss or a metric of your own has none: use another metric")
     require_parts(model)
     plan = read_plan(model, Sweep(ask.study, "nodes", "patch", ask.direction, over_set=ask.over_set, chunk_mb=ask.chunk_mb))
     layout, paths = lay_out(plan.runs[0], ask)

@@ -94,7 +94,7 @@ def no_metric(runs: Runs, which: str) -> str:
     kind = runs.study.metric.kind
     if kind == "rank":
         return "a rank has no gradient: use logit_diff, prob, logprob, kl or loss"
-    if kind not in ("kl", "loss") and not runs.answers:
+    if runs.study.metric.needs_answer and not runs.answers:
         return f"there is no answer, and {kind} needs one"
     if kind in ("logit_diff", "prob_diff") and not runs.foils:
         return f"there is no foil, and {kind} needs one"

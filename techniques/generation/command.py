@@ -7,12 +7,12 @@ from rich.console import Console
 from techniques.generation.requests import (
     Continued, Curve, CurveResult, Direction, Directions, DirectionsResult, Generate, GenerateResult, MakeDirection, Sampling,
 )  # fmt: skip
-from techniques.shell import CYAN, GRAY, PURPLE, YELLOW, options, plain, table
+from techniques.shell import CYAN, DO, GRAY, METRIC, PURPLE, YELLOW, options, plain, table
 from utils import show_token
 
 
 @dataclass
-class GenerateCommand(options(Generate, Sampling, hide=("how",), unused=("metric", "pos"))):
+class GenerateCommand(options(Generate, Sampling, hide=("how",), unused=METRIC)):
     """Continue the prompt without and with the interventions, token by token: greedy, or drawn at a temperature."""
 
     def request(self) -> Generate:
@@ -20,7 +20,7 @@ class GenerateCommand(options(Generate, Sampling, hide=("how",), unused=("metric
 
 
 @dataclass
-class DirectionCommand(options(MakeDirection, unused=("metric", "pos", "do", "base", "do_seed"))):
+class DirectionCommand(options(MakeDirection, unused=METRIC + DO)):
     """Make a direction to steer along and keep it under directions/: from prompts, a set, a feature, a head, a file. Then --do L8.resid_post=steer:NAME:2."""
 
 

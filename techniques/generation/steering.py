@@ -13,7 +13,6 @@ from model.interventions import prepare
 from model.memory import Chunks
 from model.places import find_position, hook_name
 from model.replacements import prompts_at_once
-from model.runs import NAMES
 from model.sae_loading import for_layer
 from model.writes import multiplier
 from techniques.generation.requests import Curve, CurveResult, Direction, Directions, DirectionsResult, KINDS, MakeDirection
@@ -195,7 +194,7 @@ def curve(model: Model, ask: Curve) -> Generator[Progress, None, CurveResult]:
         values.append(np.nan if found.now.metric is None else found.now.metric)
         yield Progress(n + 1, len(ask.coefficients), "the metric over the coefficient")
     metric = ask.study.metric
-    words = f"{metric.kind}{'' if metric.kind == 'loss' else f' at {metric.pos}'} under c times {one.source} at {one.node}, raw weights, {model.info.dtype}"
+    words = f"{metric.words} under c times {one.source} at {one.node}, raw weights, {model.info.dtype}"
     corrupt = None if found.corrupt is None else found.corrupt.metric
     return CurveResult(str(one), np.array(ask.coefficients), np.array(values, float), found.clean.metric, corrupt, words)
 

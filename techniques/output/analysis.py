@@ -34,9 +34,9 @@ class SideReading:
     def __init__(self, runs: Runs, which: str, k: int):
         model, row, metric = runs.model, runs.row(which), runs.study.metric
         self.runs, self.which, self.row, self.loss = runs, which, row, metric.kind == "loss"
-        self.pos = 0 if self.loss else runs.metric_position(which)
+        self.pos = 0 if metric.whole else runs.metric_position(which)
         self.clean_ids = runs.row("clean").ids if metric.kind == "kl" else None
-        self.key = (row.ids, runs.done if which == "now" else (), k, metric.kind, self.pos, tuple(runs.answers), tuple(runs.foils), self.clean_ids)
+        self.key = (row.ids, runs.done if which == "now" else (), k, metric, self.pos, tuple(runs.answers), tuple(runs.foils), self.clean_ids)
         self.done = model.cache.sides.get(self.key)
         if self.done is None:
             shape = (len(row.ids), min(k, model.info.d_vocab))
@@ -66,7 +66,7 @@ class SideReading:
             raise UserError(f"the logits of the {self.which} run are not finite: load the model in float32")
         if self.loss:
             self.nll[places] = nll[:, 0]
-        elif self.pos in places:
+        elif self.pos in places and not self.runs.own:
             self.measure(logits[places.index(self.pos)])
 
     def measure(self, row: Tensor) -> None:
@@ -87,6 +87,8 @@ class SideReading:
         if not self.order:
             if self.loss:
                 self.measure(self.last[0])
+            if self.runs.own:
+                self.metric = self.runs.own(self.runs.model.unembed(self.last), self.row.ids).item()
             sides = self.runs.model.cache.sides
             if len(sides) >= 64:
                 sides.pop(next(iter(sides)))
@@ -141,7 +143,6 @@ def run_result(runs: Runs, readings: dict[str, SideReading]) -> RunResult:
                 warning = f"small denominator: clean and corrupted differ by {gap:+.3g} only"
     sides = [s for s in (clean, corrupt, now) if s is not None]
     words = texts(runs.model, np.concatenate([s.top_ids[s.top_ids >= 0] for s in sides]))
-    place = "" if metric.kind == "loss" else f" at {metric.pos}"
-    parts = [f"{metric.kind}{place}", "normalised: corrupted = 0, clean = 1", f"raw weights, {runs.model.info.dtype}", runs.convention]
+    parts = [metric.words, "normalised: corrupted = 0, clean = 1", f"raw weights, {runs.model.info.dtype}", runs.convention]
     floor = known_floor([runs]) if runs.edits and now.metric is not None and tells(runs) else math.nan
     return RunResult(clean, corrupt, now, normalised, warning, words, ", ".join(p for p in parts if p), tuple(runs.answers), tuple(runs.foils), floor)

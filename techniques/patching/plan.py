@@ -185,13 +185,13 @@ def read_member(model: Model, study: Study, patch: bool) -> Runs:
     if study.prompt.corrupt is None and (patch or study.base == "corrupt"):
         raise UserError("there is no corrupted prompt, and patching needs one: type one first")
     runs, kind = read_study(model, study), study.metric.kind
-    if kind not in ("kl", "loss") and not runs.answers:
+    if study.metric.needs_answer and not runs.answers:
         raise UserError(f"there is no answer, and {kind} needs one: give one, with its leading space")
     if kind in ("logit_diff", "prob_diff") and not runs.foils:
         raise UserError(f"there is no foil, and {kind} needs one: give one, or use the metric logprob")
     if kind == "loss" and len(runs.row("now").ids) < 2:
         raise UserError("loss needs a prompt of two tokens")
-    if kind != "loss":
+    if not study.metric.whole:
         for which in ("clean", "corrupt"):
             if runs.rows[which] is not None:
                 runs.metric_position(which)

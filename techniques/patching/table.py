@@ -166,8 +166,7 @@ def convention(plan: Plan, method: str, how: str = "") -> str:
         amount = f" of {ask.noise:g} embedding standard deviations, seed {ask.seed}" if ask.op == "noise" else ""
         seed = f", seed {ask.seed}" if ask.op == "resample" else ""
         what = f"{run} run, {ask.op}: {SWEEP_OPS[ask.op]}{amount}{seed}"
-    place = "" if metric.kind == "loss" else f" at {metric.pos}"
-    parts = [SWEEPS[ask.kind], what, f"{metric.kind}{place}"]
+    parts = [SWEEPS[ask.kind], what, plan.runs[0].study.metric.words]
     parts.append("normalised: corrupted = 0, clean = 1" if plan.runs[0].rows["corrupt"] is not None else "normalised: share of the base run's metric")
     if ask.effect == "direct":
         parts.append("direct effect: later attention, MLPs and norm scales as in the base run")

@@ -10,7 +10,7 @@ from model.bridge import Edit, Model, write_mid
 from model.places import hook_name, where
 from model.replacements import gaussian, means, noise_scale, place_in_set, resampled, set_key
 from model.runs import NAMES, Runs, edit, read_study
-from vocabulary.nodes import Intervention, NOISE, OPS, UserError
+from vocabulary.nodes import FROM_TEXT, Intervention, NOISE, OPS, UserError
 from vocabulary.prompts import Study, TokenRow
 from vocabulary.requests import Progress
 
@@ -44,7 +44,7 @@ def edits_of(runs: Runs, some: tuple[Intervention, ...]) -> Generator[Progress, 
     return edits + late, tuple(done)
 
 
-FROM_PROMPT = ("patch", "freeze", "resample", "mean", "noise")  # what they write is known for the prompt's own positions alone
+FROM_PROMPT = ("patch", "freeze", "resample", "mean", "mean_text_pos", "noise")  # what they write is known for the prompt's own positions alone
 
 
 def edits_of_new(runs: Runs) -> Generator[Progress, None, list[Edit]]:
@@ -95,16 +95,18 @@ def one_edit(runs: Runs, i: Intervention, row: TokenRow, base: str, other: str) 
             return edit(spot, "noise", None, noise), (str(i), spot_key(spot), repr(key))
         case "add" | "steer":
             return pushed(runs, i, row, spot)
-        case "mean" | "mean_all":
-            if i.op == "mean_all" and node.part == "pattern" and node.site == "head":
+        case "mean" | "mean_all" | "mean_text" | "mean_text_pos":
+            if i.op in ("mean_all", "mean_text") and node.part == "pattern" and node.site == "head":
                 raise UserError(f"{i}: a pattern has no mean over positions; use mean with a set of one template, or zero")
-            values = yield from means(model, runs.study.prompt_set, [name], i.op, len(row.ids))
-            return edit(spot, i.op, None, values[name]), (
-                str(i),
-                spot_key(spot),
-                set_key([model.row(p.corrupt, p.bos).ids for p in runs.study.prompt_set if p.corrupt is not None]),
-            )
+            values = yield from means(model, runs.study, [name], i.op, len(row.ids))
+            kind = "mean_all" if i.op in ("mean_all", "mean_text") else "mean"
+            return edit(spot, kind, None, values[name]), (str(i), spot_key(spot), source_key(runs, i.op))
     raise UserError(f"{i.op!r} is not an operation: use one of {', '.join(OPS)}")
+
+
+def source_key(runs: Runs, op: str) -> object:
+    """What names in the cache that which a mean is taken over: the set's corrupted prompts, or the text."""
+    return runs.study.text if op in FROM_TEXT else set_key([runs.model.row(p.corrupt, p.bos).ids for p in runs.study.prompt_set if p.corrupt is not None])
 
 
 def pushed(runs: Runs, i: Intervention, row: TokenRow, spot: tuple) -> tuple[Callable, object]:

@@ -10,18 +10,22 @@ from torch import Tensor
 
 from model.bridge import Model
 from model.memory import Chunks, block_bytes, chunk_bytes
-from vocabulary.nodes import UserError
-from vocabulary.prompts import Prompt, Study
+from model.text_means import text_means
+from vocabulary.nodes import FROM_TEXT, UserError
+from vocabulary.prompts import Study
 from vocabulary.requests import Progress
 
 BATCH = 32
 
 
-def means(model: Model, prompts: tuple[Prompt, ...], names: Iterable[str], op: str, seq: int) -> Generator[Progress, None, dict[str, Tensor]]:
+def means(model: Model, study: Study, names: Iterable[str], op: str, seq: int) -> Generator[Progress, None, dict[str, Tensor]]:
     """
-    Means of hook points over the corrupted prompts of a set: position by position (equal lengths needed), or over all positions but the first.
-    Kept in the cache; the set runs in batches of prompts of equal length.
+    Means of hook points over the corrupted prompts of a study's set, or its text: position by position (equal lengths needed), or over all positions but
+    the first. Kept in the cache; the set runs in batches of prompts of equal length.
     """
+    if op in FROM_TEXT:
+        return (yield from text_means(model, study.text, names, op == "mean_text_pos", seq, averaged))
+    prompts = study.prompt_set
     texts = [p.corrupt for p in prompts if p.corrupt is not None]
     if not texts:
         raise UserError("mean ablation needs a prompt set with corrupted prompts: open one first, or ablate to zero")
@@ -38,34 +42,38 @@ def means(model: Model, prompts: tuple[Prompt, ...], names: Iterable[str], op: s
     key = set_key(rows)
     out = {n: v for n in names if (v := model.cache.get((key, (op,), n))) is not None}
     wanted = [n for n in dict.fromkeys(names) if n not in out]
-    if not wanted:
-        return out
-    sums, count, done = dict.fromkeys(wanted, 0.0), 0, 0
+    if wanted:
+        out |= yield from averaged(model, rows, wanted, op == "mean", "means over the prompt set")
+    for name in wanted:
+        model.cache.put((key, (op,), name), out[name])
+    return out
+
+
+def averaged(model: Model, rows: list[tuple[int, ...]], names: list[str], by_position: bool, words: str) -> Generator[Progress, None, dict[str, Tensor]]:
+    """Means of hook points over rows of tokens: position by position [1, seq, ...], or over all positions but the first [1, 1, ...]. Equal lengths run together."""
+    sums, count, done = dict.fromkeys(names, 0.0), 0, 0
     chunks = Chunks("prompts", lambda _: prompts_at_once(model, length))
     for length in sorted({len(r) for r in rows}):
         same = [r for r in rows if len(r) == length]
-        if op == "mean_all" and length < 2:
+        if not by_position and length < 2:
             continue
 
         def work(start: int, stop: int, same: list = same) -> tuple[int, dict[str, Tensor]]:
-            return stop - start, model.forward(t.tensor(same[start:stop]), wanted)[1]
+            return stop - start, model.forward(t.tensor(same[start:stop]), names)[1]
 
         for part in chunks.over(len(same), work):
             if isinstance(part, Progress):
                 yield part
                 continue
             n, got = part
-            for name in wanted:
+            for name in names:
                 x = got[name].float()
-                sums[name] = sums[name] + (x.sum(0, keepdim=True) if op == "mean" else x[:, 1:].sum((0, 1)))
-            count += n * (1 if op == "mean" else length - 1)
+                sums[name] = sums[name] + (x.sum(0, keepdim=True) if by_position else x[:, 1:].sum((0, 1)))
+            count += n * (1 if by_position else length - 1)
             done += n
-            yield Progress(done, len(rows), "means over the prompt set")
-    for name in wanted:
-        out[name] = (sums[name] / count).to(model.dtype)
-        out[name] = out[name] if op == "mean" else out[name][None, None]
-        model.cache.put((key, (op,), name), out[name])
-    return out
+            yield Progress(done, len(rows), words)
+    means = {name: (total / count).to(model.dtype) for name, total in sums.items()}
+    return means if by_position else {name: x[None, None] for name, x in means.items()}
 
 
 def prompts_at_once(model: Model, length: int) -> int:

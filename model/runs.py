@@ -7,10 +7,11 @@ import torch as t
 from torch import Tensor
 
 from vocabulary import alignment as align
-from vocabulary.nodes import Node, OPS, UserError
+from vocabulary.nodes import FROM_TEXT, Node, OPS, UserError
 from vocabulary.prompts import METRICS, RUNS, Study, TokenRow
 from model import own_metric
 from model.own_metric import OwnMetric
+from model.text_means import pinned
 from model.places import find_position, hook_name, where
 from model.bridge import Edit, Model
 
@@ -150,6 +151,7 @@ class Runs:
         ops = dict.fromkeys(i.op for i in some)
         notes += [f"{op} = {OPS[op]}" for op in ops if op not in ("zero", "scale")]
         notes += [f"seed {self.study.seed}"] * ("resample" in ops or "noise" in ops)
+        notes += [self.study.text.words] * bool(ops.keys() & set(FROM_TEXT))
         if "patch" in ops and not self.by_index:
             notes.append(f"patched across an alignment, {self.aligned}")
         if "pattern" in parts:
@@ -169,6 +171,8 @@ def read_study(model: Model, study: Study) -> Runs:
     if study.metric.kind == "loss":
         model.require("loss")
     own = own_metric.read(study.metric) if study.metric.kind == "own" else None
+    if study.text.path and any(i.op in FROM_TEXT for i in study.interventions):
+        study = replace(study, text=pinned(study.text)[1])
     if own:
         study = replace(study, metric=replace(study.metric, own=f"{own.file}:{own.name}", digest=own.digest))
     check = model.check(study.prompt, study.align)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch as t
 from torch import Tensor
 
-from vocabulary.nodes import Intervention, UserError
+from model.text_means import windows
+from vocabulary.nodes import FROM_TEXT, Intervention, UserError
 from vocabulary.requests import Progress
 from model.bridge import Edit, Model, write_mid
 from model.places import find_position
@@ -94,7 +95,7 @@ def read_change(runs: Runs, d: SparseAutoencoder, i: Intervention) -> Generator[
         case "resample":
             ids = resampled(runs.model, runs.study, len(row.ids), row.ids, runs.study.seed)
             return make(one(d, runs.model.trace(ids, [d.point])[d.point][0], node.index)), ids
-        case "mean" | "mean_all":
+        case "mean" | "mean_all" | "mean_text" | "mean_text_pos":
             return (yield from mean(runs, d, i, make))
     raise UserError(f"{i}: a feature takes zero, scale:0.5, set:3, add:3, patch, mean, mean_all, resample or freeze")
 
@@ -106,18 +107,21 @@ def one(d: SparseAutoencoder, x: Tensor, index: int) -> Tensor:
 
 
 def mean(runs: Runs, d: SparseAutoencoder, i: Intervention, make: Callable) -> Generator[Progress, None, tuple[Change, tuple]]:
-    """The feature's mean activation over the set's corrupted prompts, position by position or over all positions but the first."""
+    """The feature's mean activation over the set's corrupted prompts, or a text, position by position or over all positions but the first."""
     model, seq = runs.model, len(runs.row("now").ids)
-    rows = [model.row(p.corrupt, p.bos).ids for p in runs.study.prompt_set if p.corrupt is not None]
+    by_position, text = i.op in ("mean", "mean_text_pos"), i.op in FROM_TEXT
+    rows = [model.row(p.corrupt, p.bos).ids for p in runs.study.prompt_set if p.corrupt is not None and not text]
+    if text:
+        rows = windows(model, runs.study.text, seq if by_position else None)
     if not rows:
         raise UserError("mean ablation needs a prompt set with corrupted prompts: open one first, or ablate to zero")
-    if i.op == "mean" and any(len(r) != seq for r in rows):
+    if by_position and any(len(r) != seq for r in rows):
         raise UserError(f"{i}: a mean position by position needs corrupted prompts of {seq} tokens: use mean_all or a set of one template")
     total, count = 0.0, 0
     for done, ids in enumerate(rows):
         f = one(d, model.trace(ids, [d.point])[d.point][0], i.node.index)
-        total, count = total + (f if i.op == "mean" else f[1:].sum()), count + (1 if i.op == "mean" else len(f) - 1)
-        yield Progress(done + 1, len(rows), "means over the prompt set")
+        total, count = total + (f if by_position else f[1:].sum()), count + (1 if by_position else len(f) - 1)
+        yield Progress(done + 1, len(rows), "means over the text" if text else "means over the prompt set")
     if not count:
         raise UserError("mean_all leaves out the first position, and the set's corrupted prompts have no other")
     return make((total / count) * t.ones(seq)), tuple(rows)

@@ -64,6 +64,8 @@ def words(name: str, before, after) -> str:
             return f"{name} {' '.join(getattr(after, name)) or 'the node under the cursor'}"
         case "generation":
             return f"continuation {after.generation.words}"
+        case "text":
+            return f"means over {Path(after.text.path).name or 'no text'}"
         case "align":
             return f"alignment {after.align or 'position by position'}"
         case "bos":

@@ -175,7 +175,7 @@ def python_script(state: State, info: ModelInfo, run: RunResult) -> str:
     row = run.now.tokens
     mids = [i for i in active if i.node.site == "resid_mid"]
     ordered = [i for i in active if i not in mids] + mids
-    needs_means = any(i.op.startswith("mean") for i in active)
+    needs_means = any(i.op in ("mean", "mean_all") for i in active)
     runs = ("clean", "corrupt") if state.base == "clean" else ("corrupt", "clean")
     text = HEAD.format(
         about=f"{kind} at {state.metric.pos} of {info.name} under {' '.join(map(str, active)) or 'no interventions'}: {run.now.metric:.6f} on the screen.",

@@ -29,7 +29,7 @@ import techniques
 from utils import printable, settings
 from vocabulary.typed import check_text
 from vocabulary.nodes import UserError, parse_intervention
-from vocabulary.prompts import Align, Base, Metric, MetricKind, Prompt, Study, read_place, read_prompt_set
+from vocabulary.prompts import Align, Base, Metric, MetricKind, Prompt, ReferenceText, Study, read_place, read_prompt_set
 from vocabulary.requests import Identity, Load, ModelInfo, Progress
 from vocabulary.wire import to_json
 
@@ -133,6 +133,10 @@ class StudyOptions(ModelOptions):
     """the metric's position: a number or a label"""
     own: str = ""
     """a metric of your own, FILE.py:NAME (or NAME of LOUPE_METRICS in .env): a function name(logits, tokens) -> value, whose file is run"""
+    mean_text: str = ""
+    """a text file for the means mean_text (over positions) and mean_text_pos (position by position)"""
+    mean_tokens: int = ReferenceText.tokens
+    """how many of its first tokens"""
     sae: tuple[str, ...] = ()
     """SAEs that nodes such as L2.sae.f12 speak of: folders, zoo/NAME, RELEASE:ID"""
     sae_error: bool = Study.sae_error
@@ -150,7 +154,9 @@ class StudyOptions(ModelOptions):
             Metric("own" if self.own else self.metric, read_place(self.pos or str(Metric.pos)), self.own),
             tuple(parse_intervention(d) for d in self.do),
         )
-        return Study(prompt, done, self.base, metric, prompts, self.sae, self.sae_error, self.align, self.do_seed)
+        return Study(
+            prompt, done, self.base, metric, prompts, self.sae, self.sae_error, self.align, self.do_seed, ReferenceText(self.mean_text, self.mean_tokens)
+        )
 
 
 def place_or_none(text: str, name: str = "") -> Place:

@@ -11,7 +11,7 @@ from utils import ROOT, settings
 from vocabulary.nodes import UserError
 from vocabulary.typed import user_path
 
-OWN = ("sessions", "exports", "logs", "saes", "directions")  # folders under `home()`
+OWN = ("sessions", "exports", "logs", "saes", "directions", "means")  # folders under `home()`
 PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
 
 

@@ -83,11 +83,13 @@ def format_node(node: Node) -> str:
 
 # ------------------------------------------------------------------ interventions
 
-Op = Literal["zero", "mean", "mean_all", "patch", "resample", "noise", "freeze", "scale", "set", "add", "steer"]
+Op = Literal["zero", "mean", "mean_all", "mean_text", "mean_text_pos", "patch", "resample", "noise", "freeze", "scale", "set", "add", "steer"]
 OPS: dict[Op, str] = {
     "zero": "set to zero",
     "mean": "mean over the prompt set's corrupted prompts, position by position",
     "mean_all": "mean over the prompt set's corrupted prompts and all their positions but the first",
+    "mean_text": "mean over a text file and all its positions but the first of each window",
+    "mean_text_pos": "mean over a text file, position by position, in windows as long as the prompt",
     "patch": "the value this node has in the other prompt's run",
     "resample": "the value in the run of another corrupted prompt of the set, drawn with the seed",
     "noise": "its own value plus Gaussian noise, a number (3) of the embedding's standard deviations, drawn with the seed",
@@ -97,7 +99,8 @@ OPS: dict[Op, str] = {
     "add": "add a number of unit vectors along the answers' minus the foils' unembedding; of a feature: to its activation, so that its decoder row is added",
     "steer": "add a number of times a saved direction",
 }
-ABLATIONS = ("zero", "mean", "mean_all", "resample", "noise")
+ABLATIONS = ("zero", "mean", "mean_all", "resample", "noise", "mean_text", "mean_text_pos")
+FROM_TEXT = ("mean_text", "mean_text_pos")  # these need a text file
 FROM_SET = ("mean", "mean_all", "resample")  # these need the prompt set
 NOISE = 3.0
 

@@ -151,11 +151,24 @@ WHICH = get_args(Which)
 
 
 @dataclass(frozen=True)
+class ReferenceText:
+    """A text file that means are taken over: its path, how many of its first tokens, and what pins it ("": as it is)."""
+
+    path: str = ""
+    tokens: int = 20_000
+    digest: str = ""
+
+    @property
+    def words(self) -> str:
+        return f"text {Path(self.path).name}{' ' * bool(self.digest)}{self.digest}, its first {self.tokens} tokens"
+
+
+@dataclass(frozen=True)
 class Study:
     """
     What every analysis runs on: the prompt, the interventions, which prompt they act on (`base`), the metric, and the prompt set (for means). `saes`
     are the sources of the SAEs that feature nodes speak of, one a layer; `sae_error`: their error term is kept when a feature is changed. `align`,
-    of ALIGNMENTS: how positions of clean and corrupted are matched where the prompt says nothing. `seed` is that of noise and resample.
+    of ALIGNMENTS: how positions of clean and corrupted are matched where the prompt says nothing. `seed` is that of noise and resample. `text`: for means over one.
     """
 
     prompt: Prompt
@@ -167,6 +180,7 @@ class Study:
     sae_error: bool = True
     align: Align = ""
     seed: int = 0
+    text: ReferenceText = ReferenceText()
 
 
 @dataclass(frozen=True)

@@ -341,10 +341,10 @@ def new_values(plan: Plan, base: Base, other: dict[str, Tensor], indices: list[i
         base.source |= feature_sweep.new_values(plan.spots, base, other, [plan.runs[i] for i in indices], ask.op, plan.side)
         return
     hooks = {s.key: reads(model, s) for s in plan.spots}
-    if ask.op in ("mean", "mean_all"):
-        if ask.op == "mean_all" and any(name.endswith("pattern") for name in hooks.values()):
+    if ask.op.startswith("mean"):
+        if ask.op in ("mean_all", "mean_text") and any(name.endswith("pattern") for name in hooks.values()):
             raise UserError("a pattern has no mean over positions; use mean with a set of one template, or zero")
-        other = yield from means(model, ask.study.prompt_set, list(hooks.values()), ask.op, plan.seq)
+        other = yield from means(model, ask.study, list(hooks.values()), ask.op, plan.seq)
     elif ask.op == "resample":
         _, other = model.forward(t.tensor([others(plan, i) for i in indices]), list(hooks.values()), keep=None)
     deviation = noise_scale(model) * ask.noise if ask.op == "noise" else 0.0

@@ -9,11 +9,12 @@ import numpy as np
 import torch as t
 
 from model.noise import known_floor, noise_floor
+from model.text_means import pinned
 from model.variants import Base, Variant
 from techniques.patching import feature_sweep
 from techniques.patching.plan import Plan
 from techniques.patching.requests import ESTIMATES, SWEEP_OPS, SWEEPS, SweepResult
-from vocabulary.nodes import UserError, parse_node
+from vocabulary.nodes import FROM_TEXT, UserError, parse_node
 from vocabulary.prompts import METRICS
 from vocabulary.progress import time_left
 from vocabulary.requests import Progress
@@ -165,7 +166,8 @@ def convention(plan: Plan, method: str, how: str = "") -> str:
         run = "corrupted" if plan.side == "corrupt" else "clean"
         amount = f" of {ask.noise:g} embedding standard deviations, seed {ask.seed}" if ask.op == "noise" else ""
         seed = f", seed {ask.seed}" if ask.op == "resample" else ""
-        what = f"{run} run, {ask.op}: {SWEEP_OPS[ask.op]}{amount}{seed}"
+        text = f", {pinned(ask.study.text)[1].words}" if ask.op in FROM_TEXT else ""
+        what = f"{run} run, {ask.op}: {SWEEP_OPS[ask.op]}{amount}{seed}{text}"
     parts = [SWEEPS[ask.kind], what, plan.runs[0].study.metric.words]
     parts.append("normalised: corrupted = 0, clean = 1" if plan.runs[0].rows["corrupt"] is not None else "normalised: share of the base run's metric")
     if ask.effect == "direct":

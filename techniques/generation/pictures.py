@@ -55,7 +55,7 @@ def token_spans(s: Continuation, first: int, last: int, texts: dict[int, str], r
 
 def written(token: str, shade: str = "") -> str:
     """A token as text; without colour a shade stands before it."""
-    return shade + as_written(token.replace("\n", "⏎"))
+    return shade + as_written(token)
 
 
 def number(p: float) -> str:

@@ -12,9 +12,7 @@ HEAD = '''"""
 The metric on the screen with TransformerLens alone. Made by Loupe; needs torch, transformers and transformer_lens only.
 """
 
-import numpy as np
 import torch as t
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -57,14 +55,6 @@ def mean(name, over_positions):
     return t.cat([x[:, 1:].flatten(0, 1) for x in kept]).mean(0)[None, None] if over_positions else t.cat(kept).mean(0, keepdim=True)
 
 
-def direction(path):
-    """One vector of a .safetensors or .npy file."""
-    if path.endswith(".npy"):
-        return t.tensor(np.load(path)).squeeze().float()
-    found = load_file(path)
-    return found.get("direction", next(iter(found.values()))).squeeze().float()
-
-
 def write(name, spot, make):
     """A hook that replaces one spot of a hook point's tensor."""
 
@@ -93,6 +83,21 @@ def write_mid(layer, spot, make):
 
 ALL = slice(None)
 hooks = []
+'''
+
+STEER = '''
+import numpy as np
+from safetensors.torch import load_file
+
+
+def direction(path):
+    """One vector of a .safetensors or .npy file."""
+    if path.endswith(".npy"):
+        return t.tensor(np.load(path)).squeeze().float()
+    found = load_file(path)
+    return found.get("direction", next(iter(found.values()))).squeeze().float()
+
+
 '''
 
 METRIC = {
@@ -183,6 +188,7 @@ def python_script(state: State, info: ModelInfo, run: RunResult) -> str:
         corrupt=f"t.tensor([{list(run.corrupt.tokens.ids)}])" if run.corrupt else "None", answers=list(run.answers), foils=list(run.foils),
         means=ids_of(state.prompt_set, row.bos) if needs_means else "[]",
     )  # fmt: skip
+    text += STEER if any(i.op == "steer" for i in active) else ""
     text += "".join(hook_lines(i, row, info) for i in ordered)
     pos = position(state.metric.pos, row) if kind != "loss" else "ALL"
     text += "\nids = base\nlogits = run(ids, hooks)\n"

@@ -69,7 +69,7 @@ def test_outside_a_circuit(engines, file):
     nodes = [f"L{layer}H{h}" for layer in range(4) for h in range(4) if f"L{layer}H{h}" not in kept]
     found = engine.run(Score(study(file), Circuit("c", "zoo", kept), ("faithfulness",), "mean_text"))
     want = engine.run(Run(study(file, *(f"{n}=mean_text" for n in nodes)))).now.metric
-    assert found.circuit.mean == pytest.approx(want, abs=1e-4)
+    assert found.alone.mean == pytest.approx(want, abs=1e-4)
     assert "its first 120 tokens" in found.convention
 
 

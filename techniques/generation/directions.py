@@ -53,8 +53,8 @@ def edit_steer(app: Host, d: Direction) -> None:
         intervene(app, Intervention(parse_node(values[0]), "steer", number, d.name))
         return ""
 
-    hint = f"length {d.norm:.3g} · L8.resid_post: all positions, L8.resid_post@-1: one"
-    app.open(Editor(f"steer along {d.name}", [("node", node), ("coefficient", "1")], accepted(put), 1, 1, hint, True))
+    hint = f"length {d.norm:.3g} · without @: at all positions"
+    app.open(Editor(f"steer along {d.name}", [("node", node), ("times", "1")], accepted(put), 1, 1, hint, True))
 
 
 def edit_save(app: Host, d: Direction) -> None:

@@ -78,6 +78,8 @@ class Writer:
         self.top_ids, self.top_probs = (np.zeros((how.samples, 0, TOP), kind) for kind in (np.int32, np.float32))
         self.ended, self.stops = np.zeros(how.samples, bool), ends_of(self.model)
         self.lengths = np.zeros(how.samples, int)  # tokens of each sample, its end of text among them
+        self.prompt = self.model.tokens.decode(self.row.ids)
+        self.grown: list[list[str]] = [[] for _ in range(how.samples)]  # of each sample, prompt and new tokens as text, after each token
 
     def write(self, step: int) -> None:
         """One more token for every sample that has not ended."""
@@ -95,14 +97,14 @@ class Writer:
         self.top_ids = np.concatenate([self.top_ids, np.pad(ids.cpu().numpy().astype(np.int32), pad)[:, None]], 1)
         self.top_probs = np.concatenate([self.top_probs, np.pad(top.exp().cpu().numpy(), pad)[:, None]], 1)
         self.lengths[~self.ended] += 1
+        for n in np.flatnonzero(~self.ended):
+            self.grown[n].append(self.model.tokens.decode((*self.row.ids, *self.ids[n].tolist())))
         self.ended |= np.isin(self.ids[:, -1], list(self.stops))
 
     def continuation(self, sample: int, beside: "Writer | None") -> Continuation:
-        n, tokens = self.lengths[sample], self.model.tokens
+        n, grown = self.lengths[sample], self.grown[sample]
         ids = tuple(self.ids[sample, :n].tolist())
-        start = tokens.decode(self.row.ids)
-        grown = [tokens.decode((*self.row.ids, *ids[: k + 1])) for k in range(n)]
-        text = grown[-1].removeprefix(start) if n else ""
+        text = grown[-1].removeprefix(self.prompt) if n else ""
         parted = -1
         if beside is not None:
             theirs = beside.ids[sample, : beside.lengths[sample]].tolist()
@@ -113,7 +115,7 @@ class Writer:
             self.top_ids[sample, :n],
             self.top_probs[sample, :n],
             text,
-            tuple(min(len(g) - len(start), len(text)) for g in grown),
+            tuple(min(len(g) - len(self.prompt), len(text)) for g in grown),
             bool(self.ended[sample]),
             parted,
         )
@@ -139,8 +141,8 @@ def choose(logp: Tensor, how: Sampling, step: int) -> Tensor:
         ordered, where = scaled.sort(-1, descending=True)
         before = ordered.exp().cumsum(-1) - ordered.exp()
         scaled = scaled.masked_fill(t.zeros_like(scaled, dtype=t.bool).scatter(1, where, before >= how.top_p), -t.inf)
-    noise = [t.rand(scaled.shape[1], dtype=t.float64, generator=generator(how.seed, n, step)) for n in range(len(scaled))]
-    return (scaled - (-t.stack(noise).clamp_min(1e-300).log()).log()).argmax(-1)
+    noise = (t.rand(scaled.shape[1], dtype=t.float64, generator=generator(how.seed, n, step)).clamp_min(1e-300) for n in range(len(scaled)))
+    return t.stack([(row - (-u.log()).log()).argmax() for row, u in zip(scaled, noise)])
 
 
 def generator(seed: int, sample: int, step: int) -> t.Generator:

@@ -1,5 +1,6 @@
 """Pane 8: the prompt continued without and with the interventions, side by side, each token coloured by its probability."""
 
+from dataclasses import replace
 from functools import partial
 
 from textual.widget import Widget
@@ -12,6 +13,7 @@ from techniques.generation import actions, directions, pictures
 from techniques.generation.explained import EXPLAINED
 from techniques.generation.requests import HELD, Generate, GenerateResult
 from vocabulary.nodes import UserError
+from vocabulary.prompts import Metric
 from widgets import WARN, Grid, GridView, Lines, Same
 
 
@@ -61,7 +63,7 @@ class GeneratePane(Pane):
         how = app.state.generation
         if how.other and app.state.prompt.corrupt is None:
             how = how.changed(other=False)
-        return {"generate": Generate(app.study, how)}
+        return {"generate": Generate(replace(app.study, metric=Metric()), how)}  # another metric is no other text
 
     def variants(self, app: Host) -> tuple[str, ...]:
         return (app.state.generation.held,)

@@ -50,9 +50,10 @@ class Engine:
                 return stop.value
 
     def check_hooks(self) -> None:
-        left = self.model.leaks() if self.model else 0
-        if left:
-            self.model.remove_hooks()
+        models = (self.model.pair or (self.model,)) if self.model else ()
+        left = sum(m.leaks() for m in models)
+        for model in models if left else ():
+            model.remove_hooks()
         assert left == 0, f"{left} hooks were left on the model"
 
     def jobs(self, request: object) -> Generator:
@@ -98,7 +99,7 @@ class Engine:
 
             yield Progress(1, 5, "importing TransformerLens")
             import_model()
-        from model import loading
+        from model import beside, loading
 
         megabytes, request = setting_of_megabytes("LOUPE_CACHE_MB", 512), loading.resolved(request)
 
@@ -109,15 +110,28 @@ class Engine:
                 gc.collect()
             tec()
 
-        if self.model is not None and self.loaded == request:
-            return self.model.info
-        self.model = yield from loading.load(request, megabytes, forget, self.held)
-        self.loaded = request
+        bare, alone = (lambda ask: replace(ask, against="", scale=1.0)), replace(request, against="")
+        if not 0 <= request.scale <= 1:
+            raise UserError(f"{request.scale:g} is not a scale of an adapter: give a number from 0 to 1")
+        if self.model is None or bare(request) != bare(self.loaded):
+            self.model = yield from loading.load(alone, megabytes, forget, self.held)
+            self.loaded = alone
+        if self.loaded.against != request.against:
+            self.swap()
+            beside.part(self.model)
+            self.loaded = replace(self.loaded, against="")
+            if request.against:
+                yield from beside.load_beside(self.model, request, megabytes)
+                self.loaded = replace(self.loaded, against=request.against)
+        if request.scale != self.loaded.scale or request.scale != 1:
+            self.swap()
+            beside.rescale(self.model, request.scale)
+            self.loaded = request
         return self.model.info
 
     def held(self, device: object) -> int:
         """Bytes that the loaded model and what is kept of its runs hold on a torch device."""
-        return self.model.weight_bytes + self.model.cache.size if self.model and self.model.device.type == device.type else 0
+        return sum(m.weight_bytes + m.cache.size for m in self.model.pair or (self.model,)) if self.model and self.model.device.type == device.type else 0
 
     def status(self) -> StatusResult:
         device = (0, 0)

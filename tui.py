@@ -28,11 +28,12 @@ from textual.reactive import var
 from techniques.features.requests import SaeInfo
 from techniques.output.requests import Run, RunResult, Side
 from vocabulary.files import folder
+from vocabulary.log import newest_session
 from vocabulary.typed import check_text
 from vocabulary.nodes import Node, UserError
 from vocabulary.prompts import read_prompt_set, Study
 from vocabulary.requests import Load, ModelInfo
-from screen import layout, loading, top
+from screen import layout, loading, resume, top
 from screen.client import Client, Job, words_of
 from screen.colours import LIGHT, SIXTEEN, THEME, use
 from screen.compositor import TightScreen
@@ -43,8 +44,9 @@ from screen.keys import Action, bindings, collect, key_page, keymap, remapped
 from screen.overlays import Overlay
 from screen.pane import Pane
 from screen.replies import Requests
-from screen.session import Session, State, add_views, newest_session, read_session
+from screen.session import Session, State, add_views, read_session
 from screen.table import SCREEN
+from screen.template import skipped
 from screen.terminal import Terminal, no_terminal
 from screen.tour import Tour
 from techniques import parts
@@ -72,7 +74,7 @@ class Quiet(TightScreen, inherit_bindings=False):
 
 STYLES = """
 Screen { layers: base overlay; overflow: hidden; background: ansi_default; color: ansi_default; }
-#top { height: 5; } #status { height: 1; } #hint { height: 1; }
+#top { height: 3; } #status { height: 1; } #hint { height: 1; }
 #body { height: 1fr; }
 Field { width: 1fr; background: ansi_default; border: none; height: 1; padding: 0; }
 .hidden { display: none; }
@@ -131,9 +133,11 @@ class Loupe(App):
                 self.exit()
             self.app_resume_signal.subscribe(self, lambda app: self.screen.forget())
         self.arrange()
+        resume.put_back(self)
         self.call_after_refresh(self.start_engine)
 
     async def on_unmount(self) -> None:
+        resume.keep(self)
         await self.client.stop()
 
     def on_resize(self) -> None:
@@ -151,7 +155,7 @@ class Loupe(App):
         shown = self.visible_panes()
         for name, pane in self.panes.items():
             pane.set_class(name not in shown, "hidden")
-        self.query_one("#top").styles.height = 5 if self.size.height >= 12 else 2
+        self.query_one("#top").styles.height = 3 if self.size.height >= 12 else 2
         if all(o.closing for o in self.query(Overlay)):
             self.panes[self.pane].focus()
         self.refresh_wants()
@@ -159,7 +163,7 @@ class Loupe(App):
 
     def place(self) -> None:
         width, height = self.size
-        height = max(height - (6 if height >= 12 else 3) - self.said_lines - self.tour.height, 1)
+        height = max(height - (4 if height >= 12 else 3) - self.said_lines - self.tour.height, 1)
         places = layout.regions([self.panes[p] for p in self.visible_panes()], width, height)
         moved = {name: r for name, r in places.items() if self.places.get(name) != r}
         for name, r in moved.items():
@@ -225,7 +229,7 @@ class Loupe(App):
     def study(self) -> Study:
         """The state's study; without answers that are not single tokens in this model, so that everything else still runs (the top line says so)."""
         study, check = self.state.study, self.requests.check()
-        if check is not None and any(len(r.ids) != 1 for r in (*check.answers, *check.foils)):
+        if check is not None and check.problems and any(len(r.ids) != 1 for r in (*check.answers, *check.foils)):
             return replace(study, prompt=replace(study.prompt, answers=(), foils=()))
         return study
 
@@ -330,12 +334,14 @@ class Loupe(App):
         """Keep the cursor inside the model and the prompt; at the end it stays at the end."""
         if self.info is None:
             return
-        before, self.cursor = self.cursor, clamped(self.cursor, self.info, self.length(), self.at_end)
+        before, row = self.cursor, self.tokens.tokens if self.tokens else None
+        self.cursor = skipped(self.state, row, before, clamped(before, self.info, self.length(), self.at_end))
         if before != self.cursor:
             self.refresh_wants()
 
     def move(self, **where: object) -> None:
-        old, self.cursor = self.cursor, replace(self.cursor, **where)
+        old, row = self.cursor, self.tokens.tokens if self.tokens else None
+        self.cursor = skipped(self.state, row, old, replace(old, **where))
         if self.cursor != old:
             self.at_end = self.cursor.pos == self.length() - 1
             self.refresh_wants()

@@ -140,6 +140,12 @@ def model_name(model: str) -> str:
     return visible(Path(model).name or model)
 
 
+def two_names(one: str, other: str) -> tuple[str, str]:
+    """Two models as they are shown beside each other: with the folder above where their names are the same."""
+    a, b = model_name(one), model_name(other)
+    return (a, b) if a != b else tuple(visible("/".join(Path(x).parts[-2:])) for x in (one, other))
+
+
 def show_number(x: float | None, width: int = 6) -> str:
     """At most `width` cells, as many digits as fit: 12.345, -0.012, 1.2e-05; blank for None and NaN."""
     if x is None or x != x:

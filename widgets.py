@@ -31,20 +31,34 @@ def strip_of(spans: Spans) -> Strip:
     return Strip([Segment(printable(text), style) for text, style in spans if text]).simplify()
 
 
+def whole_spans(spans: Spans, width: int) -> Spans:
+    """Without the last parts that do not fit whole: spans, or what stands between ` · ` in the last one."""
+    spans = list(spans)
+    while spans and sum(width_of(text) for text, _ in spans) > width:
+        text, style = spans.pop()
+        if " · " in text.strip(" ·"):
+            spans.append((text.rpartition(" · ")[0], style))
+        elif not spans:
+            return [(text, style)]
+    return spans
+
+
 class Lines(Widget):
-    """Lines of styled text. `show` repaints only the lines that changed; lines beyond the height are cut, `top` scrolls."""
+    """Lines of styled text. `show` repaints only the lines that changed; lines beyond the height are cut, `top` scrolls. `whole`: a line's last parts go rather than be cut."""
 
     DEFAULT_CSS = "Lines { height: 1; width: 1fr; }"
     ALLOW_SELECT = False
 
-    def __init__(self, **kw):
+    def __init__(self, whole: bool = False, **kw):
         super().__init__(**kw)
         self.lines: list[Strip] = []
+        self.whole, self.spans = whole, []
         self.top = 0
         self.rule: tuple[str, Style] | None = None  # what fills the rest of a line
 
     def show(self, lines: list[Spans], top: int = 0) -> None:
-        new = [strip_of(spans) for spans in lines]
+        self.spans = lines if self.whole else []
+        new = [strip_of(whole_spans(spans, self.size.width) if self.whole and self.size else spans) for spans in lines]
         old, self.lines = self.lines, new
         if top != self.top:
             self.top = top
@@ -55,6 +69,10 @@ class Lines(Widget):
             self.refresh()
         elif changed:
             self.refresh(*(Region(0, y - top, self.size.width, 1) for y in changed if 0 <= y - top < self.size.height))
+
+    def on_resize(self) -> None:
+        if self.spans:
+            self.show(self.spans, self.top)
 
     def render_line(self, y: int) -> Strip:
         y += self.top
@@ -104,8 +122,8 @@ class GridView(Widget):
         self.strip = lru_cache(512)(self.draw)
 
     def show(self, grid: Grid | None, at: tuple[int, int], mode: str, message: Spans | None = None) -> None:
-        """Draw a grid with the cursor at (row, column); without a grid, a message."""
-        message = message or []
+        """Draw a grid with the cursor at (row, column) of the whole grid; without a grid, a message."""
+        message, at = message or [], grid.cell_of(at) if grid is not None else at
         if grid is self.grid and mode == self.mode and message == self.message:
             self.move(at)
             return
@@ -243,21 +261,21 @@ class GridView(Widget):
         g, w, at = self.grid, self.density.width, self.at[1]
         cols = range(self.origin[1], min(self.origin[1] + self.across, len(g.cols)))
         cut = self.across < len(g.cols)
-        place = f"{cols[0]}–{cols[-1]}/{len(g.cols)}" if cols and cut else g.corner
+        place = f"{g.place(cols[0])}–{g.place(cols[-1])}/{len((g.whole or g).cols)}" if cols and cut else g.corner
         corner = place if y == self.head - 1 and (not cut or len(place) < self.label) else ""
         spans: Spans = [(fit(corner, self.label), DIM)]
         if w < 4:
             return strip_of([*spans, *self.ticks(cols)])
         for c in cols:
-            text = show_token(str(c), w - 1) if y < self.head - 1 else short(g.cols[c], w - 1)
-            spans.append((text + " ", BOLD if c == at else DIM if y < self.head - 1 else PLAIN))
+            text = show_token(str(g.place(c)), w - 1) if y < self.head - 1 else short(g.cols[c], w - 1)
+            spans.append((text + " ", BOLD if c == at else DIM if y < self.head - 1 or c in g.faded[1] else PLAIN))
         return strip_of(spans)
 
     def ticks(self, cols: range) -> Spans:
         """Numbers of columns that do not touch, and the cursor's own, which hides those that it touches."""
         g, w = self.grid, self.density.width
-        names = {c: (str(c) if g.positions or g.cols[c][:1] == "H" else g.cols[c]) for c in cols}
-        step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 1000) if s * w > max(len(str(cols[-1])), 1)) if cols else 1
+        names = {c: (str(g.place(c)) if g.positions or g.cols[c][:1] == "H" else g.cols[c]) for c in cols}
+        step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 1000) if s * w > max(len(str(g.place(cols[-1]))), 1)) if cols else 1
         line, wide = [" "] * (len(cols) * w + 6), len(cols) * w
         for c in cols:
             x, text = (c - cols[0]) * w, names[c]
@@ -279,7 +297,9 @@ class GridView(Widget):
         rows = self.rows[line * per : line * per + per]
         shown = cursor[0] if cursor else rows[0]
         cols = range(self.origin[1], min(self.origin[1] + self.across, len(g.cols)))
-        spans: Spans = [(fit(g.rows[shown], self.label - 1) + " ", BOLD if cursor else PLAIN if per == 1 or line % 2 == 0 else DIM)]
+        spans: Spans = [
+            (fit(g.rows[shown], self.label - 1) + " ", BOLD if cursor else PLAIN if (per == 1 or line % 2 == 0) and shown not in g.faded[0] else DIM)
+        ]
         make = self.pair if per == 2 else self.cell
         for c in cols:
             spans += make(rows, c, cursor is not None and c == cursor[1], shown)

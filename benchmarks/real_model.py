@@ -2,6 +2,7 @@
 What each analysis costs on a real model: seconds, the same as forward passes on the same tokens, and peak memory over what was held before it.
 
     uv run benchmarks/real_model.py FOLDER --tokens 2000 --only attention,statistics
+    uv run benchmarks/real_model.py FOLDER --hunt          what docs/real_models.md prints, as JSON
 
 On a CPU passes are counted in processor time, which what else the machine does moves little, on another device in seconds. The last line, or with
 --json the only one, is a JSON object.
@@ -12,6 +13,7 @@ import json
 import random
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -170,6 +172,22 @@ def run_all(folder: str, tokens: int, device: str, only: list[str]) -> tuple[dic
     return about, rows
 
 
+def hunt_of(folder: str, device: str) -> dict:
+    """The hunt on a model: what was loaded, its identities, each step's command, seconds and figures, and the memory of the process at the end."""
+    from engine import Engine, rss
+    from hunt import hunt
+    from vocabulary.requests import Load
+
+    begun = time.monotonic()
+    engine = Engine(Load(folder, device=device))
+    info, seconds = engine.model.info, round(time.monotonic() - begun, 1)
+    checks = {c.name: {"error": c.error, "tolerance": c.tolerance, "ok": c.ok} for c in info.checks}
+    with tempfile.TemporaryDirectory() as place:
+        steps = hunt(engine, folder, Path(place))
+    about = {"model": info.name, "device": info.device, "dtype": info.dtype, "parameters": info.n_params, "load seconds": seconds}
+    return about | {"identities": checks, "steps": steps, "memory MB": rss() >> 20}
+
+
 # ------------------------------------------------------------------ the table
 
 
@@ -196,7 +214,11 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--only", default="", help=f"of {', '.join(NAMES)}; with commas")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--hunt", action="store_true", help="instead: the hunt of docs/real_models.md, and the identities of the load, as JSON")
     args = parser.parse_args()
+    if args.hunt:
+        print(json.dumps(hunt_of(args.folder, args.device), indent=1))
+        return
     only = [n for n in args.only.split(",") if n]
     if unknown := [n for n in only if n not in NAMES]:
         sys.exit(f"{unknown[0]} is not measured here: use some of {', '.join(NAMES)}")

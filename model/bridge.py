@@ -16,9 +16,11 @@ from model import adapters  # noqa: F401  registers the corrected ones
 from model.cache import Cache
 from model.live_hooks import live_points, put_right
 from model.notes import Notes
+from model.peft_adapters import Adapter
 from model.memory import is_out_of_memory, out_of_memory, ran_out
 from model.native import HandTrained, Labels, LabelTokens, bridge_of
 from model.tokens import Tokens, bos_habit
+from vocabulary.chat import Chat
 from vocabulary.names import OWN_SOFTMAX
 from vocabulary.nodes import PARTS, RESIDS, UserError
 from vocabulary.prompts import Prompt, TokenRow
@@ -122,6 +124,8 @@ class Model:
         self.causal = not getattr(text_config, "bidirectional", False)
         self.widths = [neurons(block) for block in getattr(self.bridge, "blocks", ())]
         self.cache, self.notes = Cache(cache_mb << 20), Notes()
+        self.pair: tuple[Model, Model] | None = None  # with a second model: the first and the second (beside.py)
+        self.adapter: Adapter | None = None  # whose change is in the weights
         self.bos, self.n_embed = tokenizer.bos_token_id, hf.get_input_embeddings().weight.shape[0]
         self.info = described(self, ask.model, hf)
         self.tokens = (LabelTokens if isinstance(tokenizer, Labels) else Tokens)(tokenizer, self.info, self.n_embed)
@@ -346,11 +350,11 @@ class Model:
         """Token ids of a text, without BOS, and the characters that each covers."""
         return self.tokens.encode(text)
 
-    def row(self, text: str, bos: bool | None, labels: tuple[tuple[str, int], ...] = ()) -> TokenRow:
-        """A prompt's text as tokens with labels; bos None is what bos_habit says."""
+    def row(self, text: str | Chat, bos: bool | None, labels: tuple[tuple[str, int], ...] = ()) -> TokenRow:
+        """A prompt's text or chat as tokens with labels; bos None is what bos_habit says."""
         return self.tokens.row(text, bos, labels)
 
-    def answer(self, clean: str, text: str) -> TokenRow:
+    def answer(self, clean: str | Chat, text: str) -> TokenRow:
         """The tokens of an answer to a prompt."""
         return self.tokens.answer(clean, text)
 
@@ -401,6 +405,7 @@ def described(model: Model, name: str, hf: t.nn.Module) -> ModelInfo:
         bos="" if model.bos is None else model.tokenizer.bos_token,
         **dict(zip(("default_bos", "bos_habit"), bos_habit(model.tokenizer, getattr(hf.config.get_text_config(), "trained_with_bos", None)))),
         seconds=0.0,
+        chat_template=bool(getattr(model.tokenizer, "chat_template", None)),
         repairs=model.repairs + (OWN_SOFTMAX,) * any(model.points[n] is not p for n, p in model.bridge.hook_dict.items() if n in model.points),
     )
 

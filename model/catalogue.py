@@ -23,11 +23,11 @@ def named() -> list[tuple[ModelChoice, Path | None]]:
     out += [(ModelChoice(str(p.parent), "folder"), p.parent) for p in sorted((ROOT / "models").glob("*/config.json"))]
     out += [(ModelChoice(str(p), "GGUF", "dequantised as it is read"), None) for p in sorted((ROOT / "models").glob("**/*.gguf"))]
     cached, configs = set(), {}
-    if Path(huggingface_hub.constants.HF_HUB_CACHE).is_dir():
-        for repo in sorted(huggingface_hub.scan_cache_dir().repos, key=lambda r: r.repo_id):
+    if (cache := Path(huggingface_hub.constants.HF_HUB_CACHE)).is_dir():
+        for repo in sorted(huggingface_hub.scan_cache_dir(cache).repos, key=lambda r: r.repo_id):
             found = [(r, {f.file_name for f in r.files}) for r in repo.revisions if repo.repo_type == "model"]
             name = canonical(repo.repo_id)
-            if with_weights := [r for r, files in found if "config.json" in files and any(f.endswith(".safetensors") for f in files)]:
+            if with_weights := [r for r, files in found if "config.json" in files and any(f.endswith((".safetensors", "final.pth")) for f in files)]:
                 cached.add(name)
                 out.append(
                     (ModelChoice(name, "hub cache", f"{repo.size_on_disk / 1e9:.1f} GB on disk", aliases().get(name, ())), with_weights[0].snapshot_path)

@@ -8,16 +8,16 @@ from torch import Tensor
 from model import directions, steering
 from model.bridge import Edit, Model, write_mid
 from model.places import hook_name, where
-from model.replacements import gaussian, means, noise_scale, place_in_set, resampled, set_key
+from model.replacements import corrupted_rows, gaussian, mean_in_words, means, noise_scale, place_in_set, resampled, set_key
 from model.runs import NAMES, Runs, edit, read_study
 from vocabulary.nodes import FROM_TEXT, Intervention, NOISE, OPS, UserError
 from vocabulary.prompts import Study, TokenRow
 from vocabulary.requests import Progress
 
 
-def prepare(model: Model, study: Study) -> Generator[Progress, None, Runs]:
+def prepare(model: Model, study: Study, with_answer: bool = False) -> Generator[Progress, None, Runs]:
     """Read the study and turn its interventions into edits, in order; a write at resid_mid comes after those at the attention it is written through."""
-    runs = read_study(model, study)
+    runs = read_study(model, study, with_answer)
     runs.edits, runs.done = yield from edits_of(runs, study.interventions)
     return runs
 
@@ -31,6 +31,7 @@ def edits_of(runs: Runs, some: tuple[Intervention, ...]) -> Generator[Progress, 
         if i.node.site == "sae":  # all features of one SAE are one edit
             if i.node.layer not in layers:
                 layers.add(i.node.layer)
+                runs.require_first("an SAE")
                 found, mark = yield from steering.edits(runs, [j for j in some if (j.node.site, j.node.layer) == ("sae", i.node.layer)])
                 (late if len(found) == 2 else edits).extend(found)  # two: what is read is another point than what is written
                 done.append(mark)
@@ -81,12 +82,13 @@ def one_edit(runs: Runs, i: Intervention, row: TokenRow, base: str, other: str) 
             except UserError as error:
                 raise UserError(f"{i}: {error}") from error
             value = runs.trace(other, [name])[name]
-            mark = (str(i), spot_key(spot), source.ids)
+            mark = (str(i), spot_key(spot), source.ids, runs.study.against)
             return (edit(spot, "patch", None, value), mark) if there is None else (across(spot, value, there, i), (*mark, there))
         case "freeze":
             return edit(spot, "patch", None, model.trace(row.ids, [name])[name]), (str(i), spot_key(spot), row.ids)
         case "resample":
-            ids = resampled(model, runs.study, len(row.ids), row.ids, runs.study.seed)
+            n = len(row.ids) - row.tail
+            ids = resampled(model, runs.study, n, row.ids[:n], runs.study.seed) + row.ids[n:]
             return edit(spot, "patch", None, model.trace(ids, [name])[name]), (str(i), spot_key(spot), ids)
         case "noise":
             shape = model.trace(row.ids, [name])[name].shape[1:]
@@ -98,15 +100,18 @@ def one_edit(runs: Runs, i: Intervention, row: TokenRow, base: str, other: str) 
         case "mean" | "mean_all" | "mean_text" | "mean_text_pos":
             if i.op in ("mean_all", "mean_text") and node.part == "pattern" and node.site == "head":
                 raise UserError(f"{i}: a pattern has no mean over positions; use mean with a set of one template, or zero")
-            values = yield from means(model, runs.study, [name], i.op, len(row.ids))
+            values = yield from means(model, runs.study, [name], i.op, [row])
             kind = "mean_all" if i.op in ("mean_all", "mean_text") else "mean"
-            return edit(spot, kind, None, values[name]), (str(i), spot_key(spot), source_key(runs, i.op))
+            return edit(spot, kind, None, values[name]), (str(i), spot_key(spot), *source_key(runs, i.op, row, values[name]))
     raise UserError(f"{i.op!r} is not an operation: use one of {', '.join(OPS)}")
 
 
-def source_key(runs: Runs, op: str) -> object:
-    """What names in the cache that which a mean is taken over: the set's corrupted prompts, or the text."""
-    return runs.study.text if op in FROM_TEXT else set_key([runs.model.row(p.corrupt, p.bos).ids for p in runs.study.prompt_set if p.corrupt is not None])
+def source_key(runs: Runs, op: str, row: TokenRow, values: Tensor) -> tuple:
+    """What names in the cache that which a mean is taken over: the text, or the set's corrupted prompts and, where it may go by label, how."""
+    if op in FROM_TEXT:
+        return (runs.study.text,)
+    how = "" if op != "mean" else repr(values.shape) + mean_in_words(runs.model, runs.study, [row]) + repr(row.labels)
+    return set_key([r.ids for r in corrupted_rows(runs.model, runs.study.prompt_set)]), how
 
 
 def pushed(runs: Runs, i: Intervention, row: TokenRow, spot: tuple) -> tuple[Callable, object]:

@@ -8,6 +8,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from tqdm import tqdm
 from transformer_lens.model_bridge.sources.transformers import determine_architecture_from_hf_config
 from transformer_lens.utilities.architectures import MASKED_LM_ARCHITECTURES, MULTIMODAL_ARCHITECTURES, SEQ2SEQ_ARCHITECTURES
 
-from model import native, untouched
+from model import native, peft_adapters, untouched
 from model.bridge import Model
 from model.checks import prove, readable
 from model.live_hooks import alibi_once
@@ -63,7 +64,7 @@ def is_hub_name(name: str) -> bool:
 def resolved(ask: Load) -> Load:
     """What is to be loaded, by its canonical name (`gpt2-small` is `gpt2`); a folder of the name that was typed comes first."""
     known = lambda name: name if not name or user_path(name).is_dir() else canonical(name)  # noqa: E731
-    return replace(ask, model=known(ask.model), base=known(ask.base))
+    return replace(ask, model=known(ask.model), base=known(ask.base), against=known(ask.against))
 
 
 def find_folder(name: str, weights: bool = True) -> Generator[Progress, None, Path]:
@@ -79,18 +80,35 @@ def find_folder(name: str, weights: bool = True) -> Generator[Progress, None, Pa
         )
     if name == "zoo" or not is_hub_name(name):
         raise UserError(f"no folder at {path}: give a Hugging Face folder, a hub name such as gpt2, or zoo")
-    patterns = ["*.json", "*.model", "*.txt", "*.jinja"] + ["*.safetensors"] * weights
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja"] + ["*final.pth" if canonical(name).startswith(native.OWNERS) else "*.safetensors"] * weights
     token = settings().get("HF_TOKEN") or False
     for spelling in spellings(name):
         try:
             cached = Path(huggingface_hub.snapshot_download(spelling, allow_patterns=patterns, local_files_only=True))
-            if (cached / "config.json").is_file() and (not weights or missing_weights(cached) == ""):
+            if (cached / "config.json").is_file() and (not weights or missing_weights(cached) == "" or is_checkpoint(cached)):
                 return cached
         except (LocalEntryNotFoundError, IncompleteSnapshotError):
             pass
         except HFValidationError as error:
             raise UserError(f"{name!r} is neither a folder nor a hub name") from error
     return (yield from download(canonical(name), patterns, token))
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder of the hub cache holds a HookedTransformer checkpoint."""
+    try:
+        return native.find(folder) is not None
+    except UserError:
+        return False
+
+
+def own_tokens(found: native.Checkpoint, cfg: object) -> object:
+    """A hand-trained model's tokenizer beside it, else its labels, else the tokenizer that its config names where the hub cache has that, else numbers."""
+    folder, name = found.config.parent, native.tokenizer_name(found)
+    if name and not (folder / "tokenizer.json").is_file():
+        with suppress(LocalEntryNotFoundError, IncompleteSnapshotError, HFValidationError):
+            folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+    return read_tokenizer([folder]) if (folder / "tokenizer.json").is_file() else native.read_tokens(found, cfg)
 
 
 def download(name: str, patterns: list[str], token: str | bool) -> Generator[Progress, None, Path]:
@@ -296,6 +314,8 @@ class Source:
     read: Callable[[t.dtype, t.device], t.nn.Module]
     ask: Callable[[t.nn.Module], untouched.Untouched]
     note: str = ""
+    adapter: Path | None = None
+    base_name: str = ""
 
 
 def open_source(ask: Load) -> Generator[Progress, None, Source]:
@@ -305,6 +325,11 @@ def open_source(ask: Load) -> Generator[Progress, None, Source]:
         return hand_trained(ask, folder, found)
     if folder.is_file() and not is_gguf(folder):
         raise UserError(f"{folder} has no config of HookedTransformer's beside it: put its cfg.to_dict() as JSON into {folder.with_suffix('.json').name}")
+    if folder.is_dir() and peft_adapters.is_adapter(folder):
+        name = peft_adapters.base_of(folder, ask.base)
+        source = yield from open_source(replace(ask, model=name, base=None))
+        words = f"an adapter on {name}"
+        return replace(source, tokenizer=own_tokenizer(folder, source), adapter=folder, base_name=name, note="; ".join(filter(None, (source.note, words))))
     base = (yield from find_folder(ask.base, weights=False)) if ask.base else folder
     config = read_config(base)
     n_params, stored = read_headers(folder)
@@ -318,13 +343,18 @@ def open_source(ask: Load) -> Generator[Progress, None, Source]:
     return Source(folder, base, n_params, stored, tokenizer, read, own, dequantised(read_kinds(folder)[0]) if is_gguf(folder) else "")
 
 
+def own_tokenizer(folder: Path, base: Source) -> object:
+    """The tokenizer beside an adapter where there is one, else its base's."""
+    return read_tokenizer([folder]) if (folder / "tokenizer.json").is_file() else base.tokenizer
+
+
 def hand_trained(ask: Load, folder: Path, found: native.Checkpoint) -> Source:
     """A HookedTransformer checkpoint: small, so its tensors are read here. Its own word is HookedTransformer's logits, and the native modules' writes."""
     if ask.base or ask.device_map:
         raise UserError(f"{ask.model} is a model trained by hand: it takes no {'base' if ask.base else 'device_map'}")
     cfg = native.read_config(found)
     state = native.read_state(found.weights)
-    tokenizer = read_tokenizer([found.config.parent]) if (found.config.parent / "tokenizer.json").is_file() else native.read_tokens(found, cfg)
+    tokenizer = own_tokens(found, cfg)
     stored = next(x.dtype for x in state.values())
     ids = random_ids(tokenizer, cfg.d_vocab, min(untouched.PROBE, cfg.n_ctx), 2)
 
@@ -333,7 +363,10 @@ def hand_trained(ask: Load, folder: Path, found: native.Checkpoint) -> Source:
         return replace(asked, logits=native.hooked_logits(cfg, state, ids, model.head.weight.dtype), whose="HookedTransformer's")
 
     read = lambda dtype, device: native.read_model(cfg, state, dtype, device)  # noqa: E731
-    note = "attention only: an MLP of it adds exactly nothing" if cfg.attn_only else ""
+    notes = ["attention only: an MLP of it adds exactly nothing"] * cfg.attn_only
+    if (name := native.tokenizer_name(found)) and isinstance(tokenizer, native.Labels):
+        notes.append(f"its tokenizer {name} is not in the hub cache: tokens are numbers")
+    note = "; ".join(notes)
     return Source(folder, folder, sum(x.numel() for x in state.values()), stored, tokenizer, read, own, note)
 
 
@@ -361,10 +394,14 @@ def load(
     hf = model = None
     try:
         hf = source.read(dtype, device)
+        adapter = source.adapter and peft_adapters.put_on(hf, source.adapter, source.base_name, ask.scale)
         yield Progress(3, 5, "wrapping")
         with readable(hf):
             own = source.ask(hf)
             model = Model(ask, hf, source.tokenizer, source.folder, source.base, dtype, cache_mb)
+        if adapter:
+            model.adapter = adapter
+            model.info = replace(model.info, scale=adapter.scale, base=adapter.base)
         yield Progress(4, 5, "checking")
         checks = yield from prove(model, own)
     except Exception as error:

@@ -51,11 +51,14 @@ class MetricReader:
 
     def __init__(self, group: list[Runs], clean: Tensor | None = None, which: str = "now"):
         runs = self.runs = group[0]
-        self.model, self.group, self.kind = runs.model, group, runs.study.metric.kind
+        self.model, self.group, self.kind = runs.of(which), group, runs.study.metric.kind
         self.whole, self.own = runs.study.metric.whole, runs.own
         self.stream: Tensor | None = None  # of the base run, after the last block [prompt, seq, d_model]
         self.ids = [r.row(which).ids for r in group]
         self.places = [len(ids) - 1 if self.whole else r.metric_position(which) for r, ids in zip(group, self.ids)]
+        rows = [r.row(which) for r in group]
+        assert self.kind != "logprob_sum" or all(row.tail for row in rows), "the answer's tokens are not behind the prompt"
+        self.spans = [(len(row.ids) - 1 - row.tail if row.tail else 0, len(row.ids) - 1) for row in rows]  # of the positions that a whole metric reads
         self.base: np.ndarray | None = None  # the metric of the unchanged run [prompt]
         self.clean = clean  # [prompt, d_model] normed, for KL
         self.nll: Tensor | None = None  # of the base run's own tokens [prompt, seq - 1]
@@ -96,7 +99,7 @@ class MetricReader:
             return self.diff(normed).cpu().numpy()
         out = np.zeros(normed.shape[:2])
         for j, r in enumerate(self.group):
-            clean = model.unembed(self.clean[j : j + 1])[0] if self.kind == "kl" else None
+            clean = r.of("clean").unembed(self.clean[j : j + 1])[0] if self.kind == "kl" else None
             for i in range(0, len(normed), size := rows_at_once(model)):
                 for k, row in enumerate(model.unembed(normed[i : i + size, j])):
                     out[i + k, j] = measure(self.kind, row, row if clean is None else clean, np.zeros(0), r.answers, r.foils)
@@ -112,15 +115,22 @@ class MetricReader:
         return out
 
     def losses(self, x: Tensor, start: int) -> np.ndarray:
+        """The mean cross-entropy of the prompt's tokens, or the answer's summed log probability."""
         model, out = self.model, np.zeros(x.shape[:2])
-        for j, ids in enumerate(self.ids):
-            target = t.tensor(ids[start + 1 :], device=x.device)
-            known = 0.0 if not start else self.nll[j, :start].sum().item()
-            flat = x[:, j, : len(target)].flatten(0, 1)
+        for j, (ids, (first, last)) in enumerate(zip(self.ids, self.spans)):
+            begin = max(start, first)
+            target = t.tensor(ids[begin + 1 : last + 1], device=x.device)
+            known = 0.0 if begin == first else self.nll[j, first:begin].sum().item()
+            flat = x[:, j, begin - start : last - start].flatten(0, 1)
             found = [self.tokens(flat[i : i + rows_at_once(model)], target, i) for i in range(0, len(flat), rows_at_once(model))]
             nll = t.cat(found).view(len(x), -1) if found else t.zeros(len(x), 0)
-            out[:, j] = ((nll.sum(1) + known) / (len(ids) - 1)).cpu().numpy()
+            out[:, j] = (self.share(j) * (nll.sum(1) + known)).cpu().numpy()
         return out
+
+    def share(self, j: int) -> float:
+        """What one token's cross-entropy counts in a metric over several."""
+        first, last = self.spans[j]
+        return 1 / (last - first) if self.kind == "loss" else -1.0
 
     def tokens(self, x: Tensor, target: Tensor, first: int) -> Tensor:
         logits = self.model.unembed(self.model.norm(x)).double()
@@ -134,9 +144,10 @@ def metric(score: MetricReader, x: Tensor) -> Tensor:
     logits = lambda rows: model.capped(model.bridge.unembed(model.bridge.ln_final(rows.to(model.final_device))))  # noqa: E731
     if score.own:
         return t.stack([score.own.gradient(logits(x[j]), ids) for j, ids in enumerate(score.ids)])
-    if score.kind == "loss":
-        rows = [logits(x[j, :-1]).log_softmax(-1) for j in range(b)]
-        return t.stack([-r.gather(-1, t.tensor(ids[1:], device=r.device)[:, None]).mean() for r, ids in zip(rows, score.ids)])
+    if score.whole:
+        rows = [logits(x[j, first:last]).log_softmax(-1) for j, (first, last) in enumerate(score.spans)]
+        right = [t.tensor(ids[first + 1 : last + 1], device=r.device)[:, None] for r, ids, (first, last) in zip(rows, score.ids, score.spans)]
+        return t.stack([-score.share(j) * r.gather(-1, i).sum() for j, (r, i) in enumerate(zip(rows, right))])
     rows = x[t.arange(b, device=x.device), score.places]
     if score.kind == "logit_diff":
         return score.diff(model.bridge.ln_final(rows.to(model.final_device))[None])[0]
@@ -152,6 +163,6 @@ def metric(score: MetricReader, x: Tensor) -> Tensor:
             case "logprob":
                 out.append(right.logsumexp(0))
             case "kl":
-                clean = model.unembed(score.clean[j : j + 1])[0].double().log_softmax(-1)
+                clean = r.of("clean").unembed(score.clean[j : j + 1])[0].double().log_softmax(-1)
                 out.append((clean.exp() * (clean - logp[j])).sum())
     return t.stack(out)

@@ -35,6 +35,7 @@ from vocabulary.typed import parse_json, read_text
 
 ARCHITECTURE = "HookedTransformer"
 SUFFIXES = (".pt", ".pth", ".safetensors")
+OWNERS = ("NeelNanda/", "ArthurConmy/", "Baidicoot/")  # of hub repositories that hold HookedTransformer checkpoints, as TransformerLens has them
 NEEDED = {"n_layers", "d_model", "n_ctx", "d_head"}
 INSIDE = ("state_dict", "model_state_dict", "model")  # where a checkpoint may keep its state dict
 BUFFERS = ("mask", "IGNORE", "rotary_sin", "rotary_cos")
@@ -75,14 +76,25 @@ def find(place: Path) -> Checkpoint | None:
     if not isinstance(read, dict) or not NEEDED <= read.keys() or "model_type" in read:
         return None
     files = [place] if place.is_file() else sorted(f for f in folder.iterdir() if f.suffix in SUFFIXES)
+    files = [f for f in files if f.name.endswith("final.pth")] or files  # of a hub repository with the checkpoints of its training
     if len(files) != 1:
         raise UserError(f"{folder} holds {len(files)} checkpoints: give the file itself" if files else f"{folder} holds no .pt, .pth or .safetensors file")
     return Checkpoint(config, files[0], folder / "labels.json", folder / "output_labels.json")
 
 
+def tokenizer_name(found: Checkpoint) -> str:
+    """The tokenizer that a checkpoint's config names, "" where it names none or labels stand beside it."""
+    name = parse_json(read_text(found.config)).get("tokenizer_name")
+    return name if isinstance(name, str) and not found.labels.is_file() else ""
+
+
 def read_config(found: Checkpoint) -> HookedTransformerConfig:
     """The checkpoint's config, as HookedTransformer reads it. UserError for what the native model can't be."""
     raw = parse_json(read_text(found.config))
+    if "normalization" in raw:  # as the models of Neel Nanda's hub repositories write it
+        raw.setdefault("normalization_type", raw["normalization"])
+    if raw.get("shortformer_pos"):
+        raw["positional_embedding_type"] = "shortformer"
     known = set(inspect.signature(HookedTransformerConfig).parameters) - {"device", "dtype", "n_devices", "init_weights", "n_params", "seed", "tokenizer_name"}
     act = raw.get("act_fn")
     if not raw.get("attn_only") and act not in ACTIVATIONS:

@@ -34,7 +34,7 @@ def moved(x: Tensor, draw: int) -> Tensor:
 def key(runs: Runs) -> tuple:
     """What the floor of one prompt depends on."""
     ids = tuple(row.ids if (row := runs.rows[w]) is not None else None for w in ("clean", "corrupt"))
-    return ids, runs.study.metric, tuple(runs.answers), tuple(runs.foils)
+    return ids, runs.study.metric, runs.study.against, tuple(runs.answers), tuple(runs.foils)
 
 
 def known_floor(group: list[Runs]) -> float:
@@ -76,7 +76,7 @@ def variance(runs: Runs) -> Generator[Progress, None, float]:
 
 def spreads(runs: Runs, which: str, score: MetricReader) -> Generator[Progress, None, list[float]]:
     """The metric's variance over DRAWS roundings, of the run as it is and of one that lacks the middle layer's attention."""
-    model, ids, last = runs.model, runs.row(which).ids, f"blocks.{runs.model.info.n_layers - 1}.hook_resid_post"
+    model, ids, last = runs.of(which), runs.row(which).ids, f"blocks.{runs.model.info.n_layers - 1}.hook_resid_post"
     middle = model.info.n_layers // 2
     without = [None] + [middle] * model.has(f"blocks.{middle}.hook_attn_out")
     rows = [(layer, draw) for layer in without for draw in range(DRAWS)]

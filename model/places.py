@@ -45,10 +45,10 @@ def find_position(pos: int | str, row: TokenRow, what: str) -> int:
         if pos not in row.labels:
             raise UserError(f"{what} has no position labelled {pos!r}: it has {', '.join(row.labels)}")
         return row.labels[pos]
-    n = len(row.ids)
-    if not -n <= pos < n:
+    n = len(row.ids) - row.tail
+    if not -n <= pos < len(row.ids):
         raise UserError(f"position {pos} is outside {what}, which has {n} tokens (0 to {n - 1}, or -{n} to -1)")
-    return pos % n
+    return pos % n if pos < 0 else pos
 
 
 def node_index(node: Node, pos: int | slice, per_kv: int, source: int | slice = slice(None)) -> tuple:

@@ -1,4 +1,9 @@
-"""The runs of a study (clean, corrupted, now) that every analysis reads."""
+"""
+The runs of a study (clean, corrupted, now) that every analysis reads.
+
+With a second model beside the first (`Study.against`) the corrupted run is the clean prompt in that model: `Runs.of` is the one place that says which
+model makes which run, and what patches takes the other model's activations.
+"""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -7,8 +12,10 @@ import torch as t
 from torch import Tensor
 
 from vocabulary import alignment as align
+from vocabulary.names import canonical
 from vocabulary.nodes import FROM_TEXT, Node, OPS, UserError
-from vocabulary.prompts import METRICS, RUNS, Study, TokenRow
+from vocabulary.prompts import METRICS, RUNS, Prompt, Study, TokenRow
+from vocabulary.requests import CheckResult
 from model import own_metric
 from model.own_metric import OwnMetric
 from model.text_means import pinned
@@ -43,7 +50,10 @@ def edit(spot: tuple, op: str, factor: float | None, value: Tensor | None) -> Ca
 
 @dataclass
 class Runs:
-    """The runs of a study: clean, corrupted, and now (the base prompt under the interventions)."""
+    """
+    The runs of a study: clean, corrupted, and now (the base prompt under the interventions), which `model` makes. `pair`: the models of the clean and of
+    the corrupted run where these are two.
+    """
 
     model: Model
     study: Study
@@ -55,6 +65,21 @@ class Runs:
     alignment: align.Pairs = ()
     own: OwnMetric | None = None
     behind: bool = False  # whether "now" stands for a token behind the prompt
+    shortened: tuple[str, ...] = ()  # answers and foils of several tokens, each as its first token of how many
+    pair: tuple[Model, Model] | None = None
+
+    def of(self, which: str) -> Model:
+        """The model that makes a run."""
+        side = self.study.base if which == "now" else which
+        return self.pair[side == "corrupt"] if self.pair else self.model
+
+    def at(self, which: str) -> "Runs":
+        """These runs for an analysis of one of them alone: `model` is the one that makes it."""
+        return self if self.of(which) is self.model else replace(self, model=self.of(which))
+
+    def together(self, *which: str) -> bool:
+        """Whether one model makes all of these runs, so that one forward pass can hold them."""
+        return len({id(self.of(w)) for w in which}) == 1
 
     def row(self, which: str) -> TokenRow:
         row = self.rows.get(which)
@@ -67,16 +92,16 @@ class Runs:
     def trace(self, which: str, names: Iterable[str]) -> dict[str, Tensor]:
         """Activations of a run, from the cache when it ran before."""
         edits, done = (self.edits, self.done) if which == "now" else ((), ())
-        return self.model.trace(self.row(which).ids, names, edits, done)
+        return self.of(which).trace(self.row(which).ids, names, edits, done)
 
     def visit(self, which: str, names: Iterable[str], take: Callable[[str, Tensor], None]) -> None:
         """take(name, activations [1, ...]) of one point of a run after the other: a long prompt's as they pass, and none is held."""
         ids = self.row(which).ids
-        if self.model.likely(len(ids)):
+        if self.of(which).likely(len(ids)):
             for name, x in self.trace(which, names).items():
                 take(name, x)
         else:
-            self.model.forward(t.tensor([ids]), names, self.edits if which == "now" else (), keep=None, take=take)
+            self.of(which).forward(t.tensor([ids]), names, self.edits if which == "now" else (), keep=None, take=take)
 
     def position(self, which: str, pos: int | str) -> int:
         return find_position(pos, self.row(which), NAMES[which])
@@ -114,7 +139,11 @@ class Runs:
         """A position as an index into a run; None: the metric's."""
         return self.metric_position(which) if pos is None else self.position(which, pos)
 
-    def pair(self, which: str) -> tuple[str, str]:
+    def sides(self, which: str) -> tuple[str, ...]:
+        """The run, or the two runs of a difference, which are of equal length."""
+        return self.two(which) if "-" in which else (which,)
+
+    def two(self, which: str) -> tuple[str, str]:
         """The two runs of a difference, of equal length."""
         a, _, b = which.partition("-")
         na, nb = len(self.row(a).ids), len(self.row(b).ids)
@@ -136,13 +165,32 @@ class Runs:
         source = "the prompt's own" if self.study.prompt.alignment else f"by {self.study.align}"
         return f"{source}: {align.words(self.alignment, *(len(self.row(w).ids) for w in ('clean', 'corrupt')))}"
 
+    def require_first(self, what: str, which: str = "now") -> None:
+        """UserError where a run is the second model's, and `what` belongs to the first."""
+        if self.pair and self.of(which) is not self.pair[0]:
+            raise UserError(f"{what} belongs to {self.called('clean')}, and this run is one of {self.called('corrupt')}: choose a run of the first")
+
+    def called(self, which: str) -> str:
+        """A run in words: clean or corrupted, or the model that makes it where these are two."""
+        return self.model.info.names[which == "corrupt"] if self.pair else {"clean": "clean", "corrupt": "corrupted"}[which]
+
+    @property
+    def compared(self) -> str:
+        """Which two models the runs compare, in words."""
+        return "clean and corrupted are one prompt in two models: {} and {}".format(*self.model.info.names) if self.pair else ""
+
+    @property
+    def first_tokens(self) -> str:
+        """For the titles, which answers and foils are there by their first token alone; "" where none is."""
+        return f"by its first token alone: {', '.join(self.shortened)}" if self.shortened else ""
+
     @property
     def convention(self) -> str:
         """What was done to the model, for the titles."""
         some = self.study.interventions
         if not some:
-            return ""
-        notes = [f"now = {self.study.base} under {', '.join(str(i) for i in some)}"]
+            return "; ".join(filter(None, [self.first_tokens, self.compared]))
+        notes = [*filter(None, [self.first_tokens, self.compared]), f"now = {self.study.base} under {', '.join(str(i) for i in some)}"]
         parts = {i.node.part for i in some if i.node.site == "head"}
         if parts & {"k", "v"} and self.model.info.n_kv_heads < self.model.info.n_heads:
             notes.append("k and v are shared by a group of heads")
@@ -162,8 +210,38 @@ class Runs:
         return "; ".join(notes)
 
 
-def read_study(model: Model, study: Study) -> Runs:
-    """The study's prompts as tokens, without its interventions; what stops an analysis is an error."""
+def whole_answer(model: Model, study: Study, rows: dict[str, TokenRow | None], answers: tuple[TokenRow, ...]) -> dict[str, TokenRow | None]:
+    """The prompts with the answer's tokens behind them, which logprob_sum reads the probabilities of."""
+    if len(answers) != 1:
+        raise UserError(f"logprob_sum is of one answer, and there {'is none' if not answers else f'are {len(answers)}'}: give one, with its leading space")
+    if study.metric.pos not in ("END", -1):
+        raise UserError("logprob_sum is read from the prompt's end on: its position is END")
+    model.require("one vocabulary", "loss")
+    if not model.causal:
+        raise UserError(f"{model.info.architecture} is not causal: an answer behind the prompt would change the prompt's own activations")
+    out, answer = {}, answers[0]
+    for which, row in rows.items():
+        if row is not None and len(row.ids) + len(answer.ids) > model.info.n_ctx:
+            raise UserError(
+                f"the prompt with its answer has {len(row.ids) + len(answer.ids)} tokens and the model's context holds {model.info.n_ctx}: shorten it"
+            )
+        out[which] = row and replace(row, ids=row.ids + answer.ids, texts=row.texts + answer.texts, tail=len(answer.ids))
+    return out
+
+
+def first_tokens(group: list[Runs]) -> str:
+    """For a title over several prompts, in how many an answer or foil is there by its first token alone."""
+    if len(group) == 1:
+        return group[0].first_tokens
+    n = sum(bool(r.shortened) for r in group)
+    return f"answers of several tokens by their first alone, in {n} of {len(group)} prompts" if n else ""
+
+
+def read_study(model: Model, study: Study, with_answer: bool = False) -> Runs:
+    """
+    The study's prompts as tokens, without its interventions; what stops an analysis is an error. `with_answer`: for analyses of the metric, which in the case of
+    logprob_sum reads the answer's tokens behind the prompt.
+    """
     if study.base not in ("clean", "corrupt"):
         raise UserError(f"{study.base!r} is not a prompt to act on: use clean or corrupt")
     if study.metric.kind not in METRICS:
@@ -175,12 +253,46 @@ def read_study(model: Model, study: Study) -> Runs:
         study = replace(study, text=pinned(study.text)[1])
     if own:
         study = replace(study, metric=replace(study.metric, own=f"{own.file}:{own.name}", digest=own.digest))
-    check = model.check(study.prompt, study.align)
+    prompt, pair = study.prompt, two_models(model, study) if study.against else None
+    if pair:
+        prompt = replace(prompt, corrupt=None, corrupt_labels=(), alignment=())
+    check = model.check(prompt, study.align)
     if check.problems:
         raise UserError("; ".join(check.problems))
-    rows = {"clean": check.clean, "corrupt": check.corrupt}
+    if pair:
+        same_tokens(pair, prompt, check)
+        model = pair[study.base == "corrupt"]
+    rows = {"clean": check.clean, "corrupt": check.clean if pair else check.corrupt}
     rows["now"] = rows[study.base]
     if rows["now"] is None:
         raise UserError("the interventions act on the corrupted prompt, and there is none: type one first")
     answers, foils = (list(dict.fromkeys(r.ids[0] for r in side)) for side in (check.answers, check.foils))
-    return Runs(model, study, rows, answers, foils, [], (), check.alignment, own)
+    long = tuple(f"{r.texts[0]!r} (first of {len(r.ids)} tokens)" for r in (*check.answers, *check.foils) if len(r.ids) > 1)
+    if long and study.metric.kind in ("logit_diff", "prob_diff") and {*answers} & {*foils}:
+        raise UserError(f"answer and foil begin with the same token, {long[0]}: give another foil, or use the metric logprob_sum")
+    pairs = check.alignment
+    if with_answer and study.metric.kind == "logprob_sum":
+        n, m = len(rows["clean"].ids), len(rows["corrupt"].ids) if rows["corrupt"] else 0
+        rows, long = whole_answer(model, study, rows, check.answers), ()
+        pairs += tuple((n + i, m + i) for i in range(rows["clean"].tail)) if pairs else ()
+    return Runs(model, study, rows, answers, foils, [], (), pairs, own, shortened=long, pair=pair)
+
+
+def two_models(model: Model, study: Study) -> tuple[Model, Model]:
+    """The models of the clean and the corrupted run, where the study names a second one."""
+    if model.pair is None or not is_named(model.pair[1].info.name, study.against):
+        raise UserError(f"{study.against} is not loaded beside {model.info.name}: compare with it (M on the screen, --against in the shell)")
+    return model.pair
+
+
+def is_named(name: str, typed: str) -> bool:
+    """Whether a model's name is what was typed, by one of its names."""
+    return name in (typed, canonical(typed))
+
+
+def same_tokens(pair: tuple[Model, Model], prompt: Prompt, check: CheckResult) -> None:
+    """UserError where the second model's tokenizer reads the prompt, its answers or its foils as other tokens."""
+    other = pair[1].check(replace(prompt, bos=check.clean.bos))
+    for what, own, theirs in (("the prompt", [check.clean], [other.clean]), ("an answer", check.answers, other.answers), ("a foil", check.foils, other.foils)):
+        if [r.ids for r in own] != [r.ids for r in theirs]:
+            raise UserError(f"{pair[1].info.name} reads {what} as other tokens than {pair[0].info.name}: two models are compared on the same tokens only")

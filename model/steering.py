@@ -11,7 +11,7 @@ from vocabulary.nodes import FROM_TEXT, Intervention, UserError
 from vocabulary.requests import Progress
 from model.bridge import Edit, Model, write_mid
 from model.places import find_position
-from model.replacements import resampled
+from model.replacements import corrupted_rows, resampled
 from model.runs import NAMES, Runs
 from model.sae_fit import check
 from model.sae import SparseAutoencoder
@@ -89,7 +89,7 @@ def read_change(runs: Runs, d: SparseAutoencoder, i: Intervention) -> Generator[
                 values = t.tensor([values[j] if j >= 0 else float("nan") for j in there])
                 if pos is not None and values[pos].isnan():
                     raise UserError(f"{i}: this position has no partner in the other prompt: choose another, or edit the alignment")
-            return make(values), theirs
+            return make(values), (theirs, runs.study.against)
         case "freeze":
             return make(one(d, runs.trace(base, [d.point])[d.point][0], node.index)), row.ids
         case "resample":
@@ -110,9 +110,10 @@ def mean(runs: Runs, d: SparseAutoencoder, i: Intervention, make: Callable) -> G
     """The feature's mean activation over the set's corrupted prompts, or a text, position by position or over all positions but the first."""
     model, seq = runs.model, len(runs.row("now").ids)
     by_position, text = i.op in ("mean", "mean_text_pos"), i.op in FROM_TEXT
-    rows = [model.row(p.corrupt, p.bos).ids for p in runs.study.prompt_set if p.corrupt is not None and not text]
     if text:
         rows = windows(model, runs.study.text, seq if by_position else None)
+    else:
+        rows = [r.ids for r in corrupted_rows(model, runs.study.prompt_set)]
     if not rows:
         raise UserError("mean ablation needs a prompt set with corrupted prompts: open one first, or ablate to zero")
     if by_position and any(len(r) != seq for r in rows):

@@ -7,7 +7,9 @@ from dataclasses import replace
 import torch as t
 from torch import Tensor
 
+from model import chats
 from vocabulary import alignment as align
+from vocabulary.chat import Chat
 from vocabulary.nodes import UserError
 from vocabulary.prompts import Prompt, TokenRow
 from vocabulary.requests import CheckResult, ModelInfo
@@ -75,12 +77,16 @@ class Tokens:
         out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=self.tokenizer.is_fast, verbose=False)
         return list(out["input_ids"]), [tuple(o) for o in out.get("offset_mapping", [])]
 
-    def row(self, text: str, bos: bool | None, labels: tuple[tuple[str, int], ...] = ()) -> TokenRow:
+    def written(self, text: str | Chat) -> str:
+        """The text of a prompt: a chat's as the tokenizer's template writes it."""
+        return text if isinstance(text, str) else chats.render(self.tokenizer, text)
+
+    def row(self, text: str | Chat, bos: bool | None, labels: tuple[tuple[str, int], ...] = ()) -> TokenRow:
         key = (text, bos, labels)
         if key not in self.rows:
             if len(self.rows) > 8192:
                 self.rows.clear()
-            self.rows[key] = self.read_row(text, bos, labels)
+            self.rows[key] = (self.read_row if isinstance(text, str) else self.read_chat)(text, bos, labels)
         return self.rows[key]
 
     def read_row(self, text: str, bos: bool | None, labels: tuple[tuple[str, int], ...]) -> TokenRow:
@@ -105,17 +111,51 @@ class Tokens:
             where["END"] = len(ids) - 1
         return TokenRow(tuple(ids), tuple(self.text(i) for i in ids), where, add or starts)
 
-    def answer(self, clean: str, text: str) -> TokenRow:
+    def read_chat(self, chat: Chat, bos: bool | None, labels: tuple[tuple[str, int], ...]) -> TokenRow:
+        """A chat as the tokens of what its template writes; BOS is there where the template has it, and nowhere else."""
+        text = self.written(chat)
+        own = self.own(chat)
+        if labels and own is None:
+            raise UserError(f"label {labels[0][0]}: this chat template changes what the turns say, so a label's place in them is not known")
+        places = [(name, chats.character(own, place)) for name, place in labels]
+        if lost := [name for name, place in places if place is None]:
+            raise UserError(f"label {lost[0]}: the chat template leaves its character out")
+        ids, offsets = self.encode(text)
+        starts = self.bos is not None and ids[:1] == [self.bos]
+        if bos is not None and bos is not starts:
+            raise UserError(f"a chat is asked as its template has it, {'with' if starts else 'without'} BOS: let BOS be as it is by itself (<, or no --bos)")
+        row = self.read_row(text, False, tuple(places))
+        return replace(row, template=chats.template_tokens(own, offsets) if own is not None else ())
+
+    def own(self, chat: Chat) -> chats.Own | None:
+        """Which characters of a chat's text are its turns' own; None where that can't be told."""
+        return chats.own_characters(self.tokenizer, chat, self.written(chat)) if self.tokenizer.is_fast else None
+
+    def answer(self, clean: str | Chat, text: str) -> TokenRow:
         """An answer as the tokens that would follow the clean prompt; alone when it merges with the prompt's end."""
+        clean = self.written(clean)
         base, full = self.encode(clean)[0], self.encode(clean + text)[0]
         ids = full[len(base) :] if base and full[: len(base)] == base else self.encode(text)[0]
         return TokenRow(tuple(ids), tuple(self.text(i) for i in ids), {"END": len(ids) - 1} if ids else {})
 
     def check(self, prompt: Prompt, how: str = "") -> CheckResult:
         """The prompt's rows, its alignment (`how` of ALIGNMENTS), and what is wrong with it."""
-        problems, hints, pairs = [], [], ()
+        problems, hints = [], []
+        clean, corrupt, pairs = self.pair(prompt, how, problems, hints)
+        text = prompt.clean if clean.ids else ""
+        sides = [self.side(what, texts, text, problems, hints) for what, texts in (("answer", prompt.answers), ("foil", prompt.foils))]
+        both = {r.ids[:1] for r in sides[0]} & {r.ids[:1] for r in sides[1]}
+        if both and not problems:
+            hints.append(
+                "a token is both answer and foil" if all(len(r.ids) == 1 for side in sides for r in side) else "an answer and a foil begin with the same token"
+            )
+        return CheckResult(clean, corrupt, *sides, tuple(problems), tuple(hints), pairs)
 
-        def read(what: str, text: str, labels: tuple = ()) -> TokenRow:
+    def pair(self, prompt: Prompt, how: str, problems: list[str], hints: list[str]) -> tuple[TokenRow, TokenRow | None, align.Pairs]:
+        """The clean and the corrupted prompt as tokens, and their alignment; what is wrong with them is added to the problems and hints."""
+        pairs = ()
+
+        def read(what: str, text: str | Chat, labels: tuple = ()) -> TokenRow:
             try:
                 row = self.row(text, prompt.bos, labels)
             except UserError as error:
@@ -127,7 +167,9 @@ class Tokens:
                 problems.append(f"{what} has {len(row.ids)} tokens and the model's context holds {self.info.n_ctx}: shorten it")
             elif bad := [i for i in row.ids if i >= self.n_embed]:
                 problems.append(f"{what}: token {bad[0]} ({self.text(bad[0])!r}) is not among the model's {self.n_embed} embeddings")
-            if prompt.bos is None and self.info.default_bos and text and not problems and self.encode(text)[0][:1] == [self.bos]:
+            if isinstance(text, tuple):
+                hints.extend([f"{what}: the tokens of this chat template can't be told from those of the turns, which it changes"] * (self.own(text) is None))
+            elif prompt.bos is None and self.info.default_bos and text and not problems and self.encode(text)[0][:1] == [self.bos]:
                 hints.append(f"{what} starts with {self.info.bos} itself: none was added")
             return row
 
@@ -147,14 +189,11 @@ class Tokens:
                 hints.append(f"clean has {n} tokens and corrupted {m}: patching by position needs equal lengths, or an alignment (diff or labels)")
             if pairs and not align.is_by_index(pairs, n, m):
                 hints.append(align.words(pairs, n, m))
-        sides = [self.side(what, texts, prompt.clean, problems, hints) for what, texts in (("answer", prompt.answers), ("foil", prompt.foils))]
-        both = {r.ids for r in sides[0]} & {r.ids for r in sides[1]}
-        if both and not problems:
-            hints.append("a token is both answer and foil")
-        return CheckResult(clean, corrupt, *sides, tuple(problems), tuple(hints), pairs)
+        return clean, corrupt, pairs
 
-    def side(self, what: str, texts: tuple[str, ...], clean: str, problems: list[str], hints: list[str]) -> tuple[TokenRow, ...]:
+    def side(self, what: str, texts: tuple[str, ...], prompt: str | Chat, problems: list[str], hints: list[str]) -> tuple[TokenRow, ...]:
         """The answers (or foils) as tokens; what is wrong with them is added to the problems and hints."""
+        chat, clean = isinstance(prompt, tuple), self.written(prompt)
         rows = []
         for text in texts:
             try:
@@ -165,13 +204,21 @@ class Tokens:
                 continue
             spaced = self.answer(clean, " " + text) if text and not text[0].isspace() else TokenRow()
             advice = f"; {' ' + text!r} with a leading space is one token" if len(spaced.ids) == 1 and spaced.ids != row.ids else ""
-            if len(row.ids) != 1:
-                parts = " ".join(repr(s) for s in row.texts)
-                problems.append(f"{what} {text!r} is {len(row.ids)} tokens ({parts}) and must be one{advice}" if text else f"an {what} is empty")
+            parts = " ".join(repr(s) for s in row.texts)
+            if not row.ids:
+                problems.append(f"{what} {text!r} is no token" if text else f"an {what} is empty")
+            elif len(row.ids) > 1 and advice:
+                problems.append(f"{what} {text!r} is {len(row.ids)} tokens ({parts}){advice}")
             elif row.ids[0] >= self.info.d_vocab:
                 problems.append(f"{what} {text!r} is token {row.ids[0]}, which the model can't predict")
+            elif len(row.ids) > 1:
+                hints.append(
+                    f"{what} {text!r} is {len(row.ids)} tokens ({parts}): the first, {row.texts[0]!r}, stands for it; the metric logprob_sum takes all of them"
+                )
             elif advice and not clean[-1:].isspace():
                 hints.append(f"{what} {text!r} has no leading space: after this prompt {' ' + text!r} is the usual token")
+            elif chat and text[:1] == " " and clean[-1:].isspace() and len(self.answer(clean, text.lstrip()).ids) == 1:
+                hints.append(f"{what} {text!r} has a leading space: at the start of the assistant's answer {text.lstrip()!r} is the usual token")
             rows.append(row)
         return tuple(rows)
 

@@ -6,12 +6,14 @@ import re
 from pathlib import Path
 
 from techniques.output.requests import RunResult
+from vocabulary.names import same_model
 from vocabulary.nodes import ABLATIONS, FROM_TEXT, Intervention, Node, OPS, parse_intervention, parse_node, UserError
 from vocabulary.prompts import WHICH
 from vocabulary.typed import read_text, user_path, whole_number
 from screen import history
 from screen.jobs import ends_jobs
 from screen.overlays import Editor, Item, Picker
+from screen.pictures import run_names
 from screen.pane import Host
 from screen.session import VIEWS
 from utils import ROOT
@@ -99,7 +101,7 @@ def check_source(app: Host, new: Intervention) -> None:
     if new.op == "patch" and run is not None and run.corrupt is not None and not aligned and len(run.corrupt.tokens.ids) != len(run.clean.tokens.ids):
         a, b = len(run.clean.tokens.ids), len(run.corrupt.tokens.ids)
         raise UserError(f"patching is position by position, and clean has {a} tokens, corrupted {b}: make them equal with e or E, or align them with %")
-    if new.op == "patch" and app.state.prompt.corrupt is None:
+    if new.op == "patch" and not app.state.compares:
         raise UserError("patching takes the value from the other prompt, and there is no corrupted prompt: E types one, o opens a set")
     if new.op in FROM_TEXT and not app.state.text.path:
         raise UserError("a mean over a text needs one: A, then text, names it")
@@ -197,7 +199,9 @@ def base(app: Host) -> None:
     new = "corrupt" if app.state.base == "clean" else "clean"
     app.act("base", value=new)
     app.say(
-        "denoising: interventions act on the corrupted prompt, p patches from the clean one"
+        f"interventions act on {run_names(app.state)[new]}, p patches from {run_names(app.state)['clean' if new == 'corrupt' else 'corrupt']}"
+        if app.state.model.against
+        else "denoising: interventions act on the corrupted prompt, p patches from the clean one"
         if new == "corrupt"
         else "noising: interventions act on the clean prompt, p patches from the corrupted one"
     )
@@ -253,8 +257,26 @@ def turns(name: str):
 
 
 def turn_which(app: Host) -> None:
-    kinds = WHICH if app.state.prompt.corrupt is not None else ("now", "clean", "now-clean")
+    kinds = WHICH if app.state.compares else ("now", "clean", "now-clean")
     turn(app, "which", tuple(k for k in kinds if "-" not in k or app.panes[app.pane].differences))
+
+
+# ------------------------------------------------------------------ the circuit of this model
+
+
+def own_circuit(app: Host) -> None:
+    """What is kept on one model does not join the circuit of another: a circuit of the loaded one begins."""
+    now = app.state.current
+    if now is not None and not same_model(now.model, app.state.model.model):
+        app.act("new_circuit", name=free_name(app, "circuit"))
+
+
+def free_name(app: Host, start: str) -> str:
+    names, n = {c.name for c in app.state.circuits}, 2
+    name = start
+    while name in names:
+        name, n = f"{start}-{n}", n + 1
+    return name
 
 
 # ------------------------------------------------------------------ finding
@@ -271,7 +293,7 @@ def find(app: Host, needle: str) -> str:
     if not needle:
         return "type a token, a node or a position"
     if needle.startswith("@") and (pos := position_of(app, needle)) is not None:
-        app.move(pos=pos)
+        to_position(app, pos)
         return ""
     with contextlib.suppress(UserError):
         return find_node(app, needle, parse_node(needle))
@@ -293,6 +315,12 @@ def position_of(app: Host, text: str) -> int | None:
     if not -n <= pos < n:
         raise UserError(f"{text}: the prompt has {n} tokens, 0 to {n - 1}")
     return pos % n
+
+
+def to_position(app: Host, pos: int) -> None:
+    app.move(pos=pos)
+    if app.cursor.pos != pos:
+        app.say(f"{pos} is a token of the chat template that is folded away: \\ unfolds it", WARN)
 
 
 def find_node(app: Host, needle: str, node: Node) -> str:

@@ -1,19 +1,19 @@
 """What the keys do that open a list or a panel: help, palette, models, the convention in full, copying."""
 
-import json
 import time
 
-from techniques.output.requests import RunResult
 from vocabulary.files import folder, short, write_text
 from vocabulary.nodes import UserError
+from vocabulary.prompts import line_of
+from screen import exports
 from screen.explain import paragraphs, wrapped
 from screen.glyphs import SIGNS
 from screen.jobs import ends_jobs
 from screen.keys import Action, helped, show_keys
 from screen.overlays import Item, Overlay, Panel, Picker
 from screen.pane import Host
-from screen.script import python_script
 from screen.session import VIEWS
+from screen.template import end_of
 from widgets import GOOD
 
 # ------------------------------------------------------------------ keys and commands
@@ -44,6 +44,9 @@ def convention(app: Host) -> None:
     title, note = pane.said
     lines = paragraphs((pane.explained[v] for v in pane.variants(app) if v in pane.explained), width)
     lines += wrapped("shown", title, width) + (wrapped("here", note, width) if note else [])
+    if isinstance(app.state.prompt.clean, tuple):
+        end = f"END is the last token before what is predicted, {end_of(app.state.prompt)}; \\ dims or folds the tokens of the chat template"
+        lines += wrapped("chat", end, width)
     for row in pane.info_line.text().splitlines():
         lines += wrapped("cursor", row.strip(), width)
     app.open(Panel(f"{pane.number} {pane.label}", lines, ""))
@@ -64,30 +67,25 @@ def restart(app: Host) -> None:
 
 # ------------------------------------------------------------------ out
 
+CLIPBOARD = (".txt", ".tsv", ".py", ".jsonl", ".json", "")  # what is copied too; the rest are files to open
+
 
 def copy(app: Host) -> None:
     app.ready()
     pane = app.panes[app.pane]
     if any(app.requests.stale(s) for s in app.requests.wanted):
         raise UserError("the screen is still computing: copy when it is done")
-    node, s, grids = app.node(), app.state, pane.grids()
-    script = lambda: python_script(s, app.info, app.requests.result("run", RunResult))  # noqa: E731
+    node, grids = app.node(), pane.grids()
     choices = [
         Item("text", "this pane as text", ".txt", pane.as_text),
         *(Item("tsv" if len(grids) == 1 else f"tsv {n}", f"{n}: every number, tab-separated", ".tsv", g.tsv) for n, g in grids.items()),
-        Item("python", "a script that uses TransformerLens alone and prints the metric", ".py", script),
+        *exports.choices(app, pane),
         Item("svg", "the screen as a picture", ".svg", lambda: app.export_screenshot(title="loupe")),
         Item("node", f"the address {node}", ".txt", lambda: f"{node}\n"),
         *pane.copies(app),
-        Item("prompt", "the prompt as a line of a prompt set", ".jsonl", lambda: prompt_line(app)),
+        Item("prompt", "the prompt as a line of a prompt set", ".jsonl", lambda: line_of(app.state.prompt)),
     ]
     app.open(Picker("copy", choices, lambda item, typed: item and app.guard(lambda: export(app, pane.key, item))))
-
-
-def prompt_line(app: Host) -> str:
-    p = app.state.prompt
-    line = {"clean": p.clean, "corrupt": p.corrupt, "answer": list(p.answers), "foil": list(p.foils), "labels": dict(p.labels)}
-    return json.dumps(line | ({} if p.bos is None else {"bos": p.bos}), ensure_ascii=False) + "\n"
 
 
 def export(app: Host, name: str, item: Item) -> None:
@@ -97,6 +95,7 @@ def export(app: Host, name: str, item: Item) -> None:
     text = item.value()
     path = folder("exports") / f"{time.strftime('%Y-%m-%d-%H%M%S')}-{name}-{item.key.replace(' ', '-')}{item.note}"
     write_text(path, text)
-    if item.key != "svg":
+    copied = item.note in CLIPBOARD
+    if copied:
         app.copy_to_clipboard(text)
-    app.say(f"{'written' if item.key == 'svg' else 'copied; also'} {short(path)} ({len(text.splitlines())} lines)", GOOD)
+    app.say(f"{'copied; also' if copied else 'written'} {short(path)} ({len(text.splitlines())} lines)", GOOD)

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from vocabulary.nodes import UserError
+from vocabulary.prompts import Prompt
+from vocabulary.wire import from_json
 
 VIEW = "view"  # the action that changes views, and only them
 
@@ -27,6 +29,12 @@ def taken_back(now, stack: list, of: str, way: str) -> tuple:
     return part(now), name, [*stack[:at], *((part(state), later) for state, later in stack[at + 1 :])]
 
 
+def jump(state, to: dict, prompts: list | tuple[Prompt, ...] = ()):
+    """Another point of the session, whole but for its set, which comes beside it; the views stay."""
+    prompts = prompts if isinstance(prompts, tuple) else from_json(prompts, tuple[Prompt, ...])
+    return replace(from_json(to, type(state)), prompt_set=prompts, views=state.views)
+
+
 def count(stack: list) -> int:
     """Actions that undo or redo would reach."""
     return sum(concerns(name, "work") for _, name in stack)
@@ -40,6 +48,10 @@ def words(name: str, before, after) -> str:
             return " ".join(new) or f"{'restored' if name == 'drop' else 'cleared'} {' '.join(gone)}"
         case "model":
             return f"model {Path(after.model.model).name}"
+        case "against":
+            return f"compared with {Path(after.model.against).name or 'the corrupted prompt'}"
+        case "adapter_scale":
+            return f"adapter × {after.model.scale:g}"
         case "prompt":
             return (
                 "the prompt's alignment"
@@ -51,9 +63,11 @@ def words(name: str, before, after) -> str:
         case "open_set":
             return f"set {Path(after.set_path).stem}"
         case "metric":
-            return f"metric {after.metric.words if after.metric.own else f'{after.metric.kind}@{after.metric.pos}'}"
+            return f"metric {after.metric.short}"
         case "base" | "ablation" | "lens":
             return f"{name} {getattr(after, name)}"
+        case "jump":
+            return "a jump to another point"
         case "enable":
             return f"interventions {'on' if after.enabled else 'off'}"
         case "sae_error":
@@ -62,15 +76,23 @@ def words(name: str, before, after) -> str:
             return f"SAE {after.sae}" if after.sae else "SAEs put away"
         case "receivers" | "senders":
             return f"{name} {' '.join(getattr(after, name)) or 'the node under the cursor'}"
+    return how_words(name, after) or circuit_words(before, after) or name.replace("_", " ")
+
+
+def how_words(name: str, after) -> str:
+    """What a setting of prompts, means and continuations is now, or ""."""
+    match name:
+        case "align":
+            return f"alignment {after.align or 'position by position'}"
+        case "chat":
+            return "plain text" if isinstance(after.prompt.clean, str) else "chat"
+        case "bos":
+            return f"BOS {'as the tokenizer does' if after.prompt.bos is None else 'on' if after.prompt.bos else 'off'}"
         case "generation":
             return f"continuation {after.generation.words}"
         case "text":
             return f"means over {Path(after.text.path).name or 'no text'}"
-        case "align":
-            return f"alignment {after.align or 'position by position'}"
-        case "bos":
-            return f"BOS {'as the tokenizer does' if after.prompt.bos is None else 'on' if after.prompt.bos else 'off'}"
-    return circuit_words(before, after) or name.replace("_", " ")
+    return ""
 
 
 def circuit_words(before, after) -> str:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from vocabulary.requests import Load, Status
+from screen import resume
 from screen.client import EngineDied, EngineError
 from screen.cursor import Cursor
 from screen.history import VIEW
@@ -22,6 +23,7 @@ async def load(app: Host, request: Load) -> None:
     app.info = info
     broken, line = [c.name for c in info.checks if c.ok is False], f"loaded {model_name(info.name)} in {info.seconds:.1f} s; self-check"
     passed = f"{line} passed ({sum(c.ok is True for c in info.checks)} identities); {info.bos_habit}"
+    passed = " · ".join(filter(None, (info.beside, passed)))
     app.say(f"{line} FAILED: {', '.join(broken)}" if broken else passed, BAD if broken else GOOD)
     if app.failed:
         app.say(f"{model_name(info.name)} stays: {app.failed}", BAD)
@@ -36,7 +38,7 @@ def not_loaded(app: Host, error: EngineError) -> None:
     """Back to the model before, which the engine still has."""
     app.busy = "not loaded: M chooses a model"
     last = next((name for _, name in reversed(app.session.past) if name != VIEW), "")
-    if app.client.alive and last == "model" and not isinstance(error, EngineDied):
+    if app.client.alive and last in ("model", "against", "adapter_scale") and not isinstance(error, EngineDied):
         app.session.do("undo", of="work")
         app.refresh_wants()
     app.say(str(error), BAD)
@@ -45,6 +47,8 @@ def not_loaded(app: Host, error: EngineError) -> None:
 
 
 async def poll_memory(app: Host) -> None:
+    """When nothing is being computed: memory for the top line, and what waits goes to the session file."""
+    resume.keep(app)
     s = await app.requests.asked("status", Status(), 2, failed=lambda error: None, any_model=True)
     if s is not None:
         app.memory = (s.memory // 10**7 * 10**7, s.device_memory // 10**7 * 10**7, s.cache)

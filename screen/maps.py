@@ -4,7 +4,8 @@ or one, then half blocks (two rows a line), so that a whole model is in view. Pu
 """
 
 import math
-from dataclasses import dataclass, field
+from bisect import bisect_left
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -27,6 +28,7 @@ class Grid:
     how wide a cell may be; numbers under `faint` are SMALL; `blanks` are columns that show their name. `numbers` are shown when they differ from what is coloured (ranks on a log
     scale; `ends` then names the ends of the colours). `signed` draws outward from zero. `marks` are underlined; `kept`, the circuit's cells, end in KEPT; `noise`, cells below the noise floor `floor`, are a dim ~ (their numbers in number mode and exports), without colour in half blocks. `positions`: columns are
     positions, numbered above. `listed`: the largest cells are marked, and listed in room that is left (not where every step of the cursor brings another picture). `thin`: names and row numbers of coarser choices of rows, for text that is too high.
+    `faded`: rows and columns whose names are dim. `whole`: the grid that this one shows some rows and columns of, those of `shown_rows` and `shown_cols`.
     """
 
     values: np.ndarray
@@ -49,6 +51,19 @@ class Grid:
     listed: bool = True
     ends: tuple[str, str] = ("", "")
     thin: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    faded: tuple[frozenset[int], frozenset[int]] = (frozenset(), frozenset())
+    whole: "Grid | None" = None
+    shown_rows: tuple[int, ...] = ()
+    shown_cols: tuple[int, ...] = ()
+
+    def place(self, col: int) -> int:
+        """A column's number in the whole grid."""
+        return self.shown_cols[col] if self.whole else col
+
+    def cell_of(self, at: tuple[int, int]) -> tuple[int, int]:
+        """Where a cell of the whole grid is here; one that is not shown, the next that is."""
+        near = lambda shown, n: min(bisect_left(shown, n), len(shown) - 1)  # noqa: E731
+        return (near(self.shown_rows, at[0]), near(self.shown_cols, at[1])) if self.whole else at
 
     @cached_property
     def level(self) -> np.ndarray:
@@ -96,14 +111,40 @@ class Grid:
         """A cell in words: L23H3, L3.mlp, L2.resid_post @4 ·Mary."""
         r, c = visible(self.rows[row].strip()), visible(self.cols[col])
         if self.positions:
-            return f"{r} → {col} {c}" if r[:1].isdigit() else f"{r} @{col} {c}"
+            return f"{r} → {self.place(col)} {c}" if r[:1].isdigit() else f"{r} @{self.place(col)} {c}"
         return r + c if c[:1] == "H" else f"{r}.{c}" if r[:1] == "L" else f"{r} × {c}"
 
     def tsv(self) -> str:
+        if self.whole:
+            return self.whole.tsv()
         corner = self.corner if math.isnan(self.floor) else f"{self.corner} noise floor {self.floor:.2g}".strip()
         head = "\t".join([corner, *(visible(c) for c in self.cols)])
         body = ("\t".join([visible(r).strip(), *("" if math.isnan(v) else f"{v:.6g}" for v in row)]) for r, row in zip(self.rows, self.shown.tolist()))
         return "\n".join([head, *body]) + "\n"
+
+
+def without(grid: Grid, rows: frozenset[int], cols: frozenset[int]) -> Grid:
+    """The grid on the same scale without some of its rows and columns; those that are left keep their numbers. Its columns all stay where none would be left."""
+    kept = [tuple(n for n in range(len(names)) if n not in gone) or tuple(range(len(names))) for names, gone in ((grid.rows, rows), (grid.cols, cols))]
+    if [*map(len, kept)] == [*grid.values.shape]:
+        return grid
+    here = [{n: i for i, n in enumerate(some)} for some in kept]
+    cells = lambda some: frozenset((here[0][r], here[1][c]) for r, c in some if r in here[0] and c in here[1])  # noqa: E731
+    part = lambda array: None if array is None else array[np.ix_(*kept)]  # noqa: E731
+    return replace(
+        grid,
+        values=part(grid.values),
+        rows=[grid.rows[n] for n in kept[0]],
+        cols=[grid.cols[n] for n in kept[1]],
+        text=grid.text and [[grid.text[r][c] for c in kept[1]] for r in kept[0]],
+        numbers=part(grid.numbers),
+        **{name: cells(getattr(grid, name)) for name in ("marks", "kept", "noise")},
+        thin=tuple((name, tuple(here[0][r] for r in some if r in here[0])) for name, some in grid.thin),
+        faded=tuple(frozenset(here[i][n] for n in grid.faded[i] if n in here[i]) for i in (0, 1)),
+        whole=grid,
+        shown_rows=kept[0],
+        shown_cols=kept[1],
+    )
 
 
 # ------------------------------------------------------------------ density
@@ -304,12 +345,9 @@ def ranked(grid: Grid, width: int, height: int) -> list[Spans]:
         )
     if spread:
         values = grid.values[np.isfinite(grid.values)]
-        counts, edges = np.histogram(values, bins=min(30, width - 4))
-        lines += [
-            [],
-            [("distribution of the values (log counts)", DIM)],
-            [(f"{edges[0]:.2g} ", DIM), (bars(np.log1p(counts).tolist()), PLAIN), (f" {edges[-1]:.2g}", DIM)],
-        ]
+        low, high = f"{values.min():.2g} ", f" {values.max():.2g}"
+        counts, _ = np.histogram(values, bins=max(4, min(30, width - len(low + high) - 1)))
+        lines += [[], [("distribution of the values (log counts)"[:width], DIM)], [(low, DIM), (bars(np.log1p(counts).tolist()), PLAIN), (high, DIM)]]
     return lines
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from screen import beside
 from screen.jobs import ends_jobs
 from screen.overlays import Item, Picker
 from screen.pane import Host
@@ -19,17 +20,23 @@ def models(app: Host) -> None:
     """Choose a model. The names come at once, the sizes as they are read; esc ends the reading."""
     old = app.state.model
     found = ModelsResult((ModelChoice("zoo", "embedded"),))
-    picker = Picker(f"model {USAGE}", items(found), lambda item, typed: chosen(app, item, typed, found), free=True, gone=lambda: stop(app))
+    picker = Picker(f"model {USAGE}", listed(app, found), lambda item, typed: chosen(app, item, typed, found), free=True, gone=lambda: stop(app))
     app.open(picker)
 
     def fill(result: ModelsResult) -> None:
         nonlocal found
         found, room = result, result.room
-        picker.items, picker.title = items(result), f"model in {old.dtype}, {show_bytes(room.free)} free on {room.device} {USAGE}"
+        picker.items, picker.title = listed(app, result), f"model in {old.dtype}, {show_bytes(room.free)} free on {room.device} {USAGE}"
         if picker.is_mounted and not picker.closing:
             picker.draw()
 
     app.requests.ask(SLOT, Models(old.dtype, old.device), fill, 0, failed=lambda error: picker.complain(str(error)), any_model=True, on_partial=fill)
+
+
+def listed(app: Host, found: ModelsResult) -> list[Item]:
+    """The models; what compares with a second one comes after the first line."""
+    first, *rest = items(found)
+    return [first, *beside.items(app), *rest]
 
 
 def stop(app: Host) -> None:
@@ -55,6 +62,9 @@ def size(c: ModelChoice, found: ModelsResult) -> str:
 def chosen(app: Host, item: Item | None, typed: str, found: ModelsResult) -> None:
     """Load what was chosen or typed; of a model that is too large, ask how."""
     choice = item.value if item else None
+    if isinstance(choice, str):
+        beside.chosen(app, item, found)
+        return
     if choice is None or not found.room.free or choice.need <= found.room.free:
         load_model(app, [item.key] if item else typed.split())
         return
@@ -68,14 +78,14 @@ def chosen(app: Host, item: Item | None, typed: str, found: ModelsResult) -> Non
 
 
 def load_model(app: Host, words: list[str]) -> None:
-    """A model as it is typed: its name, then base=, dtype=, device=, device_map=."""
+    """A model as it is typed: its name, then base=, dtype=, device=, device_map=, against=."""
     options = dict(w.partition("=")[::2] for w in words[1:])
     old = app.state.model
-    if unknown := set(options) - {"base", "dtype", "device", "device_map"}:
-        app.say(f"{min(unknown)}=: a model takes base=, dtype=, device=, device_map=", BAD)
+    if unknown := set(options) - {"base", "dtype", "device", "device_map", "against"}:
+        app.say(f"{min(unknown)}=: a model takes base=, dtype=, device=, device_map=, against=", BAD)
         return
     kept = {name: options.get(name, getattr(old, name)) for name in ("dtype", "device", "device_map")}
-    load = Load(words[0], options.get("base"), **kept)
+    load = Load(words[0], options.get("base"), **kept, against=options.get("against", ""))
     if replace(load, model=canonical(load.model)) == replace(old, model=canonical(old.model)) and app.info is not None:
         app.say(f"{load.model} is loaded already: ctrl+e restarts the engine, which reads its weights from disk again", WARN)
         return

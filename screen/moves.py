@@ -29,6 +29,8 @@ def page(app: Host, by: float) -> None:
 def next_difference(app: Host, by: int = 1) -> None:
     """The position after (or before) the cursor's where clean and corrupted have different tokens."""
     app.ready()
+    if app.state.model.against:
+        raise UserError("both models read the same tokens: there is no position where the two runs differ")
     if app.state.prompt.corrupt is None:
         raise UserError("there is no corrupted prompt to differ from: E types one, o opens a set")
     places, pos = sorted(differing(app)), app.cursor.pos
@@ -119,7 +121,7 @@ def count(app: Host) -> None:
             return len(keys) > 9
         number = "".join(digits)
         if last == "enter" and number:
-            app.move(pos=actions.position_of(app, number))
+            actions.to_position(app, actions.position_of(app, number))
         elif show_key(last) in by_key and number.isdigit():
             COUNTED[by_key[show_key(last)]](app, int(number))
         else:

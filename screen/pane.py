@@ -16,7 +16,7 @@ from techniques.features.requests import SaeInfo
 from techniques.output.requests import Side
 from vocabulary.names import same_model
 from vocabulary.nodes import Node
-from vocabulary.prompts import Study
+from vocabulary.prompts import Study, TokenRow
 from vocabulary.requests import ModelInfo
 from screen.client import Client
 from screen.cursor import Cursor, clip
@@ -27,9 +27,10 @@ from screen.overlays import Item, Overlay
 from screen.pictures import kept_cells, scale, texts_of
 from screen.replies import Requests
 from screen.session import VIEWS, Session, State
+from screen.template import by_template, faded, folded
 from screen.textview import TextView
 from utils import width_of
-from widgets import BOLD, DIM, FOCUS, HEAD, PLAIN, RULE, Grid, GridView, Lines, Spans
+from widgets import BOLD, DIM, FOCUS, HEAD, PLAIN, RULE, Grid, GridView, Lines, Same, Spans
 
 
 class Host(Protocol):
@@ -93,7 +94,7 @@ class Pane(Vertical, can_focus=True):
 
     def __init__(self, **kw):
         super().__init__(**kw)
-        self.title_line, self.info_line = Lines(), Lines()
+        self.title_line, self.info_line = Lines(), Lines(whole=True)
         self.text = TextView(classes="second")
         self.said = ("", "")  # title and convention as they stand in the title line
         self.drawn: dict[str, tuple[tuple, Grid]] = {}
@@ -193,7 +194,8 @@ class Pane(Vertical, can_focus=True):
     def show_text(self, app: Host, grid: Grid | None, message: Spans | None = None) -> None:
         """The prompt as text with these numbers (a Grid of one row), or why there are none; the line below names the cursor's."""
         known = grid is not None and app.tokens is not None and grid.cols == texts_of(app.tokens.tokens)
-        self.text.show(grid, app.cursor.pos, app.state.views["mode"], message, differing(app) if known else frozenset())
+        marked = (f(app.state, app.tokens.tokens) for f in (faded, folded)) if known else ()
+        self.text.show(grid, app.cursor.pos, app.state.views["mode"], message, differing(app) if known else frozenset(), *marked)
         self.info_line.show([self.text.about()])
 
     def height_needed(self) -> int:
@@ -236,6 +238,11 @@ class Pane(Vertical, can_focus=True):
             self.drawn[name] = (key, make())
         return self.drawn[name][1]
 
+    def by_position(self, app: Host, name: str, grid: Grid, row: TokenRow, rows: bool = False) -> Grid:
+        """A map whose columns (and `rows`) are positions of a prompt, with a chat template's tokens dim or folded away."""
+        key = Same(grid), app.state.views["template"], app.state.metric.pos, rows
+        return self.picture(f"{name} by position", key, lambda: by_template(app.state, grid, row, rows))
+
     def with_circuit(self, app: Host, name: str, key: tuple, make: Callable[[], Grid], cells: Callable[[Grid], Iterable]) -> Grid:
         """A picture in which the circuit's cells are marked; `cells` gives every cell's address."""
         current = app.state.current
@@ -272,7 +279,7 @@ class Pane(Vertical, can_focus=True):
 def differing(app: Host) -> frozenset[int]:
     """Positions of the shown run where clean and corrupted have different tokens: by the alignment where there is one, else by index."""
     check, shown = app.requests.check(), app.tokens
-    if shown is None or check is None or check.corrupt is None:
+    if shown is None or check is None or check.corrupt is None or app.state.model.against:
         return frozenset()
     a, b = check.clean.ids, check.corrupt.ids
     pairs = check.alignment or tuple((n, n) for n in range(min(len(a), len(b))))

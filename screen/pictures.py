@@ -12,28 +12,39 @@ from vocabulary.nodes import parse_node
 from vocabulary.prompts import TokenRow
 from screen.session import State
 from screen.maps import ends_of
+from utils import two_names, width_of
 from widgets import BOLD, DIM, PLAIN, WARN, Grid, Spans
 
-RUN_NAMES = {
-    "now": "now",
-    "clean": "clean",
-    "corrupt": "corrupted",
-    "clean-corrupt": "clean − corrupted",
-    "now-clean": "now − clean",
-    "now-corrupt": "now − corrupted",
-}
+Ranked = tuple[int, Spans]  # a part of a line and its importance, 0 the most
+
+
+def run_names(state: State, now: str = "now") -> dict[str, str]:
+    """Every run and difference in words: clean and corrupted, or the two models that are compared."""
+    a, b = two_names(state.model.model, state.model.against) if state.model.against else ("clean", "corrupted")
+    pairs = {"clean-corrupt": (a, b), "now-clean": (now, a), "now-corrupt": (now, b)}
+    return {"now": now, "clean": a, "corrupt": b} | {which: f"{x} − {y}" for which, (x, y) in pairs.items()}
 
 
 def run_name(state: State, which: str) -> str:
     """A run or a difference in words, with what is done to it."""
-    base = RUN_NAMES[state.base]
-    now = f"now ({len(state.interventions)} on {base})" if state.interventions and state.enabled else f"now = {base}"
-    return RUN_NAMES[which].replace("now", now)
+    base = run_names(state)[state.base]
+    return run_names(state, f"now ({len(state.interventions)} on {base})" if state.interventions and state.enabled else f"now = {base}")[which]
 
 
 def texts_of(row: TokenRow) -> list[str]:
-    """The tokens' texts; a BOS token that was put in front reads ⟨bos⟩."""
-    return ["⟨bos⟩", *row.texts[1:]] if row.bos else list(row.texts)
+    """The tokens' texts; a BOS token that was put in front reads ⟨bos⟩, one of a chat's template as it is written."""
+    return ["⟨bos⟩", *row.texts[1:]] if row.bos and 0 not in row.template else list(row.texts)
+
+
+def fitted(parts: list[Ranked], width: int) -> Spans:
+    """Of the parts of a line, in their order, those that fit whole: the less important go first, those of importance 0 stay."""
+    room, kept = width, set()
+    for n in sorted(range(len(parts)), key=lambda n: parts[n][0]):
+        size = sum(width_of(text) for text, _ in parts[n][1])
+        if parts[n][0] == 0 or size <= room:
+            kept.add(n)
+            room -= size
+    return [span for n, (_, spans) in enumerate(parts) if n in kept for span in spans]
 
 
 def signed(x: float | None, digits: int = 3) -> str:
@@ -116,24 +127,23 @@ def show_p(p: float) -> str:
     return "below .001" if p < 0.001 else f"{p:.3f}"
 
 
-def sweep_cell(truth: SweepResult | None, estimate: SweepResult | None, row: int, col: int, about: Spans = ()) -> Spans:
-    """One line about a cell: its node, the metric under it, effect, estimate, spread; then what `about` says of it in the map that is shown."""
+def sweep_cell(truth: SweepResult | None, estimate: SweepResult | None, row: int, col: int, about: Spans = (), width: int = 1000) -> Spans:
+    """One line about a cell: its node, effect, rank (of `about`, what is said of it in the map that is shown), the metric under it, spread, estimate."""
     result = truth or estimate
     if row >= len(result.rows) or col >= len(result.cols):
         return []
     name = result.address(row, col) or f"{result.rows[row]} × {result.cols[col]}"
-    spans: Spans = [(f" {name:6} ", BOLD)]  # the rest keeps its place as the cursor moves
+    parts: list[Ranked] = [(0, [(f" {name:6} ", BOLD)])]  # the rest keeps its place as the cursor moves
     if truth is not None and np.isfinite(truth.values[row, col]):
-        spans.append((f"metric {float(truth.values[row, col]):+.4f}", PLAIN))
+        parts.append((0, [(f"effect {change(truth)[row, col]:+.3f}", BOLD)]))
+        parts.append((1, [(f"  ~ below the noise floor {truth.floor:.2g}", WARN)] if truth.noise[row, col] else []))
+        parts.append((3, [(f"  metric {float(truth.values[row, col]):+.4f}", PLAIN), (f" (untouched {truth.base:+.4f})", DIM)]))
         if truth.std.size:
             low, high, p, holm = (float(x[row, col]) for x in (truth.low, truth.high, truth.p, truth.holm))
             moved = float(truth.values[row, col]) - truth.base
-            spans.append(
-                (f" moved {moved:+.3f} ± {float(truth.std[row, col]):.3f} (95 % {low:+.3f} … {high:+.3f}, p {show_p(p)}, corrected {show_p(holm)})", PLAIN)
-            )
-        spans.append((f" (untouched {truth.base:+.4f})  effect {change(truth)[row, col]:+.3f}", PLAIN))
-        if truth.noise[row, col]:
-            spans.append((f"  ~ below the noise floor {truth.floor:.2g}", WARN))
+            parts.append((2, [(f"  moved {moved:+.3f} ± {float(truth.std[row, col]):.3f}", PLAIN)]))
+            parts.append((4, [(f" (95 % {low:+.3f} … {high:+.3f}, p {show_p(p)}, corrected {show_p(holm)})", PLAIN)]))
     if estimate is not None:
-        spans.append((f"  estimate {change(estimate)[row, col]:+.3f}", DIM))
-    return [*spans, ("  ", PLAIN), *about[2:], (f" {result.mechanism}", DIM)]
+        parts.append((3, [(f"  estimate {change(estimate)[row, col]:+.3f}", DIM)]))
+    parts += [(2 if n == 0 else 5, [(" ", PLAIN), span]) for n, span in enumerate(about[2:])]
+    return fitted([*parts, (6, [(f"  {result.mechanism}", DIM)])], width)

@@ -18,6 +18,7 @@ from textual.worker import Worker
 from techniques.output.requests import Run, RunResult
 from vocabulary.prompts import Study
 from vocabulary.requests import Check, CheckResult, Load
+from vocabulary.wire import needs_model
 from screen.held import Held
 from screen.client import EngineDied, EngineError, Job, Superseded
 from utils import visible
@@ -186,12 +187,18 @@ class Requests:
             app.say(reply.error or notice, BAD if reply.error else WARN)
         if not reply.error:
             self.remember(reply)
+            self.record(request, reply.result, request in self.started)
         app.answered(reply.result, isinstance(reply.result, (CheckResult, *pane.leads_on) if pane else CheckResult))
 
     def remember(self, reply: Reply) -> None:
         self.answers[reply.request] = reply
         while len(self.answers) > REMEMBERED:
             del self.answers[next(iter(self.answers))]
+
+    def record(self, request: object, result: object, by_key: bool) -> None:
+        """Keep the numbers of a result in the session."""
+        if needs_model(request) and self.model is not None and self.app.info is not None:
+            self.app.session.record.add(request, result, self.model, self.app.info, by_key)
 
     def mark_slow(self) -> None:
         self.slow = True
@@ -254,6 +261,7 @@ class Requests:
             (failed or (lambda error: self.app.say(str(error), BAD)))(error)
             return None
         if any_model or model is self.model:
+            self.record(request, result, True)
             return result
         self.app.say(f"{type(request).__name__} was for the model before: it is not shown", WARN)
         return None

@@ -2,37 +2,36 @@
 What lasts: the state of a hunt, the actions that change it, and the session file (one JSON object a line) from which undo, redo and resume work.
 
 1. `State` is immutable; `apply(state, name, args)` is the one function that changes it, and knows every kind of action.
-2. `Session.do` checks an action, appends it to the file (screen/log.py), and applies it; undo and redo are lines of the file too.
+2. `Session.do` checks an action, appends it to the file (vocabulary/log.py), and applies it; undo and redo are lines of the file too.
 3. Reading a file back folds its lines; one that can't be used is left out and said, and the file itself is left as it is.
 """
 
 import dataclasses
 import datetime
-import hashlib
-import json
 import tempfile
-import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from techniques.generation.requests import Sampling
 from vocabulary.circuit import Circuit, LOGITS
-from vocabulary.files import folder, reason, typed_path
+from vocabulary.files import reason, typed_path
 from vocabulary.nodes import ABLATIONS, FROM_SET, Intervention, parse_intervention, UserError
-from vocabulary.prompts import ALIGNMENTS, Metric, METRICS, Prompt, read_place, ReferenceText, RUNS, Study, WHICH
+from vocabulary.prompts import ALIGNMENTS, as_chat, Metric, METRICS, Prompt, read_place, ReferenceText, RUNS, Study, WHICH
 from vocabulary.requests import Load
 from vocabulary.typed import one_of
-from vocabulary.wire import fits, from_json, to_json
-from screen import circuit_steps as circuits, history
-from screen.log import encoded, FORMAT, Line, Log, new_path, read_lines
+from vocabulary.wire import changed_fits, fits, from_json, to_json
+from screen import circuit_steps as circuits, compared, history
+from screen.record import Record, Step
+from vocabulary.log import encoded, FORMAT, Line, Log, new_path, read_lines, said
+from vocabulary.results import digest, Kept
 
-VIEWS = {"mode": ("colour", "number", "cells", "blocks", "shade"), "which": WHICH, "ids": ("off", "on")}  # what the screen shows; each pane adds its own
+VIEWS = {"mode": ("colour", "number", "cells", "blocks", "shade"), "which": WHICH, "ids": ("off", "on"), "template": ("shown", "dim", "fold")}
 
 
 def add_views(views: dict[str, tuple[str, ...]]) -> None:
     """A pane's views and their values, the first of which is shown first; before those of all prompts."""
-    last = {name: VIEWS.pop(name) for name in ("which", "ids")}
+    last = {name: VIEWS.pop(name) for name in ("which", "ids", "template")}
     VIEWS.update(views | last)
 
 
@@ -68,8 +67,8 @@ class State:
     def study(self) -> Study:
         """What analyses run on. The set travels only when a mean or another of its prompts is needed."""
         active = self.interventions if self.enabled else ()
-        means = any(i.op in FROM_SET for i in active)
-        study = Study(self.prompt, active, self.base, self.metric, self.prompt_set if means else (), align=self.align, text=self.text)
+        some = self.prompt_set if any(i.op in FROM_SET for i in active) else ()
+        study = Study(self.prompt, active, self.base, self.metric, some, align=self.align, against=self.model.against, text=self.text)
         return self.with_saes(study) if any(i.node.site == "sae" for i in active) else study
 
     def with_saes(self, study: Study) -> Study:
@@ -81,6 +80,11 @@ class State:
         """What "over the set" means: the prompts of the open set, while the prompt is one of them; one that was typed has left it."""
         text = lambda p: (p.clean, p.corrupt, p.answers, p.foils)  # noqa: E731
         return self.prompt_set if text(self.prompt) in map(text, self.prompt_set) else ()
+
+    @property
+    def compares(self) -> bool:
+        """Whether there is another run to compare with and to patch from."""
+        return self.prompt.corrupt is not None or bool(self.model.against)
 
     @property
     def current(self) -> Circuit | None:
@@ -97,8 +101,14 @@ def prompt(state: State, prompt: dict) -> State:
 
 def bos(state: State, value: bool | None) -> State:
     """Whether BOS comes before the prompt and all of the set; None: what the model's tokenizer does by itself."""
-    of = lambda p: dataclasses.replace(p, bos=value)  # noqa: E731
+    of = lambda p: dataclasses.replace(p, bos=value) if isinstance(p.clean, str) else p  # noqa: E731  a chat's BOS is its template's
     return dataclasses.replace(state, prompt=of(state.prompt), prompt_set=tuple(map(of, state.prompt_set)))
+
+
+def chat(state: State, value: bool) -> State:
+    """The prompt and all of the set as chats, or as plain text."""
+    prompts = tuple(as_chat(p, bool(value)) for p in state.prompt_set)
+    return dataclasses.replace(state, prompt=as_chat(state.prompt, bool(value)), prompt_set=prompts)
 
 
 def open_set(state: State, path: str, prompts: list | tuple[Prompt, ...], index: int = 0) -> State:
@@ -188,6 +198,7 @@ ACTIONS: dict[str, Callable[..., State]] = {
         model,
         prompt,
         bos,
+        chat,
         open_set,
         go,
         metric,
@@ -215,6 +226,8 @@ ACTIONS: dict[str, Callable[..., State]] = {
         generation,
         text,
         sae_error,
+        *compared.ACTIONS,
+        history.jump,
     )
 }
 
@@ -227,16 +240,6 @@ def apply(state: State, name: str, args: dict) -> State:
         return ACTIONS[name](state, **args)
     except (TypeError, AttributeError, ValueError, LookupError, OverflowError, RecursionError) as error:
         raise UserError(f"action {name}: {reason(error)}") from error
-
-
-FIELDS = typing.get_type_hints(State)
-
-
-def check(new: State, old: State) -> None:
-    """UserError where a field that changed is not of its type or can't go over the wire (more than 64 bits, half a surrogate pair). Sets: `Session.refer`."""
-    for name, kind in FIELDS.items():
-        if (value := getattr(new, name)) is not getattr(old, name) and name != "prompt_set":
-            fits(value, kind, name.replace("_", " "))
 
 
 def read_set(prompts: object) -> tuple[Prompt, ...]:
@@ -257,6 +260,7 @@ class Session:
         self.apart = True  # whether views are undone apart from work: not in files of before
         self.kept: set[str] = set()  # digests of those that the file holds
         self.log, self.actions, self.trouble, self.name = Log(path or new_path()), 0, "", ""
+        self.record = Record(self)
 
     @property
     def path(self) -> Path:
@@ -273,22 +277,22 @@ class Session:
         prompts = args.get(name)
         if not isinstance(prompts, list) or not prompts:
             return args
-        digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:20]
-        if digest not in self.sets:
-            self.sets[digest] = read_set(prompts)
-        return args | {name: digest}
+        key = digest(prompts)
+        if key not in self.sets:
+            self.sets[key] = read_set(prompts)
+        return args | {name: key}
 
     def keep(self, actions: list[dict]) -> None:
-        """Put actions into the log, which is not yet the disk: before them the header where there is none, and the sets they name that it does not hold."""
+        """Put actions and results into the log, which is not yet the disk: before them the header where there is none, and the sets they name that it does not hold."""
         entries = []
         if not self.log.lines:
             start = to_json(self.start)
             entries.append({"loupe": FORMAT, "start": self.refer(start, "prompt_set")})
-        needed = [e["start"]["prompt_set"] for e in entries] + [a["args"].get("prompts") for a in actions]
+        needed = [e["start"]["prompt_set"] for e in entries] + [(a.get("args") or a.get("is") or {}).get(k) for a in actions for k in ("prompts", "prompt_set")]
         new = list(dict.fromkeys(d for d in needed if isinstance(d, str) and d in self.sets and d not in self.kept))
-        entries += [{"set": digest, "prompts": to_json(self.sets[digest])} for digest in new]
+        entries += [{"set": name, "prompts": to_json(self.sets[name])} for name in new]
         self.log.lines += [encoded({"n": len(self.log.lines) + i, **entry}) for i, entry in enumerate(entries + actions)]
-        self.actions += len(actions)
+        self.actions += sum("do" in a for a in actions)
         self.kept.update(new)
 
     # -------------------------------------------------------------- steps
@@ -301,10 +305,10 @@ class Session:
             if args["prompts"] not in self.sets:
                 raise UserError("its prompt set is missing")
             args = args | {"prompts": self.sets[args["prompts"]]}
-        if name == "name":
+        if name in ("name", "note"):
             return self.state
         new = apply(self.state, name, args)
-        check(new, self.state)
+        changed_fits(new, self.state, ("prompt_set",))  # sets: `refer`
         return new
 
     def advance(self, name: str, args: dict, new: State) -> None:
@@ -315,13 +319,15 @@ class Session:
             self.apart = bool(args.get("of"))
         elif name == "name":  # of the session, not of what it does
             self.name = str(args.get("text", ""))
-        else:
+        elif name != "note":
             self.past.append((self.state, name))
             self.future = [step for step in self.future if step[1] != name] if name == history.VIEW and self.apart else []
         self.state = new
 
-    def step(self, name: str, args: dict) -> None:
-        self.advance(name, args, self.next_state(name, args))
+    def step(self, name: str, args: dict, time: str = "") -> None:
+        new = self.next_state(name, args)
+        self.record.steps.append(Step(time, name, args, self.state, new))
+        self.advance(name, args, new)
 
     def do(self, name: str, /, **args: object) -> State:
         """
@@ -330,13 +336,17 @@ class Session:
         """
         args = self.refer(to_json(args))
         new = self.next_state(name, args)
-        self.keep([{"t": datetime.datetime.now().isoformat(timespec="milliseconds"), "do": name, "args": args}])
+        time = datetime.datetime.now().isoformat(timespec="milliseconds")
+        self.keep([*self.record.waiting, {"t": time, "do": name, "args": args}])
+        self.record.waiting.clear()
         self.trouble = self.log.save()
+        self.record.steps.append(Step(time, name, args, self.state, new))
         self.advance(name, args, new)
         return self.state
 
     def close(self) -> str:
         """Let the file go. What was not saved is tried once more, then kept whole among temporary files; what there is to say of that, or ""."""
+        self.record.flush()
         said = self.log.save() if self.log.waiting and self.trouble else ""
         if said and self.log.waiting:
             self.log.close()
@@ -370,27 +380,32 @@ def read_session(path: str | Path) -> tuple[Session, str]:
             except UserError as error:
                 wrong.append((line.place, str(error)))
     session.state = session.start = read_start(path, head, session.sets, wrong)
-    actions = []
+    actions, results = [], Kept(session.sets)
     for line in lines:
         entry = line.entry
         if entry is not None and "set" in entry:
             continue
         try:
+            if entry is not None and session.record.read(entry, results):
+                actions.append({k: v for k, v in entry.items() if k not in ("n", "sum")})
+                continue
             if entry is None or not isinstance(entry.get("do"), str) or not isinstance(entry.get("args"), dict):
                 raise UserError(line.wrong or "it is not an action")
             args = session.refer(entry["args"])
-            session.step(entry["do"], args)
+            session.step(entry["do"], args, str(entry.get("t", "")))
             actions.append({"t": entry.get("t"), "do": entry["do"], "args": args})
         except UserError as error:
             wrong.append((line.place, str(error)))
+    steps = sum("do" in a for a in actions)
     if not head.entry and not actions:
         raise UserError(f"{path.name} is not a session of Loupe: its first line is not the header")
     if wrong or not ended:
         session.keep(actions)  # all of it, in a new file
     else:
         session.log = Log(path, [row + b"\n" for row in data.split(b"\n")[:-1]], len(data))
-        session.actions, session.kept = len(actions), {str(line.entry["set"]) for line in lines if "set" in line.entry}
-    return session, said(path, wrong, len(actions))
+        session.actions, session.kept = steps, {str(line.entry["set"]) for line in lines if "set" in line.entry}
+    session.record.acted = session.actions
+    return session, said(path, wrong, steps)
 
 
 def read_start(path: Path, head: Line, sets: dict, wrong: list) -> State:
@@ -409,21 +424,5 @@ def read_start(path: Path, head: Line, sets: dict, wrong: list) -> State:
     known = State().views
     state = dataclasses.replace(state, views=known | {k: v for k, v in state.views.items() if k in known})
     state = dataclasses.replace(state, prompt_set=sets.get(digest, ())) if isinstance(digest, str) else state
-    check(state, State())
+    changed_fits(state, State(), ("prompt_set",))
     return state
-
-
-def said(path: Path, wrong: list[tuple[int, str]], steps: int) -> str:
-    """One line on what was left out of a session."""
-    if not wrong:
-        return ""
-    (place, why), *others = sorted(wrong)
-    more = f" (and {len(others)} more: line {', '.join(str(n) for n, _ in others[:8])}{', …' if len(others) > 8 else ''})" if others else ""
-    return f"{path.name} line {place}: {why}; left out{more}; the other {steps} steps are restored, and go on in a new file"
-
-
-def newest_session() -> Path:
-    files = sorted(folder("sessions").glob("*.jsonl"), key=lambda p: p.stat().st_mtime)
-    if not files:
-        raise UserError(f"no session in {folder('sessions')}: start with `uv run tui.py`")
-    return files[-1]

@@ -3,9 +3,10 @@
 import time
 from pathlib import Path
 
+from vocabulary.chat import as_typed
 from vocabulary.files import folder
 from vocabulary.nodes import UserError
-from screen import history
+from screen import history, resume
 from screen.actions import accepted
 from screen.jobs import ends_jobs
 from screen.overlays import Editor, Item, Picker
@@ -53,7 +54,7 @@ def listed(file: Path, until: float) -> Item:
 def about(session: Session) -> str:
     state = session.state
     name = f"{session.name}: " if session.name else ""
-    return f"{name}{Path(state.model.model).name} · {fit(state.prompt.clean, 30).strip()} · last {last_action(session)}"
+    return f"{name}{Path(state.model.model).name} · {fit(as_typed(state.prompt.clean), 30).strip()} · last {last_action(session)}"
 
 
 def last_action(session: Session) -> str:
@@ -81,5 +82,6 @@ def restore(app: Host, path: Path) -> None:
     app.session = session
     warning = " · ".join(filter(None, (left, session.log.claim(), warning)))
     app.at_end = True
+    resume.put_back(app)
     app.say(warning or f"restored {path.name}: {history.count(session.past)} steps back", WARN if warning else GOOD)
     app.refresh_wants()

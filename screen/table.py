@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from screen import actions, dialogs, jobs, models, moves, prompts, sessions, views
+from screen import actions, beside, dialogs, jobs, models, moves, points, prompts, sessions, views
 from screen.keys import INTERVENE, LOUPE, MOVE, PANES, PROMPT, VIEW, FIND, Action
 
 FAR = 10**6
@@ -48,6 +48,7 @@ SCREEN = (
         prompts.align,
     ),
     Action("bos", "<", "BOS", "BOS in front of the prompt and its set, or not; at first the model's tokenizer says", PROMPT, prompts.toggle_bos),
+    Action("chat", ">", "chat", "The prompt and its set as chats, in the model's own chat template, or as plain text", PROMPT, prompts.turn_chat),
     Action("previous_prompt", "(", "prompt −", "Previous prompt of the set", PROMPT, partial(prompts.next_prompt, by=-1)),
     Action("next_prompt", ")", "prompt +", "Next prompt of the set", PROMPT, prompts.next_prompt),
     Action("metric", "m", "metric", "Choose the metric and its position", PROMPT, prompts.choose_metric),
@@ -58,6 +59,7 @@ SCREEN = (
     Action("scale", "s", "scale", "Scale the node under the cursor by a factor", INTERVENE, actions.scale),
     Action("scope", "@", "scope", "Act on all positions, or on the cursor's only", INTERVENE, actions.scope),
     Action("type_node", "I", "type one", "Type an intervention: L2H3@S2=zero", INTERVENE, actions.type_node),
+    Action("adapter_scale", "|", "adapter", "How much of an adapter's change counts, 0 to 1", PROMPT, beside.scale),
     Action("base", "d", "base", "Noising or denoising: intervene on the clean or on the corrupted prompt", INTERVENE, actions.base),
     Action("enable", "x", "off/on", "Interventions off or on", INTERVENE, actions.enable),
     Action("clear", "X", "clear", "Clear all interventions", INTERVENE, actions.clear),
@@ -72,6 +74,7 @@ SCREEN = (
         VIEW,
         partial(actions.turn, name="mode"),
     ),
+    Action("template", "\\", "template", "The tokens of a chat's template: as all others, dim, or folded away", VIEW, prompts.turn_template),
     Action("view_back", "backspace", "view back", "Back to the view before; views have a history of their own", VIEW, actions.view_back),
     Action("reading", "T", "text", "The prompt as text, each token coloured by the pane's number at the cursor", VIEW, moves.turn_text),
     Action("which", "f", "run", "Which run: now, clean, corrupted, or a difference", VIEW, actions.turn_which),
@@ -100,6 +103,8 @@ SCREEN = (
     Action("models", "M", "model", "Load another model", LOUPE, models.models),
     Action("jobs", "J", "jobs", "Running jobs; x cancels one", LOUPE, jobs.jobs),
     Action("write", "w", "session", "Where this session is written, and its name", LOUPE, sessions.where_written),
+    Action("note", "!", "note", "Write a line of text on this point: node, prompt, number", LOUPE, points.note),
+    Action("history", "", "history", "The session in words: what was done, computed and noted; go to a point, compare two", LOUPE, points.show),
     Action("restore", "r", "restore", "Restore another session: its name, model, prompt and last action", LOUPE, sessions.choose_session),
     Action("restart", "ctrl+e", "restart engine", "Restart the engine; prompts and interventions are kept", LOUPE, dialogs.restart),
     Action("redraw", "ctrl+l", "redraw", "Draw the whole screen again", LOUPE, lambda app: app.screen.forget()),

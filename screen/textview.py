@@ -16,6 +16,7 @@ from utils import fit, printable, show_token, width_of
 from widgets import BOLD, CHANGED, CURSOR, CURSOR_PLAIN, DIM, PLAIN, SHADES, Grid, GridView, Spans, on, strip_of, strip_of_maxima
 
 LARGEST = 3  # tokens of the largest values, named in the line below
+FOLDED = "⋯{}⋯"  # so many folded tokens
 NUMBER = 6  # columns of a number under its token
 
 Lines = tuple[tuple[int, int], ...]  # the first token of each line, and the one after its last
@@ -44,6 +45,15 @@ def row_of(grid: Grid, row: int, name: str, tokens: Sequence[str], column: bool 
 def as_written(token: str) -> str:
     """A token as it stands in a text: its spaces are spaces."""
     return printable(token) or "∅"
+
+
+def fold_texts(texts: list[str], folded: frozenset[int]) -> list[str]:
+    """Texts of tokens in which a run of folded ones is its number, at the first of them."""
+    out, first = list(texts), -1
+    for n in sorted(folded):
+        first = first if n - 1 in folded else n
+        out[n], out[first] = "", FOLDED.format(n + 1 - first)
+    return out
 
 
 def wrap(tokens: Sequence[str], widths: Sequence[int], room: int) -> Lines:
@@ -82,14 +92,28 @@ class TextView(Widget):
         self.at, self.origin, self.mode = 0, 0, "colour"
         self.message: Spans = []
         self.changed: frozenset[int] = frozenset()
+        self.faded: frozenset[int] = frozenset()
+        self.folded: frozenset[int] = frozenset()
         self.laid: tuple | None = None  # what the lines were wrapped for
         self.lines: Lines = ()
         self.texts: list[str] = []
         self.drawn: list[Strip] = []
 
-    def show(self, grid: Grid | None, at: int, mode: str, message: Spans | None = None, changed: frozenset[int] = frozenset()) -> None:
-        """Draw these numbers with the cursor at a token; without a grid, a message. Lines that stay as they are are not painted again."""
-        self.grid, self.at, self.mode, self.message, self.changed = grid, at, mode, message or [], changed
+    def show(
+        self,
+        grid: Grid | None,
+        at: int,
+        mode: str,
+        message: Spans | None = None,
+        changed: frozenset[int] = frozenset(),
+        faded: frozenset[int] = frozenset(),
+        folded: frozenset[int] = frozenset(),
+    ) -> None:
+        """
+        Draw these numbers with the cursor at a token; without a grid, a message. Lines that stay as they are are not painted again. Tokens that are `faded` are
+        dim, and of those that are `folded` only their number stands there.
+        """
+        self.grid, self.at, self.mode, self.message, self.changed, self.faded, self.folded = grid, at, mode, message or [], changed, faded, folded
         before, self.drawn = self.drawn, self.strips() if self.size else []
         if not self.size or len(before) != len(self.drawn):
             self.refresh()
@@ -108,14 +132,18 @@ class TextView(Widget):
         """Lines of text in view."""
         return max(1, self.size.height // self.per)
 
+    @property
+    def layout_key(self) -> tuple:
+        return tuple(self.grid.cols), self.mode, self.size.width, self.folded
+
     def lay_out(self) -> None:
-        key = (tuple(self.grid.cols), self.mode, self.size.width)
-        if key == self.laid:
+        if self.layout_key == self.laid:
             return
-        self.laid = key
-        self.texts = [self.shown_as(token) for token in self.grid.cols]
+        self.laid = self.layout_key
+        self.texts = fold_texts([self.shown_as(token) for token in self.grid.cols], self.folded)
         self.margin = len(str(len(self.texts))) + 1
-        self.lines = wrap(self.grid.cols, [width_of(text) for text in self.texts], max(4, self.size.width - self.margin - 1))
+        tokens = [text if n in self.folded else token for n, (token, text) in enumerate(zip(self.grid.cols, self.texts))]
+        self.lines = wrap(tokens, [width_of(text) for text in self.texts], max(4, self.size.width - self.margin - 1))
 
     def shown_as(self, token: str) -> str:
         """Cells and blocks are for an overview: two characters of a token, or one of colour alone."""
@@ -188,7 +216,7 @@ class TextView(Widget):
         text += [(self.shaded(c), self.style_of(c)) for c in range(first, last)]
         if self.per == 1:
             return [text]
-        numbers = [(fit(self.number(c), width_of(self.texts[c])), BOLD if c == self.at else DIM) for c in range(first, last)]
+        numbers = [(fit("" if c in self.folded else self.number(c), width_of(self.texts[c])), BOLD if c == self.at else DIM) for c in range(first, last)]
         return [text, [(" " * self.margin, PLAIN), *numbers]]
 
     def number(self, c: int) -> str:
@@ -199,7 +227,7 @@ class TextView(Widget):
     def shaded(self, c: int) -> str:
         """The token; without colour a shade stands before it, or in its place."""
         if self.mode == "shade":
-            return self.shade(int(self.grid.level[0, c])) + self.texts[c][1:]
+            return self.texts[c] if c in self.folded else self.shade(int(self.grid.level[0, c])) + self.texts[c][1:]
         return self.texts[c]
 
     def shade(self, level: int) -> str:
@@ -211,7 +239,9 @@ class TextView(Widget):
         g, level = self.grid, int(self.grid.level[0, c])
         if c == self.at:
             return CURSOR_PLAIN if self.mode == "shade" else CURSOR
-        plain = CHANGED if c in self.changed else PLAIN
+        plain = CHANGED if c in self.changed else DIM if c in self.faded else PLAIN
+        if c in self.folded:
+            return DIM
         middle = (len(g.ramp) // 2 - 1, len(g.ramp) // 2) if g.signed else (0,)
         dark = self.mode in ("cells", "blocks")  # there the token is seen by its colour
         if level < 0 or (0, c) in g.noise or self.mode == "shade" or level in middle and not dark:
@@ -239,6 +269,6 @@ class TextView(Widget):
     def render_line(self, y: int) -> Strip:
         if not self.size:
             return Strip.blank(self.region.width, PLAIN)
-        if len(self.drawn) != self.size.height or self.grid is not None and self.laid != (tuple(self.grid.cols), self.mode, self.size.width):
+        if len(self.drawn) != self.size.height or self.grid is not None and self.laid != self.layout_key:
             self.drawn = self.strips()
         return self.drawn[y]

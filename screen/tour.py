@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from techniques.attention.requests import HeadStatsResult
 from techniques.attribution.requests import AttributionResult
 from techniques.circuits.requests import ScoreResult
+from techniques.features.requests import FeaturesResult
 from techniques.lens.requests import LensResult
 from techniques.output.requests import RunResult
 from techniques.patching.requests import SweepResult
@@ -125,6 +126,25 @@ def proven(app: Host) -> Numbers | None:
     return [got.faithfulness.mean, got.faithfulness.low, got.faithfulness.high, -float(got.effects.max()), -float(got.effects.min()), got.model.mean]
 
 
+def traced(app: Host) -> Numbers | None:
+    got = app.panes["circuit"].paths(app) if app.pane == "circuit" and app.state.views["circuit.view"] == "path" else None
+    if got is None or got.done < got.total or app.state.receivers != ("L3H2.v", "L3H3.v"):
+        return None
+    return [float(change(got)[at]) for at in ((1, 1), (1, 3), (3, 4))]
+
+
+def discovered(app: Host) -> Numbers | None:
+    found = app.panes["circuit"].discovered(app) if app.pane == "circuit" else None
+    return [found.result.score] if found is not None and found.result.method == "eap-ig" else None
+
+
+def by_attribution(app: Host) -> Numbers | None:
+    got = app.requests.fresh("features", FeaturesResult)
+    if app.pane != "features" or got is None or got.order != "attribution" or app.state.sae != "zoo/L2.resid_post" or got.pos != app.length() - 1:
+        return None
+    return got.attribution[:2].tolist()
+
+
 CARDS = (
     Card("the embedded model", ("M", "zoo", "⏎", "X", "o", SET, "⏎"), "The tour is on the zoo's model and its IOI prompts, without interventions: load the one, clear, open the others.", at_home),
     Card("the question", ("1", "/", "L2.resid_mid", "⏎"), "The top lines: who gets the drink? Answer Mary, foil John; the metric is their logit difference. Pane 1 reads the residual stream at every "
@@ -135,7 +155,7 @@ CARDS = (
     Card("a pair of positions", ("h",), "h and l walk the source. Walk to 2 ·Mary.", source_mary, "destination 14 ·to, source 2 ·Mary.", again=True),
     Card("all heads at once", ("esc", "v", "a"), "Leave the pattern; v lists the views, a is attention between the cursor's two positions: 14 ·to and 2 ·Mary (⏎ goes back in, h and l walk the source).", who_looks,
          "L1H0 looks at Mary with {}, L1H3 with {}, L2H3 with {}. Do they matter?", ("0.97", "0.93", "0.52")),
-    Card("attention is not importance", ("/", "L1H0", "⏎", "a"), "Go to L1H0 and ablate it: its output is zero from now on. Watch now, in the second line.", now("L1H0=zero"),
+    Card("attention is not importance", ("/", "L1H0", "⏎", "a"), "Go to L1H0 and ablate it: its output is zero from now on. Watch now, in the top line.", now("L1H0=zero"),
          "without the head that looks at Mary most the difference rises, to {}.", ("+10.444",)),
     Card("undo", ("u",), "Every action can be undone.", now(), "{} again.", ("+8.836",)),
     Card("what is written to the answer", ("3",), "Pane 3: what every component adds straight to the logit difference.", direct, "L3H2 {} and L3H3 {} stand out; all cells together are {}, the model's own number.",
@@ -150,8 +170,14 @@ CARDS = (
     Card("are they enough?", ("S",), "S scores the circuit over 32 prompts: all other heads get their corrupted value.", two_alone, "faithfulness {}: the two that carry everything are worth nothing alone.", ("0.004",)),
     Card("the proof", ("/", "L0H1", "⏎", "c", "/", "L0H3", "⏎", "c", "S"), "Keep the two early heads of the sweep too, and score again.", proven,
          "faithfulness {} (95 % {} to {}) with four heads. Each alone away costs {} to {} of {} logits: this is a circuit.", ("0.966", "0.940", "0.984", "6.5", "7.1", "11.781")),
+    Card("what they read", ("v", "p", "Q", "L3H2.v L3H3.v", "⏎", "S"), "Paths: from every node into the values of the two heads that write the answer.", traced,
+         "L0H1 {}, L0H3 {}, and the MLP of layer 2 {}: the early heads reach them, also by way of an MLP.", ("-0.169", "-0.181", "-0.413")),
+    Card("let it be found", ("U", "eap-ig", "⏎", "⏎", "⏎"), "A discovery: the method, its numbers, the time it will take, then the job.", discovered,
+         "faithfulness {} when every other edge is cut. The drawing: h j k l walk along its edges, a and p act on the node there.", ("0.969",)),
+    Card("look inside", ("6", "z", "zoo/L2.resid_post", "⏎", "P"), "Pane 6: the features of a sparse autoencoder after layer 2, sorted by what each adds to the metric.", by_attribution,
+         "the first adds {}, the next {}: a ablates the one under the cursor, v shows where it fires.", ("-2.699", "+2.294")),
 )  # fmt: skip
-END = "A proven circuit: L0H1 and L0H3 find that John is named twice, L3H2 and L3H3 write “not John”. Y saves it, v draws it, U lets it be found. docs/tour.md goes on with paths and features."
+END = "A proven circuit: L0H1 and L0H3 find that John is named twice, L3H2 and L3H3 write “not John”. Y saves it, y copies its script. docs/tour.md goes on."
 
 
 # ------------------------------------------------------------------ the card

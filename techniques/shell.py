@@ -26,10 +26,14 @@ from rich.table import Table
 from rich.text import Text
 
 import techniques
+from techniques.training import Bar, recorded
 from utils import printable, settings
+from vocabulary.chat import asked
+from vocabulary.files import check_place, typed_path, write_text
+from vocabulary.plots import page, pictures_of, svg
 from vocabulary.typed import check_text
 from vocabulary.nodes import UserError, parse_intervention
-from vocabulary.prompts import Align, Base, Metric, MetricKind, Prompt, ReferenceText, Study, read_place, read_prompt_set
+from vocabulary.prompts import Align, Base, Metric, MetricKind, Prompt, ReferenceText, Study, as_chat, read_place, read_prompt_set
 from vocabulary.requests import Identity, Load, ModelInfo, Progress
 from vocabulary.wire import to_json
 
@@ -64,8 +68,14 @@ class ModelOptions:
     """auto, cpu, cuda, cuda:1, mps"""
     device_map: str | None = None
     """auto spreads the model over the GPUs"""
+    against: str = ""
+    """a second model of the same shape: its run of the prompt is the corrupted run, and patches take its activations"""
+    adapter_scale: float = Load.scale
+    """of an adapter's change to its base, 0 to 1"""
     json: bool = False
     """print the result as JSON, and nothing else"""
+    plot: Path | None = None
+    """draw the result's tables into this file too: .html by plotly, which needs no network, or .svg (the first table)"""
 
     asks: ClassVar[tuple[type, ...]] = ()
     names: ClassVar[dict[str, str]] = NAMES
@@ -76,7 +86,8 @@ class ModelOptions:
         env = settings()
         ask = {"dtype": self.dtype or env.get("LOUPE_DTYPE"), "device": self.device or env.get("LOUPE_DEVICE")}
         name = self.model or env.get("LOUPE_MODEL") or "zoo"
-        return Load(name, self.base_model, **{k: v for k, v in ask.items() if v}, device_map=self.device_map or env.get("LOUPE_DEVICE_MAP") or None)
+        device_map = self.device_map or env.get("LOUPE_DEVICE_MAP") or None
+        return Load(name, self.base_model, **{k: v for k, v in ask.items() if v}, device_map=device_map, against=self.against, scale=self.adapter_scale)
 
     def ask(self, kind: type, **given: object) -> object:
         """A request of this kind from the options of its fields' names, and what is given here."""
@@ -112,6 +123,10 @@ class StudyOptions(ModelOptions):
     """the prompt"""
     corrupt: str | None = None
     """the corrupted prompt"""
+    chat: bool = False
+    """--clean and --corrupt are chats, which the model's chat template writes: what a user says, lines that begin with system: user: assistant:, or messages as JSON; the prompts of --set become what a user says"""
+    system: str | None = None
+    """the system's turn of both (and of the prompts of --set), as chats"""
     answer: tuple[str, ...] = ()
     """answer tokens, with their leading space"""
     foil: tuple[str, ...] = ()
@@ -145,18 +160,19 @@ class StudyOptions(ModelOptions):
     def study(self) -> Study:
         prompts = read_prompt_set(self.set) if self.set else ()
         prompts = prompts if self.bos is None else tuple(replace(p, bos=self.bos) for p in prompts)
-        prompt = Prompt(self.clean, self.corrupt, self.answer, self.foil, bos=self.bos)
-        if prompts and prompt == Prompt(StudyOptions.clean, bos=self.bos):
+        chat = self.chat or self.system is not None
+        if self.system is not None and any(isinstance(p.clean, tuple) for p in prompts):
+            raise UserError("--system goes in front of plain texts, and the set has chats: give these a system message of their own")
+        prompts = tuple(as_chat(p, True, self.system) for p in prompts) if chat else prompts
+        clean, corrupt = (asked(text, self.system) if chat and text is not None else text for text in (self.clean, self.corrupt))
+        prompt = Prompt(clean, corrupt, self.answer, self.foil, bos=self.bos)
+        if prompts and self.clean == StudyOptions.clean and prompt == Prompt(clean, bos=self.bos):
             prompt = prompts[0]
         if self.metric == "own" and not self.own:
             raise UserError("--metric own needs --own FILE.py:NAME")
-        metric, done = (
-            Metric("own" if self.own else self.metric, read_place(self.pos or str(Metric.pos)), self.own),
-            tuple(parse_intervention(d) for d in self.do),
-        )
-        return Study(
-            prompt, done, self.base, metric, prompts, self.sae, self.sae_error, self.align, self.do_seed, ReferenceText(self.mean_text, self.mean_tokens)
-        )
+        metric = Metric("own" if self.own else self.metric, read_place(self.pos or str(Metric.pos)), self.own)
+        done, text = tuple(parse_intervention(d) for d in self.do), ReferenceText(self.mean_text, self.mean_tokens)
+        return Study(prompt, done, self.base, metric, prompts, self.sae, self.sae_error, self.align, self.do_seed, self.against, text)
 
 
 def place_or_none(text: str, name: str = "") -> Place:
@@ -331,12 +347,22 @@ def run(command: ModelOptions, engine, show: Callable[[object], None], errors: C
     info = engine.run(command.load(), show)
     if info.warning:
         errors.print(plain(info.warning, YELLOW), soft_wrap=True)
+    if info.beside:
+        errors.print(plain(info.beside, GRAY), soft_wrap=True)
     text = command.printed(info)
     if text is not None:
         return info, text
     if command.interruptible:
-        with interruptible(show) as show_or_stop:
-            result = engine.run(request, show_or_stop)
+        bar = Bar(sys.stderr) if errors.is_terminal else show
+        with recorded(getattr(command, "wandb", False), request, info) as (step, end), interruptible(bar) as show_or_stop:
+            try:
+                result = engine.run(request, lambda part: (step(part), show_or_stop(part)))
+                if isinstance(bar, Bar):
+                    bar.close(True)
+            finally:
+                if isinstance(bar, Bar):
+                    bar.close()
+            end(result)
     else:
         result = engine.run(request, show)
     return info, command.finish(result, engine, show)
@@ -351,6 +377,24 @@ def main(args: list[str] | None, engine: Callable[[], object], serve: Callable[[
         return 1
 
 
+def plots_to(path: Path | None) -> None:
+    """UserError where a plot could not be written."""
+    if path is None:
+        return
+    if path.suffix not in (".html", ".svg"):
+        raise UserError(f"--plot {path}: name a file that ends in .html or .svg")
+    check_place(typed_path(path))
+
+
+def draw(command: ModelOptions, result: object, info: ModelInfo) -> None:
+    """The result's tables as a picture."""
+    drawn = [] if isinstance(result, str) else pictures_of(result)
+    name = f"{type(result).__name__.removesuffix('Result')} of {info.name}"
+    if not drawn:
+        raise UserError(f"{name}: it has no table of numbers to draw; leave --plot out")
+    write_text(typed_path(command.plot), svg(drawn[0]) if command.plot.suffix == ".svg" else page(name, drawn, getattr(result, "convention", "")))
+
+
 def answer(args: list[str] | None, engine: Callable[[], object], serve: Callable[[], None]) -> int:
     """What `main` does for one command line."""
     errors = console(stderr=True)
@@ -363,7 +407,13 @@ def answer(args: list[str] | None, engine: Callable[[], object], serve: Callable
         if isinstance(command, ServeCommand):
             serve()
             return 0
+        if hasattr(command, "alone"):
+            return command.alone(engine(), show, errors)
+        plots_to(command.plot)
         info, result = run(command, engine(), show, errors)
+        if command.plot is not None:
+            draw(command, result, info)
+            errors.print(plain(f"drawn in {command.plot}", GRAY), soft_wrap=True)
     except UserError as error:
         errors.print(plain(str(error), RED), soft_wrap=True)
         return 2
@@ -380,7 +430,15 @@ def answer(args: list[str] | None, engine: Callable[[], object], serve: Callable
         out.width = out.width if out.is_terminal else 10_000
         words = [f"{info.architecture}, {info.n_layers} layers x {info.n_heads} heads, d_model {info.d_model}, {info.dtype} on {info.device}"]
         if isinstance(command, StudyOptions):
-            words.append(info.bos_habit if command.bos is None else "BOS in front: asked for" if command.bos else "no BOS: asked for")
+            words.append(
+                "a chat, as its template writes it"
+                if isinstance(command.study().prompt.clean, tuple)
+                else info.bos_habit
+                if command.bos is None
+                else "BOS in front: asked for"
+                if command.bos
+                else "no BOS: asked for"
+            )
         out.print(plain(f"{info.name}: {'; '.join(words)}", GRAY))
         tables()[type(result)](out, result)
     rows = command.checked(result)

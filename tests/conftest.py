@@ -4,12 +4,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import vocabulary.files
 from vocabulary.prompts import Prompt
 from utils import ROOT
+
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy one is slow
+settings.load_profile("any machine")
 
 CLEAN = "When Mary and John went to the store, John gave a drink to"
 CORRUPT = "When Mary and John went to the store, Alice gave a drink to"
@@ -18,20 +22,20 @@ PROMPT = Prompt(CLEAN, CORRUPT, (" Mary",), (" John",), (("IO", 5), ("S1", 14), 
 ARCHS = ("gpt2", "neox", "llama", "gemma2", "qwen3", "zoo")
 ADDS_BOS = ("gpt2", "llama", "gemma2")  # their tokenizers put BOS in front (as that of Llama does); that of neox has one and does not; qwen3 has none
 QUICK = ("gemma2",)  # what `-m "not slow"` runs on: the family with the most of its own; the tests of screen and command line use the shipped model
+LARGE = ("test_the_hunt",)  # runs at every size of the terminal by default; the others at 80×24, and at larger ones with `-m table`
 WORDS = "When Mary and John went to the store, Alice gave a drink to Mary. she it Tom Anna school milk then red green blue"
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items) -> None:
-    """A test on every architecture is quick on QUICK and slow on the others; a test at several sizes of the terminal is quick at 80×24."""
+    """A test on every architecture is quick on QUICK and slow on the others; a test at several sizes of the terminal is quick at 80×24, and larger ones are for `-m table`."""
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         arch, size = params.get("arch"), params.get("size")
         if arch in ARCHS and arch not in QUICK or isinstance(size, tuple) and size != (80, 24):
             item.add_marker(pytest.mark.slow)
-        stem = item.path.stem
-        large = isinstance(size, tuple) and size != (80, 24) and stem in ("test_textview", "test_explain", "test_faults", "test_large_screens")
-        if large or stem == "test_storm" or item.name == "test_a_megabyte_of_controls_is_pasted":  # that one wants a quiet machine
+        large = isinstance(size, tuple) and size != (80, 24) and item.originalname not in LARGE
+        if large or item.path.stem == "test_storm" or item.name == "test_a_megabyte_of_controls_is_pasted":  # that one wants a quiet machine
             item.add_marker(pytest.mark.table)
 
 

@@ -40,8 +40,9 @@ async def test_keep_score_and_path(zoo, tmp_path, size):
         assert app.state.current.nodes == ("L0H1", "L0H3", "L3H2", "L3H3")
         await press(app, pilot, "S")
         assert "faithfulness +" in shown(app) and "F circuit" in shown(app) and len(asked(app, Score)) == 1
-        await press(app, pilot, "v", "v")
-        assert "drawing · faithfulness" in shown(app) and "L3" in shown(app)
+        assert "drawing · faithfulness" in shown(app) and "L3H3 -" in shown(app), "the nodes by layer, with their effects"
+        await press(app, pilot, "v", "v", "v", "v")
+        assert "edges · faithfulness" in shown(app) and "L3" in shown(app)
         await press(app, pilot, "v", "v")
         assert "alone away" in shown(app)
         await press(app, pilot, "v", "v", "S")
@@ -222,7 +223,7 @@ async def test_discovery_and_files(zoo, tmp_path, own_home):
         await press(app, pilot, "enter")
         found = app.state.current
         assert found.name.startswith("eap-ig") and found.edges and "faithfulness" in shown(app)
-        for _ in range(5):
+        for _ in range(6):
             await press(app, pilot, "v", "v")
         assert "faithfulness against edges" in shown(app)
         await press(app, pilot, "Y", *"save", "enter")
@@ -259,7 +260,7 @@ async def test_bad_input(zoo, tmp_path):
         await press(app, pilot)
         await press(app, pilot, "5", "S")
         assert "no circuit yet" in shown(app)
-        await press(app, pilot, "c", *"vv" * 3, "S")
+        await press(app, pilot, "c", *"vv" * 4, "S")
         assert "no corrupted prompt" in shown(app)
         await press(app, pilot, "Q", *"L9", "enter")
         assert "does not receive" in shown(app) or "is not a node" in shown(app)

@@ -12,7 +12,6 @@ from model.devices import driver_version, filled_by_others, pick_device, unused_
 from engine import Engine, main
 from vocabulary.nodes import UserError
 from vocabulary.requests import Load
-from screen.top import WARN, model_line
 
 CLOSED = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.161.08  Sat Feb 24 12:01:03 UTC 2024\nGCC version:  gcc version 12.2.0 (Debian)\n"
 OPEN = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (root@host)\n"
@@ -110,8 +109,6 @@ def test_it_is_said_when_the_device_is_auto(driver, folders, capsys):
     info = Engine(Load(folder)).model.info
     assert info.device == "cpu" and info.warning == unused_gpu()
     assert Engine(Load(folder, device="cpu")).model.info.warning == ""
-    top = model_line(info, folder, "", (0, 0, 0), 200)
-    assert (f" {info.warning} ·", WARN) in top
     assert main(["run", "--model", folder, "--clean", CLEAN, "--json"]) == 0
     assert info.warning in capsys.readouterr().err
     assert main(["run", "--model", folder, "--clean", CLEAN, "--device", "cuda"]) == 2

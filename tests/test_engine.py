@@ -418,7 +418,7 @@ def test_bad_input(capsys, folders):
         (("run", *model, "--clean", ""), "the clean prompt is empty"),
         (("lens", *model, "--do", "L9H9=zero"), "the model has layers 0 to 2"),
         (("lens", *model, "--do", "L9H9"), "is not an intervention"),
-        (("run", *model, "--answer", " Mary Mary"), "must be one"),
+        (("run", *model, "--answer", "Mary"), "with a leading space is one token"),
         (("run", *model, "--corrupt", SHORT, "--do", "L1H1=patch"), "15 tokens and corrupted 14"),
         (("run", *model, "--set", "/no/such/set.jsonl"), "no prompt set at"),
         (("check", "/no/such/model here"), "no folder at"),

@@ -143,7 +143,7 @@ async def test_the_tour_ends_with_a_proven_circuit(zoo, tmp_path, size):
             good = app.tour.said[1]
             assert app.tour.at > at and good, f"{card.title}: {app.tour.said}\n{shown(app)}"
             at += 1
-        assert set(app.state.current.nodes) == {"L0H1", "L0H3", "L3H2", "L3H3"} and "faithfulness 0.966" in shown(app)
+        assert any(set(c.nodes) == {"L0H1", "L0H3", "L3H2", "L3H3"} for c in app.state.circuits)
         assert "A proven circuit" in shown(app)
         await press(app, pilot, ":", *"tour", "enter")
         assert not app.query("#tour") and "A proven circuit" not in shown(app)

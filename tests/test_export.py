@@ -5,7 +5,7 @@ import io
 
 import pytest
 
-from screen.script import python_script
+from vocabulary.script import python_script
 from techniques.output.requests import Run
 from vocabulary.nodes import parse_intervention, UserError
 from vocabulary.prompts import Metric, read_prompt_set

@@ -525,7 +525,7 @@ async def test_a_discovery_that_ends_does_not_leave_the_paths_of_another_open(zo
         for name in ("found", "found"):
             discovery.run(app.panes["circuit"], app, Discover(app.panes["circuit"].study(app), "eap", edges=5, rest="patch", name=name))
             await press(app, pilot)
-            assert app.state.views["circuit.view"] == "map" and "over 2 prompts of ioi_abba" in flat(app)
+            assert app.state.views["circuit.view"] == "drawing" and "over 2 prompts of ioi_abba" in flat(app)
         assert [c.name for c in app.state.circuits] == ["circuit", "found", "found-2"], "none takes the place of another"
 
 

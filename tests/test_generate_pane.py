@@ -87,13 +87,13 @@ async def test_steering(zoo, tmp_path):
         await typed(app, pilot, "L2.resid_post@END", "-1")
         (steer,) = app.state.interventions
         assert str(steer).startswith("L2.resid_post@END=steer:truth-") and steer.value == -1
-        await press(app, pilot, "-", "-", "^")
+        await press(app, pilot, "-", "-", "~")
         assert app.state.interventions[0].value == -1.5 and reply(app, "run").now.metric != reply(app, "run").clean.metric
         metric = reply(app, "run").now.metric
         await press(app, pilot, "L")
         found = next(r for r in reversed(asked(app, Curve)))
         assert -1.5 in found.coefficients and app.query(Panel) and f"now -1.5: {metric:+.4f}" in shown(app)
-        await press(app, pilot, "^")
+        await press(app, pilot, "~")
         assert "now -1" in shown(app) and app.state.interventions[0].value == -1.0 and app.query(Panel)
         await press(app, pilot, "escape", "u")
         assert app.state.interventions[0].value == -1.5

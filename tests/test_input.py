@@ -15,7 +15,7 @@ import utils
 from screen.client import words_of
 from screen.keys import remapped
 from screen.overlays import Editor, Picker, escape_line, unescape_line
-from screen.script import python_script
+from vocabulary.script import python_script
 from screen.session import Session, State, apply, read_session
 from techniques.circuits import drawings
 from techniques.lens.requests import Lens

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from test_session import ACTIONS
 from ui import make_app, press, shown
 
-from screen import log
+from vocabulary import log
 from screen.session import Session, State, read_session
 from techniques.output.requests import Run
 from tui import first_state
@@ -114,6 +114,10 @@ GOOD = {
     "bos": {"value": True},
     "generation": {"tokens": 8, "temperature": 0.5, "seed": 3, "held": "prompt"},
     "text": {"path": "a.txt", "tokens": 10},
+    "chat": {"value": True},
+    "against": {"name": "a"},
+    "adapter_scale": {"value": 0.5},
+    "jump": {"to": to_json(State()), "prompts": to_json([Prompt("a")])},
 }
 
 

@@ -205,3 +205,26 @@ def test_files_and_what_is_refused(tmp_path, monkeypatch):
     wrong = Engine(str(tmp_path / "toy.safetensors"))
     with pytest.raises(UserError, match="forward pass is not HookedTransformer's"):
         wrong.run(Run(Study(Prompt("1 2 8"))))
+
+
+def test_a_hub_repository_of_checkpoints(tmp_path, monkeypatch):
+    """In the hub cache's own layout, without a network: `NeelNanda/…` and TransformerLens's alias of it, with a checkpoint of the training beside the final one."""
+    name, sha = "NeelNanda/Attn_Only_2L512W_C4_Code", "0" * 40
+    repo = tmp_path / f"models--{name.replace('/', '--')}"
+    made = make(tmp_path / "made", "attention only")
+    there = repo / "snapshots" / sha
+    (there / "checkpoints").mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(sha)
+    cfg = made.model.cfg
+    raw = {k: getattr(cfg, k) for k in ("d_model", "n_layers", "d_mlp", "d_head", "n_heads", "n_ctx", "d_vocab", "act_fn", "attn_only")}
+    raw |= {"normalization": "LN", "shortformer_pos": False, "tokenizer_name": "NeelNanda/gpt-neox-tokenizer-digits", "checkpoint_every_tokens": 10, "seed": 3}
+    (there / "config.json").write_text(json.dumps(raw))
+    t.save(made.model.state_dict(), there / "model_final.pth")
+    t.save({n: 0 * x for n, x in made.model.state_dict().items()}, there / "model_early.pth")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for asked in (name, "attn-only-2l"):
+        engine = Engine(asked)
+        assert engine.model.info.architecture == native.ARCHITECTURE and "gpt-neox-tokenizer-digits is not in the hub cache" in engine.model.info.warning
+        got = engine.model.forward(ids(CLEAN), keep=0)[0]
+        assert (got - made.model(ids(CLEAN), prepend_bos=False)).abs().max() < 1e-4

@@ -207,7 +207,7 @@ BAD = [
     (Run(Study(replace(UNEQUAL, alignment=((0, 0),)), (parse_intervention("L1H1@4=patch"),))), "no partner"),
     (Run(Study(UNEQUAL, (parse_intervention("L1H1.pattern=patch"),), align="diff")), "a pattern's row"),
     (
-        Sweep(Study(PROMPT, prompt_set=(PROMPT, Prompt(SHORT, CLEAN, PROMPT.answers, PROMPT.foils)), align="diff"), "z", direction="noise", over_set=True),
+        Sweep(Study(PROMPT, prompt_set=(PROMPT, Prompt(SHORT, CLEAN, PROMPT.answers, PROMPT.foils)), align="diff"), "mlp", direction="noise", over_set=True),
         "with 14",
     ),
 ]

@@ -125,9 +125,11 @@ def test_the_readme_is_short_and_names_every_pane():
         assert not pane.number.isdigit() or f"| `{pane.number}` | {pane.label} |" in README
 
 
-def test_the_picture_is_the_third_step():
-    picture = (ROOT / "screenshot.svg").read_text(encoding="utf-8")
-    assert "+10.444" in picture and "L1H0=zero" in picture
+def test_the_pictures_are_a_hunt_a_sweep_and_a_circuit():
+    """The hunt is the third step of the tour."""
+    hunt, sweep, circuit = ((ROOT / "docs" / "pictures" / f"{name}.svg").read_text(encoding="utf-8") for name in ("hunt", "sweep", "circuit"))
+    assert "+10.444" in hunt and "L1H0=zero" in hunt and "head&#160;outputs" in sweep and "eap-ig" in circuit
+    assert all(f"docs/pictures/{name}.svg" in README for name in ("hunt", "sweep", "circuit"))
 
 
 def test_every_command_is_one():

@@ -10,7 +10,7 @@ from conftest import PROMPT
 
 from engine import Engine
 from families.configs import build
-from screen.script import python_script
+from vocabulary.script import python_script
 from screen.session import State
 from techniques.circuits import drawings
 from techniques.circuits.requests import Discover, Score

@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vocabulary.log import newest_session
 from vocabulary.nodes import UserError
 from vocabulary.prompts import Prompt
 from vocabulary.wire import from_json, to_json
 import tui  # noqa: F401  (the panes' views)
-from screen.session import VIEWS, Session, State, apply, newest_session, read_session
+from screen.session import VIEWS, Session, State, apply, read_session
 
 ACTIONS = st.one_of(
     st.tuples(st.just("intervene"), st.fixed_dictionaries({"intervention": st.sampled_from(["L0H1=zero", "L2.mlp@-1=scale:0.5", "L1.resid_mid@S2=patch"])})),

@@ -63,6 +63,16 @@ def test_cells_whose_p_is_known_take_no_more_flips(monkeypatch):
     assert np.all(np.abs(want - every) < 0.01 + 0.5 * every)
 
 
+def test_the_rounding_of_float32_is_no_effect():
+    rng = np.random.default_rng(0)
+    base = 8 + rng.normal(size=12)
+    rounded = base * (1 + 1e-7 * np.abs(rng.normal(size=12)))  # one device's sums, all a little larger than the other's
+    small = base + 1e-3 * np.abs(rng.normal(size=12))
+    assert paired_effects(np.stack([rounded, small], 1), base, 0)["p"].tolist() == [1.0, 2.0**-11]
+    unlikely = 1e-6 * np.abs(rng.normal(size=12))  # probabilities: their own size counts, not one
+    assert paired_effects(1.5 * unlikely[:, None], unlikely, 0)["p"].tolist() == [2.0**-11]
+
+
 def test_holm_by_hand_and_by_brute_force():
     np.testing.assert_allclose(holm(np.array([0.01, 0.04, np.nan, 0.03, 0.005])), [0.03, 0.06, np.nan, 0.06, 0.02])
     p = np.random.default_rng(0).random(50) ** 3

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import engine as program
 from model import directions
-from screen.script import python_script
+from vocabulary.script import python_script
 from screen.session import Session, State, read_session
 from techniques.generation.requests import Curve, Directions, MakeDirection
 from techniques.output.requests import Run

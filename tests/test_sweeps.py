@@ -635,8 +635,8 @@ BAD = [
     (Sweep(STUDY, "z", "resample"), "prompt set"),
     (Sweep(STUDY, "pattern", "mean_all"), "pattern"),
     (Sweep(STUDY, "z", over_set=True), "no prompt set"),
-    (Sweep(Study(PROMPT, prompt_set=(PROMPT, Prompt(SHORT, SHORT, PROMPT.answers, PROMPT.foils))), "z", over_set=True), "1 with 14 tokens, 1 with 15"),
-    (Sweep(Study(PROMPT, prompt_set=(PROMPT, replace(PROMPT, corrupt=None))), "z", over_set=True), "prompt 2 of the set"),
+    (Sweep(Study(PROMPT, prompt_set=(PROMPT, Prompt(SHORT, SHORT, PROMPT.answers, PROMPT.foils))), "attn", over_set=True), "1 with 14 tokens, 1 with 15"),
+    (Sweep(Study(PROMPT, prompt_set=(replace(PROMPT, corrupt=None),)), "z", over_set=True), "prompt 1 of the set"),
     (Estimate(STUDY, "z", "magic"), "is not an estimate"),
     (Estimate(STUDY, "pairs"), "several nodes"),
 ]

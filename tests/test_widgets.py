@@ -117,7 +117,7 @@ def test_golden_lens_and_heads():
 
 def test_token_lines_page_and_mark():
     row = TokenRow(tuple(range(30)), tuple(f" w{n}" for n in range(30)), {}, False)
-    text = "".join(t for t, _ in token_line("clean", row, 29, 60, None, False, True))
+    text = "".join(t for t, _ in token_line("clean", row, 29, 60, frozenset(), False, True))
     assert "·w29" in text and "·w0·" not in text and text.startswith(" clean     ‹") and cell_len(text) <= 60
 
 
@@ -127,6 +127,6 @@ def test_identities_are_red_when_broken():
 
 
 def test_the_table_has_no_clash_and_the_readme_its_keys():
-    keys = [k for a in TABLE for k in a.keys.split(",")]
+    keys = [k for a in TABLE for k in a.keys.split(",") if k]
     assert len(keys) == len(set(keys)) and len({a.id for a in TABLE}) == len(TABLE)
     assert (ROOT / "docs" / "keys.md").read_text(encoding="utf-8") == key_page(TABLE), "uv run tui.py --keys > docs/keys.md"

@@ -51,6 +51,9 @@ def sources(model: str, base: str | None, info: ModelInfo, patterns: bool) -> tu
     """
     if lacking := [words for words in info.repairs if patterns or words != OWN_SOFTMAX]:
         raise UserError(f"a script of TransformerLens alone would print another number: on {info.architecture} Loupe puts right its {' and '.join(lacking)}")
+    if info.against or info.scale is not None:
+        why = "two models are compared: go back to one (M)" if info.against else "this is an adapter on its base: merge it with PEFT (merge_and_unload)"
+        raise UserError(f"a script opens one model from its folder, and {why}")
     place = lambda text: str(ROOT / "zoo") if text == "zoo" else canonical(text)  # noqa: E731
     weights = str(ROOT / "zoo") if model == "zoo" else info.name
     if weights.endswith(".gguf"):

@@ -1,6 +1,6 @@
 """What is asked of a model itself: load one, check a prompt, memory, which there are. Never imports torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vocabulary.prompts import Align, Prompt, TokenRow
 from vocabulary.sizes import Room
@@ -9,13 +9,18 @@ from vocabulary.wire import message, request
 
 @request(needs_model=False)
 class Load:
-    """Load a model: `zoo`, a Hugging Face folder or a hub name; `base` names the architecture when `model` holds only fine-tuned weights."""
+    """
+    Load a model: `zoo`, a Hugging Face folder or a hub name; `base` names the architecture when `model` holds only fine-tuned weights, or an adapter's
+    base. `against`: a second model of the same shape beside it, whose run of the prompt is the corrupted run. `scale`: of an adapter's change, 0 to 1.
+    """
 
     model: str = "zoo"
     base: str | None = None
     dtype: str = "auto"
     device: str = "auto"
     device_map: str | None = None
+    against: str = ""
+    scale: float = 1.0
 
 
 @request
@@ -61,7 +66,8 @@ class ModelInfo:
     """
     What is loaded. `bos` is the text of the BOS token ("" when there is none) and `default_bos` whether prompts get it unasked (`bos_habit`: why). `warning`: a GPU that is
     here and not used, or filled by others. `repairs`: what Loupe puts right in TransformerLens on this model (model/live_hooks.py), and a script of
-    TransformerLens alone lacks.
+    TransformerLens alone lacks. `chat_template`: whether its tokenizer can write chats. `against`: the second model, `beside` what the two share,
+    `names` both as they are shown; `scale` of an adapter (None: it is none) and its `base`; `beside_scale` where the second model is one.
     """
 
     name: str
@@ -88,11 +94,28 @@ class ModelInfo:
     warning: str = ""
     bos_habit: str = ""
     repairs: tuple[str, ...] = ()
+    chat_template: bool = False
+    against: str = ""
+    beside: str = ""
+    names: tuple[str, ...] = ()
+    scale: float | None = None
+    base: str = ""
+    beside_scale: float | None = None
 
     @property
     def key(self) -> str:
         """What replies are marked with that were computed on this model."""
-        return f"{self.name}, {self.dtype} on {self.device}"
+        return f"{self.name}{self.scaled}, {self.dtype} on {self.device}" + f", against {self.against} × {self.beside_scale}" * bool(self.against)
+
+    @property
+    def scales(self) -> float | None:
+        """The scale that can be changed: the first model's, else the second one's."""
+        return self.beside_scale if self.scale is None else self.scale
+
+    @property
+    def scaled(self) -> str:
+        """The scale of an adapter, in words."""
+        return "" if self.scale is None else f" × {self.scale:g}"
 
 
 @message
@@ -152,12 +175,16 @@ class ModelsResult:
 
 @message
 class Progress:
-    """How far an analysis is. A `notice` is a line that the user should have read when it is over: it passes every analysis that words another's progress."""
+    """
+    How far an analysis is. A `notice` is a line that the user should have read when it is over: it passes every analysis that words another's progress.
+    `values` are a training's numbers after `done` steps, by name.
+    """
 
     done: int
     total: int
     text: str = ""
     notice: bool = False
+    values: dict[str, float] = field(default_factory=dict)
 
 
 @message

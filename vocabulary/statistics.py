@@ -9,26 +9,31 @@ PER_CELL = 40  # flips for each cell of the table, so that the smallest p times 
 ENOUGH = 20  # flips that reach the effect's size: a p this well known takes no more of them
 WORK = 4e10  # multiplications
 DRAWS = 2000
+ROUNDING = 32 * float(np.finfo(np.float32).eps)  # of a metric's size: what the order of float32 sums changes
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16, 2.145, 2.131, 2.12, 2.11, 2.101, 2.093, 2.086)
 
 
 def paired_effects(values: np.ndarray, base: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     """
     Of the effects value - base [prompt, cell], paired by prompt: standard deviation (n - 1), the mean effect's 95 % confidence interval (Student's t),
-    its two-sided p-value by sign flips, and `holm`, that p corrected for all cells.
+    its two-sided p-value by sign flips, and `holm`, that p corrected for all cells. For p, an effect within float32's rounding of its prompt's largest metric is none.
     """
-    n = len(values)
     effect = values - base[:, None]
-    mean = effect.mean(0)
+    found = interval(effect)
+    rounding = ROUNDING * np.nanmax(np.abs(np.column_stack([values, base])), axis=1, keepdims=True)
+    p = sign_flips(np.where(np.abs(effect) < rounding, 0.0, effect), seed) if len(values) > 1 else found["std"]
+    return found | {"p": p, "holm": holm(p)}
+
+
+def interval(values: np.ndarray) -> dict[str, np.ndarray]:
+    """Standard deviation (n - 1) over prompts of values [prompt, ...], and their mean's 95 % confidence interval (Student's t); NaN for one prompt."""
+    n, mean = len(values), values.mean(0)
     if n < 2:
-        nan = np.full(mean.shape, math.nan)
-        return {"std": nan, "low": nan, "high": nan, "p": nan, "holm": nan}
-    std = effect.std(0, ddof=1)
-    df = n - 1
+        return dict.fromkeys(("std", "low", "high"), np.full(mean.shape, math.nan))
+    std, df = values.std(0, ddof=1), n - 1
     quantile = T95[df - 1] if df <= len(T95) else 1.959964 + 2.3723 / df + 2.823 / df**2
     half = quantile * std / math.sqrt(n)
-    p = sign_flips(effect, seed)
-    return {"std": std, "low": mean - half, "high": mean + half, "p": p, "holm": holm(p)}
+    return {"std": std, "low": mean - half, "high": mean + half}
 
 
 def tries(n: int, cells: int) -> tuple[int, bool]:

@@ -242,3 +242,10 @@ def fits(value: object, kind: object, what: str) -> None:
         msgspec.msgpack.decode(msgspec.msgpack.encode(value), type=kind)
     except (msgspec.MsgspecError, ValueError, OverflowError, TypeError, RecursionError) as error:
         raise UserError(f"{what}: {' '.join(str(error).split())[:200]}: nothing was changed") from error
+
+
+def changed_fits(new: object, old: object, but: tuple[str, ...] = ()) -> None:
+    """UserError where a field that changed is not of its type or can't go over the wire (more than 64 bits, half a surrogate pair)."""
+    for name, kind in type_hints(type(new)).items():
+        if (value := getattr(new, name)) is not getattr(old, name) and name not in but:
+            fits(value, kind, name.replace("_", " "))

@@ -10,7 +10,7 @@ from vocabulary.nodes import UserError
 from screen.actions import no_members
 from screen.overlays import Editor, Item, Picker
 from screen.pane import Host, Pane
-from screen.pictures import RUN_NAMES
+from screen.pictures import run_names
 from techniques.attention.explained import EXPLAINED
 from widgets import BAD
 
@@ -44,7 +44,7 @@ def rank_labels(pane: Pane, app: Host) -> None:
         cells.sort(key=lambda c: -abs(float(found.mean[c])))
         names = found.labels
         items = [Item(f"L{x}H{h}", f"{names[d]} → {names[s]}  {found.mean[x, h, d, s]:+.3f} ± {found.std[x, h, d, s]:.3f}", "", (x, h)) for x, h, d, s in cells]
-        choose(app, f"mean attention over {len(found.prompts)} prompts, {RUN_NAMES[which]}", items)
+        choose(app, f"mean attention over {len(found.prompts)} prompts, {run_names(app.state)[which]}", items)
 
     app.requests.ask("labels", AttentionSet(replace(app.state.study, prompt_set=app.state.members), which), show, opens="attention between labels over the set")
 

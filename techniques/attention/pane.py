@@ -12,11 +12,12 @@ from screen.keys import FIND, VIEW, Action, Part
 from screen.maps import label_width, columns_of
 from screen.pane import Host, Pane, step_component
 from screen.pictures import head_map_addresses, run_name, texts_of
+from screen.template import folded
 from screen.textview import row_of
 from techniques.attention import actions, pictures
 from techniques.attention.explained import EXPLAINED
 from utils import show_token
-from widgets import Grid, GridView, Lines, Same
+from widgets import WARN, Grid, GridView, Lines, Same, Spans
 
 
 class AttentionPane(Pane):
@@ -33,7 +34,7 @@ class AttentionPane(Pane):
     urgent = ("attention",)
     hints = ("enter", "edit", "ablate", "patch", "scope", "keep", "enable", "undo", "view", "mode", "which", "source", "weighted", "multiples", "ranked")
     keys = (
-        Part("enter", "attention", "into the head's pattern (hjkl move destination and source)", lambda pane, app: pane.enter(app)),
+        Part("enter", "attention", "into the head's pattern (hjkl move destination and source); there: why it looks from this destination to this source", lambda pane, app: pane.enter(app)),
         Action("source", "R", "random / set", "statistics on the prompt or on random repeated tokens", VIEW, turns("attention.source"), "which", "attention"),
         Action("weighted", "Z", "weighted / direct", "weighted by the size of what each value writes", VIEW, turns("attention.weighted"), "fit", "attention"),
         Action("multiples", "O", "all heads", "The patterns of all heads of the layer, small, or one head's", VIEW, turns("attention.layer"), "weighted"),
@@ -97,22 +98,24 @@ class AttentionPane(Pane):
         return (*(() if self.drilled else (views[self.view],)), "pattern", *(name for there, name in more if there))
 
     def doing(self, app: Host) -> list[tuple[str, str]]:
-        return [("hjkl", "destination, source"), ("esc", "leave the pattern"), ("T", "colour the prompt")] if self.drilled else []
+        return [("hjkl", "destination, source"), ("⏎", "why it looks there"), ("esc", "leave the pattern"), ("T", "colour the prompt")] if self.drilled else []
 
     def shows(self, node: Node) -> bool:
         return node.site != "sae" and not node.site.startswith("resid")
 
     def enter(self, app: Host) -> None:
-        """Into the pattern and out of it; the source is where the head looks most, until another one was chosen. In the text view: into the text."""
+        """Into the pattern, where the source is where the head looks most, until another one was chosen; there, why it looks so. In the text view: into the text."""
         app.ready()
         if self.reads(app):
             self.drilled = not self.drilled
             app.draw()
             return
-        if self.pattern.grid is not None:
-            self.drilled = not self.drilled
-            if self.drilled and self.chosen != self.here(app):
-                app.move(src=self.pattern.at[1])
+        if self.drilled:
+            app.show_pane("qk")
+        elif self.pattern.grid is not None:
+            self.drilled = True
+            if self.chosen != self.here(app):
+                app.move(src=self.pattern.grid.place(self.pattern.at[1]))
             app.draw()
 
     @staticmethod
@@ -198,12 +201,15 @@ class AttentionPane(Pane):
         """The pattern of the head under the cursor."""
         c, views = app.cursor, app.state.views
         grid = self.picture("pattern", (Same(pattern), c.head), lambda: pictures.pattern_grid(pattern, c.head))
-        pos = clip(c.pos, len(grid.rows))
+        pos, gone = clip(c.pos, len(grid.rows)), sorted(folded(app.state, pattern.tokens))
         row = np.nan_to_num(np.abs(grid.values[pos]), nan=-1.0)
+        row[gone] = -1.0
         src = c.src if self.drilled or self.chosen == self.here(app) or views["attention.stat"] == "pair" else int(row.argmax())
-        self.pattern.show(grid, (pos, clip(src, len(grid.cols))), views["mode"])
+        self.pattern.show(self.by_position(app, "pattern", grid, pattern.tokens, True), (pos, clip(src, len(grid.cols))), views["mode"])
         head = [] if self.drilled else self.map.about()
-        self.info_line.show([head + pictures.pattern_cell(pattern, c.head, pos, src, self.drilled)[bool(head) :]])
+        away: Spans = [(f" folded {float(np.nansum(grid.values[pos, gone])):.3f} ", WARN)] if gone else []
+        cell = pictures.pattern_cell(pattern, c.head, pos, src, self.drilled)
+        self.info_line.show([(head or cell[:1]) + away + cell[1:]])
 
 
 PANE = AttentionPane

@@ -19,6 +19,7 @@ from techniques.attention.requests import DETECTORS, STATS, AttentionResult, Att
 from vocabulary.nodes import UserError
 from vocabulary.prompts import RUNS, WHICH, Prompt, Study
 from vocabulary.requests import Progress
+from vocabulary.sets import LeftOut, Members, fitting, left_out
 
 RANDOM_ROWS, RANDOM_LENGTH = 4, 50
 PATTERN_BYTES = 16 << 20  # of a layer's patterns are read at once
@@ -63,7 +64,7 @@ def attention(runs: Runs, layer: int, which: str, weighted: bool = False) -> Att
     check_which(which)
     model = runs.model
     check_layer(model, layer)
-    sides = runs.pair(which) if "-" in which else (which,)
+    sides = runs.sides(which)
     name, value = pattern_name(layer), f"blocks.{layer}.attn.hook_v"
     if weighted:
         require_values(model)
@@ -72,7 +73,7 @@ def attention(runs: Runs, layer: int, which: str, weighted: bool = False) -> Att
         acts = runs.trace(s, [name, value] if weighted else [name])
         pattern = acts[name][0].float()
         sinks.append((1 - pattern.sum(-1)).cpu().numpy())
-        patterns.append((pattern * value_norms(model, layer, acts[value][0])[:, None] if weighted else pattern).cpu().numpy())
+        patterns.append((pattern * value_norms(runs.of(s), layer, acts[value][0])[:, None] if weighted else pattern).cpu().numpy())
     if not all(np.isfinite(p).all() for p in patterns):
         raise UserError("the attention patterns are not finite: load the model in float32")
     hidden = ~visible(model, layer, len(patterns[0][0])).numpy() & np.all([(p == 0).all(0) for p in patterns], 0)
@@ -155,6 +156,7 @@ def check_pair(runs: Runs, which: str, source: str, pair: tuple[int, int]) -> No
 def head_stats(runs: Runs, which: str, source: str, pair: tuple[int, int] | None = None) -> Generator[Progress, None, HeadStatsResult]:
     """The statistics of every head, [layer, head]: of a run or a difference on the prompt, or on random repeated tokens."""
     check_which(which)
+    runs = runs if "-" in which else runs.at(which)
     model = runs.model
     if source not in ("prompt", "random"):
         raise UserError(f"{source!r} is not a source of tokens: use prompt or random")
@@ -163,7 +165,7 @@ def head_stats(runs: Runs, which: str, source: str, pair: tuple[int, int] | None
     if pair is not None:
         check_pair(runs, which, source, pair)
     names, note = [pattern_name(layer) for layer in range(model.info.n_layers)], ""
-    sides = runs.pair(which) if "-" in which else (which,)
+    sides = runs.sides(which)
     both = []
     for i, s in enumerate(sides):
         yield Progress(i, len(sides), "head statistics")
@@ -224,7 +226,7 @@ def detect(
     if error_measure not in ("mul", "abs"):
         raise UserError(f"{error_measure!r} is not a measure: use mul or abs")
     model = runs.model
-    sides = runs.pair(which) if "-" in which else (which,)
+    sides = runs.sides(which)
     hooks, scores, found = [pattern_name(layer) for layer in range(model.info.n_layers)], [], []
     for s in sides:
         found.append(wanted(runs.row(s).ids, pattern, cells))
@@ -271,31 +273,30 @@ Work = Callable[[list[Runs], str, Tensor, list[Edit]], list[dict[str, np.ndarray
 
 def over_set(
     model: Model, study: Study, members: list[tuple[int, Prompt]], which: str, check: Check, work: Work, text: str
-) -> Generator[Progress, None, list[dict[str, np.ndarray]]]:
+) -> Generator[Progress, None, tuple[Members, list[dict[str, np.ndarray]], LeftOut]]:
     """
-    work(runs, side, ids [batch, seq], edits) of every member, one dict a prompt, in the order of `members`; subtracted for a difference. Runs in
-    batches of prompts of equal length, after `check` of each; under interventions, whose values differ from prompt to prompt, one prompt at a time.
+    The members that can be asked, work(runs, side, ids [batch, seq], edits) of each, one dict a prompt (subtracted for a difference), and why others can't. Runs
+    in batches of prompts of equal length, after `check` of each; under interventions, whose values differ from prompt to prompt, one prompt at a time.
     """
     sides, done = which.split("-"), 0
+
+    def read(prompt: Prompt) -> Runs:
+        runs = read_study(model, replace(study, prompt=prompt, interventions=()))
+        for side in runs.sides(which):
+            check(runs, side)
+        return runs
+
+    members, everyone, left = fitting(members, read)
     order: list[list[dict | None]] = [[None] * len(members) for _ in sides]
-    everyone: list[Runs] = []
-    for i, prompt in members:
-        try:
-            runs = read_study(model, replace(study, prompt=prompt, interventions=()))
-            for side in runs.pair(which) if "-" in which else (which,):
-                check(runs, side)
-        except UserError as error:
-            raise UserError(f"prompt {i + 1} of the set: {error}") from error
-        everyone.append(runs)
     chunks = Chunks("prompts", lambda _: prompts_at_once(model, length))
     for place, side in enumerate(sides):
         if side == "now" and study.interventions:
             for j, (i, prompt) in enumerate(members):
                 try:
                     runs = yield from prepare(model, replace(study, prompt=prompt))
-                    order[place][j] = work([runs], side, t.tensor([runs.row(side).ids]), runs.edits)[0]
+                    order[place][j] = work([runs.at(side)], side, t.tensor([runs.row(side).ids]), runs.edits)[0]
                 except UserError as error:
-                    raise UserError(f"prompt {i + 1} of the set: {error}") from error
+                    left = (*left, (i, str(error)))
                 done += 1
                 yield Progress(done, len(members) * len(sides), text)
             continue
@@ -304,7 +305,7 @@ def over_set(
 
             def batch(start: int, stop: int, same: list[int] = same, side: str = side) -> tuple[list[int], list[dict]]:
                 these = same[start:stop]
-                return these, work([everyone[j] for j in these], side, t.tensor([everyone[j].row(side).ids for j in these]), [])
+                return these, work([everyone[j].at(side) for j in these], side, t.tensor([everyone[j].row(side).ids for j in these]), [])
 
             for part in chunks.over(len(same), batch):
                 if isinstance(part, Progress):
@@ -314,7 +315,10 @@ def over_set(
                     order[place][j] = value
                 done += len(part[0])
                 yield Progress(done, len(members) * len(sides), text)
-    return [subtract([side[j] for side in order]) for j in range(len(members))]
+    good = [j for j in range(len(members)) if all(side[j] is not None for side in order)]
+    if not good:
+        raise UserError(f"prompt {left[0][0] + 1} of the set: {left[0][1]}")
+    return [members[j] for j in good], [subtract([side[j] for side in order]) for j in good], left
 
 
 def attention_set(model: Model, study: Study, which: str, labels: tuple[str, ...] = ()) -> Generator[Progress, None, AttentionSetResult]:
@@ -336,14 +340,14 @@ def attention_set(model: Model, study: Study, which: str, labels: tuple[str, ...
         for layer in range(model.info.n_layers):
             mask = visible(model, layer, ids.shape[1])
             seen[layer] |= mask[spots[:, :, None], spots[:, None, :]].any(0).numpy()
-        model.forward(ids, hooks, edits, keep=None, take=lambda _, x: grab(x))
+        group[0].model.forward(ids, hooks, edits, keep=None, take=lambda _, x: grab(x))
         cells = t.stack(got, 1).double()
         for j, spot in enumerate(spots):
             cells[j][:, :, spot[:, None] < spot[None, :]] = math.nan
         return [{"cells": c.numpy()} for c in cells]
 
     check = lambda r, side: [r.position(side, n) for n in names]  # noqa: E731
-    found = yield from over_set(model, study, members, which, check, work, "attention over the prompt set")
+    members, found, left = yield from over_set(model, study, members, which, check, work, "attention over the prompt set")
     cells = np.stack([row["cells"] for row in found])
     counts = (~np.isnan(cells[:, 0, 0])).sum(0)
     if np.isinf(cells).any() or (np.isnan(cells).all((1, 2)) != np.isnan(cells).any((1, 2))).any():
@@ -353,7 +357,12 @@ def attention_set(model: Model, study: Study, which: str, labels: tuple[str, ...
     std = np.where(counts > 0, np.sqrt(np.nansum((cells - mean) ** 2, 0) / safe), math.nan)
     mean, std = (np.where(seen[:, None] | (mean != 0), x, math.nan) for x in (mean, std))
     done = f"now = {study.base} under {', '.join(str(i) for i in study.interventions)}" if "now" in which and study.interventions else ""
-    parts = [f"mean attention after the softmax over {len(members)} prompts of the set, [destination, source] labels, {which}", model.info.dtype, done]
+    parts = [
+        f"mean attention after the softmax over {len(members)} prompts of the set, [destination, source] labels, {which}",
+        model.info.dtype,
+        done,
+        left_out(left, len(study.prompt_set)),
+    ]
     used = np.array([i for i, _ in members], np.int32)
     words = ", ".join(p for p in parts if p)
     return AttentionSetResult(which, tuple(names), mean.astype(np.float32), std.astype(np.float32), counts.astype(np.int32), used, words)
@@ -361,13 +370,8 @@ def attention_set(model: Model, study: Study, which: str, labels: tuple[str, ...
 
 def common_labels(model: Model, study: Study, members: list[tuple[int, Prompt]], which: str) -> tuple[str, ...]:
     """The labels that every prompt of the set has in the runs that are read, in the first prompt's order of positions."""
-    rows = []
-    for i, prompt in members:
-        try:
-            runs = read_study(model, replace(study, prompt=prompt, interventions=()))
-            rows += [runs.row(s) for s in which.split("-")]
-        except UserError as error:
-            raise UserError(f"prompt {i + 1} of the set: {error}") from error
+    read = lambda prompt: [read_study(model, replace(study, prompt=prompt, interventions=())).row(s) for s in which.split("-")]  # noqa: E731
+    rows = [row for pair in fitting(members, read)[1] for row in pair]
     shared = [n for n in sorted(rows[0].labels, key=rows[0].labels.get) if all(n in r.labels for r in rows)]
     if len(shared) < 2:
         raise UserError('the prompts of the set share no label but END: give them labels, such as "labels": {"S2": 38}')

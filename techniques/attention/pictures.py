@@ -8,7 +8,7 @@ from techniques.attention.requests import AttentionResult, HeadStatsResult
 from screen.colours import half_block, heat_code, shade
 from screen.pictures import texts_of
 from utils import show_token
-from widgets import BOLD, CURSOR_PLAIN, DIM, PLAIN, Grid, Spans
+from widgets import BOLD, CURSOR_PLAIN, PLAIN, Grid, Spans
 
 
 def heads_grid(result: HeadStatsResult, stat: str, marks: frozenset[tuple[int, int]]) -> Grid:
@@ -92,10 +92,10 @@ def pattern_cell(result: AttentionResult, head: int, pos: int, src: int, drilled
         return []
     row, tokens = result.pattern[head][pos][: pos + 1], texts_of(result.tokens)
     order = [s for s in np.argsort(-np.abs(row), kind="stable")[:3].tolist() if not math.isnan(row[s])]
-    read = "  ".join(f"{s} {show_token(tokens[s])} {float(row[s]):.3f}" for s in order)
-    read += "" if result.sink is None else f"  sink {float(result.sink[head][pos]):.3f}"
-    spans: Spans = [(f" L{result.layer}H{head} ", BOLD), (f"{pos} {show_token(tokens[pos])} attends to {read}", PLAIN)]
+    read = [f"{s} {show_token(tokens[s])} {float(row[s]):.3f}" for s in order] + ([] if result.sink is None else [f"sink {float(result.sink[head][pos]):.3f}"])
+    spans: Spans = [(f" L{result.layer}H{head} ", BOLD)]
     if drilled and src <= pos:
         value = "outside its window" if math.isnan(row[src]) else f"{float(row[src]):.4f}"
-        spans += [("  │ cursor ", DIM), (f"{src} {show_token(tokens[src])}", PLAIN), (f" {value}", BOLD)]
-    return spans
+        spans.append((f"cursor {src} {show_token(tokens[src])} {value}  ", BOLD))
+    spans.append((f"{pos} {show_token(tokens[pos])} attends to {read[0] if read else 'nothing'}", PLAIN))
+    return [*spans, *((f"  {text}", PLAIN) for text in read[1:])]

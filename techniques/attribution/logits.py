@@ -18,6 +18,7 @@ from techniques.attribution.requests import AttributionCells, AttributionNeurons
 from vocabulary.nodes import UserError
 from vocabulary.prompts import Study
 from vocabulary.requests import Progress
+from vocabulary.sets import left_out
 from model.bridge import FINAL, Edit, Model
 from model.writes import POSITION, SCALE, dot, embedding, linear_norm, post_norm, post_scales, pull_back, require_parts, require_values, to_heads, to_neurons
 from model.steering import sites
@@ -204,14 +205,14 @@ def setup(runs: Runs, which: str, pos: int | str | None) -> tuple[tuple[str, ...
     check_answers(runs)
     check_hooks(runs.model)
     named = runs.study.metric.pos if pos is None else pos
-    sides = runs.pair(which) if "-" in which else (which,)
+    sides = runs.sides(which)
     return sides, [runs.place(s, pos) for s in sides], named
 
 
 def attribution(runs: Runs, which: str, pos: int | str | None = None) -> AttributionResult:
     """Every component's part of the logit (difference) at a position, of a run or a difference of two."""
     sides, places, named = setup(runs, which, pos)
-    found = subtract([one(runs, s, p) for s, p in zip(sides, places)])
+    found = subtract([one(runs.at(s), s, p) for s, p in zip(sides, places)])
     finite("the attribution", *found.values())
     row, whole = {k: v[0] for k, v in found.items()}, float(total(found)[0])
     logit, capped = float(row["logit"]), float(row["capped"]) if "capped" in row else None
@@ -261,7 +262,7 @@ def sources(runs: Runs, which: str, layer: int, head: int, pos: int | str | None
         raise UserError(f"there is no head {head}: the model has heads 0 to {model.info.n_heads - 1}")
     model.point(f"blocks.{layer}.attn.hook_v")
     require_values(model)
-    found = subtract([head_sources(runs, s, layer, head, p) for s, p in zip(sides, places)])
+    found = subtract([head_sources(runs.at(s), s, layer, head, p) for s, p in zip(sides, places)])
     finite("the attribution", *found.values())
     error = abs(found["total"] - found["sources"].sum() - found["interventions"])
     group = f"value of kv head {kv_head(model, head)}" if model.info.n_kv_heads < model.info.n_heads else ""
@@ -296,7 +297,7 @@ def neurons(runs: Runs, which: str, layer: int, pos: int | str | None = None, k:
     if k < 1:
         raise UserError("k must be at least 1")
     model.point(f"blocks.{layer}.mlp.hook_post")
-    found = subtract([neuron_parts(runs, s, layer, p) for s, p in zip(sides, places)])
+    found = subtract([neuron_parts(runs.at(s), s, layer, p) for s, p in zip(sides, places)])
     finite("the attribution", *found.values())
     c = found["contribution"]
     order = np.argsort(-c, kind="stable")
@@ -323,7 +324,7 @@ def attribution_set(model: Model, study: Study, which: str, pos: int | str | Non
         raise UserError("no prompt of the set has an answer, and attribution needs one")
 
     def work(group: list[Runs], side: str, ids: Tensor, edits: list[Edit]) -> list[dict[str, np.ndarray]]:
-        places = t.tensor([r.place(side, pos) for r in group])
+        model, places = group[0].model, t.tensor([r.place(side, pos) for r in group])
         sites = edited(group[0], side)
         got: dict[str, Tensor] = {}
         grab = lambda name: (name, lambda x: got.__setitem__(name, at(x.detach(), places)))  # noqa: E731
@@ -335,13 +336,14 @@ def attribution_set(model: Model, study: Study, which: str, pos: int | str | Non
         return [{k: v[j] for k, v in cells.items()} for j in range(len(group))]
 
     check = lambda r, side: r.place(side, pos)  # noqa: E731
-    found = yield from over_set(model, study, members, which, check, work, "attribution over the prompt set")
+    members, found, left = yield from over_set(model, study, members, which, check, work, "attribution over the prompt set")
     stacked = {k: np.stack([row[k] for row in found]) for k in found[0]}
     finite("the attribution", *stacked.values())
     totals, logits, used = total(stacked), stacked["logit"], np.array([i for i, _ in members], np.int32)
     first = read_study(model, replace(study, prompt=members[0][1], interventions=()))
     n = len(used)
     words = convention(replace(first, study=replace(study, prompt=members[0][1])), which, named, f"mean and standard deviation over {n} prompts of the set")
+    words = "; ".join(filter(None, (words, left_out(left, len(study.prompt_set)))))
     return AttributionSetResult(
         which, to_cells(model, {k: v.mean(0) for k, v in stacked.items()}), to_cells(model, {k: v.std(0) for k, v in stacked.items()}), used,
         totals, logits, stacked.get("capped", np.zeros(0)), int(used[logits.argmin()]), float(np.abs(totals - logits).max()), words,

@@ -29,7 +29,8 @@ def ranked_lines(cells: AttributionCells, std: AttributionCells | None, n: int) 
 def sum_line(total: float, logit: float, capped: float | None, error: float) -> Spans:
     """The sum of all cells and the model's own number, side by side."""
     ok = error <= 1e-4 * max(1.0, abs(logit))
-    spans: Spans = [(f" sum {total:+.4f}  model {logit:+.4f}  error {error:.1e} ", GOOD if ok else BAD)]
+    good = GOOD if ok else BAD
+    spans: Spans = [(f" sum {total:+.4f}  model {logit:+.4f} ", good), (f" error {error:.1e} ", good)]
     if capped is not None:
         spans.append((f" after the soft cap {capped:+.4f} ", BOLD))
     return spans

@@ -5,9 +5,8 @@ from dataclasses import replace
 import numpy as np
 
 from vocabulary.circuit import check_receivers, LOGITS
-from vocabulary.names import same_model
 from vocabulary.nodes import Node, parse_node, UserError
-from screen.actions import find
+from screen.actions import find, own_circuit
 from screen.overlays import Item, Picker
 from screen.pane import Host, Pane
 from widgets import GOOD
@@ -26,21 +25,6 @@ def keep(pane: Pane, app: Host) -> None:
     kept = app.state.current
     verb = "kept in" if str(node) in kept.nodes else "dropped from"
     app.say(f"{node} {verb} {kept.name}: {len(kept.nodes)} nodes, {len(kept.edges)} edges (u undoes)", GOOD)
-
-
-def own_circuit(app: Host) -> None:
-    """What is kept on one model does not join the circuit of another: a circuit of the loaded one begins."""
-    now = app.state.current
-    if now is not None and not same_model(now.model, app.state.model.model):
-        app.act("new_circuit", name=free_name(app, "circuit"))
-
-
-def free_name(app: Host, start: str) -> str:
-    names, n = {c.name for c in app.state.circuits}, 2
-    name = start
-    while name in names:
-        name, n = f"{start}-{n}", n + 1
-    return name
 
 
 def rank_paths(pane: Pane, app: Host) -> bool:

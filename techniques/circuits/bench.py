@@ -15,6 +15,7 @@ from vocabulary.nodes import parse_node
 from vocabulary.prompts import Study
 from vocabulary.progress import forward_progress, time_left
 from vocabulary.requests import Progress
+from vocabulary.sets import left_out
 
 NONE: frozenset[str] = frozenset()
 Parts = tuple[frozenset[str] | None, frozenset[str]]  # kept (None: everything), and taken away
@@ -40,8 +41,15 @@ class Bench:
             if some:
                 known = yield from dictionaries(self.model, self.study.saes, some)
                 make = partial(FeatureRun, known=known, counted=counted, more=more)
-        self.runs = yield from edge_runs(self.model, self.study, self.rest, self.seed, make)
+        labels = {n.pos for n in map(parse_node, self.nodes) if isinstance(n.pos, str)} if self.positions and not self.edges else ()
+        self.runs = yield from edge_runs(self.model, self.study, self.rest, self.seed, make, tuple(labels))
+        self.plan = self.runs[0].plan
         self.whole = gather(self.runs, [r.value for r in self.runs])
+
+    @property
+    def left_out(self) -> str:
+        """Which prompts of the set are left out and why, in words."""
+        return left_out(self.plan.left, len(self.study.prompt_set))
 
     def look_at(self, known: dict[SparseAutoencoder, list[int]]) -> None:
         """Other features of the SAEs (or of some of them) than before, those of a circuit found meanwhile."""

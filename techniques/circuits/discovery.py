@@ -13,7 +13,7 @@ from screen.client import in_words
 from screen.overlays import Editor, Item, Panel, Picker
 from screen.pane import Host, Pane
 from screen.replies import Reply
-from techniques.circuits.actions import free_name
+from screen.actions import free_name
 from techniques.circuits.pictures import scored_over
 from widgets import BOLD, DIM, GOOD, PLAIN, WARN
 
@@ -80,7 +80,7 @@ def run(pane: Pane, app: Host, request: Discover) -> None:
         else:
             app.act("put_circuit", circuit=to_json(circuit))
             if app.state.views[pane.view] in ("path", "compare"):  # which are of what was there before
-                app.act("view", name=pane.view, value="map")
+                app.act("view", name=pane.view, value="drawing")
             size = f"{len(circuit.nodes)} nodes, {len(circuit.edges)} edges"
             line = f"{circuit.name}: {size}, faithfulness {done.score:.3f} {scored_over(app.state, request.study)}, {done.seconds:.1f} s"
             app.say(done.warning or line, WARN if done.warning else GOOD)

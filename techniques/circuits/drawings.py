@@ -1,10 +1,12 @@
 """Circuits as files, text, graphs and scripts. Never imports torch."""
 
 import json
+import re
 from pathlib import Path
 
 from techniques.circuits.requests import ScoreResult
 from vocabulary.typed import parse_json, read_text
+from vocabulary.chat import CHAT_IDS, text_json
 from vocabulary.circuit import Circuit, LOGITS, own_node, owner, parse_edge, rank
 from vocabulary.files import typed_path, write_text
 from vocabulary.names import sources
@@ -205,9 +207,9 @@ edges = {edges}
 rest = {rest!r}  # what is not in the circuit is set to: patch (the corrupted run), mean, mean_all, zero
 mlps = {mlps}  # whether MLPs outside the circuit are replaced too
 
-
+{chat}
 def to_ids(text):
-    return t.tensor([{bos}tokenizer.encode(text, add_special_tokens=False)])
+    return t.tensor([{encode}])
 
 
 def run(ids, hooks=()):
@@ -464,14 +466,20 @@ def circuit_script(circuit: Circuit, study: Study, info: ModelInfo, load, rest: 
     weights, base = sources(load.model, load.base, info, any(parse_node(n).part == "pattern" for n in circuit.nodes))
     prompts = study.prompt_set or (study.prompt,)
     bos = prompts[0].bos if prompts[0].bos is not None else info.default_bos
-    rows = [(p.clean, p.corrupt, list(p.answers), list(p.foils), dict(p.labels)) for p in prompts]
+    chats = any(isinstance(text, tuple) for p in prompts for text in (p.clean, p.corrupt))
+    if chats and (named := [n for n in (*circuit.nodes, *circuit.edges) if re.search(r"@(?!END)[A-Za-z]", n)]):
+        raise UserError(f"{named[0]}: a circuit's script knows labels in plain text only, not in chats: write the position as a number")
+    encode = (
+        "chat_ids(text) if isinstance(text, list) else " if chats else ""
+    ) + f"{'[tokenizer.bos_token_id] + ' if bos else ''}tokenizer.encode(text, add_special_tokens=False)"
+    rows = [(text_json(p.clean), text_json(p.corrupt), list(p.answers), list(p.foils), dict(p.labels)) for p in prompts]
     shown = f": its faithfulness is {result.faithfulness.mean:.6f} on the screen" if result is not None else ""
     fields = dict(
         about=f"the circuit {circuit.name} of {info.name}{shown}", weights=weights,
         base=base, dtype=info.dtype, n_layers=info.n_layers, n_heads=info.n_heads,
         n_kv_heads=info.n_kv_heads, prompts="[\n" + "".join(f"    {r!r},\n" for r in rows) + "]", nodes=repr(list(circuit.nodes)),
         edges=repr(list(circuit.edges)), rest=rest, mlps=mlps, saes=[sae_path(x) for x in saes],
-        error=study.sae_error, needs=", sae_lens" if features else "", bos="[tokenizer.bos_token_id] + " if bos else "", metric=METRICS[kind], parallel=info.parallel,
+        error=study.sae_error, needs=", sae_lens" if features else "", encode=encode, chat=CHAT_IDS if chats else "", metric=METRICS[kind], parallel=info.parallel,
     )  # fmt: skip
     return (SCRIPT + (EDGES if circuit.edges else PLACES + (FEATURES if features else NODES)) + TAIL).format(**fields)
 

@@ -21,7 +21,9 @@ from vocabulary.nodes import parse_node, UserError
 from vocabulary.prompts import METRICS
 from vocabulary.progress import forward_progress, time_left
 from vocabulary.requests import Progress
+from vocabulary.sets import left_out
 from model.bridge import Model
+from model.runs import first_tokens
 from model.writes import post_scales
 
 FIRST, MOST = 8, 64  # edges that ACDC tries as one chain
@@ -35,6 +37,10 @@ def edges(model: Model, ask: Discover) -> Generator[Progress, None, DiscoverResu
     if ask.edges < 1 or ask.steps < 1 or not 0 < ask.threshold < np.inf:
         raise UserError("edges and steps are at least 1, and the threshold is a number above 0")
     fractions(ask.steps, ask.steps_at or "right")  # or an error
+    if ask.study.against and ask.rest == "patch" and ask.method in ("eap-ig", "clean-corrupted"):
+        raise UserError(
+            f"{ask.method} goes from one prompt to another in one model, and {ask.study.against} is a second one: use eap, eap-ig-activations or acdc"
+        )
     begun = time.monotonic()
     runs = yield from edge_runs(model, ask.study, ask.rest)
     return (yield from (acdc if ask.method == "acdc" else attribute)(model, ask, runs, begun))
@@ -86,7 +92,7 @@ def attribute(model: Model, ask: Discover, runs: list[EdgeRun], begun: float) ->
     counts = [c for c in COUNTS if c < ask.edges] + [ask.edges]
     expected = time.monotonic() - begun + passes * gradient + cut * (len(counts) + 1)
     if ask.dry:
-        return result(model, ask, (), np.zeros(0), (), np.zeros(0), np.zeros(0), expected, begun, "")
+        return result(runs, ask, (), np.zeros(0), (), np.zeros(0), np.zeros(0), expected, begun, "")
     yield Progress(0, passes, f"{ask.method}: about {time_left(expected)}")
 
     def scored(run: EdgeRun) -> Generator[Progress, None, np.ndarray]:
@@ -112,7 +118,7 @@ def attribute(model: Model, ask: Discover, runs: list[EdgeRun], begun: float) ->
     words = f"the {ask.edges} edges of the largest |score|"
     if len(found) < ask.edges:
         words += f", {ask.edges - len(found)} of them dropped that are on no path from embed to logits"
-    return result(model, ask, index.edges, scores, found, np.array([s.sum() for s in sets]), curve, expected, begun, words)
+    return result(runs, ask, index.edges, scores, found, np.array([s.sum() for s in sets]), curve, expected, begun, words)
 
 
 def attributions(run: EdgeRun, ask: Discover) -> Generator[np.ndarray]:
@@ -181,7 +187,7 @@ def acdc(model: Model, ask: Discover, runs: list[EdgeRun], begun: float) -> Gene
     cut, _ = yield from pace(runs, half_way(index))
     expected = time.monotonic() - begun + cut * total
     if ask.dry:
-        return result(model, ask, (), np.zeros(0), (), np.zeros(0), np.zeros(0), expected, begun, "")
+        return result(runs, ask, (), np.zeros(0), (), np.zeros(0), np.zeros(0), expected, begun, "")
     base = float(gather(runs, [r.value for r in runs]).mean())
     now, kept, at, scores = base, index.exists.copy(), 0, np.zeros(total)
     size, last = FIRST, Progress(0, total, "acdc")
@@ -221,7 +227,7 @@ def acdc(model: Model, ask: Discover, runs: list[EdgeRun], begun: float) -> Gene
     counts, values = np.append(counts, len(names)), np.append(values, value[0])
     keep = np.argsort(counts, kind="stable")
     words = f"threshold {ask.threshold:g} on the mean {METRICS[ask.study.metric.kind]}, edges from the logits back, latest receiver and latest sender first"
-    return result(model, ask, index.edges, scores[::-1], names, counts[keep], values[keep], expected, begun, words, float(value[0]))
+    return result(runs, ask, index.edges, scores[::-1], names, counts[keep], values[keep], expected, begun, words, float(value[0]))
 
 
 def without(cut: np.ndarray, rows: np.ndarray, columns: np.ndarray, gone: bool = True) -> np.ndarray:
@@ -235,14 +241,16 @@ def without(cut: np.ndarray, rows: np.ndarray, columns: np.ndarray, gone: bool =
 
 
 def result(
-    model: Model, ask: Discover, edges: tuple, scores: np.ndarray, kept: tuple, counts: np.ndarray, curve: np.ndarray,
+    runs: list[EdgeRun], ask: Discover, edges: tuple, scores: np.ndarray, kept: tuple, counts: np.ndarray, curve: np.ndarray,
     expected: float, begun: float, words: str, score: float | None = None,
 ) -> DiscoverResult:  # fmt: skip
     """A circuit of edges, the nodes at their ends, and how it was found."""
+    model, plan = runs[0].model, runs[0].plan
     nodes = {e.sender for e in map(parse_edge, kept)} - {"embed"}  # on a path every receiver belongs to a sender
     order = sorted(nodes, key=lambda a: (parse_node(a).layer, parse_node(a).site == "mlp", parse_node(a).head or 0))
-    n = len(ask.study.prompt_set) or 1
+    n = len(plan.runs)
     where = f"{ask.study.metric.kind}@{ask.study.metric.pos}, mean of {n} prompt{'s' * (n != 1)}"
+    where = ", ".join(filter(None, (where, first_tokens(plan.runs))))
     parts = [METHODS[ask.method], words, f"checked by cutting all other edges: a cut edge carries {REST[ask.rest]}", "no positions", where, model.info.dtype]
     if ask.method.startswith("eap-ig"):
         parts.insert(1, steps_in_words(ask.steps, ask.steps_at or "right", "corrupted to clean"))
@@ -256,6 +264,7 @@ def result(
     warning = "" if not len(kept) or np.isfinite(score) else "model and empty circuit have the same metric: no faithfulness"
     if len(scores) and not kept:
         warning = "no edge is left on a path from embed to logits: take more edges or a lower threshold"
+    warning = "; ".join(filter(None, (warning, left_out(plan.left, len(ask.study.prompt_set)))))
     return DiscoverResult(
         circuit, ask.method, edges if len(scores) else (), scores.astype(np.float32), counts.astype(np.int32), curve.astype(np.float32), score, expected,
         time.monotonic() - begun, warning, convention,

@@ -23,11 +23,12 @@ from model.writes import bias_write, head_writes, heads_write, over_scale, post_
 from techniques.circuits.edge_index import EdgeIndex, all_edges, edge_index, own_edge, receivers, senders
 from techniques.circuits.inputs import PARTS, block_inputs, taps
 from techniques.circuits.requests import REST
-from techniques.patching.plan import Plan, check_lengths, others, read_member
+from techniques.patching.plan import Plan, others, read_member
 from techniques.patching.requests import Sweep
 from vocabulary.nodes import UserError
-from vocabulary.prompts import Study
+from vocabulary.prompts import Prompt, Study
 from vocabulary.requests import ModelInfo, Progress
+from vocabulary.sets import fitting
 
 __all__ = ["PARTS", "EdgeRun", "all_edges", "edge_runs", "edge_values", "gather", "own_edge", "receivers", "senders"]
 EMBED = "blocks.0.hook_resid_pre"
@@ -85,20 +86,21 @@ class EdgeRun:
         _, self.clean = model.forward(self.ids, names)
         corrupt = None
         if all(r.rows["corrupt"] is not None for r in self.group) and len({len(r.rows["corrupt"].ids) for r in self.group} | {self.seq}) == 1:
-            _, corrupt = model.forward(t.tensor([r.row("corrupt").ids for r in self.group]), names)
+            _, corrupt = self.group[0].of("corrupt").forward(t.tensor([r.row("corrupt").ids for r in self.group]), names)
         normed = None
         if self.group[0].study.metric.kind == "kl":
             normed = t.stack([x[r.metric_position("clean")] for r, x in zip(self.group, self.clean[FINAL])])
         self.score = MetricReader(self.group, normed, "clean")
-        if self.score.whole:
+        if self.score.kind in ("loss", "own"):
             raise UserError("circuits are scored at one position, and loss or a metric of your own has none: use another metric")
         self.score.base = self.value = self.score.of(self.clean[last], 0)[0]
         self.corrupted = None if corrupt is None else MetricReader(self.group, normed, "corrupt").of(corrupt[last], 0)[0]
         match self.rest:
             case "patch":
-                if corrupt is None:
+                if self.group[0].pair and self.by_edges and self.scales:
                     raise UserError(
-                        "cut edges carry the corrupted run, and a prompt has none of equal length: use zero, or mean and resample with prompts of one length"
+                        f"{self.info.architecture}: what a head writes through the norm after attention is not defined with one model's z and another's"
+                        " scale, so edges are not cut across two models; score nodes"
                     )
                 acts = corrupt
             case "resample":
@@ -107,7 +109,7 @@ class EdgeRun:
                 acts = {n: t.zeros_like(x) for n, x in self.clean.items()} | {s: self.clean[s] for s in self.scales}
             case _:
                 some = [n for n in names if n not in (last, FINAL, *self.scales)]
-                acts = yield from means(model, self.plan.ask.study, some, self.rest, self.seq)
+                acts = yield from means(model, self.plan.ask.study, some, self.rest, [r.row("clean") for r in self.group])
                 acts = {n: x.expand_as(self.clean[n]) for n, x in acts.items()} | {s: self.clean[s] for s in self.scales}
         self.carry(acts)
         if not np.isfinite(self.value).all():
@@ -391,22 +393,33 @@ class Lost:
 # ------------------------------------------------------------------ over prompts
 
 
-def edge_runs(model: Model, study: Study, rest: str, seed: int = 0, make: Callable[..., EdgeRun] = EdgeRun) -> Generator[Progress, None, list[EdgeRun]]:
-    """One EdgeRun a length of prompt, over the set or the one prompt. Interventions of the study are left out: an edge circuit is one of the model itself."""
+def edge_runs(
+    model: Model, study: Study, rest: str, seed: int = 0, make: Callable[..., EdgeRun] = EdgeRun, labels: tuple[str, ...] = ()
+) -> Generator[Progress, None, list[EdgeRun]]:
+    """
+    One EdgeRun a length of prompt, over the prompts of the set that have these labels, or the one prompt. Interventions of the study are left out: an edge
+    circuit is one of the model itself.
+    """
     if rest not in REST:
         raise UserError(f"{rest!r} is not a value for what is left out: use one of {', '.join(REST)}")
     if make is EdgeRun:
         require_parts(model)
-    members = list(enumerate(study.prompt_set)) or [(0, study.prompt)]
-    study = replace(study, interventions=(), base="clean")
-    runs = []
-    for i, prompt in members:
-        try:
-            runs.append(read_member(model, replace(study, prompt=prompt), rest == "patch"))
-            check_lengths(runs[-1:], "clean", Sweep(study, op=rest))
-        except UserError as error:
-            raise UserError(f"prompt {i + 1} of the set: {error}" if study.prompt_set else str(error)) from error
-    plan = Plan(model, Sweep(study, "nodes", rest, seed=seed), members, runs, "clean", "corrupt", None, chunk_bytes(model.device))
+    study, left = replace(study, interventions=(), base="clean"), ()
+
+    def read(prompt: Prompt) -> Runs:
+        found = read_member(model, replace(study, prompt=prompt), rest)
+        for label in labels:
+            found.position("clean", label)
+        if rest == "patch" and len(found.row("clean").ids) != len(found.row("corrupt").ids):
+            raise UserError("what is left out carries the corrupted run, and it is not of equal length: use zero, mean, or another corrupted prompt")
+        return found
+
+    if study.prompt_set:
+        members, runs, left = fitting(enumerate(study.prompt_set), read)
+    else:
+        members, runs = [(0, study.prompt)], [read(study.prompt)]
+    model = runs[0].model
+    plan = Plan(model, Sweep(study, "nodes", rest, seed=seed), members, runs, "clean", "corrupt", [], chunk_bytes(model.device), left)
     out = []
 
     def prepared(part: list[int]) -> Generator[Progress, None, EdgeRun]:
@@ -415,8 +428,9 @@ def edge_runs(model: Model, study: Study, rest: str, seed: int = 0, make: Callab
         yield from run.prepare()
         return run
 
-    for length in sorted({len(r.row("clean").ids) for r in runs}):
-        same = [i for i, r in enumerate(runs) if len(r.row("clean").ids) == length]
+    lengths = [tuple(len(r.rows[w].ids) if r.rows[w] else 0 for w in ("clean", "corrupt")) for r in runs]
+    for pair in sorted(set(lengths)):
+        length, same = pair[0], [i for i, both in enumerate(lengths) if both == pair]
         per = max(1, plan.limit // prompt_bytes(model.info, length, model.dtype.itemsize))
         for run in Chunks("prompts", per).over(len(same), lambda a, b, same=same: prepared(same[a:b])):
             if isinstance(run, Progress):

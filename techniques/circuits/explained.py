@@ -8,7 +8,8 @@ FAITHFUL = "faithfulness = (F(C) - F(nothing)) / (F(M) - F(nothing)), F the metr
 ALONE = "effect of a part = F(M without it) - F(M)"
 EXPLAINED = {
     "map": Explained("map", "what is kept, on layers × heads; each kept part with the effect of taking it alone away", f"{ALONE}; {FAITHFUL}", IOI, REST),
-    "drawing": Explained("drawing by layer", "the circuit from the embeddings at the bottom to the logits, with its edges", f"{ALONE}; {FAITHFUL}", IOI, REST),
+    "drawing": Explained("drawing by layer", "from the embeddings at the bottom to the logits: nodes by layer, edges by their score", f"edges: F(M without it) - F(M) once scored, else the discovery's score; nodes: {ALONE}; {FAITHFUL}", IOI, REST),
+    "edges": Explained("edges in words", "every node with what it reads from", f"{ALONE}; {FAITHFUL}", IOI, REST),
     "list": Explained("list", "the circuit's nodes and edges as addresses, with the effect of each alone", f"{ALONE}; {FAITHFUL}", IOI, REST),
     "path": Explained("path patching", "what goes along one path: the receiver gets what it would get if only this sender had its corrupted value", "effect = m(receiver's input with the sender's change) - m(untouched)",
                       "Goldowsky-Dill et al. 2023, arXiv 2304.05969; " + IOI, "all other heads and MLPs, at the base run"),

@@ -7,6 +7,7 @@ import torch as t
 from torch import Tensor
 
 from model.bridge import Edit, Model
+from model.replacements import corrupted_rows
 from model.sae import SparseAutoencoder
 from model.sae_fit import check
 from model.sae_loading import for_layer
@@ -56,7 +57,9 @@ class FeatureRun(NodeRun):
             raise UserError("features that are left out have no mean over a text yet: use zero, mean, mean_all or resample")
         if self.rest == "zero":
             return t.zeros(1, 1, 1, device=d.device)
-        rows = [self.model.row(p.corrupt, p.bos).ids for p in self.plan.ask.study.prompt_set if p.corrupt is not None]
+        rows = [r.ids for r in corrupted_rows(self.model, self.plan.ask.study.prompt_set)]
+        if self.rest == "mean" and any(len(ids) != self.seq for ids in rows):
+            raise UserError("features' means position by position need prompts of one length: use mean_all, or a set of one template")
         total, count = 0.0, 0
         for done, ids in enumerate(rows):
             f = self.encode(d, self.model.trace(ids, [d.point])[d.point])

@@ -63,7 +63,7 @@ def features(model: Model, ask: Discover) -> Generator[Progress, None, DiscoverR
         warning = "" if np.isfinite(curve[-1]) else "model and empty circuit have the same metric: no faithfulness"
     elif not ask.dry:
         warning = "every score is 0: the metric does not see these features"
-    n = len(ask.study.prompt_set) or 1
+    n, warning = len(bench.whole), "; ".join(filter(None, (warning, bench.left_out)))
     parts = [METHODS["features"], words, f"a feature that is left out is set to {REST[ask.rest]}", f"looked at in {', '.join(d.source for d in loaded)}" + f", replaced in {', '.join(d.source for d in used)}" * (len(used) < len(loaded)),
              "error term kept" if ask.study.sae_error else "error term dropped where the circuit is alone", "position 0 as it is, heads and MLPs stay",
              f"{ask.study.metric.kind}@{ask.study.metric.pos}, mean of {n} prompt{'s' * (n != 1)}", "interventions left out" * bool(ask.study.interventions), model.info.dtype]  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from techniques.circuits import drawings
-from techniques.circuits.actions import free_name
+from screen.actions import free_name
 from techniques.circuits.pictures import scored_over
 from techniques.circuits.requests import Compare, Score
 from vocabulary.circuit import Circuit, COMBINE

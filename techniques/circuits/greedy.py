@@ -51,7 +51,7 @@ def greedy(model: Model, ask: Discover) -> Generator[Progress, None, DiscoverRes
         curve.append((len(left), faithful))
     curve.append((0, 0.0))
     words = [f"greedy over heads, MLPs and embeddings stay; a head that is left out is set to {REST[ask.rest]}", f"{ask.study.metric.kind}@{ask.study.metric.pos}",
-             f"until {ask.nodes} heads" if ask.nodes else f"while faithfulness stays at {ask.target:g} or above", f"{len(ask.study.prompt_set) or 1} prompts", info.dtype]  # fmt: skip
+             f"until {ask.nodes} heads" if ask.nodes else f"while faithfulness stays at {ask.target:g} or above", f"{len(bench.whole)} prompts", info.dtype]  # fmt: skip
     found = Circuit(ask.name or "greedy", info.name, () if ask.dry else tuple(left), found="; ".join(words))
     order = list(scores)
     counts, values = (np.array(x) for x in zip(*sorted(curve)))
@@ -59,5 +59,5 @@ def greedy(model: Model, ask: Discover) -> Generator[Progress, None, DiscoverRes
         counts, values = np.zeros(0), np.zeros(0)
     return DiscoverResult(
         found, "greedy", tuple(order), np.array([scores[x] for x in order], np.float32), counts.astype(np.int32), values.astype(np.float32),
-        faithful, expected, time.monotonic() - begun, "", "; ".join(words),
+        faithful, expected, time.monotonic() - begun, bench.left_out, "; ".join(words),
     )  # fmt: skip

@@ -12,24 +12,23 @@ from techniques.patching.requests import SweepResult
 from vocabulary.circuit import connected, LOGITS
 from vocabulary.nodes import Node, parse_node, UserError
 from vocabulary.prompts import Study
-from screen.actions import turns
+from screen.actions import own_circuit, turns
 from screen.cursor import clip
 from screen.keys import CIRCUIT, Action, Part
 from screen.maps import columns_of
 from screen.pane import Host, Pane
-from screen.pictures import sweep_cell
 from screen.replies import Reply
-from techniques.circuits import actions, discovery, files
+from techniques.circuits import actions, discovery, files, path_view, walk
 from techniques.circuits.explained import EXPLAINED
-from techniques.circuits.pictures import NO_CIRCUIT, about_node, all_scores, compared, curve, listing, map_grid, members, path_grid, scored_over, summary, wrap
+from techniques.circuits.graph import Graph
+from techniques.circuits.pictures import NO_CIRCUIT, about_node, all_scores, compared, curve, listing, map_grid, members, scored_over, summary, wrap
 from widgets import BAD, DIM, PLAIN, Grid, GridView, Lines, Same, Spans
 
-PATHS = {"direct": "direct edge", "mlps": "through MLPs"}
 FULL = ("faithfulness", "effects", "completeness", "minimality")
 
 
 VIEWS_OF = {
-    "circuit.view": ("map", "drawing", "list", "path", "scores", "curve", "compare"),
+    "circuit.view": ("drawing", "map", "edges", "list", "path", "scores", "curve", "compare"),
     "circuit.rest": ("patch", "mean", "resample", "zero", "mean_all", "mean_text", "mean_text_pos"),
     "circuit.mlps": ("stay", "count"),
     "circuit.by": ("auto", "nodes", "edges"),
@@ -63,7 +62,9 @@ class CircuitPane(Pane):
     def __init__(self, **kw):
         super().__init__(**kw)
         self.map, self.side = GridView(), Lines(classes="second")
-        self.left: tuple | None = None  # where the cursor was left when it went to the embeddings' row of the paths
+        self.left: tuple | None = None  # where the cursor was left when it went to the embeddings' row of the paths, or to a node of the drawing; and that
+        self.edge = ""  # of the node under the cursor: the one that , and . chose
+        self.laid: Graph | None = None  # the rows of the drawing as they are on the screen
         self.top = 0  # the first line shown beside the map
         self.last: Reply | None = None  # the last scores; their request without groups
         self.found: dict[str, Reply] = {}  # of circuits that were discovered here, by name
@@ -75,7 +76,7 @@ class CircuitPane(Pane):
         return {"circuit": self.map.grid} if self.map.grid else {}
 
     def height_needed(self) -> int:
-        return 22
+        return max(22, 3 + 2 * len(self.laid.rows)) if self.laid is not None else 22
 
     # ---------------------------------------------------------------- what is asked
 
@@ -152,7 +153,7 @@ class CircuitPane(Pane):
         request = self.request(app)
         if request is None:
             raise UserError("there is no circuit yet: c keeps the node under the cursor, Y opens one, U finds one")
-        if isinstance(request, PathPatch) and app.state.prompt.corrupt is None and not request.over_set:
+        if isinstance(request, PathPatch) and not app.state.compares and not request.over_set:
             raise UserError("path patching takes values from the other prompt, and there is no corrupted prompt: E types one, o opens a set")
         app.requests.start(request)
 
@@ -171,17 +172,20 @@ class CircuitPane(Pane):
 
     def step(self, app: Host, rows: int, cols: int) -> None:
         c, n, view = app.cursor, app.info.n_heads, app.state.views
+        if (graph := walk.drawn(self, app)) is not None and graph.edges:
+            walk.step(self, app, graph, rows, cols)
+            return
         result = self.paths(app) if view[self.view] == "path" and view["circuit.each"] != "receiver" else None
         if result is not None and self.by_pos(result):
             row, col = self.cell(app, result)
             node = parse_node(result.rows[clip(row + rows, len(result.rows))])
             where = {} if node.site == "embed" else {"layer": node.layer, "comp": node.site} | ({"head": node.head} if node.site == "head" else {})
             app.move(pos=clip(col + cols, len(result.cols)), **where)
-            self.left = self.here(app) if node.site == "embed" else None
+            self.left = (self.here(app), "embed") if node.site == "embed" else None
             app.draw()
             return
         if result is not None and (self.embed(app) or rows < 0 and c.layer == 0):  # the row of the embeddings, above layer 0
-            self.left = self.here(app) if rows <= 0 else None
+            self.left = (self.here(app), "embed") if rows <= 0 else None
             app.draw()
             return
         self.left = None
@@ -194,13 +198,18 @@ class CircuitPane(Pane):
         return (view, f"path={app.state.views['circuit.path']}") if view == "path" else (view,)
 
     def doing(self, app: Host) -> list[tuple[str, str]]:
-        return [("S", "run the paths"), ("Q", "receivers")] if app.state.views[self.view] == "path" else [("S", "score it")] if app.state.circuits else []
+        if app.state.views[self.view] == "path":
+            return [("S", "run the paths"), ("Q", "receivers")]
+        walks = [("hjkl", "walk its edges"), (", .", "choose an edge")] if (graph := walk.drawn(self, app)) is not None and graph.edges else []
+        return walks + ([("S", "score it")] if app.state.circuits else [])
 
     def shows(self, node: Node) -> bool:
         return node.site != "sae" and not node.site.startswith("resid")
 
     def node(self, app: Host, pos: int | None) -> Node:
-        c = app.cursor
+        c, graph = app.cursor, walk.drawn(self, app)
+        if graph is not None and graph.edges and (node := walk.node(self, app, graph, pos)) is not None:
+            return node
         if self.embed(app):
             return Node("embed", pos=pos)
         return Node("head", c.layer, c.head, pos=pos) if c.comp == "head" else Node("mlp", c.layer, pos=pos)
@@ -211,7 +220,7 @@ class CircuitPane(Pane):
 
     def embed(self, app: Host) -> bool:
         """Whether the cursor stands on the embeddings: until it goes anywhere else."""
-        return self.left == self.here(app) and app.state.views[self.view] == "path" and app.state.views["circuit.each"] != "receiver"
+        return self.left == (self.here(app), "embed") and app.state.views[self.view] == "path" and app.state.views["circuit.each"] != "receiver"
 
     @staticmethod
     def by_pos(result: SweepResult) -> bool:
@@ -219,7 +228,10 @@ class CircuitPane(Pane):
         return result.cols[-1].isdigit()
 
     def across(self, app: Host, by: int) -> None:
-        """The lines beside the map."""
+        """The lines beside the map; in the drawing the edge that is followed."""
+        if (graph := walk.drawn(self, app)) is not None and graph.edges:
+            walk.turn(self, app, graph, by)
+            return
         self.top = max(0, self.top + by * max(1, self.size.height // 2))
         app.draw()
 
@@ -229,7 +241,7 @@ class CircuitPane(Pane):
         if app.state.views[self.view] != "path" or app.state.views["circuit.each"] == "receiver":
             raise UserError("⏎ keeps the path under the cursor, where rows are senders: P turns to them (in the path view); c keeps a node anywhere")
         sender = str(self.node(app, None))
-        actions.own_circuit(app)
+        own_circuit(app)
         for receiver in app.state.receivers:
             app.act("keep", part=f"{sender}->{receiver}")
         did = "kept" if f"{sender}->{app.state.receivers[-1]}" in app.state.current.edges else "dropped"
@@ -250,20 +262,29 @@ class CircuitPane(Pane):
             self.info_line.show([])
             return
         if view == "path":
-            self.paint_path(app)
+            self.map.set_class(False, "hidden")
+            path_view.paint(self, app)
             return
         result = self.scored(app)
         parts = members(circuit) if circuit else {}
         effects = dict(zip(result.parts, result.effects.tolist())) if result is not None else {}
         grid = self.picture("circuit", (circuit, Same(result)), lambda: map_grid(app.info, parts, effects, result.floor if result is not None else math.nan))
         self.side.styles.width = "1fr"
+        graph = walk.drawn(self, app)
+        walks = graph is not None and bool(graph.edges)
+        self.map.set_class(walks, "hidden")
         mapped = self.map.styles.width = columns_of(grid, max(self.size.width // 2, self.size.width - 60), self.size.height - 2, views["mode"]) + 1
         self.map.show(grid, self.cell(app, None), views["mode"])
-        self.paint_side(app, result, max(20, self.size.width - mapped - 3))
+        if walks:
+            self.side.show(walk.picture(self, app, graph, result, effects))
+        else:
+            self.laid = None
+            self.paint_side(app, result, max(20, self.size.width - mapped - 3))
         score = f" · faithfulness {result.faithfulness.mean:.3f} {scored_over(state, self.study(app))}" if result is not None else ""
         busy = app.requests.left("score") if "score" in app.requests.wanted and app.requests.stale("score") else ""
         self.show_title(app, ("score",), f"{view}{score}{busy} · {name}", self.note(app, result))
-        self.info_line.show([about_node(str(self.node(app, None)), circuit, effects)])
+        about = about_node(str(self.node(app, None)).split("@")[0], circuit, effects)
+        self.info_line.show([about[:1] + walk.about_edge(self, app, graph) + about[1:] if walks else about])
 
     def note(self, app: Host, result: ScoreResult | None) -> str:
         """How the circuit is scored, beside the title."""
@@ -301,37 +322,13 @@ class CircuitPane(Pane):
             case _ if circuit is None:
                 return NO_CIRCUIT
             case "drawing":
+                return walk.without_edges(self, app, result, width, n)
+            case "edges":
                 effects = dict(zip(result.parts, result.effects.tolist())) if result is not None else None
                 return [[(line, PLAIN)] for line in drawings.draw(circuit, effects, width)]
             case "list":
                 return listing(circuit, result)
         return summary(circuit, result, width)
-
-    def paint_path(self, app: Host) -> None:
-        views, request, result = app.state.views, self.path(app), self.paths(app)
-        ends = (
-            f"{', '.join(request.senders)} → each receiver"
-            if request.each == "receiver"
-            else f"every node{' by position' * request.by_pos} → {', '.join(request.receivers)}"
-        )
-        way = "noising" if request.direction == "noise" else "denoising"
-        title = f"path · {ends} · {PATHS[request.convention]} · {way}" + (" over the set" if request.over_set else "")
-        self.map.styles.width = "1fr"
-        self.side.styles.width = 0
-        self.side.show([])
-        if result is None:
-            self.show_title(app, ("path",), title, "")
-            hint = [("  S runs it · Q chooses receivers · Z direct or through MLPs · P by position, or to each receiver", DIM)]
-            self.map.show(None, (0, 0), views["mode"], app.requests.waiting("path") if "path" in app.requests.wanted else hint)
-            self.info_line.show([])
-            return
-        edges = set(app.state.current.edges) if app.state.current else set()
-        grid = self.picture("path", (Same(result), frozenset(edges)), lambda: path_grid(result, request, edges))
-        done = "" if result.done == result.total else f"{result.done}/{result.total}{app.requests.left('path')} · "
-        self.show_title(app, ("path",), f"{done}{title}", result.convention, grid)
-        row, col = self.cell(app, result)
-        self.map.show(grid, (row, col), views["mode"])
-        self.info_line.show([sweep_cell(result, None, row, col, self.map.about())])
 
 
 PANE = CircuitPane

@@ -25,7 +25,7 @@ from model.runs import Runs
 from model.variants import Base
 from model.writes import change_of_head, post_scales, require_parts
 from techniques.circuits.requests import CONVENTIONS, PathPatch
-from techniques.patching.plan import Layout, Plan, aligned, over_bases, read_plan
+from techniques.patching.plan import Layout, Plan, aligned, columns, each_layout, over_bases, read_plan
 from techniques.patching.requests import Sweep, SweepResult
 from techniques.patching.table import SweepTable
 from vocabulary.circuit import LOGITS
@@ -90,9 +90,9 @@ def every_sender(model: Model) -> list[list[Node]]:
     return [[Node("embed")], *([Node("head", n, h) for h in range(i.n_heads)] + [Node("mlp", n)] * mlps[n] for n in range(i.n_layers))]
 
 
-def lay_out(runs: Runs, ask: PathPatch) -> tuple[Layout, dict[tuple[int, int], Path]]:
-    """The table's labels and addresses, and the path of every cell that has one."""
-    model, i, seq = runs.model, runs.model.info, len(runs.row("now").ids)
+def lay_out(runs: Runs, ask: PathPatch, labels: tuple[str, ...] = ()) -> tuple[Layout, dict[tuple[int, int], Path]]:
+    """The table's labels and addresses, and the path of every cell that has one; a table by position goes by `labels` where there are some."""
+    model, i, where = runs.model, runs.model.info, labels or range(len(runs.row("now").ids))
     senders = [read_sender(runs, a) for a in ask.senders]
     receivers = tuple(read_receiver(runs, a) for a in ask.receivers)
     heads = [f"H{h}" for h in range(i.n_heads)]
@@ -102,14 +102,14 @@ def lay_out(runs: Runs, ask: PathPatch) -> tuple[Layout, dict[tuple[int, int], P
         table = every_sender(model)
         if ask.by_pos:
             flat = senders or [n for line in table for n in line]
-            rows, cols = [str(n) for n in flat], [str(p) for p in range(seq)]
-            grid = [[replace(n, pos=p) for p in range(seq)] for n in flat]
+            rows, cols = [str(n) for n in flat], [str(p) for p in where]
+            grid = [[replace(n, pos=p) for p in where] for n in flat]
         else:
             rows, cols, grid = ["embed", *(f"L{n}" for n in range(i.n_layers))], [*heads, "MLP"], table
         wanted = {(n.site, n.layer, n.head): n for n in senders}
         cells = {}
         for r, line in enumerate(grid):
-            for c, node in enumerate(line):
+            for c, node in enumerate(map(runs.placed, line)):
                 here = wanted.get((node.site, node.layer, node.head), None if wanted else node)
                 if here is not None and any(reaches(model, here if not ask.by_pos else node, x) for x in receivers):
                     cells[r, c] = ((node if ask.by_pos else here,), receivers)
@@ -300,31 +300,47 @@ def path_patch(model: Model, ask: PathPatch) -> Generator[Progress | SweepResult
     if ask.each not in ("sender", "receiver"):
         raise UserError("one cell is one sender or one receiver: each is sender or receiver")
     if ask.study.metric.whole:
-        raise UserError("path patching reads one position, and loss or a metric of your own has none: use another metric")
+        raise UserError(f"path patching reads one position, and {ask.study.metric.kind} has none or several: use another metric")
     require_parts(model)
     plan = read_plan(model, Sweep(ask.study, "nodes", "patch", ask.direction, over_set=ask.over_set, chunk_mb=ask.chunk_mb))
-    layout, paths = lay_out(plan.runs[0], ask)
-    values = plan.layout  # the nodes whose values in the other run are needed
-    plan.layout = replace(values, cells={rc: spots for rc, spots in values.cells.items() if needed(spots[0].node, paths)})
+    labels = columns(plan.runs, plan.side, replace(plan.ask, kind="z_pos")) if ask.by_pos and ask.each == "sender" else ()
+    ends = [parse_node(a).pos for a in (*ask.senders, *ask.receivers) if a.strip() != LOGITS]
+    tables = each_layout(plan.runs, (*labels, *(p for p in ends if isinstance(p, str))), lambda r: lay_out(r, ask, labels))
+    tables = same_cells(tables)
+    # the nodes whose values in the other run are needed
+    kept = {id(paths): replace(v, cells={rc: x for rc, x in v.cells.items() if needed(x[0].node, paths)}) for v, (_, paths) in zip(plan.layouts, tables)}
+    plan.layouts = [kept[id(paths)] for _, paths in tables]
     names = [f"blocks.{n}.hook_{s}_out" for n in range(model.info.n_layers) for s in ("attn", "mlp") if f"blocks.{n}.hook_{s}_out" in model.points]
-    board = SweepTable(replace(plan, layout=layout))
-    fill = partial(fill_paths, plan=plan, board=board, ask=ask, cells={p.cell: p for p in paths.values()})
+    board = SweepTable(replace(plan, layouts=[layout for layout, _ in tables]))
+    fill = partial(fill_paths, plan=plan, board=board, ask=ask, cells=[{p.cell: p for p in paths.values()} for _, paths in tables])
     early = yield from over_bases(plan, fill, (*names, EMBED), board.forget)
-    return early or labelled((yield from board.finish()), ask, model)
+    return early or labelled((yield from board.finish()), ask, plan)
+
+
+def same_cells(tables: list[tuple[Layout, dict]]) -> list[tuple[Layout, dict]]:
+    """Each prompt's table with the cells that all of them have."""
+    common = set.intersection(*(set(paths) for _, paths in tables))
+    if not common:
+        raise UserError("there is no path that every prompt of the set has: a receiver has to come after its sender")
+    known: dict[int, tuple[Layout, dict]] = {}
+    for layout, paths in tables:
+        some = lambda x: {rc: value for rc, value in x.items() if rc in common}  # noqa: E731
+        known.setdefault(id(paths), (replace(layout, cells=some(layout.cells)), some(paths)))
+    return [known[id(paths)] for _, paths in tables]
 
 
 def fill_paths(
-    members: list[int], base: Base, sides: tuple[np.ndarray, ...], plan: Plan, board: SweepTable, ask: PathPatch, cells: dict[int, Path]
+    members: list[int], base: Base, sides: tuple[np.ndarray, ...], plan: Plan, board: SweepTable, ask: PathPatch, cells: list[dict[int, Path]]
 ) -> Generator[Progress | SweepResult, None, SweepResult | None]:
     """The cells of a few prompts, as many paths at a time as fit; of a dry run the first few, and with them the result: how long all of it takes."""
     if base.reason:
         raise UserError(f"path patching runs the model block by block, and {base.reason}")
-    model, runs = plan.model, [plan.runs[i] for i in members]
+    runs = [plan.runs[i] for i in members]
     other = base.beside.get(EMBED)
-    other = model.forward(t.tensor([r.row(plan.other).ids for r in runs]), [EMBED])[1][EMBED] if other is None else other
+    other = runs[0].of(plan.other).forward(t.tensor([r.row(plan.other).ids for r in runs]), [EMBED])[1][EMBED] if other is None else other
     base.source["embed"] = aligned(plan, other, base.resid[0], (0, "resid_pre", "z"), runs[0])
     board.begin(members, base, sides)
-    waiting = [cells[v.cell] for v in board.waiting]
+    waiting = [cells[members[0]][v.cell] for v in board.waiting]
     change = changes(base, list(dict.fromkeys(s for p in waiting for s in p.senders)))
     change = {k: v[:, : base.stop - base.shared] for k, v in change.items()}
     say = lambda _: Progress(board.done, board.total, f"paths: {board.done} of {board.total}")  # noqa: E731
@@ -346,9 +362,9 @@ def fill_paths(
         if ask.dry:
             n = len(part[0])
             seconds = (time.monotonic() - began) / n / len(members) * (board.total - board.done) + time.monotonic() - began
-            return replace(labelled(board.result(False), ask, model), warning=f"the whole table: about {seconds:.1f} s, by its first {n} paths")
+            return replace(labelled(board.result(False), ask, plan), warning=f"the whole table: about {seconds:.1f} s, by its first {n} paths")
         if board.done < board.total:
-            yield labelled(board.result(False), ask, model)
+            yield labelled(board.result(False), ask, plan)
     return None
 
 
@@ -369,11 +385,12 @@ def needed(node: Node, paths: dict) -> bool:
     return any((s.site, s.layer, s.head) == (node.site, node.layer, node.head) for p in paths.values() for s in p.senders)
 
 
-def labelled(result: SweepResult, ask: PathPatch, model: Model) -> SweepResult:
+def labelled(result: SweepResult, ask: PathPatch, plan: Plan) -> SweepResult:
     """A sweep's result as one of path patching, with its convention."""
-    way = "noise: clean run, the path carries the corrupted value" if ask.direction == "noise" else "denoise: corrupted run, the path carries the clean value"
+    model, called = plan.model, plan.runs[0].called
+    way = f"{ask.direction}: {called(plan.side)} run, the path carries the {called(plan.other)} value"
     if ask.study.interventions:
-        way += f", the {'corrupted' if ask.direction == 'noise' else 'clean'} run without the interventions"
+        way += f", the {called(plan.other)} run without the interventions"
     if ask.each == "receiver":
         pos = next((p for r in ask.receivers if r != LOGITS and (p := parse_node(r).pos) is not None), None)
         to = "each receiver" + ("" if pos is None else f" at {pos}")
@@ -381,6 +398,8 @@ def labelled(result: SweepResult, ask: PathPatch, model: Model) -> SweepResult:
         to = ", ".join(ask.receivers)
     ends = f"{', '.join(ask.senders) or 'every node'} → {to}"
     words = [f"path patching {ends}", way, CONVENTIONS[ask.convention]]
+    if plan.runs[0].pair:
+        words.append("a head sends its z, written by the matrices of the model that is changed")
     if model.info.n_kv_heads < model.info.n_heads:
         words.append("k and v are shared by a group of heads")
     if post_scales(model, "attn"):

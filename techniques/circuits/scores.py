@@ -11,6 +11,8 @@ import numpy as np
 
 from model.bridge import Model
 from model.noise import noise_floor
+from model.replacements import mean_in_words
+from model.runs import first_tokens
 from model.text_means import pinned
 from techniques.circuits.bench import NONE, Bench, Parts
 from techniques.circuits.edges import own_edge
@@ -82,11 +84,12 @@ def score(model: Model, ask: Score) -> Generator[Progress, None, ScoreResult]:
         warning = f"model and empty circuit differ by {gap:.2g} only: fractions are large and noisy"
     if abs(gap) < floor:
         warning = f"model and empty circuit differ by {gap:.2g}, less than the noise floor {floor:.2g}: fractions are noise"
-    members = tuple(range(len(ask.study.prompt_set) or 1))
+    warning = "; ".join(filter(None, (warning, bench.left_out)))
+    members = tuple(i for i, _ in bench.plan.members)
     return ScoreResult(
         circuit, interval(bench.whole), interval(alone), interval(empty), faithfulness, parts, effects.astype(np.float32), tried,
         by_circuit.astype(np.float32), by_model.astype(np.float32), float(np.abs(by_circuit - by_model).max()) if len(by_model) else np.nan,
-        minimal.astype(np.float32), with_, members, time.monotonic() - begun, warning, convention(model, ask, edges, nodes, work, mean),
+        minimal.astype(np.float32), with_, members, time.monotonic() - begun, warning, convention(bench, ask, nodes, work, mean),
         worst, low.astype(np.float32), high.astype(np.float32), mean, work.count() if ask.dry else bench.done, expected, ask.dry, floor,
     )  # fmt: skip
 
@@ -205,9 +208,10 @@ def minimality(bench: Bench, work: Work) -> Generator[Progress, None, tuple]:
 # ------------------------------------------------------------------ words
 
 
-def convention(model: Model, ask: Score, edges: bool, nodes: tuple[str, ...], work: Work, mean: Interval | None) -> str:
+def convention(bench: Bench, ask: Score, nodes: tuple[str, ...], work: Work, mean: Interval | None) -> str:
+    model, edges, runs = bench.model, bench.edges, bench.plan.runs
     parts, features, stay = by_parts(nodes), "", "MLPs and embeddings"
-    n, rest = len(ask.study.prompt_set) or 1, REST[ask.rest] + (f", {pinned(ask.study.text)[1].words}" if ask.rest in FROM_TEXT else "")
+    n, rest = len(runs), REST[ask.rest] + (f", {pinned(ask.study.text)[1].words}" if ask.rest in FROM_TEXT else "")
     if features_of(nodes):
         error = "its error term kept" if ask.study.sae_error else "the error term dropped where the circuit is alone"
         features = (
@@ -221,6 +225,8 @@ def convention(model: Model, ask: Score, edges: bool, nodes: tuple[str, ...], wo
         "" if edges else "at the positions named" if ask.positions and any("@" in x for x in ask.circuit.nodes) else "at all positions",
         "of a head with some of q, k, v in it the others are set so" if parts else "",
         f"{ask.study.metric.kind}@{ask.study.metric.pos} over {n} prompt{'s' * (n != 1)}",
+        first_tokens(runs),
+        mean_in_words(model, ask.study, [r.row("clean") for r in runs]) if ask.rest == "mean" else "",
         "faithfulness (F(C) - F(nothing)) / (F(M) - F(nothing)), ratio of means, interval by drawing prompts again" if n > 1 else
         "faithfulness (F(C) - F(nothing)) / (F(M) - F(nothing))",
         f"{ask.subsets} random subsets, greedy to {ask.greedy}, seed {ask.seed}" if {"completeness", "minimality"} & set(ask.what) else "",

@@ -4,6 +4,7 @@ from collections.abc import Generator
 
 from model.bridge import Model
 from model.interventions import prepare
+from model.runs import Runs
 from model.sae_catalogue import catalogue
 from model.sae_fit import check
 from model.sae_loading import load
@@ -32,17 +33,23 @@ def answer(model: Model, ask: Request) -> Generator:
         case FeatureGraph() | CheckEdge():
             return (yield from between(model, ask))
     d = yield from load(model, ask.source)
-    runs = yield from prepare(model, ask.study)
+    runs = own_run((yield from prepare(model, ask.study)), ask.which)
     check(runs, d)
     yield Progress(1, 2, "encoding")
     return features(runs, d, ask) if isinstance(ask, Features) else feature(runs, d, ask)
+
+
+def own_run(runs: Runs, which: str) -> Runs:
+    """The runs, of which one is read through this model's SAE."""
+    runs.require_first("an SAE", which)
+    return runs
 
 
 def between(model: Model, ask: FeatureGraph | CheckEdge) -> Generator:
     """Edges from an earlier SAE's features to a feature of a later one, or to the metric (target -1)."""
     up = yield from load(model, ask.up)
     down = (yield from load(model, ask.down)) if ask.target >= 0 else up
-    runs = yield from prepare(model, ask.study)
+    runs = own_run((yield from prepare(model, ask.study)), ask.which)
     check(runs, up)
     if down is not up:
         check(runs, down)

@@ -25,6 +25,7 @@ from techniques.features.requests import (
     TrainSaeResult,
 )
 from techniques.shell import ANSWERS, CYAN, DO, GRAY, GREEN, METRIC, PURPLE, RED, YELLOW, options, plain, table
+from techniques.training import Recorded
 from utils import show_bytes, show_number, show_token
 from vocabulary.nodes import UserError
 from vocabulary.prompts import Study
@@ -81,7 +82,7 @@ class FeatureGraphCommand(options(FeatureGraph)):
 
 
 @dataclass
-class TrainSaeCommand(options(TrainSae)):
+class TrainSaeCommand(Recorded, options(TrainSae)):
     """Train a small SAE through sae_lens. Interrupted, it leaves a checkpoint: go on with --resume."""
 
     interruptible = True

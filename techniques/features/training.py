@@ -345,7 +345,8 @@ def run(model: Model, ask: TrainSae, rows: Tensor, name: str, recipe: str) -> Ge
             losses = restore(out, recipe, trainer)
         ready(out)
         for batch in batches(model, name, rows, ask.batch, ask.seed, len(losses)) if len(losses) < steps else ():
-            yield Progress(len(losses), steps, f"SAE: {said if batch is not None else f'activations, {said}'}")
+            values = {"loss": losses[-1]} if losses and batch is not None else {}
+            yield Progress(len(losses), steps, f"SAE: {said if batch is not None else f'activations, {said}'}", values=values)
             if not isinstance(batch, Tensor):
                 continue
             if trainer is None:

@@ -6,6 +6,7 @@ from screen.actions import accepted
 from screen.overlays import Editor
 from screen.pane import Host, Pane
 from techniques.generation.requests import HELD, GenerateResult
+from vocabulary.chat import grown
 from vocabulary.nodes import UserError
 from vocabulary.typed import whole_number
 from widgets import GOOD
@@ -25,7 +26,7 @@ def send_back(pane: Pane, app: Host) -> None:
         raise UserError("there is no new token under the cursor")
     more, p = s.text[: s.ends[token]], app.state.prompt
     pane.expected = (*result.runs[run].tokens.ids, *s.ids[: token + 1])
-    app.act("prompt", prompt=replace(p, clean=p.clean + more, corrupt=None if p.corrupt is None else p.corrupt + more))
+    app.act("prompt", prompt=replace(p, clean=grown(p.clean, more), corrupt=None if p.corrupt is None else grown(p.corrupt, more)))
     app.say(f"the prompt has grown by {token + 1} token{'s' * (token > 0)}: t names an answer, u takes it back", GOOD)
 
 
@@ -68,7 +69,7 @@ def put(app: Host, values: dict[str, str]) -> str:
     if values["other"].strip() not in ("on", "off"):
         return "other: write on or off"
     found["other"] = values["other"].strip() == "on"
-    if found["other"] and app.state.prompt.corrupt is None:
-        return "other: there is no corrupted prompt to continue"
+    if found["other"] and not app.state.compares:
+        return "other: there is no other run to continue: E types a corrupted prompt"
     app.act("generation", **found)
     return ""

@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Generator
+from dataclasses import replace
 
 import numpy as np
 import torch as t
@@ -15,6 +16,7 @@ from model.top_tokens import largest, texts
 from techniques.generation import steering
 from techniques.generation.requests import Continuation, Continued, Curve, Directions, Generate, GenerateResult, HELD, MakeDirection, Sampling
 from vocabulary.nodes import UserError
+from vocabulary.prompts import Metric
 
 TOP = 5
 
@@ -37,14 +39,15 @@ def generate(model: Model, request: Generate) -> Generator[object, None, Generat
     model.require("loss")
     if not model.causal:
         raise UserError(f"{model.info.architecture} sees later tokens too: it does not continue a text")
-    runs = yield from prepare(model, request.study)
+    runs = yield from prepare(model, replace(request.study, metric=Metric("kl")))  # no metric is read: none is in the way
     new = (yield from edits_of_new(runs)) if how.held == "all" else []
     sides = sides_of(runs, how)
-    room = model.info.n_ctx - max(len(runs.row(which).ids) for which in sides)
+    most = min(runs.of(which).info.n_ctx for which in sides)
+    room = most - max(len(runs.row(which).ids) for which in sides)
     if room < 1:
-        raise UserError(f"the prompt fills the model's context of {model.info.n_ctx} tokens: shorten it")
+        raise UserError(f"the prompt fills the model's context of {most} tokens: shorten it")
     total = min(how.tokens, room)
-    reason = why_not_cached(model)
+    reason = next(filter(None, (why_not_cached(runs.of(which)) for which in sides)), "")
     writers = [Writer(runs, which, how, new, not reason) for which in sides]
     note = convention(runs, how, total, reason)
     for step in range(total):
@@ -70,7 +73,7 @@ class Writer:
     """One run's samples as they grow."""
 
     def __init__(self, runs: Runs, which: str, how: Sampling, new: list, cached: bool):
-        self.model, self.which, self.row, self.how = runs.model, which, runs.row(which), how
+        self.model, self.which, self.row, self.how = runs.of(which), which, runs.row(which), how
         now = which == "now"
         self.growth = Growth(self.model, self.row.ids, runs.edits if now else [], new if now else [], how.samples, cached)
         self.ids = np.zeros((how.samples, 0), int)
@@ -164,5 +167,5 @@ def convention(runs: Runs, how: Sampling, total: int, reason: str) -> str:
     parts = [HELD[how.held]] if runs.edits else []
     parts += [how.words, f"probabilities at temperature 1, raw weights, {runs.model.info.dtype}"]
     parts += [f"each token a whole run without a cache: {reason}"] * bool(reason)
-    parts += [f"the context of {runs.model.info.n_ctx} tokens ends after {total}"] * (total < how.tokens)
+    parts += [f"the context ends after {total} tokens"] * (total < how.tokens)
     return " · ".join(p for p in (*parts, runs.convention) if p)

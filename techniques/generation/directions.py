@@ -7,7 +7,7 @@ from pathlib import Path
 from screen.actions import accepted, intervene
 from screen.overlays import Editor, Item, Panel, Picker
 from screen.pane import Host, Pane
-from screen.pictures import chart
+from screen.pictures import chart, run_names
 from techniques.generation.requests import Curve, CurveResult, Direction, Directions, DirectionsResult, KINDS, MakeDirection
 from vocabulary.files import folder, replacing, typed_path
 from vocabulary.nodes import Intervention, UserError, parse_node
@@ -129,7 +129,7 @@ def change(pane: Pane, app: Host, by: int) -> None:
 
 
 def show_curve(pane: Pane, app: Host) -> None:
-    """The metric over the coefficient; - and ^ change it meanwhile."""
+    """The metric over the coefficient; - and ~ change it meanwhile."""
     i = current(app)
     unit = max(abs(i.value), 1.0)
     request = Curve(app.study, str(i), tuple(sorted({c * unit for c in AROUND} | {i.value})))
@@ -137,6 +137,8 @@ def show_curve(pane: Pane, app: Host) -> None:
 
 
 def open_curve(pane: Pane, app: Host, found: CurveResult) -> None:
+    names = run_names(app.state)
+
     def turn(by: int) -> None:
         change(pane, app, by)
         panel.replace(rows())
@@ -146,10 +148,10 @@ def open_curve(pane: Pane, app: Host, found: CurveResult) -> None:
         now = [n for n, c in enumerate(found.coefficients) if abs(c - i.value) < 1e-9]
         said = f" now {i.value:g}" + (f": {found.values[now[0]]:+.4f}" if now else "")
         xs, ys = found.coefficients.tolist(), found.values.tolist()
-        lines = chart(app.state.metric.kind, [f"{c:g}" for c in xs], {"metric": ys}, app.size.width - 2, max(8, app.size.height * 3 // 5 - 1), xs)
-        runs = "".join(f"  {name} {v:+.3f}" for name, v in (("clean", found.clean), ("corrupted", found.corrupt)) if v is not None)
+        lines = chart(app.state.metric.name, [f"{c:g}" for c in xs], {"metric": ys}, app.size.width - 2, max(8, app.size.height * 3 // 5 - 1), xs)
+        runs = "".join(f"  {name} {v:+.3f}" for name, v in ((names["clean"], found.clean), (names["corrupt"], found.corrupt)) if v is not None)
         return [[(said, BOLD), (runs, DIM)], *lines]
 
-    keys = {"-": lambda _: turn(-1), "^": lambda _: turn(1)}
-    panel = Panel("over the coefficient", rows(), f"- and ^ change it · {found.convention}", keys=keys)
+    keys = {"-": lambda _: turn(-1), "~": lambda _: turn(1)}
+    panel = Panel("over the coefficient", rows(), f"- and ~ change it · {found.convention}", keys=keys)
     app.open(panel)

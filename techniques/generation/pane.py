@@ -8,7 +8,7 @@ from textual.widget import Widget
 from screen.cursor import clip
 from screen.keys import INTERVENE, Action, Part
 from screen.pane import Host, Pane
-from screen.pictures import run_name
+from screen.pictures import run_name, run_names
 from techniques.generation import actions, directions, pictures
 from techniques.generation.explained import EXPLAINED
 from techniques.generation.requests import HELD, Generate, GenerateResult
@@ -32,7 +32,7 @@ class GeneratePane(Pane):
             "scale",
         ),
         Action("less", "-", "less", "Steering: the coefficient one step down", INTERVENE, partial(directions.change, by=-1), "directions"),
-        Action("more", "^", "more", "Steering: the coefficient one step up", INTERVENE, partial(directions.change, by=1), "less"),
+        Action("more", "~", "more", "Steering: the coefficient one step up", INTERVENE, partial(directions.change, by=1), "less"),
         Part("chart", "generate", "the metric over the steering coefficient", directions.show_curve),
         Part("enter", "generate", "the new tokens up to the cursor's join the prompt", actions.send_back),
         Part("operation", "generate", "how it is continued: tokens, temperature, top-p, seed, samples, a text to look for", actions.edit_sampling),
@@ -61,7 +61,7 @@ class GeneratePane(Pane):
 
     def wants(self, app: Host) -> dict[str, object]:
         how = app.state.generation
-        if how.other and app.state.prompt.corrupt is None:
+        if how.other and not app.state.compares:
             how = how.changed(other=False)
         return {"generate": Generate(replace(app.study, metric=Metric()), how)}  # another metric is no other text
 
@@ -99,7 +99,7 @@ class GeneratePane(Pane):
     # ---------------------------------------------------------------- drawing
 
     def paint(self, app: Host) -> None:
-        result, how = app.requests.result("generate", GenerateResult), app.state.generation
+        result, how, names = app.requests.result("generate", GenerateResult), app.state.generation, run_names(app.state)
         active = app.state.interventions and app.state.enabled
         held = {"all": "held on every new token", "prompt": "held on the prompt only"}[how.held]
         title = f"{held if active else 'no interventions'} · {how.words.replace('temperature', 'T')} · {how.tokens} tokens"
@@ -110,16 +110,16 @@ class GeneratePane(Pane):
             self.table.show([app.requests.waiting("generate")])
             self.info_line.show([])
             return
-        self.grid = self.picture("generated", (Same(result),), lambda: pictures.probabilities(result))
+        self.grid = self.picture("generated", (Same(result), *names.values()), lambda: pictures.probabilities(result, names))
         more = f"{result.done} of {result.total} · " if result.done < result.total else ""
         said = (HELD[how.held], how.words)  # the title says them
         note = more + " · ".join(part for part in result.convention.split(" · ") if part not in said)
         self.show_title(app, ("generate",), title, note, self.grid)
         at = self.at(result)
-        laid = pictures.lay_out(result, max(self.table.size.width, 20), app.state.views["mode"], at, run_name(app.state, "now"), how.contains)
+        laid = pictures.lay_out(result, max(self.table.size.width, 20), app.state.views["mode"], at, run_name(app.state, "now"), how.contains, names)
         height = max(1, self.table.size.height)
         self.table.show(laid.lines, GridView.page(laid.at, self.table.top, height, max(len(laid.lines), 1)))
-        self.info_line.show([pictures.about(result, at)])
+        self.info_line.show([pictures.about(result, at, names)])
 
     def check_expected(self, app: Host) -> None:
         """Whether the prompt that was sent back reads as the tokens it was grown from."""

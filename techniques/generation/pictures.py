@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import numpy as np
 from rich.style import Style
 
-from screen.pictures import RUN_NAMES
 from screen.textview import as_written, wrap
 from techniques.generation.requests import Continuation, Continued, GenerateResult
 from utils import fit, show_token, width_of
@@ -23,20 +22,20 @@ class Laid:
     at: int
 
 
-def probabilities(result: GenerateResult) -> Grid:
-    """Runs and samples × new tokens: the probability of each."""
+def probabilities(result: GenerateResult, names: dict[str, str]) -> Grid:
+    """Runs and samples × new tokens: the probability of each. `names`: of the runs."""
     rows = [(run.run, n, s) for run in result.runs for n, s in enumerate(run.samples)]
     values = np.full((len(rows), max(1, max(len(s.ids) for *_, s in rows))), np.nan)
     for row, (_, _, s) in zip(values, rows):
         row[: len(s.probs)] = s.probs
-    names = [RUN_NAMES[run] + (f" {n}" if len(result.runs[0].samples) > 1 else "") for run, n, _ in rows]
-    return Grid(values, names, [f"+{n}" for n in range(values.shape[1])], 0.0, 1.0, corner="new token", listed=False)
+    labels = [names[run] + (f" {n}" if len(result.runs[0].samples) > 1 else "") for run, n, _ in rows]
+    return Grid(values, labels, [f"+{n}" for n in range(values.shape[1])], 0.0, 1.0, corner="new token", listed=False)
 
 
-def head(run: Continued, changed: str, contains: str) -> str:
+def head(run: Continued, changed: str, contains: str, names: dict[str, str]) -> str:
     """The line above a run."""
     share = f"  {run.share:.0%} of {len(run.samples)} contain {show_token(contains, 16, fill=False)}" if run.share is not None else ""
-    return f"{changed if run.run == 'now' else RUN_NAMES[run.run]}{share}"
+    return f"{changed if run.run == 'now' else names[run.run]}{share}"
 
 
 def token_spans(s: Continuation, first: int, last: int, texts: dict[int, str], ramp: list[int], mode: str, at: int) -> Spans:
@@ -71,15 +70,15 @@ def cell(s: Continuation, texts: dict[int, str], width: int, ramp: list[int], mo
     return [token_spans(s, a, b, texts, ramp, mode, at) for a, b in lines] or [[("…", DIM)]], where
 
 
-def lay_out(result: GenerateResult, width: int, mode: str, at: tuple[int, int, int], changed: str, contains: str) -> Laid:
+def lay_out(result: GenerateResult, width: int, mode: str, at: tuple[int, int, int], changed: str, contains: str, names: dict[str, str]) -> Laid:
     """Runs beside each other where there is room, else below each other; samples below each other. `at`: run, sample and token of the cursor."""
-    runs, ramp = result.runs, probabilities(result).ramp
+    runs, ramp = result.runs, probabilities(result, names).ramp
     beside = len(runs) if width >= LEAST * len(runs) else 1
     w, lines, here = width // beside, [], 0
     many = len(runs[0].samples) > 1
     for first in range(0, len(runs), beside):
         group = runs[first : first + beside]
-        lines.append([x for run in group for x in padded([(f" {head(run, changed, contains)}", HEAD)], w)])
+        lines.append([x for run in group for x in padded([(f" {head(run, changed, contains, names)}", HEAD)], w)])
         for n in range(len(runs[0].samples)):
             cells = []
             for k, run in enumerate(group, first):
@@ -97,7 +96,7 @@ def padded(spans: Spans, width: int) -> Spans:
     return [*spans, (" " * (width - used), PLAIN)] if used <= width else [(fit("".join(text for text, _ in spans), width), spans[0][1])]
 
 
-def about(result: GenerateResult, at: tuple[int, int, int]) -> Spans:
+def about(result: GenerateResult, at: tuple[int, int, int], names: dict[str, str]) -> Spans:
     """The token under the cursor: its probability, the likeliest there, and what the other run has in its place."""
     run = result.runs[at[0]]
     s = run.samples[at[1]]
@@ -106,7 +105,7 @@ def about(result: GenerateResult, at: tuple[int, int, int]) -> Spans:
     n = at[2]
     show = lambda i: show_token(result.texts[int(i)], 14, fill=False)  # noqa: E731
     best = "  ".join(f"{show(i)} {float(p):.3f}" for i, p in zip(s.top_ids[n], s.top_probs[n]))
-    spans: Spans = [(f" {RUN_NAMES[run.run]} +{n} {show(s.ids[n])} {float(s.probs[n]):.4f}", BOLD)]
+    spans: Spans = [(f" {names[run.run]} +{n} {show(s.ids[n])} {float(s.probs[n]):.4f}", BOLD)]
     if n == s.parted:
         spans.append((f"  parts here: {show(result.runs[0].samples[at[1]].ids[n])} without interventions", WARN))
     return [*spans, (f"  likeliest {best}", PLAIN)]

@@ -16,12 +16,12 @@ from model.replacements import prompts_at_once
 from model.sae_loading import for_layer
 from model.writes import multiplier
 from techniques.generation.requests import Curve, CurveResult, Direction, Directions, DirectionsResult, KINDS, MakeDirection
-from techniques.output.analysis import run
+from techniques.output.analysis import reads_answer, run
 from techniques.weights.heads import factored_svd
 from techniques.weights.matrices import NOTHING, Head, Tokens
 from vocabulary.files import folder, replacing, typed_path
 from vocabulary.nodes import Node, UserError, parse_intervention, parse_node
-from vocabulary.prompts import Prompt, read_prompt_set
+from vocabulary.prompts import Prompt, TokenRow, read_prompt_set
 from vocabulary.requests import Progress
 
 STREAM = ("embed", "resid_pre", "resid_mid", "resid_post", "attn", "mlp")
@@ -69,7 +69,8 @@ def of_prompts(model: Model, ask: MakeDirection) -> Generator[Progress, None, tu
     runs = yield from prepare(model, replace(ask.study, interventions=()))
     sides = [over(runs.trace(w, [name])[name][0], None if node.pos is None else runs.position(w, node.pos)) for w in ("clean", "corrupt")]
     where = "mean over all positions but the first" if node.pos is None else f"position {node.pos}"
-    return sides[0] - sides[1], str(replace(node, pos=None)), f"clean minus corrupted prompt, {where}", "diff"
+    what = "{} minus {}, on one prompt".format(*map(runs.called, ("clean", "corrupt"))) if runs.pair else "clean minus corrupted prompt"
+    return sides[0] - sides[1], str(replace(node, pos=None)), f"{what}, {where}", "diff"
 
 
 def of_sets(model: Model, ask: MakeDirection) -> Generator[Progress, None, tuple]:
@@ -77,23 +78,32 @@ def of_sets(model: Model, ask: MakeDirection) -> Generator[Progress, None, tuple
     prompts = ask.study.prompt_set
     if not prompts:
         raise UserError("a difference of sets needs a prompt set: open one (--set on the command line)")
-    other = (
-        read_prompt_set(ask.against) if ask.against else tuple(replace(p, clean=p.corrupt, labels=p.corrupt_labels or p.labels) for p in prompts if p.corrupt)
-    )
+    clean, corrupt = rows_of(model, prompts, ask.study.align, "the set")
+    other = rows_of(model, read_prompt_set(ask.against), "", ask.against)[0] if ask.against else corrupt
     if not other:
         raise UserError("the set has no corrupted prompts: give another set whose clean prompts are taken away (--against)")
-    one = yield from set_mean(model, prompts, node, name)
+    one = yield from set_mean(model, clean, node, name)
     two = yield from set_mean(model, other, node, name)
     where = "all positions but the first" if node.pos is None else f"position {node.pos}"
     against = f"that over {len(other)} clean prompts of {ask.against}" if ask.against else f"that over its {len(other)} corrupted ones"
     return one - two, str(replace(node, pos=None)), f"mean over {len(prompts)} clean prompts of a set minus {against}, {where}", "mean-diff"
 
 
-def set_mean(model: Model, prompts: tuple[Prompt, ...], node: Node, name: str) -> Generator[Progress, None, Tensor]:
+def rows_of(model: Model, prompts: tuple[Prompt, ...], align: str, what: str) -> tuple[list[TokenRow], list[TokenRow]]:
+    """The clean prompts of a set and its corrupted ones as tokens. UserError for one that the model can't read."""
+    clean, corrupt = [], []
+    for n, p in enumerate(prompts, 1):
+        problems: list[str] = []
+        one, two, _ = model.tokens.pair(p, align, problems, [])
+        if problems:
+            raise UserError(f"prompt {n} of {what}: {problems[0]}")
+        clean.append(one)
+        corrupt += [two] * (two is not None)
+    return clean, corrupt
+
+
+def set_mean(model: Model, rows: list[TokenRow], node: Node, name: str) -> Generator[Progress, None, Tensor]:
     """Mean [d_model] over prompts; each weighs the same, whatever its length. Prompts of equal length run together."""
-    rows = [model.row(p.clean, p.bos, p.labels) for p in prompts]
-    if wrong := [len(r.ids) for r in rows if not 0 < len(r.ids) <= model.info.n_ctx]:
-        raise UserError(f"a prompt of the set has {wrong[0]} tokens and the context holds {model.info.n_ctx}")
     total, done = 0.0, 0
     for length in sorted({len(r.ids) for r in rows}):
         same = [r for r in rows if len(r.ids) == length]
@@ -189,7 +199,7 @@ def curve(model: Model, ask: Curve) -> Generator[Progress, None, CurveResult]:
     one, values, found = steers[-1], [], None
     for n, c in enumerate(ask.coefficients):
         some = tuple(replace(i, value=float(c)) if i == one else i for i in ask.study.interventions)
-        runs = yield from prepare(model, replace(ask.study, interventions=some))
+        runs = yield from prepare(model, replace(ask.study, interventions=some), reads_answer(ask.study))
         found = yield from quietly(run(runs, 1))
         values.append(np.nan if found.now.metric is None else found.now.metric)
         yield Progress(n + 1, len(ask.coefficients), "the metric over the coefficient")

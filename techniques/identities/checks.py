@@ -15,6 +15,7 @@ from model.interventions import prepare
 from model.loading import SMALL, read_config, read_weights
 from model.memory import free_bytes
 from model.noise import noise_floor
+from model.probes import rounded
 from model.runs import Runs, read_study
 from techniques.attribution.logits import attribution
 from techniques.features.preflight import sae_identities
@@ -100,7 +101,10 @@ def metric_floor(runs: Runs) -> Generator[Progress, None, Identity]:
     name, kind = "noise floor of the metric", runs.study.metric.kind
     if runs.study.metric.needs_answer and not runs.answers or kind in ("logit_diff", "prob_diff") and not runs.foils:
         return Identity(name, math.nan, math.nan, None, f"{kind} needs an answer" + " and a foil" * kind.endswith("diff"))
-    floor = yield from noise_floor([runs])
+    try:
+        floor = yield from noise_floor([read_study(runs.model, runs.study, with_answer=True)])
+    except UserError as error:
+        return Identity(name, math.nan, math.nan, None, str(error))
     return Identity(name, floor, math.nan, None, f"of {kind}: twice its standard deviation over roundings of the run; smaller changes are noise")
 
 
@@ -130,10 +134,10 @@ def hugging_face(model: Model, ids: Tensor) -> Identity:
         return Identity(name, math.nan, tolerance, None, f"not run: needs {show_bytes(need)}, {show_bytes(free)} are free")
     if (found := native.find(model.folder)) is not None:
         want = native.hooked_logits(native.read_config(found), native.read_state(found.weights), ids.cpu(), model.dtype)
-        return model.identity("forward pass = HookedTransformer's", logits(model, ids), want)
+        return rounded(model, model.identity("forward pass = HookedTransformer's", logits(model, ids), want))
     hf = read_weights(model.folder, read_config(model.base), model.dtype, model.device, None)
     want = hf(ids.to(model.device), use_cache=False).logits
     del hf
     gc.collect()
     tec()
-    return model.identity(name, logits(model, ids), want)
+    return rounded(model, model.identity(name, logits(model, ids), want))

@@ -8,7 +8,7 @@ from techniques.lens.requests import TuneLens
 from vocabulary.typed import whole_number
 from screen.overlays import Editor, Item, Panel, Picker
 from screen.pane import Host, Pane
-from screen.pictures import RUN_NAMES, chart as line_chart
+from screen.pictures import run_names, chart as line_chart
 from techniques.lens.explained import EXPLAINED
 from techniques.lens.pictures import lens_values
 from utils import ROOT
@@ -69,12 +69,12 @@ async def draw_chart(pane: Pane, app: Host) -> None:
     """The statistic over depth at the cursor's position, one line a run."""
     state, stat, pos, lines = app.state, app.state.views["lens.stat"], app.cursor.pos, {}
     wanted = pane.wants(app)["lens"]
-    runs = [r for r in ("clean", "corrupt", "now") if (r != "corrupt" or state.prompt.corrupt) and (r != "now" or state.study.interventions)]
+    runs = [r for r in ("clean", "corrupt", "now") if (r != "corrupt" or state.compares) and (r != "now" or state.study.interventions)]
     for which in runs:
         result = await app.requests.asked("chart", replace(wanted, which=which, positions=(pos,)), 0)
         if result is None:
             return
-        lines[RUN_NAMES[which]] = lens_values(result, stat)[:, 0].tolist()
+        lines[run_names(state)[which]] = lens_values(result, stat)[:, 0].tolist()
     rows = line_chart(f"{EXPLAINED[stat].name} at {pos}", list(result.points), lines, app.size.width - 2, max(8, app.size.height * 3 // 5))
     app.open(Panel("over depth", rows, f"{result.convention} · esc"))
     app.requests.held.hand_over()

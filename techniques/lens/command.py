@@ -8,6 +8,7 @@ from rich.text import Text
 
 from techniques.lens.requests import FitJacobian, FitJacobianResult, Lens, LensResult, TuneLens, TuneLensResult
 from techniques.shell import CYAN, GRAY, GREEN, METRIC, RED, options, plain, table
+from techniques.training import Recorded
 from utils import show_number, show_token
 
 
@@ -17,7 +18,7 @@ class LensCommand(options(Lens, unused=METRIC, k=5)):
 
 
 @dataclass
-class TuneLensCommand(options(TuneLens)):
+class TuneLensCommand(Recorded, options(TuneLens)):
     """Fit a tuned lens: an affine map a layer, from the identity, to KL(final || lens). Interrupted, it resumes from its last checkpoint (every 50 steps)."""
 
     interruptible = True
@@ -37,14 +38,14 @@ COMMANDS = {"lens": LensCommand, "tune-lens": TuneLensCommand, "fit-jacobian": F
 
 
 def show_lens(out: Console, r: LensResult) -> None:
-    answers, pair = not np.isnan(r.prob).all(), not np.isnan(r.kl_pair).all()
+    answers, pair, ranked = not np.isnan(r.prob).all(), not np.isnan(r.kl_pair).all(), np.isfinite(r.rank_pair).any()
     place = f"position {r.positions[-1]} ({show_token(r.tokens.texts[r.positions[-1]])})"
-    extra = ["KL clean || corrupted"] * pair
+    extra = [f"KL {r.names[0]} || {r.names[1]}"] * pair + (["rank difference"] if ranked else [])
     rows = table(place, "point", "top token", "probability", "answer", "rank", "entropy", "KL", "logit diff", *extra, "promoted", "suppressed")
     for i, point in enumerate(r.points):
         values = [r.prob[i, -1], r.rank[i, -1]] if answers else [None, None]
         cells = [show_number(None if v is None else float(v)) for v in (*values, r.entropy[i, -1], r.kl[i, -1], r.logit_diff[i, -1])]
-        cells += [show_number(float(r.kl_pair[i, -1]))] * pair
+        cells += [show_number(float(r.kl_pair[i, -1]))] * pair + ([show_number(float(r.rank_pair[i, -1]))] if ranked else [])
         moved = [moved_tokens(r, ids[i, -1], values[i, -1]) for ids, values in ((r.up_ids, r.up_values), (r.down_ids, r.down_values))]
         rows.add_row(point, plain(show_token(r.texts[int(r.top_ids[i, -1, 0])])), f"{r.top_probs[i, -1, 0]:.4f}", *cells, *moved)
     out.print(rows)

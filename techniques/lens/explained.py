@@ -16,6 +16,8 @@ EXPLAINED = {
     "logit_diff": Explained("logit difference", "what the point gives the answers over the foils", "mean logit of the answers - mean logit of the foils, logits = W_U norm(x)", "Wang et al. 2022, arXiv 2211.00593; " + LENS, SAME),
     "kl_pair": Explained("clean to corrupted", "how far the two prompts' predictions are apart at the point, in nats", "KL(clean || corrupted) of the two lens predictions at one point and position",
                          "KL divergence; " + LENS, SAME),
+    "rank_pair": Explained("rank difference", "how many places lower the second model puts the answer than the first, at the point; below 0: higher", "rank of the answer in the second model - rank in the first, each read by its own norm and W_U",
+                           "Prakash et al. 2024, arXiv 2402.14811, compare a fine-tune and its base; " + LENS, SAME),
     "promoted": Explained("promoted token", "the token whose log probability grew most from the row above to this one", "max over tokens of log p(row) - log p(row before)", "difference of two logit lenses", SAME),
     "suppressed": Explained("suppressed token", "the token whose log probability fell most from the row above to this one", "min over tokens of log p(row) - log p(row before)", "difference of two logit lenses", SAME),
     "lens=logit": Explained("logit lens", "a hook point read through the model's own final norm and unembedding", "logits = W_U norm(x)", LENS, SAME),

@@ -12,7 +12,7 @@ from screen.actions import turns
 from screen.cursor import clip, place_of
 from screen.keys import VIEW, Action
 from screen.pane import Host, Pane
-from screen.pictures import run_name, texts_of
+from screen.pictures import run_name, run_names, texts_of
 from screen.session import VIEWS
 from screen.textview import row_of
 from techniques.lens import actions, pictures
@@ -25,7 +25,7 @@ class LensPane(Pane):
     view, text_view, urgent = "lens.stat", "lens.text", ("lens_row",)
     explained = EXPLAINED
     views = {
-        "lens.stat": ("prob", "answer", "rank", "entropy", "kl", "logit_diff", "kl_pair", "promoted", "suppressed"),
+        "lens.stat": ("prob", "answer", "rank", "entropy", "kl", "logit_diff", "kl_pair", "rank_pair", "promoted", "suppressed"),
         "lens.points": ("mid+post", "post", "all", "components", "heads"),
         "lens.text": ("off", "on"),
     }
@@ -67,7 +67,7 @@ class LensPane(Pane):
         state, points = app.state, self.points(app)
         if state.lens != "logit":
             points = tuple(p for p in points if p.endswith("resid_post") or p == "L0.resid_pre")
-        pair = state.views["lens.stat"] == "kl_pair"
+        pair = state.views["lens.stat"] in ("kl_pair", "rank_pair")
         whole = Lens(app.study, self.which(app), points, kind=state.lens, artefact=state.artefact, pair=pair)
         if not self.reads(app):
             return {"lens": whole}
@@ -110,7 +110,8 @@ class LensPane(Pane):
 
     def choices(self, app: Host) -> tuple[str, ...]:
         stats = VIEWS[self.view] if app.state.prompt.answers else ("prob", "entropy", "kl", "kl_pair", "promoted", "suppressed")
-        return stats if app.state.prompt.corrupt else tuple(s for s in stats if s != "kl_pair")
+        hidden = ("rank_pair",) * (not app.state.model.against) + ("kl_pair",) * (not app.state.compares)
+        return tuple(s for s in stats if s not in hidden)
 
     def variants(self, app: Host) -> tuple[str, ...]:
         parts = app.state.views["lens.points"] in ("components", "heads") and app.state.lens == "logit"
@@ -126,13 +127,20 @@ class LensPane(Pane):
         cells = [(parse_node(p), c, i) for p, row in zip(lens.points, lens.top_ids[..., 0].tolist()) for c, i in enumerate(row)]
         return [place_of(node) | {"pos": c} for node, c, i in cells if needle.lower() in lens.texts[i].lower()]
 
+    def called(self, app: Host, stat: str) -> str:
+        """A statistic in words; those of two runs by the models, where two are compared."""
+        if stat in ("kl_pair", "rank_pair") and app.state.model.against:
+            names = run_names(app.state)
+            return f"KL({names['clean']} ‖ {names['corrupt']})" if stat == "kl_pair" else f"answer's rank in {names['corrupt']} less in {names['clean']}"
+        return EXPLAINED[stat].name
+
     def paint(self, app: Host) -> None:
         views, result = app.state.views, self.in_view(app)
         reads = self.swap(app, self.table)
         stat, artefact = views["lens.stat"], f" {Path(app.state.artefact).name}" if app.state.artefact else ""
         kind, run = f"{pictures.LENS_KINDS[app.state.lens]}{artefact}", run_name(app.state, self.which(app))
         if result is None:
-            self.show_title(app, ("lens",), f"{EXPLAINED[stat].name} · {kind} · {run}", "")
+            self.show_title(app, ("lens",), f"{self.called(app, stat)} · {kind} · {run}", "")
             (
                 self.show_text(app, None, app.requests.waiting("lens_row"))
                 if reads
@@ -146,9 +154,10 @@ class LensPane(Pane):
         if reads:
             self.paint_text(app, result, grid, row)
             return
+        grid = self.by_position(app, "lens", grid, result.tokens)
         self.table.show(grid, (row, pos), views["mode"])
         thinned = f" · {self.table.thinned}" if self.table.thinned else ""
-        self.show_title(app, ("lens",), f"{EXPLAINED[stat].name}{thinned} · {kind} · {run}", result.convention, grid)
+        self.show_title(app, ("lens",), f"{self.called(app, stat)}{thinned} · {kind} · {run}", result.convention, grid)
         beside = self.size.width - 34 >= 14 + grid.cell[0] * len(grid.cols)
         self.side.set_class(not beside, "hidden")
         if beside:
@@ -159,7 +168,7 @@ class LensPane(Pane):
         """The prompt by the row under the cursor."""
         text = row_of(grid, row, result.points[row], texts_of(result.tokens))
         name = f"{run_name(app.state, self.which(app))} · {pictures.LENS_KINDS[app.state.lens]} at {result.points[row]}"
-        self.show_title(app, ("lens_row", "lens"), f"{name} · {EXPLAINED[app.state.views['lens.stat']].name}", result.convention, text)
+        self.show_title(app, ("lens_row", "lens"), f"{name} · {self.called(app, app.state.views['lens.stat'])}", result.convention, text)
         self.side.set_class(True, "hidden")
         self.show_text(app, text)
         self.info_line.show([pictures.lens_cell(result, row, clip(app.cursor.pos, len(result.tokens.texts)), 4)])

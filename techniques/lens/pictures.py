@@ -37,7 +37,7 @@ def lens_grid(result: LensResult, stat: str, d_vocab: int) -> Grid:
         hi = math.log(d_vocab)
     elif stat in ("kl", "kl_pair"):
         hi = max(float(np.nanmax(values, initial=0)), 1e-6)
-    elif stat in ("logit_diff", "promoted", "suppressed"):
+    elif stat in ("logit_diff", "rank_pair", "promoted", "suppressed"):
         hi = max(float(np.nanmax(np.abs(values), initial=0)), 1e-6)
         lo, sign = -hi, True
     ids = {"promoted": result.up_ids, "suppressed": result.down_ids}.get(stat, result.top_ids)[..., 0]
@@ -56,11 +56,11 @@ def lens_cell(result: LensResult, row: int, pos: int, k: int = 5) -> Spans:
     """One line about a cell: its top tokens and statistics."""
     if not (row < len(result.points) and pos < len(result.tokens.texts)):
         return []
-    tops = [(show_token(result.texts[i]), p) for i, p in zip(result.top_ids[row, pos, :k].tolist(), result.top_probs[row, pos, :k].tolist())]
+    tops = [(f"{show_token(result.texts[i])} {p:.3f}  ", PLAIN) for i, p in zip(result.top_ids[row, pos, :k].tolist(), result.top_probs[row, pos, :k].tolist())]
     spans: Spans = [(f" {result.points[row]}@{pos}", BOLD), (f" {lens_numbers(result, row, pos)} ", PLAIN)]
     if tops:
-        spans.append((show_token(texts_of(result.tokens)[pos]) + " → ", PLAIN))
-    return [*spans, ("  ".join(f"{token} {p:.3f}" for token, p in tops), PLAIN)]
+        tops[0] = (f"{show_token(texts_of(result.tokens)[pos])} → {tops[0][0]}", PLAIN)
+    return [*spans, *tops]
 
 
 def lens_numbers(result: LensResult, row: int, pos: int) -> str:

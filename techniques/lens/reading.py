@@ -24,7 +24,7 @@ PIECE_BYTES = 2 << 20  # and read at once, on a CPU, so that it stays in the pro
 HELD_BYTES = 256 << 20  # activations of a run that stay on a device; more wait in the host's pinned memory
 MOST = 3
 STATS = ("prob", "rank", "entropy", "kl", "logit_diff")
-CELLS = ("top_ids", "top_probs", *STATS, "kl_pair", "up_ids", "up_values", "down_ids", "down_values")
+CELLS = ("top_ids", "top_probs", *STATS, "kl_pair", "rank_pair", "up_ids", "up_values", "down_ids", "down_values")
 
 
 def default_points(model: Model, lens: Translators | None) -> list[str]:
@@ -83,6 +83,7 @@ class Reader:
     """
 
     def __init__(self, runs: Runs, which: str, nodes: list[Node], lens: Translators | None, places: list[int]):
+        runs = runs.at(which)
         self.model, self.nodes, self.lens = runs.model, nodes, lens
         names = names_of(runs.model, nodes)
         each = len(names) * runs.model.info.d_model * t.finfo(runs.model.dtype).bits // 8
@@ -171,11 +172,16 @@ def statistics(z: Tensor, final: tuple[Tensor, Tensor], answers: list[int] | Ten
     out["entropy"] = (lse - dot(p, z) / total).clamp(min=0)
     if len(answers):
         out["prob"] = p[:, answers].sum(-1) / total
-        out["rank"] = (z > z[:, answers].amax(-1, keepdim=True)).sum(-1, dtype=t.int32).float()
+        out["rank"] = ranks(z, answers)
     q, negative = final
     del p
     out["kl"] = ((negative - dot(q, z.unflatten(0, (-1, len(q))))).flatten() + lse).clamp(min=0)
     return out
+
+
+def ranks(z: Tensor, answers: list[int] | Tensor) -> Tensor:
+    """How many tokens of each row of logits lie above the best answer."""
+    return (z > z[:, answers].amax(-1, keepdim=True)).sum(-1, dtype=t.int32).float()
 
 
 @t.no_grad()
@@ -257,24 +263,28 @@ def read_lens(runs: Runs, ask) -> Generator[Progress | LensResult, None, LensRes
     The lens at points x positions. Every position's points go one after the other, a few at a time, so that what a point promoted is a difference
     of two rows at hand; a long prompt goes in stretches of positions. Vocabulary-sized tensors stay under VOCAB_BYTES each.
     """
-    model, which = runs.model, ask.which
-    row = runs.row(which)
+    which, runs = ask.which, runs.at(ask.which)
+    model, row = runs.model, runs.row(which)
     if ask.k < 1:
         raise UserError("k must be at least 1")
     if ask.kind not in LENSES:
         raise UserError(f"{ask.kind!r} is not a lens: use {', '.join(LENSES)}")
     has_norm(model)
     lens = None if ask.kind == "logit" else (yield from read_translators(model, ask.kind, ask.artefact))
+    if lens is not None:
+        runs.require_first(f"the {ask.kind} lens", which)
     nodes = lens_points(model, ask.points, lens)
     places = list(dict.fromkeys(runs.position(which, p) for p in ask.positions)) or list(range(len(row.ids)))
-    with_pair, convention = others(runs, which, ask.pair), lens_convention(runs, nodes, lens)
+    with_pair, convention = others(runs, which, ask.pair and (lens is None or not runs.pair)), lens_convention(runs, nodes, lens)
     readers = {r: Reader(runs, r, nodes, lens, places) for r in dict.fromkeys((which, *with_pair))}
     table: list[dict[str, np.ndarray]] = []  # one for every stretch of positions, [point, place, ...]
+
+    called = runs.called("clean"), runs.called("corrupt")
 
     def result(cells: dict[str, np.ndarray], first: int) -> LensResult:
         used = np.concatenate([cells[n].ravel() for n in ("top_ids", "up_ids", "down_ids")])
         names = tuple(str(n) for n in nodes[first : first + len(cells["entropy"])])
-        return LensResult(row, names, texts=texts(model, used), convention=convention, positions=tuple(places), kind=ask.kind, **cells)
+        return LensResult(row, names, texts=texts(model, used), convention=convention, positions=tuple(places), kind=ask.kind, names=called, **cells)
 
     per_point = lambda _: max(1, min(CHUNK_BYTES, vocab_bytes(model)) // (4 * model.info.d_vocab * readers[which].n))  # noqa: E731
     points = Chunks("points", per_point)
@@ -333,7 +343,9 @@ def stretch(runs: Runs, which: str, readers: dict[str, Reader], nodes: list[Node
                 out |= promoted(z[rows], lse[-1], here[a:b], None if previous is None else (previous[0][there], previous[1][there]))
                 sides = {r: x[rows] for r, x in pair.items()}
                 nan = t.full(lse[-1].shape, math.nan, device=device)
-                out["kl_pair"] = pair_kl(sides.get("clean", z[rows]), sides.get("corrupt", z[rows])) if pair else nan
+                both = sides.get("clean", z[rows]), sides.get("corrupt", z[rows])
+                out["kl_pair"] = pair_kl(*both) if pair else nan
+                out["rank_pair"] = ranks(both[1], answers) - ranks(both[0], answers) if pair and runs.pair and len(answers) else nan
                 parts.append(out)
             if residual := [i for i in range(a, b) if not is_component(here[i])]:
                 last = residual[-1]

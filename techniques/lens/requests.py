@@ -76,9 +76,11 @@ class LensResult:
     """
     A lens. Rows are points, columns positions: top_ids and top_probs [point, seq, k]; prob (of the answers, summed), rank (of the best
     answer), entropy and kl (KL(final || this), nats) and logit_diff [point, seq]; NaN where there is no answer. A partial result has fewer points.
-    kl_pair: KL(clean || corrupted) at the point, NaN without a corrupted prompt of equal length. up and down [point, seq, 3]: the tokens whose log
+    kl_pair: KL(clean || corrupted) at the point, NaN without a corrupted prompt of equal length;
+    rank_pair, with a second model: its rank of the best answer minus this model's. up and down [point, seq, 3]: the tokens whose log
     probability rose and fell most against the residual row before it in the table, and by how much (NaN in the first row); of a component, the
     tokens it writes most for and against, direct logits minus their mean over the vocabulary. `positions` are the columns: indices into `tokens`.
+    `names`: what clean and corrupted are called (two models, of one prompt).
     """
 
     tokens: TokenRow
@@ -99,6 +101,8 @@ class LensResult:
     down_values: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 3), np.float32))
     positions: tuple[int, ...] = ()
     kind: str = "logit"
+    rank_pair: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    names: tuple[str, str] = ("clean", "corrupted")
 
 
 @message

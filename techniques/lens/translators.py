@@ -261,7 +261,8 @@ class Fitting:
         per_epoch = max(1, len(rows) // ask.batch)
         try:
             while (step := len(self.losses)) < ask.steps:
-                yield Progress(step, ask.steps, f"tuned lens: {f'KL {self.losses[-1]:.4f} nats' if self.losses else 'starting'}")
+                words = f"tuned lens: {f'KL {self.losses[-1]:.4f} nats' if self.losses else 'starting'}"
+                yield Progress(step, ask.steps, words, values={"kl": self.losses[-1]} if self.losses else {})
                 epoch, place = divmod(step, per_epoch)
                 order = t.randperm(len(rows), generator=t.Generator().manual_seed(ask.seed * 1_000_003 + epoch))
                 yield from self.step(model, rows[order[place * ask.batch : (place + 1) * ask.batch]], ask.lr * (1 - step / ask.steps))

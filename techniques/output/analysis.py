@@ -11,18 +11,24 @@ from torch import Tensor
 from model.bridge import FINAL, Model
 from model.interventions import prepare
 from model.memory import Chunks
-from model.metrics import measure, rows_at_once
+from model.metrics import MetricReader, measure, rows_at_once
 from model.noise import known_floor, noise_floor
 from model.runs import Runs
 from model.top_tokens import largest, texts
 from techniques.output.requests import Run, RunResult, Side
 from vocabulary.nodes import UserError
+from vocabulary.prompts import Study
 from vocabulary.requests import Progress
 
 
 def answer(model: Model, request: Run) -> Generator:
-    runs = yield from prepare(model, request.study)
+    runs = yield from prepare(model, request.study, reads_answer(request.study))
     return (yield from run(runs, request.k))
+
+
+def reads_answer(study: Study) -> bool:
+    """Whether the metric is of the answer's tokens, and there is an answer."""
+    return study.metric.kind == "logprob_sum" and bool(study.prompt.answers)
 
 
 class SideReading:
@@ -32,14 +38,16 @@ class SideReading:
     """
 
     def __init__(self, runs: Runs, which: str, k: int):
-        model, row, metric = runs.model, runs.row(which), runs.study.metric
-        self.runs, self.which, self.row, self.loss = runs, which, row, metric.kind == "loss"
-        self.pos = 0 if metric.whole else runs.metric_position(which)
+        model, row, metric = runs.of(which), runs.row(which), runs.study.metric
+        n = len(row.ids) - row.tail  # what is shown is the prompt
+        self.model, self.runs, self.which, self.loss = model, runs, which, metric.kind == "loss"
+        self.row = replace(row, ids=row.ids[:n], texts=row.texts[:n], tail=0)
+        self.pos = 0 if metric.kind in ("loss", "own") else runs.metric_position(which)
         self.clean_ids = runs.row("clean").ids if metric.kind == "kl" else None
         self.key = (row.ids, runs.done if which == "now" else (), k, metric, self.pos, tuple(runs.answers), tuple(runs.foils), self.clean_ids)
         self.done = model.cache.sides.get(self.key)
         if self.done is None:
-            shape = (len(row.ids), min(k, model.info.d_vocab))
+            shape = (n, min(k, model.info.d_vocab))
             self.ids, self.probs, self.logits = np.full(shape, -1, np.int32), *(np.full(shape, np.nan, np.float32) for _ in range(2))
             self.nll, self.metric = np.full(shape[0], np.nan), None
             self.last = runs.trace(which, [FINAL])[FINAL][0]
@@ -52,7 +60,7 @@ class SideReading:
 
     @t.no_grad()
     def read(self, places: list[int]) -> None:
-        model, device = self.runs.model, self.last.device
+        model, device = self.model, self.last.device
         logits = model.unembed(self.last[t.tensor(places, device=device)])
         (values, ids), lse = largest(logits, self.ids.shape[1]), logits.logsumexp(-1, keepdim=True)
         numbers = [(values - lse).exp(), values]
@@ -71,15 +79,19 @@ class SideReading:
 
     def measure(self, row: Tensor) -> None:
         runs, clean = self.runs, row
+        if runs.row(self.which).tail:
+            last = f"blocks.{runs.model.info.n_layers - 1}.hook_resid_post"
+            self.metric = float(MetricReader([runs], None, self.which).of(runs.trace(self.which, [last])[last], 0)[0, 0])
+            return
         if runs.study.metric.kind == "kl":
-            clean = runs.model.unembed(runs.trace("clean", [FINAL])[FINAL][0][runs.metric_position("clean")][None])[0]
+            clean = runs.of("clean").unembed(runs.trace("clean", [FINAL])[FINAL][0][runs.metric_position("clean")][None])[0]
         self.metric = measure(runs.study.metric.kind, row, clean, self.nll[:-1], runs.answers, runs.foils)
 
     def steps(self, first: bool) -> Generator[Progress | None]:
         """Read what comes first (all of a short prompt), or what is left; None after each chunk."""
         if self.done:
             return
-        size, few = rows_at_once(self.runs.model), len({self.pos, len(self.row.ids) - 1})
+        size, few = rows_at_once(self.model), len({self.pos, len(self.row.ids) - 1})
         if not first or self.loss or len(self.order) <= size:
             few = len(self.order)
         todo, self.order = self.order[:few], self.order[few:]
@@ -88,8 +100,8 @@ class SideReading:
             if self.loss:
                 self.measure(self.last[0])
             if self.runs.own:
-                self.metric = self.runs.own(self.runs.model.unembed(self.last), self.row.ids).item()
-            sides = self.runs.model.cache.sides
+                self.metric = self.runs.own(self.model.unembed(self.last), self.row.ids).item()
+            sides = self.model.cache.sides
             if len(sides) >= 64:
                 sides.pop(next(iter(sides)))
             self.done = sides[self.key] = self.side
@@ -136,13 +148,16 @@ def run_result(runs: Runs, readings: dict[str, SideReading]) -> RunResult:
     else:
         gap = clean.metric - corrupt.metric
         if abs(gap) < 1e-3 * max(abs(clean.metric), abs(corrupt.metric)) or gap == 0:
-            warning = f"clean and corrupted differ by {gap:.2g} only: not normalised"
+            warning = f"{runs.called('clean')} and {runs.called('corrupt')} differ by {gap:.2g} only: not normalised"
         else:
             normalised = (now.metric - corrupt.metric) / gap
             if abs(gap) < 0.05 * max(abs(clean.metric), abs(corrupt.metric)):
-                warning = f"small denominator: clean and corrupted differ by {gap:+.3g} only"
+                warning = f"small denominator: {runs.called('clean')} and {runs.called('corrupt')} differ by {gap:+.3g} only"
     sides = [s for s in (clean, corrupt, now) if s is not None]
     words = texts(runs.model, np.concatenate([s.top_ids[s.top_ids >= 0] for s in sides]))
-    parts = [metric.words, "normalised: corrupted = 0, clean = 1", f"raw weights, {runs.model.info.dtype}", runs.convention]
+    parts = [metric.words, f"normalised: {runs.called('corrupt')} = 0, {runs.called('clean')} = 1", f"raw weights, {runs.model.info.dtype}", runs.convention]
+    names = runs.called("clean"), runs.called("corrupt")
     floor = known_floor([runs]) if runs.edits and now.metric is not None and tells(runs) else math.nan
-    return RunResult(clean, corrupt, now, normalised, warning, words, ", ".join(p for p in parts if p), tuple(runs.answers), tuple(runs.foils), floor)
+    return RunResult(
+        clean, corrupt, now, normalised, warning, words, ", ".join(p for p in parts if p), tuple(runs.answers), tuple(runs.foils), floor, names, runs.study.base
+    )

@@ -21,7 +21,7 @@ COMMANDS = {"run": RunCommand}
 
 
 def show_run(out: Console, r: RunResult) -> None:
-    sides = {"clean": r.clean, "corrupted": r.corrupt, "now": r.now}
+    sides = {r.names[0]: r.clean, r.names[1]: r.corrupt, "now": r.now}
     for name, s in sides.items():
         if s is None or name == "now" and s is r.clean:
             continue

@@ -9,13 +9,13 @@ from widgets import BAD, DIM, GOOD, HEAD, PLAIN, Spans
 
 def output_lines(result: RunResult, pos: int, other: tuple[str, int], k: int, wide: bool, answers: set[str], foils: set[str]) -> list[Spans]:
     """Top-k next tokens at a position for clean, corrupted and now, side by side; `other` is the prompt that is read elsewhere (-1: nowhere)."""
-    sides: list[tuple[str, Side]] = [("clean", result.clean)]
+    sides: list[tuple[str, Side]] = [(result.names[0], result.clean)]
     if result.corrupt is not None:
-        sides.append(("corrupted", result.corrupt))
+        sides.append((result.names[1], result.corrupt))
     if result.now is not result.clean and not same(result.now, result.clean):
         sides.append(("now", result.now))
     w = 17 if wide else 12
-    lines: list[Spans] = [[("   ", DIM), *((set_width(name, w + 8), HEAD) for name, _ in sides)]]
+    lines: list[Spans] = [[("   ", DIM), *((set_width(name[: w + 7], w + 8), HEAD) for name, _ in sides)]]
     for n in range(k):
         spans: Spans = [(f"{n:2} ", DIM)]
         for name, side in sides:

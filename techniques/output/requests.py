@@ -38,7 +38,7 @@ class RunResult:
     """
     Clean, corrupted and now (the base prompt under the interventions). `normalised` is (now - corrupted) / (clean - corrupted); ids of the answers. `floor`:
     changes of the metric below it are noise of the dtype (model/noise.py); NaN without interventions, while it is not measured, and in
-    float32, where it is tiny.
+    float32, where it is tiny. `names`: what clean and corrupted are called (two models, of one prompt), `base` which of them the interventions act on.
     """
 
     clean: Side
@@ -51,11 +51,14 @@ class RunResult:
     answers: tuple[int, ...] = ()
     foils: tuple[int, ...] = ()
     floor: float = float("nan")
+    names: tuple[str, str] = ("clean", "corrupted")
+    base: str = ""
 
     @property
     def change(self) -> float | None:
         """What the interventions do to the metric; None without them or without a metric."""
-        base = next((s for s in (self.clean, self.corrupt) if s is not None and s.tokens == self.now.tokens), None)
+        base = {"clean": self.clean, "corrupt": self.corrupt}.get(self.base)
+        base = base or next((s for s in (self.clean, self.corrupt) if s is not None and s.tokens == self.now.tokens), None)
         return None if base is None or base is self.now or None in (base.metric, self.now.metric) else self.now.metric - base.metric
 
     @property

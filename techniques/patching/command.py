@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 from rich.console import Console
 
-from techniques.patching.requests import Estimate, Sweep, SweepResult
+from techniques.patching.requests import Certify, CertifyResult, Estimate, Method, Sweep, SweepResult
 from techniques.shell import CYAN, GRAY, YELLOW, options, plain, table
 from utils import show_number, show_token
 from vocabulary.nodes import UserError
@@ -16,8 +16,8 @@ from vocabulary.nodes import UserError
 class SweepCommand(options(Sweep, Estimate, hide=("method",))):
     """Patch or ablate one cell after the other; or estimate it by gradients."""
 
-    estimate: Literal["", "atp", "ig"] = ""
-    """instead of patching: attribution patching, or integrated gradients"""
+    estimate: Literal[""] | Method = ""
+    """instead of patching: attribution patching (atp), its corrections (atp_star; atp_qk and graddrop alone), or integrated gradients (ig)"""
 
     def request(self) -> Sweep | Estimate:
         if not self.estimate:
@@ -27,7 +27,12 @@ class SweepCommand(options(Sweep, Estimate, hide=("method",))):
         return self.ask(Estimate, method=self.estimate)
 
 
-COMMANDS = {"sweep": SweepCommand}
+@dataclass
+class CertifyCommand(options(Certify)):
+    """The cells of the largest effect, for certain, without running all of them."""
+
+
+COMMANDS = {"sweep": SweepCommand, "certify": CertifyCommand}
 
 
 # ------------------------------------------------------------------ tables
@@ -53,8 +58,8 @@ def show_sweep(out: Console, r: SweepResult) -> None:
         cells = [r.values.flat[i], r.normalised.flat[i], r.values.flat[i] - r.base, *(x.flat[i] for _, x in stats)]
         rows.add_row(plain("~" * bool(r.noise.flat[i]) + name), *(show_number(float(v), 8) for v in cells))
     out.print(rows)
-    corrupt = "" if r.corrupt is None else f"  corrupted {r.corrupt:.4f}"
-    out.print(plain(f"base run {r.base:.4f}  clean {r.clean:.4f}{corrupt}  {r.mechanism}", CYAN))
+    corrupt = "" if r.corrupt is None else f"  {r.names[1]} {r.corrupt:.4f}"
+    out.print(plain(f"base run {r.base:.4f}  {r.names[0]} {r.clean:.4f}{corrupt}  {r.mechanism}", CYAN))
     if r.at_once:
         out.print(
             plain(f"{r.at_once} cells in the largest batch, peak {r.peak_mb:.1f} MB (on a GPU all that was allocated, else the batch's activations)", GRAY)
@@ -66,4 +71,19 @@ def show_sweep(out: Console, r: SweepResult) -> None:
     out.print(plain(r.convention, GRAY))
 
 
-SHOW = {SweepResult: show_sweep}
+def show_certify(out: Console, r: CertifyResult) -> None:
+    rows = table(f"largest of {r.cells} cells", "node", "effect", r.method, "")
+    for name, effect, guess, sure in zip(r.nodes, r.effects.tolist(), r.estimates.tolist(), r.certain.tolist()):
+        rows.add_row(plain(name), show_number(effect, 8), show_number(guess, 8), "certain" if sure else "")
+    out.print(rows)
+    said = f"no cell outside reaches {r.bound:.4f}, at {r.confidence:.0%}; {r.ran} runs, {r.ran / r.cells:.0%} of a full sweep, {r.subsets} of them subsets"
+    out.print(
+        plain(
+            f"{'certified' if r.certified else f'not certified: {int(r.certain.sum())} of {len(r.nodes)} are above the bound'}: {said}",
+            CYAN if r.certified else YELLOW,
+        )
+    )
+    out.print(plain(r.convention, GRAY))
+
+
+SHOW = {SweepResult: show_sweep, CertifyResult: show_certify}

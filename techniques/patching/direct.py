@@ -21,7 +21,7 @@ def direct_names(plan: Plan) -> tuple[str, ...]:
     if plan.ask.kind in ("pairs", "cumulative", "cells"):
         raise UserError("a direct effect is that of one node: use another kind than pairs, cumulative and cells (pattern has one)")
     if plan.ask.study.metric.whole:
-        raise UserError("a direct effect is read at one position, and loss or a metric of your own has none: use another metric")
+        raise UserError(f"a direct effect is read at one position, and {plan.ask.study.metric.kind} at several: use another metric")
     if plan.ask.plain:
         raise UserError("direct effects are not run by whole forward passes")
     plan.model.require("parts", "heads")

@@ -4,6 +4,8 @@ from screen.explain import Explained
 
 EFFECT = "effect = m(with the change) - m(untouched), m = (F - F_corrupted) / (F_clean - F_corrupted), F the metric"
 PATCHING = "activation patching: Vig et al. 2020, arXiv 2004.12265; Heimersheim & Nanda 2024, arXiv 2404.15255"
+METHODS = {"atp": "AtP", "ig": "IG", "atp_qk": "AtP, query and key fix", "graddrop": "GradDrop", "atp_star": "AtP*"}
+STAR = "Kramár et al. 2024, AtP*, arXiv 2403.00745"
 KINDS = {
     "z": ("head outputs", "each head's output z at all positions"),
     "resid_pre": ("stream before layers", "the residual stream before each layer, position by position"),
@@ -36,6 +38,10 @@ EXPLAINED = {kind: Explained(name, what, EFFECT, PATCHING, "nothing: what comes 
     "show=metric": Explained("metric", "the metric itself under the change, not normalised", "F(with the change)", "definition"),
     "show=estimate": Explained("estimate", "attribution patching: the effect by one gradient, for all cells at once; not the truth", "(x_source - x_base) . dF/dx in the base run", "Nanda 2023, Attribution Patching; Kramar et al. 2024, arXiv 2403.00745",
                                "the gradient, at the base run"),
+    "by=ig": Explained("estimate by integrated gradients", "attribution patching with the gradient's mean on the way from base to source", "(x_source - x_base) . mean of dF/dx", "Sundararajan et al. 2017; Hanna et al. 2024, arXiv 2403.17806", "the way of the token embeddings"),
+    "by=atp_qk": Explained("estimate with the query and key fix", "of queries and keys, whose softmax may be flat: the pattern computed again; of other cells attribution patching", "(A(x_source) - A(x_base)) . dF/dA", STAR, "the gradient, at the base run"),
+    "by=graddrop": Explained("estimate by GradDrop", "sizes that do not cancel: each layer left out of the gradient in turn; the sign is attribution patching's", "sum over layers l of |(x_source - x_base) . dF/dx without what l adds| / (L - 1)", STAR, "the gradients, at the base run"),
+    "by=atp_star": Explained("estimate by AtP*", "GradDrop, and of queries and keys the pattern computed again", "sum over layers l of |change . gradient without what l adds| / (L - 1)", STAR, "the gradients, at the base run"),
     "show=disagreement": Explained("disagreement", "how far the estimate is from the truth", "estimate - effect", "definition"),
     "show=spread": Explained("spread", "how much the effect varies over the prompts of the set", "standard deviation over prompts of F(with the change) - F(untouched)", "definition"),
     "show=p": Explained("p", "how likely an effect of this size is if its sign were chance, prompt by prompt", "share of sign flips of the prompts' effects whose mean is as large", "randomisation test: Fisher 1935"),

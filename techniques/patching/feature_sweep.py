@@ -1,7 +1,7 @@
 """The sweep over features: which ones, its table, and what the SAE would write with each at zero or as active as in the other run."""
 
 import re
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 
 import torch as t
@@ -52,6 +52,7 @@ def find_nodes(model: Model, ask: Sweep) -> Generator[Progress, None, tuple[str,
     side = ask.study.base if ask.op != "patch" else {"denoise": "corrupt", "noise": "clean"}[ask.direction]
     prompt = ask.study.prompt_set[0] if ask.over_set and ask.study.prompt_set else ask.study.prompt
     runs = read_study(model, replace(ask.study, prompt=prompt, interventions=(), base=side))
+    runs.require_first("an SAE")
     d = yield from for_layer(model, ask.study.saes, layer)
     check(runs, d)
     if not (d.site_out.startswith("resid_") or d.site_out in ("attn", "mlp")):
@@ -97,14 +98,15 @@ def largest(runs: Runs, d: SparseAutoencoder, side: str, other: str, ask: Sweep)
     return [i for i, v in zip(top.indices.tolist(), top.values.tolist()) if v > 0]
 
 
-def lay_out(model: Model, ask: Sweep, seq: int) -> tuple[tuple[str, ...], tuple[str, ...], dict, tuple[str, ...]]:
-    """A row for each feature, a column for each position."""
+def lay_out(runs: Runs, ask: Sweep, where: Sequence[int | str]) -> tuple[tuple[str, ...], tuple[str, ...], dict, tuple[str, ...]]:
+    """A row for each feature, a column for each position, or label."""
+    model, at = runs.model, [runs.position("now", p) for p in where]
     nodes = [parse_node(a) for a in ask.nodes]
     d = loaded(model, ask.study.saes, nodes[0].layer)
     name = f"blocks.{d.layer}.hook_attn_out" if d.site_out == "resid_mid" else d.out
-    make = lambda n, c: FeatureSite(Node(d.site_out, d.layer, pos=c), name, None, n.index, d.point)  # noqa: E731
-    cells = {(r, c): (make(n, c),) for r, n in enumerate(nodes) for c in range(seq)}
-    return tuple(ask.nodes), tuple(str(c) for c in range(seq)), cells, tuple(f"{nodes[r]}@{c}" for r, c in cells)
+    make = lambda n, c: FeatureSite(Node(d.site_out, d.layer, pos=at[c]), name, None, n.index, d.point)  # noqa: E731
+    cells = {(r, c): (make(n, c),) for r, n in enumerate(nodes) for c in range(len(at))}
+    return tuple(ask.nodes), tuple(map(str, where)), cells, tuple(f"{nodes[r]}@{where[c]}" for r, c in cells)
 
 
 @t.no_grad()

@@ -13,10 +13,11 @@ from screen.cursor import clip, place_of
 from screen.keys import VIEW, Action, Part
 from screen.overlays import Item, Picker
 from screen.pane import Host, Pane
-from screen.pictures import sweep_cell, texts_of
+from screen.pictures import run_names, sweep_cell, texts_of
 from screen.session import VIEWS
 from screen.textview import row_of
-from techniques.patching.explained import EXPLAINED
+from techniques.patching.actions import certify
+from techniques.patching.explained import EXPLAINED, METHODS
 from techniques.patching.pictures import sweep_grid
 from widgets import DIM, Grid, GridView, Same
 
@@ -53,7 +54,7 @@ class PatchingPane(Pane):
         "patching.show": ("effect", "metric", "estimate", "disagreement", "spread", "p", "corrected p"),
         "patching.effect": ("total", "direct"),
         "patching.over": ("prompt", "set"),
-        "patching.estimate": ("atp", "ig"),
+        "patching.estimate": ("atp", "ig", "atp_qk", "graddrop", "atp_star"),
         "patching.text": ("off", "on"),
     }
     hints = ("enter", "keep", "base", "undo", "view", "mode", "source", "points", "sweep", "operation", "weighted", "ranked")
@@ -67,6 +68,10 @@ class PatchingPane(Pane):
         ),
         Action("operation", "b", "operation", "What the sweep does: patch, zero, mean, resample, noise", VIEW, turns("patching.op"), "sweep"),
         Part("weighted", "patching", "total or direct effect", turns("patching.effect")),
+        Action("estimate", "*", "estimate", "The estimate: AtP, integrated gradients, AtP with the query and key fix, GradDrop, AtP*", VIEW, turns("patching.estimate"), "operation", reach=(),
+               elsewhere="estimates live in pane 4: 4 goes there, * turns to the next"),
+        Action("certify", "^", "certify", "The ten largest cells for certain, by true patches in the order of the estimate and random subsets", VIEW, lambda pane, app: certify(pane, app),
+               "estimate", reach=(), elsewhere="cells are certified in pane 4: 4 goes there"),
         Part("ranked", "", "", lambda pane, app: pane.rank(app)),
     )  # fmt: skip
 
@@ -88,7 +93,12 @@ class PatchingPane(Pane):
 
     def variants(self, app: Host) -> tuple[str, ...]:
         views = app.state.views
-        more = (views["patching.effect"] == "direct", "effect=direct"), (views["patching.show"] != "effect", f"show={views['patching.show']}")
+        way = views["patching.estimate"]
+        more = (
+            (views["patching.effect"] == "direct", "effect=direct"),
+            (views["patching.show"] != "effect", f"show={views['patching.show']}"),
+            (way != "atp", f"by={way}"),
+        )
         return (views[self.view], f"op={views['patching.op']}", *(name for there, name in more if there))
 
     def request(self, app: Host) -> Sweep:
@@ -113,8 +123,8 @@ class PatchingPane(Pane):
         request = self.request(app)
         wants: dict[str, object] = {"sweep": request} if request in app.requests.started else {}
         estimated = request.op == "patch" and request.effect == "total" and request.kind not in NOT_ESTIMATED
-        if estimated and app.state.prompt.corrupt is not None:
-            way = app.state.views["patching.estimate"]
+        if estimated and app.state.compares:
+            way = "atp" if app.state.model.against else app.state.views["patching.estimate"]
             wants["estimate"] = Estimate(request.study, request.kind, way, request.direction, node=request.node, over_set=request.over_set)
         return wants
 
@@ -175,7 +185,7 @@ class PatchingPane(Pane):
         """S: every cell."""
         app.ready()
         request = self.request(app)
-        if request.op == "patch" and app.state.prompt.corrupt is None:
+        if request.op == "patch" and not app.state.compares:
             raise UserError("patching takes values from the other prompt, and there is no corrupted prompt: E types one, o opens a set")
         if app.state.views["patching.over"] == "set" and not request.over_set:
             raise UserError(no_members(app))
@@ -193,11 +203,16 @@ class PatchingPane(Pane):
         app.open(Picker(f"cells by {show}", items, lambda item, typed: item and self.go(app, result, *item.value)))
 
     def title(self, app: Host, request: Sweep) -> str:
-        ablated = f"{request.op} ablation of {'clean' if request.direction == 'noise' else 'corrupted'}"
-        what = DIRECTIONS[request.direction] if request.op == "patch" else ablated
+        names = run_names(app.state)
+        a, b = (names[w] for w in (("clean", "corrupt") if request.direction == "noise" else ("corrupt", "clean")))
+        ablated = f"{request.op} ablation of {a}"
+        patched = f"{b} into {a}" if app.state.model.against else DIRECTIONS[request.direction]
+        what = patched if request.op == "patch" else ablated
         over = " over the set" if request.over_set else " · this prompt only: it is not of the set" if app.state.views["patching.over"] == "set" else ""
         more = over + (" · direct" if request.effect == "direct" else "")
-        return f"{EXPLAINED[request.kind].name} · {what}{more} · {app.state.views['patching.show']}"
+        way = app.state.views["patching.estimate"]
+        by = f" · by {METHODS[way]}" if way != "atp" and request.op == "patch" and request.effect == "total" else ""
+        return f"{EXPLAINED[request.kind].name} · {what}{more} · {app.state.views['patching.show']}{by}"
 
     def paint(self, app: Host) -> None:
         views, wanted = app.state.views, app.requests.wanted
@@ -225,8 +240,9 @@ class PatchingPane(Pane):
         if reads:
             self.paint_text(app, result, grid, row, (truth, estimate))
             return
-        self.table.show(grid, (row, col), views["mode"])
-        self.info_line.show([sweep_cell(truth, estimate, row, col, self.table.about())])
+        shown_grid = self.by_position(app, "sweep", grid, result.tokens) if grid.positions else grid
+        self.table.show(shown_grid, (row, col), views["mode"])
+        self.info_line.show([sweep_cell(truth, estimate, row, col, self.table.about(), self.size.width)])
 
     def paint_text(self, app: Host, result: SweepResult, grid: Grid, row: int, results: tuple[SweepResult | None, SweepResult | None]) -> None:
         """The prompt by the row under the cursor: the effect at each position."""
@@ -234,7 +250,7 @@ class PatchingPane(Pane):
             self.show_text(app, None, [(f"  a sweep of {result.kind} has no positions: v turns to one by position (resid_pre, attn, mlp, z_pos …)", DIM)])
             return
         self.show_text(app, row_of(grid, row, grid.rows[row].strip(), texts_of(result.tokens)))
-        self.info_line.show([sweep_cell(*results, row, clip(app.cursor.pos, len(result.cols)), self.text.about())])
+        self.info_line.show([sweep_cell(*results, row, clip(app.cursor.pos, len(result.cols)), self.text.about(), self.size.width)])
 
 
 PANE = PatchingPane

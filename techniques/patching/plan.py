@@ -7,6 +7,7 @@ What a sweep runs: its table, and the base runs with every spot's new values.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 
@@ -26,10 +27,12 @@ from model.variants import Base
 from techniques.patching import feature_sweep
 from techniques.patching.requests import SWEEP_OPS, SWEEPS, Sweep
 from vocabulary.nodes import Node, UserError, parse_node
-from vocabulary.prompts import Prompt, Study
+from vocabulary.prompts import Study
 from vocabulary.requests import Progress
+from vocabulary.sets import LeftOut, Members, fitting
 
 BATCH = 32
+POSITIONED = ("resid_pre", "resid_mid", "resid_post", "attn", "mlp", "attn_mlp", "z_pos", "cells", "features")  # tables with a column a position
 
 
 # ------------------------------------------------------------------ cells
@@ -45,47 +48,51 @@ class Layout:
     nodes: tuple[str, ...] = ()
 
 
-def one_each(model: Model, rows: list[str], cols: list[str], node: Callable[[int, int], Node]) -> Layout:
+def one_each(runs: Runs, rows: list[str], cols: list[str], node: Callable[[int, int], Node]) -> Layout:
     """A table in which every cell is one node."""
     nodes = {(r, c): node(r, c) for r in range(len(rows)) for c in range(len(cols))}
-    return Layout(tuple(rows), tuple(cols), {rc: (patch_site(model, n),) for rc, n in nodes.items()}, tuple(str(n) for n in nodes.values()))
+    spots = {rc: (patch_site(runs.model, runs.placed(n)),) for rc, n in nodes.items()}
+    return Layout(tuple(rows), tuple(cols), spots, tuple(str(n) for n in nodes.values()))
 
 
-def lay_out(runs: Runs, ask: Sweep) -> Layout:
-    """The table of a kind, on the run that is changed."""
-    model, info, seq = runs.model, runs.model.info, len(runs.row("now").ids)
-    layers, places = [f"L{i}" for i in range(info.n_layers)], [str(i) for i in range(seq)]
+def lay_out(runs: Runs, ask: Sweep, labels: tuple[str, ...] = ()) -> Layout:
+    """The table of a kind, on the run that is changed; by these labels where the prompts of a set differ in length."""
+    model, info, row = runs.model, runs.model.info, runs.row("now")
+    where = labels or range(len(row.ids) - row.tail)
+    layers, places = [f"L{i}" for i in range(info.n_layers)], [str(p) for p in where]
     match ask.kind:
         case "resid_pre" | "resid_mid" | "resid_post" | "attn" | "mlp":
-            return one_each(model, layers, places, lambda r, c: Node(ask.kind, r, pos=c))
+            return one_each(runs, layers, places, lambda r, c: Node(ask.kind, r, pos=where[c]))
         case "attn_mlp":
             rows = [f"{layer}.{site}" for layer in layers for site in ("attn", "mlp")]
-            return one_each(model, rows, places, lambda r, c: Node(("attn", "mlp")[r % 2], r // 2, pos=c))
+            return one_each(runs, rows, places, lambda r, c: Node(("attn", "mlp")[r % 2], r // 2, pos=where[c]))
         case "z" | "q" | "pattern":
             heads = [f"H{h}" for h in range(info.n_heads)]
-            return one_each(model, layers, heads, lambda r, c: Node("head", r, c, ask.kind))
+            return one_each(runs, layers, heads, lambda r, c: Node("head", r, c, ask.kind))
         case "k" | "v":
             per = info.n_heads // info.n_kv_heads
             heads = [f"H{h}" if per == 1 else f"H{h}-{h + per - 1}" for h in range(0, info.n_heads, per)]
-            return one_each(model, layers, heads, lambda r, c: Node("head", r, c * per, ask.kind))
+            return one_each(runs, layers, heads, lambda r, c: Node("head", r, c * per, ask.kind))
         case "nodes":
             cols = [*(f"H{h}" for h in range(info.n_heads)), "MLP"]
-            return one_each(model, layers, cols, lambda r, c: Node("mlp", r) if c == info.n_heads else Node("head", r, c))
+            return one_each(runs, layers, cols, lambda r, c: Node("mlp", r) if c == info.n_heads else Node("head", r, c))
         case "z_pos":
             rows = [f"L{layer}H{h}" for layer in range(info.n_layers) for h in range(info.n_heads)]
-            return one_each(model, rows, places, lambda r, c: Node("head", r // info.n_heads, r % info.n_heads, pos=c))
+            return one_each(runs, rows, places, lambda r, c: Node("head", r // info.n_heads, r % info.n_heads, pos=where[c]))
         case "cells":
             node = one_node(ask, "head", "L2H3")
-            seen = visible(model, node.layer, seq).nonzero().tolist()
-            spots = {(d, s): (patch_site(model, replace(node, part="pattern", pos=d), s),) for d, s in seen}
+            at = [runs.position("now", p) for p in where]
+            seen = visible(model, node.layer, len(row.ids))[at][:, at].nonzero().tolist()
+            spots = {(d, s): (patch_site(model, replace(node, part="pattern", pos=at[d]), at[s]),) for d, s in seen}
             return Layout(tuple(places), tuple(places), spots)
         case "neurons":
-            node = runs.placed(one_node(ask, "mlp", "L3.mlp"))
+            node = one_node(ask, "mlp", "L3.mlp")
+            node = node if isinstance(node.pos, str) and ask.over_set else runs.placed(node)
             model.point(f"blocks.{node.layer}.mlp.hook_post")
             neurons = [f"n{i}" for i in range(model.widths[node.layer])]
-            return one_each(model, [f"L{node.layer}.mlp"], neurons, lambda r, c: Node("neuron", node.layer, index=c, pos=node.pos))
+            return one_each(runs, [f"L{node.layer}.mlp"], neurons, lambda r, c: Node("neuron", node.layer, index=c, pos=node.pos))
         case "features":
-            return Layout(*feature_sweep.lay_out(model, ask, seq))
+            return Layout(*feature_sweep.lay_out(runs, ask, where))
         case "pairs" | "cumulative":
             spots = [patch_site(model, some_node(a, runs)) for a in ask.nodes]
             names = tuple(ask.nodes)
@@ -115,16 +122,24 @@ def some_node(address: str, runs: Runs) -> Node:
 
 @dataclass
 class Plan:
-    """The prompts of a sweep (with their indices into the set), which run is changed and where new values come from, and the table."""
+    """
+    The prompts of a sweep (with their indices into the set), which run is changed and where new values come from, and each prompt's table: all have the same
+    labels and cells, at the prompt's own positions. `left`: the prompts of the set that can't be asked.
+    """
 
     model: Model
     ask: Sweep
-    members: list[tuple[int, Prompt]]
+    members: Members
     runs: list[Runs]
     side: str
     other: str
-    layout: Layout
+    layouts: list[Layout]
     limit: int
+    left: LeftOut = ()
+
+    @property
+    def layout(self) -> Layout:
+        return self.layouts[0]
 
     @property
     def study(self) -> Study:
@@ -136,7 +151,8 @@ class Plan:
 
     @property
     def seq(self) -> int:
-        return len(self.runs[0].row(self.side).ids)
+        """Tokens of the longest prompt."""
+        return max(len(r.row(self.side).ids) for r in self.runs)
 
 
 def check(ask: Sweep) -> None:
@@ -156,7 +172,7 @@ def check(ask: Sweep) -> None:
 
 
 def read_plan(model: Model, ask: Sweep) -> Plan:
-    """Everything that can be refused is refused here."""
+    """Everything that can be refused is refused here. The plan's model is the one whose run is changed."""
     check(ask)
     study = ask.study
     members = list(enumerate(study.prompt_set)) if ask.over_set else [(0, study.prompt)]
@@ -164,27 +180,43 @@ def read_plan(model: Model, ask: Sweep) -> Plan:
         raise UserError("there is no prompt set: open one first")
     side = study.base if ask.op != "patch" else {"denoise": "corrupt", "noise": "clean"}[ask.direction]
     other = "corrupt" if side == "clean" else "clean"
-    runs = []
-    for i, prompt in members:
-        try:
-            runs.append(read_member(model, replace(study, prompt=prompt, base=side, interventions=()), ask.op == "patch"))
-        except UserError as error:
-            raise UserError(f"prompt {i + 1} of the set: {error}" if ask.over_set else str(error)) from error
-    check_lengths(runs, side, ask)
-    layout = lay_out(runs[0], ask)
-    if ask.op == "patch":
-        drop_unaligned(layout, ask, [r.partners(side) for r in runs])
+    read = lambda prompt: read_member(model, replace(study, prompt=prompt, base=side, interventions=()), ask.op)  # noqa: E731
+    members, runs, left = fitting(members, read) if ask.over_set else (members, [read(study.prompt)], ())
+    labels = columns(runs, side, ask)
+    layouts = each_layout(runs, named(ask, labels), lambda r: lay_out(r, ask, labels))
+    drop_unaligned(layouts, ask, [r.partners(side) if ask.op == "patch" else None for r in runs])
+    layout = layouts[0]
     if bad := [rc for rc in ask.only if rc not in layout.cells]:
         raise UserError(f"there is no cell {bad[0]}: the table has {len(layout.rows)} rows and {len(layout.cols)} columns")
-    if ask.only:
-        layout.cells = {rc: layout.cells[rc] for rc in dict.fromkeys(ask.only)}
-    return Plan(model, ask, members, runs, side, other, layout, chunk_bytes(model.device, ask.chunk_mb))
+    for each in layouts if ask.only else ():
+        each.cells = {rc: each.cells[rc] for rc in dict.fromkeys(ask.only) if rc in each.cells}
+    model = runs[0].model
+    return Plan(model, ask, members, runs, side, other, layouts, chunk_bytes(model.device, ask.chunk_mb), left)
 
 
-def read_member(model: Model, study: Study, patch: bool) -> Runs:
-    if study.prompt.corrupt is None and (patch or study.base == "corrupt"):
+def named(ask: Sweep, labels: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The labels that a sweep's cells stand at."""
+    nodes = [parse_node(a) for a in (*ask.nodes, *[ask.node] * bool(ask.node and ask.kind != "features"))]
+    return tuple(dict.fromkeys((*labels, *(n.pos for n in nodes if isinstance(n.pos, str)))))
+
+
+def each_layout[T](runs: list[Runs], labels: tuple[str, ...], make: Callable[[Runs], T]) -> list[T]:
+    """What `make` gives for each run, made once for those of one length whose labels stand at the same positions."""
+    known: dict[tuple, T] = {}
+    out = []
+    for r in runs:
+        row = r.row("now")
+        key = (len(row.ids), row.tail, *(r.position("now", name) for name in labels))
+        out.append(known[key] if key in known else known.setdefault(key, make(r)))
+    return out
+
+
+def read_member(model: Model, study: Study, op: str) -> Runs:
+    """One prompt of a sweep or a circuit; what stops `op` on it is an error."""
+    patch = op == "patch"
+    if study.prompt.corrupt is None and not study.against and (patch or study.base == "corrupt"):
         raise UserError("there is no corrupted prompt, and patching needs one: type one first")
-    runs, kind = read_study(model, study), study.metric.kind
+    runs, kind = read_study(model, study, with_answer=True), study.metric.kind
     if study.metric.needs_answer and not runs.answers:
         raise UserError(f"there is no answer, and {kind} needs one: give one, with its leading space")
     if kind in ("logit_diff", "prob_diff") and not runs.foils:
@@ -195,39 +227,46 @@ def read_member(model: Model, study: Study, patch: bool) -> Runs:
         for which in ("clean", "corrupt"):
             if runs.rows[which] is not None:
                 runs.metric_position(which)
+    if patch:
+        runs.partners(study.base)
+    if op == "resample":
+        row = runs.row("now")
+        n = len(row.ids) - row.tail
+        resampled(model, study, n, row.ids[:n], 0)
     return runs
 
 
-def check_lengths(runs: list[Runs], side: str, ask: Sweep) -> None:
-    """Patching goes by position: clean and corrupted have to be of one length or aligned, and the base prompts of a set of one length."""
-    for i, r in enumerate(runs):
-        if ask.op == "patch":
-            try:
-                r.partners(side)
-            except UserError as error:
-                raise UserError((f"prompt {i + 1} of the set: " if ask.over_set else "") + str(error)) from error
-    counts: dict[int, int] = {}
-    for r in runs:
-        n = len(r.row(side).ids)
-        counts[n] = counts.get(n, 0) + 1
-    if len(counts) > 1:
+def columns(runs: list[Runs], side: str, ask: Sweep) -> tuple[str, ...]:
+    """The labels that a table by position goes by where its prompts differ in length, in the first one's order; () where it goes by position, or has none."""
+    rows = [r.row(side) for r in runs]
+    counts = Counter(len(row.ids) - row.tail for row in rows)
+    if len(counts) == 1 or ask.kind not in POSITIONED:
+        return ()
+    shared = [n for n in sorted(rows[0].labels, key=rows[0].labels.get) if all(n in row.labels for row in rows)]
+    if len(shared) < 2:
         words = ", ".join(f"{count} with {n} tokens" for n, count in sorted(counts.items()))
-        raise UserError(f"a sweep over a set needs prompts of equal length, and it has {words}: use a set of one template")
+        raise UserError(
+            f"a table by position over prompts of several lengths ({words}) goes by label, and they share none but END: give them labels, or sweep heads at all positions"
+        )
+    return tuple(shared)
 
 
-def drop_unaligned(layout: Layout, ask: Sweep, sides: list[tuple[int, ...] | None]) -> None:
-    """Cells at a position without partner (in some prompt) are no cells. Where there is no other kind of cell, an error."""
-    sides = [there for there in sides if there is not None]
-    if not sides:
-        return
-    if ask.kind == "pattern" or any(s.node.part == "pattern" and s.node.site == "head" and s.source is None for spots in layout.cells.values() for s in spots):
-        raise UserError("a pattern's row holds sources without partner in the other prompt: sweep z, q, k, v, or one head's cells")
-    alone = {i for there in sides for i, j in enumerate(there) if j < 0}
-    lost = {rc for rc, spots in layout.cells.items() if any(s.node.pos in alone or s.source in alone for s in spots)}
-    if lost and (ask.kind in ("pairs", "cumulative") or len(lost) == len(layout.cells)):
-        at = min(alone & {p for rc in lost for s in layout.cells[rc] for p in (s.node.pos, s.source)} - {None})
-        raise UserError(f"position {at} has no partner in the other prompt: leave it out, or edit the alignment")
-    layout.cells = {rc: spots for rc, spots in layout.cells.items() if rc not in lost}
+def drop_unaligned(layouts: list[Layout], ask: Sweep, sides: list[tuple[int, ...] | None]) -> None:
+    """Cells at a position without partner (in some prompt), or that some prompt has not, are no cells. Where there is no other kind of cell, an error."""
+    lost = {rc for layout in layouts for rc in layouts[0].cells.keys() ^ layout.cells.keys()}
+    for layout, there in {(id(a), b): (a, b) for a, b in zip(layouts, sides) if b is not None}.values():
+        if ask.kind == "pattern" or any(
+            s.node.part == "pattern" and s.node.site == "head" and s.source is None for spots in layout.cells.values() for s in spots
+        ):
+            raise UserError("a pattern's row holds sources without partner in the other prompt: sweep z, q, k, v, or one head's cells")
+        alone = {i for i, j in enumerate(there) if j < 0}
+        mine = {rc for rc, spots in layout.cells.items() if any(s.node.pos in alone or s.source in alone for s in spots)}
+        lost |= mine
+        if mine and (ask.kind in ("pairs", "cumulative") or len(lost) == len(layout.cells)):
+            at = min(alone & {p for rc in mine for s in layout.cells[rc] for p in (s.node.pos, s.source)} - {None})
+            raise UserError(f"position {at} has no partner in the other prompt: leave it out, or edit the alignment")
+    for layout in layouts:
+        layout.cells = {rc: spots for rc, spots in layout.cells.items() if rc not in lost}
 
 
 # ------------------------------------------------------------------ base runs and new values
@@ -286,19 +325,19 @@ def base_run(
     model, ask, group = plan.model, plan.ask, [plan.runs[i] for i in indices]
     last = f"blocks.{model.info.n_layers - 1}.hook_resid_post"
     if plan.study.interventions:
-        group = [(yield from prepare(model, replace(plan.study, prompt=plan.members[indices[0]][1])))]
+        group = [(yield from prepare(model, replace(plan.study, prompt=plan.members[indices[0]][1]), with_answer=True))]
     tensor = lambda which: t.tensor([r.row(which).ids for r in group])  # noqa: E731
     shared = 0
-    if ask.op == "patch" and not plan.study.interventions and model.causal:
+    if ask.op == "patch" and not plan.study.interventions and model.causal and not group[0].pair:
         shared = min(same_start(r, plan.side, plan.other) for r in group)
     both = all(r.rows[w] is not None for r in group for w in ("clean", "corrupt")) and not plan.study.interventions
-    both = both and not apart and tensor("clean").shape == tensor("corrupt").shape
+    both = both and not apart and group[0].together("clean", "corrupt") and tensor("clean").shape == tensor("corrupt").shape
     wanted = [*names, *more, *([FINAL] if ask.study.metric.kind == "kl" else [])]
     base = Base(group, wanted, plan.limit, ask.plain, shared, tensor(plan.other) if both else None)
     acts = ({} if base.edits else {plan.side: base.acts}) | ({plan.other: base.beside} if both else {})
     for which in ("clean", "corrupt"):
         if which not in acts and all(r.rows[which] is not None for r in group):
-            acts[which] = model.forward(tensor(which), [last, FINAL, *(names if which == plan.other and ask.op == "patch" else [])], keep=None)[1]
+            acts[which] = group[0].of(which).forward(tensor(which), [last, FINAL, *(names if which == plan.other and ask.op == "patch" else [])], keep=None)[1]
     clean = None
     if ask.study.metric.kind == "kl":
         clean = t.stack([x[r.metric_position("clean")] for r, x in zip(group, acts["clean"][FINAL])])
@@ -312,11 +351,13 @@ def base_run(
 
 
 def batches(plan: Plan, size: int) -> list[list[int]]:
-    """Prompts that can run together: source runs of one length, aligned in one way."""
+    """Prompts that can run together: base and source runs of one length, aligned in one way, whose cells stand at the same positions."""
     kinds: dict[tuple, list[int]] = {}
     for i, r in enumerate(plan.runs):
         other = r.rows[plan.other]
-        kinds.setdefault((None if other is None else len(other.ids), r.partners(plan.side) if plan.ask.op == "patch" else None), []).append(i)
+        partners = r.partners(plan.side) if plan.ask.op == "patch" else None
+        key = (id(plan.layouts[i]), len(r.row(plan.side).ids), None if other is None else len(other.ids), partners)
+        kinds.setdefault(key, []).append(i)
     return [some[a : a + size] for some in kinds.values() for a in range(0, len(some), size)]
 
 
@@ -344,7 +385,7 @@ def new_values(plan: Plan, base: Base, other: dict[str, Tensor], indices: list[i
     if ask.op.startswith("mean"):
         if ask.op in ("mean_all", "mean_text") and any(name.endswith("pattern") for name in hooks.values()):
             raise UserError("a pattern has no mean over positions; use mean with a set of one template, or zero")
-        other = yield from means(model, ask.study, list(hooks.values()), ask.op, plan.seq)
+        other = yield from means(model, ask.study, list(hooks.values()), ask.op, [plan.runs[i].row(plan.side) for i in indices])
     elif ask.op == "resample":
         _, other = model.forward(t.tensor([others(plan, i) for i in indices]), list(hooks.values()), keep=None)
     deviation = noise_scale(model) * ask.noise if ask.op == "noise" else 0.0
@@ -378,4 +419,6 @@ def aligned(plan: Plan, theirs: Tensor, own: Tensor, key: tuple, runs: Runs) -> 
 
 def others(plan: Plan, i: int) -> tuple[int, ...]:
     """The corrupted prompt of the set that a prompt's values are resampled from."""
-    return resampled(plan.model, replace(plan.study, prompt=plan.members[i][1]), plan.seq, plan.runs[i].row(plan.side).ids, plan.ask.seed)
+    row = plan.runs[i].row(plan.side)
+    n = len(row.ids) - row.tail
+    return resampled(plan.model, replace(plan.study, prompt=plan.members[i][1]), n, row.ids[:n], plan.ask.seed) + row.ids[n:]

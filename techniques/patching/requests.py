@@ -62,9 +62,13 @@ SWEEP_OPS: dict[SweepOp, str] = {
     "mean_text": OPS["mean_text"],
     "mean_text_pos": OPS["mean_text_pos"],
 }
-ESTIMATES: dict[Literal["atp", "ig"], str] = {
+Method = Literal["atp", "ig", "atp_qk", "graddrop", "atp_star"]
+ESTIMATES: dict[Method, str] = {
     "atp": "attribution patching: (source - base) . gradient of the metric in the base run",
     "ig": "integrated gradients: (source - base) . the gradient's mean over token embeddings between base and source",
+    "atp_qk": "attribution patching, of queries and keys by the pattern computed again: (pattern with the source's - base) . gradient at the pattern",
+    "graddrop": "GradDrop: the mean size over layers of attribution patching with that layer's attention and MLP left out of the gradient; sign of attribution patching",
+    "atp_star": "AtP*: GradDrop, and of queries and keys the pattern computed again",
 }
 
 
@@ -113,7 +117,7 @@ class Estimate:
 
     study: Study
     kind: SweepKind = "resid_pre"
-    method: Literal["atp", "ig"] = "atp"
+    method: Method = "atp"
     direction: Direction = "denoise"
     steps: int = 5
     """of the integral of ig"""
@@ -123,7 +127,53 @@ class Estimate:
     over_set: bool = False
 
 
+@request
+class Certify:
+    """
+    The `top` cells of the largest effect, for certain: true patches in the order of an estimate, until random subsets of the other cells, patched together,
+    bound what any of these can do below the last of the top, with `confidence`; at most `share` of the cells are run.
+    """
+
+    study: Study
+    kind: SweepKind = "z"
+    top: int = 10
+    """how many cells"""
+    method: Method = "atp_qk"
+    """the estimate: atp, ig, atp_qk, graddrop or atp_star"""
+    direction: Direction = "denoise"
+    confidence: float = 0.95
+    """that no cell outside is larger than the bound"""
+    share: float = 0.25
+    """at most this share of the cells is run, subsets counted"""
+    seed: int = 0
+    node: str = ""
+    over_set: bool = False
+
+
 # ------------------------------------------------------------------ results
+
+
+@message
+class CertifyResult:
+    """
+    `nodes` of the largest true effects (of those run), their `effects` and `estimates`, and which are certain: larger than `bound`, what no cell outside reaches. `ran`
+    runs were made where a sweep makes `cells`, `subsets` of them of random subsets. `convention` says what the bound assumes.
+    """
+
+    kind: SweepKind
+    method: Method
+    nodes: tuple[str, ...]
+    effects: np.ndarray
+    estimates: np.ndarray
+    certain: np.ndarray
+    certified: bool
+    bound: float
+    confidence: float
+    ran: int
+    subsets: int
+    cells: int
+    base: float
+    convention: str
 
 
 @message
@@ -135,14 +185,14 @@ class SweepResult:
     `prompts` are indices into the set. `base` is the metric of the run that the cells change. `method` is "truth" or one of ESTIMATES. `mechanism` says how it was run, and why
     when that is not the fast way; `at_once` the most variants in one batch. `peak_mb`: on a GPU the most memory allocated meanwhile, the model
     included; elsewhere the activations of the largest batch, as the bound counts them. `floor`: changes of the metric below it are noise of the dtype
-    (model/noise.py); NaN while it is not measured.
+    (model/noise.py); NaN while it is not measured. `names`: what clean and corrupted are called (two models, of one prompt).
     """
 
     kind: SweepKind | Literal["path"]
     op: SweepOp
     direction: Direction
     effect: Literal["total", "direct", "mlps"]
-    method: Literal["truth", "atp", "ig"]
+    method: Literal["truth"] | Method
     rows: tuple[str, ...]
     cols: tuple[str, ...]
     nodes: tuple[str, ...]
@@ -167,6 +217,7 @@ class SweepResult:
     peak_mb: float = 0.0
     floor: float = float("nan")
     holm: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    names: tuple[str, str] = ("clean", "corrupted")
 
     def address(self, row: int, col: int) -> str:
         """The node of a cell as an address, for an intervention; "" where the cell is not one node."""

@@ -9,15 +9,18 @@ import numpy as np
 import torch as t
 
 from model.noise import known_floor, noise_floor
+from model.replacements import mean_in_words
+from model.runs import first_tokens
 from model.text_means import pinned
 from model.variants import Base, Variant
 from techniques.patching import feature_sweep
-from techniques.patching.plan import Plan
+from techniques.patching.plan import POSITIONED, Plan
 from techniques.patching.requests import ESTIMATES, SWEEP_OPS, SWEEPS, SweepResult
 from vocabulary.nodes import FROM_TEXT, UserError, parse_node
-from vocabulary.prompts import METRICS
+from vocabulary.prompts import METRICS, TokenRow
 from vocabulary.progress import time_left
 from vocabulary.requests import Progress
+from vocabulary.sets import left_out
 from vocabulary.statistics import paired_effects, smallest_p
 
 
@@ -42,7 +45,7 @@ class SweepTable:
         self.members, self.base, self.reason = members, base, base.reason
         self.sides[:, members] = sides
         self.waiting = []
-        for cell, spots in zip(self.cells, self.plan.layout.cells.values()):
+        for cell, spots in zip(self.cells, self.plan.layouts[members[0]].cells.values()):
             variant = Variant(cell, tuple(s for s in spots if s.node.pos is None or base.shared <= s.node.pos < base.stop))
             if variant.spots and max(variant.first, base.shared) < base.stop:
                 self.waiting.append(variant)
@@ -77,6 +80,11 @@ class SweepTable:
         return Progress(max(self.done, int(part * self.total)), self.total, f"{self.plan.ask.kind} {self.done}/{self.total}{left}")
 
     @property
+    def names(self) -> tuple[str, str]:
+        """What clean and corrupted are called."""
+        return self.plan.runs[0].called("clean"), self.plan.runs[0].called("corrupt")
+
+    @property
     def peak_mb(self) -> float:
         device = self.plan.model.device
         return (t.cuda.max_memory_allocated(device) if device.type == "cuda" else self.peak) / 2**20
@@ -101,7 +109,8 @@ class SweepTable:
         count = some.sum(0)
         with np.errstate(invalid="ignore"):
             mean = np.where(some, self.values, 0.0).sum(0) / count
-        normalised, warning = normalise(mean, base, self.sides[:, known])
+        normalised, warning = normalise(mean, base, self.sides[:, known], self.names)
+        warning = "; ".join(filter(None, (warning, left_out(plan.left, len(plan.left) + len(plan.runs)))))
         table = lambda x: np.asarray(x, np.float32).reshape(self.shape)  # noqa: E731
         empty, stats, every = np.zeros((0, 0), np.float32), {}, np.zeros((0, *self.shape), np.float32)
         if whole and ask.over_set:
@@ -111,15 +120,15 @@ class SweepTable:
         stats = {k: stats.get(k, empty) for k in ("std", "low", "high", "p", "holm")}
         floor = known_floor(plan.runs) if self.has_floor else math.nan
         return SweepResult(
-            ask.kind, ask.op, ask.direction, ask.effect, self.method, layout.rows, layout.cols, layout.nodes, plan.runs[0].row(plan.side),
+            ask.kind, ask.op, ask.direction, ask.effect, self.method, layout.rows, layout.cols, layout.nodes, first_row(plan),
             table(mean), table(normalised), base, clean, None if math.isnan(corrupt) else corrupt, self.done, self.total, **stats, per_prompt=every,
             prompts=tuple(i for i, _ in plan.members) if ask.over_set else (), mechanism=mechanism(plan, self.reason, self.method), at_once=self.at_once,
             warning=warning, convention=convention(plan, self.method, self.how), peak_mb=round(self.peak_mb, 1),
-            floor=floor,
+            floor=floor, names=self.names,
         )  # fmt: skip
 
 
-def normalise(mean: np.ndarray, base: float, sides: np.ndarray) -> tuple[np.ndarray, str]:
+def normalise(mean: np.ndarray, base: float, sides: np.ndarray, names: tuple[str, str] = ("clean", "corrupted")) -> tuple[np.ndarray, str]:
     """(mean - corrupted) / (clean - corrupted), a ratio of means; without a corrupted prompt mean / base. NaN, and why, where that says nothing."""
     clean, corrupt = sides[1], sides[2]
     if np.isnan(corrupt).any():
@@ -129,11 +138,11 @@ def normalise(mean: np.ndarray, base: float, sides: np.ndarray) -> tuple[np.ndar
     gaps = clean - corrupt
     gap, size = gaps.mean(), max(abs(clean.mean()), abs(corrupt.mean()))
     if abs(gap) < 1e-3 * size or gap == 0:
-        return np.full(mean.shape, math.nan), f"clean and corrupted differ by {gap:.2g} only: not normalised"
+        return np.full(mean.shape, math.nan), f"{names[0]} and {names[1]} differ by {gap:.2g} only: not normalised"
     small = int((np.abs(gaps) < 0.1 * abs(gap)).sum())
-    words = f"{small} of {len(gaps)} prompts have a clean - corrupted below a tenth of the mean" if small else ""
+    words = f"{small} of {len(gaps)} prompts have a {names[0]} - {names[1]} below a tenth of the mean" if small else ""
     if abs(gap) < 0.05 * size:
-        words = f"clean and corrupted differ by {gap:.2g} only: normalised values are large and noisy"
+        words = f"{names[0]} and {names[1]} differ by {gap:.2g} only: normalised values are large and noisy"
     return (mean - corrupt.mean()) / gap, words
 
 
@@ -141,6 +150,13 @@ def too_few(prompts: int, cells: int) -> str:
     """Where no cell can be significant once p is corrected, the words that say so."""
     floor = smallest_p(prompts, cells) if prompts > 1 else 1.0
     return f"{prompts} prompts give no p below {floor:.2g}, so that none of {cells} cells can have a corrected p below .05" if floor * cells >= 0.05 else ""
+
+
+def first_row(plan: Plan) -> TokenRow:
+    """The tokens of the first prompt, without those of an answer behind it."""
+    row = plan.runs[0].row(plan.side)
+    n = len(row.ids) - row.tail
+    return replace(row, ids=row.ids[:n], texts=row.texts[:n], tail=0)
 
 
 # ------------------------------------------------------------------ words
@@ -156,20 +172,24 @@ def mechanism(plan: Plan, reason: str, method: str) -> str:
 
 def convention(plan: Plan, method: str, how: str = "") -> str:
     """What matters first: it is a pane's title. `how` says where an estimate's gradients are taken."""
-    ask, model = plan.ask, plan.model
+    ask, model, called = plan.ask, plan.model, plan.runs[0].called
     metric = ask.study.metric
     assert metric.kind in METRICS
     if ask.op == "patch":
-        what = {"denoise": "denoise: clean values into the corrupted run", "noise": "noise: corrupted values into the clean run"}[ask.direction]
-        what += f", the {'clean' if plan.other == 'clean' else 'corrupted'} run without the interventions" * bool(plan.study.interventions)
+        what = f"{ask.direction}: {called(plan.other)} values into the {called(plan.side)} run"
+        what += f", the {called(plan.other)} run without the interventions" * bool(plan.study.interventions)
     else:
-        run = "corrupted" if plan.side == "corrupt" else "clean"
+        run = called(plan.side)
         amount = f" of {ask.noise:g} embedding standard deviations, seed {ask.seed}" if ask.op == "noise" else ""
         seed = f", seed {ask.seed}" if ask.op == "resample" else ""
         text = f", {pinned(ask.study.text)[1].words}" if ask.op in FROM_TEXT else ""
         what = f"{run} run, {ask.op}: {SWEEP_OPS[ask.op]}{amount}{seed}{text}"
-    parts = [SWEEPS[ask.kind], what, plan.runs[0].study.metric.words]
-    parts.append("normalised: corrupted = 0, clean = 1" if plan.runs[0].rows["corrupt"] is not None else "normalised: share of the base run's metric")
+    parts = [SWEEPS[ask.kind], what, plan.runs[0].study.metric.words, first_tokens(plan.runs)]
+    parts.append(
+        f"normalised: {called('corrupt')} = 0, {called('clean')} = 1"
+        if plan.runs[0].rows["corrupt"] is not None
+        else "normalised: share of the base run's metric"
+    )
     if ask.effect == "direct":
         parts.append("direct effect: later attention, MLPs and norm scales as in the base run")
         parts += ["through the head's own z"] * (ask.kind in ("q", "k", "v", "pattern"))
@@ -181,6 +201,10 @@ def convention(plan: Plan, method: str, how: str = "") -> str:
         parts.append(
             f"mean over {len(plan.runs)} prompts, ratio of means; spread, interval and p (sign flips; corrected by Holm for {len(plan.layout.cells)} cells) of the effect, paired by prompt"
         )
+    if len({len(r.row(plan.side).ids) for r in plan.runs}) > 1:
+        parts.append("prompts of unequal length, run in groups of equal length" + ", columns by label" * (ask.kind in POSITIONED))
+    if ask.op == "mean":
+        parts.append(mean_in_words(model, ask.study, [r.row(plan.side) for r in plan.runs]))
     if ask.kind == "q" or ask.kind == "k":
         parts += ["before the rotation"] * (model.info.positions == "rotary")
     if ask.kind in ("k", "v") and model.info.n_kv_heads < model.info.n_heads:

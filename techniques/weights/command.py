@@ -6,7 +6,17 @@ import numpy as np
 from rich.console import Console
 
 from techniques.shell import CYAN, GRAY, PURPLE, options, plain, table
-from techniques.weights.requests import Composition, CompositionResult, HeadWeights, HeadWeightsResult, SINGULAR, Singular, SingularResult
+from techniques.weights.requests import (
+    Composition,
+    CompositionResult,
+    HeadWeights,
+    HeadWeightsResult,
+    SINGULAR,
+    Singular,
+    SingularResult,
+    WeightDifference,
+    WeightDifferenceResult,
+)
 from utils import show_number, show_token
 from vocabulary.nodes import UserError, parse_node
 
@@ -35,7 +45,12 @@ class WeightsCommand(options(HeadWeights, Singular, hide=("layer", "head", "whic
         return self.ask(Singular, **there, which=self.view)
 
 
-COMMANDS = {"weights": WeightsCommand}
+@dataclass
+class WeightDifferenceCommand(options(WeightDifference)):
+    """What differs between the weights of --model and of --against: relative norms by matrix, layer and head, cosines of OV and QK."""
+
+
+COMMANDS = {"weights": WeightsCommand, "weight-difference": WeightDifferenceCommand}
 
 
 # ------------------------------------------------------------------ tables
@@ -87,4 +102,26 @@ def show_singular(out: Console, r: SingularResult) -> None:
     out.print(plain(r.convention, GRAY))
 
 
-SHOW = {HeadWeightsResult: show_weights, CompositionResult: show_composition, SingularResult: show_singular}
+def show_difference(out: Console, r: WeightDifferenceResult) -> None:
+    for name, values in r.heads.items():
+        rows = table(f"cosine of {name}" if len(name) == 2 else f"W_{name}, relative difference", "layer", *(f"H{h}" for h in range(values.shape[1])))
+        for layer, row in enumerate(values.tolist()):
+            rows.add_row(f"L{layer}", *(show_number(v) for v in row))
+        out.print(rows)
+    rows = table("every matrix of a block, relative difference", "layer", *(short(p) for p in r.parts))
+    for layer, row in enumerate(r.values.tolist()):
+        rows.add_row(f"L{layer}", *(show_number(v) for v in row))
+    out.print(rows)
+    rows = table("outside the blocks", "", "relative difference")
+    for name, value in r.rest.items():
+        rows.add_row(plain(name), show_number(value))
+    out.print(rows)
+    out.print(plain(r.convention, GRAY))
+
+
+def short(name: str) -> str:
+    """A parameter's name for a column: `weight` goes without saying."""
+    return name.removesuffix(".weight")
+
+
+SHOW = {WeightDifferenceResult: show_difference, HeadWeightsResult: show_weights, CompositionResult: show_composition, SingularResult: show_singular}

@@ -402,13 +402,3 @@ def singular(model: Model, ask: Singular) -> Generator[Progress, None, SingularR
     texts = words(model, *(x for side in out if side.name != "neurons" for x in (side.top_ids, side.bottom_ids)))
     share = (s[:r].double().square() / (whole or math.nan)).float()
     return SingularResult(ask.layer, ask.head, ask.which, s[:r].cpu().numpy(), share.cpu().numpy(), tuple(out), texts, said)
-
-
-def answer(model: Model, request: HeadWeights | Composition | Singular) -> Generator:
-    match request:
-        case HeadWeights():
-            return (yield from head_weights(model, request))
-        case Composition():
-            return (yield from composition(model, request))
-        case Singular():
-            return (yield from singular(model, request))

@@ -6,7 +6,16 @@ import numpy as np
 from textual.containers import Horizontal
 from textual.widget import Widget
 
-from techniques.weights.requests import Composition, CompositionResult, HeadWeights, HeadWeightsResult, Singular, SingularResult
+from techniques.weights.requests import (
+    Composition,
+    CompositionResult,
+    HeadWeights,
+    HeadWeightsResult,
+    Singular,
+    SingularResult,
+    WeightDifference,
+    WeightDifferenceResult,
+)
 from vocabulary.nodes import Node, UserError
 from screen.client import in_words
 from screen.cursor import clip
@@ -18,6 +27,7 @@ from techniques.weights import pictures
 from techniques.weights.explained import EXPLAINED
 from widgets import BOLD, DIM, WARN, Grid, GridView, Lines, Same
 
+DIFFERENCES = tuple(f"difference {part}" for part in ("parts", "Q", "K", "V", "O", "OV", "QK"))  # of two models
 ON_SIGHT = 5 * 10**8  # pairs of tokens that are looked through without a key
 
 
@@ -27,7 +37,7 @@ class WeightsPane(Pane):
     view = "weights.view"
     explained = EXPLAINED
     views = {
-        "weights.view": ("ov", "qk", "composition q", "composition k", "composition v", "OV directions", "QK directions", "mlp_out", "mlp_in"),
+        "weights.view": ("ov", "qk", "composition q", "composition k", "composition v", "OV directions", "QK directions", "mlp_out", "mlp_in", *DIFFERENCES),
         "weights.distance": ("0", "1", "2", "4", "8", "16"),
     }
     hints = ("sweep", "edit", "undo", "view", "mode")
@@ -53,6 +63,8 @@ class WeightsPane(Pane):
             return {"weights": asked if pairs <= ON_SIGHT or asked in app.requests.started else replace(asked, pairs=False)}
         if view.startswith("composition"):
             return {"weights": Composition(c.layer, c.head)}
+        if view in DIFFERENCES:
+            return {"weights": WeightDifference()} if app.state.model.against else {}
         return {"weights": Singular(c.layer, None if view.startswith("mlp") else c.head, view.removesuffix(" directions"))}
 
     @staticmethod
@@ -71,6 +83,9 @@ class WeightsPane(Pane):
         distances, now = VIEWS["weights.distance"], app.state.views["weights.distance"]
         app.act("view", name="weights.distance", value=distances[clip(distances.index(now) + by, len(distances))])
 
+    def choices(self, app: Host) -> tuple[str, ...]:
+        return VIEWS[self.view] if app.state.model.against else tuple(v for v in VIEWS[self.view] if v not in DIFFERENCES)
+
     def shows(self, node: Node) -> bool:
         return node.site != "sae" and not node.site.startswith("resid")
 
@@ -81,6 +96,9 @@ class WeightsPane(Pane):
     def paint(self, app: Host) -> None:
         views, c = app.state.views, app.cursor
         view, n, w = views[self.view], max(2, self.size.height - 3), self.size.width - 2
+        if view in DIFFERENCES:
+            self.paint_difference(app, view.removeprefix("difference "))
+            return
         kind = CompositionResult if view.startswith("composition") else HeadWeightsResult if view in ("ov", "qk") else SingularResult
         result = app.requests.result("weights", kind)
         name = f"L{c.layer}{'' if view.startswith('mlp') else f'H{c.head}'} {EXPLAINED[view].name}"
@@ -113,6 +131,30 @@ class WeightsPane(Pane):
                 count = f"2 × {result.vocabulary**2 / 1e9:.1f} billion pairs of tokens"
                 shown = [[(f"S looks through all {count}: at most about {in_words(result.expected)}", WARN)], *shown]
             self.table.show(shown)
+
+    def paint_difference(self, app: Host, part: str) -> None:
+        """Two models' weights: a map over layers."""
+        views, c, result = app.state.views, app.cursor, app.requests.result("weights", WeightDifferenceResult)
+        name = EXPLAINED[f"difference {part}"].name
+        self.map.set_class(False, "hidden")
+        self.table.show([])
+        if result is None:
+            alone = "one model is loaded: M compares it with a second one"
+            self.show_title(app, ("weights",), name, "")
+            self.map.show(None, (0, 0), views["mode"], app.requests.waiting("weights") if app.state.model.against else [(alone, WARN)])
+            self.info_line.show([])
+            return
+        every = lambda g: map_addresses(result, part, g)  # noqa: E731
+        grid = self.with_circuit(app, "weights", (Same(result), part), lambda: pictures.difference_grid(result, part), every)
+        self.map.styles.width = "1fr"
+        self.map.show(grid, (c.layer, c.head if part != "parts" else 0), views["mode"])
+        self.show_title(app, ("weights",), f"{name} · {result.names[1]} against {result.names[0]}", result.convention, grid)
+        self.info_line.show([self.map.about() + [(f" {result.convention}", DIM)]])
+
+
+def map_addresses(result: WeightDifferenceResult, part: str, grid: Grid) -> list:
+    """The heads of a map of heads; a map of matrices has no nodes."""
+    return [] if part == "parts" else [((n, h), f"L{n}H{h}") for n in range(len(grid.rows)) for h in range(len(grid.cols))]
 
 
 PANE = WeightsPane

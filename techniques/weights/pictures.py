@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from techniques.weights.requests import CompositionResult, HeadWeightsResult, Pairs, SingularResult
+from techniques.weights.requests import CompositionResult, HeadWeightsResult, Pairs, SingularResult, WeightDifferenceResult
 from utils import show_token
 from widgets import BOLD, DIM, HEAD, PLAIN, Grid, Spans
 
@@ -53,6 +53,21 @@ def composition_grid(r: CompositionResult, part: str) -> Grid:
     values = getattr(r, part).astype(float)
     hi = max(float(np.nanmax(values, initial=0)), 1e-6) if np.isfinite(values).any() else 1.0
     return Grid(values, [f"L{n}" for n in range(len(values))], [f"H{n}" for n in range(values.shape[1])], 0.0, hi, cell=(5, 7), listed=False)
+
+
+def difference_grid(r: WeightDifferenceResult, part: str) -> Grid:
+    """Two models' weights by layer: one matrix of every head, a cosine of every head, or every parameter of a block."""
+    rows = [f"L{n}" for n in range(len(r.values))]
+    if part == "parts":
+        values = r.values.astype(float)
+        return Grid(values, rows, [p.removesuffix(".weight") for p in r.parts], 0.0, largest(values), cell=(7, 16), listed=False)
+    values = r.heads[part].astype(float)
+    lo, hi = (min(float(np.nanmin(values, initial=1.0)), 0.999), 1.0) if len(part) == 2 else (0.0, largest(values))
+    return Grid(values, rows, [f"H{n}" for n in range(values.shape[1])], lo, hi, cell=(5, 7), listed=False)
+
+
+def largest(values: np.ndarray) -> float:
+    return max(float(np.nanmax(values, initial=0)), 1e-6)
 
 
 def singular_lines(r: SingularResult, n: int, width: int) -> list[Spans]:

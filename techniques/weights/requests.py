@@ -55,6 +55,11 @@ class Singular:
     k: int = 10
 
 
+@request
+class WeightDifference:
+    """What differs between the weights of the loaded model and of the second one beside it (`Load.against`), by matrix, layer and head."""
+
+
 # ------------------------------------------------------------------ results
 
 
@@ -131,6 +136,22 @@ class CompositionResult:
     v: np.ndarray
     baseline: float
     spread: float
+    convention: str
+
+
+@message
+class WeightDifferenceResult:
+    """
+    Of two models, called `names`. `heads`: [layer, head] of Q, K, V, O, relative Frobenius norms ||other - this|| / ||this||, and of OV and QK, the
+    cosine of the two models' W_V W_O and W_Q W_K^T. `values` [layer, part]: relative norms of every parameter of a block, by Hugging Face's names; NaN where
+    a layer has none such. `rest`: the same of what lies outside the blocks.
+    """
+
+    names: tuple[str, ...]
+    heads: dict[str, np.ndarray]
+    parts: tuple[str, ...]
+    values: np.ndarray
+    rest: dict[str, float]
     convention: str
 
 

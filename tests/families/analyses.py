@@ -20,6 +20,7 @@ from techniques.circuits.requests import Discover, PathPatch
 from techniques.lens.requests import Lens
 from techniques.output.requests import Run
 from techniques.patching.requests import Estimate, Sweep
+from techniques.qk.requests import QK
 from techniques.weights.requests import HeadWeights, Singular
 from vocabulary.nodes import parse_intervention, parse_node, UserError
 from vocabulary.prompts import Study
@@ -608,6 +609,24 @@ def receiver_slopes(case: Case) -> dict[str, Tensor]:
     return out
 
 
+def qk(case: Case) -> Tries:
+    """A score as a sum over pairs, against the mean of those in sight, from what the model's own softmax puts out: differences of its logarithm."""
+
+    def scores() -> None:
+        last, source = len(case.ids[0]) - 1, len(case.ids[0]) - 3
+        asks = [QK(STUDY, layer, head, last, source, which="clean") for layer in range(case.engine.model.info.n_layers) for head in (0, 3)]
+        found = [case.engine.run(ask) for ask in asks]
+        if not readable(case, "pattern"):
+            raise Wrong("a score where there is no attention")
+        for ask, r in zip(asks, found):
+            row = case.reference.trace(case.ids[0])["pattern", ask.layer][0, ask.head, last].double()
+            want = row[source].log() - row[row > 0].log().mean()
+            same(r.values.sum(dtype=np.float64), r.score)
+            same(r.total if not r.cap else r.capped, want)
+
+    yield "", scores
+
+
 # ------------------------------------------------------------------ weights, and half precision
 
 
@@ -676,7 +695,7 @@ def half(case: Case) -> Tries:
 
 ANALYSES: dict[str, Callable[[Case], Tries]] = {
     "logits": logits, "lens": lens, "attention": attention, "do": do, "sweep": sweep, "estimate": estimate, "attribution": attribution,
-    "direct": direct, "path": path, "edges": edges, "EAP": eap, "weights": weights, "bfloat16": half,
+    "direct": direct, "path": path, "edges": edges, "EAP": eap, "QK": qk, "weights": weights, "bfloat16": half,
 }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ or three layers. Columns:
 
 * **do**: interventions, zero and patch, at z, q, k, v, pattern, attn, mlp, resid_pre, resid_mid, resid_post and neurons. **sweep**, **estimate**: their tables of cells, patched and by gradient.
 * **attribution**: what heads, MLPs and biases add to a logit. **direct**: direct effects. **path**: path patches, **edges**: one edge cut, both from embeddings, heads and MLPs to q, k, v,
-  MLPs and logits. **EAP**: every edge's score. **weights**: a head's OV and QK. **bfloat16**: loading, a sweep of z, and EAP.
+  MLPs and logits. **EAP**: every edge's score. **QK**: attention scores by what wrote into query and key. **weights**: a head's OV and QK. **bfloat16**: loading, a sweep of z, and EAP.
 """
 FOOT = """
 Made by `uv run tests/families/table.py > docs/architectures.md` (three minutes); don't edit. `tests/test_architectures.py` holds every row to the page. Left out: DeepSeek-V4 (several

@@ -21,7 +21,7 @@ from vocabulary.nodes import UserError
 
 FORMAT = 2  # 1: no numbers, no checksums, sets written out each time they were opened
 SUM = re.compile(rb', "sum": "([0-9a-f]{8})"\}$')
-STARTS = re.compile(rb'(?=\{"n": \d+, "(?:t|set)": "|\{"t": "\d{4}-)')  # of a line, also where the end of the one before was lost
+STARTS = re.compile(rb'(?=\{"n": \d+, "(?:t|set|study)": "|\{"t": "\d{4}-)')  # of a line, also where the end of the one before was lost
 
 
 def new_path() -> Path:
@@ -89,6 +89,22 @@ def numbered(lines: list[Line]) -> list[Line]:
             last, bad = max(n, last), 0
         out.append(line)
     return out
+
+
+def said(path: Path, wrong: list[tuple[int, str]], steps: int) -> str:
+    """One line on what was left out of a session."""
+    if not wrong:
+        return ""
+    (place, why), *others = sorted(wrong)
+    more = f" (and {len(others)} more: line {', '.join(str(n) for n, _ in others[:8])}{', …' if len(others) > 8 else ''})" if others else ""
+    return f"{path.name} line {place}: {why}; left out{more}; the other {steps} steps are restored, and go on in a new file"
+
+
+def newest_session() -> Path:
+    files = sorted(folder("sessions").glob("*.jsonl"), key=lambda p: p.stat().st_mtime)
+    if not files:
+        raise UserError(f"no session in {folder('sessions')}: start with `uv run tui.py`")
+    return files[-1]
 
 
 # ------------------------------------------------------------------ the file

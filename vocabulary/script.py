@@ -1,12 +1,13 @@
 """A script that reproduces the metric on the screen with TransformerLens alone. Never imports torch."""
 
-from techniques.output.requests import RunResult
+from dataclasses import dataclass
+
+from vocabulary.chat import CHAT_IDS, messages
 from vocabulary.files import folder, typed_path
 from vocabulary.names import sources
 from vocabulary.nodes import Intervention, UserError
-from vocabulary.prompts import Prompt, TokenRow
-from vocabulary.requests import ModelInfo
-from screen.session import State
+from vocabulary.prompts import Prompt, Study, TokenRow
+from vocabulary.requests import Load, ModelInfo
 
 HEAD = '''"""
 The metric on the screen with TransformerLens alone. Made by Loupe; needs torch, transformers and transformer_lens only.
@@ -22,10 +23,10 @@ t.set_grad_enabled(False)
 tokenizer = AutoTokenizer.from_pretrained({tokenizer!r})
 hf = AutoModelForCausalLM.from_pretrained({weights!r}, dtype=t.{dtype}, attn_implementation="eager", use_safetensors=True)
 model = TransformerBridge.boot_transformers({base!r}, hf_model=hf, tokenizer=tokenizer, device="cpu").eval()
-
+{chat}
 clean = t.tensor([{clean}])
 corrupt = {corrupt}
-base, other = {base_run}
+{same}base, other = {base_run}
 answers, foils = {answers}, {foils}
 means = {means}  # the corrupted prompts that means are taken over
 
@@ -163,30 +164,58 @@ def steer_file(source: str) -> str:
     return str(next((p for p in (folder("directions") / name, folder("directions") / "away" / name) if p.is_file()), folder("directions") / name))
 
 
-def ids_of(prompts: tuple[Prompt, ...], bos: bool) -> str:
+def ids_of(prompts: tuple[Prompt, ...], bos: bool, default: bool) -> str:
+    """The corrupted prompts of a set as ids; `bos` is that of the prompt on the screen, `default` that of plain texts beside chats."""
     texts = [p.corrupt for p in prompts if p.corrupt is not None]
-    start = "[tokenizer.bos_token_id] + " if bos else ""
-    return f"[{start}tokenizer.encode(text, add_special_tokens=False) for text in {texts!r}]" if texts else "[]"
+    encoded = lambda text, bos: f"{'[tokenizer.bos_token_id] + ' if bos else ''}tokenizer.encode({text}, add_special_tokens=False)"  # noqa: E731
+    if any(isinstance(text, tuple) for text in texts):
+        one = lambda p: f"chat_ids({messages(p.corrupt)!r})" if isinstance(p.corrupt, tuple) else encoded(repr(p.corrupt), default if p.bos is None else p.bos)  # noqa: E731
+        return f"[{', '.join(one(p) for p in prompts if p.corrupt is not None)}]"
+    return f"[{encoded('text', bos)} for text in {texts!r}]" if texts else "[]"
 
 
-def python_script(state: State, info: ModelInfo, run: RunResult) -> str:
-    """The script for the metric on the screen; running it prints that number."""
+def same_ids(prompt: Prompt) -> str:
+    """The lines that prove that the ids of chats are those of the model's own template."""
+    sides = {name: text for name, text in (("clean", prompt.clean), ("corrupt", prompt.corrupt)) if isinstance(text, tuple)}
+    return "".join(f"assert chat_ids({messages(text)!r}) == {name}[0].tolist(), 'another chat template'\n" for name, text in sides.items())
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a script is about: a model and a study, by the names that a session's state gives them."""
+
+    model: Load
+    study: Study
+
+    prompt = property(lambda self: self.study.prompt)
+    metric = property(lambda self: self.study.metric)
+    base = property(lambda self: self.study.base)
+    prompt_set = property(lambda self: self.study.prompt_set)
+
+
+def python_script(state, info: ModelInfo, run) -> str:
+    """The script for the metric of a session's state, or of what is `Shown`, from its RunResult; running it prints that number."""
     kind, load, active = state.metric.kind, state.model, state.study.interventions
     if kind == "own":
         raise UserError("a script for a metric of your own is not built: it needs your file too")
     if run.now.metric is None:
         raise UserError("there is no metric to reproduce: t names the answer and the foil")
+    if kind not in METRIC:
+        raise UserError(f"a script knows the metrics {', '.join(METRIC)}, not {kind}")
     weights, base = sources(load.model, load.base, info, any(i.node.part == "pattern" and i.node.site == "head" for i in active))
     row = run.now.tokens
+    if any(i.op == "patch" for i in active) and run.corrupt is not None and len(run.corrupt.tokens.ids) != len(run.clean.tokens.ids):
+        raise UserError("a script that patches across prompts of unequal length is not built: it would take other positions than the screen")
     mids = [i for i in active if i.node.site == "resid_mid"]
     ordered = [i for i in active if i not in mids] + mids
     needs_means = any(i.op in ("mean", "mean_all") for i in active)
     runs = ("clean", "corrupt") if state.base == "clean" else ("corrupt", "clean")
+    means, same = ids_of(state.prompt_set, row.bos, info.default_bos) if needs_means else "[]", same_ids(state.prompt)
     text = HEAD.format(
         about=f"{kind} at {state.metric.pos} of {info.name} under {' '.join(map(str, active)) or 'no interventions'}: {run.now.metric:.6f} on the screen.",
         tokenizer=base, weights=weights, base=base, dtype=info.dtype, clean=list(run.clean.tokens.ids), base_run=f"{runs[0]}, {runs[1]}",
         corrupt=f"t.tensor([{list(run.corrupt.tokens.ids)}])" if run.corrupt else "None", answers=list(run.answers), foils=list(run.foils),
-        means=ids_of(state.prompt_set, row.bos) if needs_means else "[]",
+        means=means, same=same, chat=CHAT_IDS if "chat_ids(" in means + same else "",
     )  # fmt: skip
     text += STEER if any(i.op == "steer" for i in active) else ""
     text += "".join(hook_lines(i, row, info) for i in ordered)

@@ -1,0 +1,44 @@
+"""What pane 4's own keys do beside sweeps: the largest cells for certain."""
+
+from screen.overlays import Editor, Item, Picker
+from screen.pane import Host, Pane
+from techniques.patching.requests import Certify, CertifyResult
+from vocabulary.nodes import UserError
+from vocabulary.typed import whole_number
+from widgets import GOOD, WARN
+
+
+def certify(pane: Pane, app: Host) -> None:
+    """Ask how many cells, at which confidence and share of the sweep; then the list of them, each with what is known."""
+    app.ready()
+    sweep = pane.request(app)
+    if sweep.op != "patch" or sweep.effect != "total":
+        raise UserError("certified is the total effect of patching: b and Z turn to it")
+    if app.state.prompt.corrupt is None:
+        raise UserError("patching takes values from the other prompt, and there is no corrupted prompt: E types one, o opens a set")
+
+    def show(r: CertifyResult) -> None:
+        said = f"no cell outside reaches {r.bound:.3f} at {r.confidence:.0%}; {r.ran} runs, {r.ran / r.cells:.0%} of the sweep"
+        app.say(f"{'certified' if r.certified else f'not certified, {int(r.certain.sum())} of {len(r.nodes)} are'}: {said}", GOOD if r.certified else WARN)
+        items = [
+            Item(n, f"{e:+.4f}  estimate {g:+.4f}  {'certain' if sure else 'may be passed'}")
+            for n, e, g, sure in zip(r.nodes, r.effects, r.estimates, r.certain)
+        ]
+        app.open(Picker(f"largest cells: {said}", items, lambda item, typed: None))
+
+    def accept(values: list[str]) -> str:
+        top = whole_number(values[0])
+        try:
+            confidence, share = float(values[1]), float(values[2])
+        except ValueError:
+            return "confidence and share are numbers such as 0.95 and 0.25"
+        if top is None:
+            return "top is a whole number such as 10"
+        ask = Certify(
+            sweep.study, sweep.kind, top, app.state.views["patching.estimate"], sweep.direction, confidence, share, node=sweep.node, over_set=sweep.over_set
+        )
+        app.requests.ask("certify", ask, show, opens="certifying the largest cells")
+        return ""
+
+    fields = [("top", "10"), ("confidence", "0.95"), ("share", "0.25")]
+    app.open(Editor("certify the largest cells", fields, accept, 0, 1, "how many; that no other is larger; at most this share of the sweep"))

@@ -1,0 +1,185 @@
+"""Pane 9: why a head looks from the cursor's position to its source: query components × key components, with margins, checked by the real path."""
+
+from dataclasses import replace
+
+from textual.widget import Widget
+
+from screen.actions import no_members, own_circuit, turns
+from screen.cursor import clip
+from screen.keys import Part
+from screen.overlays import Item, Picker
+from screen.pane import Host, Pane
+from screen.pictures import run_name, texts_of
+from techniques.qk import pictures
+from techniques.qk.table import ALL, REST, check_words
+from techniques.qk.explained import EXPLAINED
+from techniques.qk.requests import BIAS, MEAN, NONE, WRITTEN, QK, QKCheck, QKCheckResult, QKResult, QKSet
+from utils import show_token
+from vocabulary.nodes import Node, UserError, parse_node
+from widgets import BAD, GOOD, WARN, Grid, GridView, Same
+
+
+class QKPane(Pane):
+    number, key, label, about = "9", "qk", "QK", "why the head under the cursor looks from its position to its source"
+    view, differences = "qk.instead", False
+    views = {"qk.instead": ("mean", "source", "none"), "qk.order": ("largest", "model"), "qk.over": ("prompt", "set")}
+    explained = EXPLAINED
+    hints = ("enter", "view", "detect", "keep", "points", "source", "which", "ablate", "mode")
+    keys = (
+        Part("enter", "QK", "choose the source that the score is taken against", lambda pane, app: pane.choose(app)),
+        Part("points", "QK", "components by size, or as the model has them", turns("qk.order")),
+        Part("source", "QK", "over the prompt or the set", turns("qk.over")),
+        Part("detect", "QK", "check the entry: its path into the query and into the key changed for real", lambda pane, app: pane.check(app)),
+        Part("keep", "QK", "keep the edges of the entry, component → q and k", lambda pane, app: pane.keep(app)),
+    )
+
+    def __init__(self, **kw):
+        super().__init__(**kw)
+        self.table = GridView()
+        self.at = (0, 0)  # of the table
+        self.other: int | None = None  # the source that the score is taken against
+
+    def body(self) -> Widget:
+        return self.table
+
+    def grids(self) -> dict[str, Grid]:
+        return {"qk": self.table.grid} if self.table.grid else {}
+
+    # ---------------------------------------------------------------- asking
+
+    def which(self, app: Host) -> str:
+        return app.state.views["which"] if "-" not in app.state.views["which"] else "now"
+
+    def instead(self, app: Host) -> int | str:
+        how = app.state.views[self.view]
+        if how != "source":
+            return how
+        first = 1 if app.cursor.src == 0 else 0
+        return self.other if self.other is not None and self.other != app.cursor.src else first
+
+    def over_set(self, app: Host) -> bool:
+        return app.state.views["qk.over"] == "set"
+
+    def asked(self, app: Host, kind: type = QK, **more: object) -> object:
+        """A request for the head, destination and source under the cursor; a source that can't be seen stands for where the head looks most."""
+        c, study = app.cursor, app.study
+        dest, source, instead = c.pos, c.src if c.src <= c.pos else None, self.instead(app)
+        if self.over_set(app):
+            labels = {pos: name for name, pos in app.tokens.tokens.labels.items()} if app.tokens else {}
+            study = replace(study, prompt_set=app.state.members)
+            dest, source, instead = (labels.get(x, x) if isinstance(x, int) else x for x in (dest, source, instead))
+            kind = QKSet if kind is QK else kind
+        return kind(study, c.layer, c.head, dest, source, instead, self.which(app), **more)
+
+    def wants(self, app: Host) -> dict[str, object]:
+        if not app.counted() or self.over_set(app) and not app.state.members:
+            return {}
+        return {"qk": self.asked(app)}
+
+    # ---------------------------------------------------------------- the cursor
+
+    def step(self, app: Host, rows: int, cols: int) -> None:
+        grid = self.table.grid
+        if grid is not None:
+            self.at = clip(self.at[0] + rows, len(grid.rows)), clip(self.at[1] + cols, len(grid.cols))
+            app.draw()
+
+    def shows(self, node: Node) -> bool:
+        return node.site == "head"
+
+    def sides(self) -> tuple[str, str]:
+        """The components of the entry under the cursor, of query and key; "" where it is a sum of several, or no component's."""
+        grid = self.table.grid
+        if grid is None:
+            raise UserError("there are no numbers yet")
+        names = grid.rows[clip(self.at[0], len(grid.rows))], grid.cols[clip(self.at[1], len(grid.cols))]
+        none = (ALL, REST, BIAS, WRITTEN)
+        return tuple("" if name in none or name.endswith(".bias") else name for name in names)
+
+    def node(self, app: Host, pos: int | None) -> Node:
+        """The query's component under the cursor, else the key's, else the head itself: what a, p, s act on."""
+        name = next((x for x in self.sides() if x), "") if self.table.grid else ""
+        if not name:
+            return Node("head", app.cursor.layer, app.cursor.head, pos=pos)
+        return replace(parse_node("embed" if name == "position" else name), pos=pos)
+
+    # ---------------------------------------------------------------- keys
+
+    def choose(self, app: Host) -> None:
+        """A list of the sources in sight; the chosen one is what the score is taken against."""
+        app.ready()
+        if app.tokens is None:
+            raise UserError("the prompt is not there yet")
+        texts, c = texts_of(app.tokens.tokens), app.cursor
+        items = [Item(MEAN, "the mean over the sources in sight"), Item(NONE, "nothing: the score itself")]
+        items += [Item(str(n), show_token(texts[n]), "", n) for n in range(c.pos + 1) if n != c.src]
+
+        def take(item: Item | None, typed: str) -> None:
+            if item is not None:
+                self.other = self.other if item.value is None else item.value
+                app.act("view", name=self.view, value="source" if item.value is not None else item.key)
+
+        app.open(Picker(f"the score of source {c.src} {show_token(texts[c.src]) if c.src < len(texts) else ''} instead of", items, take))
+
+    def check(self, app: Host) -> None:
+        """The entry's components changed for real, in the query and in the keys: patched where there is another prompt, else taken away."""
+        app.ready()
+        if self.over_set(app):
+            raise UserError("a check runs on the prompt at hand: R turns from the set to it")
+        sides = {side: name for side, name in zip("qk", self.sides()) if name}
+        if not sides:
+            raise UserError("this is no single component: hjkl to a row or column of one")
+        op, said = "patch" if app.state.prompt.corrupt is not None else "zero", []
+
+        def show(result: QKCheckResult) -> None:
+            said.append(result)
+            near = all(abs(r.true - r.predicted) <= 0.2 * max(abs(r.true), 0.1) for r in said)
+            app.say(" │ ".join(map(check_words, said)), GOOD if near else WARN)
+
+        for side, name in sides.items():
+            app.requests.ask(f"qk_check_{side}", self.asked(app, QKCheck, component=name, side=side, op=op), show)
+
+    def keep(self, app: Host) -> None:
+        """The edges of the entry in the circuit, or out of it."""
+        app.ready()
+        c, done = app.cursor, []
+        own_circuit(app)
+        for side, name in zip("qk", self.sides()):
+            if name:
+                edge = f"{'embed' if name == 'position' else name}->L{c.layer}H{c.head}.{side}"
+                app.act("keep", part=edge)
+                done.append(f"{edge.replace('->', ' → ')} {'kept' if edge in app.state.current.edges else 'dropped'}")
+        if not done:
+            raise UserError("this is no single component, so there is no edge to keep: hjkl to a row or column of one")
+        app.say(f"{', '.join(done)} (u undoes)", GOOD)
+
+    # ---------------------------------------------------------------- drawing
+
+    def variants(self, app: Host) -> tuple[str, ...]:
+        return (app.state.views[self.view], *(("set",) if self.over_set(app) else ()))
+
+    def paint(self, app: Host) -> None:
+        views, c = app.state.views, app.cursor
+        result = app.requests.result("qk", QKResult)
+        name = f"L{c.layer}H{c.head} · {run_name(app.state, self.which(app))}"
+        alone = self.over_set(app) and not app.state.members
+        if result is None or alone:
+            self.show_title(app, ("qk",), name, "")
+            self.table.show(None, (0, 0), views["mode"], [(f"  {no_members(app)}", BAD)] if alone else app.requests.waiting("qk"))
+            self.info_line.show([])
+            return
+        order = views["qk.order"]
+        most = max(4, self.size.height - 6), max(3, (self.size.width - 12) // 8 - 2)  # that fit with their sums and the rest
+        grid = self.picture("qk", (Same(result), order, most), lambda: pictures.qk_grid(result, order, most))
+        self.at = clip(self.at[0], len(grid.rows)), clip(self.at[1], len(grid.cols))
+        title = f"L{result.layer}H{result.head} {pictures.place(result, result.dest)} → {pictures.place(result, result.source)}"
+        against = f" less {result.instead}" if result.instead else ""
+        if result.instead.startswith("source ") and result.instead[7:].isdigit():
+            against = f" instead of {pictures.place(result, int(result.instead[7:]))}"
+        over = f" · mean of {len(result.prompts)} prompts" if result.prompts.size else ""
+        self.show_title(app, ("qk",), title + against + over + f" · {run_name(app.state, result.which)}", result.convention, grid)
+        self.table.show(grid, self.at, views["mode"])
+        self.info_line.show([pictures.cell_line(result, grid, *self.at)])
+
+
+PANE = QKPane

@@ -1,0 +1,114 @@
+"""QK attribution: an attention score as a sum over pairs of what wrote into the query and what wrote into the key."""
+
+from typing import Literal
+
+import numpy as np
+
+from vocabulary.prompts import OneRun, Study, TokenRow
+from vocabulary.wire import message, request
+
+Place = int | str | None
+MEAN, NONE = "mean", "none"  # what a score is taken against, besides another source
+BIAS, WRITTEN = "bias", "interventions"  # rows that are no component's
+
+
+@request
+class QK:
+    """
+    The score of a head from a destination to a source, before the softmax: by what wrote into the query (rows) and the key (columns), norms' scales frozen.
+    The softmax sees differences only, so the score is taken against another source, or the mean over all that the destination can see.
+    """
+
+    study: Study
+    layer: int = 0
+    head: int = 0
+    dest: Place = None
+    """the destination: a position or a label; unset, the metric's"""
+    source: Place = None
+    """the source; unset, where the head looks most"""
+    instead: Place = None
+    """the score less that of this source; unset or mean, less the mean over the sources in sight; none: the score itself"""
+    which: OneRun = "now"
+    """now, clean or corrupt"""
+
+
+@request
+class QKSet:
+    """The same sum over the prompts of `study.prompt_set`, at labels that all of them have: means with 95 % intervals."""
+
+    study: Study
+    layer: int = 0
+    head: int = 0
+    dest: Place = None
+    source: Place = None
+    instead: Place = None
+    which: OneRun = "now"
+
+
+@request
+class QKCheck:
+    """
+    One component's path into the query (or into the key, at all sources) changed for real, every norm computed again: what it did to the score, the attention
+    and the metric, beside what the sum says. "patch": its value in the other prompt's run; "zero": nothing.
+    """
+
+    study: Study
+    layer: int = 0
+    head: int = 0
+    dest: Place = None
+    source: Place = None
+    instead: Place = None
+    which: OneRun = "now"
+    component: str = "embed"
+    """a row of the sum: embed, position, L0H1, L0.mlp"""
+    side: Literal["q", "k"] = "q"
+    """into the query at the destination, or into the keys"""
+    op: Literal["patch", "zero"] = "zero"
+
+
+# ------------------------------------------------------------------ results
+
+
+@message
+class QKResult:
+    """
+    `values` [query component, key component], whose sum is `total`; `score` is the model's own, before a soft cap, and `error` their distance. Components:
+    embed, position, L0H1, L0.bias (of attention), L0.mlp, bias (of the norm and of the query or key itself), interventions. `instead` says what it is taken
+    against. Over a set: means, with `low` and `high` (95 %, Student's t), the prompts used, and `totals` of each; else these are empty.
+    """
+
+    tokens: TokenRow
+    which: OneRun
+    layer: int
+    head: int
+    kv_head: int
+    dest: int
+    source: int
+    instead: str
+    queries: tuple[str, ...]
+    keys: tuple[str, ...]
+    values: np.ndarray
+    total: float
+    score: float
+    error: float
+    cap: float
+    capped: float
+    attention: float
+    convention: str
+    low: np.ndarray
+    high: np.ndarray
+    prompts: np.ndarray
+    totals: np.ndarray
+
+
+@message
+class QKCheckResult:
+    """`predicted` by the sum and `true`, of the score's change; attention and metric (None: the prompt has no answer) before and after."""
+
+    edge: str
+    op: str
+    predicted: float
+    true: float
+    attention: tuple[float, float]
+    metric: tuple[float, float] | None
+    convention: str

@@ -28,10 +28,10 @@ def metric_line(app: Host, run: RunResult | None) -> Spans:
     s, info, stale, names = app.state, app.info, app.requests.fresh("run", RunResult) is None, run_names(app.state)
     parts: list[Ranked] = [(0, [(f" {model_name(s.model.model)}{info.scaled if info else ''} ", HEAD)])]
     if info is None:
-        return fitted([(0, [(" loupe ", HEAD)]), *parts, (0, [(f" {visible(app.busy)}", WARN)]), (1, line_state(app))], app.size.width)
+        return fitted([(0, [(" loupe ", HEAD)]), *parts, (0, [(f" {visible(app.busy)}", WARN)])], app.size.width)
     if error := app.requests.error("run"):
         return [*parts[0][1], *failed(info), (f"  {visible(error)}", BAD)]
-    parts += [(0, failed(info)), (1, line_state(app))]
+    parts.append((0, failed(info)))
     if s.prompt.answers and not app.study.prompt.answers:
         return [*parts[0][1], *failed(info), (f"  {s.metric.kind}: an answer or foil is not one token in this model: t edits them", WARN)]
     gap = "   " if app.size.width >= 100 else "  "
@@ -129,11 +129,6 @@ def about_model(info: ModelInfo | None, memory: tuple[int, int, int], room: int)
     facts += [f"{name} {show_bytes(n)}" for name, n in zip(("engine", "GPU", "cache"), memory) if n]
     text = whole_parts(" · ".join(facts), room - 3)
     return f"   {text}" if width_of(text) + 3 <= room else ""
-
-
-def line_state(app: Host) -> Spans:
-    """What is to be said of the line to the engine, when it is slow or silent."""
-    return [(f"  {app.client.line.said}", WARN)] if app.client.line.said else []
 
 
 def failed(info: ModelInfo) -> Spans:

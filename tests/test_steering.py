@@ -66,7 +66,7 @@ def test_means_over_positions_and_sets(engines, references):
     want = sum(read(p.clean)[-1] - read(p.corrupt)[-1] for p in prompts) / 5
     np.testing.assert_allclose(held(made.name), want.numpy(), atol=1e-4)
     other = str(ROOT / "zoo" / "prompts" / "ioi_baba.jsonl")
-    made = engine.run(MakeDirection(study(prompt_set=prompts), "set", "L2.resid_post", against=other))
+    made = engine.run(MakeDirection(study(prompt_set=prompts), "set", "L2.resid_post", minus=other))
     theirs = [read(p.clean)[1:].mean(0) for p in read_prompt_set(other)]
     want = sum(read(p.clean)[1:].mean(0) for p in prompts) / 5 - sum(theirs) / len(theirs)
     np.testing.assert_allclose(held(made.name), want.numpy(), atol=1e-4)

@@ -79,7 +79,7 @@ def edit_new(app: Host, kind: str) -> None:
     c = app.cursor
     stream = f"L{c.layer}.resid_post"
     at = {"prompts": f"{stream}@{c.pos}", "set": f"{stream}@END", "head": f"L{c.layer}H{c.head}", "feature": f"L{c.layer}.sae.f0", "file": stream}[kind]
-    more = {"set": [("against", "")], "head": [("token", "")], "file": [("file", "")]}.get(kind, [])
+    more = {"set": [("minus", "")], "head": [("token", "")], "file": [("file", "")]}.get(kind, [])
 
     def put(values: list[str]) -> str:
         fields = dict(zip(("at", *(name for name, _ in more), "name"), values))

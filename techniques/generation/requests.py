@@ -131,7 +131,7 @@ class MakeDirection:
     """a hook point such as L8.resid_post@END; of a feature L8.sae.f12, of a head L9H9"""
     token: str = ""
     """of a head: the token whose OV is taken; unset, the first output direction"""
-    against: str = ""
+    minus: str = ""
     """of a set: the .jsonl set whose clean prompts are taken away, instead of the set's own corrupted ones"""
     file: str = ""
     """a .safetensors or .npy file"""

@@ -79,13 +79,13 @@ def of_sets(model: Model, ask: MakeDirection) -> Generator[Progress, None, tuple
     if not prompts:
         raise UserError("a difference of sets needs a prompt set: open one (--set on the command line)")
     clean, corrupt = rows_of(model, prompts, ask.study.align, "the set")
-    other = rows_of(model, read_prompt_set(ask.against), "", ask.against)[0] if ask.against else corrupt
+    other = rows_of(model, read_prompt_set(ask.minus), "", ask.minus)[0] if ask.minus else corrupt
     if not other:
-        raise UserError("the set has no corrupted prompts: give another set whose clean prompts are taken away (--against)")
+        raise UserError("the set has no corrupted prompts: give another set whose clean prompts are taken away (--minus)")
     one = yield from set_mean(model, clean, node, name)
     two = yield from set_mean(model, other, node, name)
     where = "all positions but the first" if node.pos is None else f"position {node.pos}"
-    against = f"that over {len(other)} clean prompts of {ask.against}" if ask.against else f"that over its {len(other)} corrupted ones"
+    against = f"that over {len(other)} clean prompts of {ask.minus}" if ask.minus else f"that over its {len(other)} corrupted ones"
     return one - two, str(replace(node, pos=None)), f"mean over {len(prompts)} clean prompts of a set minus {against}, {where}", "mean-diff"
 
 

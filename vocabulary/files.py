@@ -60,6 +60,15 @@ def make_folder(folder: Path) -> None:
                 path.mkdir(PRIVATE_FOLDER)
 
 
+def move(path: Path, to: Path) -> None:
+    """A file into another folder of the same disk. UserError where it can't go there."""
+    try:
+        make_folder(to)
+        os.replace(path, to / path.name)
+    except OSError as error:
+        raise UserError(f"{path} can't be moved to {to}: {reason(error)}") from error
+
+
 def open_log(path: Path) -> int:
     """A file to append to, as its descriptor; made with its folder where it is missing. OSError when that fails."""
     make_folder(path.parent)

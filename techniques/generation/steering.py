@@ -19,7 +19,7 @@ from techniques.generation.requests import Curve, CurveResult, Direction, Direct
 from techniques.output.analysis import reads_answer, run
 from techniques.weights.heads import factored_svd
 from techniques.weights.matrices import NOTHING, Head, Tokens
-from vocabulary.files import folder, replacing, typed_path
+from vocabulary.files import folder, move, replacing, typed_path
 from vocabulary.nodes import Node, UserError, parse_intervention, parse_node
 from vocabulary.prompts import Prompt, TokenRow, read_prompt_set
 from vocabulary.requests import Progress
@@ -175,8 +175,7 @@ def listed(model: Model, ask: Directions) -> DirectionsResult:
         path = directions.place(ask.away)
         if path.parent != here:
             raise UserError(f"{ask.away} is not one of {here}")
-        (here / directions.AWAY).mkdir(0o700, exist_ok=True)
-        path.rename(here / directions.AWAY / path.name)
+        move(path, here / directions.AWAY)
     some, wrong = [], []
     for path in sorted(here.glob("*.safetensors"), key=lambda p: -p.stat().st_mtime):
         try:

@@ -198,6 +198,8 @@ class BaseRun:
         self.score = score
         self.stop = self.ids.shape[1] if score.whole or self.edits or not self.model.causal else max(score.places) + 1
         if score.whole:
+            score.stream = self.resid[-1]
+        if score.whole and not score.own:
             n = self.ids.shape[1] - 1
             score.nll = t.stack([score.tokens(x[:-1], ids[1:].to(x.device), 0) for x, ids in zip(self.resid[-1], self.ids)]) if n else None
         value = score.base = score.of(self.resid[-1], 0)[0]

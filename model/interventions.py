@@ -1,15 +1,16 @@
 """A study's interventions as edits on hook points: `prepare` reads a study and makes its runs ready."""
 
 from collections.abc import Callable, Generator
+from dataclasses import replace
 
 from torch import Tensor
 
-from model import steering
-from model.bridge import Model, write_mid
+from model import directions, steering
+from model.bridge import Edit, Model, write_mid
 from model.places import hook_name, where
 from model.replacements import corrupted_rows, gaussian, mean_in_words, means, noise_scale, place_in_set, resampled, set_key
 from model.runs import NAMES, Runs, edit, read_study
-from vocabulary.nodes import Intervention, NOISE, OPS, UserError
+from vocabulary.nodes import FROM_TEXT, Intervention, NOISE, OPS, UserError
 from vocabulary.prompts import Study, TokenRow
 from vocabulary.requests import Progress
 
@@ -17,27 +18,44 @@ from vocabulary.requests import Progress
 def prepare(model: Model, study: Study, with_answer: bool = False) -> Generator[Progress, None, Runs]:
     """Read the study and turn its interventions into edits, in order; a write at resid_mid comes after those at the attention it is written through."""
     runs = read_study(model, study, with_answer)
-    model, base, row = runs.model, study.base, runs.row("now")
+    runs.edits, runs.done = yield from edits_of(runs, study.interventions)
+    return runs
+
+
+def edits_of(runs: Runs, some: tuple[Intervention, ...]) -> Generator[Progress, None, tuple[list[Edit], tuple]]:
+    """Interventions as edits of the run "now", and what names them in the cache."""
+    base, row = runs.study.base, runs.row("now")
     other = "corrupt" if base == "clean" else "clean"
     edits, late, done, layers = [], [], [], set()
-    for i in study.interventions:
+    for i in some:
         if i.node.site == "sae":  # all features of one SAE are one edit
             if i.node.layer not in layers:
                 layers.add(i.node.layer)
                 runs.require_first("an SAE")
-                some, mark = yield from steering.edits(runs, [j for j in study.interventions if (j.node.site, j.node.layer) == ("sae", i.node.layer)])
-                (late if len(some) == 2 else edits).extend(some)  # two: what is read is another point than what is written
+                found, mark = yield from steering.edits(runs, [j for j in some if (j.node.site, j.node.layer) == ("sae", i.node.layer)])
+                (late if len(found) == 2 else edits).extend(found)  # two: what is read is another point than what is written
                 done.append(mark)
             continue
         fn, mark = yield from one_edit(runs, i, row, base, other)
-        name = hook_name(model, i.node)
         if i.node.site == "resid_mid":
             late += write_mid(i.node.layer, fn)
         else:
-            edits.append((name, fn))
+            edits.append((hook_name(runs.model, i.node), fn))
         done.append(mark)
-    runs.edits, runs.done = edits + late, tuple(done)
-    return runs
+    return edits + late, tuple(done)
+
+
+FROM_PROMPT = ("patch", "freeze", "resample", "mean", "mean_text_pos", "noise")  # what they write is known for the prompt's own positions alone
+
+
+def edits_of_new(runs: Runs) -> Generator[Progress, None, list[Edit]]:
+    """The interventions at all positions as edits of one new token behind the prompt. UserError for those whose values only the prompt's positions have."""
+    some = tuple(i for i in runs.study.interventions if i.node.pos is None)
+    for i in some:
+        if i.op in FROM_PROMPT:
+            raise UserError(f"{i}: {i.op} has values for the prompt's positions and none for a new token: hold the interventions on the prompt (held prompt)")
+    one = replace(runs, rows=runs.rows | {"now": TokenRow((0,), ("",))}, behind=True)
+    return (yield from edits_of(one, some))[0]
 
 
 def one_edit(runs: Runs, i: Intervention, row: TokenRow, base: str, other: str) -> Generator[Progress, None, tuple[Callable, object]]:
@@ -77,22 +95,37 @@ def one_edit(runs: Runs, i: Intervention, row: TokenRow, base: str, other: str) 
             key = (runs.study.seed, place_in_set(runs.study), (node.layer, node.site, node.part))
             noise = (NOISE if i.value is None else i.value) * noise_scale(model) * gaussian(shape, key)[None].to(model.device)
             return edit(spot, "noise", None, noise), (str(i), spot_key(spot), repr(key))
-        case "add":
-            if node.site in ("head", "neuron"):
-                raise UserError(f"{i}: the answer's direction lies in the residual stream; add it at resid_pre, resid_mid, resid_post, attn, mlp or embed")
-            u = i.value * direction(runs)
-            return edit(spot, "add", None, u.expand(1, len(row.ids), -1)), (str(i), spot_key(spot), tuple(runs.answers), tuple(runs.foils))
-        case "mean" | "mean_all":
-            if i.op == "mean_all" and node.part == "pattern" and node.site == "head":
+        case "add" | "steer":
+            return pushed(runs, i, row, spot)
+        case "mean" | "mean_all" | "mean_text" | "mean_text_pos":
+            if i.op in ("mean_all", "mean_text") and node.part == "pattern" and node.site == "head":
                 raise UserError(f"{i}: a pattern has no mean over positions; use mean with a set of one template, or zero")
-            values = yield from means(model, runs.study.prompt_set, [name], i.op, [row], runs.study.align)
-            return edit(spot, i.op, None, values[name]), (
-                str(i),
-                spot_key(spot),
-                set_key([r.ids for r in corrupted_rows(model, runs.study.prompt_set)]),
-                "" if i.op != "mean" else repr(values[name].shape) + mean_in_words(model, runs.study, [row]) + repr(row.labels),
-            )
+            values = yield from means(model, runs.study, [name], i.op, [row])
+            kind = "mean_all" if i.op in ("mean_all", "mean_text") else "mean"
+            return edit(spot, kind, None, values[name]), (str(i), spot_key(spot), *source_key(runs, i.op, row, values[name]))
     raise UserError(f"{i.op!r} is not an operation: use one of {', '.join(OPS)}")
+
+
+def source_key(runs: Runs, op: str, row: TokenRow, values: Tensor) -> tuple:
+    """What names in the cache that which a mean is taken over: the text, or the set's corrupted prompts and, where it may go by label, how."""
+    if op in FROM_TEXT:
+        return (runs.study.text,)
+    how = "" if op != "mean" else repr(values.shape) + mean_in_words(runs.model, runs.study, [row]) + repr(row.labels)
+    return set_key([r.ids for r in corrupted_rows(runs.model, runs.study.prompt_set)]), how
+
+
+def pushed(runs: Runs, i: Intervention, row: TokenRow, spot: tuple) -> tuple[Callable, object]:
+    """The function that adds a number of times a direction: the answers', or a kept one."""
+    if i.node.site in ("head", "neuron"):
+        raise UserError(f"{i}: a direction lies in the residual stream; add it at resid_pre, resid_mid, resid_post, attn, mlp or embed")
+    if i.op == "steer":
+        if i.value is None or not i.source:
+            raise UserError(f"{i}: steer needs a direction and a number, {i.node}=steer:NAME:2")
+        u = directions.vector(runs.model, i.source)
+        mark = (directions.digest(u),)
+    else:
+        u, mark = answer_direction(runs), (tuple(runs.answers), tuple(runs.foils))
+    return edit(spot, "add", None, (i.value * u).expand(1, len(row.ids), -1)), (str(i), spot_key(spot), *mark)
 
 
 def across(spot: tuple, value: Tensor, there: tuple[int, ...], i: Intervention) -> Callable[[Tensor], Tensor]:
@@ -112,7 +145,7 @@ def across(spot: tuple, value: Tensor, there: tuple[int, ...], i: Intervention) 
     return apply
 
 
-def direction(runs: Runs) -> Tensor:
+def answer_direction(runs: Runs) -> Tensor:
     """The unit vector [d_model] of the answers' minus the foils' columns of the unembedding, means of several."""
     if not runs.answers:
         raise UserError("add steers along the answer's direction, and there is no answer: give one, with its leading space")

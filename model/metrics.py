@@ -52,7 +52,8 @@ class MetricReader:
     def __init__(self, group: list[Runs], clean: Tensor | None = None, which: str = "now"):
         runs = self.runs = group[0]
         self.model, self.group, self.kind = runs.of(which), group, runs.study.metric.kind
-        self.whole = self.kind in ("loss", "logprob_sum")  # read at several positions
+        self.whole, self.own = runs.study.metric.whole, runs.own
+        self.stream: Tensor | None = None  # of the base run, after the last block [prompt, seq, d_model]
         self.ids = [r.row(which).ids for r in group]
         self.places = [len(ids) - 1 if self.whole else r.metric_position(which) for r, ids in zip(group, self.ids)]
         rows = [r.row(which) for r in group]
@@ -81,6 +82,8 @@ class MetricReader:
         """[variant, prompt] of the stream after the last block, [variant x prompt, seq from start, d_model]."""
         model, b = self.model, len(self.group)
         x = x.view(-1, b, *x.shape[1:])
+        if self.own:
+            return self.owns(x, start)
         if self.whole:
             return self.losses(x, start)
         out = self.of_normed(model.norm(x[:, t.arange(b, device=x.device), [max(0, p - start) for p in self.places]]))
@@ -100,6 +103,15 @@ class MetricReader:
             for i in range(0, len(normed), size := rows_at_once(model)):
                 for k, row in enumerate(model.unembed(normed[i : i + size, j])):
                     out[i + k, j] = measure(self.kind, row, row if clean is None else clean, np.zeros(0), r.answers, r.foils)
+        return out
+
+    def owns(self, x: Tensor, start: int) -> np.ndarray:
+        """A metric of one's own, on the logits of every whole run."""
+        model, out = self.model, np.zeros(x.shape[:2])
+        for j, ids in enumerate(self.ids):
+            for i, row in enumerate(x[:, j]):
+                row = t.cat([self.stream[j, :start].to(row), row]) if start else row
+                out[i, j] = self.own(model.unembed(model.norm(row)), ids).item()
         return out
 
     def losses(self, x: Tensor, start: int) -> np.ndarray:
@@ -130,6 +142,8 @@ def metric(score: MetricReader, x: Tensor) -> Tensor:
     """The metric [prompt] of the stream after the last block, differentiable."""
     model, b = score.model, len(score.group)
     logits = lambda rows: model.capped(model.bridge.unembed(model.bridge.ln_final(rows.to(model.final_device))))  # noqa: E731
+    if score.own:
+        return t.stack([score.own.gradient(logits(x[j]), ids) for j, ids in enumerate(score.ids)])
     if score.whole:
         rows = [logits(x[j, first:last]).log_softmax(-1) for j, (first, last) in enumerate(score.spans)]
         right = [t.tensor(ids[first + 1 : last + 1], device=r.device)[:, None] for r, ids, (first, last) in zip(rows, score.ids, score.spans)]

@@ -7,6 +7,7 @@ import copy
 import inspect
 import pickle
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -326,6 +327,9 @@ class LabelTokens(Tokens):
 
     def spell(self, i: int) -> str:
         return self.tokenizer.labels[i]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return " ".join(self.tokenizer.labels[i] for i in ids)
 
     def output_text(self, i: int) -> str:
         return self.tokenizer.outputs[i]

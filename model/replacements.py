@@ -11,7 +11,8 @@ from torch import Tensor
 
 from model.bridge import Model
 from model.memory import Chunks, block_bytes, chunk_bytes
-from vocabulary.nodes import UserError
+from model.text_means import text_means
+from vocabulary.nodes import FROM_TEXT, UserError
 from vocabulary.prompts import Prompt, Study, TokenRow
 from vocabulary.requests import Progress
 
@@ -46,16 +47,18 @@ def mean_in_words(model: Model, study: Study, own: list[TokenRow]) -> str:
     return f"prompts of unequal length, so the mean goes by label ({' '.join(labels)}); of the first position by itself, elsewhere over all other positions"
 
 
-def means(
-    model: Model, prompts: tuple[Prompt, ...], names: Iterable[str], op: str, own: list[TokenRow], align: str = ""
-) -> Generator[Progress, None, dict[str, Tensor]]:
+def means(model: Model, study: Study, names: Iterable[str], op: str, own: list[TokenRow]) -> Generator[Progress, None, dict[str, Tensor]]:
     """
-    Means of hook points over the corrupted prompts of a set, for the prompts `own` (of one length): [1 or prompt, seq, ...] position by position where all have one
-    length, by label where they have not; or [1, 1, ...] over all positions but the first. Kept in the cache; the set runs in batches of prompts of equal length.
+    Means of hook points over the corrupted prompts of a study's set, or its text, for the prompts `own` (of one length): [1 or prompt, seq, ...] position by
+    position where all have one length, by label where they have not; or [1, 1, ...] over all positions but the first. Kept in the cache.
     """
+    names = list(dict.fromkeys(names))
+    if op in FROM_TEXT:
+        return (yield from text_means(model, study.text, names, op == "mean_text_pos", len(own[0].ids), averaged))
+    prompts = study.prompt_set
     if not any(p.corrupt is not None for p in prompts):
         raise UserError("mean ablation needs a prompt set with corrupted prompts: open one first, or ablate to zero")
-    rows = corrupted_rows(model, prompts, align)
+    rows = corrupted_rows(model, prompts, study.align)
     if not rows:
         raise UserError(f"this model can read none of the set's corrupted prompts: its context holds {model.info.n_ctx} tokens")
     if op == "mean_all" and max(len(r.ids) for r in rows) < 2:
@@ -74,32 +77,54 @@ def means(
         if short := {k for row in own for k in of(row)} - {k for row in rows for k in of(row)}:
             raise UserError(f"a mean by label has no value for the position {min(short)}: no corrupted prompt of the set has one; use mean_all")
     else:
-        kinds = ["other"]
-        of = lambda row: [None, *["other"] * (len(row.ids) - 1)]  # noqa: E731
+        kinds, of = ["other"], but_first
     how = (op, ("by label", *labels)) if labels else (op,)
-    found = yield from sums_by_kind(model, rows, list(dict.fromkeys(names)), kinds, of, how)
+    found = yield from sums_by_kind(model, rows, names, kinds, of, how)
     if not labels:
         return {name: x[None] for name, x in found.items()}
     places = t.tensor([[kinds.index(k) for k in of(row)] for row in own])
     return {name: x[places.to(x.device)] for name, x in found.items()}
 
 
+def but_first(row: TokenRow) -> list[str | None]:
+    """All positions are of one kind, but the first is of none."""
+    return [None, *["other"] * (len(row.ids) - 1)]
+
+
+def averaged(model: Model, rows: list[tuple[int, ...]], names: list[str], by_position: bool, words: str) -> Generator[Progress, None, dict[str, Tensor]]:
+    """Means of hook points over rows of tokens: position by position [1, seq, ...] (rows of one length), or over all positions but the first [1, 1, ...]."""
+    kinds = list(range(len(rows[0]))) if by_position else ["other"]
+    of, how = ((lambda row: kinds), ("mean",)) if by_position else (but_first, ("mean_all",))
+    found = yield from sum_up(model, [TokenRow(ids) for ids in rows], names, kinds, of, how, words)
+    return {name: x[None] for name, x in found.items()}
+
+
 def sums_by_kind(
     model: Model, rows: list[TokenRow], names: list[str], kinds: list, of: Callable[[TokenRow], list], how: tuple
 ) -> Generator[Progress, None, dict[str, Tensor]]:
-    """The mean [kind, ...] of hook points over all positions of each kind, `of` one row; a kind that no position has is NaN."""
+    """The mean [kind, ...] of hook points over all positions of each kind, `of` one row; a kind that no position has is NaN. From the cache, or anew."""
     key = set_key([row.ids for row in rows])
     key += tuple(sorted({(row.ids, tuple(of(row))) for row in rows})) if how[1:] else ()
     out = {n: v for n in names if (v := model.cache.get((key, how, n))) is not None}
-    if not (wanted := [n for n in names if n not in out]):
-        return out
-    sums, counts, done = dict.fromkeys(wanted, 0.0), Counter(k for row in rows for k in of(row)), 0
+    if wanted := [n for n in names if n not in out]:
+        found = yield from sum_up(model, rows, wanted, kinds, of, how, "means over the prompt set")
+        for name, x in found.items():
+            model.cache.put((key, how, name), x)
+        out |= found
+    return out
+
+
+def sum_up(
+    model: Model, rows: list[TokenRow], names: list[str], kinds: list, of: Callable[[TokenRow], list], how: tuple, words: str
+) -> Generator[Progress, None, dict[str, Tensor]]:
+    """The mean [kind, ...] of hook points as `sums_by_kind` gives it, in batches of rows of equal length; `words` say what it is for."""
+    sums, counts, done = dict.fromkeys(names, 0.0), Counter(k for row in rows for k in of(row)), 0
     chunks = Chunks("prompts", lambda _: prompts_at_once(model, length))
     for length in sorted({len(r.ids) for r in rows}):
         same = [r for r in rows if len(r.ids) == length]
 
         def work(start: int, stop: int, same: list = same) -> tuple[list[TokenRow], dict[str, Tensor]]:
-            return same[start:stop], model.forward(t.tensor([row.ids for row in same[start:stop]]), wanted)[1]
+            return same[start:stop], model.forward(t.tensor([row.ids for row in same[start:stop]]), names)[1]
 
         for part in chunks.over(len(same), work):
             if isinstance(part, Progress):
@@ -107,7 +132,7 @@ def sums_by_kind(
                 continue
             some, got = part
             here = t.tensor([[[float(k == kind) for k in of(row)] for kind in kinds] for row in some]) if how[1:] else None  # [prompt, kind, seq]
-            for name in wanted:
+            for name in names:
                 x = got[name].float()
                 match how:
                     case ("mean",):
@@ -118,12 +143,11 @@ def sums_by_kind(
                         x = t.einsum("pks,psx->kx", here.to(x.device), x.flatten(2)).view(len(kinds), *x.shape[2:])
                 sums[name] = sums[name] + x
             done += len(some)
-            yield Progress(done, len(rows), "means over the prompt set")
-    for name in wanted:
-        count = len(rows) if how == ("mean",) else t.tensor([counts[k] for k in kinds]).to(sums[name].device).view(-1, *[1] * (sums[name].ndim - 1))
-        out[name] = (sums[name] / count).to(model.dtype)
-        model.cache.put((key, how, name), out[name])
-    return out
+            yield Progress(done, len(rows), words)
+    if how == ("mean",):
+        return {name: (x / len(rows)).to(model.dtype) for name, x in sums.items()}
+    count = t.tensor([counts[k] for k in kinds])
+    return {name: (x / count.to(x.device).view(-1, *[1] * (x.ndim - 1))).to(model.dtype) for name, x in sums.items()}
 
 
 def prompts_at_once(model: Model, length: int) -> int:

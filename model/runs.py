@@ -13,9 +13,12 @@ from torch import Tensor
 
 from vocabulary import alignment as align
 from vocabulary.names import canonical
-from vocabulary.nodes import Node, OPS, UserError
+from vocabulary.nodes import FROM_TEXT, Node, OPS, UserError
 from vocabulary.prompts import METRICS, RUNS, Prompt, Study, TokenRow
 from vocabulary.requests import CheckResult
+from model import own_metric
+from model.own_metric import OwnMetric
+from model.text_means import pinned
 from model.places import find_position, hook_name, where
 from model.bridge import Edit, Model
 
@@ -60,6 +63,8 @@ class Runs:
     edits: list[Edit]
     done: tuple
     alignment: align.Pairs = ()
+    own: OwnMetric | None = None
+    behind: bool = False  # whether "now" stands for a token behind the prompt
     shortened: tuple[str, ...] = ()  # answers and foils of several tokens, each as its first token of how many
     pair: tuple[Model, Model] | None = None
 
@@ -194,6 +199,7 @@ class Runs:
         ops = dict.fromkeys(i.op for i in some)
         notes += [f"{op} = {OPS[op]}" for op in ops if op not in ("zero", "scale")]
         notes += [f"seed {self.study.seed}"] * ("resample" in ops or "noise" in ops)
+        notes += [self.study.text.words] * bool(ops.keys() & set(FROM_TEXT))
         if "patch" in ops and not self.by_index:
             notes.append(f"patched across an alignment, {self.aligned}")
         if "pattern" in parts:
@@ -242,6 +248,11 @@ def read_study(model: Model, study: Study, with_answer: bool = False) -> Runs:
         raise UserError(f"{study.metric.kind!r} is not a metric: use one of {', '.join(METRICS)}")
     if study.metric.kind == "loss":
         model.require("loss")
+    own = own_metric.read(study.metric) if study.metric.kind == "own" else None
+    if study.text.path and any(i.op in FROM_TEXT for i in study.interventions):
+        study = replace(study, text=pinned(study.text)[1])
+    if own:
+        study = replace(study, metric=replace(study.metric, own=f"{own.file}:{own.name}", digest=own.digest))
     prompt, pair = study.prompt, two_models(model, study) if study.against else None
     if pair:
         prompt = replace(prompt, corrupt=None, corrupt_labels=(), alignment=())
@@ -264,7 +275,7 @@ def read_study(model: Model, study: Study, with_answer: bool = False) -> Runs:
         n, m = len(rows["clean"].ids), len(rows["corrupt"].ids) if rows["corrupt"] else 0
         rows, long = whole_answer(model, study, rows, check.answers), ()
         pairs += tuple((n + i, m + i) for i in range(rows["clean"].tail)) if pairs else ()
-    return Runs(model, study, rows, answers, foils, [], (), pairs, long, pair)
+    return Runs(model, study, rows, answers, foils, [], (), pairs, own, shortened=long, pair=pair)
 
 
 def two_models(model: Model, study: Study) -> tuple[Model, Model]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch as t
 from torch import Tensor
 
-from vocabulary.nodes import Intervention, UserError
+from model.text_means import windows
+from vocabulary.nodes import FROM_TEXT, Intervention, UserError
 from vocabulary.requests import Progress
 from model.bridge import Edit, Model, write_mid
 from model.places import find_position
@@ -39,7 +40,8 @@ class Change:
             case "set":
                 new = t.full_like(f, self.value)
             case _:
-                found = self.values.to(f)[places]
+                found = self.values.to(f)
+                found = found if len(found) == 1 else found[places]  # one for all: of tokens behind the prompt
                 new = t.where(found.isnan(), f, found)
         return new if self.pos is None else t.where(places == self.pos, new, f)
 
@@ -49,6 +51,8 @@ def edits(runs: Runs, group: list[Intervention]) -> Generator[Progress, None, tu
     d = yield from for_layer(runs.model, runs.study.saes, group[0].node.layer)
     if not d.passed:  # once: a set may hold a prompt that it explains less well
         check(runs, d)
+    if runs.behind and d.kind == "temporal":
+        raise UserError(f"{group[0]}: features of a temporal SAE depend on the tokens before: hold the interventions on the prompt (held prompt)")
     changes, marks = [], []
     for i in group:
         d.check_index(i.node.index)
@@ -61,7 +65,7 @@ def edits(runs: Runs, group: list[Intervention]) -> Generator[Progress, None, tu
     if not kept and 0 in places and not any(c.pos == 0 for c in changes):
         places.remove(0)
     mark = (" ".join(str(i) for i in group), d.key, kept, tuple(places), tuple(marks))
-    return write(d, changed(d, changes, places, kept)), mark
+    return write(d, changed(d, changes, None if runs.behind else places, kept)), mark
 
 
 def read_change(runs: Runs, d: SparseAutoencoder, i: Intervention) -> Generator[Progress, None, tuple[Change, tuple]]:
@@ -91,7 +95,7 @@ def read_change(runs: Runs, d: SparseAutoencoder, i: Intervention) -> Generator[
         case "resample":
             ids = resampled(runs.model, runs.study, len(row.ids), row.ids, runs.study.seed)
             return make(one(d, runs.model.trace(ids, [d.point])[d.point][0], node.index)), ids
-        case "mean" | "mean_all":
+        case "mean" | "mean_all" | "mean_text" | "mean_text_pos":
             return (yield from mean(runs, d, i, make))
     raise UserError(f"{i}: a feature takes zero, scale:0.5, set:3, add:3, patch, mean, mean_all, resample or freeze")
 
@@ -103,25 +107,29 @@ def one(d: SparseAutoencoder, x: Tensor, index: int) -> Tensor:
 
 
 def mean(runs: Runs, d: SparseAutoencoder, i: Intervention, make: Callable) -> Generator[Progress, None, tuple[Change, tuple]]:
-    """The feature's mean activation over the set's corrupted prompts, position by position or over all positions but the first."""
+    """The feature's mean activation over the set's corrupted prompts, or a text, position by position or over all positions but the first."""
     model, seq = runs.model, len(runs.row("now").ids)
-    rows = [r.ids for r in corrupted_rows(model, runs.study.prompt_set)]
+    by_position, text = i.op in ("mean", "mean_text_pos"), i.op in FROM_TEXT
+    if text:
+        rows = windows(model, runs.study.text, seq if by_position else None)
+    else:
+        rows = [r.ids for r in corrupted_rows(model, runs.study.prompt_set)]
     if not rows:
         raise UserError("mean ablation needs a prompt set with corrupted prompts: open one first, or ablate to zero")
-    if i.op == "mean" and any(len(r) != seq for r in rows):
+    if by_position and any(len(r) != seq for r in rows):
         raise UserError(f"{i}: a mean position by position needs corrupted prompts of {seq} tokens: use mean_all or a set of one template")
     total, count = 0.0, 0
     for done, ids in enumerate(rows):
         f = one(d, model.trace(ids, [d.point])[d.point][0], i.node.index)
-        total, count = total + (f if i.op == "mean" else f[1:].sum()), count + (1 if i.op == "mean" else len(f) - 1)
-        yield Progress(done + 1, len(rows), "means over the prompt set")
+        total, count = total + (f if by_position else f[1:].sum()), count + (1 if by_position else len(f) - 1)
+        yield Progress(done + 1, len(rows), "means over the text" if text else "means over the prompt set")
     if not count:
         raise UserError("mean_all leaves out the first position, and the set's corrupted prompts have no other")
     return make((total / count) * t.ones(seq)), tuple(rows)
 
 
-def changed(d: SparseAutoencoder, changes: list[Change], places: list[int], kept: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    """From the SAE's input x and what is written there, y [batch, seq, ...], what is written under the changes: y + decode(f') - decode(f), or decode(f')."""
+def changed(d: SparseAutoencoder, changes: list[Change], places: list[int] | None, kept: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """From the SAE's input x and what is written there, y [batch, seq, ...], what is written under the changes: y + decode(f') - decode(f), or decode(f'). At `places` (None: all)."""
     index = sorted({c.index for c in changes})
 
     def rows(f: Tensor, x: Tensor, where: Tensor) -> Tensor:
@@ -138,8 +146,8 @@ def changed(d: SparseAutoencoder, changes: list[Change], places: list[int], kept
         return d.decode(whole, x)
 
     def work(x: Tensor, y: Tensor) -> Tensor:
-        where = t.tensor(places, device=d.device)
         x, out = d.flat(x), y.clone()
+        where = t.arange(y.shape[1], device=d.device) if places is None else t.tensor(places, device=d.device)
         for b in range(len(y)):
             if d.kind == "temporal":  # one position's features depend on those before it
                 everywhere = t.arange(x.shape[1], device=d.device)
@@ -147,8 +155,8 @@ def changed(d: SparseAutoencoder, changes: list[Change], places: list[int], kept
             else:
                 mine = x[b, where]
                 parts = [rows(d.encode(mine[p]), mine[p], where[p]) for p in d.pieces(len(where))]
-            new = t.cat(parts).to(y).view(len(places), *y.shape[2:])
-            out[b, places] = y[b, places] + new if kept else new
+            new = t.cat(parts).to(y).view(len(where), *y.shape[2:])
+            out[b, where] = y[b, where] + new if kept else new
         return out
 
     return work

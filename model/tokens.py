@@ -1,6 +1,7 @@
 """Text as a model's tokens and tokens as text, and what is wrong with a prompt."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch as t
@@ -49,6 +50,10 @@ class Tokens:
         if i not in self.texts:
             self.texts[i] = self.spell(i)
         return self.texts[i]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Tokens as one text; an incomplete character at the end is �."""
+        return self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
 
     def output_text(self, i: int) -> str:
         """The text of a token that the model predicts."""

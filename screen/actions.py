@@ -1,19 +1,22 @@
 """What the screen's own keys do to the state and the cursor: moving, intervening, undoing, turning views, finding. Each takes the app."""
 
 import contextlib
+import hashlib
 import re
 from pathlib import Path
 
 from techniques.output.requests import RunResult
 from vocabulary.names import same_model
-from vocabulary.nodes import ABLATIONS, Intervention, Node, OPS, parse_intervention, parse_node, UserError
+from vocabulary.nodes import ABLATIONS, FROM_TEXT, Intervention, Node, OPS, parse_intervention, parse_node, UserError
 from vocabulary.prompts import WHICH
+from vocabulary.typed import read_text, user_path, whole_number
 from screen import history
 from screen.jobs import ends_jobs
 from screen.overlays import Editor, Item, Picker
 from screen.pictures import run_names
 from screen.pane import Host
 from screen.session import VIEWS
+from utils import ROOT
 from widgets import GOOD, WARN
 
 POSITION = re.compile(r"@?(-?[0-9]{1,9})")
@@ -66,7 +69,7 @@ def intervene(app: Host, new: Intervention) -> None:
     check_node(app, new.node)
     check_source(app, new)
     app.act("intervene", intervention=new)
-    if new.op.startswith("mean") and app.state.prompt not in app.state.prompt_set:
+    if new.op in ("mean", "mean_all") and app.state.prompt not in app.state.prompt_set:
         app.say(f"{new}: the mean is over {Path(app.state.set_path).stem}, a set that this prompt is not from", WARN)
     else:
         names = run_names(app.state)
@@ -102,7 +105,9 @@ def check_source(app: Host, new: Intervention) -> None:
         raise UserError(f"patching is position by position, and clean has {a} tokens, corrupted {b}: make them equal with e or E, or align them with %")
     if new.op == "patch" and not app.state.compares:
         raise UserError("patching takes the value from the other prompt, and there is no corrupted prompt: E types one, o opens a set")
-    if new.op.startswith("mean") and not app.state.prompt_set:
+    if new.op in FROM_TEXT and not app.state.text.path:
+        raise UserError("a mean over a text needs one: A, then text, names it")
+    if new.op in ("mean", "mean_all") and not app.state.prompt_set:
         raise UserError("mean ablation averages over the corrupted prompts of a prompt set: o opens one, A chooses another kind")
 
 
@@ -125,8 +130,34 @@ def patch(app: Host) -> None:
 
 def choose_ablation(app: Host) -> None:
     items = [Item(k, OPS[k]) for k in ABLATIONS]
-    choose = lambda item, typed: item and app.guard(lambda: app.act("ablation", kind=item.key))  # noqa: E731
+    items.append(Item("text", f"the text that means are over: {app.state.text.words if app.state.text.path else 'none yet'}", "", lambda: edit_text(app)))
+    choose = lambda item, typed: item and app.guard(item.value or (lambda: take_ablation(app, item.key)))  # noqa: E731
     app.open(Picker(f"kind of ablation (now {app.state.ablation})", items, choose))
+
+
+def take_ablation(app: Host, kind: str) -> None:
+    """This kind from now on; one that needs a text asks for it."""
+    app.act("ablation", kind=kind)
+    if kind in FROM_TEXT and not app.state.text.path:
+        edit_text(app)
+
+
+def edit_text(app: Host) -> None:
+    """The text file that means are taken over, and how many of its first tokens."""
+
+    def put(values: list[str]) -> str:
+        count, path = whole_number(values[1].strip()), user_path(values[0].strip()).resolve()
+        if (count or 0) < 1:
+            return "tokens: a positive whole number"
+        if not path.is_file() and not getattr(app.client, "via", ""):
+            return f"there is no text file {path}"
+        digest = hashlib.sha256(read_text(path).encode()).hexdigest()[:8] if path.is_file() else ""
+        app.act("text", path=str(path) if digest else values[0].strip(), tokens=count, digest=digest)
+        app.say(f"means are over {app.state.text.words}", GOOD)
+        return ""
+
+    fields = [("text file", app.state.text.path or str(ROOT / "zoo" / "corpus.txt")), ("tokens", str(app.state.text.tokens))]
+    app.open(Editor("the text that means are taken over", fields, accepted(put), 0, 1, "tokens: of its beginning"))
 
 
 def scale(app: Host) -> None:

@@ -21,6 +21,7 @@ SIGNS = {
     "1 to 5": "in a map of colours alone: its five largest cells, by rank",
     "⟳": "what is below is of before; the new is being computed",
     "✓ ✗ –": "an identity that holds, is broken, does not apply here",
+    "≠": "in pane 8: the first new token that differs from the run without interventions",
     "▸": "the view that is shown",
     "⏎ ⌫": "the keys enter and backspace",
 }

@@ -63,7 +63,7 @@ def words(name: str, before, after) -> str:
         case "open_set":
             return f"set {Path(after.set_path).stem}"
         case "metric":
-            return f"metric {after.metric.kind}@{after.metric.pos}"
+            return f"metric {after.metric.short}"
         case "base" | "ablation" | "lens":
             return f"{name} {getattr(after, name)}"
         case "jump":
@@ -76,13 +76,23 @@ def words(name: str, before, after) -> str:
             return f"SAE {after.sae}" if after.sae else "SAEs put away"
         case "receivers" | "senders":
             return f"{name} {' '.join(getattr(after, name)) or 'the node under the cursor'}"
+    return how_words(name, after) or circuit_words(before, after) or name.replace("_", " ")
+
+
+def how_words(name: str, after) -> str:
+    """What a setting of prompts, means and continuations is now, or ""."""
+    match name:
         case "align":
             return f"alignment {after.align or 'position by position'}"
         case "chat":
             return "plain text" if isinstance(after.prompt.clean, str) else "chat"
         case "bos":
             return f"BOS {'as the tokenizer does' if after.prompt.bos is None else 'on' if after.prompt.bos else 'off'}"
-    return circuit_words(before, after) or name.replace("_", " ")
+        case "generation":
+            return f"continuation {after.generation.words}"
+        case "text":
+            return f"means over {Path(after.text.path).name or 'no text'}"
+    return ""
 
 
 def circuit_words(before, after) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from techniques.output.requests import Run
+from vocabulary.chat import as_typed
 from vocabulary.nodes import UserError
 from vocabulary.results import Result
 from screen import history
@@ -32,7 +33,7 @@ DONE = {
     "patch": "patched",
     "scale": "scaled",
 }
-DONE |= {"freeze": "froze", "set": "set", "add": "added to"}
+DONE |= {"freeze": "froze", "set": "set", "add": "added to", "steer": "steered", "mean_text": "mean-ablated", "mean_text_pos": "mean-ablated"}
 LONGEST = 500  # characters of a note
 ALWAYS = ("model", "prompt", "corrupted", "answer", "metric", "base", "interventions")  # what two points are shown with also where it is alike
 
@@ -61,13 +62,13 @@ def metric(app: Host, state: State) -> float | None:
 def words(app: Host, step: Step) -> str:
     """What was done in a step, and what it did to the metric."""
     if step.name == "note":
-        number = step.args.get("number") or ("" if (m := metric(app, step.after)) is None else f"{step.after.metric.kind} {m:.4f}")
+        number = step.args.get("number") or ("" if (m := metric(app, step.after)) is None else f"{step.after.metric.name} {m:.4f}")
         about = " · ".join(str(x) for x in (step.args.get("node"), number) if x)
         return f"! {step.args.get('text', '')}" + (f"  ({about})" if about else "")
     if step.name == "result":
         return f"computed {step.args['says']}"
     text = deed(step)
-    before, after, kind = metric(app, step.before), metric(app, step.after), step.after.metric.kind
+    before, after, kind = metric(app, step.before), metric(app, step.after), step.after.metric.name
     if step.name == "start" or after is None or before == after:
         return text + (f" → {kind} {after:.3f}" if step.name == "start" and after is not None else "")
     return f"{text} → {kind} {after:.3f}" if before is None or step.before.metric != step.after.metric else f"{text} → {kind} {before:.3f} → {after:.3f}"
@@ -84,7 +85,7 @@ def deed(step: Step) -> str:
             changed = [f"{name} {a or 'none'} → {b or 'none'}" for name, a, b in different(step.before, step.after)]
             return f"{'undid' if step.name == 'undo' else 'did again'}: {'; '.join(changed) or 'a view'}"
         case "intervene" if new:
-            return " ".join(f"{DONE.get(i.op, i.op)} {i.node}" + ("" if i.value is None else f" ({i.value:g})") for i in new)
+            return " ".join(f"{DONE.get(i.op, i.op)} {i.node}" + ("" if i.value is None else f" ({i.value:g}{' × ' * bool(i.source)}{i.source})") for i in new)
         case "jump":
             return "went to another point"
     return history.words(step.name, step.before, step.after)
@@ -95,15 +96,17 @@ def described(state: State) -> dict[str, str]:
     p, current = state.prompt, state.current
     return {
         "model": Path(state.model.model).name,
-        "prompt": p.clean,
-        "corrupted": p.corrupt or "",
+        "prompt": as_typed(p.clean),
+        "corrupted": as_typed(p.corrupt or ""),
         "answer": " / ".join(" ".join(x.replace(" ", "·") for x in some) for some in (p.answers, p.foils) if some),
         "BOS": "" if p.bos is None else "on" if p.bos else "off",
         "set": Path(state.set_path).stem if state.prompt_set else "",
-        "metric": f"{state.metric.kind}@{state.metric.pos}",
+        "metric": state.metric.short,
         "base": state.base,
         "interventions": (" ".join(map(str, state.interventions)) + ("" if state.enabled else " (off)")) if state.interventions else "",
         "alignment": state.align,
+        "text of means": state.text.words if state.text.path else "",
+        "continuation": f"{state.generation.tokens} tokens, {state.generation.words}, held {state.generation.held}",
         "SAEs": " ".join(state.saes),
         "lens": f"{state.lens} {state.artefact}".strip(),
         "receivers": " ".join(state.receivers),
@@ -167,7 +170,7 @@ def jump(app: Host, point: Step) -> None:
 def comparison(app: Host, a: Step, b: Step) -> list[Spans]:
     """Two points side by side: what they say, their metrics, and what differs in the visible panes."""
     one, other = described(a.after), described(b.after)
-    shown = lambda state: "not computed there" if (m := metric(app, state)) is None else f"{state.metric.kind} {m:.4f}"  # noqa: E731
+    shown = lambda state: "not computed there" if (m := metric(app, state)) is None else f"{state.metric.name} {m:.4f}"  # noqa: E731
     table = [("", clock(a), clock(b)), *((n, one[n], other[n]) for n in one if one[n] != other[n] or n in ALWAYS and one[n])]
     table.append(("value", shown(a.after), shown(b.after)))
     wide = max(12, (app.size.width - 18) // 2)

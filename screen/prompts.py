@@ -1,12 +1,14 @@
 """What the keys do to prompts: edit them, choose the metric, open and step through a set, align two of unequal length."""
 
+import ast
+import hashlib
 import time
 from dataclasses import replace
 from pathlib import Path
 
 from vocabulary.alignment import check_pairs
 from vocabulary.chat import as_typed, read_typed
-from vocabulary.typed import whole_number
+from vocabulary.typed import read_text, user_path, whole_number
 from vocabulary.nodes import UserError
 from techniques.sets.requests import MAKES, MakeSet, SetResult
 from vocabulary.files import folder, short, write_text
@@ -17,7 +19,7 @@ from screen.overlays import Editor, Item, Picker
 from screen.pane import Host
 from screen.template import folded
 from screen.top import token_line
-from utils import ROOT, show_token, visible
+from utils import ROOT, settings, show_token, visible
 from widgets import BAD, DIM, GOOD, PLAIN, WARN, Spans
 
 TURNS = "\\nsystem: \\nuser: \\nassistant: begin a turn; a last assistant: begins the answer · ctrl+t ids"
@@ -245,10 +247,36 @@ def next_prompt(app: Host, by: int = 1) -> None:
 
 
 def choose_metric(app: Host) -> None:
-    items = [Item(k, v) for k, v in METRICS.items()]
+    items = [Item(k, v) for k, v in METRICS.items() if k != "own"] + own_metrics(settings().get("LOUPE_METRICS", "").strip())
 
     def chosen(item: Item | None, typed: str) -> None:
+        own = item.value if item else typed.strip() if ".py:" in typed else None
+        if own:
+            take_own(app, own)
+            return
         kind, _, pos = (typed if "@" in typed else item.key if item else typed).partition("@")
         app.act("metric", kind=item.key if item and not pos else kind, pos=read_place(pos.strip() or "END"))
 
-    app.open(Picker("metric (type kind@position for another position: prob@-2, logit_diff@S2)", items, chosen, free=True))
+    app.open(Picker("metric (type kind@position for another position: prob@-2; or FILE.py:NAME, a function of your own)", items, chosen, free=True))
+
+
+def own_metrics(file: str) -> list[Item]:
+    """The functions of LOUPE_METRICS, read and not run; what is wrong with the file."""
+    if not file:
+        return []
+    try:
+        body = ast.parse(read_text(user_path(file))).body
+    except (UserError, SyntaxError) as error:
+        return [Item("LOUPE_METRICS", f"{file}: {error}")]
+    some = [f for f in body if isinstance(f, ast.FunctionDef) and not f.name.startswith("_") and len(f.args.args) == 2]
+    return [Item(f.name, (ast.get_docstring(f) or "of your own").split("\n")[0], file, f"{file}:{f.name}") for f in some]
+
+
+def take_own(app: Host, own: str) -> None:
+    """A metric of one's own, pinned to its file as it is now: where the file lies with the engine on another machine, that one reads it."""
+    file, _, name = own.rpartition(":")
+    path = user_path(file).resolve()
+    if not path.is_file() and not getattr(app.client, "via", ""):
+        raise UserError(f"there is no file {path}: a metric of your own is named as FILE.py:NAME")
+    digest = hashlib.sha256(read_text(path).encode()).hexdigest()[:8] if path.is_file() else ""
+    app.act("metric", kind="own", own=f"{path if digest else file}:{name}", digest=digest)

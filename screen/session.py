@@ -13,13 +13,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vocabulary.circuit import check_receivers, Circuit, COMBINE, combined, grouped, LOGITS, parse_edge, toggled
+from techniques.generation.requests import Sampling
+from vocabulary.circuit import Circuit, LOGITS
 from vocabulary.files import reason, typed_path
 from vocabulary.nodes import ABLATIONS, FROM_SET, Intervention, parse_intervention, UserError
-from vocabulary.prompts import ALIGNMENTS, as_chat, Metric, METRICS, Prompt, read_place, RUNS, Study, WHICH
+from vocabulary.prompts import ALIGNMENTS, as_chat, Metric, METRICS, Prompt, read_place, ReferenceText, RUNS, Study, WHICH
 from vocabulary.requests import Load
+from vocabulary.typed import one_of
 from vocabulary.wire import changed_fits, fits, from_json, to_json
-from screen import compared, history
+from screen import circuit_steps as circuits, compared, history
 from screen.record import Record, Step
 from vocabulary.log import encoded, FORMAT, Line, Log, new_path, read_lines, said
 from vocabulary.results import digest, Kept
@@ -57,14 +59,16 @@ class State:
     sae: str = ""  # the one that pane 6 shows
     sae_error: bool = True
     align: str = ""
+    generation: Sampling = Sampling()
+    text: ReferenceText = ReferenceText()  # that means are taken over
     views: dict[str, str] = field(default_factory=lambda: {k: v[0] for k, v in VIEWS.items()})
 
     @property
     def study(self) -> Study:
         """What analyses run on. The set travels only when a mean or another of its prompts is needed."""
         active = self.interventions if self.enabled else ()
-        means = any(i.op in FROM_SET for i in active)
-        study = Study(self.prompt, active, self.base, self.metric, self.prompt_set if means else (), align=self.align, against=self.model.against)
+        some = self.prompt_set if any(i.op in FROM_SET for i in active) else ()
+        study = Study(self.prompt, active, self.base, self.metric, some, align=self.align, against=self.model.against, text=self.text)
         return self.with_saes(study) if any(i.node.site == "sae" for i in active) else study
 
     def with_saes(self, study: Study) -> Study:
@@ -85,12 +89,6 @@ class State:
     @property
     def current(self) -> Circuit | None:
         return next((c for c in self.circuits if c.name == self.circuit), None)
-
-
-def one_of(value: str, allowed: tuple[str, ...] | dict, what: str) -> str:
-    if value not in allowed:
-        raise UserError(f"{what} {value!r}: choose one of {', '.join(allowed)}")
-    return value
 
 
 def model(state: State, load: dict) -> State:
@@ -124,8 +122,8 @@ def go(state: State, index: int) -> State:
     return dataclasses.replace(state, index=index, prompt=state.prompt_set[index])
 
 
-def metric(state: State, kind: str, pos: int | str = "END") -> State:
-    return dataclasses.replace(state, metric=Metric(one_of(kind, METRICS, "metric"), read_place(str(pos))))
+def metric(state: State, kind: str, pos: int | str = "END", own: str = "", digest: str = "") -> State:
+    return dataclasses.replace(state, metric=Metric(one_of(kind, METRICS, "metric"), read_place(str(pos)), own, digest))
 
 
 def base(state: State, value: str) -> State:
@@ -165,78 +163,6 @@ def view(state: State, name: str, value: str) -> State:
     return dataclasses.replace(state, views={**state.views, name: one_of(value, VIEWS[name], name)})
 
 
-def named(state: State, name: str) -> Circuit:
-    found = next((c for c in state.circuits if c.name == name), None)
-    if found is None:
-        raise UserError(f"there is no circuit {name!r}: there {'are' if state.circuits else 'is none'} {', '.join(c.name for c in state.circuits)}".rstrip())
-    return found
-
-
-def with_circuit(state: State, circuit: Circuit) -> State:
-    """The circuit in the place of the one of its name, or at the end; it becomes the current one."""
-    if not circuit.name.strip():
-        raise UserError("a circuit needs a name")
-    old = [c.name for c in state.circuits]
-    some = tuple(circuit if c.name == circuit.name else c for c in state.circuits) if circuit.name in old else (*state.circuits, circuit)
-    return dataclasses.replace(state, circuits=some, circuit=circuit.name)
-
-
-def new_circuit(state: State, name: str) -> State:
-    if any(c.name == name for c in state.circuits):
-        raise UserError(f"there is a circuit {name!r} already: choose another name")
-    return with_circuit(state, Circuit(name, state.model.model))
-
-
-def put_circuit(state: State, circuit: dict) -> State:
-    return with_circuit(state, from_json(circuit, Circuit))
-
-
-def select_circuit(state: State, name: str) -> State:
-    return dataclasses.replace(state, circuit=named(state, name).name)
-
-
-def rename_circuit(state: State, name: str, to: str) -> State:
-    if any(c.name == to for c in state.circuits):
-        raise UserError(f"there is a circuit {to!r} already: choose another name")
-    renamed = dataclasses.replace(named(state, name), name=to)
-    if not to.strip():
-        raise UserError("a circuit needs a name")
-    some = tuple(renamed if c.name == name else c for c in state.circuits)
-    return dataclasses.replace(state, circuits=some, circuit=to if state.circuit == name else state.circuit)
-
-
-def delete_circuit(state: State, name: str) -> State:
-    left = tuple(c for c in state.circuits if c is not named(state, name))
-    return dataclasses.replace(state, circuits=left, circuit=state.circuit if state.circuit != name else left[-1].name if left else "")
-
-
-def keep(state: State, part: str) -> State:
-    """Keep a node or an edge (an address with ->) in the current circuit, or drop it; the first one makes a circuit."""
-    return with_circuit(state, toggled(state.current or Circuit("circuit", state.model.model), part))
-
-
-def receivers(state: State, addresses: list) -> State:
-    """Where paths end: heads' q, k, v, MLPs, logits."""
-    check_receivers(addresses)
-    return dataclasses.replace(state, receivers=tuple(dict.fromkeys(addresses)) or (LOGITS,))
-
-
-def senders(state: State, addresses: list) -> State:
-    """Where paths to each receiver begin, together: heads, MLPs, embed; none: at the node under the cursor."""
-    for text in addresses:
-        parse_edge(f"{text}->{LOGITS}")
-    return dataclasses.replace(state, senders=tuple(dict.fromkeys(addresses)))
-
-
-def group(state: State, name: str, nodes: list) -> State:
-    """Give nodes of the current circuit a name; no nodes take the group away."""
-    return with_circuit(state, grouped(named(state, state.circuit), name, tuple(nodes)))
-
-
-def combine(state: State, how: str, one: str, other: str, name: str) -> State:
-    return with_circuit(state, combined(named(state, one), named(state, other), one_of(how, COMBINE, "combination"), name))
-
-
 def saes(state: State, sources: list) -> State:
     """The SAEs in use, one a layer; what acted on features of others goes with them."""
     some = tuple(str(s) for s in sources)
@@ -248,6 +174,14 @@ def saes(state: State, sources: list) -> State:
 def align(state: State, how: str) -> State:
     """How positions of clean and corrupted prompts of unequal length stand against each other."""
     return dataclasses.replace(state, align=one_of(how, ALIGNMENTS, "alignment") if how else "")
+
+
+def generation(state: State, **how: object) -> State:
+    return dataclasses.replace(state, generation=state.generation.changed(**how))
+
+
+def text(state: State, path: str, tokens: int = ReferenceText.tokens, digest: str = "") -> State:
+    return dataclasses.replace(state, text=ReferenceText(path, tokens, digest))
 
 
 def show_sae(state: State, source: str) -> State:
@@ -276,19 +210,21 @@ ACTIONS: dict[str, Callable[..., State]] = {
         ablation,
         lens,
         view,
-        new_circuit,
-        put_circuit,
-        select_circuit,
-        rename_circuit,
-        delete_circuit,
-        keep,
-        receivers,
-        senders,
-        group,
-        combine,
+        circuits.new_circuit,
+        circuits.put_circuit,
+        circuits.select_circuit,
+        circuits.rename_circuit,
+        circuits.delete_circuit,
+        circuits.keep,
+        circuits.receivers,
+        circuits.senders,
+        circuits.group,
+        circuits.combine,
         saes,
         show_sae,
         align,
+        generation,
+        text,
         sae_error,
         *compared.ACTIONS,
         history.jump,

@@ -35,8 +35,8 @@ def metric_line(app: Host, run: RunResult | None) -> Spans:
     if s.prompt.answers and not app.study.prompt.answers:
         return [*parts[0][1], *failed(info), (f"  {s.metric.kind}: an answer or foil is not one token in this model: t edits them", WARN)]
     gap = "   " if app.size.width >= 100 else "  "
-    parts.append((0, [(f"{gap[1:]}{s.metric.kind}@{s.metric.pos}", BOLD)]))
-    if isinstance(s.prompt.clean, tuple) and s.metric.pos == "END":
+    parts.append((0, [(f"{gap[1:]}{s.metric.short}", BOLD)]))
+    if isinstance(s.prompt.clean, tuple) and s.metric.pos == "END" and not s.metric.own:
         parts.append((9, [(f" ({end_of(s.prompt)})", DIM)]))
     clean, corrupt, now = (None, None, None) if run is None else (run.clean.metric, run.corrupt.metric if run.corrupt else None, run.now.metric)
     parts += [(n, [(f"{gap}{name} ", DIM), (signed(x), PLAIN)]) for n, name, x in ((1, names["clean"], clean), (2, names["corrupt"], corrupt))]

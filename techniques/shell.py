@@ -34,7 +34,7 @@ from vocabulary.files import check_place, typed_path, write_text
 from vocabulary.plots import page, pictures_of, svg
 from vocabulary.typed import check_text
 from vocabulary.nodes import UserError, parse_intervention
-from vocabulary.prompts import Align, Base, Metric, MetricKind, Prompt, Study, as_chat, read_place, read_prompt_set
+from vocabulary.prompts import Align, Base, Metric, MetricKind, Prompt, ReferenceText, Study, as_chat, read_place, read_prompt_set
 from vocabulary.requests import Identity, Load, ModelInfo, Progress
 from vocabulary.wire import to_json
 
@@ -49,7 +49,7 @@ GRAY, GREEN, CYAN, YELLOW, RED, PURPLE = (
 Cells = tuple[tuple[int, int], ...]
 Place = int | str | None
 NAMES = {"pos": "at", "over_set": "mean"}  # options that are called otherwise than the request's field
-ANSWERS, DO, METRIC = ("answer", "foil"), ("do", "base", "do_seed"), ("metric", "pos")  # of a study; what analyses may have no use for
+ANSWERS, DO, METRIC = ("answer", "foil"), ("do", "base", "do_seed"), ("metric", "pos", "own")  # of a study; what analyses may have no use for
 
 
 # ------------------------------------------------------------------ options
@@ -147,6 +147,12 @@ class StudyOptions(ModelOptions):
     metric: MetricKind = Metric.kind
     pos: str = str(Metric.pos)
     """the metric's position: a number or a label"""
+    own: str = ""
+    """a metric of your own, FILE.py:NAME (or NAME of LOUPE_METRICS in .env): a function name(logits, tokens) -> value, whose file is run"""
+    mean_text: str = ""
+    """a text file for the means mean_text (over positions) and mean_text_pos (position by position)"""
+    mean_tokens: int = ReferenceText.tokens
+    """how many of its first tokens"""
     sae: tuple[str, ...] = ()
     """SAEs that nodes such as L2.sae.f12 speak of: folders, zoo/NAME, RELEASE:ID"""
     sae_error: bool = Study.sae_error
@@ -163,8 +169,11 @@ class StudyOptions(ModelOptions):
         prompt = Prompt(clean, corrupt, self.answer, self.foil, bos=self.bos)
         if prompts and self.clean == StudyOptions.clean and prompt == Prompt(clean, bos=self.bos):
             prompt = prompts[0]
-        metric, done = Metric(self.metric, read_place(self.pos or str(Metric.pos))), tuple(parse_intervention(d) for d in self.do)
-        return Study(prompt, done, self.base, metric, prompts, self.sae, self.sae_error, self.align, self.do_seed, self.against)
+        if self.metric == "own" and not self.own:
+            raise UserError("--metric own needs --own FILE.py:NAME")
+        metric = Metric("own" if self.own else self.metric, read_place(self.pos or str(Metric.pos)), self.own)
+        done, text = tuple(parse_intervention(d) for d in self.do), ReferenceText(self.mean_text, self.mean_tokens)
+        return Study(prompt, done, self.base, metric, prompts, self.sae, self.sae_error, self.align, self.do_seed, self.against, text)
 
 
 def place_or_none(text: str, name: str = "") -> Place:

@@ -89,11 +89,11 @@ async def test_on_the_screen(room, own_tui, engines, tmp_path):
     app = own_tui.Loupe(session.Session(own_tui.first_state({}), tmp_path / "session.jsonl"), log=tmp_path / "engine.log")
     app.client = LocalClient(engines["zoo"])
     async with app.run_test(size=(120, 36)) as pilot:
-        await press(app, pilot, "8")
+        await press(app, pilot, "#")
         result = engines["zoo"].run(room.Norms(app.study))
         np.testing.assert_array_equal(grid(app).values, reply(app, "norms").norms)
         np.testing.assert_array_equal(reply(app, "norms").norms, result.norms)
-        assert "8 Norms" in shown(app) and f"L3.resid_post@{app.cursor.pos}" in shown(app) and f"norm {result.norms[-1, -1]:.3f}" in shown(app)
+        assert "# Norms" in shown(app) and f"L3.resid_post@{app.cursor.pos}" in shown(app) and f"norm {result.norms[-1, -1]:.3f}" in shown(app)
         assert "& position 0" in shown(app), "the hint line"
         await press(app, pilot, "v", "v")
         np.testing.assert_allclose(grid(app).values[1:], result.norms[1:] / result.norms[:-1], rtol=1e-6)

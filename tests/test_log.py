@@ -112,6 +112,8 @@ GOOD = {
     "align": {"how": "diff"},
     "sae_error": {"value": False},
     "bos": {"value": True},
+    "generation": {"tokens": 8, "temperature": 0.5, "seed": 3, "held": "prompt"},
+    "text": {"path": "a.txt", "tokens": 10},
     "chat": {"value": True},
     "against": {"name": "a"},
     "adapter_scale": {"value": 0.5},

@@ -34,8 +34,9 @@ nodes = st.one_of(
 )
 factors = st.floats(allow_nan=False, allow_infinity=False)
 interventions = st.one_of(
-    st.builds(Intervention, nodes, st.sampled_from([o for o in OPS if o not in ("scale", "set", "add")])),
+    st.builds(Intervention, nodes, st.sampled_from([o for o in OPS if o not in ("scale", "set", "add", "steer")])),
     st.builds(Intervention, nodes, st.sampled_from(["scale", "set", "add"]), factors),
+    st.builds(Intervention, nodes, st.just("steer"), factors, st.from_regex(r"\A[\w./:-]{1,20}\Z", fullmatch=True)),
 )
 texts = st.text(max_size=12)
 prompts = st.builds(

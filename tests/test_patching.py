@@ -267,7 +267,7 @@ def test_a_broken_model_is_red(engines, monkeypatch):
         ("L1H1=patch", Study(replace(PROMPT, corrupt=SHORT)), "clean has 15 tokens and corrupted 14"),
         ("L1H1=mean", Study(PROMPT), "open one first"),
         ("L1H1=mean", Study(PROMPT, prompt_set=(Prompt(CLEAN),)), "prompt set with corrupted prompts"),
-        ("L1H1=mean", Study(PROMPT, prompt_set=RAGGED), "it has 15 tokens and the set has some with 14"),
+        ("L1H1.pattern=mean", Study(PROMPT, prompt_set=RAGGED), "needs corrupted prompts as long as the prompt"),
         ("L1H1.pattern=mean_all", Study(PROMPT, prompt_set=SET), "a pattern has no mean over positions"),
         ("L9H1=zero", Study(PROMPT), "L9H1: the model has layers 0 to 2"),
         ("L1H4=zero", Study(PROMPT), "L1H4: the model has heads 0 to 3"),

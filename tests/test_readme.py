@@ -179,7 +179,7 @@ def test_every_file_they_name_exists():
         for link in re.findall(r"\]\(([^)#:]+)\)", text):
             assert ((ROOT / page).parent / link).exists(), f"{page}: {link}"
         for name in re.findall(r"`([\w./-]+(?:\.(?:py|svg|md|jsonl)|/))`", text):
-            made = name.split("/")[0] in ("exports", "logs", "saes", "sessions") or name.startswith(("/", "~"))
+            made = name.split("/")[0] in ("exports", "logs", "saes", "sessions", "directions", "means", "away") or name.startswith(("/", "~"))
             assert made or (ROOT / name).exists() or (ROOT / "techniques" / name).exists() or name in own, f"{page}: {name}"
 
 

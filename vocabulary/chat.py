@@ -80,6 +80,15 @@ def turned(text: str | Chat | None, on: bool, system: str | None = None) -> str 
     return text[last_user(text)].content
 
 
+def grown(text: str | Chat, more: str) -> str | Chat:
+    """A text, or the assistant's turn at the end of a chat (a new one where it has none), with more behind it."""
+    if isinstance(text, str):
+        return text + more
+    if text[-1].role == "assistant":
+        return (*text[:-1], Turn("assistant", text[-1].content + more))
+    return (*text, Turn("assistant", more))
+
+
 def last_user(chat: Chat) -> int:
     """The number of the user's last turn; of the last turn where the user says nothing."""
     return max((n for n, turn in enumerate(chat) if turn.role == "user"), default=len(chat) - 1)

@@ -11,7 +11,7 @@ from utils import ROOT, settings
 from vocabulary.nodes import UserError
 from vocabulary.typed import user_path
 
-OWN = ("sessions", "exports", "logs", "saes")  # folders under `home()`
+OWN = ("sessions", "exports", "logs", "saes", "directions", "means")  # folders under `home()`
 PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
 
 
@@ -58,6 +58,15 @@ def make_folder(folder: Path) -> None:
         if not path.is_dir():
             with contextlib.suppress(FileExistsError):
                 path.mkdir(PRIVATE_FOLDER)
+
+
+def move(path: Path, to: Path) -> None:
+    """A file into another folder of the same disk. UserError where it can't go there."""
+    try:
+        make_folder(to)
+        os.replace(path, to / path.name)
+    except OSError as error:
+        raise UserError(f"{path} can't be moved to {to}: {reason(error)}") from error
 
 
 def open_log(path: Path) -> int:

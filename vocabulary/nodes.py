@@ -83,11 +83,13 @@ def format_node(node: Node) -> str:
 
 # ------------------------------------------------------------------ interventions
 
-Op = Literal["zero", "mean", "mean_all", "patch", "resample", "noise", "freeze", "scale", "set", "add"]
+Op = Literal["zero", "mean", "mean_all", "mean_text", "mean_text_pos", "patch", "resample", "noise", "freeze", "scale", "set", "add", "steer"]
 OPS: dict[Op, str] = {
     "zero": "set to zero",
     "mean": "mean over the prompt set's corrupted prompts, position by position",
     "mean_all": "mean over the prompt set's corrupted prompts and all their positions but the first",
+    "mean_text": "mean over a text file and all its positions but the first of each window",
+    "mean_text_pos": "mean over a text file, position by position, in windows as long as the prompt",
     "patch": "the value this node has in the other prompt's run",
     "resample": "the value in the run of another corrupted prompt of the set, drawn with the seed",
     "noise": "its own value plus Gaussian noise, a number (3) of the embedding's standard deviations, drawn with the seed",
@@ -95,31 +97,42 @@ OPS: dict[Op, str] = {
     "scale": "multiply by a number",
     "set": "set a feature's or a neuron's activation to a number",
     "add": "add a number of unit vectors along the answers' minus the foils' unembedding; of a feature: to its activation, so that its decoder row is added",
+    "steer": "add a number of times a saved direction",
 }
-ABLATIONS = ("zero", "mean", "mean_all", "resample", "noise")
+ABLATIONS = ("zero", "mean", "mean_all", "resample", "noise", "mean_text", "mean_text_pos")
+FROM_TEXT = ("mean_text", "mean_text_pos")  # these need a text file
 FROM_SET = ("mean", "mean_all", "resample")  # these need the prompt set
 NOISE = 3.0
 
 
 @dataclass(frozen=True)
 class Intervention:
-    """A node and what is done to it. `value` is the number of scale, set, add and noise (there None means 3). Written `L9H9@10=zero`, `L3.mlp=scale:0.5`."""
+    """
+    A node and what is done to it. `value` is the number of scale, set, add, steer and noise (there None means 3); `source` the direction of steer, a name or a file.
+    Written `L9H9@10=zero`, `L3.mlp=scale:0.5`, `L3.resid_post=steer:NAME:2`.
+    """
 
     node: Node
     op: Op
     value: float | None = None
+    source: str = ""
 
     def __str__(self) -> str:
-        return f"{self.node}={self.op}" + ("" if self.value is None else f":{self.value!r}")
+        return f"{self.node}={self.op}" + (f":{self.source}" if self.source else "") + ("" if self.value is None else f":{self.value!r}")
 
 
 def parse_intervention(text: str) -> Intervention:
     """Read `L9H9@10=zero`, `L9H9=scale:0.5` or `L3.mlp=noise:3`."""
     address, _, op = text.partition("=")
     op, colon, number = op.strip().partition(":")
+    source = ""
+    if op == "steer":
+        source, colon, number = number.rpartition(":")
+        if not source or not number:
+            raise AddressError(f"{text!r}: steer needs a direction and a number, {address}=steer:NAME:2")
     if op not in OPS:
         raise AddressError(f"{text!r} is not an intervention: write NODE=OP with OP one of {', '.join(OPS)} (scale:0.5)")
-    if op in ("scale", "set", "add") and not colon or colon and op not in ("scale", "set", "add", "noise"):
+    if op in ("scale", "set", "add") and not colon or colon and op not in ("scale", "set", "add", "steer", "noise"):
         raise AddressError(f"{text!r}: scale needs a factor (L9H9=scale:0.5), set and add a number; noise may have one; the other operations take none")
     try:
         value = float(number) if colon else None
@@ -129,4 +142,4 @@ def parse_intervention(text: str) -> Intervention:
         raise AddressError(f"{text!r}: the factor must be finite")
     if op == "noise" and value is not None and value <= 0:
         raise AddressError(f"{text!r}: noise is a positive number of standard deviations")
-    return Intervention(parse_node(address), op, value)
+    return Intervention(parse_node(address), op, value, source)

@@ -10,6 +10,7 @@ import numpy as np
 
 from utils import visible
 from vocabulary import plots
+from vocabulary.chat import as_typed
 from vocabulary.nodes import Intervention, UserError, parse_node
 from vocabulary.plots import Picture
 from vocabulary.prompts import Prompt, TokenRow
@@ -187,7 +188,12 @@ def embedded(request: object, drawn: list[Picture]) -> list[Cell]:
 
 
 def prompt_words(prompt: Prompt) -> str:
-    rows = [("prompt", prompt.clean), ("corrupted", prompt.corrupt or ""), ("answer", " ".join(prompt.answers)), ("foil", " ".join(prompt.foils))]
+    rows = [
+        ("prompt", as_typed(prompt.clean)),
+        ("corrupted", as_typed(prompt.corrupt or "")),
+        ("answer", " ".join(prompt.answers)),
+        ("foil", " ".join(prompt.foils)),
+    ]
     return "\n".join(f"* {name}: {quoted(text)}" for name, text in rows if text)
 
 

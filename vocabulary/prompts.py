@@ -135,7 +135,7 @@ def read_prompt_set(path: str | Path) -> tuple[Prompt, ...]:
 
 # ------------------------------------------------------------------ metrics
 
-MetricKind = Literal["logit_diff", "prob", "prob_diff", "logprob", "logprob_sum", "rank", "loss", "kl"]
+MetricKind = Literal["logit_diff", "prob", "prob_diff", "logprob", "logprob_sum", "rank", "loss", "kl", "own"]
 METRICS: dict[MetricKind, str] = {
     "logit_diff": "mean logit of the answers minus mean logit of the foils",
     "prob": "probability of the answers (summed)",
@@ -145,15 +145,47 @@ METRICS: dict[MetricKind, str] = {
     "rank": "rank of the best answer, 0 is the top",
     "loss": "mean next-token cross-entropy of the prompt itself, nats",
     "kl": "KL(unpatched clean run || this run) at the metric's position, nats",
+    "own": "a function name(logits, tokens) of a Python file of your own",
 }
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What is measured, at which position (an int, or a label such as END or S2)."""
+    """
+    What is measured, at which position (an int, or a label such as END or S2). `own` names a function as FILE.py:NAME, `digest` pins its file ("": as it is).
+    """
 
     kind: MetricKind = "logit_diff"
     pos: int | str = "END"
+    own: str = ""
+    digest: str = ""
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is read at several positions, or from the whole run."""
+        return self.kind in ("loss", "logprob_sum", "own")
+
+    @property
+    def needs_answer(self) -> bool:
+        return self.kind not in ("kl", "loss", "own")
+
+    @property
+    def words(self) -> str:
+        """Kind and position in words; of one's own the function, its file and what pins it."""
+        if self.kind == "own":
+            file, _, name = self.own.rpartition(":")
+            return f"{name} ({Path(file).name}{' ' * bool(self.digest)}{self.digest})"
+        return self.kind if self.kind == "loss" else f"{self.kind} at {self.pos}"
+
+    @property
+    def short(self) -> str:
+        """As it is typed; one's own in words."""
+        return self.words if self.kind == "own" else f"{self.kind}@{self.pos}"
+
+    @property
+    def name(self) -> str:
+        """Its kind, or the name of the function of one's own."""
+        return self.own.rpartition(":")[2] if self.kind == "own" else self.kind
 
 
 def read_place(text: str) -> int | str:
@@ -175,12 +207,25 @@ WHICH = get_args(Which)
 
 
 @dataclass(frozen=True)
+class ReferenceText:
+    """A text file that means are taken over: its path, how many of its first tokens, and what pins it ("": as it is)."""
+
+    path: str = ""
+    tokens: int = 20_000
+    digest: str = ""
+
+    @property
+    def words(self) -> str:
+        return f"text {Path(self.path).name}{' ' * bool(self.digest)}{self.digest}, its first {self.tokens} tokens"
+
+
+@dataclass(frozen=True)
 class Study:
     """
     What every analysis runs on: the prompt, the interventions, which prompt they act on (`base`), the metric, and the prompt set (for means). `saes`
     are the sources of the SAEs that feature nodes speak of, one a layer; `sae_error`: their error term is kept when a feature is changed. `align`,
     of ALIGNMENTS: how positions of clean and corrupted are matched where the prompt says nothing. `seed` is that of noise and resample. `against`: the
-    name of a second model, whose run of the clean prompt is the corrupted run.
+    name of a second model, whose run of the clean prompt is the corrupted run. `text`: for means over one.
     """
 
     prompt: Prompt
@@ -193,6 +238,7 @@ class Study:
     align: Align = ""
     seed: int = 0
     against: str = ""
+    text: ReferenceText = ReferenceText()
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def headline(request: object, result: object) -> str:
     kind, shown = type(request).__name__, lambda x: f"{float(x):.4g}"
     if (metric := metric_of(result)) is not None:
         study = request.study
-        return f"{study.metric.kind} {metric:.4f}" + (f" under {' '.join(map(str, study.interventions))}" if study.interventions else "")
+        return f"{study.metric.name} {metric:.4f}" + (f" under {' '.join(map(str, study.interventions))}" if study.interventions else "")
     if hasattr(result, "values") and hasattr(result, "address") and np.isfinite(result.values).any():
         effect = np.nan_to_num(np.abs(result.values - result.base), nan=-1.0)
         row, col = map(int, np.unravel_index(effect.argmax(), effect.shape))

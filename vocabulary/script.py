@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from vocabulary.chat import CHAT_IDS, messages
+from vocabulary.files import folder, typed_path
 from vocabulary.names import sources
 from vocabulary.nodes import Intervention, UserError
 from vocabulary.prompts import Prompt, Study, TokenRow
@@ -85,6 +86,21 @@ ALL = slice(None)
 hooks = []
 '''
 
+STEER = '''
+import numpy as np
+from safetensors.torch import load_file
+
+
+def direction(path):
+    """One vector of a .safetensors or .npy file."""
+    if path.endswith(".npy"):
+        return t.tensor(np.load(path)).squeeze().float()
+    found = load_file(path)
+    return found.get("direction", next(iter(found.values()))).squeeze().float()
+
+
+'''
+
 METRIC = {
     "logit_diff": "logits[pos, answers].mean() - logits[pos, foils].mean()",
     "prob": "logits[pos].softmax(-1)[answers].sum()",
@@ -131,10 +147,21 @@ def hook_lines(i: Intervention, row: TokenRow, info: ModelInfo) -> str:
         case "mean_all":
             rest = spot.replace(pos, "ALL", 1) if pos != "ALL" else spot
             setup, make = f"source = mean({name!r}, True)\n", f"lambda x, s=source: s[{rest}].to(x)"
+        case "steer":
+            file = steer_file(i.source)
+            setup, make = f"source = direction({file!r})\n", f"lambda x, v=source: x[{spot}] + {i.value!r} * v.to(x)"
         case _:
             raise UserError(f"{i}: a script for {i.op} is not built yet")
     call = f"write_mid({node.layer}, {spot}, {make})" if node.site == "resid_mid" else f"write({name!r}, {spot}, {make})"
     return f"# {str(i)!r}\n{setup}hooks += {call}\n"
+
+
+def steer_file(source: str) -> str:
+    """The file of a direction, which is on this machine when the engine is."""
+    if "/" in source or source.endswith((".safetensors", ".npy")):
+        return str(typed_path(source).resolve())
+    name = f"{source}.safetensors"
+    return str(next((p for p in (folder("directions") / name, folder("directions") / "away" / name) if p.is_file()), folder("directions") / name))
 
 
 def ids_of(prompts: tuple[Prompt, ...], bos: bool, default: bool) -> str:
@@ -160,6 +187,7 @@ class Shown:
     model: Load
     study: Study
 
+    prompt = property(lambda self: self.study.prompt)
     metric = property(lambda self: self.study.metric)
     base = property(lambda self: self.study.base)
     prompt_set = property(lambda self: self.study.prompt_set)
@@ -168,6 +196,8 @@ class Shown:
 def python_script(state, info: ModelInfo, run) -> str:
     """The script for the metric of a session's state, or of what is `Shown`, from its RunResult; running it prints that number."""
     kind, load, active = state.metric.kind, state.model, state.study.interventions
+    if kind == "own":
+        raise UserError("a script for a metric of your own is not built: it needs your file too")
     if run.now.metric is None:
         raise UserError("there is no metric to reproduce: t names the answer and the foil")
     if kind not in METRIC:
@@ -178,7 +208,7 @@ def python_script(state, info: ModelInfo, run) -> str:
         raise UserError("a script that patches across prompts of unequal length is not built: it would take other positions than the screen")
     mids = [i for i in active if i.node.site == "resid_mid"]
     ordered = [i for i in active if i not in mids] + mids
-    needs_means = any(i.op.startswith("mean") for i in active)
+    needs_means = any(i.op in ("mean", "mean_all") for i in active)
     runs = ("clean", "corrupt") if state.base == "clean" else ("corrupt", "clean")
     means, same = ids_of(state.prompt_set, row.bos, info.default_bos) if needs_means else "[]", same_ids(state.prompt)
     text = HEAD.format(
@@ -187,6 +217,7 @@ def python_script(state, info: ModelInfo, run) -> str:
         corrupt=f"t.tensor([{list(run.corrupt.tokens.ids)}])" if run.corrupt else "None", answers=list(run.answers), foils=list(run.foils),
         means=means, same=same, chat=CHAT_IDS if "chat_ids(" in means + same else "",
     )  # fmt: skip
+    text += STEER if any(i.op == "steer" for i in active) else ""
     text += "".join(hook_lines(i, row, info) for i in ordered)
     pos = position(state.metric.pos, row) if kind != "loss" else "ALL"
     text += "\nids = base\nlogits = run(ids, hooks)\n"

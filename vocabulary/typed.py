@@ -71,3 +71,10 @@ def parse_json(text: str) -> object:
 def whole_number(text: str) -> int | None:
     """A whole number of at most nine digits, as it is typed; None for anything else."""
     return int(text) if re.fullmatch(r"-?[0-9]{1,9}", text.strip()) else None
+
+
+def one_of(value: str, allowed: tuple[str, ...] | dict, what: str) -> str:
+    """The value, if it is among those allowed; else a UserError that lists them."""
+    if value not in allowed:
+        raise UserError(f"{what} {value!r}: choose one of {', '.join(allowed)}")
+    return value

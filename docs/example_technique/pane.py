@@ -17,7 +17,7 @@ from .requests import Norms, NormsResult
 
 
 class NormsPane(Pane):
-    number, key, label, about = "8", "norms", "Norms", "norm of the residual stream"
+    number, key, label, about = "#", "norms", "Norms", "norm of the residual stream"
     scope, differences = "here", False  # a stands for the cursor's position; f turns runs, not their differences
     view = "norms.stat"  # what v lists
     views = {"norms.stat": ("norm", "growth"), "norms.first": ("with", "without")}

@@ -91,8 +91,8 @@ class EdgeRun:
         if self.group[0].study.metric.kind == "kl":
             normed = t.stack([x[r.metric_position("clean")] for r, x in zip(self.group, self.clean[FINAL])])
         self.score = MetricReader(self.group, normed, "clean")
-        if self.score.kind == "loss":
-            raise UserError("circuits are scored at one position, and loss has none: use another metric")
+        if self.score.kind in ("loss", "own"):
+            raise UserError("circuits are scored at one position, and loss or a metric of your own has none: use another metric")
         self.score.base = self.value = self.score.of(self.clean[last], 0)[0]
         self.corrupted = None if corrupt is None else MetricReader(self.group, normed, "corrupt").of(corrupt[last], 0)[0]
         match self.rest:
@@ -109,8 +109,7 @@ class EdgeRun:
                 acts = {n: t.zeros_like(x) for n, x in self.clean.items()} | {s: self.clean[s] for s in self.scales}
             case _:
                 some = [n for n in names if n not in (last, FINAL, *self.scales)]
-                study, rows = self.plan.ask.study, [r.row("clean") for r in self.group]
-                acts = yield from means(model, study.prompt_set, some, self.rest, rows, study.align)
+                acts = yield from means(model, self.plan.ask.study, some, self.rest, [r.row("clean") for r in self.group])
                 acts = {n: x.expand_as(self.clean[n]) for n, x in acts.items()} | {s: self.clean[s] for s in self.scales}
         self.carry(acts)
         if not np.isfinite(self.value).all():

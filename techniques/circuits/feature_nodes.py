@@ -13,7 +13,7 @@ from model.sae_fit import check
 from model.sae_loading import for_layer
 from model.steering import write
 from techniques.circuits.node_runs import Counted, NodeRun
-from vocabulary.nodes import UserError, parse_node
+from vocabulary.nodes import FROM_TEXT, UserError, parse_node
 from vocabulary.requests import Progress
 
 
@@ -53,6 +53,8 @@ class FeatureRun(NodeRun):
         """What a feature outside the circuit is set to, [prompt, seq, feature] or with 1 where it is the same for all."""
         if self.rest in ("patch", "resample"):
             return self.encode(d, self.acts[d.point])
+        if self.rest in FROM_TEXT:
+            raise UserError("features that are left out have no mean over a text yet: use zero, mean, mean_all or resample")
         if self.rest == "zero":
             return t.zeros(1, 1, 1, device=d.device)
         rows = [r.ids for r in corrupted_rows(self.model, self.plan.ask.study.prompt_set)]

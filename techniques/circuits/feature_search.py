@@ -28,7 +28,7 @@ def features(model: Model, ask: Discover) -> Generator[Progress, None, DiscoverR
     begun = time.monotonic()
     if not ask.study.saes:
         raise UserError("features are scored in the SAEs of the study, and none is loaded: load one first")
-    if ask.study.metric.kind in ("rank", "loss"):
+    if ask.study.metric.kind in ("rank", "loss", "own"):
         raise UserError(f"{ask.study.metric.kind} gives no score: use logit_diff, prob, logprob or kl")
     if ask.steps < 1 or ask.nodes < 0:
         raise UserError("steps are at least 1, and nodes are not negative (0: 30)")

@@ -29,7 +29,7 @@ FULL = ("faithfulness", "effects", "completeness", "minimality")
 
 VIEWS_OF = {
     "circuit.view": ("drawing", "map", "edges", "list", "path", "scores", "curve", "compare"),
-    "circuit.rest": ("patch", "mean", "resample", "zero", "mean_all"),
+    "circuit.rest": ("patch", "mean", "resample", "zero", "mean_all", "mean_text", "mean_text_pos"),
     "circuit.mlps": ("stay", "count"),
     "circuit.by": ("auto", "nodes", "edges"),
     "circuit.path": ("direct", "mlps"),

@@ -299,8 +299,8 @@ def path_patch(model: Model, ask: PathPatch) -> Generator[Progress | SweepResult
         raise UserError(f"{ask.convention!r} is not a convention of path patching: use direct or mlps")
     if ask.each not in ("sender", "receiver"):
         raise UserError("one cell is one sender or one receiver: each is sender or receiver")
-    if (kind := ask.study.metric.kind) in ("loss", "logprob_sum"):
-        raise UserError(f"path patching reads one position, and {kind} several: use another metric")
+    if ask.study.metric.whole:
+        raise UserError(f"path patching reads one position, and {ask.study.metric.kind} has none or several: use another metric")
     require_parts(model)
     plan = read_plan(model, Sweep(ask.study, "nodes", "patch", ask.direction, over_set=ask.over_set, chunk_mb=ask.chunk_mb))
     labels = columns(plan.runs, plan.side, replace(plan.ask, kind="z_pos")) if ask.by_pos and ask.each == "sender" else ()

@@ -11,7 +11,7 @@ from vocabulary.prompts import Study
 from vocabulary.wire import message, request
 
 PathKind = Literal["direct", "mlps"]
-Rest = Literal["patch", "mean", "mean_all", "resample", "zero"]
+Rest = Literal["patch", "mean", "mean_all", "resample", "zero", "mean_text", "mean_text_pos"]
 Method = Literal["eap", "eap-ig", "eap-ig-activations", "clean-corrupted", "acdc", "greedy", "features"]
 ScorePart = Literal["faithfulness", "completeness", "minimality", "effects"]
 CONVENTIONS: dict[PathKind, str] = {
@@ -24,6 +24,8 @@ REST: dict[Rest, str] = {
     "mean_all": OPS["mean_all"],
     "resample": OPS["resample"],
     "zero": "zero",
+    "mean_text": OPS["mean_text"],
+    "mean_text_pos": OPS["mean_text_pos"],
 }
 METHODS: dict[Method, str] = {
     "eap": "edge attribution patching: (corrupted - clean sender) . gradient at the receiver in the clean run",

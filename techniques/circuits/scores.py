@@ -13,12 +13,13 @@ from model.bridge import Model
 from model.noise import noise_floor
 from model.replacements import mean_in_words
 from model.runs import first_tokens
+from model.text_means import pinned
 from techniques.circuits.bench import NONE, Bench, Parts
 from techniques.circuits.edges import own_edge
 from techniques.circuits.node_runs import by_parts, features_of
 from techniques.circuits.requests import REST, Interval, Score, ScoreResult
 from vocabulary.circuit import Circuit, check_circuit, connected
-from vocabulary.nodes import UserError, parse_node
+from vocabulary.nodes import FROM_TEXT, UserError, parse_node
 from vocabulary.requests import Progress
 from vocabulary.statistics import paired_effects, ratio_of_means
 
@@ -210,7 +211,7 @@ def minimality(bench: Bench, work: Work) -> Generator[Progress, None, tuple]:
 def convention(bench: Bench, ask: Score, nodes: tuple[str, ...], work: Work, mean: Interval | None) -> str:
     model, edges, runs = bench.model, bench.edges, bench.plan.runs
     parts, features, stay = by_parts(nodes), "", "MLPs and embeddings"
-    n, rest = len(runs), REST[ask.rest]
+    n, rest = len(runs), REST[ask.rest] + (f", {pinned(ask.study.text)[1].words}" if ask.rest in FROM_TEXT else "")
     if features_of(nodes):
         error = "its error term kept" if ask.study.sae_error else "the error term dropped where the circuit is alone"
         features = (

@@ -59,8 +59,8 @@ def gradient(runs: Runs, d: SparseAutoencoder, which: str) -> Tensor:
     model, asked = runs.model, runs.study.metric
     name = f"blocks.{d.layer}.hook_attn_out" if d.out.endswith("resid_mid") else d.out
     clean = None
-    place = "" if asked.kind == "loss" else runs.metric_position(which)
-    mark = f"gradient of {asked.kind} at {place} for {runs.answers} {runs.foils} at {name}"
+    place = "" if asked.whole else runs.metric_position(which)
+    mark = f"gradient of {asked.kind} {asked.own} {asked.digest} at {place} for {runs.answers} {runs.foils} at {name}"
     mark += f" against {runs.row('clean').ids}" * (asked.kind == "kl")
     key = (runs.row(which).ids, runs.done if which == "now" else (), mark)
     if (known := model.cache.get(key)) is not None:
@@ -96,7 +96,7 @@ def no_metric(runs: Runs, which: str) -> str:
         return "logprob_sum reads the answer's tokens behind the prompt, which features here do not see: use logprob"
     if kind == "rank":
         return "a rank has no gradient: use logit_diff, prob, logprob, kl or loss"
-    if kind not in ("kl", "loss") and not runs.answers:
+    if runs.study.metric.needs_answer and not runs.answers:
         return f"there is no answer, and {kind} needs one"
     if kind in ("logit_diff", "prob_diff") and not runs.foils:
         return f"there is no foil, and {kind} needs one"

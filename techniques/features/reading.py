@@ -79,10 +79,9 @@ def features(runs: Runs, d: SparseAutoencoder, ask: Features) -> FeaturesResult:
 
 def words(runs: Runs, d: SparseAutoencoder, which: str, named: int | str, no: str = "") -> str:
     model, metric = runs.model, runs.study.metric
-    place = "" if metric.kind == "loss" else f" at {metric.pos}"
     parts = [
         f"{d.source} at {named}, {which}, {d.view} activation",
-        f"attribution: activation x decoder row x gradient of {metric.kind}{place}" if not no else no,
+        f"attribution: activation x decoder row x gradient of {metric.words}" if not no else no,
         f"direct: decoder row through the final norm (scale frozen) to the answers' logit difference at {named}",
         f"before the soft cap {model.softcap:g}" if model.softcap else "",
         "bias: the decoder's, with skip connection and means taken off",

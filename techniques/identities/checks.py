@@ -99,7 +99,7 @@ def patch_everything(runs: Runs, study: Study) -> Generator[Progress, None, Iden
 def metric_floor(runs: Runs) -> Generator[Progress, None, Identity]:
     """The metric's noise floor on this prompt: a figure, not an identity."""
     name, kind = "noise floor of the metric", runs.study.metric.kind
-    if kind not in ("kl", "loss") and not runs.answers or kind in ("logit_diff", "prob_diff") and not runs.foils:
+    if runs.study.metric.needs_answer and not runs.answers or kind in ("logit_diff", "prob_diff") and not runs.foils:
         return Identity(name, math.nan, math.nan, None, f"{kind} needs an answer" + " and a foil" * kind.endswith("diff"))
     try:
         floor = yield from noise_floor([read_study(runs.model, runs.study, with_answer=True)])

@@ -17,13 +17,18 @@ from model.runs import Runs
 from model.top_tokens import largest, texts
 from techniques.output.requests import Run, RunResult, Side
 from vocabulary.nodes import UserError
+from vocabulary.prompts import Study
 from vocabulary.requests import Progress
 
 
 def answer(model: Model, request: Run) -> Generator:
-    with_answer = request.study.metric.kind == "logprob_sum" and bool(request.study.prompt.answers)
-    runs = yield from prepare(model, request.study, with_answer)
+    runs = yield from prepare(model, request.study, reads_answer(request.study))
     return (yield from run(runs, request.k))
+
+
+def reads_answer(study: Study) -> bool:
+    """Whether the metric is of the answer's tokens, and there is an answer."""
+    return study.metric.kind == "logprob_sum" and bool(study.prompt.answers)
 
 
 class SideReading:
@@ -37,9 +42,9 @@ class SideReading:
         n = len(row.ids) - row.tail  # what is shown is the prompt
         self.model, self.runs, self.which, self.loss = model, runs, which, metric.kind == "loss"
         self.row = replace(row, ids=row.ids[:n], texts=row.texts[:n], tail=0)
-        self.pos = 0 if self.loss else runs.metric_position(which)
+        self.pos = 0 if metric.kind in ("loss", "own") else runs.metric_position(which)
         self.clean_ids = runs.row("clean").ids if metric.kind == "kl" else None
-        self.key = (row.ids, runs.done if which == "now" else (), k, metric.kind, self.pos, tuple(runs.answers), tuple(runs.foils), self.clean_ids)
+        self.key = (row.ids, runs.done if which == "now" else (), k, metric, self.pos, tuple(runs.answers), tuple(runs.foils), self.clean_ids)
         self.done = model.cache.sides.get(self.key)
         if self.done is None:
             shape = (n, min(k, model.info.d_vocab))
@@ -69,7 +74,7 @@ class SideReading:
             raise UserError(f"the logits of the {self.which} run are not finite: load the model in float32")
         if self.loss:
             self.nll[places] = nll[:, 0]
-        elif self.pos in places:
+        elif self.pos in places and not self.runs.own:
             self.measure(logits[places.index(self.pos)])
 
     def measure(self, row: Tensor) -> None:
@@ -94,6 +99,8 @@ class SideReading:
         if not self.order:
             if self.loss:
                 self.measure(self.last[0])
+            if self.runs.own:
+                self.metric = self.runs.own(self.model.unembed(self.last), self.row.ids).item()
             sides = self.model.cache.sides
             if len(sides) >= 64:
                 sides.pop(next(iter(sides)))
@@ -148,13 +155,7 @@ def run_result(runs: Runs, readings: dict[str, SideReading]) -> RunResult:
                 warning = f"small denominator: {runs.called('clean')} and {runs.called('corrupt')} differ by {gap:+.3g} only"
     sides = [s for s in (clean, corrupt, now) if s is not None]
     words = texts(runs.model, np.concatenate([s.top_ids[s.top_ids >= 0] for s in sides]))
-    place = "" if metric.kind == "loss" else f" at {metric.pos}"
-    parts = [
-        f"{metric.kind}{place}",
-        f"normalised: {runs.called('corrupt')} = 0, {runs.called('clean')} = 1",
-        f"raw weights, {runs.model.info.dtype}",
-        runs.convention,
-    ]
+    parts = [metric.words, f"normalised: {runs.called('corrupt')} = 0, {runs.called('clean')} = 1", f"raw weights, {runs.model.info.dtype}", runs.convention]
     names = runs.called("clean"), runs.called("corrupt")
     floor = known_floor([runs]) if runs.edits and now.metric is not None and tells(runs) else math.nan
     return RunResult(

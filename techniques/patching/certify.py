@@ -148,6 +148,6 @@ def name_of(plan: Plan, rc: tuple[int, int]) -> str:
 def convention(ask: Certify, plan: Plan) -> str:
     runs = f"mean over {len(plan.runs)} prompts" if ask.over_set else "one prompt"
     return (
-        f"{ask.kind}, {ask.direction}, effect on {ask.study.metric.kind}, {runs}; in the order of {ask.method} ({ESTIMATES[ask.method]}); the bound holds at {ask.confidence:.0%} for all cells "
+        f"{ask.kind}, {ask.direction}, effect on {ask.study.metric.name}, {runs}; in the order of {ask.method} ({ESTIMATES[ask.method]}); the bound holds at {ask.confidence:.0%} for all cells "
         "outside together if patching a cell does on average in a random eighth of them what it does alone, and the rests of subsets are near normal; it covers these prompts, no others"
     )

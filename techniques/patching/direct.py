@@ -20,8 +20,8 @@ def direct_names(plan: Plan) -> tuple[str, ...]:
     """The hook points that direct effects are read from; what has no direct effect of its own is refused."""
     if plan.ask.kind in ("pairs", "cumulative", "cells"):
         raise UserError("a direct effect is that of one node: use another kind than pairs, cumulative and cells (pattern has one)")
-    if (kind := plan.ask.study.metric.kind) in ("loss", "logprob_sum"):
-        raise UserError(f"a direct effect is read at one position, and {kind} at several: use another metric")
+    if plan.ask.study.metric.whole:
+        raise UserError(f"a direct effect is read at one position, and {plan.ask.study.metric.kind} at several: use another metric")
     if plan.ask.plain:
         raise UserError("direct effects are not run by whole forward passes")
     plan.model.require("parts", "heads")

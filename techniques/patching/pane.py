@@ -50,7 +50,7 @@ class PatchingPane(Pane):
             "cumulative",
             "features",
         ),
-        "patching.op": ("patch", "zero", "mean", "mean_all", "resample", "noise"),
+        "patching.op": ("patch", "zero", "mean", "mean_all", "resample", "noise", "mean_text", "mean_text_pos"),
         "patching.show": ("effect", "metric", "estimate", "disagreement", "spread", "p", "corrected p"),
         "patching.effect": ("total", "direct"),
         "patching.over": ("prompt", "set"),

@@ -217,13 +217,13 @@ def read_member(model: Model, study: Study, op: str) -> Runs:
     if study.prompt.corrupt is None and not study.against and (patch or study.base == "corrupt"):
         raise UserError("there is no corrupted prompt, and patching needs one: type one first")
     runs, kind = read_study(model, study, with_answer=True), study.metric.kind
-    if kind not in ("kl", "loss") and not runs.answers:
+    if study.metric.needs_answer and not runs.answers:
         raise UserError(f"there is no answer, and {kind} needs one: give one, with its leading space")
     if kind in ("logit_diff", "prob_diff") and not runs.foils:
         raise UserError(f"there is no foil, and {kind} needs one: give one, or use the metric logprob")
     if kind == "loss" and len(runs.row("now").ids) < 2:
         raise UserError("loss needs a prompt of two tokens")
-    if kind != "loss":
+    if not study.metric.whole:
         for which in ("clean", "corrupt"):
             if runs.rows[which] is not None:
                 runs.metric_position(which)
@@ -382,11 +382,10 @@ def new_values(plan: Plan, base: Base, other: dict[str, Tensor], indices: list[i
         base.source |= feature_sweep.new_values(plan.spots, base, other, [plan.runs[i] for i in indices], ask.op, plan.side)
         return
     hooks = {s.key: reads(model, s) for s in plan.spots}
-    if ask.op in ("mean", "mean_all"):
-        if ask.op == "mean_all" and any(name.endswith("pattern") for name in hooks.values()):
+    if ask.op.startswith("mean"):
+        if ask.op in ("mean_all", "mean_text") and any(name.endswith("pattern") for name in hooks.values()):
             raise UserError("a pattern has no mean over positions; use mean with a set of one template, or zero")
-        rows = [plan.runs[i].row(plan.side) for i in indices]
-        other = yield from means(model, ask.study.prompt_set, list(hooks.values()), ask.op, rows, ask.study.align)
+        other = yield from means(model, ask.study, list(hooks.values()), ask.op, [plan.runs[i].row(plan.side) for i in indices])
     elif ask.op == "resample":
         _, other = model.forward(t.tensor([others(plan, i) for i in indices]), list(hooks.values()), keep=None)
     deviation = noise_scale(model) * ask.noise if ask.op == "noise" else 0.0

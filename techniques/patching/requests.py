@@ -30,7 +30,7 @@ SweepKind = Literal[
     "pairs",
     "cumulative",
 ]
-SweepOp = Literal["patch", "zero", "mean", "mean_all", "resample", "noise"]
+SweepOp = Literal["patch", "zero", "mean", "mean_all", "resample", "noise", "mean_text", "mean_text_pos"]
 Direction = Literal["denoise", "noise"]
 SWEEPS: dict[SweepKind, str] = {
     "resid_pre": "residual stream before each layer, by position",
@@ -59,6 +59,8 @@ SWEEP_OPS: dict[SweepOp, str] = {
     "mean_all": OPS["mean_all"],
     "resample": OPS["resample"],
     "noise": "its own value plus Gaussian noise",
+    "mean_text": OPS["mean_text"],
+    "mean_text_pos": OPS["mean_text_pos"],
 }
 Method = Literal["atp", "ig", "atp_qk", "graddrop", "atp_star"]
 ESTIMATES: dict[Method, str] = {

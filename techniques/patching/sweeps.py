@@ -56,10 +56,16 @@ def sweep(model: Model, ask: Sweep) -> Generator[Progress | SweepResult, None, S
 def rounds(plan: Plan, base: Base, board: SweepTable) -> Generator[Progress, None, list[list[Variant]]]:
     """
     What runs first when that is asked for: the tenth of the cells with the largest estimated effects, the first quarter of the layers and MLP 0;
-    then the rest. One round where an estimate says nothing (a rank, several nodes at once, a direct effect).
+    then the rest. One round where an estimate says nothing (a rank, a metric of your own, several nodes at once, a direct effect).
     """
     ask, waiting = plan.ask, board.waiting
-    if ask.first != "estimate" or ask.effect == "direct" or ask.study.metric.kind == "rank" or any(len(v.spots) != 1 for v in waiting) or len(waiting) < 20:
+    if (
+        ask.first != "estimate"
+        or ask.effect == "direct"
+        or ask.study.metric.kind in ("rank", "own")
+        or any(len(v.spots) != 1 for v in waiting)
+        or len(waiting) < 20
+    ):
         return [waiting]
     size = yield from guess(plan, base, board)
     top = set(sorted(range(len(waiting)), key=lambda i: -size[i])[: math.ceil(len(waiting) / 10)])

@@ -11,11 +11,12 @@ import torch as t
 from model.noise import known_floor, noise_floor
 from model.replacements import mean_in_words
 from model.runs import first_tokens
+from model.text_means import pinned
 from model.variants import Base, Variant
 from techniques.patching import feature_sweep
 from techniques.patching.plan import POSITIONED, Plan
 from techniques.patching.requests import ESTIMATES, SWEEP_OPS, SWEEPS, SweepResult
-from vocabulary.nodes import UserError, parse_node
+from vocabulary.nodes import FROM_TEXT, UserError, parse_node
 from vocabulary.prompts import METRICS, TokenRow
 from vocabulary.progress import time_left
 from vocabulary.requests import Progress
@@ -181,9 +182,9 @@ def convention(plan: Plan, method: str, how: str = "") -> str:
         run = called(plan.side)
         amount = f" of {ask.noise:g} embedding standard deviations, seed {ask.seed}" if ask.op == "noise" else ""
         seed = f", seed {ask.seed}" if ask.op == "resample" else ""
-        what = f"{run} run, {ask.op}: {SWEEP_OPS[ask.op]}{amount}{seed}"
-    place = "" if metric.kind == "loss" else f" at {metric.pos}"
-    parts = [SWEEPS[ask.kind], what, f"{metric.kind}{place}", first_tokens(plan.runs)]
+        text = f", {pinned(ask.study.text)[1].words}" if ask.op in FROM_TEXT else ""
+        what = f"{run} run, {ask.op}: {SWEEP_OPS[ask.op]}{amount}{seed}{text}"
+    parts = [SWEEPS[ask.kind], what, plan.runs[0].study.metric.words, first_tokens(plan.runs)]
     parts.append(
         f"normalised: {called('corrupt')} = 0, {called('clean')} = 1"
         if plan.runs[0].rows["corrupt"] is not None

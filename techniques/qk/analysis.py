@@ -251,7 +251,7 @@ def effects(split: Split, ask: QKCheck, name: str, new: Tensor) -> tuple[tuple[f
     edits = runs.edits if which == "now" else []
     _, got = model.forward(split.ids, [pattern, last], [*edits, (name, lambda x: new.to(x))], keep=None)
     attention = tuple(float(x[ask.head, split.dest, split.source]) for x in (split.acts[pattern][0], got[pattern][0]))
-    if ask.study.metric.kind != "kl" and (not runs.answers or ask.study.metric.kind in ("logit_diff", "prob_diff") and not runs.foils):
+    if ask.study.metric.needs_answer and (not runs.answers or ask.study.metric.kind in ("logit_diff", "prob_diff") and not runs.foils):
         return attention, None
     clean = runs.trace("clean", [FINAL])[FINAL][0, runs.metric_position("clean")][None] if ask.study.metric.kind == "kl" else None
     score = MetricReader([runs], clean, which)

@@ -39,7 +39,7 @@ def whole_spans(spans: Spans, width: int) -> Spans:
         if " · " in text.strip(" ·"):
             spans.append((text.rpartition(" · ")[0], style))
         elif not spans:
-            return [(text, style)]
+            return [(f"{text[: len(text) - len(text.lstrip())]}{textwrap.shorten(text, width - 1, placeholder=' …')}", style)]
     return spans
 
 

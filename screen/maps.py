@@ -347,7 +347,7 @@ def ranked(grid: Grid, width: int, height: int) -> list[Spans]:
         values = grid.values[np.isfinite(grid.values)]
         low, high = f"{values.min():.2g} ", f" {values.max():.2g}"
         counts, _ = np.histogram(values, bins=max(4, min(30, width - len(low + high) - 1)))
-        lines += [[], [("distribution of the values (log counts)"[:width], DIM)], [(low, DIM), (bars(np.log1p(counts).tolist()), PLAIN), (high, DIM)]]
+        lines += [[], [("distribution of the values (log counts)" if width > 39 else "distribution (log counts)", DIM)], [(low, DIM), (bars(np.log1p(counts).tolist()), PLAIN), (high, DIM)]]
     return lines
 
 

@@ -13,7 +13,7 @@ from textual.containers import Horizontal, Vertical
 from textual.message import Message
 from textual.widgets import Input
 
-from utils import GLYPHS, fit, width_of
+from utils import GLYPHS, fit, shortened, width_of
 from vocabulary.nodes import UserError
 from widgets import BAD, CURSOR_PLAIN, DIM, HEAD, PLAIN, GridView, Lines, Spans
 
@@ -169,17 +169,15 @@ class Picker(Overlay):
         top = GridView.page(self.at, 0, height, len(found))
         wide = max([width_of(i.key) for i in self.items], default=0) + 2
         note = max([width_of(i.note) for i in self.items], default=0)
-        name = max(12, min(max([width_of(i.label) for i in self.items], default=0) + 2, self.app.size.width - wide - note - 2))
+        room = self.app.size.width - wide - 1
+        name = min(max([width_of(i.label) for i in self.items], default=0) + 2, max(12, room // 2, room - note))
         rows = []
         for n, i in enumerate(found):
             style = CURSOR_PLAIN if n == self.at else PLAIN
-            rows.append(
-                [
-                    (" " + fit(i.key, wide), style or HEAD),
-                    (fit(i.label, name), style),
-                    (i.note, DIM if n != self.at else style),
-                ]
-            )
+            needs = max(name, width_of(i.label) + 1)
+            beside = i.note if needs == name or needs + width_of(i.note) <= room else ""  # a label that needs the room of its note has it
+            label = shortened(i.label, needs if beside else room)
+            rows.append([(" " + fit(i.key, wide), style or HEAD), (label, style), (shortened(beside, room - needs), DIM if n != self.at else style)])
         if not found:
             rows = [[("  enter takes what you typed" if self.free and self.field.value else "  nothing matches", DIM)]]
         self.list.styles.height = height
@@ -289,7 +287,7 @@ class Panel(Overlay):
         self,
         title: str,
         rows: list[Spans],
-        hint: str = "esc",
+        hint: str = "",
         select: bool = False,
         keys: dict[str, Callable[[int], None]] | None = None,
         **kw,

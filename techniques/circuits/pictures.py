@@ -17,12 +17,13 @@ from screen.replies import Reply
 from screen.session import State
 from widgets import BOLD, DIM, GOOD, PLAIN, WARN, Grid, Spans
 
-NO_CIRCUIT: list[Spans] = [
-    [("c keeps the node under the cursor, in any pane", PLAIN)],
-    [("Y circuits: open, published, export · U discovers one", PLAIN)],
-    [("v paths, drawing, scores, curve", PLAIN)],
-    [("S runs what the view shows", PLAIN)],
-]
+NO_CIRCUIT = (
+    "c keeps the node under the cursor, in any pane",
+    "U discovers a circuit",
+    "Y opens one from a file, or a published one",
+    "v lists the views: drawing, paths, scores, curve",
+    "S runs what the view shows",
+)
 
 
 def scored_over(state: State, study: Study) -> str:

@@ -155,6 +155,10 @@ class QKPane(Pane):
 
     # ---------------------------------------------------------------- drawing
 
+    def height_needed(self) -> int:
+        """How many components are shown depends on the room; so the room can't depend on what is shown."""
+        return 22
+
     def variants(self, app: Host) -> tuple[str, ...]:
         return (app.state.views[self.view], *(("set",) if self.over_set(app) else ()))
 

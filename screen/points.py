@@ -143,7 +143,13 @@ def show(app: Host) -> None:
         app.guard(lambda: jump(app, all_points[at]))
 
     keys = {"enter": go, "m": mark, "c": compare}
-    panel = Panel(f"history, {len(all_points)} point{'s' * (len(all_points) > 1)}", rows(), "⏎ goes there · m marks one · c compares with the marked one, or with now", True, keys)
+    panel = Panel(
+        f"history, {len(all_points)} point{'s' * (len(all_points) > 1)}",
+        rows(),
+        "⏎ goes there · m marks one · c compares with the marked one, or with now",
+        True,
+        keys,
+    )
     panel.at = len(all_points) - 1
     app.open(panel)
 

@@ -13,7 +13,7 @@ from textual.containers import Horizontal, Vertical
 from textual.message import Message
 from textual.widgets import Input
 
-from utils import GLYPHS, fit, shortened, width_of
+from utils import GLYPHS, shortened, width_of
 from vocabulary.nodes import UserError
 from widgets import BAD, CURSOR_PLAIN, DIM, HEAD, PLAIN, GridView, Lines, Spans
 
@@ -110,6 +110,21 @@ class Item:
     value: object = None
 
 
+def columns(items: list[Item], width: int) -> Callable[[Item], tuple[str, str, str]]:
+    """What stands in a list's three columns: a label that needs the room of its note has it, and what does not fit ends in …."""
+    widest = lambda texts: max(map(width_of, texts), default=0)  # noqa: E731
+    wide = min(widest(i.key for i in items) + 2, max(width // 2, 14))
+    room = width - wide
+    name = min(widest(i.label for i in items) + 2, max(12, room // 2, room - widest(i.note for i in items)))
+
+    def texts(item: Item) -> tuple[str, str, str]:
+        needs = max(name, width_of(item.label) + 1)
+        beside = item.note if needs == name or needs + width_of(item.note) <= room else ""
+        return shortened(item.key, wide - 2) + "  ", shortened(item.label, needs if beside else room), shortened(beside, room - needs).rstrip()
+
+    return texts
+
+
 class Picker(Overlay):
     """
     A list to filter by typing and run from by enter. `chosen(item, typed)` is called with the item, or None and what was typed; `gone()` when it closes.
@@ -167,17 +182,11 @@ class Picker(Overlay):
         self.at = max(0, min(self.at, len(found) - 1))
         height = max(3, min(len(self.items), self.app.size.height * 3 // 5 - 3))
         top = GridView.page(self.at, 0, height, len(found))
-        wide = max([width_of(i.key) for i in self.items], default=0) + 2
-        note = max([width_of(i.note) for i in self.items], default=0)
-        room = self.app.size.width - wide - 1
-        name = min(max([width_of(i.label) for i in self.items], default=0) + 2, max(12, room // 2, room - note))
-        rows = []
+        texts, rows = columns(self.items, self.app.size.width - 1), []
         for n, i in enumerate(found):
             style = CURSOR_PLAIN if n == self.at else PLAIN
-            needs = max(name, width_of(i.label) + 1)
-            beside = i.note if needs == name or needs + width_of(i.note) <= room else ""  # a label that needs the room of its note has it
-            label = shortened(i.label, needs if beside else room)
-            rows.append([(" " + fit(i.key, wide), style or HEAD), (label, style), (shortened(beside, room - needs), DIM if n != self.at else style)])
+            key, label, note = texts(i)
+            rows.append([(" " + key, style or HEAD), (label, style), (note, DIM if n != self.at else style)])
         if not found:
             rows = [[("  enter takes what you typed" if self.free and self.field.value else "  nothing matches", DIM)]]
         self.list.styles.height = height

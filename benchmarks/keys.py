@@ -1,7 +1,7 @@
 """
-From a key to the screen's own answer, on a prompt of 1,000 tokens: the real screen and engine in a pseudo-terminal, keys pressed when it is at rest, in the lens,
-the attention and the text view. `uv run benchmarks/keys.py FOLDER` prints one JSON line a key: median and largest time to the first bytes and to the end of
-the first burst of them (the cursor, the header and what is at hand), their number, and the time to the last bytes (what the engine had to compute).
+From a key to the screen's own answer, on a prompt of 1,000 tokens: the real screen and engine in a pseudo-terminal, keys pressed when nothing has been drawn for
+a while (the engine may compute), in the lens, the attention and the text view. `uv run benchmarks/keys.py FOLDER` prints one JSON line a key: median and largest time to the first bytes and to the end of
+the first burst of them (the cursor, the header and what is at hand), their number, and the screen's own processor time, which other work disturbs least.
 """
 
 import argparse
@@ -50,29 +50,35 @@ class Watched(Terminal):
                 total += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
         return total / os.sysconf("SC_CLK_TCK")
 
-    def rest(self, quiet: float, most: float = 120) -> None:
-        """Wait until nothing came, and nothing was computed, for `quiet` seconds."""
+    def on_cpu(self) -> float:
+        """Milliseconds that the screen's main thread was on a processor."""
+        return int(Path(f"/proc/{self.process.pid}/schedstat").read_text().split()[0]) / 1e6
+
+    def rest(self, quiet: float, most: float, still: bool = False) -> None:
+        """Wait until nothing came (and, to be `still`, nothing was computed) for `quiet` seconds, at most for `most`."""
         until = time.monotonic() + most
         while time.monotonic() < until:
             n, work = len(self.came), self.work()
             time.sleep(quiet)
-            if len(self.came) == n and self.work() - work < 0.2 * quiet:
+            if len(self.came) == n and (not still or self.work() - work < 0.2 * quiet):
                 return
 
     def press(self, key: str, quiet: float) -> dict[str, float]:
-        """Milliseconds to the first bytes, to the end of their burst, to the last ones; and how many bytes the burst had."""
+        """Milliseconds to the first bytes and to the end of their burst; how many they are; and the screen's processor time in the quarter of a second after the key."""
         *before, last = key if key.startswith(";") else [key]
         for part in before:  # a count is typed first: the last key is the one that moves
             self.send(WAYS.get(part, part))
             time.sleep(0.3)
-        n, begun = len(self.came), time.monotonic()
+        n, cpu, begun = len(self.came), self.on_cpu(), time.monotonic()
         self.send(WAYS.get(last, last))
-        self.rest(quiet)
+        time.sleep(0.25)
+        cpu = self.on_cpu() - cpu
+        self.rest(quiet, 5)
         times = [(1000 * (at - begun), size) for at, size in self.came[n:]]
         if not times:
             return {}
         end = next((i for i in range(1, len(times)) if times[i][0] - times[i - 1][0] > 1000 * PAUSE), len(times))
-        return {"first": times[0][0], "answer": times[end - 1][0], "bytes": sum(size for _, size in times[:end]), "all": times[-1][0]}
+        return {"first": times[0][0], "answer": times[end - 1][0], "bytes": sum(size for _, size in times[:end]), "screen_cpu": cpu}
 
 
 def main() -> None:
@@ -80,7 +86,7 @@ def main() -> None:
     parser.add_argument("model", help="a folder or a hub name of a model with so long a context")
     parser.add_argument("--tokens", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--quiet", type=float, default=0.7, help="seconds without bytes and work that are rest")
+    parser.add_argument("--quiet", type=float, default=0.7, help="seconds without bytes that are rest")
     parser.add_argument("--views", default=",".join(VIEWS))
     args = parser.parse_args()
     text = (SENTENCE * (args.tokens // 9))[1:]  # nine tokens of most tokenizers each
@@ -93,7 +99,7 @@ def main() -> None:
     session.close()
     screen, worst = Watched(folder / "s.jsonl"), 0.0
     try:
-        screen.rest(6)
+        screen.rest(6, 180, True)
         for view in args.views.split(","):
             for key in VIEWS[view]:
                 said = screen.press(key, 2)
@@ -104,7 +110,7 @@ def main() -> None:
                     if said := screen.press(key, args.quiet):
                         found.setdefault(key, []).append(said)
             for key, some in found.items():
-                median = {name: round(float(np.median([s[name] for s in some]))) for name in ("first", "answer", "bytes", "all")}
+                median = {name: round(float(np.median([s[name] for s in some]))) for name in ("first", "answer", "bytes", "screen_cpu")}
                 most = max(s["answer"] for s in some)
                 worst = max(worst, most)
                 print(

@@ -5,7 +5,9 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from rich.console import Console
 from rich.style import Style
+from rich.text import Text
 from textual import events
 from textual.app import ComposeResult
 from textual.binding import Binding
@@ -19,6 +21,7 @@ from widgets import BAD, CURSOR_PLAIN, DIM, HEAD, PLAIN, GridView, Lines, Spans
 
 ESCAPES = {"\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
 LONGEST = 50_000  # characters of a field: a prompt of any context that fits the screen, and each key still drawn at once
+CONSOLE = Console()  # what Rich wraps and takes styles apart with
 UNESCAPE = re.compile(r"\\(?:([ntr\\])|u\{([0-9a-fA-F]{1,6})\})")
 
 
@@ -287,6 +290,16 @@ class Editor(Overlay):
         self.edited()
 
 
+def wrapped(row: Spans, width: int) -> list[Spans]:
+    """A row as lines of whole words, each indented as the row is."""
+    if sum(width_of(text) for text, _ in row) <= width:
+        return [row]
+    text = Text.assemble(*row)
+    indent = len(text.plain) - len(text.plain.lstrip())
+    lines = text[indent:].wrap(CONSOLE, max(width - indent - 1, 8))
+    return [[(" " * indent, PLAIN), *((s.text, s.style or PLAIN) for s in line.render(CONSOLE))] for line in lines]
+
+
 class Panel(Overlay):
     """Lines to read; j and k scroll or select, `keys` maps further keys to functions of the selected line's number; any other key closes it and acts."""
 
@@ -321,10 +334,11 @@ class Panel(Overlay):
         self.draw()
 
     def draw(self) -> None:
-        height = max(1, min(len(self.rows), self.app.size.height * 4 // 5 - 3))
-        self.at = max(0, min(self.at, len(self.rows) - (1 if self.select else height)))
-        top = GridView.page(self.at, 0, height, len(self.rows)) if self.select else self.at
-        rows = [[(t, s + Style(reverse=True)) for t, s in r] if self.select and n == self.at else r for n, r in enumerate(self.rows)]
+        shown = self.rows if self.select else [line for row in self.rows for line in wrapped(row, self.app.size.width)]
+        height = max(1, min(len(shown), self.app.size.height * 4 // 5 - 3))
+        self.at = max(0, min(self.at, len(shown) - (1 if self.select else height)))
+        top = GridView.page(self.at, 0, height, len(shown)) if self.select else self.at
+        rows = [[(t, s + Style(reverse=True)) for t, s in r] if self.select and n == self.at else r for n, r in enumerate(shown)]
         self.list.styles.height = height
         self.list.show(rows, top)
         self.head.show([[(f" {self.title} ", HEAD), (f" {self.hint}", DIM)]])

@@ -61,7 +61,7 @@ def estimate(pane: Pane, app: Host, request: Discover) -> None:
             [(f" {METHODS[request.method]}", DIM)],
         ]
         go = lambda at: (panel.action_close(), run(pane, app, request))  # noqa: E731
-        panel = Panel(f"{request.method}", rows, "⏎ starts it (J lists it, x cancels it there)", True, {"enter": go})
+        panel = Panel(f"{request.method}", rows, "⏎ starts it (J lists it, x cancels it there)", False, {"enter": go})
         app.open(panel)
 
     app.requests.ask("expected", dataclasses.replace(request, dry=True), show, opens=f"{request.method}: estimating the time")

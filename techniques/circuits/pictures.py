@@ -63,7 +63,7 @@ def about_node(node: str, circuit: Circuit | None, effects: dict[str, float]) ->
 
 
 def summary(circuit: Circuit, result: ScoreResult | None, width: int) -> list[Spans]:
-    lines = score_lines(result) if result is not None else [[("S scores it: faithfulness and single effects", DIM)]]
+    lines = score_lines(result) if result is not None else [[(line, DIM)] for line in wrap("S scores it: faithfulness, and what each part does alone", width)]
     if features := [n for n in circuit.nodes if parse_node(n).site == "sae"]:
         lines += [[(line, PLAIN)] for line in wrap(f"features: {' '.join(features)}", width)]
     if circuit.found:

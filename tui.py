@@ -55,7 +55,7 @@ from utils import ROOT, printable, settings, visible
 from widgets import BAD, PLAIN, WARN, Lines, Spans
 
 ENDING = (signal.SIGHUP, signal.SIGTERM)
-MODEL_OPTIONS = ("model", "base", "dtype", "device", "device_map")
+MODEL_OPTIONS = ("model", "base", "dtype", "device", "device_map", "against")
 EARLY: list[int] = []  # those that came before the app could leave the terminal as it was
 try:
     MODULES = parts("pane")
@@ -408,6 +408,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", help="auto, float32, bfloat16, float16")
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--device-map", help="a Hugging Face device_map, such as auto")
+    parser.add_argument("--against", help="a second model of the same shape, to compare this one's run of the prompt with")
     parser.add_argument("--resume", nargs="?", const="", metavar="FILE", help="open the newest session again, or this one")
     parser.add_argument("--via", default="", help='what carries the engine: "srun --gres=gpu:1", "ssh gpu01 cd loupe &&"')
     parser.add_argument("--mouse", action="store_true", help="mouse reporting on (takes the terminal's own selection away)")

@@ -110,6 +110,11 @@ def fit(text: str, width: int) -> str:
     return set_cell_size(printable(text), width)
 
 
+def shortened(text: str, width: int) -> str:
+    """A text padded to `width` cells; one that is too long ends in …."""
+    return fit(text, width) if width_of(text) <= width else fit(text, width - 1).rstrip() + "…" if width > 0 else ""
+
+
 def show_token(text: str, width: int | None = None, fill: bool = True) -> str:
     """A token for the screen: visible first, then cut to `width` cells with … when it is too long; padded to the width unless `fill` is False."""
     text = visible(text) or "∅"

@@ -17,7 +17,7 @@ from screen.colours import (
     BAD, BOLD, CHANGED, CURSOR, CURSOR_PLAIN, DIM, FOCUS, GOOD, HEAD, NEGATIVE, PLAIN, POSITIVE, RULE, SHADES, WARN, half_block, half_style, on,
 )  # fmt: skip
 from screen.maps import (
-    FAINT, KEPT, SMALL, Grid, Spans, cell_line, choose, header_height, label_width, ranked, show_value, strip_of_maxima, thinned, whole,
+    FAINT, KEPT, SMALL, Grid, Spans, cell_line, choose, header_height, label_width, ranked, show_value, strip_of_maxima, tall_of, thinned, whole,
 )  # fmt: skip
 from utils import fit, printable, show_token, width_of
 
@@ -39,7 +39,7 @@ def whole_spans(spans: Spans, width: int) -> Spans:
         if " · " in text.strip(" ·"):
             spans.append((text.rpartition(" · ")[0], style))
         elif not spans:
-            return [(text, style)]
+            return [(f"{text[: len(text) - len(text.lstrip())]}{textwrap.shorten(text, width - 1, placeholder=' …')}", style)]
     return spans
 
 
@@ -119,6 +119,7 @@ class GridView(Widget):
         self.laid = None  # what the cell widths were computed for
         self.rows: list[int] = []  # of the grid, in view or to scroll to; fewer than all where text is thinned
         self.thinned = ""  # what those are, when they are not all
+        self.tall = 1  # lines of a row, where a small map leaves room
         self.strip = lru_cache(512)(self.draw)
 
     def show(self, grid: Grid | None, at: tuple[int, int], mode: str, message: Spans | None = None) -> None:
@@ -146,6 +147,8 @@ class GridView(Widget):
         self.thin()
         self.label = label_width(g, width)
         fits = whole(g, self.density, width, height, len(self.rows))
+        self.beside = fits and width - self.label - self.density.width * len(g.cols) >= 30
+        self.tall = tall_of(g, self.density, height, not self.beside) if fits else 1
         cut_rows = -(-len(self.rows) // self.density.per) + self.head > height
         self.across = max(1, (width - self.label - 2 * cut_rows) // self.density.width)
         cut_cols = self.across < len(g.cols)
@@ -153,7 +156,7 @@ class GridView(Widget):
         self.right = strip_of_maxima(g, self.down, 0) if cut_rows and len(self.rows) == len(g.rows) else np.array([], int)
         self.below = strip_of_maxima(g, self.across, 1) if cut_cols and height > 8 else np.array([], int)
         used, lines = self.label + self.density.width * len(g.cols), self.head + self.lines_of()
-        self.beside, self.list = fits and width - used >= 30, []
+        self.list = []
         if fits and self.beside:
             self.list = [strip_of([("   ", PLAIN), *line]) for line in ranked(g, width - used - 3, height)]
         elif fits and height - lines >= 2:
@@ -167,11 +170,11 @@ class GridView(Widget):
         return self.rows != before
 
     def lines_of(self) -> int:
-        return -(-len(self.rows) // self.density.per)
+        return -(-len(self.rows) // self.density.per) * self.tall
 
     def line_of(self, row: int) -> int:
-        """The line of a row of the grid, of all lines."""
-        return (self.rows.index(row) if row in self.rows else 0) // self.density.per
+        """The first line of a row of the grid, of all lines."""
+        return (self.rows.index(row) if row in self.rows else 0) // self.density.per * self.tall
 
     def origin_for(self, at: tuple[int, int]) -> tuple[int, int]:
         line, cols = self.line_of(at[0]), len(self.grid.cols)
@@ -202,7 +205,7 @@ class GridView(Widget):
         w, lines = self.density.width, [self.line_of(p[0]) for p in (old, at)]
         x0, x1 = (self.label + (f(old[1], at[1]) - self.origin[1]) * w for f in (min, max))
         span = (0, x1 + w) if old[0] != at[0] else (x0, x1 + w - x0)  # another row: its label too
-        regions = [Region(span[0], line - self.origin[0] + self.head, span[1], 1) for line in set(lines)]
+        regions = [Region(span[0], line - self.origin[0] + self.head, span[1], self.tall) for line in set(lines)]
         if old[1] != at[1]:
             regions.append(Region(0 if self.density.width < 4 else x0, 0, self.size.width if self.density.width < 4 else x1 + w - x0, self.head))
         bounds = Region(0, 0, *self.size)
@@ -227,7 +230,7 @@ class GridView(Widget):
         if y < self.head:
             strip = self.header(y)
         elif y - self.head < self.down and line < self.lines_of():
-            here = line == self.line_of(self.at[0])
+            here = line // self.tall * self.tall == self.line_of(self.at[0])
             strip = self.strip(line, self.at if here else None)
             if y - self.head < len(self.right):
                 place = range(self.origin[0] * len(self.right) // self.lines_of(), (self.origin[0] + self.down) * len(self.right) // self.lines_of())
@@ -294,15 +297,21 @@ class GridView(Widget):
 
     def draw(self, line: int, cursor: tuple[int, int] | None) -> Strip:
         g, per = self.grid, self.density.per
+        line, part = divmod(line, self.tall)
+        named = part == (self.tall - 1) // 2  # the other lines of a row are of its colours alone
         rows = self.rows[line * per : line * per + per]
         shown = cursor[0] if cursor else rows[0]
         cols = range(self.origin[1], min(self.origin[1] + self.across, len(g.cols)))
         spans: Spans = [
-            (fit(g.rows[shown], self.label - 1) + " ", BOLD if cursor else PLAIN if (per == 1 or line % 2 == 0) and shown not in g.faded[0] else DIM)
+            (
+                fit(g.rows[shown] if named else "", self.label - 1) + " ",
+                BOLD if cursor else PLAIN if (per == 1 or line % 2 == 0) and shown not in g.faded[0] else DIM,
+            )
         ]
         make = self.pair if per == 2 else self.cell
         for c in cols:
-            spans += make(rows, c, cursor is not None and c == cursor[1], shown)
+            cell = make(rows, c, cursor is not None and c == cursor[1], shown)
+            spans += cell if named else [(" " * width_of(text), style + Style(underline=False)) for text, style in cell]
         return strip_of(spans)
 
     def cell(self, rows: list[int], c: int, at: bool, row: int) -> Spans:

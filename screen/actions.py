@@ -285,7 +285,7 @@ def free_name(app: Host, start: str) -> str:
 
 
 def search(app: Host) -> None:
-    hint = "a token, a node such as L2H3 or L1.resid_mid@S2, a position such as @12 or @S2 · enter · esc"
+    hint = "a token, a node such as L2H3 or L1.resid_mid@S2, a position such as @12 or @S2"
     app.open(Editor("find", [("find", app.needle)], accepted(lambda values: find(app, values[0])), 0, 1, hint, True))
 
 

@@ -61,7 +61,7 @@ def luminance(code: int) -> float:
 @lru_cache(512)
 def on(code: int, text: bool = False) -> Style:
     """A cell's style: white or black on its colour. The terminal's own black costs fewer bytes, but may be grey; `text` is to be read and gets a real one."""
-    return Style(color="bright_white" if luminance(code) < 0.18 else "color(16)" if text else "black", bgcolor=f"color({code})")
+    return Style(color="bright_white" if luminance(code) < 0.18 else "color(16)", bgcolor=f"color({code})")
 
 
 def chosen() -> Theme:

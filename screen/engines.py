@@ -109,7 +109,7 @@ def show(app: Host) -> None:
         quick = (
             f"{1000 * times[-1]:.0f} ms there and back, last heard {time.monotonic() - app.client.line.heard:.0f} s ago" if times else "a pipe on this machine"
         )
-        app.open(Panel("engine", rows(where, quick, str(app.client.log)), "uv run engine.py stop ends one that stays · ctrl+e restarts · esc"))
+        app.open(Panel("engine", rows(where, quick, str(app.client.log)), "uv run engine.py stop ends one that stays · ctrl+e restarts"))
 
     app.requests.ask("engine", Where(who()), opened, 0, any_model=True)
 
@@ -133,7 +133,7 @@ def restart(app: Host) -> None:
             go()
             return
         sure = lambda at: (panel.action_close(), app.guard(go))  # noqa: E731
-        panel = Panel("restarting ends the engine for others too", others(where), "enter: all the same · esc: go on with it", False, {"enter": sure})
+        panel = Panel("restarting ends the engine for others too", others(where), "⏎ all the same · esc goes on with it", False, {"enter": sure})
         app.open(panel)
 
     if app.client.kept and app.client.alive and app.info is not None:

@@ -206,6 +206,14 @@ def choose(grid: Grid, width: int, height: int, mode: str) -> Density:
     return Density("cell", 1 if most else 2, 2 if most else 1)
 
 
+def tall_of(grid: Grid, density: Density, height: int, above_list: bool) -> int:
+    """Lines of a row where a small map leaves room: one to three, after the list of the largest cells below it has its own."""
+    if density.kind != "number" or grid.positions or len(grid.rows) > 12:
+        return 1
+    room = height - header_height(grid, density) - (min(len(grid.order), 24) + 5) * (above_list and grid.listed)
+    return max(1, min(3, room // max(len(grid.rows), 1)))
+
+
 def least_height(grid: Grid) -> int:
     """Lines in which all rows are in view: half blocks, or text that is thinned."""
     return min(len(grid.rows), 6) + header_height(grid, Density("text", 4)) if grid.text is not None else -(-len(grid.rows) // 2) + 1
@@ -347,7 +355,11 @@ def ranked(grid: Grid, width: int, height: int) -> list[Spans]:
         values = grid.values[np.isfinite(grid.values)]
         low, high = f"{values.min():.2g} ", f" {values.max():.2g}"
         counts, _ = np.histogram(values, bins=max(4, min(30, width - len(low + high) - 1)))
-        lines += [[], [("distribution of the values (log counts)"[:width], DIM)], [(low, DIM), (bars(np.log1p(counts).tolist()), PLAIN), (high, DIM)]]
+        lines += [
+            [],
+            [("distribution of the values (log counts)" if width > 39 else "distribution (log counts)", DIM)],
+            [(low, DIM), (bars(np.log1p(counts).tolist()), PLAIN), (high, DIM)],
+        ]
     return lines
 
 

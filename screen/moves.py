@@ -128,7 +128,7 @@ def count(app: Host) -> None:
             raise UserError("; takes a number, then a key that moves (12l) or ⏎ (to position 12; -1⏎ is the last)")
         return True
 
-    app.open(Prefix("count", "then h j k l , . [ ] } n or a page: so many · ⏎: to that position, -1⏎ the last · esc", take))
+    app.open(Prefix("count", "then h j k l , . [ ] } n or a page: so many · ⏎: to that position, -1⏎ the last", take))
 
 
 # ------------------------------------------------------------------ marks
@@ -144,7 +144,7 @@ def set_mark(app: Host) -> None:
         app.say(f"mark {keys[0]} is {place(app, app.pane, app.cursor)}: '{keys[0]} comes back")
         return True
 
-    app.open(Prefix("mark as", "a letter · esc", take))
+    app.open(Prefix("mark as", "a letter", take))
 
 
 def go_to_mark(app: Host) -> None:
@@ -163,7 +163,7 @@ def go_to_mark(app: Host) -> None:
         return True
 
     rows: list[Spans] = [[(f" {name} ", BOLD), (place(app, *where), DIM)] for name, where in sorted(app.marks.items())]
-    app.open(Prefix("go to mark", "its letter · esc", take, rows[-8:]))
+    app.open(Prefix("go to mark", "its letter", take, rows[-8:]))
 
 
 def place(app: Host, pane: str, cursor) -> str:

@@ -5,7 +5,9 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from rich.console import Console
 from rich.style import Style
+from rich.text import Text
 from textual import events
 from textual.app import ComposeResult
 from textual.binding import Binding
@@ -13,12 +15,13 @@ from textual.containers import Horizontal, Vertical
 from textual.message import Message
 from textual.widgets import Input
 
-from utils import GLYPHS, fit, width_of
+from utils import GLYPHS, shortened, width_of
 from vocabulary.nodes import UserError
 from widgets import BAD, CURSOR_PLAIN, DIM, HEAD, PLAIN, GridView, Lines, Spans
 
 ESCAPES = {"\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
 LONGEST = 50_000  # characters of a field: a prompt of any context that fits the screen, and each key still drawn at once
+CONSOLE = Console()  # what Rich wraps and takes styles apart with
 UNESCAPE = re.compile(r"\\(?:([ntr\\])|u\{([0-9a-fA-F]{1,6})\})")
 
 
@@ -110,6 +113,21 @@ class Item:
     value: object = None
 
 
+def columns(items: list[Item], width: int) -> Callable[[Item], tuple[str, str, str]]:
+    """What stands in a list's three columns: a label that needs the room of its note has it, and what does not fit ends in …."""
+    widest = lambda texts: max(map(width_of, texts), default=0)  # noqa: E731
+    wide = min(widest(i.key for i in items) + 2, max(width // 2, 14))
+    room = width - wide
+    name = min(widest(i.label for i in items) + 2, max(12, room // 2, room - widest(i.note for i in items)))
+
+    def texts(item: Item) -> tuple[str, str, str]:
+        needs = max(name, width_of(item.label) + 1)
+        beside = item.note if needs == name or needs + width_of(item.note) <= room else ""
+        return shortened(item.key, wide - 2) + "  ", shortened(item.label, needs if beside else room), shortened(beside, room - needs).rstrip()
+
+    return texts
+
+
 class Picker(Overlay):
     """
     A list to filter by typing and run from by enter. `chosen(item, typed)` is called with the item, or None and what was typed; `gone()` when it closes.
@@ -167,19 +185,11 @@ class Picker(Overlay):
         self.at = max(0, min(self.at, len(found) - 1))
         height = max(3, min(len(self.items), self.app.size.height * 3 // 5 - 3))
         top = GridView.page(self.at, 0, height, len(found))
-        wide = max([width_of(i.key) for i in self.items], default=0) + 2
-        note = max([width_of(i.note) for i in self.items], default=0)
-        name = max(12, min(max([width_of(i.label) for i in self.items], default=0) + 2, self.app.size.width - wide - note - 2))
-        rows = []
+        texts, rows = columns(self.items, self.app.size.width - 1), []
         for n, i in enumerate(found):
             style = CURSOR_PLAIN if n == self.at else PLAIN
-            rows.append(
-                [
-                    (" " + fit(i.key, wide), style or HEAD),
-                    (fit(i.label, name), style),
-                    (i.note, DIM if n != self.at else style),
-                ]
-            )
+            key, label, note = texts(i)
+            rows.append([(" " + key, style or HEAD), (label, style), (note, DIM if n != self.at else style)])
         if not found:
             rows = [[("  enter takes what you typed" if self.free and self.field.value else "  nothing matches", DIM)]]
         self.list.styles.height = height
@@ -280,6 +290,16 @@ class Editor(Overlay):
         self.edited()
 
 
+def wrapped(row: Spans, width: int) -> list[Spans]:
+    """A row as lines of whole words, each indented as the row is."""
+    if sum(width_of(text) for text, _ in row) <= width:
+        return [row]
+    text = Text.assemble(*row)
+    indent = len(text.plain) - len(text.plain.lstrip())
+    lines = text[indent:].wrap(CONSOLE, max(width - indent - 1, 8))
+    return [[(" " * indent, PLAIN), *((s.text, s.style or PLAIN) for s in line.render(CONSOLE))] for line in lines]
+
+
 class Panel(Overlay):
     """Lines to read; j and k scroll or select, `keys` maps further keys to functions of the selected line's number; any other key closes it and acts."""
 
@@ -289,7 +309,7 @@ class Panel(Overlay):
         self,
         title: str,
         rows: list[Spans],
-        hint: str = "esc",
+        hint: str = "",
         select: bool = False,
         keys: dict[str, Callable[[int], None]] | None = None,
         **kw,
@@ -314,10 +334,11 @@ class Panel(Overlay):
         self.draw()
 
     def draw(self) -> None:
-        height = max(1, min(len(self.rows), self.app.size.height * 4 // 5 - 3))
-        self.at = max(0, min(self.at, len(self.rows) - (1 if self.select else height)))
-        top = GridView.page(self.at, 0, height, len(self.rows)) if self.select else self.at
-        rows = [[(t, s + Style(reverse=True)) for t, s in r] if self.select and n == self.at else r for n, r in enumerate(self.rows)]
+        shown = self.rows if self.select else [line for row in self.rows for line in wrapped(row, self.app.size.width)]
+        height = max(1, min(len(shown), self.app.size.height * 4 // 5 - 3))
+        self.at = max(0, min(self.at, len(shown) - (1 if self.select else height)))
+        top = GridView.page(self.at, 0, height, len(shown)) if self.select else self.at
+        rows = [[(t, s + Style(reverse=True)) for t, s in r] if self.select and n == self.at else r for n, r in enumerate(shown)]
         self.list.styles.height = height
         self.list.show(rows, top)
         self.head.show([[(f" {self.title} ", HEAD), (f" {self.hint}", DIM)]])

@@ -227,7 +227,9 @@ class Pane(Vertical, can_focus=True):
         spans: Spans = [(rule[0], rule[1]), (f" {self.number} {self.label} ", name)]
         spans.append((f" {late}{title}  ", BOLD))
         if grid is not None:
-            spans += legend(grid, app.state.views["mode"], max(14, self.size.width - sum(width_of(text) for text, _ in spans) - state))
+            left = self.size.width - sum(width_of(text) for text, _ in spans)
+            colours = legend(grid, app.state.views["mode"], max(14, left - state))
+            spans += colours if sum(width_of(text) for text, _ in colours) <= left else []
         spans.append((" ", PLAIN))
         room = self.size.width - sum(width_of(text) for text, _ in spans) - 2
         fits = next((n for n in range(len(parts), 0, -1) if width_of(" · ".join(parts[:n])) <= room), 0)

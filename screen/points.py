@@ -139,14 +139,20 @@ def show(app: Host) -> None:
     def compare(at: int) -> None:
         here = Step("", "now", {}, app.state, app.state)
         one, other = (all_points[marked[0]], all_points[at]) if marked[0] not in (None, at) else (all_points[at], here)
-        app.guard(lambda: app.open(Panel("two points", comparison(app, one, other), "what differs is bright · esc")))
+        app.guard(lambda: app.open(Panel("two points", comparison(app, one, other), "what differs is bright")))
 
     def go(at: int) -> None:
         panel.action_close()
         app.guard(lambda: jump(app, all_points[at]))
 
     keys = {"enter": go, "m": mark, "c": compare}
-    panel = Panel(f"history, {len(all_points)} points", rows(), "enter goes there · m marks · c compares (else with now)", True, keys)
+    panel = Panel(
+        f"history, {len(all_points)} point{'s' * (len(all_points) > 1)}",
+        rows(),
+        "⏎ goes there · m marks one · c compares with the marked one, or with now",
+        True,
+        keys,
+    )
     panel.at = len(all_points) - 1
     app.open(panel)
 

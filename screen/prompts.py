@@ -36,7 +36,7 @@ class PromptEditor(Editor):
         p = app.state.prompt
         self.chats = isinstance(p.clean, tuple), isinstance(p.clean if p.corrupt is None else p.corrupt, tuple)
         fields = [("clean", as_typed(p.clean)), ("corrupted", as_typed(p.corrupt or "")), ("answer", "|".join(p.answers)), ("foil", "|".join(p.foils))]
-        hint = "enter accepts · tab next field · | between several answers · \\n newline · ctrl+t ids · esc"
+        hint = "| between several answers · \\n newline · ctrl+t ids"
         super().__init__("chat" if self.chats[0] else "prompt", fields, self.accept_prompt, focus, 7, TURNS if any(self.chats) else hint)
         self.host = app
         self.checked: tuple[Prompt, CheckResult] | None = None

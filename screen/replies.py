@@ -115,7 +115,9 @@ class Requests:
         """Said in a title when what is drawn is not what the state asks for."""
         if self.app.info is None:
             return "NOT CURRENT (no engine) · " if any(s in self.replies for s in slots) else ""
-        return "⟳ computing, below is what was before · " if self.slow and any(s in self.wanted and self.stale(s) for s in slots) else ""
+        if not self.slow or not any(s in self.wanted and self.stale(s) for s in slots):
+            return ""
+        return "⟳ computing, shown is what was before · " if any(s in self.replies for s in slots) else "⟳ computing · "
 
     def left(self, slot: str) -> str:
         """Time left of what a slot asks for, in words."""

@@ -36,7 +36,7 @@ def where_written(app: Host) -> None:
             app.act("name", text=values[0].strip())
             app.say(f"this session is called {session.name}: r finds it by its name" if session.name else "this session has no name any more")
 
-    app.open(Editor("session", [("name", session.name)], accepted(name), 0, 0, "enter names it · esc"))
+    app.open(Editor("session", [("name", session.name)], accepted(name), 0, 0, "⏎ names it"))
     app.say(line, style)
 
 

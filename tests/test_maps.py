@@ -140,3 +140,20 @@ def test_two_panes_share_the_height():
     assert shared([(10, 12), (8, 10)], 40) == 12, "there is room for both"
     assert shared([(10, 40), (19, 40)], 29) == 10 and shared([(10, 13), (9, 20)], 29) == 13 and shared([(10, 30), (10, 30)], 30) == 15
     assert shared([(30, 40), (30, 40)], 29) == 14
+
+
+@pytest.mark.parametrize("size, tall", [(Size(100, 17), 3), (Size(100, 10), 2), (Size(100, 6), 1), (Size(50, 17), 1), (Size(50, 34), 3)])
+def test_a_small_map_has_higher_rows_where_there_is_room(size, tall):
+    """Every line of a row has its colours, one of them its name and numbers; below a narrow map the list of its largest cells comes first."""
+    grid, widget = heads(4, 4), GridView()
+    type(widget).size, saved = property(lambda self: size), type(widget).size
+    try:
+        widget.grid, widget.mode, widget.at = grid, "colour", (2, 3)
+        widget.lay_out()
+        assert widget.tall == tall and bool(widget.list) and widget.lines_of() + widget.head <= size.height
+        lines = [widget.render_line(widget.head + n) for n in range(4 * tall)]
+        assert [n // tall for n, line in enumerate(lines) if line.text[:2].strip()] == [0, 1, 2, 3]
+        at = widget.label + 3 * widget.density.width
+        assert [n // tall for n, line in enumerate(lines) if line.crop(at, at + 1)._segments[0].style == CURSOR] == [2] * tall
+    finally:
+        type(widget).size = saved

@@ -21,10 +21,10 @@ from techniques.attention.pictures import heads_grid, pattern_grid
 from techniques.identities.pane import identity_rows
 from techniques.lens.pictures import lens_cell, lens_grid
 from tui import TABLE
-from utils import ROOT, show_number, show_token, visible
-from screen.overlays import escape_line, unescape_line
+from utils import ROOT, printable, show_number, show_token, visible, width_of
+from screen.overlays import Item, columns, escape_line, unescape_line, wrapped
 from screen.pictures import fitted
-from widgets import PLAIN, GridView, whole_spans
+from widgets import BOLD, PLAIN, GridView, whole_spans
 
 
 def test_the_screen_side_never_imports_the_model_side():
@@ -140,3 +140,24 @@ def test_parts_of_a_line_go_whole_by_importance():
     line = [("L3H2 ", PLAIN), ("effect · rank 2 · near", PLAIN), ("  tail", PLAIN)]
     cut = lambda width: "".join(t for t, _ in whole_spans(line, width))  # noqa: E731
     assert [cut(w) for w in (40, 30, 20, 8)] == ["L3H2 effect · rank 2 · near  tail", "L3H2 effect · rank 2 · near", "L3H2 effect · rank 2", "L3H2 "]
+    line = [(" of the written token, final gain folded", PLAIN)]
+    assert [cut(w) for w in (40, 30, 14)] == [" of the written token, final gain folded", " of the written token, final …", " of the …"]
+
+
+def test_a_row_to_read_is_wrapped_between_words_in_its_styles():
+    row = [("  about 8 s", BOLD), (" over 32 prompts of the set", PLAIN)]
+    lines = wrapped(row, 20)
+    assert ["".join(t for t, _ in line).rstrip() for line in lines] == ["  about 8 s over 32", "  prompts of the", "  set"]
+    assert [t for line in lines for t, style in line if style.bold] == ["about 8 s"] and wrapped(row, 60) == [row]
+
+
+@given(st.lists(st.tuples(*[st.text(max_size=70)] * 3), min_size=1, max_size=5), st.integers(40, 130))
+def test_columns_of_a_list_never_touch_and_say_what_is_cut(rows, width):
+    items = [Item(*map(printable, row)) for row in rows]
+    texts = columns(items, width)
+    for item in items:
+        key, label, note = texts(item)
+        assert width_of(key + label + note) <= width and key.endswith(" ")
+        assert key.rstrip() == item.key.rstrip() or key.rstrip().endswith("…")
+        assert label.rstrip() == item.label.rstrip() or label.rstrip().endswith("…")
+        assert not note.strip() or label.endswith(" ")

@@ -167,7 +167,7 @@ class AttributionPane(Pane):
         elif views[self.view] == "drill" and c.comp != "attn":
             self.side.show([app.requests.waiting("drill")])
         else:
-            self.side.show(pictures.ranked_lines(cells, result.std if whole else None, n))
+            self.side.show(pictures.ranked_lines(cells, result.std if whole else None, n, self.side.size.width))
 
 
 PANE = AttributionPane

@@ -16,14 +16,17 @@ def cells_grid(cells: AttributionCells) -> Grid:
     return Grid(values, rows, cols, -hi, hi, signed=True, cell=(6, 7), listed=False)
 
 
-def ranked_lines(cells: AttributionCells, std: AttributionCells | None, n: int) -> list[Spans]:
-    """The n largest cells, with their spread over a prompt set."""
+def ranked_lines(cells: AttributionCells, std: AttributionCells | None, n: int, width: int) -> list[Spans]:
+    """The n largest cells, with their spread over a prompt set, and bars in the room that is left."""
     spread = dict(std.rows()) if std else {}
     rows = sorted(cells.rows(), key=lambda r: -abs(r[1]))[:n]
     head: Spans = [(f"{'component':18}{'logits':>9}" + ("      ±" if std else ""), DIM)]
-    return [head] + [
-        [(f"{name:18}", PLAIN), (f"{value:+9.3f}", POSITIVE if value > 0 else NEGATIVE), (f" {spread[name]:6.3f}" if std else "", DIM)] for name, value in rows
-    ]
+    top, room = max((abs(v) for _, v in rows), default=0.0), max(0, min(24, width - (36 if std else 29)))
+    lines = [head]
+    for name, value in rows:
+        colour = POSITIVE if value > 0 else NEGATIVE
+        lines.append([(f"{name:18}", PLAIN), (f"{value:+9.3f}", colour), (f" {spread[name]:6.3f}" if std else "", DIM), (f" {bar(value, top, room)}", colour)])
+    return lines
 
 
 def sum_line(total: float, logit: float, capped: float | None, error: float) -> Spans:

@@ -47,7 +47,7 @@ def how_much(pane: Pane, app: Host, method: str) -> None:
         estimate(pane, app, Discover(study, method, rest=rest, name=free_name(app, method), **named))
         return ""
 
-    app.open(Editor(f"{method} · rest {rest}", fields, accept, 0, 1, "enter estimates the time first · esc"))
+    app.open(Editor(f"{method} · rest {rest}", fields, accept, 0, 1, "⏎ estimates the time first"))
 
 
 def estimate(pane: Pane, app: Host, request: Discover) -> None:
@@ -61,7 +61,7 @@ def estimate(pane: Pane, app: Host, request: Discover) -> None:
             [(f" {METHODS[request.method]}", DIM)],
         ]
         go = lambda at: (panel.action_close(), run(pane, app, request))  # noqa: E731
-        panel = Panel(f"{request.method}", rows, "enter starts it (J lists it, x cancels it there) · esc", True, {"enter": go})
+        panel = Panel(f"{request.method}", rows, "⏎ starts it (J lists it, x cancels it there)", False, {"enter": go})
         app.open(panel)
 
     app.requests.ask("expected", dataclasses.replace(request, dry=True), show, opens=f"{request.method}: estimating the time")

@@ -159,7 +159,7 @@ def open_circuit(app: Host, path: Path) -> None:
         of = model_name(circuit.model) if circuit.model else "another model"
         wrong = (*wrong, f"{circuit.name} is of {of}: {model_name(app.info.name)} does not have all its nodes, so it can be compared but not scored")
     if len(wrong) > 1:
-        app.open(Panel(f"{circuit.name}: {len(wrong)} entries left out", [[(f" {w}", WARN)] for w in wrong], "esc"))
+        app.open(Panel(f"{circuit.name}: {len(wrong)} entries left out", [[(f" {w}", WARN)] for w in wrong]))
     app.say(wrong[0] if wrong else f"{circuit.name}: {len(circuit.nodes)} nodes, {len(circuit.edges)} edges", WARN if wrong else GOOD)
 
 

@@ -320,7 +320,7 @@ class CircuitPane(Pane):
             case "compare":
                 return compared(requests.reply("compare"), circuit, width)
             case _ if circuit is None:
-                return NO_CIRCUIT
+                return [[(line, PLAIN)] for text in NO_CIRCUIT for line in wrap(text, width)]
             case "drawing":
                 return walk.without_edges(self, app, result, width, n)
             case "edges":

@@ -17,12 +17,13 @@ from screen.replies import Reply
 from screen.session import State
 from widgets import BOLD, DIM, GOOD, PLAIN, WARN, Grid, Spans
 
-NO_CIRCUIT: list[Spans] = [
-    [("c keeps the node under the cursor, in any pane", PLAIN)],
-    [("Y circuits: open, published, export · U discovers one", PLAIN)],
-    [("v paths, drawing, scores, curve", PLAIN)],
-    [("S runs what the view shows", PLAIN)],
-]
+NO_CIRCUIT = (
+    "c keeps the node under the cursor, in any pane",
+    "U discovers a circuit",
+    "Y opens one from a file, or a published one",
+    "v lists the views: drawing, paths, scores, curve",
+    "S runs what the view shows",
+)
 
 
 def scored_over(state: State, study: Study) -> str:
@@ -62,7 +63,7 @@ def about_node(node: str, circuit: Circuit | None, effects: dict[str, float]) ->
 
 
 def summary(circuit: Circuit, result: ScoreResult | None, width: int) -> list[Spans]:
-    lines = score_lines(result) if result is not None else [[("S scores it: faithfulness and single effects", DIM)]]
+    lines = score_lines(result) if result is not None else [[(line, DIM)] for line in wrap("S scores it: faithfulness, and what each part does alone", width)]
     if features := [n for n in circuit.nodes if parse_node(n).site == "sae"]:
         lines += [[(line, PLAIN)] for line in wrap(f"features: {' '.join(features)}", width)]
     if circuit.found:

@@ -55,7 +55,7 @@ def fit(pane: Pane, app: Host) -> None:
         app.say(f"tuned lens in {done.folder}: mean KL on held-out text {before:.3f} → {after:.3f} nats in {done.seconds:.0f} s", GOOD)
 
     fields = [("text file", ""), ("folder", str(folder("exports") / f"tuned-lens-{name}")), ("steps", "250")]
-    app.open(Editor("fit a tuned lens", fields, accept, 0, 1, "text file empty: the zoo's corpus · enter starts, J shows and cancels · esc"))
+    app.open(Editor("fit a tuned lens", fields, accept, 0, 1, "text file empty: the zoo's corpus · ⏎ starts, J shows and cancels"))
 
 
 def chart(pane: Pane, app: Host) -> None:
@@ -76,5 +76,5 @@ async def draw_chart(pane: Pane, app: Host) -> None:
             return
         lines[run_names(state)[which]] = lens_values(result, stat)[:, 0].tolist()
     rows = line_chart(f"{EXPLAINED[stat].name} at {pos}", list(result.points), lines, app.size.width - 2, max(8, app.size.height * 3 // 5))
-    app.open(Panel("over depth", rows, f"{result.convention} · esc"))
+    app.open(Panel("over depth", rows, result.convention))
     app.requests.held.hand_over()

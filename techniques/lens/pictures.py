@@ -82,9 +82,9 @@ def lens_side(result: LensResult, row: int, pos: int, k: int) -> list[Spans]:
     rank, prob, diff = (float(a[row, pos]) for a in (result.rank, result.prob, result.logit_diff))
     named = [("answer's probability", prob, 4), ("answer's rank", rank, 0), ("logit difference", diff, 3)]
     lines.append([])
-    lines += [[(f"{name:22}", DIM), (f"{x:.{d}f}", PLAIN)] for name, x, d in named if not math.isnan(x)]
-    lines.append([("entropy, nats         ", DIM), (f"{float(result.entropy[row, pos]):.3f}", PLAIN)])
-    lines.append([("KL(final ‖ this), nats", DIM), (f"{float(result.kl[row, pos]):.4f}", PLAIN)])
+    lines += [[(f"{name:23}", DIM), (f"{x:.{d}f}", PLAIN)] for name, x, d in named if not math.isnan(x)]
+    lines.append([("entropy, nats          ", DIM), (f"{float(result.entropy[row, pos]):.3f}", PLAIN)])
+    lines.append([("KL(final ‖ this), nats ", DIM), (f"{float(result.kl[row, pos]):.4f}", PLAIN)])
     return lines
 
 

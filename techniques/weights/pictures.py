@@ -3,7 +3,7 @@
 import numpy as np
 
 from techniques.weights.requests import CompositionResult, HeadWeightsResult, Pairs, SingularResult, WeightDifferenceResult
-from utils import show_token
+from utils import show_token, width_of
 from widgets import BOLD, DIM, HEAD, PLAIN, Grid, Spans
 
 
@@ -24,10 +24,12 @@ def pair_columns(left: Pairs, right: Pairs, titles: tuple[str, str], texts: dict
 
 
 def ov_lines(r: HeadWeightsResult, n: int, width: int) -> list[Spans]:
-    lead = " ".join(f"{a:+.2f}" + (f"{b:+.2f}i" if abs(b) > 1e-6 else "") for a, b in r.eigenvalues[:5].tolist())
+    lead = [f"{a:+.4g}" + (f"{b:+.4g}i" if abs(b) > 1e-6 else "") for a, b in r.eigenvalues[:5].tolist()]
+    while len(lead) > 1 and 50 + width_of(" ".join(lead)) > width:
+        lead.pop()
     group = f" · kv head {r.kv_head}" if r.kv_head != r.head else ""
     facts: Spans = [(f"copying {r.copying:.2f}", BOLD), (f" (own token in the top 5; in the bottom 5 {r.anti_copying:.2f}; {r.sampled} tokens){group}", DIM)]
-    eigen: Spans = [("eigenvalue positivity ", DIM), (f"{r.positivity:+.3f}", BOLD), (f"  first eigenvalues {lead}", DIM)]
+    eigen: Spans = [("eigenvalue positivity ", DIM), (f"{r.positivity:+.3f}", BOLD), (f"  first eigenvalues {' '.join(lead)}", DIM)]
     return [facts, eigen, [], *pair_columns(r.ov_top, r.ov_bottom, ("reads → writes", "reads → writes against"), r.texts, n - 4, width)]
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from vocabulary.alignment import check_pairs
 from vocabulary.chat import as_typed, read_typed
+from vocabulary.chosen import choose
 from vocabulary.typed import read_text, user_path, whole_number
 from vocabulary.nodes import UserError
 from techniques.sets.requests import MAKES, MakeSet, SetResult
 from vocabulary.files import folder, short, write_text
-from vocabulary.prompts import ALIGNMENTS, METRICS, Prompt, line_of, read_place, read_prompt_set
+from vocabulary.prompts import ALIGNMENTS, Metric, METRICS, Prompt, line_of, read_place, read_prompt_set
 from vocabulary.requests import Check, CheckResult
 from screen.actions import turn
 from screen.overlays import Editor, Item, Picker
@@ -279,4 +280,6 @@ def take_own(app: Host, own: str) -> None:
     if not path.is_file() and not getattr(app.client, "via", ""):
         raise UserError(f"there is no file {path}: a metric of your own is named as FILE.py:NAME")
     digest = hashlib.sha256(read_text(path).encode()).hexdigest()[:8] if path.is_file() else ""
-    app.act("metric", kind="own", own=f"{path if digest else file}:{name}", digest=digest)
+    metric = Metric("own", own=f"{path if digest else file}:{name}", digest=digest)
+    choose(metric)
+    app.act("metric", kind="own", own=metric.own, digest=digest)

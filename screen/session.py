@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from techniques.generation.requests import Sampling
+from vocabulary.chosen import is_chosen
 from vocabulary.circuit import Circuit, LOGITS
 from vocabulary.files import reason, typed_path
 from vocabulary.nodes import ABLATIONS, FROM_SET, Intervention, parse_intervention, UserError
@@ -68,7 +69,8 @@ class State:
         """What analyses run on. The set travels only when a mean or another of its prompts is needed."""
         active = self.interventions if self.enabled else ()
         some = self.prompt_set if any(i.op in FROM_SET for i in active) else ()
-        study = Study(self.prompt, active, self.base, self.metric, some, align=self.align, against=self.model.against, text=self.text)
+        metric = self.metric if is_chosen(self.metric) else Metric()
+        study = Study(self.prompt, active, self.base, metric, some, align=self.align, against=self.model.against, text=self.text)
         return self.with_saes(study) if any(i.node.site == "sae" for i in active) else study
 
     def with_saes(self, study: Study) -> Study:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from techniques.output.requests import RunResult
 from vocabulary.chat import as_typed
+from vocabulary.chosen import is_chosen, refusal
 from vocabulary.prompts import TokenRow
 from vocabulary.requests import ModelInfo
 from screen.keys import hints
@@ -34,6 +35,8 @@ def metric_line(app: Host, run: RunResult | None) -> Spans:
     parts += [(0, failed(info)), (1, line_state(app))]
     if s.prompt.answers and not app.study.prompt.answers:
         return [*parts[0][1], *failed(info), (f"  {s.metric.kind}: an answer or foil is not one token in this model: t edits them", WARN)]
+    if not is_chosen(s.metric):
+        return [*parts[0][1], *failed(info), (f"  {visible(refusal(s.metric))}", WARN)]
     gap = "   " if app.size.width >= 100 else "  "
     parts.append((0, [(f"{gap[1:]}{s.metric.short}", BOLD)]))
     if isinstance(s.prompt.clean, tuple) and s.metric.pos == "END" and not s.metric.own:

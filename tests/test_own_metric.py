@@ -9,13 +9,16 @@ from conftest import ARCHS, CLEAN, CORRUPT, PROMPT
 from ui import make_app, press, reply, shown
 
 import engine as program
+from model import own_metric
 from screen import prompts
 from screen.session import read_session
 from techniques.circuits.requests import Score
 from techniques.output.requests import Run
 from techniques.patching.requests import Estimate, Sweep
 from tui import first_state
+from vocabulary import chosen
 from vocabulary.circuit import Circuit
+from vocabulary.files import folder
 from vocabulary.nodes import UserError, parse_intervention
 from vocabulary.prompts import Metric, Study
 
@@ -175,3 +178,11 @@ async def test_on_the_screen(engines, tmp_path, file, monkeypatch):
         await press(app, pilot, "m", *"/nowhere/x.py:f", "enter")
         assert "there is no file /nowhere/x.py" in shown(app)
     assert read_session(app.session.path)[0].state.metric == app.state.metric
+    elsewhere = make_app(engines["zoo"], tmp_path, read_session(app.session.path)[0].state)
+    chosen.known.clear()
+    folder(chosen.FILE).unlink()  # another's machine, or another's session
+    ran = []
+    monkeypatch.setattr(own_metric, "read", lambda metric: ran.append(metric))
+    async with elsewhere.run_test(size=(160, 36)) as pilot:
+        await press(elsewhere, pilot)
+        assert "is code that this session names: m chooses it and lets it run" in shown(elsewhere) and not ran

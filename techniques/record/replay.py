@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from utils import ROOT
+from vocabulary.chosen import is_chosen, refusal
 from vocabulary.files import folder, make_folder, reason, typed_path, write_text
 from vocabulary.log import read_lines
 from vocabulary.nodes import UserError
@@ -161,6 +162,9 @@ def one(engine, number: int, result: Result, out: Path, change: Callable[[Load],
     request = result.request
     if isinstance(request, dict):
         return Outcome(number, result, "no request", why=f"{result.kind} is not a request of this version, or its technique is not here")
+    study = getattr(request, "study", None)
+    if study is not None and not is_chosen(study.metric):
+        return Outcome(number, result, "refused", why=refusal(study.metric))
     if hasattr(request, "out") and not train:
         return Outcome(number, result, "not run", why=f"{result.kind} writes {request.out}: --train runs it too, into {out}")
     if hasattr(request, "out"):

@@ -24,6 +24,16 @@ ARCHS = ("gpt2", "neox", "llama", "gemma2", "qwen3", "zoo")
 ADDS_BOS = ("gpt2", "llama", "gemma2")  # their tokenizers put BOS in front (as that of Llama does); that of neox has one and does not; qwen3 has none
 QUICK = ("gemma2",)  # what `-m "not slow"` runs on: the family with the most of its own; the tests of screen and command line use the shipped model
 LARGE = ("test_the_hunt",)  # runs at every size of the terminal by default; the others at 80×24, and at larger ones with `-m table`
+COSTLY = (  # seconds each, and the like of each is tested by another: for `-m table`
+    "test_a_checkout_that_can_not_be_written_to", "test_under_a_real_limit", "test_features_fire_on_what_they_are_named_by", "test_what_is_learned_on_a_device",
+    "test_figures_on_held_out_text[L1.resid_post]", "test_figures_on_held_out_text[L2.resid_post]", "test_half_precision[gpt2-bfloat16]",
+    "test_half_precision[gpt2-float16]", "test_half_precision[gemma2-float16]", "test_half_precision[llama-bfloat16]", "test_half_precision[llama-float16]",
+    "test_an_error_that_no_one_foresaw[reply]", "test_an_error_that_no_one_foresaw[picker]", "test_an_error_that_no_one_foresaw[action]",
+    "test_an_error_that_no_one_foresaw[editor]", "test_an_error_that_no_one_foresaw[worker]", "test_an_error_that_no_one_foresaw[timer]",
+    "test_nothing_of_another_model_is_shown[False]", "test_every_key_before_there_is_a_model[True]", "test_memory_of_16k_features_on_a_model_as_wide_as_gpt2",
+    "test_bad_sources", "test_acdc_finds_the_induction_circuit", "test_a_chain_of_removals_is_one_after_the_other", "test_ctrl_c_leaves_a_whole_checkpoint",
+    "test_the_script_prints_the_same_faithfulness[False]", "test_an_adapter_beside_its_base", "test_an_engine_of_other_code",
+)  # fmt: skip
 WORDS = "When Mary and John went to the store, Alice gave a drink to Mary. she it Tom Anna school milk then red green blue"
 
 
@@ -36,7 +46,8 @@ def pytest_collection_modifyitems(items) -> None:
         if arch in ARCHS and arch not in QUICK or isinstance(size, tuple) and size != (80, 24):
             item.add_marker(pytest.mark.slow)
         large = isinstance(size, tuple) and size != (80, 24) and item.originalname not in LARGE
-        if large or item.path.stem == "test_storm" or item.name == "test_a_megabyte_of_controls_is_pasted":  # that one wants a quiet machine
+        costly = item.name in COSTLY or item.path.stem == "test_storm"
+        if large or costly or item.name == "test_a_megabyte_of_controls_is_pasted":  # that one wants a quiet machine
             item.add_marker(pytest.mark.table)
 
 

@@ -23,10 +23,12 @@ from techniques.attribution.requests import Attribution, AttributionNeurons, Att
 from techniques.circuits.requests import Compare, Discover, PathPatch, Score  # noqa: E402, F401
 from techniques.features.requests import Examples, Feature, FeatureGraph, Features, Preflight, TrainSae  # noqa: E402, F401
 from techniques.identities.requests import Identities  # noqa: E402, F401
+from techniques.generation.requests import Generate, Sampling  # noqa: E402, F401
 from techniques.lens.requests import FitJacobian, Lens, TuneLens  # noqa: E402, F401
 from techniques.output.requests import Run  # noqa: E402, F401
-from techniques.patching.requests import Estimate, Sweep, SweepResult  # noqa: E402, F401
-from techniques.weights.requests import Composition, HeadWeights, Singular  # noqa: E402, F401
+from techniques.patching.requests import Certify, Estimate, Sweep, SweepResult  # noqa: E402, F401
+from techniques.qk.requests import QK, QKCheck, QKSet  # noqa: E402, F401
+from techniques.weights.requests import Composition, HeadWeights, Singular, WeightDifference  # noqa: E402, F401
 from vocabulary.circuit import Circuit  # noqa: E402, F401
 from vocabulary.nodes import parse_intervention, UserError  # noqa: E402, F401
 from vocabulary.prompts import Metric, Prompt, read_prompt_set, Study  # noqa: E402, F401

@@ -9,6 +9,7 @@ from gpu_checks.loupe import (
     AttributionNeurons,
     AttributionSet,
     AttributionSources,
+    Certify,
     Check,
     Circuit,
     Compare,
@@ -16,13 +17,18 @@ from gpu_checks.loupe import (
     Detect,
     Discover,
     Estimate,
+    Generate,
     HeadStats,
     HeadWeights,
     Identities,
     Lens,
     Metric,
     PathPatch,
+    QK,
+    QKCheck,
+    QKSet,
     Run,
+    Sampling,
     Score,
     Singular,
     Study,
@@ -53,6 +59,10 @@ def readings(s: Study, over: Study, layer: int) -> dict[str, object]:
         "singular": Singular(layer, 1, r=3),
         "composition": Composition(layer, 1),
         "identities": Identities(s),
+        "qk": QK(s, layer, 1, source=2),
+        "qk check": QKCheck(s, layer, 1, source=2, component="L0.mlp"),
+        "qk set": QKSet(replace(over, prompt_set=tuple(replace(p, labels=(("S", 0),)) for p in over.prompt_set)), layer, 1, source="S"),
+        "generate": Generate(replace(s, interventions=(parse_intervention("L1H1=zero"),)), Sampling(8)),
     }
 
 
@@ -78,6 +88,8 @@ def sweeps(s: Study, over: Study) -> dict[str, object]:
         "sweep under interventions": Sweep(hurt, "z"),
         "estimate": Estimate(s, "z"),
         "estimate ig": Estimate(s, "resid_pre", "ig"),
+        "estimate atp*": Estimate(s, "q", "atp_star"),
+        "certify": Certify(s, "z", top=2),
     }
 
 

@@ -137,7 +137,7 @@ def bilinear(model: Model, layer: int, head: int, kv: int, dest: int, weights: T
     with t.enable_grad():
         a, b = t.zeros_like(q).requires_grad_(True), t.zeros_like(k).requires_grad_(True)
         row = before_softmax(model, layer, ids, a, b, edits, grad=True)[0, head, dest, some]
-        whole = (row.double() * weights[some].to(row.device)).sum()
+        whole = (row.double() * weights.to(row.device)[some.to(row.device)]).sum()
         (slope,) = t.autograd.grad(whole, a, create_graph=True)
         (keys,) = t.autograd.grad(whole, b, retain_graph=True)
         rows = [t.autograd.grad(x, b, retain_graph=True)[0][0, :, kv] for x in slope[0, dest, head]]

@@ -162,6 +162,7 @@ class Shown:
 
     metric = property(lambda self: self.study.metric)
     base = property(lambda self: self.study.base)
+    prompt = property(lambda self: self.study.prompt)
     prompt_set = property(lambda self: self.study.prompt_set)
 
 

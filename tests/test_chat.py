@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine import Engine
-from screen.script import python_script
+from vocabulary.script import python_script
 from screen.session import State
 from techniques.circuits.drawings import circuit_script
 from techniques.circuits.requests import Score

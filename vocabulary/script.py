@@ -160,9 +160,9 @@ class Shown:
     model: Load
     study: Study
 
+    prompt = property(lambda self: self.study.prompt)
     metric = property(lambda self: self.study.metric)
     base = property(lambda self: self.study.base)
-    prompt = property(lambda self: self.study.prompt)
     prompt_set = property(lambda self: self.study.prompt_set)
 
 

@@ -327,7 +327,7 @@ class Panel(Overlay):
         self.draw()
 
     def hints(self) -> list[tuple[str, str]]:
-        return [("jk", "choose" if self.select else "scroll"), ("esc", "close")]
+        return [("jk", "choose" if self.select else "scroll"), *([("⏎", "take")] if "enter" in self.keys else []), ("esc", "close")]
 
     def replace(self, rows: list[Spans]) -> None:
         self.rows = rows

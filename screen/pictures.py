@@ -138,11 +138,11 @@ def sweep_cell(truth: SweepResult | None, estimate: SweepResult | None, row: int
         parts.append((0, [(f"effect {change(truth)[row, col]:+.3f}", BOLD)]))
         parts.append((1, [(f"  ~ below the noise floor {truth.floor:.2g}", WARN)] if truth.noise[row, col] else []))
         parts.append((3, [(f"  metric {float(truth.values[row, col]):+.4f}", PLAIN), (f" (untouched {truth.base:+.4f})", DIM)]))
-        if truth.std.size:
+        if truth.std.size:  # over a set it is said first how sure the effect is
             low, high, p, holm = (float(x[row, col]) for x in (truth.low, truth.high, truth.p, truth.holm))
             moved = float(truth.values[row, col]) - truth.base
             parts.append((2, [(f"  moved {moved:+.3f} ± {float(truth.std[row, col]):.3f}", PLAIN)]))
-            parts.append((4, [(f" (95 % {low:+.3f} … {high:+.3f}, p {show_p(p)}, corrected {show_p(holm)})", PLAIN)]))
+            parts.append((2, [(f" (95 % {low:+.3f} … {high:+.3f}, p {show_p(p)}, corrected {show_p(holm)})", PLAIN)]))
     if estimate is not None:
         parts.append((3, [(f"  estimate {change(estimate)[row, col]:+.3f}", DIM)]))
     parts += [(2 if n == 0 else 5, [(" ", PLAIN), span]) for n, span in enumerate(about[2:])]

@@ -16,7 +16,7 @@ from vocabulary.files import folder, short, write_text
 from vocabulary.prompts import ALIGNMENTS, Metric, METRICS, Prompt, line_of, read_place, read_prompt_set
 from vocabulary.requests import Check, CheckResult
 from screen.actions import turn
-from screen.overlays import Editor, Item, Picker
+from screen.overlays import Editor, Item, Picker, wrapped
 from screen.pane import Host
 from screen.template import folded
 from screen.top import token_line
@@ -91,7 +91,8 @@ class PromptEditor(Editor):
                     ("  ", PLAIN),
                 ]
             lines.append(spans)
-        lines += [[(f" {visible(p)}", BAD)] for p in check.problems] + [[(f" {visible(h)}", WARN)] for h in check.hints]
+        said = [[(f" {visible(p)}", BAD)] for p in check.problems] + [[(f" {visible(h)}", WARN)] for h in check.hints]
+        lines += [line for row in said for line in wrapped(row, w)]
         self.preview.show(lines[:7])
 
 

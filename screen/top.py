@@ -17,6 +17,8 @@ from screen.textview import fold_texts
 from utils import fit, model_name, show_bytes, show_count, show_token, visible, width_of
 from widgets import BAD, BOLD, CHANGED, CURSOR, CURSOR_PLAIN, DIM, HEAD, PLAIN, WARN, Spans
 
+NO_CORRUPT = "no corrupted prompt"
+
 
 def top_lines(app: Host) -> list[Spans]:
     """What is measured, the prompt with what differs in the other one, and what is done to it. In little room the first two."""
@@ -66,8 +68,9 @@ def prompt_line(app: Host, run: RunResult | None) -> Spans:
     line = token_line("", shown.tokens, app.cursor.pos, width, differ, ids, colour, beside, **fold)
     if beside and sum(width_of(text) for text, _ in line) > width:
         line = token_line("", shown.tokens, app.cursor.pos, width, differ, ids, colour, **fold)
-    none = [] if run.corrupt else [("   no corrupted prompt: E types one, o opens a set", DIM)]
-    return fitted([(0, line), (1, none)], width)
+    left = width - sum(width_of(text) for text, _ in line)
+    none = next((text for text in (f"   {NO_CORRUPT}: E types one, o opens a set", "   no corrupted: E", "") if width_of(text) <= left), "")
+    return fitted([(0, line), (1, [] if run.corrupt else [(none, DIM)])], width)
 
 
 def runs_alike(app: Host, shown: TokenRow, other: TokenRow | None) -> tuple[frozenset[int], dict[int, str]]:
@@ -93,6 +96,7 @@ def state_line(app: Host, run: RunResult | None) -> Spans:
     done = " ".join(str(i) for i in s.interventions)
     off = [("off ", WARN)] if done and not on else []
     warnings = [text for text in (app.info.warning if app.info else "", run.warning if run is not None else "") if text]
+    warnings = [text for text in warnings if not text.startswith(NO_CORRUPT)]  # the line above says it
     parts: list[Ranked] = [(0 if done else 1, [(" ", PLAIN), *off, (done or "no interventions", (BOLD if on else DIM) if done else DIM)])]
     if done and width_of(done) > app.size.width // 2:
         parts[0] = (0, [(" ", PLAIN), *off, (f"{s.interventions[0]} and {len(s.interventions) - 1} more", BOLD if on else DIM)])

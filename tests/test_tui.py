@@ -136,8 +136,11 @@ async def test_the_editor_shows_tokens_and_refuses_what_cannot_work(zoo, tmp_pat
         await press(app, pilot)
         assert "6 tokens" in shown(app)
         editor.fields[2].value = "Mary Ann"
+        await press(app, pilot)
+        assert "stands for it" in shown(app) and "all of them" in shown(app), "of an answer of several tokens the first counts"
+        editor.fields[2].value = "drink"
         await press(app, pilot, "enter")
-        assert app.query(Editor), "an answer of several tokens is refused and nothing typed is lost"
+        assert app.query(Editor) and "leading space" in shown(app), "what is meant otherwise is refused and nothing typed is lost"
         assert editor.fields[0].value == "When Mary and John went"
         editor.fields[2].value = "Qzxv"
         await press(app, pilot)
@@ -253,11 +256,11 @@ async def test_keys_before_a_model_is_there_and_after_the_engine_died(zoo, tmp_p
         assert "no model yet: no engine (killed)" in shown(app) and not app.state.interventions
 
 
-async def test_an_answer_of_several_tokens_costs_only_the_metric(zoo, tmp_path):
+async def test_of_an_answer_of_several_tokens_the_first_is_scored(zoo, tmp_path):
     app = make_app(zoo, tmp_path, State(prompt=dataclasses.replace(PAIR, answers=(" Wolfeschlegelstein",))))
     async with app.run_test(size=(120, 36)) as pilot:
         await press(app, pilot)
-        assert "not one token in this model" in shown(app) and "L3.resid_post" in shown(app) and not app.requests.error("lens")
+        assert "answer ·W… (1 of 18)" in shown(app) and "L3.resid_post" in shown(app) and not app.requests.error("lens")
 
 
 async def test_messages_say_what_to_do(zoo, tmp_path):

@@ -180,7 +180,8 @@ class Study:
     What every analysis runs on: the prompt, the interventions, which prompt they act on (`base`), the metric, and the prompt set (for means). `saes`
     are the sources of the SAEs that feature nodes speak of, one a layer; `sae_error`: their error term is kept when a feature is changed. `align`,
     of ALIGNMENTS: how positions of clean and corrupted are matched where the prompt says nothing. `seed` is that of noise and resample. `against`: the
-    name of a second model, whose run of the clean prompt is the corrupted run.
+    name of a second model, whose run of the clean prompt is the corrupted run. `part`: only the prompts from (counted from 0) up to, not including, to of the set run, for
+    each one's own values; means, draws and labels stay those of the whole set.
     """
 
     prompt: Prompt
@@ -193,6 +194,7 @@ class Study:
     align: Align = ""
     seed: int = 0
     against: str = ""
+    part: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,8 @@ class ScatterCommand:
         if self.local:
             return run_here(folder, self.local, show, errors, command.json)
         ways = f"sbatch {folder.path / 'job.sbatch'}" if shutil.which("sbatch") else "no sbatch here: run job.sbatch where Slurm is, or add --local 1"
-        errors.print(plain(f"{ways}\nthen engine.py gather {self.out}", GREEN), soft_wrap=True)
+        for line in (ways, f"then engine.py gather {self.out}"):
+            errors.print(plain(line, GREEN), soft_wrap=True)
         return 0
 
 

@@ -8,7 +8,7 @@ from utils import settings
 from vocabulary.typed import user_path
 from vocabulary.nodes import UserError
 
-ROOMS = ("output", "lens", "attention", "attribution", "patching", "weights", "circuits", "features", "qk", "identities", "sets", "record", "cluster")
+ROOMS = ("output", "lens", "attention", "attribution", "patching", "weights", "circuits", "features", "qk", "identities", "sets", "record", "cluster", "agents")
 
 
 def rooms() -> tuple[str, ...]:

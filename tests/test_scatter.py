@@ -187,7 +187,9 @@ def test_words_of_scatter_from_among_a_commands():
 
 def test_the_job_is_a_script_that_bash_reads(tmp_path, capsys):
     out = tmp_path / "of a % run"
-    assert main(["scatter", "sweep", "--kind", "z", "--set", str(SET), "--tasks", "4", "--sbatch", "--gres=gpu:1 -p a100", "--most", "2", "--out", str(out)]) == 0
+    assert (
+        main(["scatter", "sweep", "--kind", "z", "--set", str(SET), "--tasks", "4", "--sbatch", "--gres=gpu:1 -p a100", "--most", "2", "--out", str(out)]) == 0
+    )
     said = capsys.readouterr().err
     assert "32 prompts in 16 shards, 4 tasks; 0 of 16 shards done" in said and "engine.py gather" in said
     script = out / "job.sbatch"

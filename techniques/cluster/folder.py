@@ -153,6 +153,15 @@ class Folder:
         left = f", {time_left((times[-1] - times[0]) / (done - 1) * (total - done))}" if 1 < done < total else ""
         return f"{done} of {total} shards done{left}"
 
+    def todo(self) -> str:
+        """Which shards are missing and what runs them, in words; job.sbatch then names only their tasks."""
+        self.write_job(self.job)
+        lost = self.missing()
+        some = ", ".join(map(str, lost[:10])) + ", …" * (len(lost) > 10)
+        return (
+            f"{self.state()}; missing: {some}. `sbatch {self.path / 'job.sbatch'}` runs only these (without Slurm: the words of scatter again, with --local 1)"
+        )
+
     def work(self, task: int, of: int, engine, show: Callable[[object], None], say: Callable[[str], None]) -> int:
         """Run what is missing of one task's shards; the model is loaded once, and not where nothing is. 1 when a shard was refused."""
         load, request, _ = self.asked
@@ -182,11 +191,7 @@ class Folder:
         lost = [i for i in range(len(self.shards)) if i not in found]
         good = {i: some for i, some in found.items() if not isinstance(some[1], Failure)}
         if lost and not (partial and good):
-            self.write_job(self.job)
-            some = ", ".join(map(str, lost[:10])) + ", …" * (len(lost) > 10)
-            raise UserError(
-                f"{self.path}: {self.state()}; missing: {some}. `sbatch {self.path / 'job.sbatch'}` runs only these (without Slurm: scatter … --local N)"
-            )
+            raise UserError(f"{self.path}: {self.todo()}")
         infos = {said_of(info): (i, info) for i, (info, _) in good.items()}
         if len(infos) > 1:
             words = "; ".join(f"shard {i} by {info.key}" for i, info in infos.values())
@@ -198,6 +203,8 @@ class Folder:
             return info, replace(result, warning="; ".join(filter(None, (words, result.warning))))
         if (after := how.then(self.request, result)) is not None:
             self.second.lay_out(self.asked[0], after, self.asked[2], self.job)
+            if self.second.missing():
+                raise UserError(f"the first pass is whole, and a second checks what it found: {self.second.todo()}; then gather again")
             result = how.end(self.request, result, self.second.gather()[1])
         write_frames(self.path / "whole.bin", [(0, info), (0, result)])
         how.write(result, self.path)

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from engine import Engine, main
-from techniques.agents import tools
+from techniques.agents import command as tools
 from utils import ROOT
 from vocabulary.nodes import UserError
 from vocabulary.requests import Progress
@@ -25,9 +25,7 @@ def words(result) -> str:
 
 
 async def test_tools_are_the_commands_with_their_options(zoo):
-    from techniques.agents.server import server
-
-    async with mcp.Client(server(zoo)) as client:
+    async with mcp.Client(tools.served(zoo)) as client:
         listed = {tool.name: tool for tool in (await client.list_tools()).tools}
         assert {"lens", "attention", "sweep", "path", "score", "discover", "features", "qk"} <= set(listed)
         assert not {"train-sae", "tune-lens", "fit-jacobian", "replay", "scatter", "work", "gather", "serve", "mcp"} & set(listed)
@@ -42,14 +40,12 @@ async def test_tools_are_the_commands_with_their_options(zoo):
 
 
 async def test_a_call_answers_with_tables_and_json(zoo):
-    from techniques.agents.server import server
-
     seen = []
 
     async def note(done: float, total: float | None, text: str | None) -> None:
         seen.append((done, total, text))
 
-    async with mcp.Client(server(zoo)) as client:
+    async with mcp.Client(tools.served(zoo)) as client:
         result = await client.call_tool("sweep", {"kind": "z", "set": SET, "mean": True}, progress_callback=note)
         assert not result.is_error and "zoo, float32 on cpu" in words(result) and "largest effects" in words(result) and "L3H3" in words(result)
         assert result.structured_content["kind"] == "z" and len(result.structured_content["per_prompt"]) == 32
@@ -66,10 +62,8 @@ async def test_a_call_answers_with_tables_and_json(zoo):
 
 
 async def test_what_takes_long_is_refused_with_an_estimate(zoo, monkeypatch):
-    from techniques.agents.server import server
-
     monkeypatch.setattr(tools, "TRY", 0.0)
-    async with mcp.Client(server(zoo, seconds=1e-3)) as client:
+    async with mcp.Client(tools.served(zoo, seconds=1e-3)) as client:
         ask = {"kind": "z", "set": SET, "mean": True}
         refused = await client.call_tool("sweep", ask)
         assert refused.is_error and "are refused" in words(refused) and "run_anyway: true" in words(refused)

@@ -2,13 +2,13 @@
 
 import threading
 import time
+from collections.abc import Callable
 
 import anyio
 import mcp_types as types
 from mcp.server import Server
 from mcp.server.stdio import stdio_server
 
-from techniques.agents import tools
 from vocabulary.nodes import UserError
 from vocabulary.requests import Progress
 
@@ -18,11 +18,11 @@ or a prompt set (a .jsonl file). Addresses: L3H2 a head, L3H2.q its queries, L3.
 EVERY = 0.25  # seconds between two lines of progress
 
 
-def server(engine, write: bool = False, seconds: float = 60) -> Server:
-    """A server whose tools run on this engine."""
-    known, turn = tools.commands(write), threading.Lock()
-    hints = types.ToolAnnotations(read_only_hint=not write, destructive_hint=False, open_world_hint=False)
-    listed = [types.Tool(name=n, description=tools.described(n, k), input_schema=tools.schema(k, write), annotations=hints) for n, k in known.items()]
+def server(tools: list[tuple[str, str, dict]], answer: Callable[[str, dict, Callable, Callable], tuple[str, object]], read_only: bool) -> Server:
+    """A server of tools (name, description, schema). answer(name, arguments, say, stopped) gives text and JSON, or a UserError; it runs in a thread."""
+    turn = threading.Lock()
+    hints = types.ToolAnnotations(read_only_hint=read_only, destructive_hint=False, open_world_hint=False)
+    listed = [types.Tool(name=name, description=text, input_schema=shape, annotations=hints) for name, text, shape in tools]
 
     async def list_tools(ctx, params) -> types.ListToolsResult:
         return types.ListToolsResult(tools=listed)
@@ -38,11 +38,9 @@ def server(engine, write: bool = False, seconds: float = 60) -> Server:
 
         def work() -> tuple[str, object]:
             with turn:
-                return tools.call(engine, known[params.name], dict(params.arguments or {}), write, seconds, say, gone.is_set)
+                return answer(params.name, params.arguments or {}, say, gone.is_set)
 
         try:
-            if params.name not in known:
-                raise UserError(f"there is no tool {params.name!r}: there are {', '.join(known)}")
             text, body = await anyio.to_thread.run_sync(work, abandon_on_cancel=True)
         except UserError as error:
             return types.CallToolResult(content=[types.TextContent(type="text", text=str(error))], is_error=True)
@@ -53,11 +51,10 @@ def server(engine, write: bool = False, seconds: float = 60) -> Server:
     return Server("loupe", title="Loupe", instructions=WORDS, on_list_tools=list_tools, on_call_tool=call_tool)
 
 
-def serve(engine, write: bool, seconds: float) -> None:
+def serve(some: Server) -> None:
     """On stdin and stdout, until they close. What libraries print goes to stderr."""
 
     async def run() -> None:
-        some = server(engine, write, seconds)
         async with stdio_server() as (read, out):
             await some.run(read, out, some.create_initialization_options())
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from engine import Engine, main
+from model.replacements import corrupted_rows, resampled
 from techniques.circuits.requests import Discover, PathPatch, Score
 from techniques.cluster.command import ScatterCommand, visible_gpus
 from techniques.cluster.folder import Folder, Job
@@ -173,6 +174,18 @@ def test_parts_of_different_models_are_not_joined(zoo, tmp_path):
     write_frames(folder.part(1), [(0, replace(info, dtype="bfloat16")), (0, result)])
     with pytest.raises(UserError, match="parts are of different models"):
         folder.gather()
+
+
+def test_what_is_drawn_is_any_other_of_equal_length(zoo):
+    """As the words say it: the set's corrupted prompts of that length that are not the prompt's and not equal to it, one by the seed and its place."""
+    twice = (*MIXED, MIXED[0], MIXED[3])
+    for prompt in twice:
+        study, row = Study(prompt, prompt_set=twice), zoo.model.tokens.pair(prompt, "", [], [])[0]
+        rows = [r.ids for p in twice if p != prompt for r in corrupted_rows(zoo.model, (p,))]
+        rows = [r for r in rows if len(r) == len(row.ids) and r != row.ids]
+        for seed in range(5):
+            at = np.random.default_rng((seed, twice.index(prompt))).integers(len(rows))
+            assert resampled(zoo.model, study, len(row.ids), row.ids, seed) == rows[at]
 
 
 # ------------------------------------------------------------------ the shell

@@ -21,7 +21,7 @@ from model.interventions import prepare
 from model.memory import block_bytes, chunk_bytes, halved, out_of_memory, ran_out
 from model.metrics import MetricReader
 from model.places import hook_name, visible
-from model.replacements import gaussian, means, noise_scale, place_in_set, resampled
+from model.replacements import gaussian, means, noise_scale, others_of, place_in_set, resampled
 from model.runs import Runs, read_study
 from model.variants import Base
 from techniques.patching import feature_sweep
@@ -255,7 +255,7 @@ def read_member(model: Model, study: Study, op: str) -> Runs:
     if op == "resample":
         row = runs.row("now")
         n = len(row.ids) - row.tail
-        resampled(model, study, n, row.ids[:n], 0)
+        others_of(model, study, n, row.ids[:n])
     return runs
 
 

@@ -175,6 +175,7 @@ class McpCommand:
     """also tools that write files: fits, trainings, --out and --plot"""
     seconds: float = 60
     """what would take longer is refused with an estimate, unless the call says run_anyway"""
+    asks: ClassVar[tuple[type, ...]] = ()
     unused: ClassVar[tuple[str, ...]] = ()
 
     def alone(self, engine, show: Callable[[object], None], errors: Console) -> int:

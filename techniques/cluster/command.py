@@ -40,6 +40,7 @@ class ScatterCommand:
     local: int = 0
     """run it now, in so many processes on this machine, one a GPU where there are GPUs; then gather"""
     words: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
+    asks: ClassVar[tuple[type, ...]] = ()
     unused: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
@@ -97,6 +98,7 @@ class WorkCommand:
     folder: Annotated[Path, tyro.conf.Positional]
     task: int = 0
     of: int = 1
+    asks: ClassVar[tuple[type, ...]] = ()
     unused: ClassVar[tuple[str, ...]] = ()
 
     def alone(self, engine, show: Callable[[object], None], errors: Console) -> int:
@@ -116,6 +118,7 @@ class GatherCommand:
     """print the result as JSON, and nothing else"""
     plot: Path | None = None
     """draw the result's tables into this file too: .html, or .svg (the first table)"""
+    asks: ClassVar[tuple[type, ...]] = ()
     unused: ClassVar[tuple[str, ...]] = ()
 
     def alone(self, engine, show: Callable[[object], None], errors: Console) -> int:

@@ -59,6 +59,8 @@ class ScatterCommand:
                 raise UserError(f"{word} needs a value")
         if not rest or rest[0].startswith("-"):
             rest, mine = [], ["--help"] if not rest or {"-h", "--help"} & {*rest} else mine
+        if {"-h", "--help"} & {*rest}:
+            read_command(rest)  # prints the command's own help
         return replace(tyro.cli(cls, args=mine, prog="engine.py scatter"), words=tuple(rest))
 
     def alone(self, engine, show: Callable[[object], None], errors: Console) -> int:

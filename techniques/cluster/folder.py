@@ -146,11 +146,12 @@ class Folder:
     def missing(self) -> list[int]:
         return [i for i in range(len(self.shards)) if self.read(i) is None]
 
-    def state(self) -> str:
-        """How many shards are done, and how long the rest takes at this pace."""
+    def state(self, lost: list[int] | None = None) -> str:
+        """How many shards are done (of those that are there, without reading them, where nobody says which are lost), and how long the rest takes at this pace."""
         times = sorted(p.stat().st_mtime for p in self.path.glob("part-*.bin"))
-        total, done = len(self.shards), len(times)
-        left = f", {time_left((times[-1] - times[0]) / (done - 1) * (total - done))}" if 1 < done < total else ""
+        total = len(self.shards)
+        done = len(times) if lost is None else total - len(lost)
+        left = f", {time_left((times[-1] - times[0]) / (len(times) - 1) * (total - done))}" if 1 < done < total and len(times) > 1 else ""
         return f"{done} of {total} shards done{left}"
 
     def todo(self) -> str:
@@ -158,9 +159,7 @@ class Folder:
         self.write_job(self.job)
         lost = self.missing()
         some = ", ".join(map(str, lost[:10])) + ", …" * (len(lost) > 10)
-        return (
-            f"{self.state()}; missing: {some}. `sbatch {self.path / 'job.sbatch'}` runs only these (without Slurm: the words of scatter again, with --local 1)"
-        )
+        return f"{self.state(lost)}; missing: {some}. `sbatch {self.path / 'job.sbatch'}` runs only these (without Slurm: the words of scatter again, with --local 1)"
 
     def work(self, task: int, of: int, engine, show: Callable[[object], None], say: Callable[[str], None]) -> int:
         """Run what is missing of one task's shards; the model is loaded once, and not where nothing is. 1 when a shard was refused."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import techniques
 from model import relay
 from model.host import Host, Screen
+from techniques.cluster.folder import check_part
 from utils import setting_of_megabytes, tec
 from vocabulary.nodes import UserError
 from vocabulary.requests import Check, Failure, Load, Models, Progress, Status, StatusResult
@@ -71,6 +72,7 @@ class Engine:
 
     def answer(self, request: object) -> Generator:
         """What the engine knows by itself; everything else is answered by the room that the request comes from."""
+        check_part(request)
         if needs_model(request) and self.model is None:
             raise UserError("no model is loaded: load one first")
         match request:

@@ -18,5 +18,7 @@ class Notes:
     slow: list[dict[object, Callable]] = field(default_factory=list)  # of every block, modules with one operation that can stand in for each
     saes: OrderedDict[str, object] = field(default_factory=OrderedDict)  # the last few that were loaded, by source
     translators: dict[tuple, object] = field(default_factory=dict)  # the last tuned or Jacobian lens that was read
+    members: tuple | None = None  # the prompt set whose parts are computed, as it was read: the question, its prompts and their runs
+    drawable: tuple | None = None  # the prompt set that was resampled from last, as it was read; see replacements.py
     estimate: tuple | None = None  # the last estimate: its question, values [prompt, cell], the base runs' metric [prompt]
     noise: dict[tuple, float] = field(default_factory=dict)  # by prompt and metric, the metric's variance over roundings; see noise.py

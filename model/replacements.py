@@ -4,6 +4,7 @@ import hashlib
 import zlib
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch as t
@@ -155,13 +156,46 @@ def prompts_at_once(model: Model, length: int) -> int:
     return max(1, min(BATCH, chunk_bytes(model.device) // (length * block_bytes(model.info, length, model.dtype.itemsize))))
 
 
+@dataclass
+class Drawable:
+    """The set's corrupted prompts of one length, in the set's order, and where those of a prompt and of some token ids stand among them."""
+
+    rows: list[tuple[int, ...]] = field(default_factory=list)
+    of_prompt: dict[Prompt, list[int]] = field(default_factory=dict)
+    of_ids: dict[tuple[int, ...], list[int]] = field(default_factory=dict)
+
+
+def drawable(model: Model, study: Study) -> dict[int, Drawable]:
+    """What prompts can be resampled from, by length. Read once for a set, which the last one is kept of."""
+    known = model.notes.drawable
+    if known is None or known[0] is not study.prompt_set or known[1] != study.align:
+        found: dict[int, Drawable] = {}
+        for prompt in study.prompt_set:
+            for row in corrupted_rows(model, (prompt,), study.align):
+                some = found.setdefault(len(row.ids), Drawable())
+                some.of_prompt.setdefault(prompt, []).append(len(some.rows))
+                some.of_ids.setdefault(row.ids, []).append(len(some.rows))
+                some.rows.append(row.ids)
+        known = model.notes.drawable = (study.prompt_set, study.align, found)
+    return known[2]
+
+
+def others_of(model: Model, study: Study, length: int, own: tuple[int, ...]) -> tuple[list[tuple[int, ...]], list[int]]:
+    """The set's corrupted prompts of a length, and which of them are the prompt's own. UserError where there is no other."""
+    some = drawable(model, study).get(length, Drawable())
+    gone = sorted({*some.of_prompt.get(study.prompt, ()), *some.of_ids.get(own, ())})
+    if len(some.rows) == len(gone):
+        raise UserError(f"resample ablation needs a prompt set with another corrupted prompt of {length} tokens: open one, or ablate to zero")
+    return some.rows, gone
+
+
 def resampled(model: Model, study: Study, length: int, own: tuple[int, ...], seed: int) -> tuple[int, ...]:
     """Token ids of another corrupted prompt of the set, as long as the prompt and not its own, drawn with the seed (and the prompt's place in the set)."""
-    rows = [r.ids for r in corrupted_rows(model, tuple(p for p in study.prompt_set if p != study.prompt), study.align)]
-    rows = [r for r in rows if len(r) == length and r != own]
-    if not rows:
-        raise UserError(f"resample ablation needs a prompt set with another corrupted prompt of {length} tokens: open one, or ablate to zero")
-    return rows[np.random.default_rng((seed, place_in_set(study))).integers(len(rows))]
+    rows, gone = others_of(model, study, length, own)
+    drawn = int(np.random.default_rng((seed, place_in_set(study))).integers(len(rows) - len(gone)))
+    for i in gone:
+        drawn += drawn >= i
+    return rows[drawn]
 
 
 def place_in_set(study: Study) -> int:

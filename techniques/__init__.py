@@ -8,7 +8,9 @@ from utils import settings
 from vocabulary.typed import user_path
 from vocabulary.nodes import UserError
 
-ROOMS = ("output", "lens", "attention", "attribution", "patching", "weights", "circuits", "features", "generation", "qk", "identities", "sets", "record")
+ROOMS = (
+    "output", "lens", "attention", "attribution", "patching", "weights", "circuits", "features", "generation", "qk", "identities", "sets", "record", "cluster", "agents",
+)  # fmt: skip
 
 
 def rooms() -> tuple[str, ...]:

@@ -303,6 +303,8 @@ def read_command(args: list[str]) -> ModelOptions | ServeCommand | StopCommand:
     """The command that these words call, of every room's."""
     args = with_bos(args)
     every = {name: kind for part in techniques.parts("command") for name, kind in part.COMMANDS.items()}
+    if args and hasattr(every.get(args[0]), "of_words"):
+        return every[args[0]].of_words(args[1:])
     if {"-h", "--help"} & {*args}:
         every = {name: without_unused(kind) for name, kind in every.items()}
     return tyro.extras.subcommand_cli_from_dict(
@@ -394,13 +396,31 @@ def plots_to(path: Path | None) -> None:
     check_place(typed_path(path))
 
 
-def draw(command: ModelOptions, result: object, info: ModelInfo) -> None:
-    """The result's tables as a picture."""
+def draw(plot: Path | None, result: object, info: ModelInfo, errors: Console) -> None:
+    """The result's tables as a picture, where one is wanted."""
+    if plot is None:
+        return
     drawn = [] if isinstance(result, str) else pictures_of(result)
     name = f"{type(result).__name__.removesuffix('Result')} of {info.name}"
     if not drawn:
         raise UserError(f"{name}: it has no table of numbers to draw; leave --plot out")
-    write_text(typed_path(command.plot), svg(drawn[0]) if command.plot.suffix == ".svg" else page(name, drawn, getattr(result, "convention", "")))
+    write_text(typed_path(plot), svg(drawn[0]) if plot.suffix == ".svg" else page(name, drawn, getattr(result, "convention", "")))
+    errors.print(plain(f"drawn in {plot}", GRAY), soft_wrap=True)
+
+
+def print_result(info: ModelInfo, result: object, as_json: bool, plot: Path | None, errors: Console, words: str = "") -> int:
+    """A result as JSON, or as tables under a line about the model; and as a picture. 0."""
+    plots_to(plot)
+    draw(plot, result, info, errors)
+    if as_json:
+        put(UNPRINTABLE.sub(escaped, json.dumps(to_json(result), ensure_ascii=False, allow_nan=False)) + "\n")
+        return 0
+    out = console()
+    out.width = out.width if out.is_terminal else 10_000
+    model = f"{info.architecture}, {info.n_layers} layers x {info.n_heads} heads, d_model {info.d_model}, {info.dtype} on {info.device}"
+    out.print(plain(f"{info.name}: {'; '.join(filter(None, (model, words)))}", GRAY))
+    tables()[type(result)](out, result)
+    return 0
 
 
 def answer(args: list[str] | None, engine: Callable[[], object], serve: Callable[[], None]) -> int:
@@ -422,9 +442,7 @@ def answer(args: list[str] | None, engine: Callable[[], object], serve: Callable
             return 0
         plots_to(command.plot)
         info, result = run(command, engine(), show, errors)
-        if command.plot is not None:
-            draw(command, result, info)
-            errors.print(plain(f"drawn in {command.plot}", GRAY), soft_wrap=True)
+        draw(command.plot, result, info, errors)
     except UserError as error:
         errors.print(plain(str(error), RED), soft_wrap=True)
         return 2
@@ -434,24 +452,18 @@ def answer(args: list[str] | None, engine: Callable[[], object], serve: Callable
     if isinstance(result, str):
         put(result)
         return 0
-    if command.json:
-        put(UNPRINTABLE.sub(escaped, json.dumps(to_json(result), ensure_ascii=False, allow_nan=False)) + "\n")
-    else:
-        out = console()
-        out.width = out.width if out.is_terminal else 10_000
-        words = [f"{info.architecture}, {info.n_layers} layers x {info.n_heads} heads, d_model {info.d_model}, {info.dtype} on {info.device}"]
-        if isinstance(command, StudyOptions):
-            words.append(
-                "a chat, as its template writes it"
-                if isinstance(command.study().prompt.clean, tuple)
-                else info.bos_habit
-                if command.bos is None
-                else "BOS in front: asked for"
-                if command.bos
-                else "no BOS: asked for"
-            )
-        out.print(plain(f"{info.name}: {'; '.join(words)}", GRAY))
-        tables()[type(result)](out, result)
+    words = ""
+    if isinstance(command, StudyOptions):
+        words = (
+            "a chat, as its template writes it"
+            if isinstance(command.study().prompt.clean, tuple)
+            else info.bos_habit
+            if command.bos is None
+            else "BOS in front: asked for"
+            if command.bos
+            else "no BOS: asked for"
+        )
+    print_result(info, result, command.json, None, errors, words)
     rows = command.checked(result)
     broken = [i for i in (*info.checks, *rows) if i.ok is False]
     for i in dict.fromkeys(broken):

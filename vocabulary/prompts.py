@@ -225,7 +225,8 @@ class Study:
     What every analysis runs on: the prompt, the interventions, which prompt they act on (`base`), the metric, and the prompt set (for means). `saes`
     are the sources of the SAEs that feature nodes speak of, one a layer; `sae_error`: their error term is kept when a feature is changed. `align`,
     of ALIGNMENTS: how positions of clean and corrupted are matched where the prompt says nothing. `seed` is that of noise and resample. `against`: the
-    name of a second model, whose run of the clean prompt is the corrupted run. `text`: for means over one.
+    name of a second model, whose run of the clean prompt is the corrupted run. `text`: for means over one. `part`: only the prompts from (counted from 0) up
+    to, not including, to of the set run, for each one's own values; means, draws and labels stay those of the whole set.
     """
 
     prompt: Prompt
@@ -239,6 +240,7 @@ class Study:
     seed: int = 0
     against: str = ""
     text: ReferenceText = ReferenceText()
+    part: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,10 @@ Members = list[tuple[int, Prompt]]
 LeftOut = tuple[tuple[int, str], ...]  # indices into the set, each with its reason
 
 
+class EmptyPart(UserError):
+    """None of a part's prompts fits; others of the set do."""
+
+
 def fitting[T](members: Iterable[tuple[int, Prompt]], read: Callable[[Prompt], T]) -> tuple[Members, list[T], LeftOut]:
     """The members that `read` takes, what it makes of each, and those that it refuses by a UserError. UserError where it refuses all of them."""
     good, found, left = [], [], []

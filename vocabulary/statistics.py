@@ -87,3 +87,27 @@ def ratio_of_means(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
             draw = np.random.default_rng(0).integers(len(a), size=(DRAWS, len(a)))
             low, high = np.percentile(a[draw].mean(1) / b[draw].mean(1), [2.5, 97.5])
     return mean, float(low), float(high)
+
+
+def normalise(mean: np.ndarray, base: float, sides: np.ndarray, names: tuple[str, str] = ("clean", "corrupted")) -> tuple[np.ndarray, str]:
+    """(mean - corrupted) / (clean - corrupted), a ratio of means; without a corrupted prompt mean / base. NaN, and why, where that says nothing."""
+    clean, corrupt = sides[1], sides[2]
+    if np.isnan(corrupt).any():
+        if abs(base) < 1e-6:
+            return np.full(mean.shape, math.nan), "the base run's metric is 0: not normalised"
+        return mean / base, "no corrupted prompt: normalised as a share of the base run's metric"
+    gaps = clean - corrupt
+    gap, size = gaps.mean(), max(abs(clean.mean()), abs(corrupt.mean()))
+    if abs(gap) < 1e-3 * size or gap == 0:
+        return np.full(mean.shape, math.nan), f"{names[0]} and {names[1]} differ by {gap:.2g} only: not normalised"
+    small = int((np.abs(gaps) < 0.1 * abs(gap)).sum())
+    words = f"{small} of {len(gaps)} prompts have a {names[0]} - {names[1]} below a tenth of the mean" if small else ""
+    if abs(gap) < 0.05 * size:
+        words = f"{names[0]} and {names[1]} differ by {gap:.2g} only: normalised values are large and noisy"
+    return (mean - corrupt.mean()) / gap, words
+
+
+def too_few(prompts: int, cells: int) -> str:
+    """Where no cell can be significant once p is corrected, the words that say so."""
+    floor = smallest_p(prompts, cells) if prompts > 1 else 1.0
+    return f"{prompts} prompts give no p below {floor:.2g}, so that none of {cells} cells can have a corrected p below .05" if floor * cells >= 0.05 else ""

@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 
 from model.bridge import Model
+from model.runs import Runs
 from model.sae import SparseAutoencoder
 from techniques.circuits.edges import PARTS, EdgeRun, each, edge_runs, gather
 from techniques.circuits.feature_nodes import FeatureRun, dictionaries
@@ -50,6 +51,11 @@ class Bench:
     def left_out(self) -> str:
         """Which prompts of the set are left out and why, in words."""
         return left_out(self.plan.left, len(self.study.prompt_set))
+
+    @property
+    def by_length(self) -> list[Runs]:
+        """The runs of the whole set, those of one length together."""
+        return sorted(self.plan.whole, key=lambda r: tuple(len(row.ids) if (row := r.rows[w]) else 0 for w in ("clean", "corrupt")))
 
     def look_at(self, known: dict[SparseAutoencoder, list[int]]) -> None:
         """Other features of the SAEs (or of some of them) than before, those of a circuit found meanwhile."""

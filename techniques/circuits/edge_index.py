@@ -101,6 +101,29 @@ class EdgeIndex:
                 reached[a:b] = True
         return self.to_logits(kept) & reached
 
+    def strongest(self, scores: np.ndarray, count: int) -> np.ndarray:
+        """Of the `count` edges with the largest |score| (scores [edge], in the order of `edges`) those on a path."""
+        kept, order = np.zeros_like(self.exists), np.argsort(-np.abs(scores), kind="stable")[:count]
+        rows, columns = np.nonzero(self.exists)
+        kept[rows[order], columns[order]] = True
+        return self.on_paths(kept)
+
+    def named(self, scores: np.ndarray, kept: np.ndarray) -> tuple[str, ...]:
+        """The names of some edges, the largest |score| first."""
+        rows, columns = np.nonzero(self.exists)
+        return tuple(self.name(rows[i], columns[i]) for i in np.argsort(-np.abs(scores), kind="stable").tolist() if kept[rows[i], columns[i]])
+
+
+def strongest_in_words(asked: int, found: int) -> str:
+    dropped = f", {asked - found} of them dropped that are on no path from embed to logits" if found < asked else ""
+    return f"the {asked} edges of the largest |score|{dropped}"
+
+
+def senders_of(edges: Iterable[str]) -> tuple[str, ...]:
+    """The nodes of edges that lie on paths, in the order of their writing: there every receiver belongs to a sender."""
+    nodes = {e.sender for e in map(parse_edge, edges)} - {"embed"}
+    return tuple(sorted(nodes, key=lambda a: (parse_node(a).layer, parse_node(a).site == "mlp", parse_node(a).head or 0)))
+
 
 INDICES: dict[tuple, EdgeIndex] = {}  # of the shapes met last
 

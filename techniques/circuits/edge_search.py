@@ -12,12 +12,12 @@ from functools import partial
 import numpy as np
 import torch as t
 
-from techniques.circuits.edge_index import EdgeIndex, edge_index
+from techniques.circuits.edge_index import EdgeIndex, edge_index, senders_of, strongest_in_words
 from techniques.circuits.edges import EMBED, EdgeRun, each, edge_runs, gather
 from techniques.circuits.requests import Discover, DiscoverResult, METHODS, REST
-from vocabulary.circuit import Circuit, parse_edge
+from vocabulary.circuit import Circuit
 from vocabulary.integral import fractions, steps_in_words
-from vocabulary.nodes import parse_node, UserError
+from vocabulary.nodes import UserError
 from vocabulary.prompts import METRICS
 from vocabulary.progress import forward_progress, time_left
 from vocabulary.requests import Progress
@@ -86,19 +86,19 @@ def pace(runs: list[EdgeRun], masks: list[np.ndarray]) -> Generator[Progress, No
 
 
 def attribute(model: Model, ask: Discover, runs: list[EdgeRun], begun: float) -> Generator[Progress, None, DiscoverResult]:
-    index = edge_index(model.info)
-    cut, gradient = yield from pace(runs, some_kept(index, ask.edges))
+    index, part = edge_index(model.info), ask.study.part is not None
+    cut, gradient = (0.0, 0.0) if part else (yield from pace(runs, some_kept(index, ask.edges)))
     passes = {"eap": 1, "clean-corrupted": 2, "eap-ig": ask.steps, "eap-ig-activations": ask.steps * (2 * model.info.n_layers + 1)}[ask.method]
     counts = [c for c in COUNTS if c < ask.edges] + [ask.edges]
     expected = time.monotonic() - begun + passes * gradient + cut * (len(counts) + 1)
     if ask.dry:
         return result(runs, ask, (), np.zeros(0), (), np.zeros(0), np.zeros(0), expected, begun, "")
-    yield Progress(0, passes, f"{ask.method}: about {time_left(expected)}")
+    yield Progress(0, passes, ask.method if part else f"{ask.method}: about {time_left(expected)}")
 
     def scored(run: EdgeRun) -> Generator[Progress, None, np.ndarray]:
         total, before = 0.0, passes * runs.index(run)
-        for done, part in enumerate(attributions(run, ask)):
-            total = total + part
+        for done, some in enumerate(attributions(run, ask)):
+            total = total + some
             yield Progress(before + done + 1, passes * len(runs), f"{ask.method}: {time_left(max(0.0, expected - time.monotonic() + begun))}")
         return total
 
@@ -106,18 +106,12 @@ def attribute(model: Model, ask: Discover, runs: list[EdgeRun], begun: float) ->
     scores = sum(total)[index.exists] / sum(len(r.ids) for r in runs)
     if not np.isfinite(scores).all():
         raise UserError("an edge's score is not finite: does the model hold NaN? Try float32")
-    order = np.argsort(-np.abs(scores), kind="stable")[: ask.edges]
-    rows, columns = (x[order] for x in np.nonzero(index.exists))
-    sets = []
-    for count in counts:
-        kept = np.zeros_like(index.exists)
-        kept[rows[:count], columns[:count]] = True
-        sets.append(index.on_paths(kept))
+    if part:
+        return result(runs, ask, index.edges, scores, (), np.zeros(0), np.zeros(0), expected, begun, strongest_in_words(ask.edges, ask.edges))
+    sets = [index.strongest(scores, count) for count in counts]
     curve = yield from faithful(runs, sets, f"{ask.method}: curve")
-    found = tuple(index.name(r, c) for r, c in zip(rows.tolist(), columns.tolist()) if sets[-1][r, c])
-    words = f"the {ask.edges} edges of the largest |score|"
-    if len(found) < ask.edges:
-        words += f", {ask.edges - len(found)} of them dropped that are on no path from embed to logits"
+    found = index.named(scores, sets[-1])
+    words = strongest_in_words(ask.edges, len(found))
     return result(runs, ask, index.edges, scores, found, np.array([s.sum() for s in sets]), curve, expected, begun, words)
 
 
@@ -246,11 +240,9 @@ def result(
 ) -> DiscoverResult:  # fmt: skip
     """A circuit of edges, the nodes at their ends, and how it was found."""
     model, plan = runs[0].model, runs[0].plan
-    nodes = {e.sender for e in map(parse_edge, kept)} - {"embed"}  # on a path every receiver belongs to a sender
-    order = sorted(nodes, key=lambda a: (parse_node(a).layer, parse_node(a).site == "mlp", parse_node(a).head or 0))
-    n = len(plan.runs)
+    n = len(plan.whole)
     where = f"{ask.study.metric.kind}@{ask.study.metric.pos}, mean of {n} prompt{'s' * (n != 1)}"
-    where = ", ".join(filter(None, (where, first_tokens(plan.runs))))
+    where = ", ".join(filter(None, (where, first_tokens(plan.whole))))
     parts = [METHODS[ask.method], words, f"checked by cutting all other edges: a cut edge carries {REST[ask.rest]}", "no positions", where, model.info.dtype]
     if ask.method.startswith("eap-ig"):
         parts.insert(1, steps_in_words(ask.steps, ask.steps_at or "right", "corrupted to clean"))
@@ -259,13 +251,13 @@ def result(
     if ask.study.interventions:
         parts.append("interventions left out")
     convention = "; ".join(p for p in parts if p)
-    circuit = Circuit(ask.name or ask.method, model.info.name, tuple(order), tuple(kept), found=convention)
+    circuit = Circuit(ask.name or ask.method, model.info.name, senders_of(kept), tuple(kept), found=convention)
     score = (float(curve[-1]) if len(curve) else np.nan) if score is None else score
     warning = "" if not len(kept) or np.isfinite(score) else "model and empty circuit have the same metric: no faithfulness"
-    if len(scores) and not kept:
+    if len(scores) and not kept and ask.study.part is None:
         warning = "no edge is left on a path from embed to logits: take more edges or a lower threshold"
     warning = "; ".join(filter(None, (warning, left_out(plan.left, len(ask.study.prompt_set)))))
     return DiscoverResult(
         circuit, ask.method, edges if len(scores) else (), scores.astype(np.float32), counts.astype(np.int32), curve.astype(np.float32), score, expected,
-        time.monotonic() - begun, warning, convention,
+        time.monotonic() - begun, warning, convention, tuple(i for i, _ in plan.members) if ask.study.part else (),
     )  # fmt: skip

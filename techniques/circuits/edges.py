@@ -23,12 +23,11 @@ from model.writes import bias_write, head_writes, heads_write, over_scale, post_
 from techniques.circuits.edge_index import EdgeIndex, all_edges, edge_index, own_edge, receivers, senders
 from techniques.circuits.inputs import PARTS, block_inputs, taps
 from techniques.circuits.requests import REST
-from techniques.patching.plan import Plan, others, read_member
+from techniques.patching.plan import Plan, in_part, others, read_member, read_set
 from techniques.patching.requests import Sweep
 from vocabulary.nodes import UserError
 from vocabulary.prompts import Prompt, Study
 from vocabulary.requests import ModelInfo, Progress
-from vocabulary.sets import fitting
 
 __all__ = ["PARTS", "EdgeRun", "all_edges", "edge_runs", "edge_values", "gather", "own_edge", "receivers", "senders"]
 EMBED = "blocks.0.hook_resid_pre"
@@ -407,7 +406,7 @@ def edge_runs(
     study, left = replace(study, interventions=(), base="clean"), ()
 
     def read(prompt: Prompt) -> Runs:
-        found = read_member(model, replace(study, prompt=prompt), rest)
+        found = read_member(model, replace(study, prompt=prompt, part=None), rest)
         for label in labels:
             found.position("clean", label)
         if rest == "patch" and len(found.row("clean").ids) != len(found.row("corrupt").ids):
@@ -415,11 +414,12 @@ def edge_runs(
         return found
 
     if study.prompt_set:
-        members, runs, left = fitting(enumerate(study.prompt_set), read)
+        members, every, left = read_set(model, study, read, rest, labels)
     else:
-        members, runs = [(0, study.prompt)], [read(study.prompt)]
-    model = runs[0].model
-    plan = Plan(model, Sweep(study, "nodes", rest, seed=seed), members, runs, "clean", "corrupt", [], chunk_bytes(model.device), left)
+        members, every = [(0, study.prompt)], [read(study.prompt)]
+    model, mine = every[0].model, in_part(members, study.part)
+    members, runs = [members[i] for i in mine], [every[i] for i in mine]
+    plan = Plan(model, Sweep(study, "nodes", rest, seed=seed), members, runs, "clean", "corrupt", [], chunk_bytes(model.device), left, tuple(every))
     out = []
 
     def prepared(part: list[int]) -> Generator[Progress, None, EdgeRun]:

@@ -303,10 +303,11 @@ def path_patch(model: Model, ask: PathPatch) -> Generator[Progress | SweepResult
         raise UserError(f"path patching reads one position, and {ask.study.metric.kind} has none or several: use another metric")
     require_parts(model)
     plan = read_plan(model, Sweep(ask.study, "nodes", "patch", ask.direction, over_set=ask.over_set, chunk_mb=ask.chunk_mb))
-    labels = columns(plan.runs, plan.side, replace(plan.ask, kind="z_pos")) if ask.by_pos and ask.each == "sender" else ()
+    labels = columns(plan.whole, plan.side, replace(plan.ask, kind="z_pos")) if ask.by_pos and ask.each == "sender" else ()
     ends = [parse_node(a).pos for a in (*ask.senders, *ask.receivers) if a.strip() != LOGITS]
-    tables = each_layout(plan.runs, (*labels, *(p for p in ends if isinstance(p, str))), lambda r: lay_out(r, ask, labels))
-    tables = same_cells(tables)
+    tables = each_layout(plan.whole, (*labels, *(p for p in ends if isinstance(p, str))), lambda r: lay_out(r, ask, labels))
+    mine = {id(runs) for runs in plan.runs}
+    tables = [x for x, runs in zip(same_cells(tables), plan.whole) if id(runs) in mine]
     # the nodes whose values in the other run are needed
     kept = {id(paths): replace(v, cells={rc: x for rc, x in v.cells.items() if needed(x[0].node, paths)}) for v, (_, paths) in zip(plan.layouts, tables)}
     plan.layouts = [kept[id(paths)] for _, paths in tables]

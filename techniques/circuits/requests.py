@@ -193,7 +193,8 @@ class ScoreResult:
 class DiscoverResult:
     """
     A found circuit with the score of every edge (`edges`, `scores`) or node the method looked at, and the curve: `counts` parts kept and their
-    `faithfulness`, by true ablation. `expected` is the estimate of the time made at the start, `seconds` the time it took.
+    `faithfulness`, by true ablation. `expected` is the estimate of the time made at the start, `seconds` the time it took. Over a part of a set there are the scores
+    alone, means over its `prompts` (indices into the set; else empty).
     """
 
     circuit: Circuit
@@ -207,6 +208,7 @@ class DiscoverResult:
     seconds: float
     warning: str
     convention: str
+    prompts: tuple[int, ...] = ()
 
 
 @message

@@ -16,28 +16,15 @@ from model.runs import first_tokens
 from model.text_means import pinned
 from techniques.circuits.bench import NONE, Bench, Parts
 from techniques.circuits.edges import own_edge
+from techniques.circuits.intervals import interval, ratio, warnings
 from techniques.circuits.node_runs import by_parts, features_of
 from techniques.circuits.requests import REST, Interval, Score, ScoreResult
 from vocabulary.circuit import Circuit, check_circuit, connected
 from vocabulary.nodes import FROM_TEXT, UserError, parse_node
 from vocabulary.requests import Progress
-from vocabulary.statistics import paired_effects, ratio_of_means
 
 WHAT = ("faithfulness", "completeness", "minimality", "effects")
 TRIED = 8  # sets that say how long one takes
-
-
-def interval(values: np.ndarray) -> Interval:
-    """Mean over prompts with Student's t."""
-    some = paired_effects(values[:, None], values * 0, 0)
-    return Interval(float(values.mean()), float(some["low"][0]), float(some["high"][0]), values.astype(np.float32))
-
-
-def ratio(alone: np.ndarray, empty: np.ndarray, whole: np.ndarray) -> Interval:
-    """(alone - empty) / (whole - empty) as a ratio of means over prompts; values are each prompt's own ratio."""
-    a, b = alone - empty, whole - empty
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return Interval(*ratio_of_means(a, b), (a / b).astype(np.float32))
 
 
 def score(model: Model, ask: Score) -> Generator[Progress, None, ScoreResult]:
@@ -75,16 +62,9 @@ def score(model: Model, ask: Score) -> Generator[Progress, None, ScoreResult]:
         tried, by_circuit, by_model, worst = yield from completeness(bench, work)
     if "minimality" in ask.what and not ask.dry:
         minimal, with_, low, high, mean = yield from minimality(bench, work)
-    floor = yield from noise_floor([r for run in bench.runs for r in run.group])
-    gap = float((bench.whole - empty).mean())
-    warning = (
-        "" if not edges or connected(circuit, model.info) else "no path of its edges leads from embed to the logits: it is worth nothing; score it by its nodes"
-    )
-    if abs(gap) < 0.05 * max(abs(float(bench.whole.mean())), abs(float(empty.mean()))):
-        warning = f"model and empty circuit differ by {gap:.2g} only: fractions are large and noisy"
-    if abs(gap) < floor:
-        warning = f"model and empty circuit differ by {gap:.2g}, less than the noise floor {floor:.2g}: fractions are noise"
-    warning = "; ".join(filter(None, (warning, bench.left_out)))
+    floor = yield from noise_floor(bench.by_length)
+    said = "" if ask.study.part else warnings(bench.whole, empty, floor, not edges or connected(circuit, model.info))
+    warning = "; ".join(filter(None, (said, bench.left_out)))
     members = tuple(i for i, _ in bench.plan.members)
     return ScoreResult(
         circuit, interval(bench.whole), interval(alone), interval(empty), faithfulness, parts, effects.astype(np.float32), tried,
@@ -209,7 +189,7 @@ def minimality(bench: Bench, work: Work) -> Generator[Progress, None, tuple]:
 
 
 def convention(bench: Bench, ask: Score, nodes: tuple[str, ...], work: Work, mean: Interval | None) -> str:
-    model, edges, runs = bench.model, bench.edges, bench.plan.runs
+    model, edges, runs = bench.model, bench.edges, bench.plan.whole
     parts, features, stay = by_parts(nodes), "", "MLPs and embeddings"
     n, rest = len(runs), REST[ask.rest] + (f", {pinned(ask.study.text)[1].words}" if ask.rest in FROM_TEXT else "")
     if features_of(nodes):

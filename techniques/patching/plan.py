@@ -21,15 +21,15 @@ from model.interventions import prepare
 from model.memory import block_bytes, chunk_bytes, halved, out_of_memory, ran_out
 from model.metrics import MetricReader
 from model.places import hook_name, visible
-from model.replacements import gaussian, means, noise_scale, place_in_set, resampled
+from model.replacements import gaussian, means, noise_scale, others_of, place_in_set, resampled
 from model.runs import Runs, read_study
 from model.variants import Base
 from techniques.patching import feature_sweep
 from techniques.patching.requests import SWEEP_OPS, SWEEPS, Sweep
 from vocabulary.nodes import Node, UserError, parse_node
-from vocabulary.prompts import Study
+from vocabulary.prompts import Prompt, Study
 from vocabulary.requests import Progress
-from vocabulary.sets import LeftOut, Members, fitting
+from vocabulary.sets import EmptyPart, LeftOut, Members, fitting
 
 BATCH = 32
 POSITIONED = ("resid_pre", "resid_mid", "resid_post", "attn", "mlp", "attn_mlp", "z_pos", "cells", "features")  # tables with a column a position
@@ -124,7 +124,7 @@ def some_node(address: str, runs: Runs) -> Node:
 class Plan:
     """
     The prompts of a sweep (with their indices into the set), which run is changed and where new values come from, and each prompt's table: all have the same
-    labels and cells, at the prompt's own positions. `left`: the prompts of the set that can't be asked.
+    labels and cells, at the prompt's own positions. `left`: the prompts of the set that can't be asked. `whole`: the runs of the whole set, where `runs` are a part's.
     """
 
     model: Model
@@ -136,10 +136,15 @@ class Plan:
     layouts: list[Layout]
     limit: int
     left: LeftOut = ()
+    every: tuple[Runs, ...] = ()
 
     @property
     def layout(self) -> Layout:
         return self.layouts[0]
+
+    @property
+    def whole(self) -> list[Runs]:
+        return [*self.every] or self.runs
 
     @property
     def study(self) -> Study:
@@ -175,13 +180,12 @@ def read_plan(model: Model, ask: Sweep) -> Plan:
     """Everything that can be refused is refused here. The plan's model is the one whose run is changed."""
     check(ask)
     study = ask.study
-    members = list(enumerate(study.prompt_set)) if ask.over_set else [(0, study.prompt)]
-    if not members:
+    if ask.over_set and not study.prompt_set:
         raise UserError("there is no prompt set: open one first")
     side = study.base if ask.op != "patch" else {"denoise": "corrupt", "noise": "clean"}[ask.direction]
     other = "corrupt" if side == "clean" else "clean"
-    read = lambda prompt: read_member(model, replace(study, prompt=prompt, base=side, interventions=()), ask.op)  # noqa: E731
-    members, runs, left = fitting(members, read) if ask.over_set else (members, [read(study.prompt)], ())
+    read = lambda prompt: read_member(model, replace(study, prompt=prompt, base=side, interventions=(), part=None), ask.op)  # noqa: E731
+    members, runs, left = read_set(model, study, read, side, ask.op) if ask.over_set else ([(0, study.prompt)], [read(study.prompt)], ())
     labels = columns(runs, side, ask)
     layouts = each_layout(runs, named(ask, labels), lambda r: lay_out(r, ask, labels))
     drop_unaligned(layouts, ask, [r.partners(side) if ask.op == "patch" else None for r in runs])
@@ -190,8 +194,27 @@ def read_plan(model: Model, ask: Sweep) -> Plan:
         raise UserError(f"there is no cell {bad[0]}: the table has {len(layout.rows)} rows and {len(layout.cols)} columns")
     for each in layouts if ask.only else ():
         each.cells = {rc: each.cells[rc] for rc in dict.fromkeys(ask.only) if rc in each.cells}
-    model = runs[0].model
-    return Plan(model, ask, members, runs, side, other, layouts, chunk_bytes(model.device, ask.chunk_mb), left)
+    model, mine = runs[0].model, in_part(members, study.part)
+    some = lambda x: [x[i] for i in mine]  # noqa: E731
+    return Plan(model, ask, some(members), some(runs), side, other, some(layouts), chunk_bytes(model.device, ask.chunk_mb), left, tuple(runs))
+
+
+def read_set(model: Model, study: Study, read: Callable[[Prompt], Runs], *how: object) -> tuple[Members, list[Runs], LeftOut]:
+    """The whole set's prompts that `read` takes, its runs of them, and who is left out. Where a part is asked for, kept for the next one."""
+    question = (replace(study, part=None), *how)
+    if study.part is None:
+        return fitting(enumerate(study.prompt_set), read)
+    if model.notes.members is None or model.notes.members[0] != question:
+        model.notes.members = question, fitting(enumerate(study.prompt_set), read)
+    return model.notes.members[1]
+
+
+def in_part(members: Members, part: tuple[int, int] | None) -> list[int]:
+    """Which of the members are in a part of the set: all without one. EmptyPart where none is."""
+    mine = [k for k, (i, _) in enumerate(members) if part is None or part[0] <= i < part[1]]
+    if not mine:
+        raise EmptyPart(f"none of the prompts {part[0] + 1} to {part[1]} of the set fits")
+    return mine
 
 
 def named(ask: Sweep, labels: tuple[str, ...] = ()) -> tuple[str, ...]:
@@ -232,7 +255,7 @@ def read_member(model: Model, study: Study, op: str) -> Runs:
     if op == "resample":
         row = runs.row("now")
         n = len(row.ids) - row.tail
-        resampled(model, study, n, row.ids[:n], 0)
+        others_of(model, study, n, row.ids[:n])
     return runs
 
 

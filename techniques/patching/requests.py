@@ -185,7 +185,8 @@ class SweepResult:
     `prompts` are indices into the set. `base` is the metric of the run that the cells change. `method` is "truth" or one of ESTIMATES. `mechanism` says how it was run, and why
     when that is not the fast way; `at_once` the most variants in one batch. `peak_mb`: on a GPU the most memory allocated meanwhile, the model
     included; elsewhere the activations of the largest batch, as the bound counts them. `floor`: changes of the metric below it are noise of the dtype
-    (model/noise.py); NaN while it is not measured. `names`: what clean and corrupted are called (two models, of one prompt).
+    (model/noise.py); NaN while it is not measured. `names`: what clean and corrupted are called (two models, of one prompt). Over a part of a set there are no
+    statistics, and `sides` holds each prompt's metric of the base, clean and corrupted run [3, prompt]; else it is empty.
     """
 
     kind: SweepKind | Literal["path"]
@@ -218,6 +219,7 @@ class SweepResult:
     floor: float = float("nan")
     holm: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     names: tuple[str, str] = ("clean", "corrupted")
+    sides: np.ndarray = field(default_factory=lambda: np.zeros((3, 0), np.float32))
 
     def address(self, row: int, col: int) -> str:
         """The node of a cell as an address, for an intervention; "" where the cell is not one node."""

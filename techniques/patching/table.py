@@ -21,7 +21,7 @@ from vocabulary.prompts import METRICS, TokenRow
 from vocabulary.progress import time_left
 from vocabulary.requests import Progress
 from vocabulary.sets import left_out
-from vocabulary.statistics import paired_effects, smallest_p
+from vocabulary.statistics import normalise, paired_effects, too_few
 
 
 class SweepTable:
@@ -92,7 +92,7 @@ class SweepTable:
     def finish(self) -> Generator[Progress, None, SweepResult]:
         """The whole table, with the noise floor: measured last, so that no cell waits for it."""
         if self.has_floor:
-            yield from noise_floor(self.plan.runs)
+            yield from noise_floor(self.plan.whole)
         return self.result(True)
 
     @property
@@ -110,51 +110,29 @@ class SweepTable:
         with np.errstate(invalid="ignore"):
             mean = np.where(some, self.values, 0.0).sum(0) / count
         normalised, warning = normalise(mean, base, self.sides[:, known], self.names)
-        warning = "; ".join(filter(None, (warning, left_out(plan.left, len(plan.left) + len(plan.runs)))))
+        part, outside = ask.study.part is not None and ask.over_set, left_out(plan.left, len(plan.left) + len(plan.whole))
+        warning = outside if part else "; ".join(filter(None, (warning, outside)))
         table = lambda x: np.asarray(x, np.float32).reshape(self.shape)  # noqa: E731
         empty, stats, every = np.zeros((0, 0), np.float32), {}, np.zeros((0, *self.shape), np.float32)
         if whole and ask.over_set:
-            stats = {k: table(v) for k, v in paired_effects(self.values, self.sides[0], ask.seed).items()}
             every = self.values.astype(np.float32).reshape(-1, *self.shape)
+        if whole and ask.over_set and not part:
+            stats = {k: table(v) for k, v in paired_effects(self.values, self.sides[0], ask.seed).items()}
             warning = "; ".join(w for w in (warning, too_few(len(self.values), len(self.cells))) if w)
         stats = {k: stats.get(k, empty) for k in ("std", "low", "high", "p", "holm")}
-        floor = known_floor(plan.runs) if self.has_floor else math.nan
+        floor = known_floor(plan.whole) if self.has_floor else math.nan
         return SweepResult(
             ask.kind, ask.op, ask.direction, ask.effect, self.method, layout.rows, layout.cols, layout.nodes, first_row(plan),
             table(mean), table(normalised), base, clean, None if math.isnan(corrupt) else corrupt, self.done, self.total, **stats, per_prompt=every,
             prompts=tuple(i for i, _ in plan.members) if ask.over_set else (), mechanism=mechanism(plan, self.reason, self.method), at_once=self.at_once,
             warning=warning, convention=convention(plan, self.method, self.how), peak_mb=round(self.peak_mb, 1),
-            floor=floor, names=self.names,
+            floor=floor, names=self.names, sides=self.sides.astype(np.float32) if part and whole else np.zeros((3, 0), np.float32),
         )  # fmt: skip
-
-
-def normalise(mean: np.ndarray, base: float, sides: np.ndarray, names: tuple[str, str] = ("clean", "corrupted")) -> tuple[np.ndarray, str]:
-    """(mean - corrupted) / (clean - corrupted), a ratio of means; without a corrupted prompt mean / base. NaN, and why, where that says nothing."""
-    clean, corrupt = sides[1], sides[2]
-    if np.isnan(corrupt).any():
-        if abs(base) < 1e-6:
-            return np.full(mean.shape, math.nan), "the base run's metric is 0: not normalised"
-        return mean / base, "no corrupted prompt: normalised as a share of the base run's metric"
-    gaps = clean - corrupt
-    gap, size = gaps.mean(), max(abs(clean.mean()), abs(corrupt.mean()))
-    if abs(gap) < 1e-3 * size or gap == 0:
-        return np.full(mean.shape, math.nan), f"{names[0]} and {names[1]} differ by {gap:.2g} only: not normalised"
-    small = int((np.abs(gaps) < 0.1 * abs(gap)).sum())
-    words = f"{small} of {len(gaps)} prompts have a {names[0]} - {names[1]} below a tenth of the mean" if small else ""
-    if abs(gap) < 0.05 * size:
-        words = f"{names[0]} and {names[1]} differ by {gap:.2g} only: normalised values are large and noisy"
-    return (mean - corrupt.mean()) / gap, words
-
-
-def too_few(prompts: int, cells: int) -> str:
-    """Where no cell can be significant once p is corrected, the words that say so."""
-    floor = smallest_p(prompts, cells) if prompts > 1 else 1.0
-    return f"{prompts} prompts give no p below {floor:.2g}, so that none of {cells} cells can have a corrected p below .05" if floor * cells >= 0.05 else ""
 
 
 def first_row(plan: Plan) -> TokenRow:
     """The tokens of the first prompt, without those of an answer behind it."""
-    row = plan.runs[0].row(plan.side)
+    row = plan.whole[0].row(plan.side)
     n = len(row.ids) - row.tail
     return replace(row, ids=row.ids[:n], texts=row.texts[:n], tail=0)
 
@@ -184,7 +162,7 @@ def convention(plan: Plan, method: str, how: str = "") -> str:
         seed = f", seed {ask.seed}" if ask.op == "resample" else ""
         text = f", {pinned(ask.study.text)[1].words}" if ask.op in FROM_TEXT else ""
         what = f"{run} run, {ask.op}: {SWEEP_OPS[ask.op]}{amount}{seed}{text}"
-    parts = [SWEEPS[ask.kind], what, plan.runs[0].study.metric.words, first_tokens(plan.runs)]
+    parts = [SWEEPS[ask.kind], what, plan.runs[0].study.metric.words, first_tokens(plan.whole)]
     parts.append(
         f"normalised: {called('corrupt')} = 0, {called('clean')} = 1"
         if plan.runs[0].rows["corrupt"] is not None
@@ -199,12 +177,12 @@ def convention(plan: Plan, method: str, how: str = "") -> str:
         parts.append("total effect: everything after the node recomputed")
     if ask.over_set:
         parts.append(
-            f"mean over {len(plan.runs)} prompts, ratio of means; spread, interval and p (sign flips; corrected by Holm for {len(plan.layout.cells)} cells) of the effect, paired by prompt"
+            f"mean over {len(plan.whole)} prompts, ratio of means; spread, interval and p (sign flips; corrected by Holm for {len(plan.layout.cells)} cells) of the effect, paired by prompt"
         )
-    if len({len(r.row(plan.side).ids) for r in plan.runs}) > 1:
+    if len({len(r.row(plan.side).ids) for r in plan.whole}) > 1:
         parts.append("prompts of unequal length, run in groups of equal length" + ", columns by label" * (ask.kind in POSITIONED))
     if ask.op == "mean":
-        parts.append(mean_in_words(model, ask.study, [r.row(plan.side) for r in plan.runs]))
+        parts.append(mean_in_words(model, ask.study, [r.row(plan.side) for r in plan.whole]))
     if ask.kind == "q" or ask.kind == "k":
         parts += ["before the rotation"] * (model.info.positions == "rotary")
     if ask.kind in ("k", "v") and model.info.n_kv_heads < model.info.n_heads:
@@ -213,8 +191,8 @@ def convention(plan: Plan, method: str, how: str = "") -> str:
         d = feature_sweep.loaded(model, ask.study.saes, parse_node(ask.nodes[0]).layer)
         parts.append(f"SAE {d.source}, {d.view} activation")
     parts.append(f"raw weights, {model.info.dtype}")
-    if ask.op == "patch" and not all(r.by_index for r in plan.runs):
-        how = plan.runs[0].aligned if len(plan.runs) == 1 else "each prompt's own" + f", else by {ask.study.align}" * bool(ask.study.align)
+    if ask.op == "patch" and not all(r.by_index for r in plan.whole):
+        how = plan.whole[0].aligned if len(plan.whole) == 1 else "each prompt's own" + f", else by {ask.study.align}" * bool(ask.study.align)
         parts.append(f"patched across an alignment, {how}; positions without partner stay as they are")
     if plan.study.interventions:
         parts.append(f"base run under {', '.join(str(i) for i in plan.study.interventions)}")

@@ -1,0 +1,227 @@
+"""
+A request over a large prompt set, cut into shards that run apart: request.bin, a part a shard, job.sbatch for Slurm, and the whole once all parts are there.
+
+Task k of n takes shards k, k + n, ...; a part is written whole or not at all, so that a task that runs again does only what is missing.
+"""
+
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import techniques
+from utils import ROOT
+from vocabulary.files import make_folder, write_text
+from vocabulary.nodes import UserError
+from vocabulary.parts import Scattered, read_frames, write_frames
+from vocabulary.requests import Failure, Load, ModelInfo, Progress
+from vocabulary.sets import EmptyPart
+from vocabulary.progress import time_left
+from vocabulary.wire import WireError, encode, Frame
+
+MOST = 256  # prompts in a shard, where nothing is said
+EMPTY = "empty"  # a part of which no prompt fits
+JOB = """#!/bin/bash
+#SBATCH --job-name=loupe
+#SBATCH --array={array}
+#SBATCH --output="{log}"
+#SBATCH --open-mode=append
+#SBATCH --requeue
+{more}cd {cwd} || exit 1
+exec {python} {engine} work {folder} --task "$SLURM_ARRAY_TASK_ID" --of {tasks}
+"""
+
+
+def scattered(request: object) -> Scattered:
+    """How a request's parts are joined. UserError where they can't be."""
+    known = {kind: how for part in techniques.parts("scatter") for kind, how in part.SCATTERED.items()}
+    if type(request) not in known:
+        raise UserError(f"{type(request).__name__} can't run over a part of a prompt set: {', '.join(sorted(k.__name__ for k in known))} can")
+    how = known[type(request)]
+    how.check(request)
+    return how
+
+
+def check_part(request: object) -> None:
+    """UserError where a request names a part of its set that it can't run over, or that is not there."""
+    study = getattr(request, "study", None)
+    if getattr(study, "part", None) is None:
+        return
+    scattered(request)
+    (start, stop), n = study.part, len(study.prompt_set)
+    if not getattr(request, "over_set", True) or not 0 <= start < stop <= n:
+        raise UserError(f"part {start} to {stop} of {n} prompts: a part is of an analysis over a set, from 0 up to its length")
+
+
+@dataclass(frozen=True)
+class Job:
+    """How the tasks are started: how many (Slurm: at a time, 0 all), sbatch's options, the folder to be in."""
+
+    tasks: int
+    most: int = 0
+    sbatch: str = ""
+    cwd: str = ""
+
+
+class Folder:
+    """The folder of a scattered request."""
+
+    def __init__(self, path: Path):
+        self.path = path.resolve()
+
+    @cached_property
+    def asked(self) -> tuple[Load, object, int]:
+        """The model, the request over the whole set, and the prompts of a shard."""
+        try:
+            load, request = read_frames(self.path / "request.bin")
+        except FileNotFoundError as error:
+            raise UserError(f"{self.path} holds no request: `engine.py scatter … --out {self.path}` makes one") from error
+        except (OSError, WireError, ValueError) as error:
+            raise UserError(f"{self.path / 'request.bin'} can't be read: {error}") from error
+        return load.body, request.body, request.id
+
+    @property
+    def request(self) -> object:
+        return self.asked[1]
+
+    @cached_property
+    def shards(self) -> list[tuple[int, int]]:
+        n, size = len(self.request.study.prompt_set), self.asked[2]
+        return [(a, min(a + size, n)) for a in range(0, n, size)]
+
+    @property
+    def job(self) -> Job:
+        return Job(**json.loads((self.path / "job.json").read_text()))
+
+    @property
+    def second(self) -> "Folder":
+        """Of a request in two passes the second, which follows from all parts of the first."""
+        return Folder(self.path / "second")
+
+    def lay_out(self, load: Load, request: object, size: int, job: Job) -> None:
+        """Write the request and the job. A folder that holds this request goes on; UserError where it holds another."""
+        make_folder(self.path)
+        study = request.study
+        if len(study.prompt_set) < 1:
+            raise UserError("a prompt set is cut into shards: give --set FILE.jsonl")
+        if (self.path / "request.bin").exists():
+            had = self.asked
+            size = size or had[2]
+            if [*map(said, had[:2])] != [said(load), said(request)] or size != had[2]:
+                raise UserError(f"{self.path} holds another request (or other shards): give another --out, or remove it")
+        else:
+            size = size or max(1, min(MOST, -(-len(study.prompt_set) // (4 * job.tasks))))
+            write_frames(self.path / "request.bin", [(0, load), (size, request)])
+        self.write_job(replace(job, tasks=min(job.tasks, len(self.shards))))
+
+    def write_job(self, job: Job) -> None:
+        """job.sbatch, whose array names only tasks with something left to do."""
+        write_text(self.path / "job.json", json.dumps(asdict(job)) + "\n")
+        left = sorted({i % job.tasks for i in self.missing()})
+        array = f"0-{job.tasks - 1}" if len(left) in (0, job.tasks) else ",".join(map(str, left))
+        quoted = {k: shlex.quote(str(v)) for k, v in (("cwd", job.cwd), ("python", sys.executable), ("engine", ROOT / "engine.py"), ("folder", self.path))}
+        log = str(self.path).replace("%", "%%") + "/log-%a.txt"
+        more = f"#SBATCH {job.sbatch}\n" if job.sbatch.strip() else ""
+        write_text(self.path / "job.sbatch", JOB.format(array=array + f"%{job.most}" * bool(job.most), log=log, more=more, tasks=job.tasks, **quoted))
+
+    # -------------------------------------------------------------- parts
+
+    def part(self, shard: int) -> Path:
+        return self.path / f"part-{shard:05}.bin"
+
+    def read(self, shard: int) -> tuple[ModelInfo, object] | None:
+        """A shard's model and result; None where it is missing or damaged."""
+        try:
+            info, result = read_frames(self.part(shard))
+        except (OSError, WireError, ValueError):
+            return None
+        return info.body, result.body
+
+    def missing(self) -> list[int]:
+        return [i for i in range(len(self.shards)) if self.read(i) is None]
+
+    def state(self, lost: list[int] | None = None) -> str:
+        """How many shards are done (of those that are there, without reading them, where nobody says which are lost), and how long the rest takes at this pace."""
+        times = sorted(p.stat().st_mtime for p in self.path.glob("part-*.bin"))
+        total = len(self.shards)
+        done = len(times) if lost is None else total - len(lost)
+        left = f", {time_left((times[-1] - times[0]) / (len(times) - 1) * (total - done))}" if 1 < done < total and len(times) > 1 else ""
+        return f"{done} of {total} shards done{left}"
+
+    def todo(self) -> str:
+        """Which shards are missing and what runs them, in words; job.sbatch then names only their tasks."""
+        self.write_job(self.job)
+        lost = self.missing()
+        some = ", ".join(map(str, lost[:10])) + ", …" * (len(lost) > 10)
+        return f"{self.state(lost)}; missing: {some}. `sbatch {self.path / 'job.sbatch'}` runs only these (without Slurm: the words of scatter again, with --local 1)"
+
+    def work(self, task: int, of: int, engine, show: Callable[[object], None], say: Callable[[str], None]) -> int:
+        """Run what is missing of one task's shards; the model is loaded once, and not where nothing is. 1 when a shard was refused."""
+        load, request, _ = self.asked
+        mine = [i for i in range(task, len(self.shards), of) if self.read(i) is None]
+        if not mine:
+            say(f"task {task}: nothing left to do")
+            return 0
+        info, refused = engine.run(load, show), 0
+        say(f"task {task}: {info.key} on {os.uname().nodename}, {info.seconds:.1f} s; shards {', '.join(map(str, mine))}")
+        for i in mine:
+            (start, stop), began = self.shards[i], time.monotonic()
+            try:
+                result = engine.run(replace(request, study=replace(request.study, part=(start, stop))), show)
+            except EmptyPart as error:
+                result = Failure(str(error), EMPTY)
+            except UserError as error:
+                say(f"shard {i}, prompts {start + 1} to {stop}: {error}")
+                refused = 1
+                continue
+            write_frames(self.part(i), [(0, info), (0, result)])
+            say(f"shard {i}: {stop - start} prompts in {time.monotonic() - began:.2f} s")
+        return refused
+
+    def gather(self, partial: bool = False) -> tuple[ModelInfo, object]:
+        """The result over the whole set, also as whole.bin. UserError where parts are missing, unless those that are there are wanted."""
+        found = {i: some for i in range(len(self.shards)) if (some := self.read(i)) is not None}
+        lost = [i for i in range(len(self.shards)) if i not in found]
+        good = {i: some for i, some in found.items() if not isinstance(some[1], Failure)}
+        if lost and not (partial and good):
+            raise UserError(f"{self.path}: {self.todo()}")
+        infos = {said_of(info): (i, info) for i, (info, _) in good.items()}
+        if len(infos) > 1:
+            words = "; ".join(f"shard {i} by {info.key}" for i, info in infos.values())
+            raise UserError(f"{self.path}: parts are of different models: {words}. Name --dtype and --device, and scatter into another --out")
+        info, how = next(iter(good.values()))[0], scattered(self.request)
+        result = how.join(self.request, [r for _, (_, r) in sorted(good.items())], info)
+        if lost:
+            words = f"partial: {len(found)} of {len(self.shards)} shards"
+            return info, replace(result, warning="; ".join(filter(None, (words, result.warning))))
+        if (after := how.then(self.request, result)) is not None:
+            self.second.lay_out(self.asked[0], after, self.asked[2], self.job)
+            if self.second.missing():
+                raise UserError(f"the first pass is whole, and a second checks what it found: {self.second.todo()}; then gather again")
+            result = how.end(self.request, result, self.second.gather()[1])
+        write_frames(self.path / "whole.bin", [(0, info), (0, result)])
+        how.write(result, self.path)
+        for stale in self.path.glob(".part-*"):  # of tasks that were killed
+            with suppress(OSError):
+                stale.unlink()
+        return info, result
+
+
+def said(body: object) -> bytes:
+    return encode(Frame("ask", body=body))
+
+
+def said_of(info: ModelInfo) -> tuple:
+    """What parts that are joined have in common: all of the model but where it ran."""
+    return info.name, info.scaled, info.dtype, info.n_params, info.against, info.beside_scale, info.default_bos
+
+
+def progress(folder: Folder) -> Progress:
+    done = sum(1 for _ in folder.path.glob("part-*.bin"))
+    return Progress(done, len(folder.shards), folder.state())

@@ -1,0 +1,250 @@
+"""A request over a prompt set in shards: joined it is the whole; what is missing or damaged runs again, and only that."""
+
+import json
+import subprocess
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+
+from engine import Engine, main
+from model.replacements import corrupted_rows, resampled
+from techniques.circuits.requests import Discover, PathPatch, Score
+from techniques.cluster.command import ScatterCommand, visible_gpus
+from techniques.cluster.folder import Folder, Job
+from techniques.patching.requests import Estimate, Sweep
+from utils import ROOT
+from vocabulary.circuit import Circuit
+from vocabulary.nodes import UserError, parse_intervention
+from vocabulary.parts import read_frames
+from vocabulary.prompts import Prompt, Study, read_prompt_set
+from vocabulary.requests import Load
+
+SET = ROOT / "zoo" / "prompts" / "ioi_abba.jsonl"
+PROMPTS = read_prompt_set(SET)[:7]
+MIXED = tuple(p for pair in zip(PROMPTS, read_prompt_set(SET.with_name("ioi_distractor.jsonl"))) for p in pair)[:7]  # two lengths, in turn
+STUDY = Study(PROMPTS[0], prompt_set=PROMPTS)
+TIMES = ("seconds", "expected", "peak_mb", "at_once", "sides", "done", "total")
+
+
+@pytest.fixture(scope="module")
+def zoo(engines) -> Engine:
+    return engines["zoo"]
+
+
+def in_parts(zoo: Engine, request: object, path, size: int = 2, tasks: int = 2) -> Folder:
+    """Two tasks, one after the other, in this process."""
+    folder = Folder(path)
+    folder.lay_out(zoo.loaded, request, size, Job(tasks))
+    for k in range(tasks):
+        assert folder.work(k, tasks, zoo, lambda part: None, lambda line: None) == 0
+    return folder
+
+
+def same(joined: object, whole: object, but: tuple[str, ...] = TIMES, tolerance: float = 1e-5) -> None:
+    """Every field, numbers to 1e-5."""
+    for f in fields(whole):
+        a, b = getattr(joined, f.name), getattr(whole, f.name)
+        if f.name in but:
+            continue
+        if hasattr(b, "mean") and hasattr(b, "low"):
+            same(a, b, (), tolerance)
+        elif isinstance(b, np.ndarray | float):
+            np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=f.name)
+        else:
+            assert a == b, f.name
+
+
+SWEEPS = {
+    "patch": Sweep(STUDY, "z", over_set=True),
+    "mean": Sweep(STUDY, "nodes", "mean", over_set=True),
+    "resample": Sweep(STUDY, "z", "resample", seed=3, over_set=True),
+    "noise": Sweep(STUDY, "mlp", "noise", over_set=True),
+    "under": Sweep(replace(STUDY, interventions=(parse_intervention("L1H1=mean"), parse_intervention("L0H1=noise"))), "z", "zero", over_set=True),
+    "lengths": Sweep(replace(STUDY, prompt_set=MIXED), "attn", over_set=True),
+    "estimate": Estimate(STUDY, "z", over_set=True),
+    "path": PathPatch(STUDY, receivers=("L3H3.q", "L3H2.q"), over_set=True),
+}
+
+
+@pytest.mark.parametrize("name", [n if n in ("patch", "resample", "lengths", "path") else pytest.param(n, marks=pytest.mark.table) for n in SWEEPS])
+def test_a_scattered_table_is_the_whole(zoo, tmp_path, name):
+    info, joined = in_parts(zoo, SWEEPS[name], tmp_path / "a").gather()
+    same(joined, zoo.run(SWEEPS[name]))
+    assert info == zoo.model.info and joined.p.size
+    assert read_frames(tmp_path / "a" / "whole.bin")[1].body.prompts == tuple(range(7))
+
+
+def test_a_scattered_mean_and_noise_are_the_whole(zoo, tmp_path):
+    """The mean is the whole set's, and each prompt's noise its own."""
+    for op in ("mean", "noise"):
+        request = Sweep(STUDY, "z", op, over_set=True, only=((0, 0), (3, 3)))
+        same(in_parts(zoo, request, tmp_path / op, 3).gather()[1], zoo.run(request))
+
+
+def test_scores_and_a_discovery_are_the_whole(zoo, tmp_path):
+    circuit = Circuit("some", "zoo", ("L0H1", "L3H2", "L3H3"))
+    score = Score(STUDY, circuit, ("faithfulness", "effects"), "resample")
+    same(in_parts(zoo, score, tmp_path / "score").gather()[1], zoo.run(score), (*TIMES, "sets"))
+    ask = Discover(STUDY, "eap", 12)
+    whole, first = zoo.run(ask), in_parts(zoo, ask, tmp_path / "found")
+    with pytest.raises(UserError, match="a second checks what it found: 0 of 4 shards done; missing: 0, 1, 2, 3"):
+        first.gather()
+    for k in range(2):
+        first.second.work(k, 2, zoo, lambda part: None, lambda line: None)
+    joined = first.gather()[1]
+    same(joined, whole, (*TIMES, "counts", "faithfulness", "prompts"))
+    assert json.loads((tmp_path / "found" / "circuit.json").read_text())["edges"] == list(whole.circuit.edges)
+
+
+@pytest.mark.table
+@pytest.mark.parametrize("method", ["eap-ig", "clean-corrupted", "eap-ig-activations"])
+def test_every_method_that_sums_over_prompts(zoo, tmp_path, method):
+    ask = Discover(STUDY, method, 20, steps=2)
+    first = in_parts(zoo, ask, tmp_path / "found")
+    with pytest.raises(UserError):
+        first.gather()
+    first.second.work(0, 1, zoo, lambda part: None, lambda line: None)
+    same(first.gather()[1], zoo.run(ask), (*TIMES, "counts", "faithfulness", "prompts"))
+
+
+def test_only_what_is_missing_runs_again(zoo, tmp_path, monkeypatch):
+    """A part that is gone, one that is cut, one that is garbage; a whole one stays as it is, and a task without work loads nothing."""
+    request = Sweep(STUDY, "z", over_set=True, only=((3, 2),))
+    folder = in_parts(zoo, request, tmp_path / "a", 1)
+    whole = folder.gather()[1]
+    assert len(folder.shards) == 7
+    folder.part(1).unlink()
+    folder.part(4).write_bytes(folder.part(4).read_bytes()[:-3])
+    folder.part(6).write_bytes(b"\0\0\0\5hello")
+    before = {i: folder.part(i).stat().st_mtime_ns for i in (0, 2, 3, 5)}
+    with pytest.raises(UserError, match="4 of 7 shards done.*missing: 1, 4, 6"):
+        folder.gather()
+    assert "--array=0-1\n" in (tmp_path / "a" / "job.sbatch").read_text()
+    partial = folder.gather(True)[1]
+    assert partial.prompts == (0, 2, 3, 5) and partial.warning.startswith("partial: 4 of 7 shards")
+    np.testing.assert_allclose(partial.values[3, 2], whole.per_prompt[[0, 2, 3, 5], 3, 2].mean(), rtol=1e-6)
+    asked = []
+    monkeypatch.setattr(zoo, "run", lambda request, show=None, run=zoo.run: (asked.append(request), run(request))[1])
+    again = Folder(tmp_path / "a")
+    again.lay_out(zoo.loaded, request, 0, Job(3))
+    assert "--array=0,1\n" in (tmp_path / "a" / "job.sbatch").read_text()  # of three tasks shards 1, 4 are the second's, 6 the first's
+    for k in range(3):
+        again.work(k, 3, zoo, lambda part: None, lambda line: None)
+    assert [r.study.part for r in asked if isinstance(r, Sweep)] == [(6, 7), (1, 2), (4, 5)] and sum(isinstance(r, Load) for r in asked) == 2
+    assert before == {i: again.part(i).stat().st_mtime_ns for i in before}
+    same(again.gather()[1], whole, ("seconds", "peak_mb"))
+
+
+def test_prompts_that_do_not_fit(zoo, tmp_path):
+    """A shard of which none fits is a part like another; the whole says who was left out."""
+    bad = Prompt("one two three", None, (" a",), (" b",))
+    request = Sweep(replace(STUDY, prompt_set=(*PROMPTS[:3], bad, bad, PROMPTS[3])), "z", over_set=True)
+    joined = in_parts(zoo, request, tmp_path / "a", 1).gather()[1]
+    same(joined, zoo.run(request))
+    assert joined.prompts == (0, 1, 2, 5) and joined.warning.startswith("2 of 6 prompts of the set left out")
+
+
+def test_what_can_not_be_scattered(zoo, tmp_path):
+    part = replace(STUDY, part=(0, 2))
+    with pytest.raises(UserError, match="cumulative chooses its nodes over the whole set"):
+        zoo.run(Sweep(part, "cumulative", over_set=True))
+    with pytest.raises(UserError, match="a part is of an analysis over a set"):
+        zoo.run(Sweep(part, "z"))
+    with pytest.raises(UserError, match="a part is of an analysis over a set"):
+        zoo.run(Sweep(replace(STUDY, part=(5, 9)), "z", over_set=True))
+    with pytest.raises(UserError, match="greedy decides"):
+        zoo.run(Discover(part, "greedy"))
+    with pytest.raises(UserError, match="minimality chooses subsets"):
+        zoo.run(Score(part, Circuit("some", "zoo", ("L0H1",)), ("minimality",)))
+    from techniques.attention.requests import AttentionSet
+
+    with pytest.raises(UserError, match="AttentionSet can't run over a part"):
+        zoo.run(AttentionSet(part, ("S1", "S2")))
+    Folder(tmp_path).lay_out(zoo.loaded, Sweep(STUDY, "z", over_set=True), 2, Job(2))
+    with pytest.raises(UserError, match="another request"):
+        Folder(tmp_path).lay_out(zoo.loaded, Sweep(STUDY, "q", over_set=True), 2, Job(2))
+
+
+def test_parts_of_different_models_are_not_joined(zoo, tmp_path):
+    from vocabulary.parts import write_frames
+
+    folder = in_parts(zoo, Sweep(STUDY, "z", over_set=True, only=((3, 2),)), tmp_path / "a", 4)
+    info, result = folder.read(1)
+    write_frames(folder.part(1), [(0, replace(info, dtype="bfloat16")), (0, result)])
+    with pytest.raises(UserError, match="parts are of different models"):
+        folder.gather()
+
+
+def test_what_is_drawn_is_any_other_of_equal_length(zoo):
+    """As the words say it: the set's corrupted prompts of that length that are not the prompt's and not equal to it, one by the seed and its place."""
+    twice = (*MIXED, MIXED[0], MIXED[3])
+    for prompt in twice:
+        study, row = Study(prompt, prompt_set=twice), zoo.model.tokens.pair(prompt, "", [], [])[0]
+        rows = [r.ids for p in twice if p != prompt for r in corrupted_rows(zoo.model, (p,))]
+        rows = [r for r in rows if len(r) == len(row.ids) and r != row.ids]
+        for seed in range(5):
+            at = np.random.default_rng((seed, twice.index(prompt))).integers(len(rows))
+            assert resampled(zoo.model, study, len(row.ids), row.ids, seed) == rows[at]
+
+
+# ------------------------------------------------------------------ the shell
+
+
+def test_words_of_scatter_from_among_a_commands():
+    words = "sweep --kind z --set a.jsonl --tasks 4 --sbatch=--gres=gpu:1 --out runs/a --mean".split()
+    read = ScatterCommand.of_words(words)
+    assert read.words == ("sweep", "--kind", "z", "--set", "a.jsonl", "--mean") and (read.tasks, read.sbatch, str(read.out)) == (4, "--gres=gpu:1", "runs/a")
+    assert ScatterCommand.of_words(["path", "--sbatch", "--gres=gpu:1 -p a100", "--out", "x"]).sbatch == "--gres=gpu:1 -p a100"
+
+
+def test_the_job_is_a_script_that_bash_reads(tmp_path, capsys):
+    out = tmp_path / "of a % run"
+    assert (
+        main(["scatter", "sweep", "--kind", "z", "--set", str(SET), "--tasks", "4", "--sbatch", "--gres=gpu:1 -p a100", "--most", "2", "--out", str(out)]) == 0
+    )
+    said = capsys.readouterr().err
+    assert "32 prompts in 16 shards, 4 tasks; 0 of 16 shards done" in said and "engine.py gather" in said
+    script = out / "job.sbatch"
+    subprocess.run(["bash", "-n", script], check=True)
+    text = script.read_text()
+    assert "#SBATCH --array=0-3%2\n" in text and "#SBATCH --gres=gpu:1 -p a100\n" in text and "of a %% run/log-%a.txt" in text
+    assert Folder(out).request.over_set
+    assert main(["gather", str(out)]) == 2 and "missing: 0, 1, 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("lens --set {} --out {}", "Lens can't run over a part of a prompt set"),
+        ("replay --out {1}", "replay can't be scattered"),
+        ("sweep --kind z --out {1}", "give --set"),
+        ("sweep --kind z --set {}", "give --out"),
+        ("sweep --kind z --set {} --out {} --tasks 0", "--tasks is 1 or more"),
+        ("sweep --kind z --set {} --plot a.svg --out {}", "gather FOLDER --plot"),
+        ("certify --set {} --out {}", "Certify can't run over a part"),
+    ],
+)
+def test_refused_before_anything_runs(tmp_path, capsys, words, line):
+    assert main(["scatter", *words.format(SET, tmp_path / "a").split()]) == 2
+    assert line in capsys.readouterr().err
+
+
+@pytest.mark.table
+def test_as_processes_of_this_machine(tmp_path, capsys):
+    words = ["scatter", "sweep", "--kind", "z", "--set", str(SET), "--local", "2", "--out", str(tmp_path / "a"), "--json"]
+    assert main(words) == 0
+    joined = json.loads(capsys.readouterr().out)
+    assert main(["sweep", "--kind", "z", "--set", str(SET), "--mean", "--json"]) == 0
+    whole = json.loads(capsys.readouterr().out)
+    for name in ("values", "normalised", "p", "holm", "per_prompt", "low", "high"):
+        np.testing.assert_allclose(joined[name], whole[name], rtol=1e-5, atol=1e-5, err_msg=name)
+    assert main(["scatter", "discover", "--method", "eap", "--set", str(SET), "--local", "2", "--out", str(tmp_path / "b")]) == 0
+    assert "eap: " in capsys.readouterr().out and (tmp_path / "b" / "circuit.json").exists()
+
+
+def test_gpus_that_are_visible(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,MIG-a")
+    assert visible_gpus() == ["2", "MIG-a"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert visible_gpus() == []

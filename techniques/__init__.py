@@ -8,7 +8,7 @@ from utils import settings
 from vocabulary.typed import user_path
 from vocabulary.nodes import UserError
 
-ROOMS = ("output", "lens", "attention", "attribution", "patching", "weights", "circuits", "features", "qk", "identities", "sets", "record")
+ROOMS = ("output", "lens", "attention", "attribution", "patching", "weights", "circuits", "features", "qk", "graphs", "identities", "sets", "record")
 
 
 def rooms() -> tuple[str, ...]:

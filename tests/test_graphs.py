@@ -1,0 +1,212 @@
+"""
+Attribution graphs against a second computation: Hugging Face's own modules with plain torch hooks, their attention and norms frozen, a source's write taken
+away; and the graph's influence, pruning, scores and files against their definitions.
+"""
+
+import json
+from contextlib import ExitStack
+
+import numpy as np
+import pytest
+import torch as t
+from conftest import ARCHS, PROMPT
+from dictionaries import build, save
+
+from engine import main
+from techniques.graphs import files
+from techniques.graphs.requests import KINDS, AttributionGraph, GraphEffects
+from techniques.graphs.influence import flow, prune, replacement_and_completeness, shares
+from vocabulary.nodes import UserError, parse_intervention
+from vocabulary.prompts import Prompt, Study
+from vocabulary.wire import Frame, encode
+
+STUDY = Study(PROMPT)
+IOI = Prompt("When Mary and John went to the store, John gave a drink to", None, (" Mary",), (" John",))
+SITES = ("mlp.hook_in", "ln2.hook_normalized", "hook_mlp_in")
+
+
+def transcoders(engine, folder, kinds=("jumprelu_transcoder", "skip_transcoder", "transcoder")) -> dict:
+    """One at every MLP but the last layer's, reading at different places; by layer, as sae_lens has them, and where they lie."""
+    model, out = engine.model, {}
+    ids, info = model.row(PROMPT.clean, None, PROMPT.labels).ids, model.info
+    for layer in range(info.n_layers - 1):
+        hook = f"blocks.{layer}.{SITES[layer % 3]}"
+        hook = hook if hook in model.points or hook.endswith("mlp_in") else f"blocks.{layer}.mlp.hook_in"
+        read = f"blocks.{layer}.hook_resid_{'pre' if model.parallel else 'mid'}" if hook.endswith("mlp_in") else hook
+        acts = model.trace(ids, [read, f"blocks.{layer}.hook_mlp_out"])
+        sae = build(kinds[layer % len(kinds)], hook, info.d_model, info.d_model, layer, tuple(acts[n][0].float() for n in acts))
+        out[layer] = sae, save(sae, folder / f"{info.name.replace('/', '_')}.L{layer}")
+    return out
+
+
+class Frozen:
+    """Hugging Face's model, its patterns and norms' scales those of a clean run, its MLPs writing what they wrote there (and `more`): streams and logits."""
+
+    def __init__(self, reference, ids, skip=None):
+        self.ref, self.ids, self.n, self.skip, self.into = reference, ids, reference.config.num_hidden_layers, skip or {}, {}
+        self.pattern, self.seen = reference.patterns([ids]), {}
+        body = reference.hf
+        self.norms = [m for m in body.modules() if "Norm" in type(m).__name__ and m not in self.inner_norms()]
+        self.mlps = {("mlp", i) for i in range(self.n)}
+        with ExitStack() as stack, t.no_grad():
+            for m in self.norms:
+                stack.callback(m.register_forward_pre_hook(lambda m, args: self.seen.__setitem__(m, args[0].double())).remove)
+            for i in range(self.n):
+                stack.callback(reference.blocks[i].mlp.register_forward_pre_hook(lambda m, args, i=i: self.into.__setitem__(i, args[0])).remove)
+            _, self.clean = reference.run([ids], read=[*self.mlps, ("resid_pre", 0)])
+
+    def inner_norms(self):
+        """Norms of queries and keys, which a frozen pattern makes idle."""
+        return {m for i in range(self.n) for m in self.ref.attn(i).modules() if "Norm" in type(m).__name__}
+
+    def linear(self, m, x):
+        seen = self.seen[m]
+        eps = getattr(m, "eps", getattr(m, "variance_epsilon", None))
+        if "RMS" in type(m).__name__:
+            gain = m.weight.double() + ("Gemma" in type(m).__name__)
+            return x / (seen.square().mean(-1, keepdim=True) + eps).sqrt() * gain
+        return (x - x.mean(-1, keepdim=True)) / (seen.var(-1, unbiased=False, keepdim=True) + eps).sqrt() * m.weight.double() + m.bias.double()
+
+    def attention(self, i, x):
+        """Pattern times values, by the attention's own weights."""
+        a, ref, h = self.ref.attn(i), self.ref, self.ref.heads
+        x = x.double()
+        if ref.arch == "gpt2":
+            v = (x @ a.c_attn.weight.double() + a.c_attn.bias.double())[..., 2 * h * ref.d_head :].unflatten(-1, (h, ref.d_head))
+            out = (a.c_proj.weight.double().T, a.c_proj.bias.double())
+        elif ref.arch == "gpt_neox":
+            v = t.nn.functional.linear(x, a.query_key_value.weight.double(), a.query_key_value.bias.double()).unflatten(-1, (h, 3, ref.d_head))[..., 2, :]
+            out = (a.dense.weight.double(), a.dense.bias.double())
+        else:
+            bias = None if a.v_proj.bias is None else a.v_proj.bias.double()
+            v = t.nn.functional.linear(x, a.v_proj.weight.double(), bias).unflatten(-1, (ref.kv_heads, ref.d_head)).repeat_interleave(h // ref.kv_heads, 2)
+            out = (a.o_proj.weight.double(), None if a.o_proj.bias is None else a.o_proj.bias.double())
+        z = t.einsum("bhds,bshe->bdhe", t.tensor(self.pattern[i]).double(), v)
+        return t.nn.functional.linear(z.flatten(2), *out)
+
+    def run(self, more=()):
+        """What is read with `more` [(place, tensor)] added to what is written there: inputs of blocks, streams in the middle, and the final logits."""
+        now, add = {}, dict(more)
+        with ExitStack() as stack, t.no_grad():
+            for m in self.norms:
+                stack.callback(m.register_forward_hook(lambda m, args, out: self.linear(m, args[0].double()).to(out)).remove)
+            for i in range(self.n):
+
+                def attend(m, args, kwargs, out, i=i):
+                    new = self.attention(i, args[0] if args else kwargs["hidden_states"]).float()
+                    return (new, *out[1:]) if isinstance(out, tuple) else new
+
+                stack.callback(self.ref.attn(i).register_forward_hook(attend, with_kwargs=True).remove)
+                def write(m, args, out, i=i):
+                    skipped = (now[i] - self.into[i]) @ self.skip[i].T if i in self.skip else 0
+                    return self.clean["mlp", i] + add.get(("mlp", i), 0) + skipped
+
+                stack.callback(self.ref.blocks[i].mlp.register_forward_pre_hook(lambda m, args, i=i: now.__setitem__(i, args[0])).remove)
+                stack.callback(self.ref.place("mlp", i)[0].register_forward_hook(write).remove)
+            edits = [(("resid_pre", 0), lambda x: x.add_(add.get(("resid_pre", 0), t.zeros(1))))]
+            parallel = self.ref.arch == "gpt_neox"
+            reads = [("resid_pre" if parallel else "resid_mid", i) for i in range(self.n)]
+            logits, got = self.ref.run([self.ids], edits, reads)
+        return {i: x[0].double() for (_, i), x in got.items()}, t.tensor(logits)[0].double()
+
+
+def pre_activation(frozen, sae, layer, stream, pos, index):
+    """A feature's, of the stream in front of its MLP."""
+    hook, ref = sae.cfg.metadata.hook_name, frozen.ref
+    block = ref.blocks[layer]
+    norm = {"gpt2": "ln_2", "gemma2": "pre_feedforward_layernorm"}.get(ref.arch, "post_attention_layernorm")
+    m = getattr(block, norm)
+    x = stream[pos]
+    if not hook.endswith("hook_mlp_in"):
+        whole = frozen.linear(m, stream[None])[0]
+        if hook.endswith("normalized"):
+            gain = m.weight.double() + ("Gemma" in type(m).__name__)
+            whole = (whole - (m.bias.double() if getattr(m, "bias", None) is not None else 0)) / gain
+        x = whole[pos]
+    return (x @ sae.W_enc[:, index].double()).item() + sae.b_enc[index].item()
+
+
+def write_of(frozen, found, kind, layer, pos, index, value, coders, gone):
+    """What a node writes, as a change that takes it away: (place, tensor [1, seq, d_model])."""
+    place = ("resid_pre", 0) if kind == "token" else ("mlp", layer)
+    out = t.zeros_like(frozen.clean[place])
+    if kind == "token":
+        out[0, pos] = -frozen.clean[place][0, pos]
+    elif kind == "feature":
+        out[0, pos] = -value * coders[layer][0].W_dec[index]
+    else:
+        out[0, pos] = -gone[layer][pos]
+    return place, out
+
+
+def errors(engine, coders, ids):
+    """What transcoders leave of each MLP [seq, d_model], by sae_lens's own forward; position 0 has no features."""
+    out = {}
+    for layer in range(engine.model.info.n_layers):
+        y = engine.model.trace(ids, [f"blocks.{layer}.hook_mlp_out"])[f"blocks.{layer}.hook_mlp_out"][0].float()
+        if layer in coders:
+            sae, _ = coders[layer]
+            hook = sae.cfg.metadata.hook_name
+            hook = hook.replace("hook_mlp_in", f"hook_resid_{'pre' if engine.model.parallel else 'mid'}")
+            x = engine.model.trace(ids, [hook])[hook][0].float()
+            f = sae.encode(x)
+            f[0] = 0
+            y = y - f @ sae.W_dec - sae.b_dec - (x @ sae.W_skip.T if hasattr(sae, "W_skip") else 0)
+        out[layer] = y
+    return out
+
+
+def compare(engine, reference, folder, kinds, n=9, **more):
+    """Edges of a graph that is not pruned against a source's write taken away, in the frozen model; at most `n` sources."""
+    coders = transcoders(engine, folder, kinds)
+    ask = AttributionGraph(STUDY, tuple(c[1] for c in coders.values()), node_threshold=1, edge_threshold=1, logits=2, mass=1, batch=64, **more)
+    r = engine.run(ask)
+    ids = r.tokens.ids
+    skip = {layer: sae.W_skip.detach() for layer, (sae, _) in coders.items() if hasattr(sae, "W_skip")}
+    frozen, gone = Frozen(reference, ids, skip), errors(engine, coders, ids)
+    base, logits = frozen.run()
+    assert np.abs(logits[-1].numpy() - reference.run([ids])[0][0, -1]).max() < 1e-3 or reference.softcap
+    names = [KINDS[k] for k in r.kind]
+    edge = {(s, d): w for s, d, w in zip(r.source.tolist(), r.to.tolist(), r.weight)}
+    rng, some = np.random.default_rng(0), []
+    for kind in ("feature", "error", "token"):
+        of = [i for i, k in enumerate(names) if k == kind and np.isfinite(r.value[i]) and r.value[i] != 0]
+        some += rng.permutation(of)[: n // 3].tolist()
+    targets = [i for i, k in enumerate(names) if k == "feature"]
+    targets = rng.permutation(targets)[:25].tolist() + [i for i, k in enumerate(names) if k == "logit"]
+    size = max(1.0, np.abs(r.weight).max())
+    tried = 0
+    for s in some:
+        kind, layer, pos, index = names[s], int(r.layer[s]), int(r.at[s]), int(r.index[s])
+        change = write_of(frozen, r, kind, layer, pos, index, float(r.value[s]), coders, gone)
+        streams, out = frozen.run([change])
+        for d in targets:
+            if names[d] == "logit":
+                if reference.softcap:
+                    continue
+                before, after = (x[-1].numpy()[int(r.index[d])] - x[-1].numpy().mean() for x in (logits, out))
+                got = before - after
+            else:
+                at = int(r.layer[d])
+                sae = coders[at][0]
+                got = np.subtract(*(pre_activation(frozen, sae, at, x[at], int(r.at[d]), int(r.index[d])) for x in (base, streams)))
+            assert edge.get((s, d), 0.0) == pytest.approx(got, abs=1e-4 * size), (kind, names[d])
+            tried += 1
+    assert tried > 20
+    return r
+
+
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("all", marks=pytest.mark.table)])
+def test_edges_are_what_taking_the_source_away_does_in_the_frozen_model(engines, references, tmp_path, name):
+    for arch in [name] if name != "all" else [a for a in ARCHS if a != "zoo"]:
+        r = compare(engines[arch], references[arch], tmp_path / arch, ("skip_transcoder", "jumprelu_transcoder"))
+        assert r.selected == r.active and r.error < 1e-3
+        adds_up(r)
+
+
+def adds_up(r):
+    """What comes in, with biases, is the pre-activation, which is the activation where a feature is no more than its positive part."""
+    for i, k in enumerate(r.kind):
+        if KINDS[k] in ("feature", "logit"):
+            assert r.weight[r.to == i].sum() + r.bias[i] + r.left_out[i] == pytest.approx(r.whole[i], abs=1e-4 * max(1, np.abs(r.weight).max()))
+            assert r.whole[i] == pytest.approx(r.value[i], abs=1e-4 * max(1, abs(r.value[i])))

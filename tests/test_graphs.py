@@ -131,7 +131,8 @@ def write_of(frozen, found, kind, layer, pos, index, value, coders, gone):
     place = ("resid_pre", 0) if kind == "token" else ("mlp", layer)
     out = t.zeros_like(frozen.clean[place])
     if kind == "token":
-        out[0, pos] = -frozen.clean[place][0, pos]
+        whole = frozen.clean[place] if frozen.ref.arch != "gpt2" else frozen.ref.embed(t.tensor([frozen.ids]))
+        out[0, pos] = -whole[0, pos].detach()
     elif kind == "feature":
         out[0, pos] = -value * coders[layer][0].W_dec[index]
     else:
@@ -210,3 +211,35 @@ def adds_up(r):
         if KINDS[k] in ("feature", "logit"):
             assert r.weight[r.to == i].sum() + r.bias[i] + r.left_out[i] == pytest.approx(r.whole[i], abs=1e-4 * max(1, np.abs(r.weight).max()))
             assert r.whole[i] == pytest.approx(r.value[i], abs=1e-4 * max(1, abs(r.value[i])))
+
+
+def chain(n=9, features=4, errors=2, tokens=2, seed=0):
+    """A random graph's matrix: features in order, errors and tokens without inputs, one logit at the end."""
+    rng = np.random.default_rng(seed)
+    a = rng.normal(size=(n, n)) * (rng.random((n, n)) < 0.8)
+    for i in range(n):
+        for j in range(n):
+            source = features <= j < n - 1 or j < features and (i == n - 1 or j < i)
+            a[i, j] *= source and (i < features or i == n - 1)
+    return a
+
+
+def test_influence_scores_and_pruning_are_their_definitions():
+    for seed in range(5):
+        a = chain(seed=seed)
+        weights = np.zeros(9)
+        weights[-1] = 0.7
+        part = np.abs(a) / np.maximum(np.abs(a).sum(1, keepdims=True), 1e-10)
+        want = weights @ (np.linalg.inv(np.eye(9) - part) - np.eye(9))
+        A, W = t.tensor(a), t.tensor(weights)
+        assert np.allclose(flow(shares(A), W), want)
+        replacement, completeness = replacement_and_completeness(A, W, slice(4, 6), slice(6, 8))
+        assert replacement == pytest.approx(want[6:8].sum() / want[4:8].sum())
+        out = want + weights
+        assert completeness == pytest.approx(((1 - part[:, 4:6].sum(1)) * out).sum() / out.sum())
+        nodes, edges, scores = prune(A, W, 4, 3, 0.8, 0.9)
+        assert nodes[-3:].all() and not edges[~nodes].any() and not edges[:, ~nodes].any()
+        for i in np.flatnonzero(nodes[:4]):
+            assert edges[:, i].any() and edges[i].any()
+        whole = prune(A, W, 4, 3, 1, 1)
+        assert (whole[1].numpy() == ((a != 0) & whole[0].numpy()[:, None] & whole[0].numpy())).all()

@@ -12,7 +12,7 @@ from torch import Tensor
 from model.bridge import FINAL, Edit, Model
 from model.runs import Runs
 from model.sae import SparseAutoencoder
-from model.writes import SCALE, frozen_norm, linear_norm, post_norm, pre_norm, pull_back, require_parts, require_values
+from model.writes import SCALE, embedding, frozen_norm, linear_norm, post_norm, pre_norm, pull_back, require_parts, require_values
 from techniques.attribution.logits import direction
 from techniques.features.effects import stream_reader
 from techniques.features.graph import frozen_at
@@ -65,7 +65,7 @@ def freeze(runs: Runs, which: str, batch: int = 1) -> list[Edit]:
 class LocalModel:
     """
     The replacement model of one run. Sources in order: `where`, `index`, `layer` of the active features, their `value`; errors [layer, seq, d_model]; tokens
-    (embedding with position) [seq, d_model]. Position 0 has no features: there all is error, as transcoders are trained without it.
+    (their embedding; a position's is a bias) [seq, d_model]. Position 0 has no features: there all is error, as transcoders are trained without it.
     """
 
     def __init__(self, runs: Runs, which: str, coders: dict[int, SparseAutoencoder], batch: int):
@@ -76,10 +76,13 @@ class LocalModel:
         norms = {layer: pre_norm(runs.model, layer, "mlp") for layer, d in coders.items() if d.site in ("normed", "mlp_in")}
         self.norms = {layer: found for layer, found in norms.items() if found}
         points = [*(d.point for d in coders.values()), *(scale for _, scale in self.norms.values())]
-        self.acts = runs.trace(which, ["blocks.0.hook_resid_pre", *self.outs, *points])
-        self.tokens = self.acts["blocks.0.hook_resid_pre"][0].float()
+        name, factor = embedding(runs.model)
+        self.acts = runs.trace(which, [name, "blocks.0.hook_resid_pre", *self.outs, *points])
+        first = self.acts["blocks.0.hook_resid_pre"]
+        self.tokens = self.acts[name][0].to(first.device).float() * factor
         self.read_features()
-        self.start = t.zeros(batch, *self.tokens.shape, device=self.tokens.device, dtype=runs.model.dtype, requires_grad=True)
+        rest = (first.float() - self.tokens).to(first)
+        self.start = rest.expand(batch, -1, -1).clone().requires_grad_(True)
         self.written = [t.zeros_like(self.acts[n].expand(batch, -1, -1), requires_grad=True) for n in self.outs]
         self.streams = self.run()
 

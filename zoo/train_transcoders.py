@@ -135,6 +135,8 @@ def measured(model, folder: Path, held: Tensor) -> dict[str, float]:
 
 
 def write(model, folder: Path, layer: int, weights: dict[str, Tensor], cfg: TranscodersConfig, held: Tensor) -> None:
+    import sae_lens
+
     from model.artefacts import unembed_hash
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -142,7 +144,7 @@ def write(model, folder: Path, layer: int, weights: dict[str, Tensor], cfg: Tran
     point, out = points(layer)
     recipe = f"BatchTopK, {cfg.features} features, k {cfg.k}, {cfg.steps} steps of {ROWS * LENGTH} tokens, lr {cfg.lr:g}, seed {cfg.seed}, stored as JumpReLU"
     about = {"model_name": "zoo", "hook_name": point, "hook_name_out": out, "context_size": LENGTH, "prepend_bos": True, "exclude_special_tokens": [model.bos]}
-    about |= {"dataset_path": "zoo/corpus.py", "unembed_hash": unembed_hash(model), "recipe": recipe, "stored": "float16"}
+    about |= {"sae_lens_version": sae_lens.__version__, "dataset_path": "zoo/corpus.py", "unembed_hash": unembed_hash(model), "recipe": recipe, "stored": "float16"}
     shape = {"d_in": model.info.d_model, "d_out": model.info.d_model, "d_sae": cfg.features}
     config = {"architecture": "jumprelu_transcoder", "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": False, "normalize_activations": "none"} | shape
     for more in ({}, None):

@@ -97,6 +97,7 @@ class Frozen:
                     return (new, *out[1:]) if isinstance(out, tuple) else new
 
                 stack.callback(self.ref.attn(i).register_forward_hook(attend, with_kwargs=True).remove)
+
                 def write(m, args, out, i=i):
                     skipped = (now[i] - self.into[i]) @ self.skip[i].T if i in self.skip else 0
                     return self.clean["mlp", i] + add.get(("mlp", i), 0) + skipped

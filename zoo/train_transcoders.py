@@ -97,7 +97,13 @@ class Transcoder(t.nn.Module):
     def weights(self) -> dict[str, Tensor]:
         """As sae_lens's jumprelu_transcoder has them, the inputs' and outputs' sizes folded in."""
         a, b = self.size
-        found = {"W_enc": self.W_enc * b / a, "b_enc": self.b_enc * b, "W_dec": self.W_dec, "b_dec": self.b_dec, "threshold": t.full_like(self.b_enc, self.threshold * b)}
+        found = {
+            "W_enc": self.W_enc * b / a,
+            "b_enc": self.b_enc * b,
+            "W_dec": self.W_dec,
+            "b_dec": self.b_dec,
+            "threshold": t.full_like(self.b_enc, self.threshold * b),
+        }
         return {k: v.detach().half().contiguous() for k, v in found.items()}
 
 
@@ -131,7 +137,12 @@ def measured(model, folder: Path, held: Tensor) -> dict[str, float]:
     x, y = (t.cat(some) for some in zip(*found))
     f = sae.encode(x)
     explained = 1 - (y - sae.decode(f)).square().sum() / (y - y.mean(0)).square().sum()
-    return {"l0": (f > 0).sum(1).float().mean().item(), "explained_variance": explained.item(), "dead_fraction": 1 - (f > 0).any(0).float().mean().item(), "held_out_tokens": len(x)}
+    return {
+        "l0": (f > 0).sum(1).float().mean().item(),
+        "explained_variance": explained.item(),
+        "dead_fraction": 1 - (f > 0).any(0).float().mean().item(),
+        "held_out_tokens": len(x),
+    }
 
 
 def write(model, folder: Path, layer: int, weights: dict[str, Tensor], cfg: TranscodersConfig, held: Tensor) -> None:
@@ -144,9 +155,21 @@ def write(model, folder: Path, layer: int, weights: dict[str, Tensor], cfg: Tran
     point, out = points(layer)
     recipe = f"BatchTopK, {cfg.features} features, k {cfg.k}, {cfg.steps} steps of {ROWS * LENGTH} tokens, lr {cfg.lr:g}, seed {cfg.seed}, stored as JumpReLU"
     about = {"model_name": "zoo", "hook_name": point, "hook_name_out": out, "context_size": LENGTH, "prepend_bos": True, "exclude_special_tokens": [model.bos]}
-    about |= {"sae_lens_version": sae_lens.__version__, "dataset_path": "zoo/corpus.py", "unembed_hash": unembed_hash(model), "recipe": recipe, "stored": "float16"}
+    about |= {
+        "sae_lens_version": sae_lens.__version__,
+        "dataset_path": "zoo/corpus.py",
+        "unembed_hash": unembed_hash(model),
+        "recipe": recipe,
+        "stored": "float16",
+    }
     shape = {"d_in": model.info.d_model, "d_out": model.info.d_model, "d_sae": cfg.features}
-    config = {"architecture": "jumprelu_transcoder", "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": False, "normalize_activations": "none"} | shape
+    config = {
+        "architecture": "jumprelu_transcoder",
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+    } | shape
     for more in ({}, None):
         about |= {k: round(v, 6) for k, v in measured(model, folder, held).items()} if more is None else more
         (folder / "cfg.json").write_text(json.dumps(config | {"metadata": about}) + "\n")
@@ -168,7 +191,9 @@ def main(cfg: TranscodersConfig) -> None:
         got = measured(model, cfg.out / f"L{layer}", held)
         missed += got["explained_variance"] < TARGET
         colour = green if got["explained_variance"] >= TARGET else red
-        print(f"{colour}L{layer:<11}{endc} {cyan}{got['explained_variance']:10.4f} {got['l0']:6.2f} {got['dead_fraction']:7.4f}{endc}{gray}  {got['held_out_tokens']} tokens{endc}")
+        print(
+            f"{colour}L{layer:<11}{endc} {cyan}{got['explained_variance']:10.4f} {got['l0']:6.2f} {got['dead_fraction']:7.4f}{endc}{gray}  {got['held_out_tokens']} tokens{endc}"
+        )
     sys.exit(missed > 0)
 
 

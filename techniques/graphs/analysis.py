@@ -143,7 +143,7 @@ def convention(built: Built, ask: AttributionGraph) -> str:
     words = [
         f"attribution graph, {ask.which}, position {built.pos}", "attention patterns and norm scales frozen",
         "logits less their mean over the vocabulary, weighted by probability" if ask.target == "logits" else f"target {text_of(built, 0)}",
-        "before the soft cap" * bool(model.softcap), "position 0 has no features, position embeddings are biases", f"whole MLP as error in {', '.join(bare)}" * bool(bare),
+        "before the soft cap" * bool(model.softcap), f"position 0 has no features, {'what MLPs write there and ' * local.bos}position embeddings are biases", f"whole MLP as error in {', '.join(bare)}" * bool(bare),
         f"nodes {ask.node_threshold:g}, edges {ask.edge_threshold:g} of influence", model.info.dtype,
     ]  # fmt: skip
     return ", ".join(w for w in words if w)

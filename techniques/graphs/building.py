@@ -138,4 +138,6 @@ def check(local: LocalModel, edges: Tensor, bias: Tensor, whole: Tensor) -> None
     size = max(1.0, float(edges.abs().sum(1).max()) / 32)
     if not row.error <= row.tolerance * size:
         half = "" if local.model.info.dtype == "float32" else f" in {local.model.info.dtype}: load it in float32"
-        raise UserError(f"{local.model.info.architecture}: what flows into a feature or logit is not the sum of its edges and biases (off by {row.error:.2g}{half})")
+        raise UserError(
+            f"{local.model.info.architecture}: what flows into a feature or logit is not the sum of its edges and biases (off by {row.error:.2g}{half})"
+        )

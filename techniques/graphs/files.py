@@ -94,7 +94,9 @@ def revive(path: Path, found: object) -> GraphResult:
                 made[name] = from_json(found[name], kind)
         r = GraphResult(**made)
         n, links = len(r.kind), len(r.source)
-        assert all(len(getattr(r, x)) == n for x in ("layer", "at", "index", "value", "influence", "cumulative", "probability", "bias", "left_out", "whole", "texts"))
+        assert all(
+            len(getattr(r, x)) == n for x in ("layer", "at", "index", "value", "influence", "cumulative", "probability", "bias", "left_out", "whole", "texts")
+        )
         assert all(len(getattr(r, x)) == links for x in ("to", "weight", "share"))
         assert not links or 0 <= min(r.source.min(), r.to.min()) and max(r.source.max(), r.to.max()) < n
         assert not n or 0 <= r.kind.min() and r.kind.max() < len(KINDS)

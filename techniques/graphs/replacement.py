@@ -65,7 +65,8 @@ def freeze(runs: Runs, which: str, batch: int = 1) -> list[Edit]:
 class LocalModel:
     """
     The replacement model of one run. Sources in order: `where`, `index`, `layer` of the active features, their `value`; errors [layer, seq, d_model]; tokens
-    (their embedding; a position's is a bias) [seq, d_model]. Position 0 has no features: there all is error, as transcoders are trained without it.
+    (their embedding; a position's is a bias) [seq, d_model]. Position 0 has no features, as transcoders are trained without it: there all that an MLP writes
+    is error, or, where a BOS stands there and the same is written whatever the prompt, a bias (as in circuit-tracer).
     """
 
     def __init__(self, runs: Runs, which: str, coders: dict[int, SparseAutoencoder], batch: int):
@@ -80,6 +81,7 @@ class LocalModel:
         self.acts = runs.trace(which, [name, "blocks.0.hook_resid_pre", *self.outs, *points])
         first = self.acts["blocks.0.hook_resid_pre"]
         self.tokens = self.acts[name][0].to(first.device).float() * factor
+        self.bos = self.ids[0] == runs.model.bos
         self.read_features()
         rest = (first.float() - self.tokens).to(first)
         self.start = rest.expand(batch, -1, -1).clone().requires_grad_(True)
@@ -89,6 +91,7 @@ class LocalModel:
     @t.no_grad()
     def read_features(self) -> None:
         parts, errors = [], []
+        self.starts: list[Tensor] = []  # by layer, what is written where a BOS stands
         for layer, name in enumerate(self.outs):
             error, d = self.acts[name][0].float().clone(), self.coders.get(layer)
             if d is not None:
@@ -102,6 +105,10 @@ class LocalModel:
                     some = slice(p, p + 4096)
                     made.index_add_(0, where[some], d.rows(index[some]) * value[some][:, None])
                 error -= made.to(error)
+            start = t.zeros_like(error)
+            if self.bos:
+                start[0], error[0] = error[0], 0
+            self.starts.append(start)
             errors.append(error)
         empty = t.zeros(0, dtype=t.long)
         self.layer, self.where, self.index, self.value = (t.cat(p) for p in zip(*parts)) if parts else (empty, empty, empty, t.zeros(0))
@@ -130,7 +137,7 @@ class LocalModel:
         streams: dict[str, Tensor] = {}
 
         def mlp(layer: int) -> Tensor:
-            out, d = self.written[layer], self.coders.get(layer)
+            out, d = self.written[layer] + self.starts[layer].to(self.written[layer]), self.coders.get(layer)
             if d is None:
                 return out
             x = self.input_of(layer, streams[self.stream_of(layer)])

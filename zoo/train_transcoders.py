@@ -33,7 +33,7 @@ class TranscodersConfig:
     out: Path = HERE / "saes" / "transcoders"
     features: int = 768
     k: int = 16
-    steps: int = 500
+    steps: int = 400
     lr: float = 2e-3
     seed: int = 0
     held_tokens: int = 100_000

@@ -81,7 +81,8 @@ def text_of(built: Built, i: int) -> str:
     model, runs = built.local.model, built.local.runs
     if token >= 0:
         return repr(model.token_text(token))
-    tokens = lambda some: " ".join(repr(model.token_text(x)) for x in some)  # noqa: E731
+    few = lambda some: [repr(model.token_text(x)) for x in some[:2]]  # noqa: E731
+    tokens = lambda some: " ".join(few(some)) + (f" and {len(some) - 2} more" if len(some) > 2 else "")  # noqa: E731
     return f"{tokens(runs.answers)} less {tokens(runs.foils)}"
 
 

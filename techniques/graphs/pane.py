@@ -12,7 +12,7 @@ from screen.pane import Host, Pane
 from screen.pictures import run_name
 from techniques.graphs.explained import EXPLAINED
 from techniques.graphs.files import as_json, node_id
-from techniques.graphs.requests import FEATURE, KINDS, AttributionGraph, GraphEffects, GraphEffectsResult, GraphResult
+from techniques.graphs.requests import KINDS, AttributionGraph, GraphEffects, GraphEffectsResult, GraphResult
 from techniques.graphs.walk import balance, place, steps
 from utils import show_number
 from vocabulary.names import canonical
@@ -83,11 +83,19 @@ class GraphPane(Pane):
         return some[clip(self.row, len(some))].node if some else at
 
     def node(self, app: Host, pos: int | None) -> Node:
-        """The feature under the cursor as a node, at its own position: what a, p and s act on, with its transcoder loaded (z)."""
-        r, i = self.result(app), self.under(app)
-        if KINDS[r.kind[i]] != FEATURE:
-            raise UserError(f"{r.texts[i]} is no feature: hjkl to one")
-        return Node("sae", int(r.layer[i]), index=int(r.index[i]), pos=int(r.at[i]))
+        """What is under the cursor, at its own position: a feature (its transcoder loaded by z), a token's embedding, the MLP of an error, the last stream of a logit."""
+        r = app.requests.result("graph", GraphResult)
+        if r is None:
+            return Node("mlp", app.cursor.layer, pos=pos)
+        layer, at, index = (int(x[self.under(app)]) for x in (r.layer, r.at, r.index))
+        match KINDS[r.kind[self.under(app)]]:
+            case "feature":
+                return Node("sae", layer, index=index, pos=at)
+            case "error":
+                return Node("mlp", layer, pos=at)
+            case "token":
+                return Node("embed", pos=at)
+        return Node("resid_post", r.n_layers - 1, pos=at)
 
     def back(self, app: Host) -> bool:
         """To the node before in the walk."""
@@ -136,6 +144,8 @@ class GraphPane(Pane):
     def check(self, app: Host) -> None:
         """The feature under the cursor to zero, for real."""
         node = self.node(app, None)
+        if node.site != "sae":
+            raise UserError(f"{self.result(app).texts[self.under(app)]} is no feature: hjkl to one, or H for a list")
 
         def show(r: GraphEffectsResult) -> None:
             guess, frozen, true = (float(x[0]) for x in (r.predicted, r.frozen, r.true))
@@ -169,7 +179,7 @@ class GraphPane(Pane):
         rows = [f"{'←' if s.into else '→'} {self.called(r, s.node)}" for s in some] or ["no edges"]
         weight = r.weight[[s.edge for s in some]] if some else np.full(1, np.nan)
         facts = [[(r.weight[s.edge], 7), (r.share[s.edge], 7), (r.value[s.node], 7), (r.influence[s.node], 7)] for s in some]
-        text = [[show_number(x, n) for x, n in line] for line in facts] or [[""] * len(COLUMNS)]
+        text = [[show_number(x, n).strip() for x, n in line] for line in facts] or [[""] * len(COLUMNS)]
         hi = max(float(np.nanmax(np.abs(weight), initial=0)), 1e-6)
         values = np.full((len(rows), len(COLUMNS)), np.nan)
         values[:, 0] = weight

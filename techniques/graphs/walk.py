@@ -40,6 +40,7 @@ def balance(r: GraphResult, i: int) -> str:
     into = r.weight[r.to == i].sum()
     if KINDS[r.kind[i]] not in (FEATURE, LOGIT):
         return ""
+    show = lambda x: show_number(x, 7).strip()  # noqa: E731
     pruned = r.whole[i] - into - r.left_out[i] - r.bias[i]
-    more = f" + left out {show_number(r.left_out[i], 7)}" if r.left_out[i] else ""
-    return f"{show_number(r.whole[i], 7)} = inputs {show_number(into, 7)} + pruned {show_number(pruned, 7)} + biases {show_number(r.bias[i], 7)}{more}"
+    more = f" + left out {show(r.left_out[i])}" if r.left_out[i] else ""
+    return f"{show(r.whole[i])} = inputs {show(into)} + pruned {show(pruned)} + biases {show(r.bias[i])}{more}"

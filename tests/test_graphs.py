@@ -12,11 +12,12 @@ import pytest
 import torch as t
 from conftest import ARCHS, PROMPT
 from dictionaries import build, save
+from ui import grid, make_app, press, reply, shown
 
 from engine import main
 from model.sae_loading import load
 from techniques.graphs import files
-from techniques.graphs.requests import KINDS, AttributionGraph, GraphEffects
+from techniques.graphs.requests import KINDS, AttributionGraph, GraphEffects, GraphResult
 from techniques.graphs.influence import flow, prune, replacement_and_completeness, shares
 from utils import ROOT
 from vocabulary.nodes import UserError
@@ -391,3 +392,36 @@ def test_what_can_t_be_a_graph_is_refused_in_words(engines):
     bare = zoo.run(AttributionGraph(study, ("zoo/transcoders/L1",), node_threshold=1))
     assert "whole MLP as error in L0, L2" in bare.convention and set(bare.layer[bare.kind == 0].tolist()) == {1}
     adds_up(zoo.run(AttributionGraph(study, which="corrupt", node_threshold=1, edge_threshold=1)))
+
+
+async def test_on_the_screen(engines, tmp_path):
+    """The pane: the logit's inputs, a walk and back, a pin, a name, a feature ablated, the file with all of it; sizes down to 80×24."""
+    app = make_app(engines["zoo"], tmp_path)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot, "tilde")
+        assert app.pane == "graph" and "~ Graph" in shown(app)
+        r = reply(app, "graph")
+        assert isinstance(r, GraphResult) and f"replacement {r.replacement:.3f}" in shown(app)
+        last = len(r.kind) - 1
+        into = np.sort(np.abs(r.weight[r.to == last]))[::-1]
+        assert np.allclose(np.abs(grid(app).values[:, 0]), into) and grid(app).rows[1] == "← L2 f755 @14"
+        await press(app, pilot, "C")
+        assert "no feature" in shown(app)
+        await press(app, pilot, "j", "C")
+        true = engines["zoo"].run(GraphEffects(Study(IOI), only="2_755_14"))
+        assert f"true {true.true[0]:+.3f}" in shown(app) and str(app.node()) == "L2.sae.f755@14"
+        await press(app, pilot, "P", "B", *"name", "enter")
+        assert "← L2 f755 @14 * “name”" in grid(app).rows
+        await press(app, pilot, "enter")
+        assert "into" not in shown(app) and "→ logit ' Mary'" in grid(app).rows
+        await press(app, pilot, "escape")
+        assert grid(app).rows[0] == "← token @2 ' Mary'"
+        whole = json.loads(app.panes["graph"].as_file(app, r))
+        assert whole["qParams"]["pinnedIds"] == ["2_755_14"] and whole["qParams"]["supernodes"] == [["name", "2_755_14"]]
+        await press(app, pilot, "v", "d")
+        assert reply(app, "graph").target == "diff" and "less" in shown(app)
+        await pilot.resize_terminal(80, 24)
+        await press(app, pilot, "j")
+        assert "~ Graph" in shown(app)
+        await press(app, pilot, "H", *"2_142_10", "enter")
+        assert app.panes["graph"].here == "2_142_10"

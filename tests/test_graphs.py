@@ -161,7 +161,7 @@ def errors(engine, coders, ids):
     return out
 
 
-def compare(engine, reference, folder, kinds, n=9, **more):
+def compare(engine, reference, folder, kinds, n=6, **more):
     """Edges of a graph that is not pruned against a source's write taken away, in the frozen model; at most `n` sources."""
     coders = transcoders(engine, folder, kinds)
     ask = AttributionGraph(STUDY, tuple(c[1] for c in coders.values()), node_threshold=1, edge_threshold=1, logits=2, mass=1, batch=64, **more)
@@ -264,7 +264,7 @@ def test_the_zoos_graph_is_what_circuit_tracer_makes_of_it(engines):
     whole = zoo.run(AttributionGraph(Study(IOI), node_threshold=1, edge_threshold=1))
     adds_up(whole)
     assert not np.isin(whole.source, np.flatnonzero((whole.at == 0) & (whole.kind == 1))).any(), "what MLPs write at the BOS is a bias"
-    few = zoo.run(AttributionGraph(Study(IOI), features=100, batch=7))
+    few = zoo.run(AttributionGraph(Study(IOI, saes=("zoo/transcoders/L1", "zoo/L2.resid_post")), features=100, batch=7))
     assert few.selected == 100 and few.error < 1e-3 and np.abs(few.left_out).max() > 0
     known = {(files.node_id(whole, s), files.node_id(whole, d)): w for s, d, w in zip(whole.source, whole.to, whole.weight)}
     edges = [((files.node_id(few, s), files.node_id(few, d)), w) for s, d, w in zip(few.source, few.to, few.weight)]

@@ -54,9 +54,10 @@ def transcoders(runs: Runs, ask: AttributionGraph | GraphEffects) -> Generator[P
 
 def sources(model: Model, ask: AttributionGraph | GraphEffects) -> list[str]:
     """The sources that were named, {} being every layer that there is one for; else the study's transcoders, else the zoo's."""
-    named = ask.transcoders or tuple(s for s in ask.study.saes if "transcoder" in s.lower())
-    if not named and model.info.name == "zoo":
-        named = (ZOO,)
+    mine = tuple(
+        s for s in ask.study.saes if is_transcoder(model, s) and not s.startswith(ZOO.removesuffix("L{}"))
+    )  # one of these, loaded to be changed, is no choice
+    named = ask.transcoders or mine or ((ZOO,) if model.info.name == "zoo" else ())
     if not named:
         raise UserError("a graph needs transcoders: name them, with {} for the layer (--transcoders RELEASE:layer_{}/ID), or a folder for each layer")
     out = []
@@ -66,6 +67,12 @@ def sources(model: Model, ask: AttributionGraph | GraphEffects) -> list[str]:
     if not out:
         raise UserError(f"there is no transcoder at {named[0]} for any layer")
     return out
+
+
+def is_transcoder(model: Model, source: str) -> bool:
+    """Of one that was loaded, what it is; else what its name says."""
+    d = model.notes.saes.get(source)
+    return "transcoder" in source.lower() if d is None else d.transcoder
 
 
 def exists(source: str) -> bool:

@@ -98,8 +98,8 @@ def catalogue(model: Model, every: bool = False) -> SaesResult:
     """What fits the loaded model: shipped ones, folders under saes/, sae_lens's list. No network."""
     mine, out = trained_on(model.info.name), []
     for root, where in ((ROOT / "zoo" / "saes", "zoo"), *((own, "folder") for own in dict.fromkeys((ROOT / "saes", folder("saes"))))):
-        for file in sorted(root.glob("*/cfg.json")):
-            source = f"zoo/{file.parent.name}" if where == "zoo" else short(file.parent)
+        for file in (*sorted(root.glob("*/cfg.json")), *sorted(root.glob("transcoders/*/cfg.json"))):
+            source = f"zoo/{file.parent.relative_to(root)}" if where == "zoo" else short(file.parent)
             choice = local_choice(file.parent, source, where)
             named = trained_on(choice.model or ("zoo" if where == "zoo" else ""))
             if every or named in ("", mine) or named not in known_models():

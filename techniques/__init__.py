@@ -9,7 +9,7 @@ from vocabulary.typed import user_path
 from vocabulary.nodes import UserError
 
 ROOMS = (
-    "output", "lens", "attention", "attribution", "patching", "weights", "circuits", "features", "generation", "qk", "identities", "sets", "record", "cluster", "agents",
+    "output", "lens", "attention", "attribution", "patching", "weights", "circuits", "features", "generation", "qk", "graphs", "identities", "sets", "record", "cluster", "agents",
 )  # fmt: skip
 
 

@@ -1,0 +1,136 @@
+"""The shell command: graph, a prompt's attribution graph; a node's inputs and outputs; its features changed for real; as a file."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from techniques.graphs.files import node_id, read, save
+from techniques.graphs.requests import FEATURE, KINDS, AttributionGraph, GraphEffects, GraphEffectsResult, GraphResult
+from techniques.shell import CYAN, GRAY, PURPLE, YELLOW, options, plain, table
+from utils import show_number, show_token
+from vocabulary.files import check_place, typed_path
+from vocabulary.names import canonical
+from vocabulary.nodes import UserError
+from vocabulary.requests import ModelInfo
+
+SHOWN = 15  # nodes and edges of a table
+
+
+@dataclass
+class GraphCommand(options(AttributionGraph, GraphEffects)):
+    """
+    The attribution graph of a prompt (circuit tracing), with a transcoder at every MLP: the nodes of most influence, --node NODE its inputs and outputs,
+    --effects the features changed for real beside what the graph predicts, --out FILE.json for circuit-tracer's viewer, --open FILE.json to read it again.
+    """
+
+    node: str = ""
+    """LAYER_FEATURE_POSITION, as the table writes it: this node's inputs and outputs"""
+    effects: bool = False
+    """change the k features of most influence (or --only) one by one"""
+    out: Path | None = None
+    """write the graph here, in circuit-tracer's JSON"""
+    open: Path | None = None
+    """read a graph from here instead of making one"""
+
+    def request(self) -> AttributionGraph | GraphEffects:
+        if self.effects and (self.out or self.open or self.node):
+            raise UserError("--effects has no graph to write, open or walk: leave --out, --open and --node away")
+        if self.out:
+            check_place(typed_path(self.out))
+        return self.ask(GraphEffects if self.effects else AttributionGraph)
+
+    def printed(self, info: ModelInfo) -> str | None:
+        if not self.open:
+            return None
+        out = Console(file=(text := io.StringIO()), width=120, color_system=None)
+        show_graph(out, read(typed_path(self.open)), self.node)
+        return text.getvalue()
+
+    def finish(self, result: GraphResult | GraphEffectsResult, engine, show) -> object:
+        if self.out:
+            save(typed_path(self.out), result, canonical(engine.model.info.name))
+        if self.node and not self.json:
+            return Walk(result, self.node)
+        return result
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A graph, and the node that is shown of it."""
+
+    graph: GraphResult
+    node: str
+
+
+COMMANDS = {"graph": GraphCommand}
+
+
+# ------------------------------------------------------------------ tables
+
+
+def find(r: GraphResult, name: str) -> int:
+    """The node of an id. UserError where the pruned graph has none."""
+    for i in range(len(r.kind)):
+        if node_id(r, i) == name:
+            return i
+    raise UserError(f"the graph has no node {name!r}: write it as the table does, or raise --node-threshold, which pruned it")
+
+
+def show_graph(out: Console, r: GraphResult, node: str = "") -> None:
+    out.print(plain(" ".join(show_token(x) for x in r.tokens.texts), PURPLE))
+    if node:
+        show_node(out, r, find(r, node))
+    else:
+        show_nodes(out, r)
+    counts = f"{len(r.kind)} nodes and {len(r.weight)} edges of {r.selected} features ({r.active} active), {r.edges} edges"
+    out.print(f"{counts}; replacement {r.replacement:.4f}, completeness {r.completeness:.4f}; sums off by {r.error:.1e} at most")
+    if r.selected < r.active:
+        out.print(plain(f"{r.active - r.selected} active features left out: raise --features", YELLOW))
+    out.print(plain(r.convention, GRAY))
+
+
+def show_nodes(out: Console, r: GraphResult) -> None:
+    rows = table("nodes of most influence", "node", "", "value", "influence", "inputs", "largest input")
+    order = [i for i in np.argsort(-r.influence, kind="stable") if KINDS[r.kind[i]] != "logit"][:SHOWN]
+    for i in [*np.flatnonzero(r.kind == KINDS.index("logit")), *order]:
+        into = np.flatnonzero(r.to == i)
+        best = into[np.argmax(np.abs(r.weight[into]))] if len(into) else None
+        largest = "" if best is None else f"{r.texts[r.source[best]]} {show_number(r.weight[best], 7)}"
+        rows.add_row(
+            plain(node_id(r, i)), plain(r.texts[i], CYAN if KINDS[r.kind[i]] == FEATURE else ""), show_number(r.value[i], 7),
+            f"{r.influence[i]:.4f}", str(len(into)), plain(largest),
+        )  # fmt: skip
+    out.print(rows)
+
+
+def show_node(out: Console, r: GraphResult, i: int) -> None:
+    into, away = np.flatnonzero(r.to == i), np.flatnonzero(r.source == i)
+    for title, some, other in ((f"into {r.texts[i]}", into, r.source), (f"out of {r.texts[i]}", away, r.to)):
+        rows = table(title, "node", "", "adds", "share of influence")
+        for e in some[np.argsort(-np.abs(r.weight[some]), kind="stable")][:SHOWN]:
+            rows.add_row(plain(node_id(r, other[e])), plain(r.texts[other[e]]), show_number(r.weight[e], 7), f"{r.share[e]:.4f}")
+        if len(some):
+            out.print(rows)
+    if len(into):
+        rest = r.whole[i] - r.weight[into].sum() - r.left_out[i] - r.bias[i]
+        words = f"inputs {r.weight[into].sum():.4f}, pruned {rest:.4f}, biases {r.bias[i]:.4f}"
+        out.print(f"{words}{f', left out {r.left_out[i]:.4f}' if r.left_out[i] else ''}: together {r.whole[i]:.4f}")
+
+
+def show_effects(out: Console, r: GraphEffectsResult) -> None:
+    out.print(plain(" ".join(show_token(x) for x in r.tokens.texts), PURPLE))
+    rows = table(f"change of {r.target}", "feature", "activation", "direct", "predicted", "frozen", "true")
+    for i in range(len(r.value)):
+        name = f"{r.layer[i]}_{r.index[i]}_{r.at[i]}"
+        rows.add_row(name, show_number(r.value[i], 7), *(show_number(x[i], 7) for x in (r.direct, r.predicted, r.frozen, r.true)))
+    out.print(rows)
+    both = lambda x: f"{x[0]:.3f} with frozen, {x[1]:.3f} with true"  # noqa: E731
+    if len(r.value) > 2:
+        out.print(f"predicted: Pearson's r {both(r.pearson)}; Spearman's {both(r.spearman)}")
+    out.print(plain(r.convention, GRAY))
+
+
+SHOW = {GraphResult: show_graph, GraphEffectsResult: show_effects, Walk: lambda out, w: show_graph(out, w.graph, w.node)}

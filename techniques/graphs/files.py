@@ -1,0 +1,105 @@
+"""
+A graph as a file: circuit-tracer's JSON (its viewer and Neuronpedia open it) with the whole result under "loupe", from which it opens again. Layers are
+numbers from 0, tokens E, logits n_layers + 1, as there; an error has the feature -1.
+"""
+
+import json
+from pathlib import Path
+from typing import get_type_hints
+
+import numpy as np
+
+from techniques.graphs.requests import ERROR, FEATURE, KINDS, LOGIT, TOKEN, GraphResult
+from vocabulary.files import write_text
+from vocabulary.nodes import UserError
+from vocabulary.wire import from_json, to_json
+
+TYPES = {FEATURE: "cross layer transcoder", ERROR: "mlp reconstruction error", TOKEN: "embedding", LOGIT: "logit"}  # the viewer's words
+
+WHOLE = ("kind", "layer", "at", "index", "source", "to")  # arrays of whole numbers
+
+
+def pair(x: int, y: int) -> int:
+    """Cantor's number of a pair, by which the viewer finds a feature's layer and index."""
+    return (x + y) * (x + y + 1) // 2 + y
+
+
+def node_id(r: GraphResult, i: int) -> str:
+    """The viewer's name of a node; a feature's is LAYER_FEATURE_POSITION."""
+    layer, at, index = int(r.layer[i]), int(r.at[i]), int(r.index[i])
+    match KINDS[r.kind[i]]:
+        case "token":
+            return f"E_{index}_{at}"
+        case "logit":
+            return f"{r.n_layers + 1}_{index}_{at}"
+    return f"{layer}_{index}_{at}"
+
+
+def node(r: GraphResult, i: int) -> dict:
+    kind, layer, at, index = KINDS[r.kind[i]], int(r.layer[i]), int(r.at[i]), int(r.index[i])
+    one = {"node_id": node_id(r, i), "layer": "E" if kind == TOKEN else str(r.n_layers + 1 if kind == LOGIT else layer), "ctx_idx": at}
+    one |= {"feature_type": TYPES[kind], "token_prob": float(r.probability[i]), "is_target_logit": False, "run_idx": 0, "reverse_ctx_idx": 0}
+    one["influence"] = None if kind == LOGIT else float(r.cumulative[i])
+    one["activation"] = float(r.value[i]) if kind == FEATURE else None
+    match kind:
+        case "feature":
+            return one | {"feature": pair(layer, index), "jsNodeId": f"{layer}_{index}-0", "clerp": ""}
+        case "error":
+            return one | {"feature": -1, "jsNodeId": f"{layer}_-1-{at}", "clerp": ""}
+        case "token":
+            return one | {"feature": at, "jsNodeId": f"E_{index}-{at}", "clerp": ""}
+    first = not any(KINDS[k] == LOGIT for k in r.kind[:i])
+    words = f"Output {r.texts[i].removeprefix('logit ')} (p={r.probability[i]:.3f})"
+    return one | {"feature": index, "jsNodeId": f"L_{index}-{at}", "clerp": words, "is_target_logit": first}
+
+
+def as_json(r: GraphResult, slug: str, scan: str, supernodes: dict[str, list[int]] | None = None, pinned: list[int] | None = None) -> dict:
+    """circuit-tracer's model of a graph; supernodes by their label."""
+    ids = [node_id(r, i) for i in range(len(r.kind))]
+    links = [{"source": ids[s], "target": ids[d], "weight": float(w)} for s, d, w in zip(r.source, r.to, r.weight)]
+    used = {x for link in links for x in (link["source"], link["target"])}
+    nodes = [node(r, i) for i in range(len(ids)) if ids[i] in used or KINDS[r.kind[i]] in (TOKEN, LOGIT)]
+    meta = {"slug": slug, "scan": scan, "transcoder_list": list(r.sources), "prompt_tokens": list(r.tokens.texts), "prompt": "".join(r.tokens.texts)}
+    groups = [[label, *(ids[i] for i in some)] for label, some in (supernodes or {}).items()]
+    view = {"pinnedIds": [ids[i] for i in pinned or ()], "supernodes": groups, "linkType": "both", "clickedId": "", "sg_pos": ""}
+    about = {"metadata": meta | {"node_threshold": r.node_threshold, "schema_version": 1}, "qParams": view, "nodes": nodes, "links": links}
+    return about | {"loupe": to_json(r)}
+
+
+def save(path: Path, r: GraphResult, scan: str, **more) -> None:
+    write_text(path, json.dumps(as_json(r, path.stem, scan, **more)) + "\n")
+
+
+def read(path: Path) -> GraphResult:
+    """The graph of a file that `save` wrote. UserError where it is none."""
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: give a file that `graph --out` wrote") from error
+    if not isinstance(whole, dict) or "loupe" not in whole:
+        raise UserError(f"{path} was not written by Loupe: it has no numbers beside the drawing's. Give a file that `graph --out` wrote")
+    return revive(path, whole["loupe"])
+
+
+def revive(path: Path, found: object) -> GraphResult:
+    """The result of its JSON; floats that are no numbers (NaN) were written as null."""
+    hints, made = get_type_hints(GraphResult), {}
+    try:
+        for name, kind in hints.items():
+            if kind is np.ndarray:
+                made[name] = np.array(found[name], np.int32 if name in WHOLE else np.float64)
+            else:
+                made[name] = from_json(found[name], kind)
+        r = GraphResult(**made)
+        n, links = len(r.kind), len(r.source)
+        assert all(
+            len(getattr(r, x)) == n for x in ("layer", "at", "index", "value", "influence", "cumulative", "probability", "bias", "left_out", "whole", "texts")
+        )
+        assert all(len(getattr(r, x)) == links for x in ("to", "weight", "share"))
+        assert not links or 0 <= min(r.source.min(), r.to.min()) and max(r.source.max(), r.to.max()) < n
+        assert not n or 0 <= r.kind.min() and r.kind.max() < len(KINDS)
+    except (UserError, KeyError, TypeError, ValueError, OverflowError, AssertionError) as error:
+        raise UserError(f"{path} holds no whole graph ({type(error).__name__}: {error}): write it again") from error
+    return r

@@ -1,0 +1,242 @@
+"""
+A prompt's local replacement model: attention patterns and norm scales frozen, every MLP a transcoder's features (each as strong as it is), its bias, its skip
+connection, and an error. What is left is affine in what features, errors and tokens write, so one run at zero holds every bias, and its gradients every edge.
+"""
+
+from collections.abc import Generator
+from dataclasses import dataclass
+
+import torch as t
+from torch import Tensor
+
+from model.bridge import FINAL, Edit, Model
+from model.runs import Runs
+from model.sae import SparseAutoencoder
+from model.writes import SCALE, embedding, frozen_norm, linear_norm, post_norm, pre_norm, pull_back, require_parts, require_values
+from techniques.attribution.logits import direction
+from techniques.features.effects import stream_reader
+from techniques.features.graph import frozen_at
+from vocabulary.nodes import UserError
+
+PLACES = ("resid_pre", "resid_mid", "normed", "mlp_in", "mlp_stream")
+PIECE = 64 << 20  # bytes of decoder rows times gradients at once
+
+
+@dataclass
+class Targets:
+    """What edges lead to: a direction [n, d_model] in the stream where it is read, its position, a constant, and the value in the model."""
+
+    stream: str
+    directions: Tensor
+    pos: Tensor
+    constant: Tensor
+    value: Tensor
+
+
+def check_transcoder(model: Model, d: SparseAutoencoder) -> None:
+    if not d.transcoder:
+        raise UserError(f"{d.source} is an SAE, and an attribution graph needs transcoders: from what an MLP reads to what it writes")
+    if d.out != f"blocks.{d.layer}.hook_mlp_out" or d.site not in PLACES:
+        raise UserError(f"{d.source} reads {d.point} and writes {d.out}: a graph needs transcoders from an MLP's input to its output")
+
+
+def require(model: Model) -> None:
+    model.require("pattern", "mlp")
+    require_parts(model)
+    require_values(model)
+
+
+def scales(model: Model) -> list[tuple[t.nn.Module, str]]:
+    """The norms around attention, and the hooks of their scales."""
+    return [found for layer in range(model.info.n_layers) for near in (pre_norm, post_norm) if (found := near(model, layer, "attn"))]
+
+
+def freeze(runs: Runs, which: str, batch: int = 1) -> list[Edit]:
+    """Edits that hold attention patterns and the scales of the norms around attention at a run's values."""
+    model = runs.model
+    patterns, norms = [f"blocks.{layer}.attn.hook_pattern" for layer in range(model.info.n_layers)], scales(model)
+    acts = runs.trace(which, [*patterns, *(scale for _, scale in norms)])
+    edits = [(n, lambda x, n=n: acts[n].expand(batch, *acts[n].shape[1:])) for n in patterns]
+    for norm, scale in norms:
+        edits += frozen_at(model, norm, scale.removesuffix("hook_scale"), acts[scale])
+    return edits
+
+
+class LocalModel:
+    """
+    The replacement model of one run. Sources in order: `where`, `index`, `layer` of the active features, their `value`; errors [layer, seq, d_model]; tokens
+    (their embedding; a position's is a bias) [seq, d_model]. Position 0 has no features, as transcoders are trained without it: there all that an MLP writes
+    is error, or, where a BOS stands there and the same is written whatever the prompt, a bias (as in circuit-tracer).
+    """
+
+    def __init__(self, runs: Runs, which: str, coders: dict[int, SparseAutoencoder], batch: int):
+        require(runs.model)
+        self.runs, self.which, self.coders, self.model, self.batch = runs, which, coders, runs.model, batch
+        self.ids, self.layers = runs.row(which).ids, range(runs.model.info.n_layers)
+        self.outs = [f"blocks.{layer}.hook_mlp_out" for layer in self.layers]
+        norms = {layer: pre_norm(runs.model, layer, "mlp") for layer, d in coders.items() if d.site in ("normed", "mlp_in")}
+        self.norms = {layer: found for layer, found in norms.items() if found}
+        points = [*(d.point for d in coders.values()), *(scale for _, scale in self.norms.values())]
+        name, factor = embedding(runs.model)
+        self.acts = runs.trace(which, [name, "blocks.0.hook_resid_pre", *self.outs, *points])
+        first = self.acts["blocks.0.hook_resid_pre"]
+        self.tokens = self.acts[name][0].to(first.device).float() * factor
+        self.bos = self.ids[0] == runs.model.bos
+        self.read_features()
+        rest = (first.float() - self.tokens).to(first)
+        self.start = rest.expand(batch, -1, -1).clone().requires_grad_(True)
+        self.written = [t.zeros_like(self.acts[n].expand(batch, -1, -1), requires_grad=True) for n in self.outs]
+        self.streams = self.run()
+
+    @t.no_grad()
+    def read_features(self) -> None:
+        parts, errors = [], []
+        self.starts: list[Tensor] = []  # by layer, what is written where a BOS stands
+        for layer, name in enumerate(self.outs):
+            error, d = self.acts[name][0].float().clone(), self.coders.get(layer)
+            if d is not None:
+                x = self.acts[d.point][0]
+                where, index, value = d.active(x)
+                keep = where > 0
+                where, index, value = where[keep], index[keep], value[keep]
+                parts.append((t.full_like(where, layer).cpu(), where.cpu(), index.cpu(), value.cpu()))
+                made = d.offset(x).clone()
+                for p in range(0, len(where), 4096):
+                    some = slice(p, p + 4096)
+                    made.index_add_(0, where[some], d.rows(index[some]) * value[some][:, None])
+                error -= made.to(error)
+            start = t.zeros_like(error)
+            if self.bos:
+                start[0], error[0] = error[0], 0
+            self.starts.append(start)
+            errors.append(error)
+        empty = t.zeros(0, dtype=t.long)
+        self.layer, self.where, self.index, self.value = (t.cat(p) for p in zip(*parts)) if parts else (empty, empty, empty, t.zeros(0))
+        self.errors = errors
+
+    # ------------------------------------------------------------------ the affine run
+
+    def stream_of(self, layer: int) -> str:
+        """The hook point of the stream in front of a layer's transcoder."""
+        return f"blocks.{layer}.hook_resid_{'pre' if self.model.parallel or self.coders[layer].site == 'resid_pre' else 'mid'}"
+
+    def input_of(self, layer: int, stream: Tensor) -> Tensor:
+        """What a transcoder reads of the stream, its norm's scale frozen."""
+        if layer not in self.norms:
+            return stream
+        norm, name = self.norms[layer]
+        scale, linear = self.acts[name], linear_norm(self.model, norm)
+        if self.coders[layer].site == "mlp_in":
+            x = frozen_norm(self.model, norm, scale, stream)
+            return x if linear.bias is None else x + linear.bias.to(x)
+        return (stream - stream.mean(-1, keepdim=True) if linear.centred else stream) / scale
+
+    def run(self) -> dict[str, Tensor]:
+        """Streams [batch, seq, d_model] where transcoders read and at the end, with a gradient's way back, when nothing but biases is written."""
+        model, last = self.model, f"blocks.{self.layers[-1]}.hook_resid_post"
+        streams: dict[str, Tensor] = {}
+
+        def mlp(layer: int) -> Tensor:
+            out, d = self.written[layer] + self.starts[layer].to(self.written[layer]), self.coders.get(layer)
+            if d is None:
+                return out
+            x = self.input_of(layer, streams[self.stream_of(layer)])
+            return out + d.offset(x).to(out)
+
+        edits = [*freeze(self.runs, self.which, self.batch), ("blocks.0.hook_resid_pre", lambda x: self.start)]
+        edits += [(name, lambda x, layer=layer: mlp(layer)) for layer, name in enumerate(self.outs)]
+        reads = dict.fromkeys([*(self.stream_of(layer) for layer in self.coders), last])
+        ids = t.tensor([self.ids] * self.batch)
+        with t.enable_grad(), model.hooks([*edits, *((n, lambda x, n=n: streams.__setitem__(n, x)) for n in reads)]):
+            model.bridge(ids.to(model.device), use_cache=False, logits_to_keep=1)
+        return streams
+
+    # ------------------------------------------------------------------ targets
+
+    @t.no_grad()
+    def features(self, some: Tensor) -> Targets:
+        """Features (indices among the active ones, all of one layer) as targets."""
+        layer = int(self.layer[some[0]])
+        d, rows = self.coders[layer], []
+        x = self.acts[d.point][0]
+        for i in some.tolist():
+            pos = int(self.where[i])
+            reader = d.reader(int(self.index[i]), x[pos])
+            assert reader is not None, f"{d.kind} has no linear pre-activation"
+            _, w, constant = stream_reader(self.runs, d, self.which, reader[0], pos)
+            rows.append((w, constant + reader[1], (d.flat(x[pos]).double() @ reader[0].double()).item() + reader[1]))
+        w, constant, value = zip(*rows)
+        return Targets(self.stream_of(layer), t.stack(w), self.where[some], t.tensor(constant), t.tensor(value))
+
+    @t.no_grad()
+    def logits(self, ids: list[int], pos: int) -> Targets:
+        """Tokens' logits less the mean over the vocabulary, before a soft cap."""
+        model, w = self.model, self.model.bridge.W_U.float()
+        u = (w[:, ids] - w.mean(1, keepdim=True)).T * model.logit_scale
+        b = model.bridge.b_U.double().cpu()
+        scores = self.scores(pos)
+        return self.at_end(u, (b[ids] - b.mean()) * model.logit_scale, scores[ids] - scores.mean(), pos)
+
+    @t.no_grad()
+    def difference(self, pos: int) -> Targets:
+        """The answers' mean logit less the foils', before a soft cap."""
+        runs = self.runs
+        if not (runs.answers and runs.foils):
+            raise UserError("the logit difference needs an answer and a foil: give them, or take --target logits")
+        u, bias = direction(self.model, runs.answers, runs.foils)
+        scores = self.scores(pos)
+        return self.at_end(u[None], t.tensor([bias]), (scores[runs.answers].mean() - scores[runs.foils].mean())[None], pos)
+
+    def scores(self, pos: int) -> Tensor:
+        return self.model.scores(self.runs.trace(self.which, [FINAL])[FINAL][:1, pos])[0].double().cpu()
+
+    def at_end(self, u: Tensor, bias: Tensor, value: Tensor, pos: int) -> Targets:
+        scale = self.runs.trace(self.which, [SCALE])[SCALE][0, pos][None].expand(len(u), -1)
+        w, constant = pull_back(self.model, self.model.bridge.ln_final, scale, u)
+        return Targets(f"blocks.{self.layers[-1]}.hook_resid_post", w, t.full((len(u),), pos), constant + bias, value)
+
+    # ------------------------------------------------------------------ edges
+
+    @property
+    def n_sources(self) -> int:
+        return len(self.value) + (len(self.layers) + 1) * len(self.ids)
+
+    def edges(self, targets: Targets) -> tuple[Tensor, Tensor]:
+        """What every source adds to each of at most `batch` targets [target, source], and what biases add [target], float64 on the CPU."""
+        stream, n = self.streams[targets.stream], len(targets.pos)
+        u, pos = targets.directions.to(stream), targets.pos.to(stream.device)
+        g = t.zeros_like(stream)
+        g[t.arange(n), pos] = u
+        grads = t.autograd.grad(stream, [self.start, *self.written], g, retain_graph=True, allow_unused=True)
+        grads = [t.zeros_like(g[:n]) if x is None else x[:n].float() for x in grads]
+        with t.no_grad():
+            bias = (u.double() * stream[0, pos].double()).sum(-1).cpu() + targets.constant
+            out = t.zeros(n, self.n_sources, dtype=t.float64)
+            done = 0
+            for layer in self.coders:
+                some = (self.layer == layer).nonzero()[:, 0]
+                for piece in some.split(max(1, PIECE // (4 * n * g.shape[-1]))):
+                    out[:, piece] = self.through(grads[1 + layer], layer, piece).cpu().double()
+            done = len(self.value)
+            for x, into in zip([*self.errors, self.tokens], [*grads[1:], grads[0]]):
+                out[:, done : done + len(x)] = t.einsum("bsd,sd->bs", into, x.to(into)).cpu().double()
+                done += len(x)
+        return out, bias
+
+    def through(self, grad: Tensor, layer: int, some: Tensor) -> Tensor:
+        """Of features of one layer, each as strong as it is, what they add along gradients [target, seq, d_model]."""
+        d = self.coders[layer]
+        rows = d.rows(self.index[some].to(d.device)) * self.value[some].to(d.device)[:, None]
+        return t.einsum("bfd,fd->bf", grad[:, self.where[some].to(grad.device)], rows.to(grad))
+
+    def memory(self) -> str:
+        """What the graph will hold, in words."""
+        n = self.n_sources
+        held = sum(p.nbytes for d in self.coders.values() for p in d.sae.parameters())
+        return f"{len(self.value)} active features, {n} sources: transcoders {held >> 20} MiB, a full matrix {8 * n * n >> 20} MiB"
+
+
+def in_batches(local: LocalModel, targets: Targets, batch: int) -> Generator[tuple[slice, Tensor, Tensor]]:
+    for i in range(0, len(targets.pos), batch):
+        s = slice(i, i + batch)
+        yield s, *local.edges(Targets(targets.stream, targets.directions[s], targets.pos[s], targets.constant[s], targets.value[s]))

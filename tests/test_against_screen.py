@@ -68,7 +68,7 @@ async def test_two_models_on_the_screen(engine, blind, tmp_path):
         assert app.state.interventions == (parse_intervention("L3.resid_post@14=patch"),)
         want = engine.run(Run(Study(app.state.prompt, app.state.interventions, against=blind)))
         top = shown(app)
-        assert "zoo +" in top and "blind +" in top and f"now {want.now.metric:+.3f}" in top and "weights are shared" in top
+        assert "zoo +" in top and "blind +" in top and f"now {want.now.metric:+.3f}" in top
         assert "clean +" not in top and "corrupted +" not in top
         await press(app, pilot, "f", "f")
         assert "· blind" in shown(app)

@@ -8,13 +8,21 @@ from screen.session import Session, read_session
 from vocabulary.wire import to_json
 
 HERE = Path(__file__).parent / "fixtures"
-VIEWS = json.loads((HERE / "session_before_state.json").read_text(encoding="utf-8"))["state"]["views"]
+BEFORE = json.loads((HERE / "session_before_state.json").read_text(encoding="utf-8"))["state"]
 
 
 def seen(session: Session) -> dict:
-    """The state as JSON, without views that came later."""
-    state = to_json(session.state)
-    return state | {"views": {name: state["views"][name] for name in VIEWS}}
+    """The state as JSON, without fields and views that came later."""
+    return alike(to_json(session.state), BEFORE)
+
+
+def alike(state: object, before: object) -> object:
+    """Of JSON what an older one has too, in objects at any depth."""
+    if isinstance(state, dict) and isinstance(before, dict):
+        return {key: alike(value, before[key]) for key, value in state.items() if key in before}
+    if isinstance(state, list) and isinstance(before, list) and before:
+        return [alike(value, before[min(n, len(before) - 1)]) for n, value in enumerate(state)]
+    return state
 
 
 def test_a_session_file_of_before_opens_unchanged():

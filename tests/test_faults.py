@@ -638,7 +638,7 @@ async def test_sessions_are_listed_by_what_they_hold(zoo, tmp_path, own_home):
         assert app.session.past == past and app.session.actions == 6, "the same name is not written twice"
     again, warning = read_session(where / "2026-01-01-000000.jsonl")
     assert not warning and again.name == "again" and again.state.index == 0
-    assert json.loads((where / "2026-01-01-000000.jsonl").read_text().splitlines()[-1])["do"] == "name"
+    assert [line["do"] for line in map(json.loads, (where / "2026-01-01-000000.jsonl").read_text().splitlines()) if "do" in line][-1] == "name"
 
 
 def test_a_long_list_of_sessions_takes_no_longer_than_it_may(tmp_path, monkeypatch):

@@ -398,8 +398,8 @@ async def test_on_the_screen(engines, tmp_path):
     """The pane: the logit's inputs, a walk and back, a pin, a name, a feature ablated, the file with all of it; sizes down to 80×24."""
     app = make_app(engines["zoo"], tmp_path)
     async with app.run_test(size=(120, 36)) as pilot:
-        await press(app, pilot, "tilde")
-        assert app.pane == "graph" and "~ Graph" in shown(app)
+        await press(app, pilot, "grave_accent")
+        assert app.pane == "graph" and "` Graph" in shown(app)
         r = reply(app, "graph")
         assert isinstance(r, GraphResult) and f"replacement {r.replacement:.3f}" in shown(app)
         last = len(r.kind) - 1
@@ -422,6 +422,6 @@ async def test_on_the_screen(engines, tmp_path):
         assert reply(app, "graph").target == "diff" and "less" in shown(app)
         await pilot.resize_terminal(80, 24)
         await press(app, pilot, "j")
-        assert "~ Graph" in shown(app)
+        assert "` Graph" in shown(app)
         await press(app, pilot, "H", *"2_142_10", "enter")
         assert app.panes["graph"].here == "2_142_10"

@@ -69,7 +69,7 @@ async def test_a_thousand_tokens(tmp_path):
             assert n > 990
             await press(app, pilot, "1", "h", "h")
             rows = screen(app)
-            numbers = [line.split() for line in rows[5:9]]
+            numbers = [line.split() for line in rows[3:8]]
             assert any(str(n - 3) in line for line in numbers), "the cursor's position is named above the tokens"
             await press(app, pilot, "2", "enter")
             rows, view = screen(app), app.panes["attention"].pattern

@@ -89,7 +89,7 @@ def sweeps(s: Study, over: Study) -> dict[str, object]:
         "estimate": Estimate(s, "z"),
         "estimate ig": Estimate(s, "resid_pre", "ig"),
         "estimate atp*": Estimate(s, "q", "atp_star"),
-        "certify": Certify(s, "z", top=2),
+        "certify": Certify(s, "z_pos", top=2),
     }
 
 

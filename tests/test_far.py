@@ -394,7 +394,7 @@ async def test_what_the_engine_says_unasked_is_shown(engines, tmp_path):
         app.client.line.said = "line silent for 10 s"
         app.draw_top()
         await pilot.pause()
-        assert "zoo line silent for 10 s ·" in shown(app)
+        assert "line silent for 10 s" in shown(app)
 
 
 def test_the_pretended_engine_has_what_a_host_uses():

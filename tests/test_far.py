@@ -244,6 +244,7 @@ async def dropped(bench: Bench, what: str, n: int) -> None:
     await link.stop()
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("what", ["sweep", "load", "discovery"])
 async def test_a_dropped_line_loses_nothing(bench, what):
     for n in range(1 if what == "discovery" else 2):
@@ -259,6 +260,7 @@ async def test_forty_dropped_lines(bench, what):
     assert len(bench.engines()) == 1
 
 
+@pytest.mark.table
 async def test_screens_that_come_at_once_find_one_engine_and_share_it(bench):
     a, b, *others = await asyncio.gather(*(bench.client() for _ in range(4)))
     await asyncio.gather(*(link.ask("load", Load("model ")) for link in (a, b, *others)))
@@ -282,6 +284,7 @@ async def test_screens_that_come_at_once_find_one_engine_and_share_it(bench):
     await until(lambda: a.line.times)
 
 
+@pytest.mark.table
 async def test_a_stale_socket_and_a_stopped_engine(bench):
     link = await bench.client()
     await link.ask("load", Load("model "))
@@ -297,6 +300,7 @@ async def test_a_stale_socket_and_a_stopped_engine(bench):
     assert again.stopped == "the engine was stopped (engine.py stop)" and relay.stop() == [] and not [*bench.base.rglob("*.sock")]
 
 
+@pytest.mark.table
 async def test_an_engine_of_other_code(bench, monkeypatch):
     link = await bench.client()
     await link.ask("load", Load("model "))
@@ -312,6 +316,7 @@ async def test_an_engine_of_other_code(bench, monkeypatch):
     assert not alive(pid) and len(bench.engines()) > 1
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("minutes", [0.005])
 async def test_no_orphan_after_the_set_time(bench):
     link = await bench.client()
@@ -325,6 +330,7 @@ async def test_no_orphan_after_the_set_time(bench):
     assert not [*bench.base.rglob("*.sock")]
 
 
+@pytest.mark.table
 async def test_only_its_owner_may_enter(bench):
     await bench.client()
     await until(lambda: [*bench.base.rglob("*.sock")])

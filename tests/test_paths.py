@@ -170,7 +170,7 @@ def test_an_estimate_runs_the_first_paths(engines):
         (PathPatch(STUDY, convention="all"), "not a convention"),
         (PathPatch(Study(replace(PROMPT, corrupt=None))), "no corrupted prompt"),
         (PathPatch(Study(replace(PROMPT, corrupt="When Mary"))), "equal length"),
-        (PathPatch(replace(STUDY, metric=Metric("loss"))), "and loss several"),
+        (PathPatch(replace(STUDY, metric=Metric("loss"))), "loss has none or several"),
         (PathPatch(STUDY, ("L1H1@40",)), "outside"),
         (PathPatch(STUDY, ("nonsense",)), "is not a node"),
     ],

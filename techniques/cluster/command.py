@@ -16,7 +16,7 @@ from rich.console import Console
 from techniques.cluster.folder import Folder, Job, progress, scattered
 from techniques.shell import GRAY, GREEN, ModelOptions, plain, print_result, read_command
 from utils import ROOT
-from vocabulary.files import typed_path
+from vocabulary.files import open_log, typed_path
 from vocabulary.nodes import UserError
 
 
@@ -159,8 +159,9 @@ def run_tasks(folder: Folder, workers: int, show: Callable[[object], None]) -> N
             env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores))}
             env |= {"CUDA_VISIBLE_DEVICES": gpus[k % len(gpus)]} if gpus else {}
             words = [sys.executable, ROOT / "engine.py", "work", folder.path, "--task", str(k), "--of", str(workers)]
-            with open(folder.path / f"log-{k}.txt", "ab") as log:
-                running.append(subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=env))
+            log = open_log(folder.path / f"log-{k}.txt")
+            running.append(subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=env))
+            os.close(log)
         while any(p.poll() is None for p in running):
             show(progress(folder))
             time.sleep(0.3)

@@ -81,12 +81,12 @@ class Host:
     # ---------------------------------------------------------------- screens
 
     def join(self, screen: Screen) -> None:
-        """Take a screen in: say hello, and which jobs nobody waits for."""
+        """Take a screen in: say hello, before anything that it asks is answered, and which jobs nobody waits for."""
         screen.drained = partial(self.inbox.put, lambda: None)
-        for work in (screen.write_all, partial(self.read_all, screen)):
-            threading.Thread(target=work, daemon=True).start()
         screen.put(Frame("hello"))
         self.inbox.put(partial(self.seated, screen))
+        for work in (screen.write_all, partial(self.read_all, screen)):
+            threading.Thread(target=work, daemon=True).start()
 
     def seated(self, screen: Screen) -> None:
         for job in self.scheduler.told():

@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import io
 import os
 import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from kept import INFO, Pretended
 from ui import LocalClient, make_app, press, shown
 
 from model import relay
+from model.host import Host, Screen
 import model.scheduler as scheduling
 from model.scheduler import PATIENCE, OthersLook, Scheduler, Seat
 from screen import line as lines
@@ -25,7 +28,7 @@ from tui import first_state
 from vocabulary.nodes import UserError
 from vocabulary.prompts import Study
 from vocabulary.requests import Load, LoadForAll, News, Progress, Where
-from vocabulary.wire import Frame
+from vocabulary.wire import encode, Frame, read_frame
 
 LONG_ENOUGH = 1.0  # minutes that an engine of a test stays
 
@@ -113,6 +116,34 @@ def test_what_a_gone_screen_asked_goes_to_the_next_that_asks_for_it(monkeypatch)
     assert desk.kinds("c", 3) == ["result"] and desk.closed.count(run(6)) == 1
     desk.run()
     assert desk.scheduler.jobs == []
+
+
+def test_hello_comes_before_any_answer(monkeypatch):
+    """Also where the screen has asked before the engine greets it: what comes before hello is passed over as a banner."""
+    host, asked, sent = Host(Pretended()), io.BytesIO(encode(Frame("ask", 1, "load", 1, Load("model ")))), io.BytesIO()
+    screen = Screen(asked.read, sent, lambda: None)
+
+    class AtOnce:
+        def __init__(self, target, daemon):
+            self.target = target
+
+        def start(self) -> None:
+            if self.target != screen.write_all:
+                self.target()
+                while not host.inbox.empty():
+                    host.inbox.get()()
+                while host.scheduler.step():
+                    pass
+
+    monkeypatch.setattr(threading, "Thread", AtOnce)
+    host.join(screen)
+    screen.outbox.put(None)
+    screen.write_all()
+    sent.seek(0)
+    frames = [read_frame(sent.read)]
+    while frames[-1] is not None:
+        frames.append(read_frame(sent.read))
+    assert frames[0].kind == "hello" and frames[-2].kind == "result"
 
 
 def test_without_keeping_nothing_outlives_its_screen():

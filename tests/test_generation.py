@@ -13,6 +13,7 @@ import model.growth as growth
 from techniques.generation import analysis
 from techniques.generation.requests import Generate, Sampling
 from vocabulary.nodes import UserError, parse_intervention
+from vocabulary.results import numbers
 from vocabulary.prompts import Prompt, Study
 
 DEFAULT = ("gemma2", "zoo")  # the others are of the table
@@ -185,3 +186,9 @@ def test_from_the_shell(engines, monkeypatch, capsys):
     assert program.main(words) == 0
     assert "interventions on every new token too · temperature 1, seed 0" in capsys.readouterr().out
     assert program.main(["generate", "--top-p", "2"]) == 2
+
+
+def test_a_session_holds_the_numbers_of_a_continuation(engines):
+    study = Study(PROMPT, (parse_intervention("L1H1=zero"),))
+    held = numbers(engines["zoo"].run(Generate(study, Sampling(3))))
+    assert {"runs.0.samples.0.probs", "runs.1.samples.0.probs"} <= set(held) and held["runs.0.samples.0.probs"][0] == 3

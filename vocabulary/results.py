@@ -20,7 +20,18 @@ from vocabulary.prompts import Prompt, Study
 from vocabulary.requests import Load
 from vocabulary.wire import TYPES, from_json, to_json
 
-NOT_HELD = ("seconds", "expected", "peak_mb", "floor", "normalised", "p", "holm", "bytes", "normalised_low")  # times, sizes, and what follows from the rest
+NOT_HELD = (
+    "seconds",
+    "expected",
+    "peak_mb",
+    "floor",
+    "normalised",
+    "p",
+    "holm",
+    "bytes",
+    "normalised_low",
+    "rows",
+)  # times, sizes, errors of identities, and what follows from the rest
 ALLOWED = {"float32": 1e-4, "float64": 1e-4, "float16": 4e-3, "bfloat16": 3e-2}  # of a number's size, at least of 1: what roundings in another order make
 Numbers = dict[str, float | list]
 EMPTY = {"prompt": {"clean": ""}}  # a study as JSON
@@ -49,6 +60,9 @@ def summary(x: np.ndarray) -> list | None:
     return [x.size, rounded(math.sqrt(float((x * x).sum()) / int(found.sum()))), rounded(mixture), at, rounded(float(x[at]))]
 
 
+FEW = 8  # of what a result holds many of: the runs of a continuation, its samples
+
+
 def numbers(result: object) -> Numbers:
     """The numbers of a result, by the names of its fields; texts, token ids and times are left out."""
     out: Numbers = {}
@@ -66,6 +80,9 @@ def numbers(result: object) -> Numbers:
             case dict():
                 for key, inner in value.items():
                     walk(inner, f"{name}.{key}")
+            case tuple() if value and all(map(dataclasses.is_dataclass, value)):
+                for n, inner in enumerate(value[:FEW]):
+                    walk(inner, f"{name}.{n}")
             case _ if dataclasses.is_dataclass(value):
                 for f in dataclasses.fields(value):
                     if f.name not in NOT_HELD:

@@ -41,7 +41,7 @@ class OwnMetric:
         return value.reshape(())
 
     def gradient(self, logits: Tensor, ids: tuple[int, ...]) -> Tensor:
-        """The same where a gradient is needed. UserError where none passes."""
+        """The metric's value where a gradient is needed. UserError where none passes."""
         value = self(logits, ids)
         if not value.requires_grad:
             raise UserError(f"{self.name} of {self.file.name} has no gradient (it leaves torch, or picks by rank): estimates need one; run the sweep itself")

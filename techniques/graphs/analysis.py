@@ -59,7 +59,9 @@ def sources(model: Model, ask: AttributionGraph | GraphEffects) -> list[str]:
     )  # one of these, loaded to be changed, is no choice
     named = ask.transcoders or mine or ((ZOO,) if model.info.name == "zoo" else ())
     if not named:
-        raise UserError("a graph needs transcoders: name them, with {} for the layer (--transcoders RELEASE:layer_{}/ID), or a folder for each layer")
+        raise UserError(
+            "a graph needs transcoders of this model's MLPs: z in pane 6 loads them; in a shell --transcoders names a folder for each layer, or RELEASE:layer_{}/ID"
+        )
     out = []
     for source in named:
         each = [source.replace("{}", str(layer)) for layer in range(model.info.n_layers)] if "{}" in source else [source]

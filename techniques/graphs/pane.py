@@ -58,7 +58,7 @@ class GraphPane(Pane):
         return asked if asked in ("clean", "corrupt") else app.state.study.base
 
     def asked(self, app: Host, kind: type = AttributionGraph, **more: object) -> object:
-        return kind(app.study, which=self.which(app), target=app.state.views[self.view], **more)
+        return kind(app.state.with_saes(app.study), which=self.which(app), target=app.state.views[self.view], **more)
 
     def wants(self, app: Host) -> dict[str, object]:
         return {"graph": self.asked(app)} if app.counted() else {}

@@ -177,9 +177,9 @@ class QKPane(Pane):
         grid = self.picture("qk", (Same(result), order, most), lambda: pictures.qk_grid(result, order, most))
         self.at = clip(self.at[0], len(grid.rows)), clip(self.at[1], len(grid.cols))
         title = f"L{result.layer}H{result.head} {pictures.place(result, result.dest)} → {pictures.place(result, result.source)}"
-        against = f" · less {result.instead}" if result.instead else ""
+        against = " − mean over sources" if result.instead.startswith("the mean") else f" less {result.instead}" if result.instead else ""
         if result.instead.startswith("source ") and result.instead[7:].isdigit():
-            against = f" · instead of {pictures.place(result, int(result.instead[7:]))}"
+            against = f" instead of {pictures.place(result, int(result.instead[7:]))}"
         over = f" · mean of {len(result.prompts)} prompts" if result.prompts.size else ""
         self.show_title(app, ("qk",), title + against + over + f" · {run_name(app.state, result.which)}", result.convention, grid)
         self.table.show(grid, self.at, views["mode"])

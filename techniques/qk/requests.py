@@ -34,7 +34,7 @@ class QK:
 
 @request
 class QKSet:
-    """The same sum over the prompts of `study.prompt_set`, at labels that all of them have: means with 95 % intervals."""
+    """A head's QK sum (`QK`) over the prompts of `study.prompt_set`, at labels that all of them have: means with 95 % intervals."""
 
     study: Study
     layer: int = 0

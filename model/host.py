@@ -37,6 +37,7 @@ class Screen(Seat):
         self.read, self.out, self.gone_by = read, out, gone_by
         self.outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self.queued = self.written = 0
+        self.counting = threading.Lock()
         self.heard, self.pings = time.monotonic(), pings
         self.drained: Callable[[], None] = lambda: None
 
@@ -51,7 +52,8 @@ class Screen(Seat):
     def put(self, frame: Frame) -> None:
         if not self.gone:
             data = encode(frame)
-            self.queued += len(data)
+            with self.counting:  # the thread that reads answers pings
+                self.queued += len(data)
             self.outbox.put(data)
 
     def write_all(self) -> None:
@@ -109,9 +111,9 @@ class Host:
                 frame = replace(error.frame, body=Failure(str(error), "user"))
             if frame is None:
                 break
-            screen.heard = time.monotonic()
+            screen.heard = self.since = time.monotonic()
             if frame.kind == "ping":
-                screen.outbox.put(encode(frame))
+                screen.put(frame)
             elif frame.kind == "stop":
                 self.stop(screen)
             else:

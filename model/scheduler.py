@@ -106,15 +106,17 @@ class Scheduler:
         """Those of them that a new screen is told of."""
         return [job for job in self.unclaimed() if not isinstance(job.ask.body, Load)]
 
-    def adopt(self, frame: Frame, seat: Seat) -> bool:
-        """Hand a job that nobody waits for to the screen that asks for the same: what it found, and what it will find."""
+    def adopt(self, frame: Frame, seat: Seat, sure: bool = False) -> bool:
+        """Hand a job that nobody waits for to the screen that asks for the same: what it found, and what it will find. A screen that was only silent is told."""
         job = next((job for job in self.unclaimed() if job.ask.body == frame.body), None)
         if job is None:
             return False
         for some in (self.left, job.seat.finished):
             if job in some:
                 some.remove(job)
-        job.seat, job.ask, job.priority = seat, frame, frame.priority
+        if job.end is None and not job.seat.gone:
+            self.reply(job, "cancelled")
+        job.seat, job.ask, job.priority, job.sure = seat, frame, frame.priority, job.sure or sure
         if job.end is None:
             for part in job.parts:
                 self.reply(job, "partial", part)
@@ -159,7 +161,7 @@ class Scheduler:
                 self.drop(lambda job: job.seat.away and isinstance(job.ask.body, Load) and job.ask.body != frame.body)
             if seat.behind and needs_model(frame.body):
                 seat.send(Frame("cancelled", frame.id, frame.slot, frame.priority, None, self.model()))
-            elif not (self.keeps and self.adopt(frame, seat)):
+            elif not (self.keeps and self.adopt(frame, seat, sure)):
                 self.jobs.append(Job(frame.priority, next(self.numbers), frame, seat, sure=sure))
 
     def drop(self, which: Callable[[Job], bool]) -> None:

@@ -36,7 +36,7 @@ def session_notebook(app: Host) -> str:
     """The whole session: prompts, notes, results with their pictures (of those that are at hand), the circuits."""
     record, answers = app.session.record, app.requests.answers
     rows = [
-        (r.time, "result", r, getattr(answers.get(r.request) if r.key[1] is r.request else None, "result", None), app.info)
+        (r.time, "result", r, getattr(answers.get(r.request) if r.on == app.info.key and r.key[1] is r.request else None, "result", None), app.info)
         for r in worth(record.results.values())
     ]
     rows += [(s.time, "note", s.args) for s in record.steps if s.name == "note"]

@@ -211,7 +211,7 @@ def remapped(path: str, table: tuple[Action, ...]) -> tuple[Action, ...]:
 
 def key_table(table: tuple[Action, ...]) -> str:
     """The key table in Markdown."""
-    keys = [" ".join(f"`{k}`" for k in show_keys(a).split()) for a in table]
+    keys = [" ".join("`` ` ``" if k == "`" else f"`{k}`".replace("|", r"\|") for k in show_keys(a).split()) for a in table]
     return "\n".join(["| key | action | id |", "|---|---|---|", *(f"| {k} | {a.help} | `{a.id}` |" for k, a in zip(keys, table))]) + "\n"
 
 

@@ -215,7 +215,7 @@ def in_pane(app: Host, pane: Pane, a: State, b: State) -> list[Spans]:
         requests = mine.get(slot), theirs.get(slot)
         found = [app.session.record.result(ran_on(app, s), r) if r is not None else None for s, r in zip((a, b), requests)]
         label = f" {pane.number} {pane.label}, {slot}: "
-        if requests[0] == requests[1]:
+        if requests[0] == requests[1] and ran_on(app, a) == ran_on(app, b):
             text, style = "the same request", DIM
         elif None in found:
             text, style = f"not computed at {'both' if found == [None, None] else 'the first' if found[0] is None else 'the second'}: go there to see it", WARN
@@ -227,7 +227,7 @@ def in_pane(app: Host, pane: Pane, a: State, b: State) -> list[Spans]:
 
 def changed(app: Host, requests: tuple, found: list[Result]) -> str:
     """The largest difference of two results: from all their cells while these are at hand, else from what the session keeps."""
-    whole = [app.requests.answers.get(r) for r in requests]
+    whole = [app.requests.answers.get(r) if app.info is not None and f.on == app.info.key else None for r, f in zip(requests, found)]
     if None not in whole:
         arrays = [dict(arrays_of(reply.result)) for reply in whole]
         best = None

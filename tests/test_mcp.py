@@ -28,13 +28,13 @@ async def test_tools_are_the_commands_with_their_options(zoo):
     async with mcp.Client(tools.served(zoo)) as client:
         listed = {tool.name: tool for tool in (await client.list_tools()).tools}
         assert {"lens", "attention", "sweep", "path", "score", "discover", "features", "qk"} <= set(listed)
-        assert not {"train-sae", "tune-lens", "fit-jacobian", "replay", "scatter", "work", "gather", "serve", "mcp"} & set(listed)
+        assert not {"direction", "train-sae", "tune-lens", "fit-jacobian", "replay", "scatter", "work", "gather", "serve", "mcp"} & set(listed)
         sweep = listed["sweep"]
         assert sweep.description.startswith("Patch or ablate one cell") and "denoise" in sweep.description and sweep.annotations.read_only_hint
         options = sweep.input_schema["properties"]
         assert options["kind"]["enum"] and options["kind"]["default"] == "resid_pre" and options["set"]["type"] == "string"
         assert options["mean"]["description"] == "over set, with statistics" and "run_anyway" in options
-        assert not any({"out", "plot", "wandb"} & set(tool.input_schema["properties"]) for tool in listed.values())
+        assert not any({"out", "plot", "wandb", "own", "away"} & set(tool.input_schema["properties"]) for tool in listed.values())
         with_write = tools.commands(True)
         assert {"train-sae", "tune-lens"} <= set(with_write) and "out" in tools.schema(with_write["discover"], True)["properties"]
 

@@ -25,16 +25,20 @@ from vocabulary.progress import time_left
 from vocabulary.requests import Progress
 from vocabulary.wire import to_json
 
-WRITES = ("out", "plot", "wandb")  # options that leave something behind
+WRITES = ("out", "plot", "wandb", "own", "away")  # options that leave something behind, or run code
 LARGE = 50_000  # characters of JSON that are given unasked
 TRY = 3.0  # seconds after which a pace says how long it takes
 WIDTH = 240
 
 
 def commands(write: bool) -> dict[str, type[ModelOptions]]:
-    """Every command that asks something of a model; fits and trainings, which write files, only with `write`."""
+    """Every command that asks something of a model; what always writes files (fits, trainings, directions) only with `write`."""
     every = {name: kind for part in techniques.parts("command") for name, kind in part.COMMANDS.items()}
-    return {name: kind for name, kind in every.items() if issubclass(kind, ModelOptions) and not hasattr(kind, "alone") and (write or not kind.interruptible)}
+    return {
+        name: kind
+        for name, kind in every.items()
+        if issubclass(kind, ModelOptions) and not hasattr(kind, "alone") and (write or not kind.interruptible and name != "direction")
+    }
 
 
 def options_of(kind: type[ModelOptions], write: bool) -> dict[str, tuple[object, str, object]]:

@@ -21,7 +21,7 @@ EVERY = 0.25  # seconds between two lines of progress
 def server(tools: list[tuple[str, str, dict]], answer: Callable[[str, dict, Callable, Callable], tuple[str, object]], read_only: bool) -> Server:
     """A server of tools (name, description, schema). answer(name, arguments, say, stopped) gives text and JSON, or a UserError; it runs in a thread."""
     turn = threading.Lock()
-    hints = types.ToolAnnotations(read_only_hint=read_only, destructive_hint=False, open_world_hint=False)
+    hints = types.ToolAnnotations(read_only_hint=read_only, destructive_hint=False, open_world_hint=True)
     listed = [types.Tool(name=name, description=text, input_schema=shape, annotations=hints) for name, text, shape in tools]
 
     async def list_tools(ctx, params) -> types.ListToolsResult:

@@ -97,7 +97,10 @@ class Folder:
 
     @property
     def job(self) -> Job:
-        return Job(**json.loads((self.path / "job.json").read_text()))
+        try:
+            return Job(**json.loads((self.path / "job.json").read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{self.path / 'job.json'} can't be read ({error}): the same words of scatter write it again") from error
 
     @property
     def second(self) -> "Folder":

@@ -148,12 +148,14 @@ def replay(
     """Run every result again, in order, on the model it was computed on (`change` may name another device); each goes into its files at once."""
     make_folder(out)
     done = []
-    for number, result in enumerate(results, 1):
-        done.append(one(engine, number, result, out, change, train, show))
-        told(done[-1])
-    rows = [o.row() for o in done]
-    write_text(out / "summary.json", json.dumps({"versions": versions(), "steps": rows}, ensure_ascii=False, indent=1) + "\n")
-    write_text(out / "summary.csv", table([[*rows[0]], *([*row.values()] for row in rows)]))
+    try:
+        for number, result in enumerate(results, 1):
+            done.append(one(engine, number, result, out, change, train, show))
+            told(done[-1])
+    finally:  # also of the steps before one that broke
+        if rows := [o.row() for o in done]:
+            write_text(out / "summary.json", json.dumps({"versions": versions(), "steps": rows}, ensure_ascii=False, indent=1) + "\n")
+            write_text(out / "summary.csv", table([[*rows[0]], *([*row.values()] for row in rows)]))
     return done
 
 
@@ -165,6 +167,8 @@ def one(engine, number: int, result: Result, out: Path, change: Callable[[Load],
     study = getattr(request, "study", None)
     if study is not None and not is_chosen(study.metric):
         return Outcome(number, result, "refused", why=refusal(study.metric))
+    if getattr(request, "away", ""):
+        return Outcome(number, result, "not run", why="it puts a direction away")
     if hasattr(request, "out") and not train:
         return Outcome(number, result, "not run", why=f"{result.kind} writes {request.out}: --train runs it too, into {out}")
     if hasattr(request, "out"):

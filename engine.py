@@ -115,16 +115,17 @@ class Engine:
             raise UserError(f"{request.scale:g} is not a scale of an adapter: give a number from 0 to 1")
         if self.model is not None and self.loaded != request:
             self.ask_first(request)
-        if self.model is None or bare(request) != bare(self.loaded):
+        anew = self.model is not None and request.scale != self.loaded.scale and beside.copied(self.model)  # another scale of an adapter
+        if self.model is None or bare(request) != bare(self.loaded) or anew and self.model.adapter:
             self.model = yield from loading.load(alone, megabytes, forget, self.held)
             self.loaded = alone
-        if self.loaded.against != request.against:
+        if self.loaded.against != request.against or anew:
             self.swap()
             beside.part(self.model)
-            self.loaded = replace(self.loaded, against="")
+            self.loaded = replace(self.loaded, against="", scale=self.loaded.scale if self.model.adapter else 1.0)
             if request.against:
                 yield from beside.load_beside(self.model, request, megabytes)
-                self.loaded = replace(self.loaded, against=request.against)
+                self.loaded = replace(self.loaded, against=request.against, scale=self.loaded.scale if self.model.adapter else request.scale)
         if request.scale != self.loaded.scale or request.scale != 1:
             self.swap()
             beside.rescale(self.model, request.scale)

@@ -70,11 +70,20 @@ def rescale(model: Model, scale: float) -> None:
         forget(model)
 
 
+def copied(model: Model) -> bool:
+    """Whether an adapter's model computes with copies of its matrices (fused ones, which TransformerLens splits), so that another scale has to be read anew."""
+    found = next((m for m in model.pair or (model,) if m.adapter), None)
+    if found is None:
+        return False
+    places = found.adapter.places.union(x.untyped_storage().data_ptr() for m in model.pair or () if m is not found for x in m.bridge.parameters())  # shared
+    return any(x.untyped_storage().data_ptr() not in places for x in found.bridge.parameters())
+
+
 def forget(model: Model) -> None:
     """Nothing computed before is read again, of either model."""
     for one in model.pair or (model,):
         one.cache.clear()
-        one.notes.estimate = None
+        one.notes.estimate = one.notes.members = None
         one.notes.noise.clear()
 
 

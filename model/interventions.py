@@ -110,8 +110,9 @@ def source_key(runs: Runs, op: str, row: TokenRow, values: Tensor) -> tuple:
     """What names in the cache that which a mean is taken over: the text, or the set's corrupted prompts and, where it may go by label, how."""
     if op in FROM_TEXT:
         return (runs.study.text,)
+    rows = corrupted_rows(runs.model, runs.study.prompt_set, runs.study.align)
     how = "" if op != "mean" else repr(values.shape) + mean_in_words(runs.model, runs.study, [row]) + repr(row.labels)
-    return set_key([r.ids for r in corrupted_rows(runs.model, runs.study.prompt_set)]), how
+    return set_key([r.ids for r in rows]), how, how and tuple(sorted((r.ids, tuple(sorted(r.labels.items()))) for r in rows))
 
 
 def pushed(runs: Runs, i: Intervention, row: TokenRow, spot: tuple) -> tuple[Callable, object]:

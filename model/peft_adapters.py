@@ -23,10 +23,11 @@ NOT_LINEAR = ("use_dora", "lora_bias", "alora_invocation_tokens", "layer_replica
 
 @dataclass
 class Adapter:
-    """What an adapter changes: matrices as they stand in the model, as they are in the base, and what is added to each at scale 1."""
+    """What an adapter changes: matrices as they stand in the model, as they are in the base, and what is added to each at scale 1; `places`: where the module's tensors lie."""
 
     base: str
     changed: list[tuple[Tensor, Tensor, Callable[[], Tensor]]]
+    places: frozenset[int] = frozenset()
     scale: float = 1.0
 
     @t.no_grad()
@@ -96,6 +97,7 @@ def put_on(hf: t.nn.Module, folder: Path, base: str, scale: float) -> Adapter:
         )
     changed = [(w := m.get_base_layer().weight, w.detach().clone(), partial(m.get_delta_weight, "default")) for m in layers]
     wrapped.unload()
-    adapter = Adapter(base, [(w.detach(), own, change) for w, own, change in changed])
+    places = frozenset(x.untyped_storage().data_ptr() for x in hf.parameters())
+    adapter = Adapter(base, [(w.detach(), own, change) for w, own, change in changed], places)
     adapter.apply(scale)
     return adapter

@@ -48,10 +48,12 @@ def mean_in_words(model: Model, study: Study, own: list[TokenRow]) -> str:
     return f"prompts of unequal length, so the mean goes by label ({' '.join(labels)}); of the first position by itself, elsewhere over all other positions"
 
 
-def means(model: Model, study: Study, names: Iterable[str], op: str, own: list[TokenRow]) -> Generator[Progress, None, dict[str, Tensor]]:
+def means(
+    model: Model, study: Study, names: Iterable[str], op: str, own: list[TokenRow], every: list[TokenRow] | None = None
+) -> Generator[Progress, None, dict[str, Tensor]]:
     """
     Means of hook points over the corrupted prompts of a study's set, or its text, for the prompts `own` (of one length): [1 or prompt, seq, ...] position by
-    position where all have one length, by label where they have not; or [1, 1, ...] over all positions but the first. Kept in the cache.
+    position where all, and `every` prompt of the whole question, have one length, by label where they have not; or [1, 1, ...] over all positions but the first. Kept in the cache.
     """
     names = list(dict.fromkeys(names))
     if op in FROM_TEXT:
@@ -64,7 +66,7 @@ def means(model: Model, study: Study, names: Iterable[str], op: str, own: list[T
         raise UserError(f"this model can read none of the set's corrupted prompts: its context holds {model.info.n_ctx} tokens")
     if op == "mean_all" and max(len(r.ids) for r in rows) < 2:
         raise UserError("mean_all leaves out the first position, and the set's corrupted prompts have no other")
-    labels = by_label(rows, own) if op == "mean" else ()
+    labels = by_label(rows, every or own) if op == "mean" else ()
     if op == "mean" and any(row.tail for row in own):
         raise UserError("a mean by position says nothing of the answer's own tokens, which logprob_sum reads: use mean_all, patch or zero")
     if labels is None:

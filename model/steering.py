@@ -89,11 +89,12 @@ def read_change(runs: Runs, d: SparseAutoencoder, i: Intervention) -> Generator[
                 values = t.tensor([values[j] if j >= 0 else float("nan") for j in there])
                 if pos is not None and values[pos].isnan():
                     raise UserError(f"{i}: this position has no partner in the other prompt: choose another, or edit the alignment")
-            return make(values), (theirs, runs.study.against)
+            return make(values), (theirs, runs.study.against, there)
         case "freeze":
             return make(one(d, runs.trace(base, [d.point])[d.point][0], node.index)), row.ids
         case "resample":
-            ids = resampled(runs.model, runs.study, len(row.ids), row.ids, runs.study.seed)
+            n = len(row.ids) - row.tail
+            ids = resampled(runs.model, runs.study, n, row.ids[:n], runs.study.seed) + row.ids[n:]
             return make(one(d, runs.model.trace(ids, [d.point])[d.point][0], node.index)), ids
         case "mean" | "mean_all" | "mean_text" | "mean_text_pos":
             return (yield from mean(runs, d, i, make))
@@ -114,6 +115,8 @@ def mean(runs: Runs, d: SparseAutoencoder, i: Intervention, make: Callable) -> G
         rows = windows(model, runs.study.text, seq if by_position else None)
     else:
         rows = [r.ids for r in corrupted_rows(model, runs.study.prompt_set)]
+    if by_position and runs.row("now").tail:
+        raise UserError("a mean by position says nothing of the answer's own tokens, which logprob_sum reads: use mean_all, patch or zero")
     if not rows:
         raise UserError("mean ablation needs a prompt set with corrupted prompts: open one first, or ablate to zero")
     if by_position and any(len(r) != seq for r in rows):

@@ -9,6 +9,7 @@ import torch as t
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from model.artefacts import save
 from model.bridge import Model
@@ -97,10 +98,13 @@ def from_disk(key: str, name: str) -> Tensor | None:
 
 @t.no_grad()
 def fingerprint(model: Model) -> str:
-    """A digest of the weights: every parameter's sum and first numbers. Made once."""
+    """A digest of the config and the weights: every parameter's sum and first numbers. Made once."""
     known = model.notes.measured
     if "fingerprint" not in known:
-        digest = hashlib.sha256()
+        config = model.bridge.original_model.config
+        digest = hashlib.sha256(
+            (config.to_json_string() if isinstance(config, PretrainedConfig) else repr(config)).encode() + repr(model.info.repairs).encode()
+        )
         for name, p in model.bridge.original_model.named_parameters():
             digest.update(f"{name} {tuple(p.shape)} {p.sum(dtype=t.float64).item()!r} {p.flatten()[:16].tolist()!r}".encode())
         known["fingerprint"] = digest.hexdigest()

@@ -17,7 +17,7 @@ from vocabulary.nodes import UserError
 from vocabulary.prompts import Study
 from vocabulary.requests import Load
 
-TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc"], "llama": ["q_proj", "v_proj", "o_proj", "down_proj"]}
+TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc"], "neox": ["query_key_value", "dense"], "llama": ["q_proj", "v_proj", "o_proj", "down_proj"]}
 
 
 def adapter(base, out, arch: str, **more):
@@ -44,7 +44,7 @@ def peft_logits(base, folder, ids, scale: float) -> np.ndarray:
         return model(t.tensor([ids])).logits[0].numpy()
 
 
-@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+@pytest.mark.parametrize("arch", [pytest.param("gpt2", marks=pytest.mark.table), "llama", "neox"])  # the last: fused matrices, of which the Bridge holds copies
 def test_an_adapter_is_pefts_own_at_every_scale(folders, tmp_path, arch):
     base, folder = folders[arch], adapter(folders[arch], tmp_path / "adapter", arch)
     engine = Engine(Load(str(folder), scale=0.5))

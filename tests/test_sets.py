@@ -13,7 +13,7 @@ from techniques.attention.requests import AttentionSet
 from techniques.attribution.requests import AttributionSet
 from techniques.circuits.requests import Discover, PathPatch, Score
 from techniques.output.requests import Run
-from techniques.patching.requests import Estimate, Sweep
+from techniques.patching.requests import Certify, Estimate, Sweep
 from techniques.sets.requests import MAKES, MakeSet
 from vocabulary.circuit import Circuit
 from vocabulary.nodes import UserError, parse_intervention, parse_node
@@ -63,6 +63,24 @@ def test_a_sweep_of_heads_has_each_prompts_own_numbers(engine, op):
     assert np.abs(whole.per_prompt - np.stack([r.values for r in single])).max() < TOL
     assert whole.base == pytest.approx(np.mean([r.base for r in single]), abs=TOL) and whole.prompts == tuple(range(len(given.prompt_set)))
     assert "groups of equal length" in whole.convention and np.isfinite(whole.p).all()
+
+
+def test_certified_cells_stand_where_each_prompt_has_its_labels(engine):
+    found = engine.run(Certify(SET, "z_pos", top=2, share=1.0, over_set=True))
+    sweep = engine.run(Sweep(SET, "z_pos", over_set=True))
+    effects = {sweep.address(r, c): float(sweep.values[r, c] - sweep.base) for r in range(len(sweep.rows)) for c in range(len(sweep.cols))}
+    assert found.nodes and np.allclose(found.effects, [effects[n] for n in found.nodes], atol=TOL)
+
+
+def test_a_mean_is_of_one_kind_over_the_whole_set(engine):
+    """Also where some of its prompts are as long as all corrupted ones."""
+    prompts = tuple(replace(p, corrupt=MIXED[0].corrupt, corrupt_labels=MIXED[0].labels) for p in (*MIXED[:2], MIXED[0]))
+    some = replace(SET, prompt=prompts[0], prompt_set=prompts, align="diff")
+    whole = engine.run(Sweep(some, "z", "mean", over_set=True))
+    alike = engine.run(Sweep(replace(some, prompt_set=(*prompts, prompts[1])), "z", "mean", over_set=True))
+    assert "by label" in whole.convention and np.abs(whole.per_prompt[0] - alike.per_prompt[0]).max() < TOL
+    single = engine.run(Sweep(some, "z", "mean"))  # one prompt, as long as every corrupted one: position by position
+    assert np.abs(whole.per_prompt[0] - single.values).max() > 10 * TOL
 
 
 @pytest.mark.parametrize("kind", ["attn", "cells", pytest.param("z_pos", marks=TABLE)])

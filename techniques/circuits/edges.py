@@ -108,7 +108,9 @@ class EdgeRun:
                 acts = {n: t.zeros_like(x) for n, x in self.clean.items()} | {s: self.clean[s] for s in self.scales}
             case _:
                 some = [n for n in names if n not in (last, FINAL, *self.scales)]
-                acts = yield from means(model, self.plan.ask.study, some, self.rest, [r.row("clean") for r in self.group])
+                acts = yield from means(
+                    model, self.plan.ask.study, some, self.rest, [r.row("clean") for r in self.group], [r.row("clean") for r in self.plan.whole]
+                )
                 acts = {n: x.expand_as(self.clean[n]) for n, x in acts.items()} | {s: self.clean[s] for s in self.scales}
         self.carry(acts)
         if not np.isfinite(self.value).all():

@@ -67,8 +67,14 @@ def over(x: Tensor, at: int | None) -> Tensor:
 def of_prompts(model: Model, ask: MakeDirection) -> Generator[Progress, None, tuple]:
     node, name = spot(model, ask.at)
     runs = yield from prepare(model, replace(ask.study, interventions=()))
-    sides = [over(runs.trace(w, [name])[name][0], None if node.pos is None else runs.position(w, node.pos)) for w in ("clean", "corrupt")]
+    places = [None if node.pos is None else runs.position(w, node.pos) for w in ("clean", "corrupt")]
+    if isinstance(node.pos, int) and node.pos >= 0 and (partners := runs.partners("clean")) is not None:
+        places[1] = partners[places[0]]
+        if places[1] < 0:
+            raise UserError(f"{node}: this position has no partner in the corrupted prompt: choose another, END, or edit the alignment")
+    sides = [over(runs.trace(w, [name])[name][0], at) for w, at in zip(("clean", "corrupt"), places)]
     where = "mean over all positions but the first" if node.pos is None else f"position {node.pos}"
+    where += f" (its partner there: {places[1]})" if places[0] != places[1] else ""
     what = "{} minus {}, on one prompt".format(*map(runs.called, ("clean", "corrupt"))) if runs.pair else "clean minus corrupted prompt"
     return sides[0] - sides[1], str(replace(node, pos=None)), f"{what}, {where}", "diff"
 

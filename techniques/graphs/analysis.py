@@ -30,7 +30,7 @@ def answer(model: Model, ask: AttributionGraph | GraphEffects) -> Generator:
         raise UserError(f"{ask.target!r} is not a target: use logits or diff")
     if isinstance(ask, AttributionGraph) and not (0 < ask.node_threshold <= 1 and 0 < ask.edge_threshold <= 1):
         raise UserError("thresholds are shares: above 0 and at most 1")
-    runs = yield from prepare(model, ask.study)
+    runs = (yield from prepare(model, ask.study)).at(ask.which)
     runs.require_first("a transcoder", ask.which)
     coders = yield from transcoders(runs, ask)
     built = yield from build(runs, ask, coders)

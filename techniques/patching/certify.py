@@ -113,12 +113,11 @@ def bounds(subsets: Subsets, truth: np.ndarray, guess: np.ndarray, confidence: f
 def measure(plan: Plan, cells: list[tuple[int, int]], sets: list[list[int]]) -> Generator[Progress, None, tuple[np.ndarray, float]]:
     """What patching each set of cells together does to the metric, the mean over the prompts [set]; and the metric of the base run."""
     found, sides = np.full((len(sets), len(plan.runs)), np.nan), np.full(len(plan.runs), np.nan)
-    spots = [tuple(s for i in some for s in plan.layout.cells[cells[i]]) for some in sets]
 
     def fill(members: list[int], base: Base, ends: tuple[np.ndarray, ...]) -> Generator[Progress]:
         sides[members] = ends[0]
-        variants = []
-        for k, some in enumerate(spots):
+        variants, places = [], plan.layouts[members[0]].cells  # one layout in a batch: labels stand elsewhere in other prompts
+        for k, some in enumerate(tuple(s for i in each for s in places.get(cells[i], ())) for each in sets):
             v = Variant(k, tuple(s for s in some if s.node.pos is None or base.shared <= s.node.pos < base.stop))
             if v.spots and max(v.first, base.shared) < base.stop:
                 variants.append(v)

@@ -408,7 +408,9 @@ def new_values(plan: Plan, base: Base, other: dict[str, Tensor], indices: list[i
     if ask.op.startswith("mean"):
         if ask.op in ("mean_all", "mean_text") and any(name.endswith("pattern") for name in hooks.values()):
             raise UserError("a pattern has no mean over positions; use mean with a set of one template, or zero")
-        other = yield from means(model, ask.study, list(hooks.values()), ask.op, [plan.runs[i].row(plan.side) for i in indices])
+        other = yield from means(
+            model, ask.study, list(hooks.values()), ask.op, [plan.runs[i].row(plan.side) for i in indices], [r.row(plan.side) for r in plan.whole]
+        )
     elif ask.op == "resample":
         _, other = model.forward(t.tensor([others(plan, i) for i in indices]), list(hooks.values()), keep=None)
     deviation = noise_scale(model) * ask.noise if ask.op == "noise" else 0.0

@@ -33,7 +33,7 @@ def answer(model: Model, request: QK | QKSet | QKCheck) -> Generator:
     model.require("parts", "heads", "q", "k")
     if isinstance(request, QKSet):
         return (yield from over_set(model, request))
-    split = Split((yield from prepare(model, request.study)), request)
+    split = Split((yield from prepare(model, request.study)).at(request.which), request)
     return checked(split, request) if isinstance(request, QKCheck) else result(split)
 
 
@@ -156,7 +156,7 @@ def over_set(model: Model, ask: QKSet) -> Generator[Progress, None, QKResult]:
     for done, (i, prompt) in enumerate(members):
         try:
             runs = yield from prepare(model, replace(ask.study, prompt=prompt))
-            found.append(result(Split(runs, ask)))
+            found.append(result(Split(runs.at(ask.which), ask)))
         except UserError as error:
             raise UserError(f"prompt {i + 1} of the set: {error}") from error
         yield Progress(done + 1, len(members), "QK attribution over the set")
@@ -251,11 +251,11 @@ def effects(split: Split, ask: QKCheck, name: str, new: Tensor) -> tuple[tuple[f
     edits = runs.edits if which == "now" else []
     _, got = model.forward(split.ids, [pattern, last], [*edits, (name, lambda x: new.to(x))], keep=None)
     attention = tuple(float(x[ask.head, split.dest, split.source]) for x in (split.acts[pattern][0], got[pattern][0]))
+    if ask.study.metric.whole:
+        return attention, None
     if ask.study.metric.needs_answer and (not runs.answers or ask.study.metric.kind in ("logit_diff", "prob_diff") and not runs.foils):
         return attention, None
     clean = runs.trace("clean", [FINAL])[FINAL][0, runs.metric_position("clean")][None] if ask.study.metric.kind == "kl" else None
     score = MetricReader([runs], clean, which)
-    if score.whole:
-        return attention, None
     before = runs.trace(which, [last])[last]
     return attention, tuple(float(score.of(x, 0)[0, 0]) for x in (before, got[last]))

@@ -49,12 +49,13 @@ class Action:
 
 @dataclass(frozen=True)
 class Part:
-    """What a key that is declared elsewhere does in this pane. False from `do`: nothing, as where there is no part."""
+    """What a key that is declared elsewhere does in this pane, and its words on the hint line there. False from `do`: nothing, as where there is no part."""
 
     id: str
     who: str
     help: str
     do: Callable[..., None]
+    title: str = ""
 
 
 class Keyed(Protocol):
@@ -156,7 +157,8 @@ def hints(table: tuple[Action, ...], pane: Keyed, panes: Iterable[Keyed], idle: 
     """(key, title) of what the hint line shows in a pane, the most useful first; `idle` are ids of what would do nothing now."""
     first, count = ("enter", "sweep", "view", "ablate", "patch", "keep"), {a.id: sum(a.id in p.hints for p in panes) for a in table}
     own = sorted((a for a in table if a.id in pane.hints and a.id not in idle), key=lambda a: (first.index(a.id) if a.id in first else len(first), count[a.id]))
-    return [*((show_key(a.keys.split(",")[0]), a.title) for a in own), ("hjkl", "move")]
+    titles = {a.id: a.title for a in pane.keys if a.title}
+    return [*((show_key(a.keys.split(",")[0]), titles.get(a.id, a.title)) for a in own), ("hjkl", "move")]
 
 
 def helped(table: tuple[Action, ...], pane: Keyed) -> list[tuple[str, Action, str]]:

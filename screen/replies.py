@@ -117,7 +117,8 @@ class Requests:
             return "NOT CURRENT (no engine) · " if any(s in self.replies for s in slots) else ""
         if not self.slow or not any(s in self.wanted and self.stale(s) for s in slots):
             return ""
-        return "⟳ computing, shown is what was before · " if any(s in self.replies for s in slots) else "⟳ computing · "
+        before = any(s in self.replies and self.replies[s].request != self.wanted.get(s) for s in slots)
+        return "⟳ computing, shown is what was before · " if before else "⟳ computing · "
 
     def left(self, slot: str) -> str:
         """Time left of what a slot asks for, in words."""

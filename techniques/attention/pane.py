@@ -34,7 +34,7 @@ class AttentionPane(Pane):
     urgent = ("attention",)
     hints = ("enter", "edit", "ablate", "patch", "scope", "keep", "enable", "undo", "view", "mode", "which", "source", "weighted", "multiples", "ranked")
     keys = (
-        Part("enter", "attention", "into the head's pattern (hjkl move destination and source); there: why it looks from this destination to this source", lambda pane, app: pane.enter(app)),
+        Part("enter", "attention", "into the head's pattern (hjkl move destination and source); there: why it looks from this destination to this source", lambda pane, app: pane.enter(app), "into pattern"),
         Action("source", "R", "random / set", "statistics on the prompt or on random repeated tokens", VIEW, turns("attention.source"), "which", "attention"),
         Action("weighted", "Z", "weighted / direct", "weighted by the size of what each value writes", VIEW, turns("attention.weighted"), "fit", "attention"),
         Action("multiples", "O", "all heads", "The patterns of all heads of the layer, small, or one head's", VIEW, turns("attention.layer"), "weighted"),

@@ -36,7 +36,7 @@ class AttributionPane(Pane):
     views = {"attribution.view": ("ranked", "drill", "set"), "attribution.text": ("off", "on")}
     hints = ("enter", "edit", "ablate", "patch", "scope", "keep", "enable", "undo", "view", "mode", "which")
     keys = (
-        Part("enter", "attribution", "by source or neuron", lambda pane, app: pane.enter(app)),
+        Part("enter", "attribution", "by source or neuron", lambda pane, app: pane.enter(app), "sources, neurons"),
         Action("worst", "W", "worst prompt", "Attribution over the set: go to the prompt with the lowest logit difference", FIND, lambda pane, app: pane.worst(app), "points"),
     )  # fmt: skip
 

@@ -45,7 +45,7 @@ class CircuitPane(Pane):
     views = VIEWS_OF
     hints = ("enter", "keep", "circuits", "receivers", "discover", "view", "source", "points", "sweep", "operation", "weighted")
     keys = (
-        Part("enter", "paths", "keep the edge", lambda pane, app: pane.enter(app)),
+        Part("enter", "paths", "keep the edge", lambda pane, app: pane.enter(app), "keep edge"),
         Action("keep", "c", "keep", "Keep the node under the cursor in the circuit; again to drop it", CIRCUIT, actions.keep, "scope"),
         Action("circuits", "Y", "circuits", "Circuits: new, open, groups, union, compare, save, export, what the rest is set to", CIRCUIT, files.choose_circuit, "keep"),
         Action("receivers", "Q", "receivers", "Where paths end: q, k, v of heads, MLPs, logits; or where those to each receiver begin: a node, some together, a group",
@@ -53,8 +53,8 @@ class CircuitPane(Pane):
         Action("discover", "U", "discover", "Find a circuit: EAP, EAP-IG, ACDC or greedy, as a job", CIRCUIT, discovery.choose_method, "receivers"),
         Part("source", "circuit", "over the prompt or the set", turns("circuit.over")),
         Part("points", "paths", "from every sender, by position, or to each receiver", turns("circuit.each")),
-        Part("sweep", "circuit", "score it, or run the paths", lambda pane, app: pane.run(app)),
-        Part("operation", "circuit", "what the rest is set to", turns("circuit.rest")),
+        Part("sweep", "circuit", "score it, or run the paths", lambda pane, app: pane.run(app), "score"),
+        Part("operation", "circuit", "what the rest is set to", turns("circuit.rest"), "rest"),
         Part("weighted", "paths", "direct edge or through MLPs", turns("circuit.path")),
         Part("ranked", "", "", actions.rank_paths),
     )  # fmt: skip

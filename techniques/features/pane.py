@@ -51,13 +51,13 @@ class FeaturePane(Pane):
     leads_on = (PreflightResult, FeaturesResult)
     hints = ("enter", "ablate", "scale", "saes", "view", "points", "sweep", "weighted")
     keys = (
-        Part("enter", "features", "walk the graph", lambda pane, app: pane.enter(app)),
+        Part("enter", "features", "walk the graph", lambda pane, app: pane.enter(app), "walk graph"),
         Part("scale", "a feature", "scale, set or steer", actions.steer),
         Action("saes", "z", "SAEs", "SAEs and transcoders: load, switch, put away", FEATURES, actions.choose_saes, "discover"),
-        Part("points", "features", "by activation, attribution, direct", turns("features.order")),
-        Part("sweep", "features", "examples in a text", lambda pane, app: pane.run_examples(app)),
-        Part("weighted", "features", "error term kept or dropped", actions.turn_error),
-        Part("detect", "features", "check the edge by the real intervention", actions.check_edge),
+        Part("points", "features", "by activation, attribution, direct", turns("features.order"), "order"),
+        Part("sweep", "features", "examples in a text", lambda pane, app: pane.run_examples(app), "examples"),
+        Part("weighted", "features", "error term kept or dropped", actions.turn_error, "error"),
+        Part("detect", "features", "check the edge by the real intervention", actions.check_edge, "check edge"),
     )
 
     def __init__(self, **kw):

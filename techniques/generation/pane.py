@@ -31,13 +31,13 @@ class GeneratePane(Pane):
             directions.show_list,
             "scale",
         ),
-        Action("less", "-", "less", "Steering: the coefficient one step down", INTERVENE, partial(directions.change, by=-1), "directions"),
-        Action("more", "~", "more", "Steering: the coefficient one step up", INTERVENE, partial(directions.change, by=1), "less"),
-        Part("chart", "generate", "the metric over the steering coefficient", directions.show_curve),
-        Part("enter", "generate", "the new tokens up to the cursor's join the prompt", actions.send_back),
-        Part("operation", "generate", "how it is continued: tokens, temperature, top-p, seed, samples, a text to look for", actions.edit_sampling),
-        Part("weighted", "generate", "interventions on every new token, or on the prompt's positions only", actions.turn_held),
-        Part("sweep", "generate", "draw anew, with the next seed", actions.draw_anew),
+        Action("less", "-", "steer −", "Steering: the coefficient one step down", INTERVENE, partial(directions.change, by=-1), "directions"),
+        Action("more", "~", "steer +", "Steering: the coefficient one step up", INTERVENE, partial(directions.change, by=1), "less"),
+        Part("chart", "generate", "the metric over the steering coefficient", directions.show_curve, "curve"),
+        Part("enter", "generate", "the new tokens up to the cursor's join the prompt", actions.send_back, "to the prompt"),
+        Part("operation", "generate", "how it is continued: tokens, temperature, top-p, seed, samples, a text to look for", actions.edit_sampling, "sampling"),
+        Part("weighted", "generate", "interventions on every new token, or on the prompt's positions only", actions.turn_held, "held on"),
+        Part("sweep", "generate", "draw anew, with the next seed", actions.draw_anew, "draw anew"),
     )
 
     def __init__(self, **kw):

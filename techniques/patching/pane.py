@@ -59,7 +59,7 @@ class PatchingPane(Pane):
     }
     hints = ("enter", "keep", "base", "undo", "view", "mode", "source", "points", "sweep", "operation", "weighted", "ranked")
     keys = (
-        Part("enter", "patching", "the cell as an intervention", lambda pane, app: pane.enter(app)),
+        Part("enter", "patching", "the cell as an intervention", lambda pane, app: pane.enter(app), "intervene"),
         Part("source", "patching", "over the prompt or the set", turns("patching.over")),
         Part("points", "patching", "effect, metric, estimate, disagreement, spread, p, p corrected for all cells", turns("patching.show")),
         Action(

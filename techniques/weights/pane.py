@@ -41,7 +41,7 @@ class WeightsPane(Pane):
         "weights.distance": ("0", "1", "2", "4", "8", "16"),
     }
     hints = ("sweep", "edit", "undo", "view", "mode")
-    keys = (Part("sweep", "weights", "look through all pairs of tokens of a large vocabulary", lambda pane, app: pane.run(app)),)
+    keys = (Part("sweep", "weights", "look through all pairs of tokens of a large vocabulary", lambda pane, app: pane.run(app), "all pairs"),)
 
     def __init__(self, **kw):
         super().__init__(**kw)

@@ -164,7 +164,7 @@ def scale(app: Host) -> None:
     app.ready()
     node = app.node()
     accept = accepted(lambda values: intervene(app, parse_intervention(f"{node}=scale:{values[0]}")))
-    app.open(Editor(f"scale {node}", [("factor", "2.0")], accept, 0, 1))
+    app.open(Editor(f"scale {node}", [("factor", "2.0")], accept, 0, 1, "", True))
 
 
 def type_node(app: Host) -> None:

@@ -100,7 +100,7 @@ class Overlay(Vertical, can_focus=True):
     def on_key(self, event: events.Key) -> None:
         field = self.first_field()
         if field is not None and event.is_printable:  # typed before the field had the focus
-            field.insert_text_at_cursor(event.character)
+            field.replace(event.character, *field.selection)
             event.stop()
             event.prevent_default()
 
@@ -237,9 +237,11 @@ class Editor(Overlay):
         **kw,
     ):
         super().__init__(**kw)
-        self.title, self.names, self.accept, self.start, self.rows, self.hint, self.select = title, [n for n, _ in fields], accept, focus, preview, hint, select
+        self.title, self.names, self.accept, self.start, self.rows, self.hint = title, [n for n, _ in fields], accept, focus, preview, hint
         self.fields = [Field(escape_line(v)) for _, v in fields]
         self.head, self.preview, self.ids = Lines(), Lines(classes="preview"), False
+        if select:  # at once: a burst of keys replaces what is proposed, as slow ones do
+            self.first_field().action_select_all()
 
     def compose(self) -> ComposeResult:
         yield self.head
@@ -253,8 +255,6 @@ class Editor(Overlay):
         self.preview.styles.height = self.rows
         self.head.show([[(f" {self.title} ", HEAD), (f" {self.hint}", DIM)]])
         self.take_focus()
-        if self.select:
-            self.first_field().action_select_all()
         self.edited()
 
     def first_field(self) -> Field:

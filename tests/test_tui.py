@@ -188,6 +188,11 @@ async def test_a_burst_of_keys_goes_into_the_prompt_that_it_opens(zoo, tmp_path)
         assert app.is_running and app.query_one(Editor).fields[0].value == "Xqa" and not app.state.interventions
         await press(app, pilot, "b", "escape")
         assert not app.query(Editor)
+        for key, character in (("s", "s"), ("minus", "-"), ("0", "0"), ("full_stop", "."), ("5", "5")):  # replaces the factor that is proposed, as slow keys do
+            app.post_message(events.Key(key, character))
+        await press(app, pilot)
+        await press(app, pilot)
+        assert app.query_one(Editor).fields[0].value == "-0.5"
 
 
 async def test_undoing_a_longer_prompt_leaves_no_cursor_behind(zoo, tmp_path):

@@ -1,5 +1,6 @@
 """docs/architectures.md, from running every analysis on every family: uv run tests/families/table.py > docs/architectures.md"""
 
+import contextlib
 import re
 import sys
 import tempfile
@@ -85,9 +86,10 @@ def main() -> None:
     torch.set_num_threads(1)
     number, root = Numbers(), Path(tempfile.mkdtemp())
     rows = []
-    for family in FAMILIES:
-        case = Case(family, root)
-        rows.append(row(family, {analysis: outcomes(case, analysis) for analysis in ANALYSES}, number))
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print
+        for family in FAMILIES:
+            case = Case(family, root)
+            rows.append(row(family, {analysis: outcomes(case, analysis) for analysis in ANALYSES}, number))
     print(HEAD)
     print(f"| architecture | {' | '.join(ANALYSES)} |\n|{'---|' * (1 + len(ANALYSES))}", *rows, "\n## Why\n", sep="\n")
     print(*(f"{n}. {words}" for words, n in number.items()), sep="\n")

@@ -1,7 +1,8 @@
 """
 What a session remembers beside its state: every step in its order, what was computed with its numbers, notes, and where one was looking.
 
-A session that was only opened writes nothing: results and the place wait for the first action, then go to the file whenever the engine is idle.
+A session that was only looked at writes nothing: results and the place wait for the first action, or the first result that a key asked for (a sweep), then go to
+the file whenever the engine is idle.
 """
 
 import datetime
@@ -32,6 +33,7 @@ class Record:
         self.place: dict = {}
         self.waiting: list[dict] = []
         self.acted, self.said = 0, set()  # actions that were read from a file; digests of studies that stand there
+        self.asked = False  # whether a key asked for a result since the session was opened
 
     # ---------------------------------------------------------------- reading
 
@@ -65,6 +67,7 @@ class Record:
         now = datetime.datetime.now().isoformat(timespec="milliseconds")
         new = Result(now, type(request).__name__, request, load, info.key, headline(request, result), found, asked)
         self.take(new)
+        self.asked = self.asked or asked
         for line in entries(new):
             name = line.get("set") or line.get("study")
             if "set" in line:
@@ -83,9 +86,9 @@ class Record:
             ]
 
     def flush(self) -> None:
-        """Write what waits, if this session has been acted on and all before is on the disk."""
+        """Write what waits, if something was done or asked here and all before is on the disk."""
         session = self.session
-        if self.waiting and self.changed and session.log.saved and not session.log.waiting:
+        if self.waiting and self.changed and not session.log.waiting:
             session.keep(self.waiting)
             self.waiting = []
             session.trouble = session.log.save()
@@ -93,7 +96,7 @@ class Record:
     @property
     def changed(self) -> bool:
         """Whether something was done here since the session was opened."""
-        return self.session.actions > self.acted
+        return self.asked or self.session.actions > self.acted
 
     # ---------------------------------------------------------------- looking up
 

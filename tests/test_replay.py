@@ -201,6 +201,13 @@ def test_a_session_that_is_only_looked_at_is_not_written(engines, tmp_path):
     assert path.read_bytes() == before
     with pytest.raises(UserError):
         session.do("nonsense")
+    alone = Session(first_state({}), tmp_path / "alone.jsonl")
+    for asked in (False, True):  # a sweep that a key asked for is work: it is kept without any action
+        alone.record.add(Run(alone.state.study), engines["zoo"].run(Run(alone.state.study)), Load(), engines["zoo"].model.info, asked)
+        alone.close()
+        assert (tmp_path / "alone.jsonl").exists() == asked
+    again, warning = read_session(tmp_path / "alone.jsonl")
+    assert not warning and again.state == alone.state and again.record.results.keys() == alone.record.results.keys()
 
 
 def test_a_session_is_found_by_its_name(tmp_path, monkeypatch):

@@ -120,7 +120,7 @@ def frozen_norms(model: Model, layer: int, ids: Tensor, q: Tensor, k: Tensor) ->
 class Form:
     """
     A weighted sum over sources of one head's scores from one destination, float64: query . form[source] . key, with what is linear in either alone, and the rest.
-    form [d_head, source, d_head], query [d_head], key [source, d_head]; `own` the model's scores from the destination [source].
+    form [d_head, source, d_head], query [d_head], key [source, d_head]; `own` the model's scores from the destination [source]; `read` the sources that have a weight.
     """
 
     form: Tensor
@@ -128,6 +128,15 @@ class Form:
     key: Tensor
     rest: float
     own: Tensor
+    read: list[int]
+
+    def turned(self, k: Tensor) -> Tensor:
+        """Keys [n, source, d_head] as what a query and a one behind it are multiplied by [n, d_head + 1]."""
+        return t.cat([t.einsum("isj,nsj->ni", self.form, k), t.einsum("sj,nsj->n", self.key, k)[:, None]], 1)
+
+    def turned_at(self, k: Tensor, pos: int) -> Tensor:
+        """Keys of one source [n, d_head] as `turned`."""
+        return t.cat([k @ self.form[:, pos].T, (k @ self.key[pos])[:, None]], 1)
 
 
 def bilinear(model: Model, layer: int, head: int, kv: int, dest: int, weights: Tensor, ids: Tensor, q: Tensor, k: Tensor) -> Form:
@@ -142,4 +151,4 @@ def bilinear(model: Model, layer: int, head: int, kv: int, dest: int, weights: T
         (keys,) = t.autograd.grad(whole, b, retain_graph=True)
         rows = [t.autograd.grad(x, b, retain_graph=True)[0][0, :, kv] for x in slope[0, dest, head]]
     cpu = lambda x: x.detach().cpu().double()  # noqa: E731
-    return Form(t.stack([cpu(x) for x in rows]), cpu(slope[0, dest, head]), cpu(keys[0, :, kv]), whole.item(), cpu(scores[0, head, dest]))
+    return Form(t.stack([cpu(x) for x in rows]), cpu(slope[0, dest, head]), cpu(keys[0, :, kv]), whole.item(), cpu(scores[0, head, dest]), some.tolist())

@@ -89,7 +89,8 @@ def chosen(model: Model, sources: tuple[str, ...], layer: int) -> Generator[Prog
         fit = [d for d in fit if d is not stream and d not in inside]
     found = InSum(stream, tuple(fit), tuple(left_out))
     if not found.every:
-        raise UserError(f"no SAE that is loaded is in the sum of layer {layer}: {'; '.join(left_out)}")
+        fits = f"blocks.{layer - 1}.hook_resid_post" if layer else "blocks.0.hook_resid_pre"
+        raise UserError(f"no SAE that is loaded is in the sum of layer {layer}: {'; '.join(left_out)}. Load one that stands before, such as at {fits}")
     layers = {}
     for d in found.every:
         if (other := layers.setdefault(d.layer, d)) is not d:

@@ -68,7 +68,7 @@ class QKPane(Pane):
 
     def asked(self, app: Host, kind: type = QK, **more: object) -> object:
         """A request for the head, destination and source under the cursor; a source that can't be seen stands for where the head looks most."""
-        c, study = app.cursor, app.study
+        c, study = app.cursor, app.state.with_saes(app.study) if self.by_features(app) else app.study
         dest, source, instead = c.pos, c.src if c.src <= c.pos else None, self.instead(app)
         if self.over_set(app):
             labels = {pos: name for name, pos in app.tokens.tokens.labels.items()} if app.tokens else {}
@@ -142,14 +142,14 @@ class QKPane(Pane):
         app.open(Picker(f"the score of source {c.src} {show_token(texts[c.src]) if c.src < len(texts) else ''} instead of", items, take))
 
     def check(self, app: Host) -> None:
-        """The entry's components changed for real, in the query and in the keys: patched where there is another prompt, else taken away."""
+        """The entry's components changed for real, in the query and in the keys: patched where there is another prompt, else (and features) taken away."""
         app.ready()
         if self.over_set(app):
             raise UserError("a check runs on the prompt at hand: R turns from the set to it")
         sides = {side: name for side, name in zip("qk", self.sides(app)) if name}
         if not sides:
             raise UserError("this is no single component or feature: hjkl to a row or column of one")
-        op, said = "patch" if app.state.prompt.corrupt is not None else "zero", []
+        op, said = "zero" if self.by_features(app) or app.state.prompt.corrupt is None else "patch", []
 
         def show(result: QKCheckResult) -> None:
             said.append(result)
@@ -202,7 +202,9 @@ class QKPane(Pane):
         most = max(4, self.size.height - 6), max(3, (self.size.width - 12) // wide - 2)  # that fit with their sums and the rest
         grid = self.picture("qk", (Same(result), order, most), lambda: pictures.qk_grid(result, order, most))
         self.at = clip(self.at[0], len(grid.rows)), clip(self.at[1], len(grid.cols))
-        title = f"L{result.layer}H{result.head} {pictures.place(result, result.dest)} → {pictures.place(result, result.source)}"
+        ask = self.asked(app)  # over a set places are labels, at other positions in every prompt
+        places = (x if isinstance(x, str) else pictures.place(result, pos) for x, pos in ((ask.dest, result.dest), (ask.source, result.source)))
+        title = f"L{result.layer}H{result.head} {' → '.join(places)}"
         against = " − mean over sources" if result.instead.startswith("the mean") else f" less {result.instead}" if result.instead else ""
         if result.instead.startswith("source ") and result.instead[7:].isdigit():
             against = f" instead of {pictures.place(result, int(result.instead[7:]))}"

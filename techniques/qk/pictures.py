@@ -6,7 +6,7 @@ import numpy as np
 from rich.style import Style
 
 from screen.pictures import signed, texts_of
-from techniques.qk.requests import QKFeaturesResult, QKResult
+from techniques.qk.requests import OTHERS, QKFeaturesResult, QKResult
 from techniques.qk.table import pair_rows, table
 from utils import fit, shortened, show_token
 from widgets import BAD, BOLD, DIM, GOOD, PLAIN, Grid, Spans
@@ -26,13 +26,13 @@ def qk_grid(result: QKResult, order: str, most: tuple[int, int]) -> Grid:
 
 
 def short(name: str) -> str:
-    """A row of an SAE as a map names it: L1.f7, L1.error, L1.b_dec."""
-    return name.replace(".sae.bias", ".b_dec").replace(".sae.", ".")
+    """A row as a map of features names it: L1.f7, L1.error, L1.b_dec, others."""
+    return "others" if name == OTHERS else name.replace(".sae.bias", ".b_dec").replace(".sae.", ".")
 
 
 def whole(name: str) -> str:
     """The row that `short` named."""
-    return re.sub(r"^(L\d+)\.(f\d+|error)$", r"\1.sae.\2", name).replace(".b_dec", ".sae.bias")
+    return OTHERS if name == "others" else re.sub(r"^(L\d+)\.(f\d+|error)$", r"\1.sae.\2", name).replace(".b_dec", ".sae.bias")
 
 
 def place(result: QKResult, pos: int) -> str:
@@ -43,11 +43,11 @@ def pair_lines(result: QKFeaturesResult, at: int, width: int, n: int) -> list[Sp
     """Pairs of features by size with their labels, and below them the sums of what is not listed."""
     rows, over = pair_rows(result, len(result.pair)), result.prompts.size > 0
     pairs, sums = rows[:-3], rows[-3:]
-    side = max(12, min(40, (width - (40 if over else 14)) // 2))
+    side = max(12, min(40, (width - (44 if over else 14)) // 2))
     text = lambda name: shortened(f"{short(name)} {result.labels.get(name, '')}".rstrip(), side)  # noqa: E731
     fitting = max(2, n - len(sums) - 1)
     top = max(0, min(at - fitting // 2, len(pairs) - fitting))
-    head = f" {fit('query', side)} {fit('key', side)} {'adds':>9}" + ("  95 % interval     both fire in" if over else "")
+    head = f" {fit('query', side)} {fit('key', side)} {'adds':>9}" + ("  95 % interval     prompts" if over else "")
     lines: list[Spans] = [[(head, BOLD)]]
     for k, (a, b, adds, between, fires) in enumerate(pairs[top : top + fitting], top):
         lines.append([(f" {text(a)} {text(b)} {adds:>9}  {between:18}{fires}".rstrip() + " ", PLAIN + (REVERSE if k == at else Style()))])

@@ -129,7 +129,7 @@ def test_pairs_rows_and_sums_against_hugging_face(engines, references, sources, 
     want = float(row[SOURCE] - row[OTHER])
     near = lambda got, want: np.testing.assert_allclose(got, want, atol=1e-4 * max(1, np.abs(want).max()))  # noqa: E731
     near([r.values.sum(dtype=np.float64), r.score, r.total], [want] * 3)
-    assert r.error < 1e-4 * max(1, abs(want)) and isinstance(r, QKFeaturesResult) and r.sources == (source,)
+    assert r.error < 1e-4 * max(1, abs(want)) and isinstance(r, QKFeaturesResult) and tuple(i.source for i in r.saes) == (source,)
     pairs = [(plain.parts("q", plain.write(a))[-1], plain.parts("k", plain.write(b))) for a, b in r.pair_names]
     near(r.pair, plain.scores(pairs))
     fire = plain.f != 0
@@ -150,10 +150,10 @@ def test_several_at_once(engines, sources, arch):
     engine, tmp = engines[arch], [sources[arch, w] for w in ("z", "pre")]
     components = engine.run(QK(Study(PROMPT), 2, HEAD, -1, SOURCE))
     both = engine.run(QK(Study(PROMPT, saes=tuple(tmp)), 2, HEAD, -1, SOURCE, features=True))
-    assert abs(both.total - components.total) < 1e-4 * max(1, abs(components.total)) and both.sources == (tmp[1],)
+    assert abs(both.total - components.total) < 1e-4 * max(1, abs(components.total)) and both.saes[0].source == tmp[1] and len(both.saes) == 1
     assert f"{tmp[0]} is part of the stream that {tmp[1]} explains" in both.convention
     one = engine.run(QK(Study(PROMPT, saes=tuple(tmp)), 1, HEAD, -1, SOURCE, "none", features=True, which="corrupt"))
-    assert one.error < 1e-4 * max(1, abs(one.score)) and one.sources == (tmp[1],)
+    assert one.error < 1e-4 * max(1, abs(one.score)) and one.saes == both.saes
 
 
 def test_over_a_set_equals_the_mean_of_its_prompts(engines):
@@ -236,6 +236,7 @@ def test_what_cannot_be_is_said(engines, sources):
     for ask, words in (
         (QK(Study(IOI[0]), 2, 0, features=True), "no SAE is loaded"),
         (QK(ZOO, 1, 0, features=True), "Load one that stands before, such as at blocks.0.hook_resid_post"),
+        (QK(ZOO, 2, 0, 99, features=True), "position 99"),
         (QK(ZOO, 2, 0, features=True, most=0), "most must be at least 1"),
         (QK(replace(ZOO, saes=(tc,), interventions=(parse_intervention("L0.mlp=zero"),)), 2, 0, features=True), "no longer what was written"),
         (QKCheck(ZOO, 2, 0, "END", 4, features=True, component="L1.sae.f0"), "it does not fire at the destination"),
@@ -265,7 +266,7 @@ def test_from_the_shell(engines, monkeypatch, capsys):
     words = ["qk", "--layer", "2", "--head", "0", "--source", "S1", "--features", "--sae", "zoo/L1.resid_post", "--set", "zoo/prompts/ioi_abba.jsonl"]
     assert program.main([*words, "--json"]) == 0
     got = json.loads(capsys.readouterr().out)
-    assert got["sources"] == ["zoo/L1.resid_post"] and got["pair_names"][0][0].startswith("L1.sae.f")
+    assert got["saes"][0]["source"] == "zoo/L1.resid_post" and got["pair_names"][0][0].startswith("L1.sae.f")
     assert program.main(words) == 0
     out = capsys.readouterr().out
     assert "pairs of features by size" in out and "other pairs of features" in out and "L1.sae.error" in out
@@ -278,7 +279,7 @@ async def test_on_the_screen(engines, tmp_path):
     state = replace(first_state({}), saes=("zoo/L1.resid_post",), sae="zoo/L1.resid_post")
     app = make_app(engines["zoo"], tmp_path, state)
     async with app.run_test(size=(120, 36)) as pilot:
-        await press(app, pilot, "6", "9")
+        await press(app, pilot, "9")
         app.move(layer=2, head=0, comp="head", pos=14, src=4)
         await press(app, pilot, "v", "p")
         r = reply(app, "qk")

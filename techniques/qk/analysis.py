@@ -19,7 +19,6 @@ from techniques.qk.split import Split, convention
 from vocabulary.nodes import UserError
 from vocabulary.prompts import RUNS
 from vocabulary.requests import Progress
-from vocabulary.statistics import interval
 
 
 def answer(model: Model, request: QK | QKSet | QKCheck) -> Generator:
@@ -60,14 +59,10 @@ def result(ask: HeadScore, saes: InSum, found: list[Sides], facts: dict[str, obj
     if ask.features:
         known = [name for sides in found for name in (*sides.queries, *sides.keys)]
         names = {f"L{d.layer}.sae.f{i}": text for d in saes.every for i, text in labels(d.source).items()}
-        common |= {"sources": tuple(d.source for d in saes.every), "labels": {n: names[n] for n in dict.fromkeys(known) if n in names}}
+        common |= {"saes": tuple(d.info for d in saes.every), "labels": {n: names[n] for n in dict.fromkeys(known) if n in names}}
         return QKFeaturesResult(**common, **loadings.fields(found, ask.most, bool(prompts)))
-    values = np.stack([sides.values.numpy() for sides in found])
-    spread = interval(values) if prompts else dict.fromkeys(("low", "high"), np.zeros(0))
-    return QKResult(
-        **common, queries=tuple(found[0].queries), keys=tuple(found[0].keys), values=values.mean(0).astype(np.float32),
-        low=spread["low"].astype(np.float32), high=spread["high"].astype(np.float32),
-    )  # fmt: skip
+    values, low, high = loadings.means([sides.query for sides in found], [sides.key for sides in found], bool(prompts))
+    return QKResult(**common, queries=tuple(found[0].queries), keys=tuple(found[0].keys), values=values, low=low, high=high)
 
 
 def over_set(model: Model, ask: QKSet, saes: InSum) -> Generator[Progress, None, QKResult]:

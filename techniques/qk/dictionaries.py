@@ -171,7 +171,7 @@ class Wrote:
         at = list(range(len(x))) if at is None else at
         post = post_norm(model, layer, "attn")
         scale = None if post is None else self.acts[post[1]][:, at]
-        z = over_scale(x.view(1, len(x), model.info.n_heads, -1), scale)
+        z = over_scale(x.reshape(1, len(x), model.info.n_heads, -1), scale)
         return heads_write(model, layer, z)[0] * self.kept(at)
 
     @t.no_grad()

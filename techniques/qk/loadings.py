@@ -54,11 +54,15 @@ class Side:
 
 @dataclass
 class Table:
-    """Values [prompt, query line, key line] and in how many prompts both are there; the largest pairs of features with theirs [prompt, pair]; features a side, pairs in all, and the mean of all pairs' sum."""
+    """
+    Each prompt's query lines [line, d_head + 1] and key lines, and in how many prompts both of an entry are there; the largest pairs of features with their values
+    [prompt, pair]; features a side, pairs in all, and the mean of all pairs' sum.
+    """
 
     queries: list[str]
     keys: list[str]
-    values: np.ndarray
+    query: list[Tensor]
+    key: list[Tensor]
     fires: np.ndarray
     names: list[tuple[str, str]]
     pairs: np.ndarray
@@ -113,10 +117,10 @@ def ranked(found: list[Sides], most: int) -> Table:
     rank = Ranking(found, q, k, most)
     queries, line = q.listed(rank.margin[0], rank.peak[0], most)
     keys, column = k.listed(rank.margin[1], rank.peak[1], most)
-    values, fires, pairs, pair_fires = [], np.zeros((len(queries), len(keys)), np.int32), [], np.zeros(len(rank.best), np.int32)
+    query, key, fires, pairs, pair_fires = [], [], np.zeros((len(queries), len(keys)), np.int32), [], np.zeros(len(rank.best), np.int32)
     for s, mine, theirs in zip(found, q.own, k.own):
-        a, b = spread(line[mine], s.query, len(queries)), spread(column[theirs], s.key, len(keys))
-        values.append((a @ b.T).numpy())
+        query.append(spread(line[mine], s.query, len(queries)))
+        key.append(spread(column[theirs], s.key, len(keys)))
         rows, cols = np.isin(np.arange(len(queries)), line[mine]), np.isin(np.arange(len(keys)), column[theirs])
         fires += np.outer(rows, cols)
         places = [t.full((len(side.names),), -1).index_put((own,), t.arange(len(own))) for side, own in ((q, mine), (k, theirs))]
@@ -126,17 +130,29 @@ def ranked(found: list[Sides], most: int) -> Table:
         pair_fires += both.numpy()
     names = [(q.names[i], k.names[j]) for i, j in rank.best_at.tolist()]
     fired = int(q.features.sum()), int(k.features.sum())
-    return Table(queries, keys, np.stack(values), fires, names, np.stack(pairs), pair_fires, fired, rank.count, rank.sum)
+    return Table(queries, keys, query, key, fires, names, np.stack(pairs), pair_fires, fired, rank.count, rank.sum)
+
+
+def means(query: list[Tensor], key: list[Tensor], over: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Means over prompts of all entries [query, key], `over` a set with the ends of their intervals: a query line at a time, so that no prompt's table is held."""
+    q, k, lines = t.stack(query), t.stack(key), []
+    for i in range(q.shape[1]):
+        values = t.einsum("pw,pkw->pk", q[:, i], k).numpy()
+        found = interval(values) if over else {}
+        lines.append([values.mean(0), *(found[end] for end in ("low", "high") if over)])
+    columns = [np.stack(x).astype(np.float32) for x in zip(*lines)]
+    return tuple(columns) if over else (*columns, np.zeros(0, np.float32), np.zeros(0, np.float32))
 
 
 def fields(found: list[Sides], most: int, over: bool) -> dict[str, object]:
     """What a QKFeaturesResult says of the sides: means, `over` a set with intervals."""
-    table, nothing = ranked(found, most), np.zeros(0, np.float32)
-    small = lambda x: x.astype(np.float32)  # noqa: E731
-    both = [interval(x) for x in (table.values, table.pairs)] if over else [{"low": nothing, "high": nothing}] * 2
+    table, pair_low, pair_high = ranked(found, most), np.zeros(0, np.float32), np.zeros(0, np.float32)
+    values, low, high = means(table.query, table.key, over)
+    if over:
+        pair_low, pair_high = (interval(table.pairs)[end].astype(np.float32) for end in ("low", "high"))
     pair = table.pairs.mean(0)
     return {
-        "queries": tuple(table.queries), "keys": tuple(table.keys), "values": small(table.values.mean(0)), "low": small(both[0]["low"]), "high": small(both[0]["high"]),
-        "fired": table.fired, "fires": table.fires, "pair_names": tuple(table.names), "pair": small(pair), "pair_low": small(both[1]["low"]),
-        "pair_high": small(both[1]["high"]), "pair_fires": table.pair_fires, "pairs": table.count, "other_pairs": table.sum - float(pair.sum()),
+        "queries": tuple(table.queries), "keys": tuple(table.keys), "values": values, "low": low, "high": high, "fired": table.fired, "fires": table.fires,
+        "pair_names": tuple(table.names), "pair": pair.astype(np.float32), "pair_low": pair_low, "pair_high": pair_high, "pair_fires": table.pair_fires,
+        "pairs": table.count, "other_pairs": table.sum - float(pair.sum()),
     }  # fmt: skip

@@ -197,6 +197,8 @@ class QKPane(Pane):
             self.table.show(None, (0, 0), views["mode"], self.missing(app))
             self.info_line.show([])
             return
+        if isinstance(result, QKFeaturesResult):
+            app.known_saes.update({i.source: i for i in result.saes})
         order = views["qk.order"]
         wide = 9 if self.by_features(app) else 8
         most = max(4, self.size.height - 6), max(3, (self.size.width - 12) // wide - 2)  # that fit with their sums and the rest
@@ -210,7 +212,9 @@ class QKPane(Pane):
             against = f" instead of {pictures.place(result, int(result.instead[7:]))}"
         what = f"{views[self.view]} · " * self.by_features(app)
         over = f" · mean of {len(result.prompts)} prompts" if result.prompts.size else ""
-        self.show_title(app, ("qk",), f"{what}{title}{against}{over} · {run_name(app.state, result.which)}", result.convention, None if listed else grid)
+        self.show_title(
+            app, ("qk",), f"{what}{title}{against}{over} · {run_name(app.state, result.which)} · norms frozen", result.convention, None if listed else grid
+        )
         self.table.show(grid, self.at, views["mode"])
         if listed is None:
             self.info_line.show([pictures.cell_line(result, grid, *self.at)])

@@ -73,7 +73,8 @@ class Reader:
         """What parts of the stream [..., seq, d_model], or of one position [..., d_model], add to the head's queries or keys [..., seq, d_head], float64."""
         x = x.float()
         if self.norm is not None:
-            x = frozen_norm(self.model, self.norm[0], self.acts[self.norm[1]][0, at].float(), x)
+            scale = self.acts[self.norm[1]][0, at].float()
+            x = frozen_norm(self.model, self.norm[0], scale, x.to(scale.device))
         return (x.to(self.weight.device) @ self.weight).cpu().double()
 
     def real(self, x: Tensor) -> Tensor:

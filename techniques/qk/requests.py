@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 
+from techniques.features.requests import SaeInfo
 from vocabulary.prompts import OneRun, Study, TokenRow
 from vocabulary.wire import message, request
 
@@ -101,12 +102,12 @@ class QKResult:
 @message
 class QKFeaturesResult(QKResult):
     """
-    Rows and columns are features (L1.sae.f7), each SAE's error (L1.sae.error) and what it adds without features (L1.sae.bias), components that no SAE of `sources`
+    Rows and columns are features (L1.sae.f7), each SAE's error (L1.sae.error) and what it adds without features (L1.sae.bias), components that none of `saes`
     stands for, and `other features`; `fired` features in all, of query and key. `fires` [query, key]: prompts in which both do. Pairs of features,
     largest mean first: names, `pair` [n], its interval, `pair_fires`; of `pairs` in all, the others sum to `other_pairs`.
     """
 
-    sources: tuple[str, ...]
+    saes: tuple[SaeInfo, ...]
     labels: dict[str, str]
     fired: tuple[int, int]
     fires: np.ndarray

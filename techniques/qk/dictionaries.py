@@ -146,11 +146,11 @@ class Wrote:
         """Of each of some positions the features that fire [n] and what they add to the stream there [n, d_model], some at a time."""
         d, x = self.d, self.acts[self.d.point][0]
         where, index, value = d.active(x)
-        scale = d.scale(x)
+        scale, ends = d.scale(x), [0, *where.bincount(minlength=len(x)).cumsum(0).tolist()]  # they come in order of position
         for pos in positions:
-            here = (where == pos).nonzero()[:, 0]
             gain = scale[pos] if isinstance(scale, Tensor) else scale
-            for some in here.split(AT_ONCE):
+            for begin in range(ends[pos], ends[pos + 1], AT_ONCE):
+                some = slice(begin, min(begin + AT_ONCE, ends[pos + 1]))
                 yield pos, index[some].cpu(), self.to_stream(d.rows(index[some]) * value[some, None] * gain, [pos])
 
     @t.no_grad()

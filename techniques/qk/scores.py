@@ -6,6 +6,7 @@ are given to it, up to its softmax, with the norms of queries and keys frozen an
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch as t
 from torch import Tensor
@@ -130,13 +131,18 @@ class Form:
     own: Tensor
     read: list[int]
 
+    @cached_property
+    def rows(self) -> Tensor:
+        """What each number of a key adds to that [source, d_head, d_head + 1]."""
+        return t.cat([self.form.permute(1, 2, 0), self.key[..., None]], 2).contiguous()
+
     def turned(self, k: Tensor) -> Tensor:
         """Keys [n, source, d_head] as what a query and a one behind it are multiplied by [n, d_head + 1]."""
-        return t.cat([t.einsum("isj,nsj->ni", self.form, k), t.einsum("sj,nsj->n", self.key, k)[:, None]], 1)
+        return k.flatten(1) @ self.rows.flatten(0, 1)
 
     def turned_at(self, k: Tensor, pos: int) -> Tensor:
         """Keys of one source [n, d_head] as `turned`."""
-        return t.cat([k @ self.form[:, pos].T, (k @ self.key[pos])[:, None]], 1)
+        return k @ self.rows[pos]
 
 
 def bilinear(model: Model, layer: int, head: int, kv: int, dest: int, weights: Tensor, ids: Tensor, q: Tensor, k: Tensor) -> Form:

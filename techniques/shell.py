@@ -193,10 +193,18 @@ READ: dict[object, Callable[[typing.Any, str], object]] = {Place: place_or_none,
 
 
 def helps(kind: type) -> dict[str, str]:
-    """The text under each field of a class."""
-    body = ast.parse(inspect.cleandoc("\n" + inspect.getsource(kind))).body[0].body
-    pairs = [(a, b) for a, b in zip(body, body[1:]) if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr) and isinstance(b.value, ast.Constant)]
-    return {a.target.id: inspect.cleandoc(b.value.value) for a, b in pairs}
+    """The text under each field of a dataclass and its bases."""
+    texts = {}
+    for cls in reversed(kind.__mro__):
+        if "__dataclass_fields__" not in vars(cls):
+            continue
+        try:
+            body = ast.parse(inspect.cleandoc("\n" + inspect.getsource(cls))).body[0].body
+        except (OSError, TypeError):  # made by `options`, without source: its texts are in the types
+            continue
+        pairs = [(a, b) for a, b in zip(body, body[1:]) if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr) and isinstance(b.value, ast.Constant)]
+        texts |= {a.target.id: inspect.cleandoc(b.value.value) for a, b in pairs}
+    return texts
 
 
 def options(*kinds: type, hide=(), first=(), unused=(), names: dict[str, str] | None = None, **defaults: object) -> type:

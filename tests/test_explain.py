@@ -31,7 +31,7 @@ def test_every_view_of_every_pane_is_explained():
             *(f"by={e}" for e in VIEWS["patching.estimate"][1:]),
         )
     }
-    other |= {"qk": ("set",), "generate": ("all", "prompt")}
+    other |= {"qk": (*VIEWS["qk.instead"], "set"), "generate": ("all", "prompt")}
     other |= {"circuit": ("path=direct", "path=mlps"), "features": tuple(f"order={o}" for o in VIEWS["features.order"]), "output": ("output",)}
     for pane in PANES.values():
         wanted = {*(VIEWS[pane.view] if pane.view else ()), *other.get(pane.key, ())}

@@ -211,7 +211,7 @@ async def test_on_the_screen(engines, tmp_path):
         assert len(app.state.current.edges) == 2 and all(">L2H1." in e for e in app.state.current.edges)
         await press(app, pilot, "C")
         assert "the sum says" in shown(app)
-        await press(app, pilot, "v", "n")
+        await press(app, pilot, "enter", *"none", "enter")
         assert reply(app, "qk").instead == ""
         await press(app, pilot, "enter", *"mean", "enter", "P")
         assert reply(app, "qk").instead.startswith("the mean")

@@ -43,14 +43,7 @@ def commands(write: bool) -> dict[str, type[ModelOptions]]:
 
 def options_of(kind: type[ModelOptions], write: bool) -> dict[str, tuple[object, str, object]]:
     """The type, text and default of each option that makes a difference."""
-    texts: dict[str, str] = {}
-    for base in reversed(kind.__mro__):
-        if base.__module__ != "types" and "__dataclass_fields__" in vars(base):
-            try:
-                texts |= helps(base)
-            except (OSError, TypeError):  # made by `options`, without source: its texts are in the types
-                continue
-    plain_types, full = typing.get_type_hints(kind), typing.get_type_hints(kind, include_extras=True)
+    texts, plain_types, full = helps(kind), typing.get_type_hints(kind), typing.get_type_hints(kind, include_extras=True)
     out = {}
     for f in fields(kind):
         if f.name in kind.unused or not write and f.name in WRITES:

@@ -6,6 +6,7 @@ are given to it, up to its softmax, with the norms of queries and keys frozen an
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch as t
 from torch import Tensor
@@ -120,7 +121,7 @@ def frozen_norms(model: Model, layer: int, ids: Tensor, q: Tensor, k: Tensor) ->
 class Form:
     """
     A weighted sum over sources of one head's scores from one destination, float64: query . form[source] . key, with what is linear in either alone, and the rest.
-    form [d_head, source, d_head], query [d_head], key [source, d_head]; `own` the model's scores from the destination [source].
+    form [d_head, source, d_head], query [d_head], key [source, d_head]; `own` the model's scores from the destination [source]; `read` the sources that have a weight.
     """
 
     form: Tensor
@@ -128,6 +129,20 @@ class Form:
     key: Tensor
     rest: float
     own: Tensor
+    read: list[int]
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """What each number of a key adds to that [source, d_head, d_head + 1]."""
+        return t.cat([self.form.permute(1, 2, 0), self.key[..., None]], 2).contiguous()
+
+    def turned(self, k: Tensor) -> Tensor:
+        """Keys [n, source, d_head] as what a query and a one behind it are multiplied by [n, d_head + 1]."""
+        return k.flatten(1) @ self.rows.flatten(0, 1)
+
+    def turned_at(self, k: Tensor, pos: int) -> Tensor:
+        """Keys of one source [n, d_head] as `turned`."""
+        return k @ self.rows[pos]
 
 
 def bilinear(model: Model, layer: int, head: int, kv: int, dest: int, weights: Tensor, ids: Tensor, q: Tensor, k: Tensor) -> Form:
@@ -142,4 +157,4 @@ def bilinear(model: Model, layer: int, head: int, kv: int, dest: int, weights: T
         (keys,) = t.autograd.grad(whole, b, retain_graph=True)
         rows = [t.autograd.grad(x, b, retain_graph=True)[0][0, :, kv] for x in slope[0, dest, head]]
     cpu = lambda x: x.detach().cpu().double()  # noqa: E731
-    return Form(t.stack([cpu(x) for x in rows]), cpu(slope[0, dest, head]), cpu(keys[0, :, kv]), whole.item(), cpu(scores[0, head, dest]))
+    return Form(t.stack([cpu(x) for x in rows]), cpu(slope[0, dest, head]), cpu(keys[0, :, kv]), whole.item(), cpu(scores[0, head, dest]), some.tolist())

@@ -10,8 +10,9 @@ import pytest
 from engine import Engine, main
 from model.replacements import corrupted_rows, resampled
 from techniques.circuits.requests import Discover, PathPatch, Score
-from techniques.cluster.command import ScatterCommand, visible_gpus
+from techniques.cluster.command import ScatterCommand
 from techniques.cluster.folder import Folder, Job
+from techniques.cluster.tasks import visible_gpus
 from techniques.patching.requests import Estimate, Sweep
 from utils import ROOT
 from vocabulary.circuit import Circuit

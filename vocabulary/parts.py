@@ -23,16 +23,31 @@ class Scattered:
     end: Callable[[object, object, object], object] = lambda request, joined, second: joined
     write: Callable[[object, Path], None] = lambda result, folder: None
 
+    @property
+    def two(self) -> bool:
+        """Whether a second pass follows the first."""
+        return self.then is not Scattered.then
+
+
+def pack(bodies: Iterable[tuple[int, object]]) -> bytes:
+    """Messages, each with a number, as bytes."""
+    return b"".join(encode(Frame("result", number, body=body)) for number, body in bodies)
+
+
+def unpack(data: bytes) -> list[Frame]:
+    """What `pack` made. WireError where it is damaged."""
+    stream, out = io.BytesIO(data), []
+    while (frame := read_frame(stream.read)) is not None:
+        out.append(frame)
+    return out
+
 
 def write_frames(path: Path, bodies: Iterable[tuple[int, object]]) -> None:
-    """Messages, each with a number, as one file: whole or not at all."""
+    """Messages as one file: whole or not at all."""
     with replacing(path) as part:
-        part.write_bytes(b"".join(encode(Frame("result", number, body=body)) for number, body in bodies))
+        part.write_bytes(pack(bodies))
 
 
 def read_frames(path: Path) -> list[Frame]:
     """The frames of a file. OSError or WireError where it is missing or damaged."""
-    stream, out = io.BytesIO(path.read_bytes()), []
-    while (frame := read_frame(stream.read)) is not None:
-        out.append(frame)
-    return out
+    return unpack(path.read_bytes())

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import techniques
 from utils import ROOT
+from vocabulary.chosen import choose, is_chosen, pinned
 from vocabulary.files import make_folder, write_text
 from vocabulary.nodes import UserError
 from vocabulary.parts import Scattered, read_frames, write_frames
@@ -45,7 +46,25 @@ def scattered(request: object) -> Scattered:
         raise UserError(f"{type(request).__name__} can't run over a part of a prompt set: {', '.join(sorted(k.__name__ for k in known))} can")
     how = known[type(request)]
     how.check(request)
+    if getattr(request, "out", ""):
+        raise UserError(f"{request.out}: what is scattered writes into its own folder alone; leave out where else to")
     return how
+
+
+def choose_code(request: object, job: "Job") -> object:
+    """What the user scatters is chosen by that, its metric's code and the options of sbatch; the request with its metric pinned."""
+    study = replace(request.study, metric=pinned(request.study.metric))
+    for chosen in (study.metric, job.code):
+        if not is_chosen(chosen):
+            choose(chosen)
+    return replace(request, study=study)
+
+
+def check_code(request: object) -> None:
+    """UserError where a request that came in a folder would run code that nobody chose here."""
+    metric = request.study.metric
+    if not is_chosen(metric):
+        raise UserError(f"the metric {metric.words} is code that this folder names: scatter the same words with --own {metric.own} to choose it and let it run")
 
 
 def check_part(request: object) -> None:
@@ -61,12 +80,23 @@ def check_part(request: object) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """How the tasks are started: how many (Slurm: at a time, 0 all), sbatch's options, the folder to be in."""
+    """How the tasks are started: how many (Slurm: at a time, 0 all), sbatch's options, the folder to be in; `here`: as so many processes of this machine."""
 
     tasks: int
     most: int = 0
     sbatch: str = ""
     cwd: str = ""
+    here: int = 0
+
+    @property
+    def code(self) -> str:
+        """What its script can be made to run by, as it is chosen or not (vocabulary/chosen.py)."""
+        return f"sbatch {self.sbatch}" if self.sbatch.strip() else ""
+
+    def check(self) -> None:
+        wrong = not isinstance(self.sbatch, str) or not isinstance(self.cwd, str) or not self.sbatch.isprintable()
+        if wrong or any(type(n) is not int or n < 0 for n in (self.tasks, self.most, self.here)) or self.tasks < 1:
+            raise UserError("tasks are 1 or more, tasks at a time and processes here not negative, and the options of sbatch one line")
 
 
 class Folder:
@@ -77,13 +107,18 @@ class Folder:
 
     @cached_property
     def asked(self) -> tuple[Load, object, int]:
-        """The model, the request over the whole set, and the prompts of a shard."""
+        """The model, the request over the whole set, and the prompts of a shard. UserError where it holds a link, through which a file elsewhere would be written."""
         try:
+            if links := [p.name for p in self.path.iterdir() if p.is_symlink()]:
+                raise UserError(f"{self.path} holds a link ({links[0]}), which no scattered job makes: remove it")
             load, request = read_frames(self.path / "request.bin")
+            if not isinstance(load.body, Load) or request.id < 1:
+                raise ValueError("it is no scattered request")
         except FileNotFoundError as error:
             raise UserError(f"{self.path} holds no request: `engine.py scatter … --out {self.path}` makes one") from error
         except (OSError, WireError, ValueError) as error:
             raise UserError(f"{self.path / 'request.bin'} can't be read: {error}") from error
+        scattered(request.body)
         return load.body, request.body, request.id
 
     @property
@@ -98,8 +133,10 @@ class Folder:
     @property
     def job(self) -> Job:
         try:
-            return Job(**json.loads((self.path / "job.json").read_text()))
-        except (OSError, ValueError, TypeError) as error:
+            job = Job(**json.loads((self.path / "job.json").read_text()))
+            job.check()
+            return job
+        except (OSError, ValueError, TypeError, UserError) as error:
             raise UserError(f"{self.path / 'job.json'} can't be read ({error}): the same words of scatter write it again") from error
 
     @property
@@ -111,8 +148,6 @@ class Folder:
         """Write the request and the job. A folder that holds this request goes on; UserError where it holds another."""
         make_folder(self.path)
         study = request.study
-        if len(study.prompt_set) < 1:
-            raise UserError("a prompt set is cut into shards: give --set FILE.jsonl")
         if (self.path / "request.bin").exists():
             had = self.asked
             size = size or had[2]
@@ -124,7 +159,9 @@ class Folder:
         self.write_job(replace(job, tasks=min(job.tasks, len(self.shards))))
 
     def write_job(self, job: Job) -> None:
-        """job.sbatch, whose array names only tasks with something left to do."""
+        """job.sbatch, whose array names only tasks with something left to do. UserError for options of sbatch that came with the folder."""
+        if not is_chosen(job.code):
+            raise UserError(f"its job script is not written: options of sbatch run code, and {job.sbatch!r} came with the folder; scatter the same words yourself")
         write_text(self.path / "job.json", json.dumps(asdict(job)) + "\n")
         left = sorted({i % job.tasks for i in self.missing()})
         array = f"0-{job.tasks - 1}" if len(left) in (0, job.tasks) else ",".join(map(str, left))
@@ -159,14 +196,18 @@ class Folder:
 
     def todo(self) -> str:
         """Which shards are missing and what runs them, in words; job.sbatch then names only their tasks."""
-        self.write_job(self.job)
         lost = self.missing()
         some = ", ".join(map(str, lost[:10])) + ", …" * (len(lost) > 10)
+        try:
+            self.write_job(self.job)
+        except UserError as error:
+            return f"{self.state(lost)}; missing: {some}. {error}"
         return f"{self.state(lost)}; missing: {some}. `sbatch {self.path / 'job.sbatch'}` runs only these (without Slurm: the words of scatter again, with --local 1)"
 
     def work(self, task: int, of: int, engine, show: Callable[[object], None], say: Callable[[str], None]) -> int:
         """Run what is missing of one task's shards; the model is loaded once, and not where nothing is. 1 when a shard was refused."""
         load, request, _ = self.asked
+        check_code(request)
         mine = [i for i in range(task, len(self.shards), of) if self.read(i) is None]
         if not mine:
             say(f"task {task}: nothing left to do")
@@ -187,33 +228,48 @@ class Folder:
             say(f"shard {i}: {stop - start} prompts in {time.monotonic() - began:.2f} s")
         return refused
 
-    def gather(self, partial: bool = False) -> tuple[ModelInfo, object]:
-        """The result over the whole set, also as whole.bin. UserError where parts are missing, unless those that are there are wanted."""
+    def joined(self) -> tuple[ModelInfo, object, list[int]]:
+        """The model, the result of the parts that are there, and the shards that are missing; nothing is written. UserError where no part is there."""
         found = {i: some for i in range(len(self.shards)) if (some := self.read(i)) is not None}
         lost = [i for i in range(len(self.shards)) if i not in found]
         good = {i: some for i, some in found.items() if not isinstance(some[1], Failure)}
-        if lost and not (partial and good):
-            raise UserError(f"{self.path}: {self.todo()}")
+        if not good:
+            raise UserError(f"{self.path}: no part is there yet" if lost else f"{self.path}: none of the prompts fits: {next(iter(found.values()))[1].message}")
         infos = {said_of(info): (i, info) for i, (info, _) in good.items()}
         if len(infos) > 1:
             words = "; ".join(f"shard {i} by {info.key}" for i, info in infos.values())
             raise UserError(f"{self.path}: parts are of different models: {words}. Name --dtype and --device, and scatter into another --out")
-        info, how = next(iter(good.values()))[0], scattered(self.request)
-        result = how.join(self.request, [r for _, (_, r) in sorted(good.items())], info)
+        info = next(iter(good.values()))[0]
+        result = scattered(self.request).join(self.request, [r for _, (_, r) in sorted(good.items())], info)
         if lost:
             words = f"partial: {len(found)} of {len(self.shards)} shards"
-            return info, replace(result, warning="; ".join(filter(None, (words, result.warning))))
-        if (after := how.then(self.request, result)) is not None:
-            self.second.lay_out(self.asked[0], after, self.asked[2], self.job)
-            if self.second.missing():
-                raise UserError(f"the first pass is whole, and a second checks what it found: {self.second.todo()}; then gather again")
-            result = how.end(self.request, result, self.second.gather()[1])
+            result = replace(result, warning="; ".join(filter(None, (words, result.warning))))
+        return info, result, lost
+
+    def gather(self, partial: bool = False) -> tuple[ModelInfo, object]:
+        """The result over the whole set, also as whole.bin. UserError where parts are missing, unless those that are there are wanted."""
+        if not partial and self.missing():
+            raise UserError(f"{self.path}: {self.todo()}")
+        info, result, lost = self.joined()
+        if lost:
+            return info, result
+        if (after := self.lay_out_second(result)) is not None:
+            if after.missing():
+                raise UserError(f"the first pass is whole, and a second checks what it found: {after.todo()}; then gather again")
+            result = scattered(self.request).end(self.request, result, after.gather()[1])
         write_frames(self.path / "whole.bin", [(0, info), (0, result)])
-        how.write(result, self.path)
+        scattered(self.request).write(result, self.path)
         for stale in self.path.glob(".part-*"):  # of tasks that were killed
             with suppress(OSError):
                 stale.unlink()
         return info, result
+
+    def lay_out_second(self, result: object) -> "Folder | None":
+        """The second pass that a joined first one leads to, laid out; None where it is the end."""
+        if (after := scattered(self.request).then(self.request, result)) is None:
+            return None
+        self.second.lay_out(self.asked[0], after, self.asked[2], self.job)
+        return self.second
 
 
 def said(body: object) -> bytes:

@@ -1,0 +1,203 @@
+"""
+What an engine knows of scattered jobs. It needs no model, and nothing here waits: one thread of its own looks at folders, asks Slurm, joins parts and starts tasks;
+what is asked is answered with what that thread found last.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from subprocess import Popen
+
+from techniques.cluster import tasks
+from techniques.cluster.folder import Folder, Job, choose_code, scattered
+from techniques.cluster.requests import CancelShards, GoOnShards, Joined, Shards, StartShards, TakeShards, Watched, WatchShards
+from vocabulary.files import typed_path
+from vocabulary.nodes import UserError
+from vocabulary.parts import pack, unpack
+from vocabulary.requests import Load
+
+OFTEN = 1.0  # seconds between two looks
+
+
+class Desk:
+    """The folders that are watched. All that its thread writes is replaced whole, so that who asks reads it as it is."""
+
+    def __init__(self):
+        self.thread = ThreadPoolExecutor(1)
+        self.states: dict[str, Shards] = {}
+        self.results: dict[str, Joined] = {}
+        self.folders: dict[str, tuple[int, Folder]] = {}
+        self.leads: dict[str, Popen] = {}
+        self.trouble: dict[str, str] = {}  # what went wrong in starting or cancelling
+        self.joins: dict[str, tuple[int, float, float]] = {}  # of the last join: parts, when it was, seconds it took
+        self.looked, self.waiting = 0.0, 0
+
+    # ---------------------------------------------------------------- asked by screens
+
+    def state(self, name: str) -> Shards:
+        return self.states.get(name) or Shards(name, tasks="looking")
+
+    def watch(self, folders: tuple[str, ...]) -> Watched:
+        names = tuple(str(typed_path(f).resolve()) for f in folders)
+        if self.waiting == 0 and time.monotonic() - self.looked > OFTEN:
+            self.do(partial(self.look, names))
+        return Watched(tuple(self.state(n) for n in names))
+
+    def start(self, ask: StartShards) -> Shards:
+        """Lay the request out, which is refused at once where it can't be; its tasks start in the thread."""
+        load, request = (frame.body for frame in unpack(ask.frames))
+        assert isinstance(load, Load)
+        scattered(request)
+        job = Job(ask.here or ask.tasks, 0, ask.sbatch, os.getcwd(), ask.here)
+        job.check()
+        folder = Folder(typed_path(ask.folder))
+        if (folder.path / "request.bin").exists() and (tasks.running_here(folder) or self.leads.get(str(folder.path))):
+            raise UserError(f"{folder.path} has tasks that run: give another folder, or cancel them")
+        folder.lay_out(load, choose_code(request, job), ask.shard, job)
+        return self.act(str(folder.path), "starting", self.begin)
+
+    def act(self, folder: str, words: str, work: Callable[[str], None]) -> Shards:
+        """Let the thread do something with a folder; what goes wrong is in the state that is seen next."""
+        name = str(typed_path(folder).resolve())
+        self.trouble.pop(name, None)
+        self.states[name] = replace(self.state(name), tasks=words, live=True, error="")
+        self.do(partial(self.tried, name, work))
+        return self.states[name]
+
+    def take(self, folder: str) -> Joined:
+        name = str(typed_path(folder).resolve())
+        if name not in self.results:
+            raise UserError(f"{name}: nothing is joined yet")
+        return self.results[name]
+
+    # ---------------------------------------------------------------- in the thread
+
+    def folder(self, name: str) -> Folder:
+        """A folder whose request is read once, as long as it is the same file."""
+        request = Path(name) / "request.bin"
+        stamp = request.stat().st_mtime_ns if request.is_file() else 0
+        if name not in self.folders or self.folders[name][0] != stamp:
+            self.folders[name] = (stamp, Folder(Path(name)))
+        return self.folders[name][1]
+
+    def do(self, work: Callable[[], None]) -> None:
+        def done() -> None:
+            try:
+                work()
+            finally:
+                self.waiting -= 1
+
+        self.waiting += 1
+        self.thread.submit(done)
+
+    def tried(self, name: str, work: Callable[[str], None]) -> None:
+        try:
+            work(name)
+        except (UserError, OSError) as error:
+            self.trouble[name] = str(error)
+        self.look((name,))
+
+    def begin(self, name: str) -> None:
+        if (lead := tasks.start(self.folder(name), self.queue((name,)))) is not None:
+            self.leads[name] = lead
+
+    def cancel(self, name: str) -> None:
+        tasks.cancel(self.folder(name), self.queue((name,)), self.leads.get(name))
+
+    def queue(self, names: tuple[str, ...]) -> list[tasks.Row]:
+        """What Slurm has; nothing where all of these folders run as processes."""
+        slurm = [n for n in names if (Path(n) / "job.json").exists() and not self.folder(n).job.here]
+        return tasks.queue() if slurm else []
+
+    def look(self, names: tuple[str, ...]) -> None:
+        rows, wrong = [], ""
+        try:
+            rows = self.queue(names)
+        except UserError as error:
+            wrong = str(error)
+        for name in names:
+            try:
+                state = self.seen(self.folder(name), rows)
+                self.join(state)
+                now = self.joins.get(name, (0, 0.0, 0.0))[0] if name in self.results else 0
+                self.states[name] = replace(state, joined=now, error=self.trouble.get(name, "") or state.error or ("" if self.folder(name).job.here else wrong))
+            except (UserError, OSError) as error:
+                self.states[name] = Shards(name, error=str(error))
+            except Exception as error:  # parts of another version, or made up: the other folders go on
+                self.states[name] = Shards(name, error=f"its parts can't be joined: {type(error).__name__}: {error}"[:300])
+        self.looked = time.monotonic()
+
+    def seen(self, folder: Folder, rows: list[tasks.Row]) -> Shards:
+        """How far a folder is, without reading its parts."""
+        load, request, _ = folder.asked
+        second = folder.second if (folder.second.path / "request.bin").exists() else None
+        stage = folder if second is None else second
+        mine, here = tasks.of_folder(rows, folder), tasks.running_here(folder)
+        lead = self.leads.get(str(folder.path))
+        starts = lead is not None and lead.poll() is None and not here
+        running = here + sum(r.state in ("RUNNING", "COMPLETING") for r in mine)
+        pending = [r for r in mine if r.state not in ("RUNNING", "COMPLETING")]
+        live = bool(running or pending or starts)
+        done, total = sum(1 for _ in stage.path.glob("part-*.bin")), len(stage.shards)
+        words = [f"{running} running"] * bool(running) + [f"{len(pending)} pending ({pending[0].reason})" for _ in pending[:1]] + ["starting"] * starts
+        left = stage.state().partition(", ")[2] if live else ""
+        whole = done == total and (second is not None or not scattered(request).two)
+        asks = in_words(request) + (f" · {len(folder.shards)} of {len(folder.shards)} shards, then faithfulness" if second is not None else "")
+        return Shards(
+            str(folder.path), asks, load.model, len(request.study.prompt_set), done, total, "tasks " + " ".join(words) if words else "no tasks", live, left,
+            0, whole, not whole and not live, "" if live or whole else why_not(folder),
+        )  # fmt: skip
+
+    def join(self, state: Shards) -> None:
+        """Join what is there where more is there than before, so seldom that it takes a tenth of the time at most."""
+        folder, (parts, at, took) = self.folder(state.folder), self.joins.get(state.folder, (0, 0.0, 0.0))
+        number = sum(1 for stage in (folder, folder.second) for _ in stage.path.glob("part-*.bin"))
+        if number in (0, parts) or not state.whole and time.monotonic() - at < 10 * took:
+            return
+        began = time.monotonic()
+        (load, request, _), (info, result, lost) = folder.asked, folder.joined()
+        if state.whole and (folder.second.path / "request.bin").exists():
+            result = scattered(request).end(request, result, folder.second.joined()[1])
+        prompts = f", {len(result.prompts)} of {state.prompts} prompts" if getattr(result, "prompts", ()) else ""
+        said = f"{len(folder.shards) - len(lost)} of {len(folder.shards)} shards{prompts}"
+        self.results[state.folder] = Joined(state.folder, pack([(0, load), (0, request), (0, info), (0, result)]), said, state.whole)
+        self.joins[state.folder] = (number, time.monotonic(), time.monotonic() - began)
+
+
+def in_words(request: object) -> str:
+    """A request as it is named on the command line, with what tells it from others of its kind."""
+    name = {"PathPatch": "path"}.get(type(request).__name__, type(request).__name__.lower())
+    more = [str(getattr(request, f)) for f in ("kind", "op", "method") if getattr(request, f, "")]
+    return " ".join([name, *more, *getattr(request, "receivers", ())])
+
+
+def why_not(folder: Folder) -> str:
+    """Why tasks ended before all was done, as far as it is known."""
+    if (folder.path / "cancel").exists():
+        return tasks.CANCELLED
+    if said := tasks.endings(folder):
+        return said
+    said = tasks.last_line(folder.path / "log.txt")
+    lost = [k for k in range(folder.job.tasks) if "shards" not in (line := tasks.last_line(folder.path / f"log-{k}.txt")) and line]
+    return said or next((f"task {k}: {tasks.last_line(folder.path / f'log-{k}.txt')}" for k in lost), "")
+
+
+DESK = Desk()
+
+
+def answer(model: object, ask: object) -> object:
+    match ask:
+        case StartShards():
+            return DESK.start(ask)
+        case WatchShards():
+            return DESK.watch(ask.folders)
+        case CancelShards():
+            return DESK.act(ask.folder, "cancelling", DESK.cancel)
+        case GoOnShards():
+            return DESK.act(ask.folder, "starting", DESK.begin)
+        case TakeShards():
+            return DESK.take(ask.folder)

@@ -1,0 +1,86 @@
+"""Scattered jobs as a screen asks about them: start one, see how far it is, cancel it, go on, take its joined result. Never imports torch."""
+
+from vocabulary.wire import message, request
+
+
+@request(needs_model=False)
+class StartShards:
+    """
+    Lay out a request over a prompt set in a folder and start its tasks. `frames`: the model (Load) and the request, as frames of the wire. `here`: so many processes
+    on the engine's machine; 0: a job array by `sbatch`, with these options. `shard` 0: four shards a task. Answer: Shards.
+    """
+
+    frames: bytes
+    folder: str
+    tasks: int = 8
+    here: int = 0
+    sbatch: str = ""
+    shard: int = 0
+
+
+@request(needs_model=False)
+class WatchShards:
+    """How far the jobs of some folders are, as it was found last; asking makes a thread of the engine look again, so nothing waits. Answer: Watched."""
+
+    folders: tuple[str, ...] = ()
+
+
+@request(needs_model=False)
+class CancelShards:
+    """End the tasks of a folder; its parts stay. Answer: Shards."""
+
+    folder: str = ""
+
+
+@request(needs_model=False)
+class GoOnShards:
+    """Start what is missing of a folder again, in the way its job was started. Answer: Shards."""
+
+    folder: str = ""
+
+
+@request(needs_model=False)
+class TakeShards:
+    """What is joined so far of a folder. Answer: Joined."""
+
+    folder: str = ""
+
+
+@message
+class Shards:
+    """
+    How far one folder is: shards done of all, tasks in words, whether any runs or waits (`live`), and the time left. `asks` names the request in words, `model` its
+    model, `prompts` its set's size. `joined`: parts in the result that can be taken, `whole` whether that is all. `more`: a second pass, or what is missing,
+    waits to be started. `error`: what went wrong last, in a line.
+    """
+
+    folder: str
+    asks: str = ""
+    model: str = ""
+    prompts: int = 0
+    done: int = 0
+    total: int = 0
+    tasks: str = ""
+    live: bool = False
+    left: str = ""
+    joined: int = 0
+    whole: bool = False
+    more: bool = False
+    error: str = ""
+
+
+@message
+class Watched:
+    """Folders, in the order asked."""
+
+    jobs: tuple[Shards, ...] = ()
+
+
+@message
+class Joined:
+    """A joined result: `frames` are the model as it was asked for (Load), the request, the model that answered (ModelInfo) and the result; `said` how much of the whole it is."""
+
+    folder: str
+    frames: bytes
+    said: str
+    whole: bool = False

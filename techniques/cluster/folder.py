@@ -161,7 +161,9 @@ class Folder:
     def write_job(self, job: Job) -> None:
         """job.sbatch, whose array names only tasks with something left to do. UserError for options of sbatch that came with the folder."""
         if not is_chosen(job.code):
-            raise UserError(f"its job script is not written: options of sbatch run code, and {job.sbatch!r} came with the folder; scatter the same words yourself")
+            raise UserError(
+                f"its job script is not written: options of sbatch run code, and {job.sbatch!r} came with the folder; scatter the same words yourself"
+            )
         write_text(self.path / "job.json", json.dumps(asdict(job)) + "\n")
         left = sorted({i % job.tasks for i in self.missing()})
         array = f"0-{job.tasks - 1}" if len(left) in (0, job.tasks) else ",".join(map(str, left))
@@ -235,7 +237,7 @@ class Folder:
         good = {i: some for i, some in found.items() if not isinstance(some[1], Failure)}
         if not good:
             raise UserError(f"{self.path}: no part is there yet" if lost else f"{self.path}: none of the prompts fits: {next(iter(found.values()))[1].message}")
-        infos = {said_of(info): (i, info) for i, (info, _) in good.items()}
+        infos = {info.identity: (i, info) for i, (info, _) in good.items()}
         if len(infos) > 1:
             words = "; ".join(f"shard {i} by {info.key}" for i, info in infos.values())
             raise UserError(f"{self.path}: parts are of different models: {words}. Name --dtype and --device, and scatter into another --out")
@@ -274,11 +276,6 @@ class Folder:
 
 def said(body: object) -> bytes:
     return encode(Frame("ask", body=body))
-
-
-def said_of(info: ModelInfo) -> tuple:
-    """What parts that are joined have in common: all of the model but where it ran."""
-    return info.name, info.scaled, info.dtype, info.n_params, info.against, info.beside_scale, info.default_bos
 
 
 def progress(folder: Folder) -> Progress:

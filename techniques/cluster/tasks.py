@@ -69,7 +69,9 @@ def run_tasks(folder: Folder, lead: Folder, workers: int, show: Callable[[object
                 p.wait()
     if failed := [k for k, p in enumerate(running) if p.returncode]:
         log = folder.path / f"log-{failed[0]}.txt"
-        raise UserError(f"task {failed[0]} ended with {running[failed[0]].returncode}: {last_line(log)} ({log}); the same words again go on with what is missing")
+        raise UserError(
+            f"task {failed[0]} ended with {running[failed[0]].returncode}: {last_line(log)} ({log}); the same words again go on with what is missing"
+        )
 
 
 def visible_gpus() -> list[str]:

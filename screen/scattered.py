@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import PurePath
 
-from techniques.cluster.requests import CancelShards, GoOnShards, Joined, Shards, StartShards, TakeShards, WatchShards
+from techniques.cluster.requests import CancelShards, GoOnShards, Joined, Shards, StartShards, TakeShards, WatchShards, named
 from vocabulary.chosen import is_chosen, refusal
 from vocabulary.nodes import UserError
 from vocabulary.parts import pack, unpack
@@ -117,10 +117,11 @@ class Scattered:
     def row(self, s: Shards) -> Spans:
         table = self.tables.get(s.folder)
         shards = f"{s.done} of {s.total} shards" if s.total else ""
-        state = "whole" if s.whole and not s.live else " · ".join(filter(None, (s.tasks, s.left)))
-        more = "⏎ goes on" if s.more and s.total else ""
-        text = " · ".join(filter(None, (s.asks, self.whose(s, table), shards, state, more)))
-        return [(f" {short(s.folder)}", BOLD), (f" · {visible(text)}", PLAIN if s.live else DIM), *([(f" · {visible(s.error)}", BAD)] if s.error else [])]
+        state = "whole" if s.whole and not s.live else " · ".join(filter(None, (s.tasks, s.left))) if s.live or not s.error else ""
+        text = " · ".join(filter(None, (s.asks, self.whose(s, table), shards, state)))
+        name = short(s.folder) if self.app.size.width >= 100 else PurePath(s.folder).name
+        error = [(f" · {visible(s.error)}", BAD)] if s.error else []
+        return [(f" {name}", BOLD), (f" · {visible(text)}", PLAIN if s.live else DIM), *error, (" · ⏎ goes on" if s.more and s.total else "", DIM)]
 
     def whose(self, s: Shards, table: Table | None) -> str:
         """The model and the set of a folder, where they are not the session's."""
@@ -213,7 +214,15 @@ class Scattered:
             return ""
 
         app.open(
-            Editor(f"scatter over {len(request.study.prompt_set)} prompts", fields, accept, 0, 1, f"where: {HERE} or {SLURM} (its options in sbatch)", True)
+            Editor(
+                f"scatter {named(request)} over {len(request.study.prompt_set)} prompts",
+                fields,
+                accept,
+                0,
+                1,
+                f"where: {HERE} or {SLURM} (its options in sbatch)",
+                True,
+            )
         )
 
     def show(self, folder: str) -> None:

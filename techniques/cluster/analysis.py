@@ -14,7 +14,7 @@ from subprocess import Popen
 
 from techniques.cluster import tasks
 from techniques.cluster.folder import Folder, Job, choose_code, scattered
-from techniques.cluster.requests import CancelShards, GoOnShards, Joined, Shards, StartShards, TakeShards, Watched, WatchShards
+from techniques.cluster.requests import CancelShards, GoOnShards, Joined, Shards, StartShards, TakeShards, Watched, WatchShards, named
 from vocabulary.files import typed_path
 from vocabulary.nodes import UserError
 from vocabulary.parts import pack, unpack
@@ -33,7 +33,7 @@ class Desk:
         self.folders: dict[str, tuple[int, Folder]] = {}
         self.leads: dict[str, Popen] = {}
         self.trouble: dict[str, str] = {}  # what went wrong in starting or cancelling
-        self.joins: dict[str, tuple[int, float, float]] = {}  # of the last join: parts, when it was, seconds it took
+        self.joins: dict[str, tuple[int, tuple, float, float]] = {}  # which join was the last, of which parts, when it was, seconds it took
         self.looked, self.waiting = 0.0, 0
 
     # ---------------------------------------------------------------- asked by screens
@@ -123,8 +123,11 @@ class Desk:
             try:
                 state = self.seen(self.folder(name), rows)
                 self.join(state)
-                now = self.joins.get(name, (0, 0.0, 0.0))[0] if name in self.results else 0
-                self.states[name] = replace(state, joined=now, error=self.trouble.get(name, "") or state.error or ("" if self.folder(name).job.here else wrong))
+                self.states[name] = replace(
+                    state,
+                    joined=self.joins.get(name, (0,))[0],
+                    error=self.trouble.get(name, "") or state.error or ("" if self.folder(name).job.here else wrong),
+                )
             except (UserError, OSError) as error:
                 self.states[name] = Shards(name, error=str(error))
             except Exception as error:  # parts of another version, or made up: the other folders go on
@@ -146,7 +149,7 @@ class Desk:
         words = [f"{running} running"] * bool(running) + [f"{len(pending)} pending ({pending[0].reason})" for _ in pending[:1]] + ["starting"] * starts
         left = stage.state().partition(", ")[2] if live else ""
         whole = done == total and (second is not None or not scattered(request).two)
-        asks = in_words(request) + (f" · {len(folder.shards)} of {len(folder.shards)} shards, then faithfulness" if second is not None else "")
+        asks = named(request) + (f" · {len(folder.shards)} of {len(folder.shards)} shards, then faithfulness" if second is not None else "")
         return Shards(
             str(folder.path), asks, load.model, len(request.study.prompt_set), done, total, "tasks " + " ".join(words) if words else "no tasks", live, left,
             0, whole, not whole and not live, "" if live or whole else why_not(folder),
@@ -154,9 +157,10 @@ class Desk:
 
     def join(self, state: Shards) -> None:
         """Join what is there where more is there than before, so seldom that it takes a tenth of the time at most."""
-        folder, (parts, at, took) = self.folder(state.folder), self.joins.get(state.folder, (0, 0.0, 0.0))
-        number = sum(1 for stage in (folder, folder.second) for _ in stage.path.glob("part-*.bin"))
-        if number in (0, parts) or not state.whole and time.monotonic() - at < 10 * took:
+        folder, (number, parts, at, took) = self.folder(state.folder), self.joins.get(state.folder, (0, (), 0.0, 0.0))
+        times = [p.stat().st_mtime_ns for stage in (folder, folder.second) for p in stage.path.glob("part-*.bin")]
+        there = (len(times), max(times, default=0))
+        if not times or there == parts or not state.whole and time.monotonic() - at < 10 * took:
             return
         began = time.monotonic()
         (load, request, _), (info, result, lost) = folder.asked, folder.joined()
@@ -165,14 +169,7 @@ class Desk:
         prompts = f", {len(result.prompts)} of {state.prompts} prompts" if getattr(result, "prompts", ()) else ""
         said = f"{len(folder.shards) - len(lost)} of {len(folder.shards)} shards{prompts}"
         self.results[state.folder] = Joined(state.folder, pack([(0, load), (0, request), (0, info), (0, result)]), said, state.whole)
-        self.joins[state.folder] = (number, time.monotonic(), time.monotonic() - began)
-
-
-def in_words(request: object) -> str:
-    """A request as it is named on the command line, with what tells it from others of its kind."""
-    name = {"PathPatch": "path"}.get(type(request).__name__, type(request).__name__.lower())
-    more = [str(getattr(request, f)) for f in ("kind", "op", "method") if getattr(request, f, "")]
-    return " ".join([name, *more, *getattr(request, "receivers", ())])
+        self.joins[state.folder] = (number + 1, there, time.monotonic(), time.monotonic() - began)
 
 
 def why_not(folder: Folder) -> str:

@@ -50,7 +50,7 @@ class TakeShards:
 class Shards:
     """
     How far one folder is: shards done of all, tasks in words, whether any runs or waits (`live`), and the time left. `asks` names the request in words, `model` its
-    model, `prompts` its set's size. `joined`: parts in the result that can be taken, `whole` whether that is all. `more`: a second pass, or what is missing,
+    model, `prompts` its set's size. `joined`: how often its parts were joined, 0 where there is nothing to take; `whole`: all are. `more`: a second pass, or what is missing,
     waits to be started. `error`: what went wrong last, in a line.
     """
 
@@ -84,3 +84,10 @@ class Joined:
     frames: bytes
     said: str
     whole: bool = False
+
+
+def named(request: object) -> str:
+    """A request as it is named on the command line, with what tells it from others of its kind."""
+    name = {"PathPatch": "path"}.get(type(request).__name__, type(request).__name__.lower())
+    more = [str(getattr(request, f)) for f in ("kind", "op", "method") if getattr(request, f, "")]
+    return " ".join([name, *more, *getattr(request, "receivers", ())])

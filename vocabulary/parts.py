@@ -1,9 +1,11 @@
 """Parts of a prompt set that are computed apart: what a request needs so that its parts can be joined, and files of frames. Never imports torch."""
 
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from vocabulary.files import replacing
 from vocabulary.requests import ModelInfo
@@ -51,3 +53,22 @@ def write_frames(path: Path, bodies: Iterable[tuple[int, object]]) -> None:
 def read_frames(path: Path) -> list[Frame]:
     """The frames of a file. OSError or WireError where it is missing or damaged."""
     return unpack(path.read_bytes())
+
+
+def pooled(means: Sequence[np.ndarray], deviations: Sequence[np.ndarray], counts: Sequence) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and (population) standard deviation over all of several groups, from each group's and how many it has (a number, or one a cell); NaN where none has any."""
+    n = np.stack([np.broadcast_to(np.asarray(c, float), np.shape(m)) for c, m in zip(counts, means)])
+    each, spread = (np.where(n > 0, np.nan_to_num(np.stack(x).astype(float)), 0.0) for x in (means, deviations))
+    total = n.sum(0)
+    safe = np.maximum(total, 1)
+    mean = (n * each).sum(0) / safe
+    variance = (n * (spread**2 + (each - mean) ** 2)).sum(0) / safe
+    return tuple(np.where(total > 0, x, np.nan) for x in (mean, np.sqrt(variance)))
+
+
+def counted(convention: str, parts: Sequence) -> str:
+    """The words of one part with the number of prompts of all, where these say "over N prompts"; of what the parts say otherwise, how many do."""
+    total = sum(len(r.prompts) for r in parts)
+    every = [r.convention.replace(f"over {len(r.prompts)} prompts", f"over {total} prompts", 1) for r in parts]
+    other = sum(words != every[0] for words in every)
+    return every[0] + f"; {other} of {len(parts)} shards say otherwise, such as who is left out" * bool(other)

@@ -244,8 +244,8 @@ class Folder:
         info = next(iter(good.values()))[0]
         result = scattered(self.request).join(self.request, [r for _, (_, r) in sorted(good.items())], info)
         if lost:
-            words = f"partial: {len(found)} of {len(self.shards)} shards"
-            result = replace(result, warning="; ".join(filter(None, (words, result.warning))))
+            words, said = f"partial: {len(found)} of {len(self.shards)} shards", "warning" if hasattr(result, "warning") else "convention"
+            result = replace(result, **{said: "; ".join(filter(None, (words, getattr(result, said))))})
         return info, result, lost
 
     def gather(self, partial: bool = False) -> tuple[ModelInfo, object]:

@@ -19,6 +19,7 @@ from techniques.qk.requests import BIAS, MEAN, NONE, QK, WRITTEN, QKCheck, QKChe
 from vocabulary.nodes import UserError, parse_node
 from vocabulary.prompts import RUNS
 from vocabulary.requests import Progress
+from vocabulary.sets import in_part
 from vocabulary.statistics import interval
 
 MASKED = -1e9  # a score below this is no score: the source is out of sight
@@ -151,6 +152,7 @@ def convention(split: Split) -> str:
 def over_set(model: Model, ask: QKSet) -> Generator[Progress, None, QKResult]:
     """The sum on each prompt of the set, at its own positions of the labels; means with intervals."""
     members, found = read_set(ask.study), []
+    members = [members[k] for k in in_part(members, ask.study.part)]
     if ask.source is None:
         raise UserError("over a set the source has to be one: give a label that all its prompts have, such as S2")
     for done, (i, prompt) in enumerate(members):

@@ -81,7 +81,7 @@ class Scattered:
     def put(self, joined: Joined) -> None:
         load, request, info, result = (frame.body for frame in unpack(joined.frames))
         mine, app = self.app.state.prompt_set, self.app
-        if request.study.prompt_set == mine:  # the same object, so that comparing takes no time
+        if prompts_of(request) == mine:  # the same object, so that comparing takes no time
             request = replace(request, study=replace(request.study, prompt_set=mine))
         self.tables[joined.folder] = table = Table(load, request, info, result, joined.said, joined.whole)
         if joined.whole and self.ours(table):
@@ -121,14 +121,19 @@ class Scattered:
         text = " · ".join(filter(None, (s.asks, self.whose(s, table), shards, state)))
         name = short(s.folder) if self.app.size.width >= 100 else PurePath(s.folder).name
         error = [(f" · {visible(s.error)}", BAD)] if s.error else []
-        return [(f" {name}", BOLD), (f" · {visible(text)}", PLAIN if s.live else DIM), *error, (" · ⏎ goes on" if s.more and s.total else "", DIM)]
+        return [
+            (f" {name}", BOLD),
+            (f" · {visible(text)}" if text else "", PLAIN if s.live else DIM),
+            *error,
+            (" · ⏎ goes on" if s.more and s.total else "", DIM),
+        ]
 
     def whose(self, s: Shards, table: Table | None) -> str:
         """The model and the set of a folder, where they are not the session's."""
         state = self.app.state
         same = self.ours(table) if table is not None and self.app.info is not None else s.model in ("", state.model.model)
         model = "" if same else f"OF {model_name(s.model)}{f' in {table.info.dtype}' if table is not None else ''}"
-        other = table is not None and table.request.study.prompt_set != state.prompt_set or table is None and s.prompts not in (0, len(state.prompt_set))
+        other = table is not None and prompts_of(table.request) not in ((), state.prompt_set) or table is None and s.prompts not in (0, len(state.prompt_set))
         return " · ".join(filter(None, (model, f"of another set ({s.prompts} prompts)" if other else "")))
 
     # ---------------------------------------------------------------- what can be done
@@ -230,9 +235,10 @@ class Scattered:
         app, table = self.app, self.tables[folder]
         if not self.ours(table):
             raise UserError(f"{short(folder)} is of {table.info.key}, not of the model that is loaded: M loads that; engine.py gather {folder} prints it")
-        if not is_chosen(table.request.study.metric):
-            raise UserError(refusal(table.request.study.metric))
-        turn_study(app, table.request.study, folder)
+        if prompts_of(table.request):
+            if not is_chosen(table.request.study.metric):
+                raise UserError(refusal(table.request.study.metric))
+            turn_study(app, table.request.study, folder)
         pane = next((p for p in app.panes.values() if p.turn_to(app, table.request, table.result)), None)
         if pane is None:
             raise UserError(f"no pane draws {type(table.request).__name__} over a set: engine.py gather {folder} prints it")
@@ -248,7 +254,7 @@ class Scattered:
     def put_again(self, folder: str) -> None:
         """The open set may be the table's now."""
         table, mine = self.tables[folder], self.app.state.prompt_set
-        if table.request.study.prompt_set == mine:
+        if prompts_of(table.request) == mine:
             self.tables[folder] = replace(table, request=replace(table.request, study=replace(table.request.study, prompt_set=mine)))
 
 
@@ -269,6 +275,11 @@ def turn_study(app, study: object, folder: str) -> None:
         app.act("align", how=study.align)
     if study.text.path and study.text != state.text:
         app.act("text", **to_json(study.text))
+
+
+def prompts_of(request: object) -> tuple:
+    """The set that a request is over; none where it is over a text."""
+    return request.study.prompt_set if hasattr(request, "study") else ()
 
 
 def short(folder: str) -> str:

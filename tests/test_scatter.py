@@ -15,6 +15,7 @@ from techniques.circuits.requests import Discover, PathPatch, Score
 from techniques.cluster.command import ScatterCommand
 from techniques.cluster.folder import Folder, Job
 from techniques.cluster.tasks import visible_gpus
+from techniques.features.requests import Examples
 from techniques.patching.requests import Estimate, Sweep
 from techniques.qk.requests import QKSet
 from utils import ROOT
@@ -96,6 +97,20 @@ def test_other_questions_over_a_set(zoo, tmp_path, name):
     assert folder.gather(True)[1].prompts.tolist() == [0, 1, 2, 6]
     folder.work(1, 2, zoo, lambda part: None, lambda line: None)
     same(folder.gather()[1], zoo.run(OVER[name]))
+
+
+def test_examples_over_parts_of_a_text(zoo, tmp_path):
+    """The largest activations, counts, densities and pairs of the whole text; shards behind its end are empty parts."""
+    text = tmp_path / "text.txt"
+    text.write_text((ROOT / "zoo" / "corpus.txt").read_text()[:5000])
+    ask = Examples("zoo/L1.resid_post", str(text), (3, 40, 200), 4, 2000, 16)
+    folder = in_parts(zoo, ask, tmp_path / "a", 25)
+    folder.part(1).unlink()
+    assert "partial: 4 of 5 shards" in folder.gather(True)[1].convention
+    folder.work(1, 2, zoo, lambda part: None, lambda line: None)
+    joined = folder.gather()[1]
+    same(joined, zoo.run(ask), (*TIMES, "cached"))
+    assert joined.tokens and max(map(len, joined.examples)) == 4
 
 
 def test_a_scattered_mean_and_noise_are_the_whole(zoo, tmp_path):
@@ -241,7 +256,8 @@ def test_the_job_is_a_script_that_bash_reads(tmp_path, capsys):
         ("sweep --kind z --set {}", "give --out"),
         ("sweep --kind z --set {} --out {} --tasks 0", "--tasks is 1 or more"),
         ("sweep --kind z --set {} --plot a.svg --out {}", "gather FOLDER --plot"),
-        ("certify --set {} --out {}", "Certify can't run over a part"),
+        ("certify --set {} --out {}", "Certify is not scattered: it decides by the whole set"),
+        ("train-sae --out {1}", "TrainSae is not scattered: each step of a training"),
     ],
 )
 def test_refused_before_anything_runs(tmp_path, capsys, words, line):

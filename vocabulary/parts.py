@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,8 @@ from vocabulary.wire import Frame, encode, read_frame
 class Scattered:
     """
     How the results of a request's parts become the whole set's. `check`: UserError for what can't be joined. `join(request, parts, info)`. Where that is not the end,
-    `then(request, joined)` is a second request over the set, and `end(request, joined, second)` the result. `write(result, folder)` are files beside it.
+    `then(request, joined)` is a second request over the set, and `end(request, joined, second)` the result. `write(result, folder)` are files beside it. `size(request)`:
+    how much there is to cut into shards, `cut(request, from, to)` the request of one.
     """
 
     check: Callable[[object], None]
@@ -24,6 +25,8 @@ class Scattered:
     then: Callable[[object, object], object | None] = lambda request, joined: None
     end: Callable[[object, object, object], object] = lambda request, joined, second: joined
     write: Callable[[object, Path], None] = lambda result, folder: None
+    size: Callable[[object], int] = lambda request: len(request.study.prompt_set)
+    cut: Callable[[object, int, int], object] = lambda request, start, stop: replace(request, study=replace(request.study, part=(start, stop)))
 
     @property
     def two(self) -> bool:

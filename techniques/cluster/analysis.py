@@ -151,7 +151,7 @@ class Desk:
         whole = done == total and (second is not None or not scattered(request).two)
         asks = named(request) + (f" · {len(folder.shards)} of {len(folder.shards)} shards, then faithfulness" if second is not None else "")
         return Shards(
-            str(folder.path), asks, load.model, len(request.study.prompt_set), done, total, "tasks " + " ".join(words) if words else "no tasks", live, left,
+            str(folder.path), asks, load.model, folder.total * hasattr(request, "study"), done, total, "tasks " + " ".join(words) if words else "no tasks", live, left,
             0, whole, not whole and not live, "" if live or whole else why_not(folder),
         )  # fmt: skip
 

@@ -70,20 +70,16 @@ class ScatterCommand:
             raise UserError("--tasks is 1 or more, --shard, --most and --local are not negative, and --sbatch is one line")
         command = read_command([*self.words])
         if not isinstance(command, ModelOptions) or hasattr(command, "alone"):
-            raise UserError(f"{self.words[0]} can't be scattered: sweep, path, score and discover can")
-        if getattr(command, "out", None) or command.plot:
-            raise UserError("the results go into --out of scatter; plot the gathered ones: gather FOLDER --plot FILE")
+            raise UserError(f"{self.words[0]} can't be scattered: it asks no one question over a set or a text (replay: run it once a session)")
         request = command.request()
         request = replace(request, over_set=True) if hasattr(request, "over_set") else request
         scattered(request)
+        if getattr(command, "out", None) or command.plot:
+            raise UserError("the results go into --out of scatter; plot the gathered ones: gather FOLDER --plot FILE")
         folder, job = Folder(typed_path(self.out)), Job(self.local or self.tasks, self.most, self.sbatch, os.getcwd(), self.local)
-        if not request.study.prompt_set:
-            raise UserError("a prompt set is cut into shards: give --set FILE.jsonl")
         folder.lay_out(command.load(), choose_code(request, job), self.shard, job)
         job = folder.job
-        errors.print(
-            plain(f"{len(request.study.prompt_set)} prompts in {len(folder.shards)} shards, {job.tasks} tasks; {folder.state()}", GRAY), soft_wrap=True
-        )
+        errors.print(plain(f"{folder.total} {folder.unit} in {len(folder.shards)} shards, {job.tasks} tasks; {folder.state()}", GRAY), soft_wrap=True)
         if self.local:
             run_here(folder, self.local, show)
             return print_result(*folder.gather(), command.json, None, errors)

@@ -21,6 +21,7 @@ from vocabulary.chosen import choose, is_chosen, pinned
 from vocabulary.files import make_folder, write_text
 from vocabulary.nodes import UserError
 from vocabulary.parts import Scattered, read_frames, write_frames
+from vocabulary.prompts import Metric
 from vocabulary.requests import Failure, Load, ModelInfo, Progress
 from vocabulary.sets import EmptyPart
 from vocabulary.progress import time_left
@@ -42,27 +43,30 @@ exec {python} {engine} work {folder} --task "$SLURM_ARRAY_TASK_ID" --of {tasks}
 def scattered(request: object) -> Scattered:
     """How a request's parts are joined. UserError where they can't be."""
     known = {kind: how for part in techniques.parts("scatter") for kind, how in part.SCATTERED.items()}
+    refused = {kind: why for part in techniques.parts("scatter") for kind, why in getattr(part, "REFUSED", {}).items()}
+    if type(request) in refused:
+        raise UserError(f"{type(request).__name__} is not scattered: {refused[type(request)]}")
     if type(request) not in known:
         raise UserError(f"{type(request).__name__} can't run over a part of a prompt set: {', '.join(sorted(k.__name__ for k in known))} can")
     how = known[type(request)]
     how.check(request)
-    if getattr(request, "out", ""):
-        raise UserError(f"{request.out}: what is scattered writes into its own folder alone; leave out where else to")
+    assert not hasattr(request, "out"), "what is scattered writes into its own folder alone"
     return how
 
 
 def choose_code(request: object, job: "Job") -> object:
     """What the user scatters is chosen by that, its metric's code and the options of sbatch; the request with its metric pinned."""
-    study = replace(request.study, metric=pinned(request.study.metric))
-    for chosen in (study.metric, job.code):
+    if hasattr(request, "study"):
+        request = replace(request, study=replace(request.study, metric=pinned(request.study.metric)))
+    for chosen in (job.code, *([request.study.metric] if hasattr(request, "study") else ())):
         if not is_chosen(chosen):
             choose(chosen)
-    return replace(request, study=study)
+    return request
 
 
 def check_code(request: object) -> None:
     """UserError where a request that came in a folder would run code that nobody chose here."""
-    metric = request.study.metric
+    metric = request.study.metric if hasattr(request, "study") else Metric()
     if not is_chosen(metric):
         raise UserError(f"the metric {metric.words} is code that this folder names: scatter the same words with --own {metric.own} to choose it and let it run")
 
@@ -71,6 +75,8 @@ def check_part(request: object) -> None:
     """UserError where a request names a part of its set that it can't run over, or that is not there."""
     study = getattr(request, "study", None)
     if getattr(study, "part", None) is None:
+        if getattr(request, "part", None) is not None:
+            scattered(request)
         return
     scattered(request)
     (start, stop), n = study.part, len(study.prompt_set)
@@ -126,8 +132,17 @@ class Folder:
         return self.asked[1]
 
     @cached_property
+    def total(self) -> int:
+        """What there is to cut into shards: prompts, or pieces of a text."""
+        return scattered(self.request).size(self.request)
+
+    @property
+    def unit(self) -> str:
+        return "prompts" if hasattr(self.request, "study") else "pieces of text"
+
+    @cached_property
     def shards(self) -> list[tuple[int, int]]:
-        n, size = len(self.request.study.prompt_set), self.asked[2]
+        n, size = self.total, self.asked[2]
         return [(a, min(a + size, n)) for a in range(0, n, size)]
 
     @property
@@ -147,14 +162,16 @@ class Folder:
     def lay_out(self, load: Load, request: object, size: int, job: Job) -> None:
         """Write the request and the job. A folder that holds this request goes on; UserError where it holds another."""
         make_folder(self.path)
-        study = request.study
+        n = scattered(request).size(request)
+        if n < 1:
+            raise UserError("a prompt set is cut into shards: give --set FILE.jsonl")
         if (self.path / "request.bin").exists():
             had = self.asked
             size = size or had[2]
             if [*map(said, had[:2])] != [said(load), said(request)] or size != had[2]:
                 raise UserError(f"{self.path} holds another request (or other shards): give another --out, or remove it")
         else:
-            size = size or max(1, min(MOST, -(-len(study.prompt_set) // (4 * job.tasks))))
+            size = size or max(1, min(MOST, -(-n // (4 * job.tasks))))
             write_frames(self.path / "request.bin", [(0, load), (size, request)])
         self.write_job(replace(job, tasks=min(job.tasks, len(self.shards))))
 
@@ -219,15 +236,15 @@ class Folder:
         for i in mine:
             (start, stop), began = self.shards[i], time.monotonic()
             try:
-                result = engine.run(replace(request, study=replace(request.study, part=(start, stop))), show)
+                result = engine.run(scattered(request).cut(request, start, stop), show)
             except EmptyPart as error:
                 result = Failure(str(error), EMPTY)
             except UserError as error:
-                say(f"shard {i}, prompts {start + 1} to {stop}: {error}")
+                say(f"shard {i}, {start + 1} to {stop}: {error}")
                 refused = 1
                 continue
             write_frames(self.part(i), [(0, info), (0, result)])
-            say(f"shard {i}: {stop - start} prompts in {time.monotonic() - began:.2f} s")
+            say(f"shard {i}: {stop - start} of {self.total} in {time.monotonic() - began:.2f} s")
         return refused
 
     def joined(self) -> tuple[ModelInfo, object, list[int]]:

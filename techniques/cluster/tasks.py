@@ -136,7 +136,7 @@ def ask_slurm(*words: str, seconds: float = SLURM) -> str:
     except subprocess.TimeoutExpired as error:
         raise UserError(f"{words[0]} did not answer within {seconds:.0f} s") from error
     if done.returncode:
-        raise UserError(" ".join((done.stderr or done.stdout or f"{words[0]} failed").split())[:300])
+        raise UserError(([line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()] or [f"{words[0]} failed"])[-1][:300])
     return done.stdout
 
 

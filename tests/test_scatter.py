@@ -89,7 +89,7 @@ OVER = {
 }
 
 
-@pytest.mark.parametrize("name", [n if n in ("attention of a difference", "attribution", "qk") else pytest.param(n, marks=pytest.mark.table) for n in OVER])
+@pytest.mark.parametrize("name", [n if n in ("attention of a difference", "qk") else pytest.param(n, marks=pytest.mark.table) for n in OVER])
 def test_other_questions_over_a_set(zoo, tmp_path, name):
     """Means and deviations of all prompts, from each part's: a task was killed before its last part."""
     folder = in_parts(zoo, OVER[name], tmp_path / "a", 3)

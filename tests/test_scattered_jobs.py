@@ -39,7 +39,8 @@ def desk(request, monkeypatch):
     own = analysis.Desk()
     monkeypatch.setattr(analysis, "DESK", own)
     monkeypatch.setattr(analysis, "OFTEN", 0.0)
-    return own
+    yield own
+    own.thread.shutdown()
 
 
 def seen(zoo, folder):
@@ -128,6 +129,7 @@ async def test_nothing_of_another_model_or_set_is_drawn(zoo, tmp_path):
         assert "not of the model that is loaded" in shown(app)
 
 
+@pytest.mark.table
 async def test_paths_are_drawn_in_their_pane(zoo, tmp_path):
     folder = in_parts(zoo, PathPatch(STUDY, receivers=("L3H3.q",), over_set=True), tmp_path / "a", 4)
     hide(folder, 1)
@@ -226,7 +228,7 @@ def test_a_screen_never_waits_for_slurm(zoo, tmp_path, slurm):
 # ------------------------------------------------------------------ a stranger's folder
 
 
-def test_a_strangers_metric_does_not_run(zoo, tmp_path):
+def test_a_strangers_metric_does_not_run(zoo, tmp_path, slurm):
     ran, file = tmp_path / "ran", tmp_path / "evil.py"
     file.write_text(f"open({str(ran)!r}, 'w')\n\n\ndef m(logits, tokens):\n    return logits[0, -1, 0]\n")
     metric = chosen.pinned(Metric("own", own=f"{file}:m"))

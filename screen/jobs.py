@@ -34,7 +34,7 @@ class Jobs(Panel):
     def lines(self) -> list[Spans]:
         """Each with what it is of: a job, the folder of a scattered one, or what enter does."""
         app, scattered = self.host, self.host.requests.scattered
-        rows: list[tuple[Spans, object]] = [(row(j), j) for j in app.client.jobs.values() if not j.slot.startswith("scattered")] + scattered.rows()
+        rows: list[tuple[Spans, object]] = [(row(j), j) for j in app.client.jobs.values() if not j.slot.startswith("scatter")] + scattered.rows()
         rows = rows or [([(" no jobs are running" if app.client.alive else " no jobs are running: the engine is not", DIM)], None)]
         if app.info is not None and (asked := app.panes[app.pane].scatters(app)) is not None:
             text = f" scatter this: {named(asked)} over {len(asked.study.prompt_set)} prompts, as processes or a Slurm array"

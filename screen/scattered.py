@@ -22,6 +22,7 @@ from utils import model_name, visible
 from widgets import BAD, BOLD, DIM, GOOD, PLAIN, Spans
 
 OFTEN = 2.0  # seconds between two looks at the folders
+LARGEST = 40_000_000  # bytes of a request that go over the wire in one message
 HERE, SLURM = "here", "slurm"
 
 
@@ -35,6 +36,7 @@ class Table:
     result: object
     said: str
     whole: bool
+    stamp: int  # of the request
 
 
 class Scattered:
@@ -45,6 +47,7 @@ class Scattered:
         self.states: dict[str, Shards] = {}
         self.tables: dict[str, Table] = {}
         self.had: dict[str, tuple[int, bool]] = {}
+        self.wait: dict[str, float] = {}  # until when no table is taken: a slow line has keys to carry too
 
     # ---------------------------------------------------------------- following them
 
@@ -64,11 +67,14 @@ class Scattered:
         got = await app.requests.asked("scattered", WatchShards(tuple(app.session.folders)), 0, silent, any_model=True)
         for state in got.jobs if got is not None else ():
             self.heard(state)
-            if state.joined and self.had.get(state.folder) != (state.joined, state.whole):
-                joined = await app.requests.asked("scattered table", TakeShards(state.folder), 0, silent, any_model=True)
+            began = time.monotonic()
+            if state.joined and self.had.get(state.folder) != (state.joined, state.whole) and began > self.wait.get(state.folder, 0.0):
+                take = TakeShards(state.folder, self.tables[state.folder].stamp if state.folder in self.tables else 0)
+                joined = await app.requests.asked("scattered table", take, 0, silent, any_model=True)
                 if joined is not None:
                     self.had[state.folder] = (state.joined, state.whole)
                     self.put(joined)
+                self.wait[state.folder] = time.monotonic() + 5 * (time.monotonic() - began)
         for panel in app.query("Jobs"):
             panel.follow()
 
@@ -79,11 +85,12 @@ class Scattered:
             self.app.say(f"{short(state.folder)}: {state.error}", BAD)
 
     def put(self, joined: Joined) -> None:
-        load, request, info, result = (frame.body for frame in unpack(joined.frames))
-        mine, app = self.app.state.prompt_set, self.app
+        info, result, *asked = (frame.body for frame in unpack(joined.frames.tobytes()))
+        mine, app, before = self.app.state.prompt_set, self.app, self.tables.get(joined.folder)
+        load, request = asked or (before.load, before.request)
         if prompts_of(request) == mine:  # the same object, so that comparing takes no time
             request = replace(request, study=replace(request.study, prompt_set=mine))
-        self.tables[joined.folder] = table = Table(load, request, info, result, joined.said, joined.whole)
+        self.tables[joined.folder] = table = Table(load, request, info, result, joined.said, joined.whole, joined.stamp)
         if joined.whole and self.ours(table):
             app.requests.record(request, result, True)
             app.say(f"{short(joined.folder)} is whole: J, then ⏎, shows it", GOOD)
@@ -159,7 +166,7 @@ class Scattered:
             [
                 Item(
                     "go on",
-                    f"start what is missing: {s.total - s.done} shards{', or the second pass' * (s.done == s.total)}",
+                    f"start what is missing: {s.total - s.done} shards" if s.done < s.total else "the second pass: the faithfulness of what was found",
                     "",
                     lambda: self.tell(GoOnShards(folder), "it goes on"),
                 )
@@ -207,6 +214,8 @@ class Scattered:
                 return f"tasks: 1 or more; where: {HERE} (processes on the engine's machine) or {SLURM}; folder: a name"
             how = {"tasks": tasks, "where": where, "sbatch": sbatch}
             frames = pack([(0, app.state.model), (0, request)])
+            if len(frames) > LARGEST:
+                return f"the prompts are {len(frames) / 1e6:.0f} MB: scatter them from the shell (engine.py scatter … --set FILE.jsonl), then watch the folder here"
             ask = StartShards(frames, folder, tasks, tasks if where == HERE else 0, sbatch if where == SLURM else "")
 
             def started(state: Shards) -> None:

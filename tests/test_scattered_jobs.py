@@ -53,6 +53,7 @@ def seen(zoo, folder):
 
 
 async def looked(app, pilot):
+    app.requests.scattered.wait.clear()
     for _ in range(2):
         await app.requests.scattered.poll()
         analysis.DESK.thread.submit(lambda: None).result()

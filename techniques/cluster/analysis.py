@@ -15,12 +15,15 @@ from subprocess import Popen
 from techniques.cluster import tasks
 from techniques.cluster.folder import Folder, Job, choose_code, scattered
 from techniques.cluster.requests import CancelShards, GoOnShards, Joined, Shards, StartShards, TakeShards, Watched, WatchShards, named
+import numpy as np
+
 from vocabulary.files import typed_path
 from vocabulary.nodes import UserError
 from vocabulary.parts import pack, unpack
 from vocabulary.requests import Load
 
 OFTEN = 1.0  # seconds between two looks
+ASKED = 10.0  # seconds that a folder is looked at after a screen asked for it
 
 
 class Desk:
@@ -29,11 +32,12 @@ class Desk:
     def __init__(self):
         self.thread = ThreadPoolExecutor(1)
         self.states: dict[str, Shards] = {}
-        self.results: dict[str, Joined] = {}
+        self.results: dict[str, tuple[Joined, tuple]] = {}  # each with its model, result, and what was asked
         self.folders: dict[str, tuple[int, Folder]] = {}
         self.leads: dict[str, Popen] = {}
         self.trouble: dict[str, str] = {}  # what went wrong in starting or cancelling
         self.joins: dict[str, tuple[int, tuple, float, float]] = {}  # which join was the last, of which parts, when it was, seconds it took
+        self.asked: dict[str, float] = {}  # when a screen asked for a folder last
         self.looked, self.waiting = 0.0, 0
 
     # ---------------------------------------------------------------- asked by screens
@@ -43,8 +47,10 @@ class Desk:
 
     def watch(self, folders: tuple[str, ...]) -> Watched:
         names = tuple(str(typed_path(f).resolve()) for f in folders)
-        if self.waiting == 0 and time.monotonic() - self.looked > OFTEN:
-            self.do(partial(self.look, names))
+        now = time.monotonic()
+        self.asked |= dict.fromkeys(names, now)
+        if self.waiting == 0 and now - self.looked > OFTEN:
+            self.do(partial(self.look, tuple(n for n, at in self.asked.items() if now - at < ASKED)))
         return Watched(tuple(self.state(n) for n in names))
 
     def start(self, ask: StartShards) -> Shards:
@@ -55,7 +61,7 @@ class Desk:
         job = Job(ask.here or ask.tasks, 0, ask.sbatch, os.getcwd(), ask.here)
         job.check()
         folder = Folder(typed_path(ask.folder))
-        if (folder.path / "request.bin").exists() and (tasks.running_here(folder) or self.leads.get(str(folder.path))):
+        if (folder.path / "request.bin").exists() and (tasks.running_here(folder) or self.led(str(folder.path))):
             raise UserError(f"{folder.path} has tasks that run: give another folder, or cancel them")
         folder.lay_out(load, choose_code(request, job), ask.shard, job)
         return self.act(str(folder.path), "starting", self.begin)
@@ -68,11 +74,13 @@ class Desk:
         self.do(partial(self.tried, name, work))
         return self.states[name]
 
-    def take(self, folder: str) -> Joined:
-        name = str(typed_path(folder).resolve())
+    def take(self, ask: TakeShards) -> Joined:
+        name = str(typed_path(ask.folder).resolve())
         if name not in self.results:
             raise UserError(f"{name}: nothing is joined yet")
-        return self.results[name]
+        joined, bodies = self.results[name]
+        bodies = bodies[:2] if ask.known == joined.stamp else bodies
+        return replace(joined, frames=np.frombuffer(pack((0, body) for body in bodies), np.uint8))
 
     # ---------------------------------------------------------------- in the thread
 
@@ -82,6 +90,8 @@ class Desk:
         stamp = request.stat().st_mtime_ns if request.is_file() else 0
         if name not in self.folders or self.folders[name][0] != stamp:
             self.folders[name] = (stamp, Folder(Path(name)))
+            self.results.pop(name, None)  # of another request
+            self.joins.pop(name, None)
         return self.folders[name][1]
 
     def do(self, work: Callable[[], None]) -> None:
@@ -101,7 +111,13 @@ class Desk:
             self.trouble[name] = str(error)
         self.look((name,))
 
+    def led(self, name: str) -> bool:
+        """Whether a leading process that this engine started lives."""
+        return (lead := self.leads.get(name)) is not None and lead.poll() is None
+
     def begin(self, name: str) -> None:
+        if self.led(name):
+            raise UserError(f"{Path(name).name}: its tasks start")
         if (lead := tasks.start(self.folder(name), self.queue((name,)))) is not None:
             self.leads[name] = lead
 
@@ -140,8 +156,7 @@ class Desk:
         second = folder.second if (folder.second.path / "request.bin").exists() else None
         stage = folder if second is None else second
         mine, here = tasks.of_folder(rows, folder), tasks.running_here(folder)
-        lead = self.leads.get(str(folder.path))
-        starts = lead is not None and lead.poll() is None and not here
+        starts = self.led(str(folder.path)) and not here
         running = here + sum(r.state in ("RUNNING", "COMPLETING") for r in mine)
         pending = [r for r in mine if r.state not in ("RUNNING", "COMPLETING")]
         live = bool(running or pending or starts)
@@ -163,12 +178,13 @@ class Desk:
         if not times or there == parts or not state.whole and time.monotonic() - at < 10 * took:
             return
         began = time.monotonic()
-        (load, request, _), (info, result, lost) = folder.asked, folder.joined()
+        request, (info, result, lost) = folder.request, folder.joined()
         if state.whole and (folder.second.path / "request.bin").exists():
             result = scattered(request).end(request, result, folder.second.joined()[1])
         prompts = f", {len(result.prompts)} of {state.prompts} prompts" if getattr(result, "prompts", ()) else ""
         said = f"{len(folder.shards) - len(lost)} of {len(folder.shards)} shards{prompts}"
-        self.results[state.folder] = Joined(state.folder, pack([(0, load), (0, request), (0, info), (0, result)]), said, state.whole)
+        stamp = self.folders[state.folder][0]
+        self.results[state.folder] = Joined(state.folder, np.zeros(0, np.uint8), stamp, said, state.whole), (info, result, *folder.asked[:2])
         self.joins[state.folder] = (number + 1, there, time.monotonic(), time.monotonic() - began)
 
 
@@ -197,4 +213,4 @@ def answer(model: object, ask: object) -> object:
         case GoOnShards():
             return DESK.act(ask.folder, "starting", DESK.begin)
         case TakeShards():
-            return DESK.take(ask.folder)
+            return DESK.take(ask)

@@ -181,7 +181,9 @@ class Folder:
             raise UserError(
                 f"its job script is not written: options of sbatch run code, and {job.sbatch!r} came with the folder; scatter the same words yourself"
             )
-        write_text(self.path / "job.json", json.dumps(asdict(job)) + "\n")
+        text, path = json.dumps(asdict(job)) + "\n", self.path / "job.json"
+        if not path.exists() or path.read_text() != text:
+            write_text(path, text)
         left = sorted({i % job.tasks for i in self.missing()})
         array = f"0-{job.tasks - 1}" if len(left) in (0, job.tasks) else ",".join(map(str, left))
         quoted = {k: shlex.quote(str(v)) for k, v in (("cwd", job.cwd), ("python", sys.executable), ("engine", ROOT / "engine.py"), ("folder", self.path))}
@@ -207,9 +209,10 @@ class Folder:
 
     def state(self, lost: list[int] | None = None) -> str:
         """How many shards are done (of those that are there, without reading them, where nobody says which are lost), and how long the rest takes at this pace."""
-        times = sorted(p.stat().st_mtime for p in self.path.glob("part-*.bin"))
-        total = len(self.shards)
+        times, total = sorted(p.stat().st_mtime for p in self.path.glob("part-*.bin")), len(self.shards)
         done = len(times) if lost is None else total - len(lost)
+        since = (self.path / "job.json").stat().st_mtime if (self.path / "job.json").exists() else 0.0
+        times = [at for at in times if at >= since]  # since it was started last
         left = f", {time_left((times[-1] - times[0]) / (len(times) - 1) * (total - done))}" if 1 < done < total and len(times) > 1 else ""
         return f"{done} of {total} shards done{left}"
 

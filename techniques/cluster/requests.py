@@ -1,5 +1,7 @@
 """Scattered jobs as a screen asks about them: start one, see how far it is, cancel it, go on, take its joined result. Never imports torch."""
 
+import numpy as np
+
 from vocabulary.wire import message, request
 
 
@@ -41,9 +43,10 @@ class GoOnShards:
 
 @request(needs_model=False)
 class TakeShards:
-    """What is joined so far of a folder. Answer: Joined."""
+    """What is joined so far of a folder; without its request where that of this stamp is `known`. Answer: Joined."""
 
     folder: str = ""
+    known: int = 0
 
 
 @message
@@ -78,10 +81,14 @@ class Watched:
 
 @message
 class Joined:
-    """A joined result: `frames` are the model as it was asked for (Load), the request, the model that answered (ModelInfo) and the result; `said` how much of the whole it is."""
+    """
+    A joined result: `frames` (bytes) are the model that answered (ModelInfo) and the result, then the model as it was asked for (Load) and the request, unless these
+    are known; `said` how much of the whole it is. `stamp`: when the request was written.
+    """
 
     folder: str
-    frames: bytes
+    frames: np.ndarray
+    stamp: int
     said: str
     whole: bool = False
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from techniques.cluster.folder import Folder, progress
@@ -192,10 +192,11 @@ def start(folder: Folder, rows: list[Row]) -> subprocess.Popen | None:
         raise UserError(f"{folder.path.name}: its tasks run; J, then x, cancels them")
     if (stage := stage_of(folder)) is None:
         raise UserError(f"{folder.path.name}: nothing is missing")
+    (folder.path / "cancel").unlink(missing_ok=True)
+    for some in {folder, stage}:
+        os.utime(some.path / "job.json")
     if job.here:
         return start_here(folder, job.here)
-    if stage is not folder:
-        stage.write_job(replace(job, tasks=min(job.tasks, len(stage.shards))))
     submit(stage)
     return None
 

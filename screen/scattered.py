@@ -116,6 +116,7 @@ class Scattered:
 
     def rows(self) -> list[tuple[Spans, str]]:
         """A line a folder, each with the folder."""
+        self.follow()
         return [
             (self.row(self.states.get(f) or Shards(f, tasks="not looked at yet" if self.app.client.alive else "no engine")), f)
             for f in self.app.session.folders

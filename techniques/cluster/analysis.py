@@ -164,7 +164,7 @@ class Desk:
         words = [f"{running} running"] * bool(running) + [f"{len(pending)} pending ({pending[0].reason})" for _ in pending[:1]] + ["starting"] * starts
         left = stage.state().partition(", ")[2] if live else ""
         whole = done == total and (second is not None or not scattered(request).two)
-        asks = named(request) + (f" · {len(folder.shards)} of {len(folder.shards)} shards, then faithfulness" if second is not None else "")
+        asks = named(request) + ", second pass" * (second is not None)
         return Shards(
             str(folder.path), asks, load.model, folder.total * hasattr(request, "study"), done, total, "tasks " + " ".join(words) if words else "no tasks", live, left,
             0, whole, not whole and not live, "" if live or whole else why_not(folder),

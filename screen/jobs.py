@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 
 from techniques.cluster.requests import named
+from vocabulary.nodes import UserError
 from screen.client import Job
 from screen.overlays import Panel
 from screen.pane import Host
@@ -52,7 +53,11 @@ class Jobs(Panel):
         if isinstance(of, Job) and of.id in self.host.client.jobs:
             self.host.requests.cancel(of)
         elif isinstance(of, str):
-            self.host.requests.scattered.cancel(of)
+            try:
+                self.host.requests.scattered.cancel(of)
+            except UserError as error:
+                self.complain(str(error))
+                return
         self.follow()
 
     def enter(self, at: int) -> None:

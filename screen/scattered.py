@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import PurePath
 
 from techniques.cluster.requests import CancelShards, GoOnShards, Joined, Shards, StartShards, TakeShards, WatchShards, named
-from vocabulary.chosen import is_chosen, refusal
+from vocabulary.chosen import is_chosen, refusal, sbatch_key
 from vocabulary.nodes import UserError
 from vocabulary.parts import pack, unpack
 from vocabulary.requests import Load, ModelInfo
@@ -43,7 +43,7 @@ class Scattered:
     """The folders of this session: how far they are and what is joined of them."""
 
     def __init__(self, app):
-        self.app, self.timer = app, None
+        self.app, self.timer, self.looking, self.typed = app, None, False, False
         self.states: dict[str, Shards] = {}
         self.tables: dict[str, Table] = {}
         self.had: dict[str, tuple[int, bool]] = {}
@@ -58,10 +58,17 @@ class Scattered:
             self.look()
 
     def look(self) -> None:
-        if self.app.client.alive and self.app.session.folders:
+        if self.app.client.alive and self.app.session.folders and not self.looking:
+            self.looking = True
             self.app.run_worker(self.poll, group="scattered", exclusive=False, exit_on_error=True)
 
     async def poll(self) -> None:
+        try:
+            await self.see()
+        finally:
+            self.looking = False
+
+    async def see(self) -> None:
         """How far the folders are; what is joined anew is taken and drawn."""
         app, silent = self.app, lambda error: None
         got = await app.requests.asked("scattered", WatchShards(tuple(app.session.folders)), 0, silent, any_model=True)
@@ -157,6 +164,8 @@ class Scattered:
         self.app.requests.ask("scattered does", request, then, 0, any_model=True)
 
     def cancel(self, folder: str) -> None:
+        if not self.states.get(folder, Shards(folder)).live:
+            raise UserError(f"{short(folder)}: no task of it runs")
         self.tell(CancelShards(folder), "its tasks are cancelled; the parts that are done stay")
 
     def choose(self, folder: str) -> None:
@@ -201,11 +210,13 @@ class Scattered:
     def scatter(self, request: object) -> None:
         """Ask how, then start it: in `here` as processes of the engine's machine, in `slurm` as a job array."""
         app, last = self.app, next((how for how in reversed([*self.app.session.folders.values()]) if how), {})
+        sbatch = str(last.get("sbatch", ""))
+        sbatch = sbatch if self.typed or is_chosen(sbatch_key(sbatch)) else ""  # a session from somebody else chooses nothing
         name = f"{type(request).__name__.lower()}-{time.strftime('%m%d-%H%M%S')}"
         fields = [
             ("tasks", str(last.get("tasks", 2))),
-            ("where", last.get("where", HERE)),
-            ("sbatch", last.get("sbatch", "")),
+            ("where", str(last.get("where", HERE))),
+            ("sbatch", sbatch),
             ("folder", f"exports/runs/{name}"),
         ]
 
@@ -213,6 +224,7 @@ class Scattered:
             tasks, where, sbatch, folder = whole_number(values[0].strip()), *(v.strip() for v in values[1:])
             if (tasks or 0) < 1 or where not in (HERE, SLURM) or not folder:
                 return f"tasks: 1 or more; where: {HERE} (processes on the engine's machine) or {SLURM}; folder: a name"
+            self.typed = True
             how = {"tasks": tasks, "where": where, "sbatch": sbatch}
             frames = pack([(0, app.state.model), (0, request)])
             if len(frames) > LARGEST:

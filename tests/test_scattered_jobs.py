@@ -92,6 +92,9 @@ async def test_a_watched_folder_is_drawn_in_part_then_whole(zoo, tmp_path):
         assert app.pane == "patching" and app.state.views["patching.op"] == "resample" and app.state.views["patching.over"] == "set"
         assert "4 Patching  2 of 4 shards, 4 of 7 prompts · head outputs" in shown(app)
         np.testing.assert_allclose(app.panes["patching"].shown(app)[0].values, folder.joined()[1].values)
+        bring_back(folder, {2: gone[2], 3: gone[3][:-5]})
+        await looked(app, pilot)
+        assert "3 of 4 shards, 6 of 7 prompts" in shown(app), "a damaged part is none"
         bring_back(folder, gone)
         await looked(app, pilot)
         assert "shards" not in shown(app).split("Patching")[1]
@@ -159,9 +162,13 @@ async def test_j_starts_cancels_and_goes_on(zoo, tmp_path, monkeypatch):
         folder = Folder(tmp_path / "b")
         assert started == [(folder.path, 3)] and folder.request == app.panes["patching"].request(app) and len(folder.shards) == 7
         assert app.session.folders[str(folder.path)] == {"tasks": 3, "where": "here", "sbatch": ""}
-        await press(app, pilot, "J")
-        assert "0 of 7 shards" in shown(app)
+        await press(app, pilot, "J", "x")
+        assert "no task of it runs" in shown(app) and not (folder.path / "cancel").exists()
+        (folder.path / "local.json").write_text('{"running": 3}')  # as the leading process says each second
+        await looked(app, pilot)
+        assert "0 of 7 shards · tasks 3 running" in shown(app)
         await press(app, pilot, "x")
+        (folder.path / "local.json").unlink()
         await looked(app, pilot)
         assert (folder.path / "cancel").exists() and "cancelled" in shown(app)
         folder.work(0, 3, zoo, lambda part: None, lambda line: None)

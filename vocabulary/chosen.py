@@ -20,6 +20,11 @@ def key(chosen: Metric | str) -> str:
     return chosen if isinstance(chosen, str) else f"{chosen.own} {chosen.digest}"
 
 
+def sbatch_key(options: str) -> str:
+    """What options of sbatch are chosen by; "" where there is none to choose."""
+    return f"sbatch {options.strip()}" if options.strip() else ""
+
+
 def choices() -> set[str]:
     path = folder(FILE)
     if str(path) not in known:

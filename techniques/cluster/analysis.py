@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from subprocess import Popen
 
+from model.scheduler import internal
 from techniques.cluster import tasks
 from techniques.cluster.folder import Folder, Job, choose_code, scattered
 from techniques.cluster.requests import CancelShards, GoOnShards, Joined, Shards, StartShards, TakeShards, Watched, WatchShards, named
@@ -38,7 +38,7 @@ class Desk:
         self.trouble: dict[str, str] = {}  # what went wrong in starting or cancelling
         self.joins: dict[str, tuple[int, tuple, float, float]] = {}  # which join was the last, of which parts, when it was, seconds it took
         self.asked: dict[str, float] = {}  # when a screen asked for a folder last
-        self.looked, self.waiting = 0.0, 0
+        self.looked, self.last = 0.0, self.thread.submit(int)  # when it looked, and what the thread was told last
 
     # ---------------------------------------------------------------- asked by screens
 
@@ -49,8 +49,8 @@ class Desk:
         names = tuple(str(typed_path(f).resolve()) for f in folders)
         now = time.monotonic()
         self.asked |= dict.fromkeys(names, now)
-        if self.waiting == 0 and now - self.looked > OFTEN:
-            self.do(partial(self.look, tuple(n for n, at in self.asked.items() if now - at < ASKED)))
+        if self.last.done() and now - self.looked > OFTEN:
+            self.last = self.thread.submit(self.look, tuple(n for n, at in self.asked.items() if now - at < ASKED))
         return Watched(tuple(self.state(n) for n in names))
 
     def start(self, ask: StartShards) -> Shards:
@@ -71,7 +71,7 @@ class Desk:
         name = str(typed_path(folder).resolve())
         self.trouble.pop(name, None)
         self.states[name] = replace(self.state(name), tasks=words, live=True, error="")
-        self.do(partial(self.tried, name, work))
+        self.last = self.thread.submit(self.tried, name, work)
         return self.states[name]
 
     def take(self, ask: TakeShards) -> Joined:
@@ -94,21 +94,13 @@ class Desk:
             self.joins.pop(name, None)
         return self.folders[name][1]
 
-    def do(self, work: Callable[[], None]) -> None:
-        def done() -> None:
-            try:
-                work()
-            finally:
-                self.waiting -= 1
-
-        self.waiting += 1
-        self.thread.submit(done)
-
     def tried(self, name: str, work: Callable[[str], None]) -> None:
         try:
             work(name)
         except (UserError, OSError) as error:
             self.trouble[name] = str(error)
+        except Exception as error:
+            self.trouble[name] = internal(error).message
         self.look((name,))
 
     def led(self, name: str) -> bool:
@@ -136,18 +128,17 @@ class Desk:
         except UserError as error:
             wrong = str(error)
         for name in names:
+            state = Shards(name)
             try:
                 state = self.seen(self.folder(name), rows)
+                state = replace(state, error=self.trouble.get(name, "") or state.error or ("" if self.folder(name).job.here else wrong))
                 self.join(state)
-                self.states[name] = replace(
-                    state,
-                    joined=self.joins.get(name, (0,))[0],
-                    error=self.trouble.get(name, "") or state.error or ("" if self.folder(name).job.here else wrong),
-                )
             except (UserError, OSError) as error:
-                self.states[name] = Shards(name, error=str(error))
+                state = state if state.live else replace(state, error=str(error))
             except Exception as error:  # parts of another version, or made up: the other folders go on
-                self.states[name] = Shards(name, error=f"its parts can't be joined: {type(error).__name__}: {error}"[:300])
+                state = replace(state, error=f"its parts can't be joined: {type(error).__name__}: {error}"[:300])
+            number, damaged = self.joins.get(name, (0,))[0], state.whole and name in self.results and not self.results[name][0].whole
+            self.states[name] = replace(state, joined=number, whole=state.whole and not damaged, more=state.more or damaged)
         self.looked = time.monotonic()
 
     def seen(self, folder: Folder, rows: list[tasks.Row]) -> Shards:
@@ -181,10 +172,11 @@ class Desk:
         request, (info, result, lost) = folder.request, folder.joined()
         if state.whole and (folder.second.path / "request.bin").exists():
             result = scattered(request).end(request, result, folder.second.joined()[1])
-        prompts = f", {len(result.prompts)} of {state.prompts} prompts" if getattr(result, "prompts", ()) else ""
+        used = len(getattr(result, "prompts", ()))
+        prompts = f", {used} of {state.prompts} prompts" if used else ""
         said = f"{len(folder.shards) - len(lost)} of {len(folder.shards)} shards{prompts}"
         stamp = self.folders[state.folder][0]
-        self.results[state.folder] = Joined(state.folder, np.zeros(0, np.uint8), stamp, said, state.whole), (info, result, *folder.asked[:2])
+        self.results[state.folder] = Joined(state.folder, np.zeros(0, np.uint8), stamp, said, state.whole and not lost), (info, result, *folder.asked[:2])
         self.joins[state.folder] = (number + 1, there, time.monotonic(), time.monotonic() - began)
 
 

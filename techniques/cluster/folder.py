@@ -17,7 +17,7 @@ from pathlib import Path
 
 import techniques
 from utils import ROOT
-from vocabulary.chosen import choose, is_chosen, pinned
+from vocabulary.chosen import choose, is_chosen, pinned, sbatch_key
 from vocabulary.files import make_folder, write_text
 from vocabulary.nodes import UserError
 from vocabulary.parts import Scattered, read_frames, write_frames
@@ -97,7 +97,7 @@ class Job:
     @property
     def code(self) -> str:
         """What its script can be made to run by, as it is chosen or not (vocabulary/chosen.py)."""
-        return f"sbatch {self.sbatch}" if self.sbatch.strip() else ""
+        return sbatch_key(self.sbatch)
 
     def check(self) -> None:
         wrong = not isinstance(self.sbatch, str) or not isinstance(self.cwd, str) or not self.sbatch.isprintable()

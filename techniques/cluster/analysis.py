@@ -4,6 +4,7 @@ what is asked is answered with what that thread found last.
 """
 
 import os
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from vocabulary.parts import pack, unpack
 from vocabulary.requests import Load
 
 OFTEN = 1.0  # seconds between two looks
+USUAL = re.compile(r"task \d+: |shard \d+: ")  # how lines of a log begin that tell of no error
 ASKED = 10.0  # seconds that a folder is looked at after a screen asked for it
 
 
@@ -158,7 +160,7 @@ class Desk:
         asks = named(request) + ", second pass" * (second is not None)
         return Shards(
             str(folder.path), asks, load.model, folder.total * hasattr(request, "study"), done, total, "tasks " + " ".join(words) if words else "no tasks", live, left,
-            0, whole, not whole and not live, "" if live or whole else why_not(folder),
+            0, whole, not whole and not live, "" if live or done == total else why_not(folder, stage),
         )  # fmt: skip
 
     def join(self, state: Shards) -> None:
@@ -180,15 +182,14 @@ class Desk:
         self.joins[state.folder] = (number + 1, there, time.monotonic(), time.monotonic() - began)
 
 
-def why_not(folder: Folder) -> str:
-    """Why tasks ended before all was done, as far as it is known."""
+def why_not(folder: Folder, stage: Folder) -> str:
+    """Why tasks ended before all of a pass was done, as far as it is known."""
     if (folder.path / "cancel").exists():
         return tasks.CANCELLED
     if said := tasks.endings(folder):
         return said
-    said = tasks.last_line(folder.path / "log.txt")
-    lost = [k for k in range(folder.job.tasks) if "shards" not in (line := tasks.last_line(folder.path / f"log-{k}.txt")) and line]
-    return said or next((f"task {k}: {tasks.last_line(folder.path / f'log-{k}.txt')}" for k in lost), "")
+    logs = [folder.path / "log.txt", *(stage.path / f"log-{k}.txt" for k in range(folder.job.tasks))]
+    return next((line for log in logs if (line := tasks.last_line(log)) and not USUAL.match(line)), "")
 
 
 DESK = Desk()

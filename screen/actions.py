@@ -258,6 +258,15 @@ def turns(name: str):
     return lambda pane, app: turn(app, name)
 
 
+def turned(app: Host, base: str, views: dict[str, str]) -> None:
+    """This base and these views, each an action where it is another now."""
+    if app.state.base != base:
+        app.act("base", value=base)
+    for name, value in views.items():
+        if app.state.views[name] != value:
+            app.act("view", name=name, value=value)
+
+
 def turn_which(app: Host) -> None:
     kinds = WHICH if app.state.compares else ("now", "clean", "now-clean")
     turn(app, "which", tuple(k for k in kinds if "-" not in k or app.panes[app.pane].differences))

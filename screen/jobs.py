@@ -3,6 +3,8 @@
 import time
 from collections.abc import Callable
 
+from techniques.cluster.requests import named
+from vocabulary.nodes import UserError
 from screen.client import Job
 from screen.overlays import Panel
 from screen.pane import Host
@@ -17,27 +19,55 @@ def row(job: Job) -> Spans:
 
 
 class Jobs(Panel):
-    """The list of running jobs, which follows them; x cancels the one that is selected."""
+    """
+    The list of running jobs and of scattered ones, which follows them; x cancels the one that is selected, enter says what else can be done with a scattered
+    one, or starts one.
+    """
 
     def __init__(self, app: Host, **kw):
         self.host, self.shown = app, []
-        super().__init__("jobs", self.lines(), "x cancels · esc closes", bool(app.client.jobs), {"x": self.cancel}, **kw)
+        super().__init__("jobs", self.lines(), "x cancels · ⏎ opens · esc closes", True, {"x": self.cancel, "enter": self.enter}, **kw)
 
     def on_mount(self) -> None:
         super().on_mount()
         self.set_interval(1, self.follow)
 
     def lines(self) -> list[Spans]:
-        self.shown = [*self.host.client.jobs.values()]
-        return [row(j) for j in self.shown] or [[(" no jobs are running" if self.host.client.alive else " no jobs are running: the engine is not", DIM)]]
+        """Each with what it is of: a job, the folder of a scattered one, or what enter does."""
+        app, scattered = self.host, self.host.requests.scattered
+        rows: list[tuple[Spans, object]] = [(row(j), j) for j in app.client.jobs.values() if not j.slot.startswith("scatter")] + scattered.rows()
+        rows = rows or [([(" no jobs are running" if app.client.alive else " no jobs are running: the engine is not", DIM)], None)]
+        if app.info is not None and (asked := app.panes[app.pane].scatters(app)) is not None:
+            text = f" scatter this: {named(asked)} over {len(asked.study.prompt_set)} prompts, as processes or a Slurm array"
+            rows.append(([(text, PLAIN)], lambda: scattered.scatter(asked)))
+        if app.client.alive:
+            rows.append(([(" watch a folder of a scattered job", PLAIN)], scattered.watch))
+        self.shown = [of for _, of in rows]
+        return [line for line, _ in rows]
 
     def follow(self) -> None:
         self.replace(self.lines())
 
     def cancel(self, at: int) -> None:
-        if at < len(self.shown) and self.shown[at].id in self.host.client.jobs:
-            self.host.requests.cancel(self.shown[at])
+        of = self.shown[at] if at < len(self.shown) else None
+        if isinstance(of, Job) and of.id in self.host.client.jobs:
+            self.host.requests.cancel(of)
+        elif isinstance(of, str):
+            try:
+                self.host.requests.scattered.cancel(of)
+            except UserError as error:
+                self.complain(str(error))
+                return
         self.follow()
+
+    def enter(self, at: int) -> None:
+        of = self.shown[at] if at < len(self.shown) else None
+        if isinstance(of, str):
+            self.action_close()
+            self.host.requests.scattered.choose(of)
+        elif callable(of):
+            self.action_close()
+            self.host.guard(of)
 
 
 def jobs(app: Host) -> None:

@@ -118,6 +118,14 @@ class Pane(Vertical, can_focus=True):
         """What is shown of a result that comes in parts: the newest part, unless parts have to be put together."""
         return part
 
+    def scatters(self, app: Host) -> object | None:
+        """What is asked here over the whole set, which can run in shards."""
+        return None
+
+    def turn_to(self, app: Host, request: object, result: object) -> bool:
+        """Turn the session to what makes this pane ask for exactly this; False where it is none of its requests."""
+        return False
+
     # ---------------------------------------------------------------- the cursor
 
     def step(self, app: Host, rows: int, cols: int) -> None:

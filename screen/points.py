@@ -79,6 +79,12 @@ def deed(step: Step) -> str:
     match step.name:
         case "start":
             return f"began with {Path(step.after.model.model).name}"
+        case "scattered":
+            return (
+                f"{'scattered into' if step.args.get('how') else 'watches'} {step.args.get('folder', '')}"
+                if step.args.get("how") is not None
+                else "forgot a scattered job"
+            )
         case "name":
             return f"called it {step.args.get('text', '')}"
         case "undo" | "redo":

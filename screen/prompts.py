@@ -1,14 +1,13 @@
 """What the keys do to prompts: edit them, choose the metric, open and step through a set, align two of unequal length."""
 
 import ast
-import hashlib
 import time
 from dataclasses import replace
 from pathlib import Path
 
 from vocabulary.alignment import check_pairs
 from vocabulary.chat import as_typed, read_typed
-from vocabulary.chosen import choose
+from vocabulary.chosen import choose, pinned
 from vocabulary.typed import read_text, user_path, whole_number
 from vocabulary.nodes import UserError
 from techniques.sets.requests import MAKES, MakeSet, SetResult
@@ -276,11 +275,9 @@ def own_metrics(file: str) -> list[Item]:
 
 def take_own(app: Host, own: str) -> None:
     """A metric of one's own, pinned to its file as it is now: where the file lies with the engine on another machine, that one reads it."""
-    file, _, name = own.rpartition(":")
-    path = user_path(file).resolve()
+    path = user_path(own.rpartition(":")[0]).resolve()
     if not path.is_file() and not getattr(app.client, "via", ""):
         raise UserError(f"there is no file {path}: a metric of your own is named as FILE.py:NAME")
-    digest = hashlib.sha256(read_text(path).encode()).hexdigest()[:8] if path.is_file() else ""
-    metric = Metric("own", own=f"{path if digest else file}:{name}", digest=digest)
+    metric = pinned(Metric("own", own=own))
     choose(metric)
-    app.act("metric", kind="own", own=metric.own, digest=digest)
+    app.act("metric", kind="own", own=metric.own, digest=metric.digest)

@@ -21,6 +21,7 @@ from vocabulary.requests import Check, CheckResult, Load
 from vocabulary.wire import needs_model
 from screen.held import Held
 from screen.client import EngineDied, EngineError, Job, Superseded
+from screen.scattered import Scattered
 from utils import visible
 from widgets import BAD, DIM, WARN, Spans
 
@@ -56,6 +57,7 @@ class Requests:
         self.slow = False  # whether what is drawn has been behind for a while
         self.progress_of = ""
         self.held = Held(app)
+        self.scattered = Scattered(app)
         self.notices: dict[str, str] = {}  # slot -> what its running job has to say when it is over
 
     # ---------------------------------------------------------------- what is there
@@ -91,10 +93,14 @@ class Requests:
         return reply.of(wanted, kind) if reply is not None and wanted is not None else None
 
     def answer_to(self, request: object, kind: type | tuple[type, ...], slot: str = "") -> object | None:
-        """The result of exactly this request, if it is at hand; whole or in part where the slot is named."""
+        """The result of exactly this request, if it is at hand; whole, or in part where the slot is named or it was scattered."""
         reply = self.reply(slot)
         found = reply.of(request, kind) if reply is not None else None
-        return found if found is not None or request not in self.answers else self.answers[request].of(request, kind)
+        if found is None and request in self.answers:
+            found = self.answers[request].of(request, kind)
+        if found is None and (table := self.scattered.table(request)) is not None and isinstance(table.result, kind):
+            found = table.result
+        return found
 
     def error(self, slot: str) -> str:
         """Why there is nothing in a slot: its own request failed, or the run's, for which it waits."""
@@ -134,6 +140,7 @@ class Requests:
     def refresh(self, study: Study, panes: list) -> bool:
         """Ask for what these panes lack; whether another run is at hand at once."""
         state, jobs = self.app.state, self.app.client.jobs
+        self.scattered.follow()
         wanted, self.askers = {"check": Check(state.prompt, state.align), "run": Run(study)}, {}
         for pane in panes:
             mine = pane.wants(self.app)

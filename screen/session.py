@@ -262,6 +262,7 @@ class Session:
         self.apart = True  # whether views are undone apart from work: not in files of before
         self.kept: set[str] = set()  # digests of those that the file holds
         self.log, self.actions, self.trouble, self.name = Log(path or new_path()), 0, "", ""
+        self.folders: dict[str, dict] = {}  # of scattered jobs, each with how it was started
         self.record = Record(self)
 
     @property
@@ -307,7 +308,7 @@ class Session:
             if args["prompts"] not in self.sets:
                 raise UserError("its prompt set is missing")
             args = args | {"prompts": self.sets[args["prompts"]]}
-        if name in ("name", "note"):
+        if name in ("name", "note", "scattered"):
             return self.state
         new = apply(self.state, name, args)
         changed_fits(new, self.state, ("prompt_set",))  # sets: `refer`
@@ -321,6 +322,9 @@ class Session:
             self.apart = bool(args.get("of"))
         elif name == "name":  # of the session, not of what it does
             self.name = str(args.get("text", ""))
+        elif name == "scattered":
+            how, folder = args.get("how"), str(args.get("folder", ""))
+            self.folders = {f: h for f, h in self.folders.items() if f != folder} | ({folder: how} if isinstance(how, dict) else {})
         elif name != "note":
             self.past.append((self.state, name))
             self.future = [step for step in self.future if step[1] != name] if name == history.VIEW and self.apart else []

@@ -101,7 +101,7 @@ SCREEN = (
         dialogs.convention,
     ),
     Action("models", "M", "model", "Load another model", LOUPE, models.models),
-    Action("jobs", "J", "jobs", "Running jobs; x cancels one", LOUPE, jobs.jobs),
+    Action("jobs", "J", "jobs", "Running and scattered jobs; x cancels one, ⏎ scatters what this pane asks over the set", LOUPE, jobs.jobs),
     Action("write", "w", "session", "Where this session is written, and its name", LOUPE, sessions.where_written),
     Action("note", "!", "note", "Write a line of text on this point: node, prompt, number", LOUPE, points.note),
     Action("history", "", "history", "The session in words: what was done, computed and noted; go to a point, compare two", LOUPE, points.show),

@@ -2,17 +2,22 @@
 
 import json
 import subprocess
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 
 import numpy as np
 import pytest
 
 from engine import Engine, main
 from model.replacements import corrupted_rows, resampled
+from techniques.attention.requests import AttentionSet
+from techniques.attribution.requests import AttributionSet
 from techniques.circuits.requests import Discover, PathPatch, Score
-from techniques.cluster.command import ScatterCommand, visible_gpus
+from techniques.cluster.command import ScatterCommand
 from techniques.cluster.folder import Folder, Job
+from techniques.cluster.tasks import visible_gpus
+from techniques.features.requests import Examples
 from techniques.patching.requests import Estimate, Sweep
+from techniques.qk.requests import QKSet
 from utils import ROOT
 from vocabulary.circuit import Circuit
 from vocabulary.nodes import UserError, parse_intervention
@@ -47,7 +52,7 @@ def same(joined: object, whole: object, but: tuple[str, ...] = TIMES, tolerance:
         a, b = getattr(joined, f.name), getattr(whole, f.name)
         if f.name in but:
             continue
-        if hasattr(b, "mean") and hasattr(b, "low"):
+        if is_dataclass(b):
             same(a, b, (), tolerance)
         elif isinstance(b, np.ndarray | float):
             np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=f.name)
@@ -73,6 +78,39 @@ def test_a_scattered_table_is_the_whole(zoo, tmp_path, name):
     same(joined, zoo.run(SWEEPS[name]))
     assert info == zoo.model.info and joined.p.size
     assert read_frames(tmp_path / "a" / "whole.bin")[1].body.prompts == tuple(range(7))
+
+
+OVER = {
+    "attention": AttentionSet(STUDY),
+    "attention of a difference": AttentionSet(replace(STUDY, prompt_set=MIXED), "clean-corrupt"),
+    "attribution": AttributionSet(STUDY, "clean"),
+    "attribution under": AttributionSet(replace(STUDY, interventions=(parse_intervention("L1H1=mean"),))),
+    "qk": QKSet(STUDY, 3, 2, "END", "S2"),
+}
+
+
+@pytest.mark.parametrize("name", [n if n in ("attention of a difference", "qk") else pytest.param(n, marks=pytest.mark.table) for n in OVER])
+def test_other_questions_over_a_set(zoo, tmp_path, name):
+    """Means and deviations of all prompts, from each part's: a task was killed before its last part."""
+    folder = in_parts(zoo, OVER[name], tmp_path / "a", 3)
+    folder.part(1).unlink()
+    assert folder.gather(True)[1].prompts.tolist() == [0, 1, 2, 6]
+    folder.work(1, 2, zoo, lambda part: None, lambda line: None)
+    same(folder.gather()[1], zoo.run(OVER[name]))
+
+
+def test_examples_over_parts_of_a_text(zoo, tmp_path):
+    """The largest activations, counts, densities and pairs of the whole text; shards behind its end are empty parts."""
+    text = tmp_path / "text.txt"
+    text.write_text((ROOT / "zoo" / "corpus.txt").read_text()[:5000])
+    ask = Examples("zoo/L1.resid_post", str(text), (3, 40, 200), 4, 2000, 16)
+    folder = in_parts(zoo, ask, tmp_path / "a", 25)
+    folder.part(1).unlink()
+    assert "partial: 4 of 5 shards" in folder.gather(True)[1].convention
+    folder.work(1, 2, zoo, lambda part: None, lambda line: None)
+    joined = folder.gather()[1]
+    same(joined, zoo.run(ask), (*TIMES, "cached"))
+    assert joined.tokens and max(map(len, joined.examples)) == 4
 
 
 def test_a_scattered_mean_and_noise_are_the_whole(zoo, tmp_path):
@@ -157,10 +195,6 @@ def test_what_can_not_be_scattered(zoo, tmp_path):
         zoo.run(Discover(part, "greedy"))
     with pytest.raises(UserError, match="minimality chooses subsets"):
         zoo.run(Score(part, Circuit("some", "zoo", ("L0H1",)), ("minimality",)))
-    from techniques.attention.requests import AttentionSet
-
-    with pytest.raises(UserError, match="AttentionSet can't run over a part"):
-        zoo.run(AttentionSet(part, ("S1", "S2")))
     Folder(tmp_path).lay_out(zoo.loaded, Sweep(STUDY, "z", over_set=True), 2, Job(2))
     with pytest.raises(UserError, match="another request"):
         Folder(tmp_path).lay_out(zoo.loaded, Sweep(STUDY, "q", over_set=True), 2, Job(2))
@@ -222,7 +256,8 @@ def test_the_job_is_a_script_that_bash_reads(tmp_path, capsys):
         ("sweep --kind z --set {}", "give --out"),
         ("sweep --kind z --set {} --out {} --tasks 0", "--tasks is 1 or more"),
         ("sweep --kind z --set {} --plot a.svg --out {}", "gather FOLDER --plot"),
-        ("certify --set {} --out {}", "Certify can't run over a part"),
+        ("certify --set {} --out {}", "Certify is not scattered: it decides by the whole set"),
+        ("train-sae --out {1}", "TrainSae is not scattered: each step of a training"),
     ],
 )
 def test_refused_before_anything_runs(tmp_path, capsys, words, line):

@@ -1,9 +1,11 @@
 """Parts of a prompt set that are computed apart: what a request needs so that its parts can be joined, and files of frames. Never imports torch."""
 
 import io
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from vocabulary.files import replacing
 from vocabulary.requests import ModelInfo
@@ -14,7 +16,8 @@ from vocabulary.wire import Frame, encode, read_frame
 class Scattered:
     """
     How the results of a request's parts become the whole set's. `check`: UserError for what can't be joined. `join(request, parts, info)`. Where that is not the end,
-    `then(request, joined)` is a second request over the set, and `end(request, joined, second)` the result. `write(result, folder)` are files beside it.
+    `then(request, joined)` is a second request over the set, and `end(request, joined, second)` the result. `write(result, folder)` are files beside it. `size(request)`:
+    how much there is to cut into shards, `cut(request, from, to)` the request of one.
     """
 
     check: Callable[[object], None]
@@ -22,17 +25,53 @@ class Scattered:
     then: Callable[[object, object], object | None] = lambda request, joined: None
     end: Callable[[object, object, object], object] = lambda request, joined, second: joined
     write: Callable[[object, Path], None] = lambda result, folder: None
+    size: Callable[[object], int] = lambda request: len(request.study.prompt_set)
+    cut: Callable[[object, int, int], object] = lambda request, start, stop: replace(request, study=replace(request.study, part=(start, stop)))
+
+    @property
+    def two(self) -> bool:
+        """Whether a second pass follows the first."""
+        return self.then is not Scattered.then
+
+
+def pack(bodies: Iterable[tuple[int, object]]) -> bytes:
+    """Messages, each with a number, as bytes."""
+    return b"".join(encode(Frame("result", number, body=body)) for number, body in bodies)
+
+
+def unpack(data: bytes) -> list[Frame]:
+    """What `pack` made. WireError where it is damaged."""
+    stream, out = io.BytesIO(data), []
+    while (frame := read_frame(stream.read)) is not None:
+        out.append(frame)
+    return out
 
 
 def write_frames(path: Path, bodies: Iterable[tuple[int, object]]) -> None:
-    """Messages, each with a number, as one file: whole or not at all."""
+    """Messages as one file: whole or not at all."""
     with replacing(path) as part:
-        part.write_bytes(b"".join(encode(Frame("result", number, body=body)) for number, body in bodies))
+        part.write_bytes(pack(bodies))
 
 
 def read_frames(path: Path) -> list[Frame]:
     """The frames of a file. OSError or WireError where it is missing or damaged."""
-    stream, out = io.BytesIO(path.read_bytes()), []
-    while (frame := read_frame(stream.read)) is not None:
-        out.append(frame)
-    return out
+    return unpack(path.read_bytes())
+
+
+def pooled(means: Sequence[np.ndarray], deviations: Sequence[np.ndarray], counts: Sequence) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and (population) standard deviation over all of several groups, from each group's and how many it has (a number, or one a cell); NaN where none has any."""
+    n = np.stack([np.broadcast_to(np.asarray(c, float), np.shape(m)) for c, m in zip(counts, means)])
+    each, spread = (np.where(n > 0, np.nan_to_num(np.stack(x).astype(float)), 0.0) for x in (means, deviations))
+    total = n.sum(0)
+    safe = np.maximum(total, 1)
+    mean = (n * each).sum(0) / safe
+    variance = (n * (spread**2 + (each - mean) ** 2)).sum(0) / safe
+    return tuple(np.where(total > 0, x, np.nan) for x in (mean, np.sqrt(variance)))
+
+
+def counted(convention: str, parts: Sequence) -> str:
+    """The words of one part with the number of prompts of all, where these say "over N prompts"; of what the parts say otherwise, how many do."""
+    total = sum(len(r.prompts) for r in parts)
+    every = [r.convention.replace(f"over {len(r.prompts)} prompts", f"over {total} prompts", 1) for r in parts]
+    other = sum(words != every[0] for words in every)
+    return every[0] + f"; {other} of {len(parts)} shards say otherwise, such as who is left out" * bool(other)

@@ -122,6 +122,11 @@ class ModelInfo:
         return f"{self.name}{self.scaled}, {self.dtype} on {self.device}" + f", against {self.against} × {self.beside_scale}" * bool(self.against)
 
     @property
+    def identity(self) -> tuple:
+        """What results that belong together have in common: all of the model but where it ran."""
+        return self.name, self.scaled, self.dtype, self.n_params, self.against, self.beside_scale, self.default_bos
+
+    @property
     def scales(self) -> float | None:
         """The scale that can be changed: the first model's, else the second one's."""
         return self.beside_scale if self.scale is None else self.scale

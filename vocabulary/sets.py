@@ -33,3 +33,11 @@ def left_out(left: LeftOut, of: int, most: int = 3) -> str:
         return ""
     words = "; ".join(f"prompt {i + 1}: {reason}" for i, reason in left[:most])
     return f"{len(left)} of {of} prompts of the set left out: {words}" + (f"; and {len(left) - most} more" if len(left) > most else "")
+
+
+def in_part(members: Members, part: tuple[int, int] | None) -> list[int]:
+    """Which of the members are in a part of the set: all without one. EmptyPart where none is."""
+    mine = [k for k, (i, _) in enumerate(members) if part is None or part[0] <= i < part[1]]
+    if not mine:
+        raise EmptyPart(f"none of the prompts {part[0] + 1} to {part[1]} of the set fits")
+    return mine

@@ -30,10 +30,15 @@ def interval(values: np.ndarray) -> dict[str, np.ndarray]:
     n, mean = len(values), values.mean(0)
     if n < 2:
         return dict.fromkeys(("std", "low", "high"), np.full(mean.shape, math.nan))
-    std, df = values.std(0, ddof=1), n - 1
-    quantile = T95[df - 1] if df <= len(T95) else 1.959964 + 2.3723 / df + 2.823 / df**2
-    half = quantile * std / math.sqrt(n)
+    std = values.std(0, ddof=1)
+    half = half_width(n) * std
     return {"std": std, "low": mean - half, "high": mean + half}
+
+
+def half_width(n: int) -> float:
+    """Half of a mean's 95 % confidence interval over n values, in standard deviations (n - 1)."""
+    df = n - 1
+    return (T95[df - 1] if df <= len(T95) else 1.959964 + 2.3723 / df + 2.823 / df**2) / math.sqrt(n)
 
 
 def tries(n: int, cells: int) -> tuple[int, bool]:

@@ -19,7 +19,7 @@ from techniques.attention.requests import DETECTORS, STATS, AttentionResult, Att
 from vocabulary.nodes import UserError
 from vocabulary.prompts import RUNS, WHICH, Prompt, Study
 from vocabulary.requests import Progress
-from vocabulary.sets import LeftOut, Members, fitting, left_out
+from vocabulary.sets import EmptyPart, LeftOut, Members, fitting, in_part, left_out
 
 RANDOM_ROWS, RANDOM_LENGTH = 4, 50
 PATTERN_BYTES = 16 << 20  # of a layer's patterns are read at once
@@ -287,6 +287,7 @@ def over_set(
         return runs
 
     members, everyone, left = fitting(members, read)
+    members, everyone = ([some[k] for k in in_part(members, study.part)] for some in (members, everyone))
     order: list[list[dict | None]] = [[None] * len(members) for _ in sides]
     chunks = Chunks("prompts", lambda _: prompts_at_once(model, length))
     for place, side in enumerate(sides):
@@ -317,7 +318,7 @@ def over_set(
                 yield Progress(done, len(members) * len(sides), text)
     good = [j for j in range(len(members)) if all(side[j] is not None for side in order)]
     if not good:
-        raise UserError(f"prompt {left[0][0] + 1} of the set: {left[0][1]}")
+        raise (UserError if study.part is None else EmptyPart)(f"prompt {left[0][0] + 1} of the set: {left[0][1]}")
     return [members[j] for j in good], [subtract([side[j] for side in order]) for j in good], left
 
 

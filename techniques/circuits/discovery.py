@@ -61,7 +61,9 @@ def estimate(pane: Pane, app: Host, request: Discover) -> None:
             [(f" {METHODS[request.method]}", DIM)],
         ]
         go = lambda at: (panel.action_close(), run(pane, app, request))  # noqa: E731
-        panel = Panel(f"{request.method}", rows, "⏎ starts it (J lists it, x cancels it there)", False, {"enter": go})
+        apart = lambda at: (panel.action_close(), app.guard(lambda: app.requests.scattered.scatter(request)))  # noqa: E731
+        keys = {"enter": go} | ({"J": apart} if n > 1 else {})
+        panel = Panel(f"{request.method}", rows, f"⏎ starts it (J lists it, x cancels it there){' · J scatters it over tasks' * (n > 1)}", False, keys)
         app.open(panel)
 
     app.requests.ask("expected", dataclasses.replace(request, dry=True), show, opens=f"{request.method}: estimating the time")

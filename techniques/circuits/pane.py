@@ -18,7 +18,7 @@ from screen.keys import CIRCUIT, Action, Part
 from screen.maps import columns_of
 from screen.pane import Host, Pane
 from screen.replies import Reply
-from techniques.circuits import actions, discovery, files, path_view, walk
+from techniques.circuits import actions, discovery, files, path_view, shards, walk
 from techniques.circuits.explained import EXPLAINED
 from techniques.circuits.graph import Graph
 from techniques.circuits.pictures import NO_CIRCUIT, about_node, all_scores, compared, curve, listing, map_grid, members, scored_over, summary, wrap
@@ -142,6 +142,12 @@ class CircuitPane(Pane):
         """How the current circuit was found, if that was here and on this model."""
         reply = self.found.get(app.state.circuit)
         return reply if reply is not None and reply.model == app.requests.model else None
+
+    def scatters(self, app: Host) -> object | None:
+        return shards.scatters(self, app)
+
+    def turn_to(self, app: Host, request: object, result: object) -> bool:
+        return shards.turn_to(self, app, request, result)
 
     def paths(self, app: Host) -> SweepResult | None:
         """The effects of the paths that are asked for now, whole or as far as they are."""
@@ -280,7 +286,8 @@ class CircuitPane(Pane):
         else:
             self.laid = None
             self.paint_side(app, result, max(20, self.size.width - mapped - 3))
-        score = f" · faithfulness {result.faithfulness.mean:.3f} {scored_over(state, self.study(app))}" if result is not None else ""
+        score = app.requests.scattered.partial(result) and f" · {app.requests.scattered.partial(result)[:-3]}"
+        score += f" · faithfulness {result.faithfulness.mean:.3f} {scored_over(state, self.study(app))}" if result is not None else ""
         busy = app.requests.left("score") if "score" in app.requests.wanted and app.requests.stale("score") else ""
         self.show_title(app, ("score",), f"{view}{score}{busy} · {name}", self.note(app, result))
         about = about_node(str(self.node(app, None)).split("@")[0], circuit, effects)

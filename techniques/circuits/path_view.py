@@ -29,7 +29,7 @@ def paint(pane: Pane, app: Host) -> None:
         return
     edges = set(app.state.current.edges) if app.state.current else set()
     grid = pane.picture("path", (Same(result), frozenset(edges)), lambda: path_grid(result, request, edges))
-    done = "" if result.done == result.total else f"{result.done}/{result.total}{app.requests.left('path')} · "
+    done = app.requests.scattered.partial(result) if result.done == result.total else f"{result.done}/{result.total}{app.requests.left('path')} · "
     pane.show_title(app, ("path",), f"{done}{title}", result.convention, grid)
     row, col = pane.cell(app, result)
     pane.map.show(pane.by_position(app, "path", grid, result.tokens) if grid.positions else grid, (row, col), views["mode"])

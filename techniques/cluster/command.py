@@ -2,9 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -13,10 +10,10 @@ from typing import Annotated, ClassVar
 import tyro
 from rich.console import Console
 
-from techniques.cluster.folder import Folder, Job, progress, scattered
+from techniques.cluster.folder import Folder, Job, check_code, choose_code, scattered
+from techniques.cluster.tasks import run_here
 from techniques.shell import GRAY, GREEN, ModelOptions, plain, print_result, read_command
-from utils import ROOT
-from vocabulary.files import open_log, typed_path
+from vocabulary.files import typed_path
 from vocabulary.nodes import UserError
 
 
@@ -73,20 +70,19 @@ class ScatterCommand:
             raise UserError("--tasks is 1 or more, --shard, --most and --local are not negative, and --sbatch is one line")
         command = read_command([*self.words])
         if not isinstance(command, ModelOptions) or hasattr(command, "alone"):
-            raise UserError(f"{self.words[0]} can't be scattered: sweep, path, score and discover can")
-        if getattr(command, "out", None) or command.plot:
-            raise UserError("the results go into --out of scatter; plot the gathered ones: gather FOLDER --plot FILE")
+            raise UserError(f"{self.words[0]} can't be scattered: it asks no one question over a set or a text (replay: run it once a session)")
         request = command.request()
         request = replace(request, over_set=True) if hasattr(request, "over_set") else request
         scattered(request)
-        folder = Folder(typed_path(self.out))
-        folder.lay_out(command.load(), request, self.shard, Job(self.local or self.tasks, self.most, self.sbatch, os.getcwd()))
+        if getattr(command, "out", None) or command.plot:
+            raise UserError("the results go into --out of scatter; plot the gathered ones: gather FOLDER --plot FILE")
+        folder, job = Folder(typed_path(self.out)), Job(self.local or self.tasks, self.most, self.sbatch, os.getcwd(), self.local)
+        folder.lay_out(command.load(), choose_code(request, job), self.shard, job)
         job = folder.job
-        errors.print(
-            plain(f"{len(request.study.prompt_set)} prompts in {len(folder.shards)} shards, {job.tasks} tasks; {folder.state()}", GRAY), soft_wrap=True
-        )
+        errors.print(plain(f"{folder.total} {folder.unit} in {len(folder.shards)} shards, {job.tasks} tasks; {folder.state()}", GRAY), soft_wrap=True)
         if self.local:
-            return run_here(folder, self.local, show, errors, command.json)
+            run_here(folder, self.local, show)
+            return print_result(*folder.gather(), command.json, None, errors)
         ways = f"sbatch {folder.path / 'job.sbatch'}" if shutil.which("sbatch") else "no sbatch here: run job.sbatch where Slurm is, or add --local 1"
         for line in (ways, f"then engine.py gather {self.out}"):
             errors.print(plain(line, GREEN), soft_wrap=True)
@@ -95,17 +91,24 @@ class ScatterCommand:
 
 @dataclass
 class WorkCommand:
-    """One task of a scattered request, as job.sbatch calls it."""
+    """One task of a scattered request, as job.sbatch calls it; with --local all of them, as processes here, and the whole."""
 
     folder: Annotated[Path, tyro.conf.Positional]
     task: int = 0
     of: int = 1
+    local: int = 0
     asks: ClassVar[tuple[type, ...]] = ()
     unused: ClassVar[tuple[str, ...]] = ()
 
     def alone(self, engine, show: Callable[[object], None], errors: Console) -> int:
         if self.of < 1 or not 0 <= self.task < self.of:
             raise UserError("--task counts from 0 to --of - 1")
+        if self.local:
+            folder = Folder(self.folder)
+            check_code(folder.request)
+            run_here(folder, self.local, lambda part: None)
+            folder.gather()
+            return 0
         return Folder(self.folder).work(self.task, self.of, engine, show, lambda line: errors.print(plain(line), soft_wrap=True))
 
 
@@ -126,66 +129,6 @@ class GatherCommand:
     def alone(self, engine, show: Callable[[object], None], errors: Console) -> int:
         folder = Folder(typed_path(self.folder))
         return print_result(*folder.gather(self.partial), self.json, self.plot, errors)
-
-
-# ------------------------------------------------------------------ as processes on this machine
-
-
-def run_here(folder: Folder, workers: int, show: Callable[[object], None], errors: Console, as_json: bool) -> int:
-    """All tasks as processes of this machine, a second pass after the first; then the whole."""
-    for stage in (folder, folder.second):
-        if stage.missing():
-            run_tasks(stage, workers, show)
-        if stage.missing() or not wants_second(folder):
-            break
-    return print_result(*folder.gather(), as_json, None, errors)
-
-
-def wants_second(folder: Folder) -> bool:
-    """Whether the parts of the first pass lead to a second, which is laid out here."""
-    try:
-        folder.gather()
-    except UserError:
-        return (folder.second.path / "request.bin").exists()
-    return False
-
-
-def run_tasks(folder: Folder, workers: int, show: Callable[[object], None]) -> None:
-    """So many processes, one a GPU where there are some, until each has ended. UserError with the last line of one that failed."""
-    gpus, cores = visible_gpus(), max(1, (os.cpu_count() or 1) // workers)
-    running = []
-    try:
-        for k in range(workers):
-            env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores))}
-            env |= {"CUDA_VISIBLE_DEVICES": gpus[k % len(gpus)]} if gpus else {}
-            words = [sys.executable, ROOT / "engine.py", "work", folder.path, "--task", str(k), "--of", str(workers)]
-            log = open_log(folder.path / f"log-{k}.txt")
-            running.append(subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=env))
-            os.close(log)
-        while any(p.poll() is None for p in running):
-            show(progress(folder))
-            time.sleep(0.3)
-    finally:
-        for p in running:
-            if p.poll() is None:
-                p.terminate()
-                p.wait()
-    if failed := [k for k, p in enumerate(running) if p.returncode]:
-        log = folder.path / f"log-{failed[0]}.txt"
-        last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
-        raise UserError(
-            f"task {failed[0]} ended with {running[failed[0]].returncode}: {''.join(last)[:300]} ({log}); the same words again go on with what is missing"
-        )
-
-
-def visible_gpus() -> list[str]:
-    """The GPUs that a process may be given, by number or name."""
-    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name for name in visible.split(",") if name.strip()]
-    if not shutil.which("nvidia-smi"):
-        return []
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
-    return [str(i) for i, line in enumerate(line for line in listed.splitlines() if line.startswith("GPU "))]
 
 
 COMMANDS = {"scatter": ScatterCommand, "work": WorkCommand, "gather": GatherCommand}

@@ -17,9 +17,11 @@ from pathlib import Path
 
 import techniques
 from utils import ROOT
+from vocabulary.chosen import choose, is_chosen, pinned, sbatch_key
 from vocabulary.files import make_folder, write_text
 from vocabulary.nodes import UserError
 from vocabulary.parts import Scattered, read_frames, write_frames
+from vocabulary.prompts import Metric
 from vocabulary.requests import Failure, Load, ModelInfo, Progress
 from vocabulary.sets import EmptyPart
 from vocabulary.progress import time_left
@@ -41,17 +43,40 @@ exec {python} {engine} work {folder} --task "$SLURM_ARRAY_TASK_ID" --of {tasks}
 def scattered(request: object) -> Scattered:
     """How a request's parts are joined. UserError where they can't be."""
     known = {kind: how for part in techniques.parts("scatter") for kind, how in part.SCATTERED.items()}
+    refused = {kind: why for part in techniques.parts("scatter") for kind, why in getattr(part, "REFUSED", {}).items()}
+    if type(request) in refused:
+        raise UserError(f"{type(request).__name__} is not scattered: {refused[type(request)]}")
     if type(request) not in known:
         raise UserError(f"{type(request).__name__} can't run over a part of a prompt set: {', '.join(sorted(k.__name__ for k in known))} can")
     how = known[type(request)]
     how.check(request)
+    assert not hasattr(request, "out"), "what is scattered writes into its own folder alone"
     return how
+
+
+def choose_code(request: object, job: "Job") -> object:
+    """What the user scatters is chosen by that, its metric's code and the options of sbatch; the request with its metric pinned."""
+    if hasattr(request, "study"):
+        request = replace(request, study=replace(request.study, metric=pinned(request.study.metric)))
+    for chosen in (job.code, *([request.study.metric] if hasattr(request, "study") else ())):
+        if not is_chosen(chosen):
+            choose(chosen)
+    return request
+
+
+def check_code(request: object) -> None:
+    """UserError where a request that came in a folder would run code that nobody chose here."""
+    metric = request.study.metric if hasattr(request, "study") else Metric()
+    if not is_chosen(metric):
+        raise UserError(f"the metric {metric.words} is code that this folder names: scatter the same words with --own {metric.own} to choose it and let it run")
 
 
 def check_part(request: object) -> None:
     """UserError where a request names a part of its set that it can't run over, or that is not there."""
     study = getattr(request, "study", None)
     if getattr(study, "part", None) is None:
+        if getattr(request, "part", None) is not None:
+            scattered(request)
         return
     scattered(request)
     (start, stop), n = study.part, len(study.prompt_set)
@@ -61,12 +86,23 @@ def check_part(request: object) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """How the tasks are started: how many (Slurm: at a time, 0 all), sbatch's options, the folder to be in."""
+    """How the tasks are started: how many (Slurm: at a time, 0 all), sbatch's options, the folder to be in; `here`: as so many processes of this machine."""
 
     tasks: int
     most: int = 0
     sbatch: str = ""
     cwd: str = ""
+    here: int = 0
+
+    @property
+    def code(self) -> str:
+        """What its script can be made to run by, as it is chosen or not (vocabulary/chosen.py)."""
+        return sbatch_key(self.sbatch)
+
+    def check(self) -> None:
+        wrong = not isinstance(self.sbatch, str) or not isinstance(self.cwd, str) or not self.sbatch.isprintable()
+        if wrong or any(type(n) is not int or n < 0 for n in (self.tasks, self.most, self.here)) or self.tasks < 1:
+            raise UserError("tasks are 1 or more, tasks at a time and processes here not negative, and the options of sbatch one line")
 
 
 class Folder:
@@ -77,13 +113,18 @@ class Folder:
 
     @cached_property
     def asked(self) -> tuple[Load, object, int]:
-        """The model, the request over the whole set, and the prompts of a shard."""
+        """The model, the request over the whole set, and the prompts of a shard. UserError where it holds a link, through which a file elsewhere would be written."""
         try:
+            if links := [p.name for p in self.path.iterdir() if p.is_symlink()]:
+                raise UserError(f"{self.path} holds a link ({links[0]}), which no scattered job makes: remove it")
             load, request = read_frames(self.path / "request.bin")
+            if not isinstance(load.body, Load) or request.id < 1:
+                raise ValueError("it is no scattered request")
         except FileNotFoundError as error:
             raise UserError(f"{self.path} holds no request: `engine.py scatter … --out {self.path}` makes one") from error
         except (OSError, WireError, ValueError) as error:
             raise UserError(f"{self.path / 'request.bin'} can't be read: {error}") from error
+        scattered(request.body)
         return load.body, request.body, request.id
 
     @property
@@ -91,15 +132,26 @@ class Folder:
         return self.asked[1]
 
     @cached_property
+    def total(self) -> int:
+        """What there is to cut into shards: prompts, or pieces of a text."""
+        return scattered(self.request).size(self.request)
+
+    @property
+    def unit(self) -> str:
+        return "prompts" if hasattr(self.request, "study") else "pieces of text"
+
+    @cached_property
     def shards(self) -> list[tuple[int, int]]:
-        n, size = len(self.request.study.prompt_set), self.asked[2]
+        n, size = self.total, self.asked[2]
         return [(a, min(a + size, n)) for a in range(0, n, size)]
 
     @property
     def job(self) -> Job:
         try:
-            return Job(**json.loads((self.path / "job.json").read_text()))
-        except (OSError, ValueError, TypeError) as error:
+            job = Job(**json.loads((self.path / "job.json").read_text()))
+            job.check()
+            return job
+        except (OSError, ValueError, TypeError, UserError) as error:
             raise UserError(f"{self.path / 'job.json'} can't be read ({error}): the same words of scatter write it again") from error
 
     @property
@@ -110,8 +162,8 @@ class Folder:
     def lay_out(self, load: Load, request: object, size: int, job: Job) -> None:
         """Write the request and the job. A folder that holds this request goes on; UserError where it holds another."""
         make_folder(self.path)
-        study = request.study
-        if len(study.prompt_set) < 1:
+        n = scattered(request).size(request)
+        if n < 1:
             raise UserError("a prompt set is cut into shards: give --set FILE.jsonl")
         if (self.path / "request.bin").exists():
             had = self.asked
@@ -119,13 +171,19 @@ class Folder:
             if [*map(said, had[:2])] != [said(load), said(request)] or size != had[2]:
                 raise UserError(f"{self.path} holds another request (or other shards): give another --out, or remove it")
         else:
-            size = size or max(1, min(MOST, -(-len(study.prompt_set) // (4 * job.tasks))))
+            size = size or max(1, min(MOST, -(-n // (4 * job.tasks))))
             write_frames(self.path / "request.bin", [(0, load), (size, request)])
         self.write_job(replace(job, tasks=min(job.tasks, len(self.shards))))
 
     def write_job(self, job: Job) -> None:
-        """job.sbatch, whose array names only tasks with something left to do."""
-        write_text(self.path / "job.json", json.dumps(asdict(job)) + "\n")
+        """job.sbatch, whose array names only tasks with something left to do. UserError for options of sbatch that came with the folder."""
+        if not is_chosen(job.code):
+            raise UserError(
+                f"its job script is not written: options of sbatch run code, and {job.sbatch!r} came with the folder; scatter the same words yourself"
+            )
+        text, path = json.dumps(asdict(job)) + "\n", self.path / "job.json"
+        if not path.exists() or path.read_text() != text:
+            write_text(path, text)
         left = sorted({i % job.tasks for i in self.missing()})
         array = f"0-{job.tasks - 1}" if len(left) in (0, job.tasks) else ",".join(map(str, left))
         quoted = {k: shlex.quote(str(v)) for k, v in (("cwd", job.cwd), ("python", sys.executable), ("engine", ROOT / "engine.py"), ("folder", self.path))}
@@ -151,22 +209,27 @@ class Folder:
 
     def state(self, lost: list[int] | None = None) -> str:
         """How many shards are done (of those that are there, without reading them, where nobody says which are lost), and how long the rest takes at this pace."""
-        times = sorted(p.stat().st_mtime for p in self.path.glob("part-*.bin"))
-        total = len(self.shards)
+        times, total = sorted(p.stat().st_mtime for p in self.path.glob("part-*.bin")), len(self.shards)
         done = len(times) if lost is None else total - len(lost)
+        since = (self.path / "job.json").stat().st_mtime if (self.path / "job.json").exists() else 0.0
+        times = [at for at in times if at >= since]  # since it was started last
         left = f", {time_left((times[-1] - times[0]) / (len(times) - 1) * (total - done))}" if 1 < done < total and len(times) > 1 else ""
         return f"{done} of {total} shards done{left}"
 
     def todo(self) -> str:
         """Which shards are missing and what runs them, in words; job.sbatch then names only their tasks."""
-        self.write_job(self.job)
         lost = self.missing()
         some = ", ".join(map(str, lost[:10])) + ", …" * (len(lost) > 10)
+        try:
+            self.write_job(self.job)
+        except UserError as error:
+            return f"{self.state(lost)}; missing: {some}. {error}"
         return f"{self.state(lost)}; missing: {some}. `sbatch {self.path / 'job.sbatch'}` runs only these (without Slurm: the words of scatter again, with --local 1)"
 
     def work(self, task: int, of: int, engine, show: Callable[[object], None], say: Callable[[str], None]) -> int:
         """Run what is missing of one task's shards; the model is loaded once, and not where nothing is. 1 when a shard was refused."""
         load, request, _ = self.asked
+        check_code(request)
         mine = [i for i in range(task, len(self.shards), of) if self.read(i) is None]
         if not mine:
             say(f"task {task}: nothing left to do")
@@ -176,53 +239,63 @@ class Folder:
         for i in mine:
             (start, stop), began = self.shards[i], time.monotonic()
             try:
-                result = engine.run(replace(request, study=replace(request.study, part=(start, stop))), show)
+                result = engine.run(scattered(request).cut(request, start, stop), show)
             except EmptyPart as error:
                 result = Failure(str(error), EMPTY)
             except UserError as error:
-                say(f"shard {i}, prompts {start + 1} to {stop}: {error}")
+                say(f"shard {i}, {start + 1} to {stop}: {error}")
                 refused = 1
                 continue
             write_frames(self.part(i), [(0, info), (0, result)])
-            say(f"shard {i}: {stop - start} prompts in {time.monotonic() - began:.2f} s")
+            say(f"shard {i}: {stop - start} of {self.total} in {time.monotonic() - began:.2f} s")
         return refused
 
-    def gather(self, partial: bool = False) -> tuple[ModelInfo, object]:
-        """The result over the whole set, also as whole.bin. UserError where parts are missing, unless those that are there are wanted."""
+    def joined(self) -> tuple[ModelInfo, object, list[int]]:
+        """The model, the result of the parts that are there, and the shards that are missing; nothing is written. UserError where no part is there."""
         found = {i: some for i in range(len(self.shards)) if (some := self.read(i)) is not None}
         lost = [i for i in range(len(self.shards)) if i not in found]
         good = {i: some for i, some in found.items() if not isinstance(some[1], Failure)}
-        if lost and not (partial and good):
-            raise UserError(f"{self.path}: {self.todo()}")
-        infos = {said_of(info): (i, info) for i, (info, _) in good.items()}
+        if not good:
+            raise UserError(f"{self.path}: no part is there yet" if lost else f"{self.path}: none of the prompts fits: {next(iter(found.values()))[1].message}")
+        infos = {info.identity: (i, info) for i, (info, _) in good.items()}
         if len(infos) > 1:
             words = "; ".join(f"shard {i} by {info.key}" for i, info in infos.values())
             raise UserError(f"{self.path}: parts are of different models: {words}. Name --dtype and --device, and scatter into another --out")
-        info, how = next(iter(good.values()))[0], scattered(self.request)
-        result = how.join(self.request, [r for _, (_, r) in sorted(good.items())], info)
+        info = next(iter(good.values()))[0]
+        result = scattered(self.request).join(self.request, [r for _, (_, r) in sorted(good.items())], info)
         if lost:
-            words = f"partial: {len(found)} of {len(self.shards)} shards"
-            return info, replace(result, warning="; ".join(filter(None, (words, result.warning))))
-        if (after := how.then(self.request, result)) is not None:
-            self.second.lay_out(self.asked[0], after, self.asked[2], self.job)
-            if self.second.missing():
-                raise UserError(f"the first pass is whole, and a second checks what it found: {self.second.todo()}; then gather again")
-            result = how.end(self.request, result, self.second.gather()[1])
+            words, said = f"partial: {len(found)} of {len(self.shards)} shards", "warning" if hasattr(result, "warning") else "convention"
+            result = replace(result, **{said: "; ".join(filter(None, (words, getattr(result, said))))})
+        return info, result, lost
+
+    def gather(self, partial: bool = False) -> tuple[ModelInfo, object]:
+        """The result over the whole set, also as whole.bin. UserError where parts are missing, unless those that are there are wanted."""
+        if not partial and self.missing():
+            raise UserError(f"{self.path}: {self.todo()}")
+        info, result, lost = self.joined()
+        if lost:
+            return info, result
+        if (after := self.lay_out_second(result)) is not None:
+            if after.missing():
+                raise UserError(f"the first pass is whole, and a second checks what it found: {after.todo()}; then gather again")
+            result = scattered(self.request).end(self.request, result, after.gather()[1])
         write_frames(self.path / "whole.bin", [(0, info), (0, result)])
-        how.write(result, self.path)
+        scattered(self.request).write(result, self.path)
         for stale in self.path.glob(".part-*"):  # of tasks that were killed
             with suppress(OSError):
                 stale.unlink()
         return info, result
 
+    def lay_out_second(self, result: object) -> "Folder | None":
+        """The second pass that a joined first one leads to, laid out; None where it is the end."""
+        if (after := scattered(self.request).then(self.request, result)) is None:
+            return None
+        self.second.lay_out(self.asked[0], after, self.asked[2], self.job)
+        return self.second
+
 
 def said(body: object) -> bytes:
     return encode(Frame("ask", body=body))
-
-
-def said_of(info: ModelInfo) -> tuple:
-    """What parts that are joined have in common: all of the model but where it ran."""
-    return info.name, info.scaled, info.dtype, info.n_params, info.against, info.beside_scale, info.default_bos
 
 
 def progress(folder: Folder) -> Progress:

@@ -63,7 +63,7 @@ class FeatureCommand(OfOneSae, options(Feature, first=("source",))):
 
 
 @dataclass
-class ExamplesCommand(options(Examples, first=("source",))):
+class ExamplesCommand(options(Examples, first=("source",), hide=("part",))):
     """Maximal activating examples over a text file; kept on disk under saes/.cache."""
 
 

@@ -18,21 +18,21 @@ from model.memory import in_chunks
 from model.sae import CHUNK_BYTES, SparseAutoencoder
 from model.sae_fit import REFUSE, choose, fit, views
 from model.sae_loading import load
-from techniques.features.requests import Example, Examples, ExamplesResult
+from techniques.features.requests import Example, Examples, ExamplesPart, ExamplesResult
+from techniques.features.scatter import examples_each, fires_with
 from techniques.features.training import at_once, counted
 from vocabulary.files import folder, replacing
 from vocabulary.nodes import UserError
 from vocabulary.requests import Progress
+from vocabulary.sets import EmptyPart
 
 BEFORE, AFTER = 12, 6  # tokens shown around a maximum
 EDGES = 2.0 ** (np.arange(-20, 25) / 2)
 ALL_PAIRS = 2048  # up to so many features every pair is counted
-MOST = 20_000  # examples in one answer
-TOGETHER = 10
 
 
-def examples(model: Model, ask: Examples) -> Generator[Progress, None, ExamplesResult]:
-    """The k texts in which each feature fires most, one a piece of `length` tokens; from the disk when the same was asked before."""
+def examples(model: Model, ask: Examples) -> Generator[Progress, None, ExamplesResult | ExamplesPart]:
+    """The k texts in which each feature fires most, one a piece of `length` tokens; from the disk when the same was asked before. EmptyPart behind the text's end."""
     if ask.k < 1 or ask.tokens < 1:
         raise UserError("k and tokens must be at least 1")
     d = yield from load(model, ask.source)
@@ -43,6 +43,9 @@ def examples(model: Model, ask: Examples) -> Generator[Progress, None, ExamplesR
     rows = windows(model, file, ask.length, 0)
     rows = rows[: max(1, ask.tokens // ask.length)]
     check_text(model, d, rows[:4], file)
+    rows = rows if ask.part is None else rows[slice(*ask.part)]
+    if not len(rows):
+        raise EmptyPart(f"{file.name} has no more than {ask.part[0]} pieces")
     pairs = () if d.d_sae <= ALL_PAIRS else ask.indices
     recipe = (d.digest, d.view, unembed_hash(model), model.info.dtype, hashlib.sha256(rows.numpy().tobytes()).hexdigest(), ask.k, pairs)
     kept = folder("saes") / ".cache" / f"{hashlib.sha256(repr(recipe).encode()).hexdigest()[:24]}.npz"
@@ -52,7 +55,8 @@ def examples(model: Model, ask: Examples) -> Generator[Progress, None, ExamplesR
         cached, found = False, (yield from collect(model, d, rows, ask.k, pairs))
         with contextlib.suppress(UserError), replacing(kept) as part:  # a full disk costs the next one time, and this one nothing
             np.savez(part, **found)
-    return result(model, d, ask, rows, found, file, time.time() - start, cached)
+    whole = result(model, d, ask, rows, found, file, time.time() - start, cached)
+    return whole if ask.part is None else ExamplesPart(whole, *(np.asarray(found[name]) for name in ("fires", "asked", "both")))
 
 
 def read(file: Path) -> dict[str, np.ndarray] | None:
@@ -143,17 +147,9 @@ def collect(model: Model, d: SparseAutoencoder, rows: Tensor, k: int, pairs: tup
 
 def result(model: Model, d: SparseAutoencoder, ask: Examples, rows: Tensor, found: dict, file: Path, seconds: float, cached: bool) -> ExamplesResult:
     indices = ask.indices or tuple(range(d.d_sae))
-    k = max(1, min(ask.k, MOST // len(indices)))
+    k = examples_each(ask.k, len(indices))
     shown = tuple(tuple(read_example(model, rows, found, i, j) for j in range(k) if found["top"][i, j] > 0) for i in indices)
-    where = {int(i): j for j, i in enumerate(found["asked"])}
-    m = min(TOGETHER, d.d_sae - 1) if all(i in where for i in indices) else 0
-    together, jaccard = np.zeros((len(indices), m), np.int32), np.zeros((len(indices), m), np.float32)
-    for n, i in enumerate(indices if m else ()):
-        both = found["both"][where[i]]
-        share = both / np.maximum(found["fires"] + found["fires"][i] - both, 1)
-        share[i] = -1
-        together[n] = np.argsort(-share, kind="stable")[:m]
-        jaccard[n] = share[together[n]]
+    together, jaccard = fires_with(indices, found["fires"], found["asked"], found["both"])
     few = f", {k} of {ask.k} examples each" if k < ask.k else ""
     words = (
         f"{ask.source} over {file.name}: {int(found['tokens'])} tokens in pieces of {rows.shape[1]} without position 0 and BOS; one example a piece{few}; "

@@ -77,6 +77,8 @@ class Examples:
     k: int = 20
     tokens: int = 200_000
     length: int = 64
+    part: tuple[int, int] | None = None
+    """only the pieces of the text from (counted from 0) up to, not including, to. Answer: ExamplesPart"""
 
 
 @request
@@ -290,6 +292,19 @@ class ExamplesResult:
     seconds: float
     cached: bool
     convention: str
+
+
+@message
+class ExamplesPart:
+    """
+    Examples of one part of a text, with what the whole's are made of: how often each feature fires [d_sae], and of the features whose pairs are counted
+    (`asked`) on how many tokens they fire with each [asked, d_sae].
+    """
+
+    result: ExamplesResult
+    fires: np.ndarray
+    asked: np.ndarray
+    both: np.ndarray
 
 
 @message

@@ -8,7 +8,7 @@ from textual.widget import Widget
 
 from techniques.patching.requests import Estimate, Sweep, SweepResult
 from vocabulary.nodes import Intervention, Node, parse_node, UserError
-from screen.actions import no_members, toggle, turns
+from screen.actions import no_members, toggle, turned, turns
 from screen.cursor import clip, place_of
 from screen.keys import VIEW, Action, Part
 from screen.overlays import Item, Picker
@@ -130,8 +130,7 @@ class PatchingPane(Pane):
 
     def shown(self, app: Host) -> tuple[SweepResult | None, SweepResult | None]:
         """Truth and estimate of what is asked for now; those of another direction or prompt are not shown under this one's title."""
-        reply = app.requests.reply("sweep")
-        truth = reply.of(self.request(app), SweepResult) if reply is not None else None
+        truth = app.requests.answer_to(self.request(app), SweepResult, "sweep")
         return truth, app.requests.fresh("estimate", SweepResult)
 
     def at(self, app: Host, result: SweepResult) -> tuple[int, int]:
@@ -191,6 +190,17 @@ class PatchingPane(Pane):
             raise UserError(no_members(app))
         app.requests.start(request)
 
+    def scatters(self, app: Host) -> Sweep | None:
+        request = self.request(app)
+        return request if request.over_set else None
+
+    def turn_to(self, app: Host, request: object, result: object) -> bool:
+        if not isinstance(request, Sweep):
+            return False
+        way = request.study.base if request.op != "patch" else "clean" if request.direction == "noise" else "corrupt"
+        turned(app, way, {"patching.kind": request.kind, "patching.op": request.op, "patching.effect": request.effect, "patching.over": "set"})
+        return True
+
     def rank(self, app: Host) -> None:
         """Cells by what is shown; choosing one puts the cursor there."""
         grid, result = self.table.grid, next((r for r in self.shown(app) if r), None)
@@ -233,6 +243,7 @@ class PatchingPane(Pane):
         done = f"truth {truth.done}/{truth.total}" if truth else "estimate: S runs the truth"
         if truth and truth.done < truth.total:  # first in the title, where it is seen
             title, done = f"{done}{app.requests.left('sweep') if 'sweep' in wanted else ', cancelled: S runs it again'} · {title}", "truth"
+        title = app.requests.scattered.partial(truth) + title
         tested = " · underlined: corrected p < .05" if shown in ("spread", "p", "corrected p") and grid.marks else ""
         warning = f"{result.warning} · " if result.warning else ""
         row, col = self.at(app, result)

@@ -29,7 +29,7 @@ from techniques.patching.requests import SWEEP_OPS, SWEEPS, Sweep
 from vocabulary.nodes import Node, UserError, parse_node
 from vocabulary.prompts import Prompt, Study
 from vocabulary.requests import Progress
-from vocabulary.sets import EmptyPart, LeftOut, Members, fitting
+from vocabulary.sets import LeftOut, Members, fitting, in_part
 
 BATCH = 32
 POSITIONED = ("resid_pre", "resid_mid", "resid_post", "attn", "mlp", "attn_mlp", "z_pos", "cells", "features")  # tables with a column a position
@@ -207,14 +207,6 @@ def read_set(model: Model, study: Study, read: Callable[[Prompt], Runs], *how: o
     if model.notes.members is None or model.notes.members[0] != question:
         model.notes.members = question, fitting(enumerate(study.prompt_set), read)
     return model.notes.members[1]
-
-
-def in_part(members: Members, part: tuple[int, int] | None) -> list[int]:
-    """Which of the members are in a part of the set: all without one. EmptyPart where none is."""
-    mine = [k for k, (i, _) in enumerate(members) if part is None or part[0] <= i < part[1]]
-    if not mine:
-        raise EmptyPart(f"none of the prompts {part[0] + 1} to {part[1]} of the set fits")
-    return mine
 
 
 def named(ask: Sweep, labels: tuple[str, ...] = ()) -> tuple[str, ...]:

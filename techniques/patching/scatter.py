@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from techniques.patching.requests import Estimate, Sweep, SweepResult
+from techniques.patching.requests import Certify, Estimate, Sweep, SweepResult
 from vocabulary.nodes import UserError
 from vocabulary.parts import Scattered
 from vocabulary.requests import ModelInfo
@@ -41,3 +41,4 @@ def join(ask: object, parts: Sequence[SweepResult], info: ModelInfo) -> SweepRes
 
 
 SCATTERED = {Sweep: Scattered(check, join), Estimate: Scattered(check, join)}
+REFUSED = {Certify: "it decides by the whole set after each batch of runs what to run next; scatter the sweep itself"}

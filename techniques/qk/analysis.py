@@ -19,6 +19,7 @@ from techniques.qk.split import Split, convention
 from vocabulary.nodes import UserError
 from vocabulary.prompts import RUNS
 from vocabulary.requests import Progress
+from vocabulary.sets import in_part
 
 
 def answer(model: Model, request: QK | QKSet | QKCheck) -> Generator:
@@ -68,6 +69,7 @@ def result(ask: HeadScore, saes: InSum, found: list[Sides], facts: dict[str, obj
 def over_set(model: Model, ask: QKSet, saes: InSum) -> Generator[Progress, None, QKResult]:
     """The sum on each prompt of the set, at its own positions of the labels; means with intervals."""
     members, sides, each = read_set(ask.study), [], []
+    members = [members[k] for k in in_part(members, ask.study.part)]
     if ask.source is None:
         raise UserError("over a set the source has to be one: give a label that all its prompts have, such as S2")
     for done, (i, prompt) in enumerate(members):

@@ -1,0 +1,210 @@
+"""
+The tasks of a scattered request: as processes of this machine under one that leads them, or as a job array of Slurm's. Starting, seeing, cancelling them.
+
+1. The leading process writes `local.json` every second while it lives, and ends its tasks when a file `cancel` is there: both work for any machine that sees the folder.
+2. What Slurm has is found by the script that it runs, so that a job of the shell's is seen too, and no folder names another's job.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from techniques.cluster.folder import Folder, progress
+from utils import ROOT
+from vocabulary.files import open_log, write_text
+from vocabulary.nodes import UserError
+
+SILENT = 15.0  # seconds after which a leading process that said nothing is gone
+SLURM = 10.0  # seconds that squeue, scancel and sacct have
+CANCELLED = "cancelled"
+BAD = ("FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE")
+
+
+# ------------------------------------------------------------------ processes of this machine
+
+
+def run_here(folder: Folder, workers: int, show: Callable[[object], None]) -> None:
+    """All tasks as processes of this machine, those of a second pass after the first. UserError with the last line of one that failed."""
+    (folder.path / "cancel").unlink(missing_ok=True)
+    try:
+        if folder.missing():
+            run_tasks(folder, folder, workers, show)
+        second = folder.lay_out_second(folder.joined()[1])
+        if second is not None and second.missing():
+            run_tasks(second, folder, workers, show)
+    finally:
+        (folder.path / "local.json").unlink(missing_ok=True)
+
+
+def run_tasks(folder: Folder, lead: Folder, workers: int, show: Callable[[object], None]) -> None:
+    """So many processes, one a GPU where there are some, until each has ended. What `lead` holds says that they live, and when they should not."""
+    gpus, cores = visible_gpus(), max(1, (os.cpu_count() or 1) // workers)
+    running, said = [], -1.0
+    try:
+        for k in range(workers):
+            env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores))}
+            env |= {"CUDA_VISIBLE_DEVICES": gpus[k % len(gpus)]} if gpus else {}
+            words = [sys.executable, ROOT / "engine.py", "work", folder.path, "--task", str(k), "--of", str(workers)]
+            log = open_log(folder.path / f"log-{k}.txt")
+            running.append(subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=env))
+            os.close(log)
+        while alive := sum(p.poll() is None for p in running):
+            if time.monotonic() - said >= 1:
+                said = time.monotonic()
+                write_text(lead.path / "local.json", json.dumps({"running": alive}))
+            if (lead.path / "cancel").exists():
+                raise UserError(CANCELLED)
+            show(progress(folder))
+            time.sleep(0.3)
+    finally:
+        for p in running:
+            if p.poll() is None:
+                p.terminate()
+                p.wait()
+    if failed := [k for k, p in enumerate(running) if p.returncode]:
+        log = folder.path / f"log-{failed[0]}.txt"
+        raise UserError(
+            f"task {failed[0]} ended with {running[failed[0]].returncode}: {last_line(log)} ({log}); the same words again go on with what is missing"
+        )
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that a process may be given, by number or name."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in visible.split(",") if name.strip()]
+    if not shutil.which("nvidia-smi"):
+        return []
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+    return [str(i) for i, line in enumerate(line for line in listed.splitlines() if line.startswith("GPU "))]
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that says something, in 300 characters; "" without one."""
+    try:
+        with open(log, "rb") as f:
+            f.seek(max(0, os.path.getsize(log) - 4000))
+            lines = f.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
+
+
+def start_here(folder: Folder, workers: int) -> subprocess.Popen:
+    """The leading process, which outlives who starts it."""
+    log = open_log(folder.path / "log.txt")
+    try:
+        words = [sys.executable, ROOT / "engine.py", "work", folder.path, "--local", str(workers)]
+        return subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True, cwd=folder.job.cwd or None)
+    finally:
+        os.close(log)
+
+
+def running_here(folder: Folder) -> int:
+    """Tasks that a leading process has; 0 where none lives."""
+    try:
+        path = folder.path / "local.json"
+        return json.loads(path.read_text())["running"] if abs(time.time() - path.stat().st_mtime) < SILENT else 0
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0
+
+
+# ------------------------------------------------------------------ Slurm
+
+
+@dataclass(frozen=True)
+class Row:
+    """One task of an array that Slurm has: its job, its state and, of one that waits, why."""
+
+    job: str
+    state: str
+    reason: str
+    script: str
+
+
+def ask_slurm(*words: str, seconds: float = SLURM) -> str:
+    """What a command of Slurm's prints. UserError with its words."""
+    if not shutil.which(words[0]):
+        raise UserError(f"there is no {words[0]} on this machine: Slurm is not here; start the tasks as processes instead")
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=seconds, check=False, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"{words[0]} did not answer within {seconds:.0f} s") from error
+    if done.returncode:
+        raise UserError(([line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()] or [f"{words[0]} failed"])[-1][:300])
+    return done.stdout
+
+
+def submit(folder: Folder) -> str:
+    """The number of the job that runs what is missing. UserError with sbatch's words."""
+    folder.write_job(folder.job)
+    number = ask_slurm("sbatch", "--parsable", str(folder.path / "job.sbatch"), seconds=60).strip().partition(";")[0]
+    with os.fdopen(open_log(folder.path / "submitted.txt"), "w") as f:
+        f.write(f"{number}\n")
+    return number
+
+
+def queue() -> list[Row]:
+    """The user's tasks in Slurm's queue: one call for all folders, none where there is no Slurm."""
+    if not shutil.which("squeue"):
+        return []
+    lines = ask_slurm("squeue", "-h", "-r", "--me", "-o", "%F|%T|%r|%o").splitlines()
+    return [Row(*line.split("|", 3)) for line in lines if line.count("|") >= 3]
+
+
+def of_folder(rows: Iterable[Row], folder: Folder) -> list[Row]:
+    """Those that run a folder's script, or that of its second pass."""
+    scripts = {str(f.path / "job.sbatch") for f in (folder, folder.second)}
+    return [r for r in rows if r.script in scripts or os.path.realpath(r.script) in scripts]
+
+
+def endings(folder: Folder) -> str:
+    """How the tasks of the last submission ended that did not end well, where Slurm keeps accounts; "" else."""
+    try:
+        number = next(n for stage in (folder.second, folder) if (n := last_line(stage.path / "submitted.txt")))
+        lines = ask_slurm("sacct", "-n", "-X", "-P", "-j", str(int(number)), "-o", "State").splitlines()
+    except (StopIteration, ValueError, UserError):
+        return ""
+    found = [line.split(" ")[0] for line in lines]
+    return ", ".join(f"{found.count(s)} {s}" for s in BAD if s in found)
+
+
+# ------------------------------------------------------------------ either
+
+
+def stage_of(folder: Folder) -> Folder | None:
+    """The pass in which something is missing; None where all is there."""
+    if folder.missing():
+        return folder
+    second = folder.lay_out_second(folder.joined()[1])
+    return second if second is not None and second.missing() else None
+
+
+def start(folder: Folder, rows: list[Row]) -> subprocess.Popen | None:
+    """Start what is missing, in the way that the job says; the leading process, where it is one. UserError where tasks of it run."""
+    job = folder.job
+    if running_here(folder) or of_folder(rows, folder):
+        raise UserError(f"{folder.path.name}: its tasks run; J, then x, cancels them")
+    if (stage := stage_of(folder)) is None:
+        raise UserError(f"{folder.path.name}: nothing is missing")
+    (folder.path / "cancel").unlink(missing_ok=True)
+    for some in {folder, stage}:
+        os.utime(some.path / "job.json")
+    if job.here:
+        return start_here(folder, job.here)
+    submit(stage)
+    return None
+
+
+def cancel(folder: Folder, rows: list[Row], lead: subprocess.Popen | None) -> None:
+    """End a folder's tasks. What is lost of a shard is not kept, its parts are."""
+    write_text(folder.path / "cancel", "")
+    if lead is not None and lead.poll() is None and not running_here(folder):
+        lead.terminate()  # it has no tasks yet
+    if mine := sorted({r.job for r in of_folder(rows, folder)}):
+        ask_slurm("scancel", *mine)

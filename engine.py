@@ -12,6 +12,7 @@ from pathlib import Path
 import techniques
 from model import relay
 from model.host import Host, Screen
+from model.later import import_transformers, later
 from techniques.cluster.folder import check_part
 from utils import setting_of_megabytes, tec
 from vocabulary.nodes import UserError
@@ -20,9 +21,11 @@ from vocabulary.wire import door, needs_model
 
 
 def import_model() -> None:
-    """The heavy imports, without the garbage collector in the way."""
+    """The heavy imports: what the first lens needs, without the garbage collector in the way."""
     gc.disable()
-    techniques.parts("analysis")
+    with later():
+        import_transformers()
+        techniques.parts("analysis")
     gc.freeze()
     gc.enable()
     atexit.register(gc.unfreeze)

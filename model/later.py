@@ -15,6 +15,7 @@ from types import ModuleType
 
 LATER = ("datasets", "pandas", "scipy", "torch._dynamo", "torch.nn.attention.flex_attention", "transformers.integrations.flex_attention")
 waiting: set[str] = set()  # those of LATER that are stood in for now
+kernels: list[object] = []  # torch forgets them with their library
 
 
 def root_of(module: str) -> str | None:
@@ -108,13 +109,16 @@ def later() -> Generator[None]:
 
 def import_transformers() -> None:
     """
-    Transformers as one process needs it: no tensors spread over processes; and the list of its models, which it makes from the source of every one, made once
-    instead of twice.
+    Transformers as one process needs it: no tensors spread over processes; no random numbers for tensors that have no values (torch loads sympy for them); and the
+    list of its models, which it makes from the source of every one, made once instead of twice.
     """
     import torch
     import transformers
     from transformers.utils import import_utils
 
+    kernels.append(meta := torch.library.Library("aten", "IMPL", "Meta"))
+    for name in ("normal_", "uniform_"):
+        meta.impl(name, lambda tensor, *args, **kw: tensor, allow_override=True)
     alone = import_utils.is_torch_distributed_available
     alone.cache_clear()
     there, torch.distributed.is_available = torch.distributed.is_available, lambda: False

@@ -59,10 +59,10 @@ class Name:
         return (self._real(),)
 
     def __or__(self, other: object) -> object:  # in an annotation
-        return typing.Union[self, other]
+        return typing.Union[self, other]  # noqa: UP007
 
     def __ror__(self, other: object) -> object:
-        return typing.Union[other, self]
+        return typing.Union[other, self]  # noqa: UP007
 
 
 class Later(ModuleType):

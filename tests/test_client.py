@@ -130,3 +130,12 @@ async def test_a_banner_before_the_first_frame_is_passed_over(pipes, tmp_path, s
     pipe.stdout.feed_data(answer(link.count))
     assert (await task).memory == link.count and deaths == []
     await link.stop()
+
+
+async def test_what_was_started_before_the_screen_is_its_engine(pipes, tmp_path):
+    link = Client(tmp_path / "log")
+    link.early = (None, "said of the log")
+    assert await link.start() == "said of the log" and link.early is None and link.alive
+    await link.stop()
+    assert await link.start() == ""  # the next is started as ever
+    await link.stop()

@@ -127,7 +127,7 @@ class Loupe(App):
 
     def compose(self) -> ComposeResult:
         self.top, self.status_line, self.hint_line = Lines(id="top"), Lines(id="status"), Lines(id="hint")
-        self.panes = {key: pane() for key, pane in PANES.items()}
+        self.panes = {key: pane(classes="hidden") for key, pane in PANES.items()}
         yield self.top
         with Container(id="body"):
             yield from self.panes.values()
@@ -410,6 +410,7 @@ def first_state(values: dict[str, str]) -> State:
 
 
 def main(args: argparse.Namespace, engine: tuple[subprocess.Popen, str] | None) -> None:
+    gc.freeze()
     gc.enable()
     if args.keys:
         print(key_page(TABLE), end="")

@@ -6,12 +6,14 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import techniques
 from model import relay
 from model.host import Host, Screen
+from model.later import import_transformers, later
 from techniques.cluster.folder import check_part
 from utils import setting_of_megabytes, tec
 from vocabulary.nodes import UserError
@@ -19,10 +21,17 @@ from vocabulary.requests import Check, Failure, Load, Models, Progress, Status, 
 from vocabulary.wire import door, needs_model
 
 
+def import_torch() -> None:
+    gc.disable()  # until everything is imported
+    import torch  # noqa: F401
+
+
 def import_model() -> None:
-    """The heavy imports, without the garbage collector in the way."""
+    """What the first lens needs, without the garbage collector in the way."""
     gc.disable()
-    techniques.parts("analysis")
+    with later():
+        import_transformers()
+        techniques.parts("analysis")
     gc.freeze()
     gc.enable()
     atexit.register(gc.unfreeze)
@@ -34,6 +43,7 @@ class Engine:
     def __init__(self, model: str | Load | None = None):
         techniques.parts("requests")  # what may go over the wire
         self.model, self.loaded, self.seconds = None, None, 0.0
+        self.importing: tuple[Future, ...] = ()
         self.swap: Callable[[], None] = lambda: None  # before the model goes
         self.ask_first: Callable[[Load], None] = lambda request: None  # UserError where it must not go
         if model is not None:
@@ -81,6 +91,8 @@ class Engine:
             case Status():
                 return self.status()
             case Models():
+                for step in self.importing:
+                    step.result()
                 from model.catalogue import find_models
 
                 return (yield from find_models(request, self.held))
@@ -91,14 +103,18 @@ class Engine:
         result = door(type(request)).answer(self.model, request)
         return (yield from result) if isinstance(result, Generator) else result
 
-    def load(self, request: Load) -> Generator:
-        if "model.bridge" not in sys.modules:
-            yield Progress(0, 5, "importing torch")
-            gc.disable()
-            import torch  # noqa: F401
+    def imports(self) -> tuple[Future, ...]:
+        """The heavy imports, in a thread of their own: they go on while the screen is still starting."""
+        if not self.importing:
+            pool = ThreadPoolExecutor(1)
+            self.importing = pool.submit(import_torch), pool.submit(import_model)
+        return self.importing
 
-            yield Progress(1, 5, "importing TransformerLens")
-            import_model()
+    def load(self, request: Load) -> Generator:
+        if not all(step.done() for step in self.imports()):
+            for n, name in enumerate(("torch", "TransformerLens")):
+                yield Progress(n, 5, f"importing {name}")
+                self.importing[n].result()
         from model import beside, loading
 
         megabytes, request = setting_of_megabytes("LOUPE_CACHE_MB", 512), loading.resolved(request)
@@ -156,6 +172,13 @@ def rss() -> int:
 # ------------------------------------------------------------------ the server
 
 
+def early() -> Engine:
+    """An engine that imports before it is asked for a model: a screen will."""
+    engine = Engine()
+    engine.imports()
+    return engine
+
+
 def serve() -> None:
     """
     Speak the protocol on a copy of fd 1, with fd 1 pointed at stderr so that no library's print gets into it. With LOUPE_KEEP_ENGINE_MINUTES the
@@ -166,7 +189,7 @@ def serve() -> None:
     relay.attach()
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    host = Host(Engine())
+    host = Host(early())
     host.join(Screen(sys.stdin.buffer.read, out, lambda: os._exit(0)))
     host.run()
 
@@ -182,6 +205,6 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["serve"]:
         serve()
     elif sys.argv[1:2] == ["keep"]:  # as model/relay.py starts it
-        Host(Engine(), *sys.argv[2:]).keep()
+        Host(early(), *sys.argv[2:]).keep()
     else:
         sys.exit(main())

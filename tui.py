@@ -7,14 +7,22 @@ The app: layout, the cursor, asking the engine, drawing. The panes are the rooms
 """
 
 import argparse
-import signal
+import gc
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from screen import early
+
+if __name__ == "__main__":
+    gc.disable()  # until everything is imported
+    ARGS = early.parser().parse_args()
+    ENGINE = early.start(ARGS)
 if "SSH_CONNECTION" in os.environ:  # remote mode: fewer frames; textual reads these when it is imported
     os.environ.setdefault("TEXTUAL_FPS", "15")
     os.environ.setdefault("TEXTUAL_ANIMATIONS", "none")
@@ -34,7 +42,7 @@ from vocabulary.nodes import Node, UserError
 from vocabulary.prompts import read_prompt_set, Study
 from vocabulary.requests import Load, ModelInfo
 from screen import layout, loading, resume, top
-from screen.client import Client, Job, words_of
+from screen.client import Client, Job
 from screen.colours import LIGHT, SIXTEEN, THEME, use
 from screen.compositor import TightScreen
 from screen.cursor import Cursor, clamped
@@ -48,7 +56,7 @@ from screen.replies import Requests
 from screen.session import Session, State, add_views, read_session
 from screen.table import SCREEN
 from screen.template import skipped
-from screen.terminal import Terminal, no_terminal
+from screen.terminal import Terminal
 from screen.tour import Tour
 from techniques import parts
 from utils import ROOT, printable, settings, visible
@@ -119,7 +127,7 @@ class Loupe(App):
 
     def compose(self) -> ComposeResult:
         self.top, self.status_line, self.hint_line = Lines(id="top"), Lines(id="status"), Lines(id="hint")
-        self.panes = {key: pane() for key, pane in PANES.items()}
+        self.panes = {key: pane(classes="hidden") for key, pane in PANES.items()}
         yield self.top
         with Container(id="body"):
             yield from self.panes.values()
@@ -401,33 +409,19 @@ def first_state(values: dict[str, str]) -> State:
     return replace(state, prompt=prompts[0], set_path=str(path), prompt_set=prompts)
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tui.py", description="Loupe: a terminal microscope for transformer circuits")
-    parser.add_argument("--model", help="zoo, a Hugging Face folder, or a hub name (default: LOUPE_MODEL of .env)")
-    parser.add_argument("--base", help="the architecture's model, when --model holds fine-tuned weights only")
-    parser.add_argument("--dtype", help="auto, float32, bfloat16, float16")
-    parser.add_argument("--device", help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument("--device-map", help="a Hugging Face device_map, such as auto")
-    parser.add_argument("--against", help="a second model of the same shape, to compare this one's run of the prompt with")
-    parser.add_argument("--resume", nargs="?", const="", metavar="FILE", help="open the newest session again, or this one")
-    parser.add_argument("--via", default="", help='what carries the engine: "srun --gres=gpu:1", "ssh gpu01 cd loupe &&"')
-    parser.add_argument("--mouse", action="store_true", help="mouse reporting on (takes the terminal's own selection away)")
-    parser.add_argument("--keys", action="store_true", help="print docs/keys.md, the key table, and leave")
-    return parser
-
-
-def main() -> None:
-    args = parser().parse_args()
+def main(args: argparse.Namespace, engine: tuple[subprocess.Popen, str] | None) -> None:
+    gc.freeze()
+    gc.enable()
     if args.keys:
         print(key_page(TABLE), end="")
         return
     note = ""
     try:
-        if why := no_terminal():
+        if why := early.no_terminal():
             raise UserError(f"the screen needs a terminal: {why}. Without one: uv run engine.py --help")
         for name, value in vars(args).items():
             check_text(str(value), f"--{name}")
-        words_of(args.via)
+        early.words_of(args.via)
         values = settings()
         table = remapped(values.get("LOUPE_KEYMAP", ""), TABLE)
         if args.resume is not None:
@@ -441,6 +435,7 @@ def main() -> None:
     except UserError as error:
         sys.exit(printable(f"loupe: {error}"))
     app = Loupe(session, args.via, note, table=table)
+    app.client.early = engine
     app.shared.takes = args.resume is None and not any(getattr(args, name) for name in MODEL_OPTIONS)
     for sig in ENDING:
         signal.signal(sig, lambda number, frame: EARLY.append(number))
@@ -455,4 +450,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGS, ENGINE)

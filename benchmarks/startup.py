@@ -1,7 +1,9 @@
 """
-From a cold command to the first paint and to the first lens, in a pseudo-terminal of 120×36, as a user would see it. Medians of `--runs`.
+From a command to the first paint and to the first lens, in a pseudo-terminal of 120×36, as a user would see it. Medians of `--runs`, and times the first paint of an
+empty Textual app, which is run in turn with it: a ratio that other work on the machine disturbs little.
 
-`uv run benchmarks/startup.py`; the last line is one JSON object. Also says whether torch was loaded into the screen's process.
+`uv run benchmarks/startup.py`; the last line is one JSON object. Cold, unless `.env.local` sets LOUPE_KEEP_ENGINE_MINUTES: then the engine is there from the first run on
+(`uv run engine.py stop` ends it). Also says whether torch was loaded into the screen's process.
 """
 
 import argparse
@@ -17,9 +19,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import ROOT, cyan, endc, gray
+from utils import ROOT, cyan, endc, gray, settings
 
 PAINTED, LENS = b"loupe", b"L3.resid_post"
+EMPTY = """
+from textual.app import App
+from textual.widgets import Static
+class Empty(App):
+    BINDINGS = [("q", "quit")]
+    def compose(self):
+        yield Static("loupe L3.resid_post")
+Empty().run()
+"""
 
 
 def once(command: list[str]) -> tuple[float, float, bool]:
@@ -67,15 +78,19 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--runs", type=int, default=5)
     args = parser.parse_args()
-    figures = {}
-    for name, command in (("uv run tui.py", ["uv", "run", "tui.py"]), ("python tui.py", [sys.executable, "tui.py"])):
+    warm = settings().get("LOUPE_KEEP_ENGINE_MINUTES", "0") not in ("", "0")
+    commands = {"uv run tui.py": ["uv", "run", "tui.py"], "python tui.py": [sys.executable, "tui.py"], "an empty app": [sys.executable, "-c", EMPTY]}
+    for command in commands.values():
         once(command)  # fills the file cache; bytecode is there after `uv sync --compile-bytecode` or one start
-        runs = [once(command) for _ in range(args.runs)]
-        paint, lens = (statistics.median(r[i] for r in runs) for i in (0, 1))
-        print(
-            f"{gray}{name:14}{endc} first paint {cyan}{paint:.2f} s{endc}, first lens {cyan}{lens:.2f} s{endc}, torch in the UI process: {any(r[2] for r in runs)}"
-        )
-        figures[name] = {"first_paint_s": round(paint, 3), "first_lens_s": round(lens, 3), "torch_in_ui": any(r[2] for r in runs)}
+    turns = [{name: once(command) for name, command in commands.items()} for _ in range(args.runs)]
+    figures = {"engine": "there" if warm else "started"}
+    floor = statistics.median(turn["an empty app"][0] for turn in turns)
+    for name in commands:
+        paint, lens = (statistics.median(turn[name][i] for turn in turns) for i in (0, 1))
+        torch = any(turn[name][2] for turn in turns)
+        times = f"{paint / floor:.1f} and {lens / floor:.1f} times an empty app's first paint"
+        print(f"{gray}{name:14}{endc} first paint {cyan}{paint:.2f} s{endc}, first lens {cyan}{lens:.2f} s{endc}, {times}, torch in the UI process: {torch}")
+        figures[name] = {"first_paint_s": round(paint, 3), "first_lens_s": round(lens, 3), "torch_in_ui": torch}
     print(json.dumps(figures))
 
 

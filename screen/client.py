@@ -4,20 +4,17 @@ import asyncio
 import contextlib
 import os
 import re
-import shlex
 import signal
-import sys
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vocabulary.files import open_log, reason
-from vocabulary.nodes import UserError
 from vocabulary.requests import Failure, News, Progress
 from vocabulary.wire import encode, Frame, read_frame_async, WireError
+from screen.early import command, kept, spawn
 from screen.line import Line
-from utils import ROOT, settings
 
 
 LEFT = re.compile(r"[\d.,]+ (?:s|min) left(?: in this step)?")  # as the engine words it (vocabulary/progress.time_left)
@@ -44,16 +41,29 @@ def in_words(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
-def words_of(via: str) -> list[str]:
-    """The words of the command that carries the engine."""
-    try:
-        return shlex.split(via)
-    except ValueError as error:
-        raise UserError(f"--via {via!r} is not a command: {error}") from error
-
-
 def surface(error: Exception) -> None:
     raise error
+
+
+class Process:
+    """An engine's process, its streams on the event loop."""
+
+    def __init__(self, started: subprocess.Popen):
+        self.started, self.pid, self.kill = started, started.pid, started.kill
+
+    async def attach(self) -> None:
+        loop, self.stdout = asyncio.get_running_loop(), asyncio.StreamReader()
+        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(self.stdout), self.started.stdout)
+        self.stdin, _ = await loop.connect_write_pipe(asyncio.BaseProtocol, self.started.stdin)
+
+    @property
+    def returncode(self) -> int | None:
+        return self.started.poll()
+
+    async def wait(self) -> int:
+        while self.returncode is None:
+            await asyncio.sleep(0.01)
+        return self.returncode
 
 
 async def hello(stream: asyncio.StreamReader) -> Frame:
@@ -121,7 +131,8 @@ class Client:
     ):
         self.log, self.via, self.on_progress, self.on_death, self.on_fault, self.on_news = log, via, on_progress, on_death, on_fault, on_news
         self.line, self.stopped = Line(), ""
-        self.process: asyncio.subprocess.Process | None = None
+        self.process: Process | None = None
+        self.early: tuple[subprocess.Popen, str] | None = None  # what was started before the screen
         self.reader: asyncio.Task | None = None
         self.jobs: dict[int, Job] = {}
         self.count = 0
@@ -135,18 +146,10 @@ class Client:
     async def start(self) -> str:
         """Start the engine. What there is to say of its log, or ""."""
         self.stopping, self.jobs, self.stopped, self.line = False, {}, "", Line()  # the reader of an engine before this one ends that one's jobs
-        note = ""
-        try:
-            log = open_log(self.log)
-        except OSError as error:
-            note = f"{self.log} can't be written ({reason(error)}): what the engine says is lost"
-            log = os.open(os.devnull, os.O_WRONLY)
-        try:
-            self.process = await asyncio.create_subprocess_exec(
-                *self.command(), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=log, start_new_session=True, cwd=ROOT
-            )
-        finally:
-            os.close(log)
+        started, note = self.early or spawn(self.command(), self.log)
+        self.early, process = None, Process(started)
+        await process.attach()
+        self.process = process
         self.reader = asyncio.create_task(self.read(self.process, self.jobs))
         if self.kept:
             self.line.pings = asyncio.create_task(self.line.ping(self.send))
@@ -154,16 +157,12 @@ class Client:
 
     @property
     def kept(self) -> bool:
-        """Whether the engine may be another's too, or far: a line that is watched."""
-        return bool(self.via) or settings().get("LOUPE_KEEP_ENGINE_MINUTES", "").strip() not in ("", "0")
+        return kept(self.via)
 
     def command(self) -> list[str]:
-        """What starts the engine, or reaches the one that stayed."""
-        if self.via:
-            return [*words_of(self.via), "uv", "run", "engine.py", "serve"]
-        return [sys.executable, *(["-m", "model.relay"] if self.kept else [str(ROOT / "engine.py"), "serve"])]
+        return command(self.via)
 
-    async def read(self, process: asyncio.subprocess.Process, jobs: dict[int, Job]) -> None:
+    async def read(self, process: Process, jobs: dict[int, Job]) -> None:
         """Answer this process's jobs until it ends; then those left have died with it."""
         reason = ""
         try:

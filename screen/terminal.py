@@ -10,7 +10,6 @@ import os
 import re
 import selectors
 import signal
-import sys
 from collections.abc import Generator, Iterable, Iterator
 
 from textual import constants, events
@@ -183,15 +182,3 @@ class Terminal(LinuxDriver):
     def gone(self) -> None:
         """The terminal is gone: the app ends, and so does its engine."""
         self._app.exit()
-
-
-def no_terminal() -> str:
-    """Why there can be no screen here, or ""."""
-    for stream, name in ((sys.__stdin__, "standard input"), (sys.__stderr__, "standard error")):  # Textual reads the one and writes the other
-        try:
-            if stream is None or not os.isatty(stream.fileno()):
-                return f"{name} is not a terminal"
-        except (OSError, ValueError):
-            return f"{name} is closed"
-    term = os.environ.get("TERM", "")
-    return f"TERM is {term or 'not set'}" if term in ("", "dumb", "unknown") else ""

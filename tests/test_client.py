@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from screen import client
 from screen.client import Client, EngineDied
 from vocabulary.requests import Progress, Status, StatusResult
 from vocabulary.wire import encode, Frame
@@ -17,6 +18,8 @@ class Pipe:
         self.stdout, self.returncode, self.pid, self.ended = asyncio.StreamReader(), None, 0, asyncio.Event()
         self.stdout.feed_data(encode(Frame("hello")))
         self.stdin = SimpleNamespace(is_closing=lambda: False, write=lambda data: None, close=self.end)
+
+    async def attach(self) -> None: ...
 
     async def wait(self) -> int:
         await self.ended.wait()
@@ -32,11 +35,12 @@ class Pipe:
 def pipes(monkeypatch):
     made = []
 
-    async def start(*args, **kwargs):
+    def process(started: None) -> Pipe:
         made.append(Pipe())
         return made[-1]
 
-    monkeypatch.setattr(asyncio, "create_subprocess_exec", start)
+    monkeypatch.setattr(client, "spawn", lambda command, log: (None, ""))
+    monkeypatch.setattr(client, "Process", process)
     return made
 
 
@@ -125,4 +129,13 @@ async def test_a_banner_before_the_first_frame_is_passed_over(pipes, tmp_path, s
     task = await asked(link)
     pipe.stdout.feed_data(answer(link.count))
     assert (await task).memory == link.count and deaths == []
+    await link.stop()
+
+
+async def test_what_was_started_before_the_screen_is_its_engine(pipes, tmp_path):
+    link = Client(tmp_path / "log")
+    link.early = (None, "said of the log")
+    assert await link.start() == "said of the log" and link.early is None and link.alive
+    await link.stop()
+    assert await link.start() == ""  # the next is started as ever
     await link.stop()

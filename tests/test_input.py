@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ui import EngineDied, LocalClient, Wire, make_app, press, shown
 
 import utils
-from screen.client import words_of
+from screen.early import words_of
 from screen.keys import remapped
 from screen.overlays import Editor, Picker, escape_line, unescape_line
 from vocabulary.script import python_script

@@ -23,7 +23,8 @@ from vocabulary.circuit import Circuit
 from vocabulary.nodes import parse_intervention
 from vocabulary.prompts import read_prompt_set, Study
 from techniques import shell
-from tui import PANES, parser
+from screen.early import parser
+from tui import PANES
 from utils import ROOT
 
 PAGES = {p.relative_to(ROOT).as_posix(): p.read_text(encoding="utf-8") for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}

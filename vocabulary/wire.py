@@ -67,7 +67,7 @@ def door(kind: type) -> ModuleType:
 
 # ------------------------------------------------------------------ frames
 
-KINDS = ("ask", "cancel", "stop", "ping", "hello", "news", "left", "progress", "partial", "result", "error", "cancelled")
+KINDS = ("ask", "cancel", "stop", "ping", "hello", "news", "left", "progress", "partial", "result", "error", "cancelled", "piece", "heard")
 MAX_HEADER = 64 << 20
 MAX_ARRAY = 4 << 30
 DTYPES = ("<f4", "<f8", "<f2", "<i4", "<i8", "<i2", "|u1", "|i1", "|b1")
@@ -77,7 +77,7 @@ DTYPES = ("<f4", "<f8", "<f2", "<i4", "<i8", "<i2", "|u1", "|i1", "|b1")
 class Frame:
     """
     One message. `slot` is the pane that asks: a newer request replaces an older one in the same slot. Lower `priority` runs first. `model` of a reply:
-    the `ModelInfo.key` of what was loaded then ("": nothing). A `ping` comes back as it is; `news` and `left` (a request whose screen went) come unasked.
+    the `ModelInfo.key` of what was loaded then ("": nothing). A `ping` comes back as it is; `news` and `left` (a request whose screen went) come unasked; `piece` and `heard`: vocabulary/flow.py.
     """
 
     kind: str

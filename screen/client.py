@@ -135,7 +135,13 @@ class Client:
 
     async def start(self) -> str:
         """Start the engine. What there is to say of its log, or ""."""
-        self.stopping, self.jobs, self.stopped, self.line, self.flow = False, {}, "", Line(), Flow(bool(self.via))  # the reader of an engine before this one ends that one's jobs
+        self.stopping, self.jobs, self.stopped, self.line, self.flow = (
+            False,
+            {},
+            "",
+            Line(),
+            Flow(bool(self.via)),
+        )  # the reader of an engine before this one ends that one's jobs
         note = ""
         try:
             log = open_log(self.log)

@@ -1,6 +1,6 @@
 """
 A relay and an engine that stays, without a model: `python tests/kept.py BASE MINUTES [keep PATH FD]`. A `Run` takes as many steps of 5 ms as its number says,
-a Load 20; each step of a Run is shown as a partial result.
+a Load 20; each step of a Run is shown as a partial result, from 1000 steps on (of half a millisecond) as progress.
 """
 
 import os
@@ -42,7 +42,7 @@ class Pretended:
             self.loaded, self.model = body, SimpleNamespace(info=INFO)
         if isinstance(body, Run):
             for n in range(steps := body.k):
-                time.sleep(0.005)
+                time.sleep(0.005 if steps < 1000 else 0.0005)
                 yield ModelsResult((ModelChoice(str(n), "part"),)) if steps < 1000 else Progress(n, steps)
             return ModelsResult((ModelChoice(str(body.k), str(os.getpid())),))
         return INFO

@@ -253,7 +253,7 @@ def alive(pid: int) -> bool:
 async def dropped(bench: Bench, what: str, n: int) -> None:
     """A line that breaks in the middle of `what`, and the next screen."""
     link, parts = await bench.client(), []
-    load, sweep = Load(f"model {n if what == 'load' else ''}"), run({"sweep": 150, "discovery": 1040, "load": 40}[what] + (n if what == "sweep" else 0))
+    load, sweep = Load(f"model {n if what == 'load' else ''}"), run({"sweep": 150, "discovery": 1040, "load": 40}[what] + n)
     if what != "load":
         await link.ask("load", load)
     request = load if what == "load" else sweep
@@ -269,7 +269,7 @@ async def dropped(bench: Bench, what: str, n: int) -> None:
     if what != "load":
         await until(lambda: bench.heard)
         assert request in [f.body for f in bench.heard if f.kind == "left"]
-    if what == "sweep":
+    if what != "load":
         assert (await link.ask("slot", request, 1, again.append)).choices[0].name == str(sweep.k)
         numbers = [int(p.choices[0].name) for p in again]
         assert numbers == sorted(set(numbers)), "parts in order, and none twice"
@@ -279,17 +279,20 @@ async def dropped(bench: Bench, what: str, n: int) -> None:
 @pytest.mark.table
 @pytest.mark.parametrize("what", ["sweep", "load", "discovery"])
 async def test_a_dropped_line_loses_nothing(bench, what):
-    for n in range(1 if what == "discovery" else 2):
+    for n in range(2):
         await dropped(bench, what, n)
     assert len(bench.engines()) == 1, "no second engine"
 
 
 @pytest.mark.table
-@pytest.mark.parametrize("what", ["sweep", "load"])
+@pytest.mark.parametrize("what", ["sweep", "load", "discovery"])
 async def test_forty_dropped_lines(bench, what):
     for n in range(40):
         await dropped(bench, what, n)
     assert len(bench.engines()) == 1
+    (line,) = relay.stop()
+    assert "goes on" not in line and "go on" not in line, "every job was taken up again"
+    await until(lambda: not alive(bench.engines()[0]))
 
 
 @pytest.mark.table

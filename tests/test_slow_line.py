@@ -148,7 +148,10 @@ def test_nothing_is_lost_or_reordered(seed):
     for ident in range(1, 30):
         start, n = rng.uniform(1, 20), rng.randrange(6)
         for k in range(n):
-            line.at(start + k * rng.uniform(0, 0.3), partial(line.send, line.engine, Frame("partial", ident, f"s{ident}", rng.randrange(3), noise(rng.randrange(30_000), k))))
+            line.at(
+                start + k * rng.uniform(0, 0.3),
+                partial(line.send, line.engine, Frame("partial", ident, f"s{ident}", rng.randrange(3), noise(rng.randrange(30_000), k))),
+            )
         ends[ident] = noise(rng.randrange(1, 60_000), ident)
         line.at(start + 2, partial(line.send, line.engine, Frame("result", ident, f"s{ident}", rng.randrange(3), ends[ident])))
         line.at(start, partial(line.send, line.screen, Frame("ask", 1000 + ident, "", 1, noise(rng.randrange(20_000)))))

@@ -88,9 +88,7 @@ class Flow:
 
     def put(self, frame: Frame) -> None:
         notice, self.numbers = isinstance(frame.body, Progress) and frame.body.notice, self.numbers + 1
-        new = Waiting(
-            replace(frame, body=None), encode(frame), self.numbers, frame.kind in ("progress", "partial") and not notice, adds(frame.body)
-        )
+        new = Waiting(replace(frame, body=None), encode(frame), self.numbers, frame.kind in ("progress", "partial") and not notice, adds(frame.body))
         if frame.kind in ENDS:
             self.remove(lambda w: w.job == new.job and w.passing)
             self.turns.pop(new.job, None)

@@ -24,7 +24,7 @@ from model.scheduler import Job, Scheduler, Seat
 from vocabulary.files import folder
 from vocabulary.flow import Flow
 from vocabulary.requests import Failure, LoadForAll, News, Where, WhereResult
-from vocabulary.wire import Frame, WireError, read_frame
+from vocabulary.wire import Frame, WireError, read_sealed
 
 AWAY = 60.0  # seconds
 FULL = 4 << 20  # bytes that wait to be sent; a screen's jobs wait with them
@@ -128,7 +128,7 @@ class Host:
         first = True
         while True:
             try:
-                frame = read_frame(screen.read)
+                frame = read_sealed(screen.read)
                 whole = frame and screen.arrived(frame)
             except OSError:
                 frame = None

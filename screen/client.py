@@ -16,7 +16,7 @@ from vocabulary.files import open_log, reason
 from vocabulary.flow import Flow
 from vocabulary.nodes import UserError
 from vocabulary.requests import Failure, News, Progress
-from vocabulary.wire import encode, Frame, read_frame_async, WireError
+from vocabulary.wire import NO_ENGINE, Frame, WireError, read_sealed_async
 from screen.line import Line
 from utils import ROOT, settings
 
@@ -55,21 +55,6 @@ def words_of(via: str) -> list[str]:
 
 def surface(error: Exception) -> None:
     raise error
-
-
-async def hello(stream: asyncio.StreamReader) -> Frame:
-    """The engine's first frame; what a shell or a module system printed before it is passed over. WireError, with its beginning, for what goes on without one."""
-    greeting = Frame("hello")
-    try:
-        await stream.readuntil(encode(greeting))
-    except asyncio.LimitOverrunError as error:
-        said = " ".join((await stream.read(200)).decode(errors="replace").split())
-        raise WireError(f"not an engine: it says {said[:80]!r} …") from error
-    except asyncio.IncompleteReadError as error:
-        if said := " ".join(error.partial.decode(errors="replace").split()):
-            raise WireError(f"not an engine: it says {said[-80:]!r}") from error
-        raise
-    return greeting
 
 
 @dataclass
@@ -173,10 +158,10 @@ class Client:
 
     async def read(self, process: asyncio.subprocess.Process, jobs: dict[int, Job]) -> None:
         """Answer this process's jobs until it ends; then those left have died with it."""
-        reason, flow = "", self.flow
+        reason, flow, greeted = "", self.flow, False
         try:
-            frame = await hello(process.stdout)
             while True:
+                frame, greeted = await read_sealed_async(process.stdout), True
                 self.line.hear(frame)
                 whole = flow.arrived(frame)
                 self.write()
@@ -185,10 +170,12 @@ class Client:
                         self.receive(whole, jobs)
                 except Exception as error:  # of what draws it: the other jobs go on
                     self.on_fault(error)
-                frame = await read_frame_async(process.stdout)
-        except asyncio.IncompleteReadError:
-            code = await process.wait()
-            reason = self.stopped or (f"killed by {signal.Signals(-code).name}" if code < 0 else ENDS.get(code, f"exit code {code}"))
+        except EOFError as end:
+            code, said = await process.wait(), str(end)
+            reason = f"killed by {signal.Signals(-code).name}" if code < 0 else ENDS.get(code, f"exit code {code}")
+            if said:
+                reason = f"{reason}; it said {said!r}" if greeted else f"{NO_ENGINE} {said!r}"
+            reason = self.stopped or reason
         except WireError as error:
             reason = str(error)
             with contextlib.suppress(ProcessLookupError):

@@ -1,13 +1,16 @@
 """The screen's end of the wire, with processes that are only pipes."""
 
 import asyncio
+import random
 from types import SimpleNamespace
 
 import pytest
 
 from screen.client import Client, EngineDied
 from vocabulary.requests import Progress, Status, StatusResult
-from vocabulary.wire import encode, Frame
+from vocabulary.wire import DAMAGED, MARK, Frame, encode, sealed
+
+HELLO = sealed(encode(Frame("hello")))
 
 
 class Pipe:
@@ -15,7 +18,7 @@ class Pipe:
 
     def __init__(self):
         self.stdout, self.returncode, self.pid, self.ended = asyncio.StreamReader(), None, 0, asyncio.Event()
-        self.stdout.feed_data(encode(Frame("hello")))
+        self.stdout.feed_data(HELLO)
         self.stdin = SimpleNamespace(is_closing=lambda: False, write=lambda data: None, close=self.end)
 
     async def wait(self) -> int:
@@ -41,7 +44,7 @@ def pipes(monkeypatch):
 
 
 def answer(ident: int) -> bytes:
-    return encode(Frame("result", ident, "status", 1, StatusResult(ident, 0, 0, 0, 0, ())))
+    return sealed(encode(Frame("result", ident, "status", 1, StatusResult(ident, 0, 0, 0, 0, ()))))
 
 
 async def asked(link: Client, slot: str = "status") -> asyncio.Task:
@@ -74,7 +77,7 @@ async def test_a_death_ends_the_jobs_and_is_told_once(pipes, tmp_path):
     link = Client(tmp_path / "log", on_progress=lambda job: seen.append(job.progress), on_death=deaths.append)
     await link.start()
     task = await asked(link)
-    pipes[0].stdout.feed_data(encode(Frame("progress", link.count, "status", 1, Progress(1, 2))))
+    pipes[0].stdout.feed_data(sealed(encode(Frame("progress", link.count, "status", 1, Progress(1, 2)))))
     pipes[0].end(3)
     with pytest.raises(EngineDied, match="exit code 3"):
         await task
@@ -99,30 +102,49 @@ async def test_a_screen_that_closes_cancels_nothing(pipes, tmp_path):
     await link.stop()
 
 
-@pytest.mark.parametrize(
-    "said, reason",
-    [
-        (b"Welcome to gpu01\nLoading cuda/12.4\n", ""),
-        (b"\x00" * 3000, ""),
-        (b"bash: uv: command not found\n", "not an engine: it says 'bash: uv: command not found'"),
-        (b"y\n" * 50_000, "not an engine: it says 'y y y"),
-    ],
-)
-async def test_a_banner_before_the_first_frame_is_passed_over(pipes, tmp_path, said, reason):
+NOISE = bytes(random.Random(0).randbytes(30_000))
+
+
+@pytest.mark.parametrize("said", [b"Welcome to gpu01\nLoading cuda/12.4\n", b"no newline", b"\x00" * 3000, NOISE, b"y\n" * 50_000, MARK[:3], MARK[:2] + b"\n"])
+async def test_what_others_print_between_frames_is_passed_over(pipes, tmp_path, said):
+    """A banner, noise, 100 kB: before the engine's first word, and after it."""
     deaths = []
     link = Client(tmp_path / "log", on_death=deaths.append)
     await link.start()
     pipe = pipes[0]
     pipe.stdout._buffer.clear()
-    pipe.stdout.feed_data(said)
-    pipe.kill = pipe.end
-    if reason:
-        pipe.end()
-        await link.reader
-        assert len(deaths) == 1 and deaths[0].startswith(reason)
-        return
-    pipe.stdout.feed_data(encode(Frame("hello")))
-    task = await asked(link)
-    pipe.stdout.feed_data(answer(link.count))
-    assert (await task).memory == link.count and deaths == []
+    pipe.stdout.feed_data(said + HELLO + said)
+    for _ in range(2):
+        task = await asked(link)
+        whole = answer(link.count)
+        pipe.stdout.feed_data(whole[:9])  # arrives in two pieces
+        await asyncio.sleep(0)
+        pipe.stdout.feed_data(whole[9:] + said)
+        assert (await task).memory == link.count and deaths == []
     await link.stop()
+
+
+@pytest.mark.parametrize(
+    "came, reason",
+    [
+        (b"bash: uv: command not found\n", "not an engine: it says 'bash: uv: command not found'"),
+        (b"\x00" * 3000 + NOISE, "not an engine: it says "),
+        (b"y\n" * 600_000, "not an engine: it says 'y y y"),
+        (HELLO, "exit code 0"),
+        (HELLO + b"CANCELLED DUE TO TIME LIMIT\n", "exit code 0; it said 'CANCELLED DUE TO TIME LIMIT'"),
+        (HELLO + HELLO[:30], "exit code 0"),
+        (HELLO + HELLO[:20] + b"Loading cuda" + HELLO[20:], DAMAGED),
+        (HELLO + HELLO[:-3] + b"\x00\x00\x00", DAMAGED),
+    ],
+)
+async def test_what_is_no_engine_or_is_damaged_is_one_line(pipes, tmp_path, came, reason):
+    deaths = []
+    link = Client(tmp_path / "log", on_death=deaths.append)
+    await link.start()
+    pipe = pipes[0]
+    pipe.stdout._buffer.clear()
+    pipe.kill = pipe.end
+    pipe.stdout.feed_data(came)
+    pipe.end()
+    await link.reader
+    assert len(deaths) == 1 and deaths[0].startswith(reason) and deaths[0].isprintable() and len(deaths[0]) < 200

@@ -18,7 +18,7 @@ from techniques.output.requests import Run
 from vocabulary.nodes import parse_intervention, UserError
 from vocabulary.prompts import Prompt, Study
 from vocabulary.requests import Check, Failure, Load, Models, Progress, Status
-from vocabulary.wire import encode, Frame, read_frame
+from vocabulary.wire import Frame, encode, read_sealed, sealed
 from engine import Engine, main
 from utils import ROOT
 
@@ -250,11 +250,11 @@ class Server:
         )
 
     def ask(self, *frames: Frame) -> None:
-        self.process.stdin.write(b"".join(encode(f) for f in frames))
+        self.process.stdin.write(b"".join(sealed(encode(f)) for f in frames))
         self.process.stdin.flush()
 
     def read(self) -> Frame | None:
-        return read_frame(self.process.stdout.read)
+        return read_sealed(self.process.stdout.read)
 
     def until(self, ident: int, kinds: tuple[str, ...] = ("result", "error", "cancelled")) -> list[Frame]:
         frames = []

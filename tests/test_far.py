@@ -28,7 +28,7 @@ from tui import first_state
 from vocabulary.nodes import UserError
 from vocabulary.prompts import Study
 from vocabulary.requests import Load, LoadForAll, News, Progress, Where
-from vocabulary.wire import encode, Frame, read_frame
+from vocabulary.wire import Frame, encode, read_sealed, sealed
 
 LONG_ENOUGH = 1.0  # minutes that an engine of a test stays
 
@@ -120,7 +120,7 @@ def test_what_a_gone_screen_asked_goes_to_the_next_that_asks_for_it(monkeypatch)
 
 def test_hello_comes_before_any_answer(monkeypatch):
     """Also where the screen has asked before the engine greets it: what comes before hello is passed over as a banner."""
-    host, asked, sent = Host(Pretended()), io.BytesIO(encode(Frame("ask", 1, "load", 1, Load("model ")))), io.BytesIO()
+    host, asked, sent = Host(Pretended()), io.BytesIO(sealed(encode(Frame("ask", 1, "load", 1, Load("model "))))), io.BytesIO()
     screen = Screen(asked.read, sent, lambda: None)
 
     class AtOnce:
@@ -140,9 +140,9 @@ def test_hello_comes_before_any_answer(monkeypatch):
     while data := screen.flow.take():
         sent.write(data)
     sent.seek(0)
-    frames = [read_frame(sent.read)]
+    frames = [read_sealed(sent.read)]
     while frames[-1] is not None:
-        frames.append(read_frame(sent.read))
+        frames.append(read_sealed(sent.read))
     assert frames[0].kind == "hello" and frames[-2].kind == "result"
 
 

@@ -12,7 +12,7 @@ import pytest
 from techniques.lens.requests import LensResult
 from vocabulary.flow import FIRST, Flow, Piece, adds
 from vocabulary.requests import Progress
-from vocabulary.wire import Frame, encode, read_frame
+from vocabulary.wire import Frame, encode, read_sealed, sealed
 
 ROUND_TRIP, RATE = 0.2, 20e3
 
@@ -45,7 +45,7 @@ class Line:
             self.at(self.free[end] + self.round_trip / 2, partial(self.deliver, other, data))
 
     def deliver(self, end: Flow, data: bytes) -> None:
-        whole = end.arrived(read_frame(io.BytesIO(data).read))
+        whole = end.arrived(read_sealed(io.BytesIO(data).read))
         if whole is not None:
             self.came[end].append((self.now, whole))
             if end is self.engine and whole.id in self.answers:
@@ -181,7 +181,7 @@ def test_what_may_take_the_place_of_what():
 def test_inside_a_machine_everything_goes_whole_and_at_once():
     flow, frame = Flow(), Frame("result", 1, "", 1, noise(1_000_000))
     flow.put(frame)
-    assert flow.take() == encode(frame) and flow.take() is None and not flow.away
+    assert flow.take() == sealed(encode(frame)) and flow.take() is None and not flow.away
 
 
 def test_frames_are_packed_where_that_gains():

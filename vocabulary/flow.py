@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from vocabulary.requests import Progress
-from vocabulary.wire import Frame, WireError, encode, message, read_frame
+from vocabulary.wire import Frame, WireError, encode, message, read_frame, sealed
 
 PIECE, LARGEST = 1 << 10, 64 << 10  # bytes of a piece
 FIRST, MOST = 4 << 10, 4 << 20  # bytes on their way: at first, and the least; at most
@@ -117,9 +117,11 @@ class Flow:
         kind, priority = w.frame.kind, w.frame.priority
         if kind in AT_ONCE:
             return 0, w.number
+        if kind == "left":  # before the model, whose coming asks for what is left
+            return 1, False, -1, w.number
         if kind == "ask":
             return 1, len(w.data) > AHEAD, w.number
-        passing = kind == "left" or w.passing and priority > 0
+        passing = w.passing and priority > 0
         return 1, passing, priority, self.turns.get(w.job, -1) if passing else w.left, w.number
 
     def next(self) -> Waiting | None:
@@ -132,7 +134,7 @@ class Flow:
         """The next bytes to write; None while there is nothing that may go."""
         if self.owes and self.paced:
             self.owes = False
-            return encode(Frame("heard", self.heard))
+            return sealed(encode(Frame("heard", self.heard)))
         w = self.next()
         if w is None or not self.may(w):
             return None
@@ -148,7 +150,7 @@ class Flow:
             self.turns[w.job] = self.sent
         if not w.left:
             self.waiting.remove(w)
-        self.sent += 1
+        data, self.sent = sealed(data), self.sent + 1
         if self.paced:
             self.flying += len(data)
             self.away.append((self.sent, len(data), self.now(), self.flying > self.window / 2))

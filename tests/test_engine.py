@@ -198,7 +198,7 @@ def test_an_engine_in_the_scheduler(engines):
     finally:
         metrics.VOCAB_BYTES = bound
     for frame in sent:
-        assert read_frame(__import__("io").BytesIO(encode(frame)).read).id == frame.id
+        assert read_sealed(__import__("io").BytesIO(sealed(encode(frame))).read).id == frame.id
 
 
 # ------------------------------------------------------------------ the engine in Python

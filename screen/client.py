@@ -17,7 +17,7 @@ from vocabulary.flow import Flow
 from vocabulary.nodes import UserError
 from vocabulary.requests import Failure, News, Progress
 from vocabulary.wire import NO_ENGINE, Frame, WireError, read_sealed_async
-from screen.line import Line
+from screen.line import Line, carriers_words
 from utils import ROOT, settings
 
 
@@ -46,9 +46,10 @@ def in_words(seconds: float) -> str:
 
 
 def words_of(via: str) -> list[str]:
-    """The words of the command that carries the engine."""
+    """The words of the command that carries the engine. A srun among them gets --unbuffered: else it keeps what has no end of line."""
     try:
-        return shlex.split(via)
+        words = shlex.split(via)
+        return [w for word in words for w in ([word, "--unbuffered"] if Path(word).name == "srun" else [word])]
     except ValueError as error:
         raise UserError(f"--via {via!r} is not a command: {error}") from error
 
@@ -111,7 +112,7 @@ class Client:
         self.reader: asyncio.Task | None = None
         self.jobs: dict[int, Job] = {}
         self.count = 0
-        self.stopping = False
+        self.stopping, self.since = False, 0
         self.leaving = False  # the screen closes: what it asked goes on in an engine that stays
 
     @property
@@ -120,13 +121,9 @@ class Client:
 
     async def start(self) -> str:
         """Start the engine. What there is to say of its log, or ""."""
-        self.stopping, self.jobs, self.stopped, self.line, self.flow = (
-            False,
-            {},
-            "",
-            Line(),
-            Flow(bool(self.via)),
-        )  # the reader of an engine before this one ends that one's jobs
+        self.stopping, self.jobs, self.stopped, self.flow = False, {}, "", Flow(bool(self.via))  # the reader of an engine before this one ends that one's jobs
+        self.since = self.log.stat().st_size if self.log.is_file() else 0
+        self.line = Line(self.said_on_the_way)
         note = ""
         try:
             log = open_log(self.log)
@@ -149,6 +146,9 @@ class Client:
     def kept(self) -> bool:
         """Whether the engine may be another's too, or far: a line that is watched."""
         return bool(self.via) or settings().get("LOUPE_KEEP_ENGINE_MINUTES", "").strip() not in ("", "0")
+
+    def said_on_the_way(self) -> str:
+        return carriers_words(self.log, self.since) if self.via else ""
 
     def command(self) -> list[str]:
         """What starts the engine, or reaches the one that stayed."""
@@ -175,6 +175,8 @@ class Client:
             reason = f"killed by {signal.Signals(-code).name}" if code < 0 else ENDS.get(code, f"exit code {code}")
             if said:
                 reason = f"{reason}; it said {said!r}" if greeted else f"{NO_ENGINE} {said!r}"
+            elif way := self.said_on_the_way():
+                reason = f"{reason.partition(':')[0]}: {way}"
             reason = self.stopped or reason
         except WireError as error:
             reason = str(error)

@@ -23,7 +23,9 @@ from utils import ROOT
 from vocabulary.prompts import Prompt, Study
 from vocabulary.requests import Load, Where
 
-TOOLS = os.getuid() == 0 and shutil.which("unshare") and shutil.which("setpriv") and not subprocess.run(["unshare", "-n", "true"], capture_output=True).returncode
+TOOLS = (
+    os.getuid() == 0 and shutil.which("unshare") and shutil.which("setpriv") and not subprocess.run(["unshare", "-n", "true"], capture_output=True).returncode
+)
 pytestmark = [pytest.mark.skipif(not TOOLS, reason="needs root, unshare and setpriv"), pytest.mark.table]
 NODE = """head -c 100000 /dev/zero | tr '\\0' 'x'
 head -c 30000 /dev/urandom
@@ -39,7 +41,11 @@ kill $noise
 def node(tmp_path):
     """The words of --via that lead there."""
     copy, home, snapshot = tmp_path / "checkout", tmp_path / "home", tmp_path / "hf" / "hub" / "models--someone--tiny" / "snapshots" / "abc123"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", "sessions", "exports", "logs", ".*_cache", ".hypothesis", "runs", ".env.local"))
+    shutil.copytree(
+        ROOT,
+        copy,
+        ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", "sessions", "exports", "logs", ".*_cache", ".hypothesis", "runs", ".env.local"),
+    )
     (tmp_path / "scratch").mkdir()
     (copy / ".env.local").write_text(f"LOUPE_HOME={tmp_path}/scratch/$USER\nLOUPE_KEEP_ENGINE_MINUTES=1\n")
     home.mkdir()

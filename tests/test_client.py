@@ -148,3 +148,35 @@ async def test_what_is_no_engine_or_is_damaged_is_one_line(pipes, tmp_path, came
     pipe.end()
     await link.reader
     assert len(deaths) == 1 and deaths[0].startswith(reason) and deaths[0].isprintable() and len(deaths[0]) < 200
+
+
+@pytest.mark.parametrize(
+    "log, said",
+    [
+        ("srun: job 7 queued and waiting for resources\n", "srun: job 7 queued and waiting for resources"),
+        (
+            "Loading weights: 100%\nsrun: Job step aborted\nslurmstepd-n1: error: *** JOB 7 ON n1 CANCELLED AT 2026-01-01T00:00:00 DUE TO TIME LIMIT ***\nsrun: error: n1: task 0: Terminated\n",
+            "slurmstepd-n1: error: *** JOB 7 ON n1 CANCELLED AT 2026-01-01T00:00:00 DUE TO TIME LIMIT ***",
+        ),
+        ("ssh: connect to host gpu01 port 22: Connection refused\n", "ssh: connect to host gpu01 port 22: Connection refused"),
+        ("me@gpu01: Permission denied (publickey).\n", "me@gpu01: Permission denied (publickey)."),
+        ("Traceback\nPermissionError: [Errno 13] Permission denied: 'x'\nLoading weights\n", ""),
+    ],
+)
+async def test_what_carries_the_engine_says_why(pipes, tmp_path, log, said):
+    """While it waits, and when it ends; what stood in the log before is not of this engine."""
+    deaths = []
+    (tmp_path / "log").write_text("ssh: an older word\n")
+    link = Client(tmp_path / "log", "srun -p a", on_death=deaths.append)
+    await link.start()
+    pipes[0].stdout._buffer.clear()
+    with open(tmp_path / "log", "a") as f:
+        f.write(log)
+    assert link.line.words() == said
+    pipes[0].end(255)
+    await link.reader
+    assert deaths == [f"exit code 255: {said}" if said else "exit code 255: the line broke, or ssh could not connect"]
+
+
+def test_srun_keeps_nothing_back(tmp_path):
+    assert Client(tmp_path, "ssh n1 /opt/slurm/bin/srun --gres=gpu:1").command()[:4] == ["ssh", "n1", "/opt/slurm/bin/srun", "--unbuffered"]

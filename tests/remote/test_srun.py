@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import PROMPT
 from remote.slurm import THERE, slurm
 from test_far import until
-from ui import press, shown
+from ui import shown
 
 import screen.client
 from screen import line as lines
@@ -60,9 +60,7 @@ async def test_an_engine_in_a_step_of_slurms(node, tmp_path, monkeypatch):
         node("scancel", "-u", "root", "-t", "R")
         await until(lambda: app.info is not None and app.requests.result("lens", LensResult) is not None and not app.client.jobs, 120)
         assert (app.requests.result("lens", LensResult).top_ids == first.top_ids).all() and "queued" not in shown(app)
-        await press(app, pilot, "q")
-    await until(lambda: not node("squeue", "-h"), 60)
-    assert "no engine stays" not in shown(app)
+    await until(lambda: not node("squeue", "-h"), 60)  # the screen went, and the job with it
 
 
 async def test_a_job_that_can_not_be(node, tmp_path):

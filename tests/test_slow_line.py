@@ -1,17 +1,26 @@
 """A line of 200 ms there and back and 20 kB/s, in virtual time: what overtakes what, how long answers take, and that nothing is lost. No sleeping."""
 
+import asyncio
 import heapq
 import io
 import itertools
 import random
+import sys
+import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import PROMPT
+from test_far import bench, minutes, until  # noqa: F401
 
+from screen.client import Client, Superseded
 from techniques.lens.requests import LensResult
+from techniques.output.requests import Run
 from vocabulary.flow import FIRST, Flow, Piece, adds
-from vocabulary.requests import Progress
+from vocabulary.prompts import Study
+from vocabulary.requests import Load, Progress, Where
 from vocabulary.wire import Frame, encode, read_sealed, sealed
 
 ROUND_TRIP, RATE = 0.2, 20e3
@@ -189,3 +198,33 @@ def test_frames_are_packed_where_that_gains():
     line.send(line.engine, Frame("result", 1, "", 1, even))
     line.run(1.5)
     assert np.array_equal(line.came[line.screen][-1][1].body.data, even.data)
+
+
+@pytest.mark.table
+async def test_a_real_line(bench, tmp_path, monkeypatch):  # noqa: F811
+    """Processes and pipes, in real time: a sweep shows 4 MB a second, and a question is answered all the same."""
+    script = tmp_path / "engine.sh"
+    script.write_text(f"exec {' '.join(bench.command)}\n")
+    words = [sys.executable, str(Path(__file__).parent / "remote" / "slow_line.py"), "--rtt", "200", "--rate", "20", "--", "sh", str(script)]
+    monkeypatch.setattr(Client, "command", lambda client: words)
+    link = Client(tmp_path / "log", "slow", on_news=bench.heard.append)
+    bench.clients.append(link)
+    await link.start()
+    await link.ask("load", Load("model "))
+    parts, took = [], []
+    sweep = asyncio.create_task(link.ask("sweep", Run(Study(PROMPT), 900), 1, parts.append))
+    await until(lambda: parts)
+    for _ in range(5):
+        begun = time.monotonic()
+        await link.ask("engine", Where("me"), 0)
+        took.append(time.monotonic() - begun)
+    assert max(took) < 1.5 and sorted(took)[2] < 0.6, took
+    assert (await sweep).choices[0].name == "900" and 3 < len(parts) < 100
+    sweep = asyncio.create_task(link.ask("sweep", Run(Study(PROMPT), 901), 1, parts.append))
+    n = len(parts)
+    await until(lambda: len(parts) > n)
+    link.cancel(next(iter(link.jobs)))
+    with pytest.raises(Superseded):
+        await sweep
+    await link.ask("engine", Where("me"), 0)
+    assert not (await link.ask("engine", Where("me"), 0)).running and not link.flow.begun

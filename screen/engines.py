@@ -140,10 +140,9 @@ def restart(app: Host) -> None:
         try:
             where = await asyncio.wait_for(app.shared.ask(), ANSWERS_IN)
         except TimeoutError:  # a stop that lay in a dead line would end the engine when that comes back
-            why = [
-                [(f" {line}", DIM)]
-                for line in ("the line is dead, or the engine is in a long step, or hangs", "⏎: the engine goes on · x: it ends, for others too")
-            ]
+            stays = app.shared.where is not None and app.shared.where.minutes
+            then = "⏎: the engine goes on · x: it ends, for others too" if stays else "both end it, since it does not stay (LOUPE_KEEP_ENGINE_MINUTES)"
+            why = [[(f" {line}", DIM)] for line in ("the line is dead, or the engine is in a long step, or hangs", then)]
             offer("the engine does not answer", why, "⏎ connect again · x end it · esc wait", enter=False, x=True)
             return
         if where is not None and where.screens:

@@ -10,7 +10,7 @@ from pathlib import Path
 from vocabulary.wire import Frame
 
 EVERY = 2.0  # seconds between two pings
-SLOW, SILENT = 0.15, 6.0  # seconds there and back, seconds without a word: what is worth saying
+SLOW, SILENT, LATE = 0.15, 6.0, 20.0  # seconds there and back, without a word, without the first word: what is worth saying
 STEPS = (6, 10, 20, 30, 60, 120, 300, 600, 1800, 3600)  # the silence is said when it passes one of these, so that an idle screen writes little
 
 
@@ -36,6 +36,7 @@ class Line:
 
     def __init__(self, before: Callable[[], str] = str):
         self.before = before  # what is to be said until the engine's first word
+        self.began = time.monotonic()
         self.heard, self.asked, self.came_back = 0.0, 0.0, False  # 0: not yet
         self.times: list[float] = []
         self.number, self.said = 0, ""
@@ -69,7 +70,7 @@ class Line:
     def words(self) -> str:
         """What is to be said of the line; "" while it is quick."""
         if not self.heard:
-            return self.before()
+            return self.before() or ("no word from an engine yet (has its checkout this version?)" if time.monotonic() - self.began >= LATE else "")
         silent = time.monotonic() - self.heard
         if silent >= SILENT:
             return f"line silent for {max(s for s in STEPS if s <= silent)} s"

@@ -405,6 +405,8 @@ def test_what_is_said_of_a_line(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(lines.time, "monotonic", lambda: now[0])
     line = lines.Line()
+    now[0] += 21
+    assert line.words().startswith("no word from an engine yet")
     line.hear(Frame("hello"))
     assert line.words() == ""
     for _ in range(3):

@@ -56,7 +56,7 @@ async def test_a_restart_asks_where_others_look_or_nobody_answers(engines_of, tm
         assert [f.kind for f in client.sent] == ["stop"] and client.starts == 2
         client.dumb = True
         await press(app, pilot, "ctrl+e")
-        assert "the engine does not answer" in shown(app) and "⏎ connect again · x end it · esc wait" in shown(app)
+        assert "the engine does not answer" in shown(app) and "⏎: the engine goes on" in shown(app) and "⏎ connect again · x end it · esc wait" in shown(app)
         client.dumb = False
         await press(app, pilot, "enter")
         assert len(client.sent) == 1 and client.starts == 3, "no stop lies in a line that may come back"

@@ -61,9 +61,12 @@ class Screen(Seat):
 
     def arrived(self, frame: Frame) -> Frame | None:
         with self.ready:
-            whole = self.flow.arrived(frame)
-            self.ready.notify()
-        return whole
+            try:
+                return self.flow.arrived(frame)
+            except WireError as error:
+                return unreadable(error)
+            finally:
+                self.ready.notify()
 
     def forget(self, frame: Frame) -> None:
         """What waits to be sent for a job that is cancelled or replaced is not."""
@@ -98,6 +101,13 @@ class Screen(Seat):
             self.ready.notify()
 
 
+def unreadable(error: WireError) -> Frame:
+    """What stands for a frame whose body can't be read: why. The error itself where nothing of it can be."""
+    if error.frame is None:
+        raise error
+    return replace(error.frame, body=Failure(str(error), "user"))
+
+
 class Host:
     """The engine, the scheduler and the inbox; `path` and `told`: the socket, and the pipe that says when it listens."""
 
@@ -128,17 +138,18 @@ class Host:
         first = True
         while True:
             try:
-                frame = read_sealed(screen.read)
+                try:
+                    frame = read_sealed(screen.read)
+                except WireError as error:
+                    frame = unreadable(error)
                 whole = frame and screen.arrived(frame)
             except OSError:
                 frame = None
             except WireError as error:
-                if error.frame is None:
-                    print(f"stdin: {error}", file=sys.stderr, flush=True)
-                    if self.path is None:
-                        os._exit(1)
-                    break
-                frame = whole = replace(error.frame, body=Failure(str(error), "user"))
+                print(f"stdin: {error}", file=sys.stderr, flush=True)
+                if self.path is None:
+                    os._exit(1)
+                break
             if frame is None:
                 break
             screen.heard = self.since = time.monotonic()

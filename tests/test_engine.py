@@ -309,7 +309,8 @@ def test_errors_and_noise_do_not_harm_the_protocol(server):
 def test_a_request_that_can_not_be_read_is_an_error(server):
     """Of another version or a technique that the engine does not have: said, and the engine goes on."""
     wrong = encode(Frame("ask", 30, "", 1, Check(PROMPT, "diff")))
-    server.process.stdin.write(wrong.replace(b"\xa5Check", b"\xa5Chuck") + wrong.replace(b"\xa4diff", b"\xa4daff").replace(b"\x1e", b"\x1f", 1))
+    for other in (wrong.replace(b"\xa5Check", b"\xa5Chuck"), wrong.replace(b"\xa4diff", b"\xa4daff").replace(b"\x1e", b"\x1f", 1)):
+        server.process.stdin.write(sealed(other))
     server.ask(Frame("ask", 32, "", 1, Status()))
     frames = {f.id: f for f in server.until(32)}
     assert frames[30].kind == "error" and "an unknown message 'Chuck'" in frames[30].body.message

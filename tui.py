@@ -409,7 +409,7 @@ def first_state(values: dict[str, str]) -> State:
     return replace(state, prompt=prompts[0], set_path=str(path), prompt_set=prompts)
 
 
-def main(args: argparse.Namespace, engine: tuple[subprocess.Popen, str] | None) -> None:
+def main(args: argparse.Namespace, engine: tuple[subprocess.Popen, str, int] | None) -> None:
     gc.freeze()
     gc.enable()
     if args.keys:

@@ -30,7 +30,9 @@ def pick_device(name: str) -> t.device:
     if device.type == "cuda" and (why := unused_gpu()):
         raise UserError(f"torch sees no device {name}. {why}")
     if device.type == "cuda" and (device.index or 0) >= t.cuda.device_count():
-        raise UserError(f"there is no device {name}: torch sees {t.cuda.device_count()} CUDA devices")
+        slices = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        slices = f"; of MIG slices CUDA takes one, the first of CUDA_VISIBLE_DEVICES={slices!r}: write cuda" if "MIG-" in slices else ""
+        raise UserError(f"there is no device {name}: torch sees {t.cuda.device_count()} CUDA devices{slices}")
     if device.type == "mps" and not t.backends.mps.is_available():
         raise UserError("there is no mps device here: write auto or cpu")
     return device
@@ -64,7 +66,8 @@ def unused_gpu(file: Path | None = None) -> str:
     both = f"driver {driver}, torch's CUDA {cuda}"
     if visible is not None and visible.strip() in ("", "-1"):
         return f"GPU not used: CUDA_VISIBLE_DEVICES={visible!r} hides it (docs/hpc.md): unset it, or {ASK}; {both}"
-    return f"GPU not used: {both} (docs/hpc.md): {ASK}; torch says {torchs_reason()!r}"
+    ask = f"CUDA_VISIBLE_DEVICES={visible!r} names none that is here: nvidia-smi -L lists them" if visible and not visible.isdigit() else ASK
+    return f"GPU not used: {both} (docs/hpc.md): {ask}; torch says {torchs_reason()!r}"
 
 
 def torchs_reason() -> str:

@@ -22,8 +22,9 @@ from pathlib import Path
 from model import relay
 from model.scheduler import Job, Scheduler, Seat
 from vocabulary.files import folder
+from vocabulary.flow import Flow
 from vocabulary.requests import Failure, LoadForAll, News, Where, WhereResult
-from vocabulary.wire import Frame, WireError, encode, read_frame
+from vocabulary.wire import Frame, WireError, read_sealed
 
 AWAY = 60.0  # seconds
 FULL = 4 << 20  # bytes that wait to be sent; a screen's jobs wait with them
@@ -35,9 +36,7 @@ class Screen(Seat):
     def __init__(self, read: Callable[[int], bytes], out, gone_by: Callable[[], None], pings: bool = False):
         super().__init__(self.put)
         self.read, self.out, self.gone_by = read, out, gone_by
-        self.outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self.queued = self.written = 0
-        self.counting = threading.Lock()
+        self.flow, self.ready, self.writing = Flow(), threading.Condition(), False  # the flow belongs to three threads
         self.heard, self.pings = time.monotonic(), pings
         self.drained: Callable[[], None] = lambda: None
 
@@ -47,27 +46,66 @@ class Screen(Seat):
 
     @property
     def full(self) -> bool:
-        return self.queued - self.written > FULL
+        return self.flow.size > FULL
+
+    @property
+    def silent(self) -> bool:
+        """Whether all was written that is to be sent."""
+        return not self.flow.waiting and not self.writing
 
     def put(self, frame: Frame) -> None:
         if not self.gone:
-            data = encode(frame)
-            with self.counting:  # the thread that reads answers pings
-                self.queued += len(data)
-            self.outbox.put(data)
+            with self.ready:
+                self.flow.put(frame)
+                self.ready.notify()
+
+    def arrived(self, frame: Frame) -> Frame | None:
+        with self.ready:
+            try:
+                return self.flow.arrived(frame)
+            except WireError as error:
+                return unreadable(error)
+            finally:
+                self.ready.notify()
+
+    def forget(self, frame: Frame) -> None:
+        """What waits to be sent for a job that is cancelled or replaced is not."""
+        with self.ready:
+            self.flow.forget(frame.id, frame.slot)
+
+    def next(self) -> bytes | None:
+        with self.ready:
+            self.writing = False
+            while not self.gone:
+                before = self.full
+                if (data := self.flow.take()) is not None:
+                    self.writing = True
+                    if before and not self.full:
+                        self.drained()
+                    return data
+                self.ready.wait()
+        return None
 
     def write_all(self) -> None:
         """A thread's whole work."""
         try:
-            while (data := self.outbox.get()) is not None:
+            while (data := self.next()) is not None:
                 self.out.write(data)
                 self.out.flush()
-                before = self.full
-                self.written += len(data)
-                if before and not self.full:
-                    self.drained()
         except OSError:
             self.gone_by()
+
+    def close(self) -> None:
+        with self.ready:
+            self.gone = True
+            self.ready.notify()
+
+
+def unreadable(error: WireError) -> Frame:
+    """What stands for a frame whose body can't be read: why. The error itself where nothing of it can be."""
+    if error.frame is None:
+        raise error
+    return replace(error.frame, body=Failure(str(error), "user"))
 
 
 class Host:
@@ -83,35 +121,43 @@ class Host:
     # ---------------------------------------------------------------- screens
 
     def join(self, screen: Screen) -> None:
-        """Take a screen in: say hello, before anything that it asks is answered, and which jobs nobody waits for."""
+        """Take a screen in: say hello, before anything that it asks is answered."""
         screen.drained = partial(self.inbox.put, lambda: None)
         screen.put(Frame("hello"))
-        self.inbox.put(partial(self.seated, screen))
+        self.inbox.put(partial(self.scheduler.seats.append, screen))
         for work in (screen.write_all, partial(self.read_all, screen)):
             threading.Thread(target=work, daemon=True).start()
 
-    def seated(self, screen: Screen) -> None:
+    def tell(self, screen: Screen) -> None:
+        """Which jobs nobody waits for."""
         for job in self.scheduler.told():
             screen.put(Frame("left", body=job.ask.body))
-        self.scheduler.seats.append(screen)
 
     def read_all(self, screen: Screen) -> None:
-        """Owns what the screen says, until its end."""
+        """Owns what the screen says, until its end. With its first word it is told what goes on: then it is known whether the line is paced."""
+        first = True
         while True:
             try:
-                frame = read_frame(screen.read)
+                try:
+                    frame = read_sealed(screen.read)
+                except WireError as error:
+                    frame = unreadable(error)
+                whole = frame and screen.arrived(frame)
             except OSError:
                 frame = None
             except WireError as error:
-                if error.frame is None:
-                    print(f"stdin: {error}", file=sys.stderr, flush=True)
-                    if self.path is None:
-                        os._exit(1)
-                    break
-                frame = replace(error.frame, body=Failure(str(error), "user"))
+                print(f"stdin: {error}", file=sys.stderr, flush=True)
+                if self.path is None:
+                    os._exit(1)
+                break
             if frame is None:
                 break
             screen.heard = self.since = time.monotonic()
+            if first:
+                self.inbox.put(partial(self.tell, screen))
+                first = False
+            if (frame := whole) is None:
+                continue
             if frame.kind == "ping":
                 screen.put(frame)
             elif frame.kind == "stop":
@@ -122,6 +168,7 @@ class Host:
 
     def take(self, frame: Frame, screen: Screen) -> None:
         sure = isinstance(frame.body, LoadForAll)
+        screen.forget(frame)
         self.scheduler.put(replace(frame, body=frame.body.load) if sure else frame, screen, sure)
 
     def start(self, body: object):
@@ -195,7 +242,7 @@ class Host:
         if not screen.gone:
             self.since = time.monotonic()
             self.scheduler.leave(screen)
-            screen.outbox.put(None)
+            screen.close()
             with contextlib.suppress(OSError):
                 line.shutdown(socket.SHUT_RDWR)
             line.close()
@@ -231,7 +278,7 @@ class Host:
         for screen in others:
             screen.put(Frame("news", body=News(words, stopped=True)))
         until = time.monotonic() + 0.5
-        while any(s.queued > s.written for s in others) and time.monotonic() < until:
+        while not all(s.silent for s in others) and time.monotonic() < until:
             time.sleep(0.01)
         self.path.unlink(missing_ok=True)
         os._exit(0)

@@ -1,6 +1,7 @@
 """From a name to a model: its folder (downloaded where it has to be), config, tokenizer and weights, each checked before the next is read."""
 
 import copy
+import errno
 import io
 import math
 import queue
@@ -153,6 +154,8 @@ def download(name: str, patterns: list[str], token: str | bool) -> Generator[Pro
                 raise UserError(f"{name} can't be downloaded: {first_line(event)}")
             case HTTPError() | LocalEntryNotFoundError() | ConnectionError():
                 raise UserError(f"{name} is not in the hub cache and there is no network: give a folder, the name of a cached model, or zoo")
+            case OSError() if event.errno in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+                raise UserError(f"{name} can't be kept: {first_line(event)}. Set HF_HOME to a folder with room and start again (docs/hpc.md)")
             case OSError():
                 raise UserError(f"{name} can't be downloaded: {first_line(event)}")
             case _:

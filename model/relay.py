@@ -162,10 +162,10 @@ def attach() -> None:
         line = connect()
     except (UserError, OSError) as error:
         from vocabulary.requests import News
-        from vocabulary.wire import Frame, encode
+        from vocabulary.wire import Frame, encode, sealed
 
         words = str(error) if isinstance(error, UserError) else f"the engine can't be reached: {reason(error)}"
-        os.write(1, encode(Frame("hello")) + encode(Frame("news", body=News(words, stopped=True))))
+        os.write(1, b"".join(sealed(encode(f)) for f in (Frame("hello"), Frame("news", body=News(words, stopped=True)))))
         print(f"engine: {error}", file=sys.stderr, flush=True)
         os._exit(1)
     threading.Thread(target=pump, args=(line.fileno(), 1, LOST), daemon=True).start()

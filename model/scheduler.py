@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 
 from utils import model_name
+from vocabulary.flow import adds
 from vocabulary.nodes import UserError
 from vocabulary.requests import Failure, Load, News, Progress
 from vocabulary.wire import Frame, needs_model
@@ -63,7 +64,7 @@ class Job:
     ask: Frame = field(compare=False)
     seat: Seat = field(compare=False)
     steps: Generator | None = field(default=None, compare=False)
-    parts: list[object] = field(default_factory=list, compare=False)  # partial results, for a screen that takes the job over
+    parts: list[object] = field(default_factory=list, compare=False)  # what a screen that takes the job over is shown
     end: tuple[str, object] | None = field(default=None, compare=False)
     spent: float = field(default=0.0, compare=False)  # seconds
     sure: bool = field(default=False, compare=False)  # a Load that was confirmed: others who look at the model lose it
@@ -209,7 +210,7 @@ class Scheduler:
             self.finish(job, "error", internal(error))
         else:
             if self.keeps and not isinstance(part, Progress):
-                job.parts.append(part)
+                job.parts = [*job.parts, part] if adds(part) else [part]
             self.reply(job, "progress" if isinstance(part, Progress) else "partial", part)
         return True
 

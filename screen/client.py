@@ -11,10 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vocabulary.flow import Flow
 from vocabulary.requests import Failure, News, Progress
-from vocabulary.wire import encode, Frame, read_frame_async, WireError
+from vocabulary.wire import NO_ENGINE, Frame, WireError, read_sealed_async
 from screen.early import command, kept, spawn
-from screen.line import Line
+from screen.line import Line, carriers_words
 
 
 LEFT = re.compile(r"[\d.,]+ (?:s|min) left(?: in this step)?")  # as the engine words it (vocabulary/progress.time_left)
@@ -66,21 +67,6 @@ class Process:
         return self.returncode
 
 
-async def hello(stream: asyncio.StreamReader) -> Frame:
-    """The engine's first frame; what a shell or a module system printed before it is passed over. WireError, with its beginning, for what goes on without one."""
-    greeting = Frame("hello")
-    try:
-        await stream.readuntil(encode(greeting))
-    except asyncio.LimitOverrunError as error:
-        said = " ".join((await stream.read(200)).decode(errors="replace").split())
-        raise WireError(f"not an engine: it says {said[:80]!r} …") from error
-    except asyncio.IncompleteReadError as error:
-        if said := " ".join(error.partial.decode(errors="replace").split()):
-            raise WireError(f"not an engine: it says {said[-80:]!r}") from error
-        raise
-    return greeting
-
-
 @dataclass
 class Job:
     id: int
@@ -130,13 +116,13 @@ class Client:
         on_news: Callable = lambda frame: None,
     ):
         self.log, self.via, self.on_progress, self.on_death, self.on_fault, self.on_news = log, via, on_progress, on_death, on_fault, on_news
-        self.line, self.stopped = Line(), ""
+        self.line, self.flow, self.stopped = Line(), Flow(), ""
         self.process: Process | None = None
-        self.early: tuple[subprocess.Popen, str] | None = None  # what was started before the screen
+        self.early: tuple[subprocess.Popen, str, int] | None = None  # what was started before the screen
         self.reader: asyncio.Task | None = None
         self.jobs: dict[int, Job] = {}
         self.count = 0
-        self.stopping = False
+        self.stopping, self.since = False, 0
         self.leaving = False  # the screen closes: what it asked goes on in an engine that stays
 
     @property
@@ -145,12 +131,14 @@ class Client:
 
     async def start(self) -> str:
         """Start the engine. What there is to say of its log, or ""."""
-        self.stopping, self.jobs, self.stopped, self.line = False, {}, "", Line()  # the reader of an engine before this one ends that one's jobs
-        started, note = self.early or spawn(self.command(), self.log)
+        self.stopping, self.jobs, self.stopped, self.flow = False, {}, "", Flow(bool(self.via))  # the reader of an engine before this one ends that one's jobs
+        self.line = Line(self.said_on_the_way)
+        started, note, self.since = self.early or spawn(self.command(), self.log)
         self.early, process = None, Process(started)
         await process.attach()
         self.process = process
         self.reader = asyncio.create_task(self.read(self.process, self.jobs))
+        self.write()
         if self.kept:
             self.line.pings = asyncio.create_task(self.line.ping(self.send))
         return note
@@ -159,24 +147,34 @@ class Client:
     def kept(self) -> bool:
         return kept(self.via)
 
+    def said_on_the_way(self) -> str:
+        return carriers_words(self.log, self.since) if self.via else ""
+
     def command(self) -> list[str]:
         return command(self.via)
 
     async def read(self, process: Process, jobs: dict[int, Job]) -> None:
         """Answer this process's jobs until it ends; then those left have died with it."""
-        reason = ""
+        reason, flow, greeted = "", self.flow, False
         try:
-            self.line.hear(await hello(process.stdout))
             while True:
-                frame = await read_frame_async(process.stdout)
+                frame, greeted = await read_sealed_async(process.stdout), True
                 self.line.hear(frame)
+                whole = flow.arrived(frame)
+                self.write()
                 try:
-                    self.receive(frame, jobs)
+                    if whole is not None:
+                        self.receive(whole, jobs)
                 except Exception as error:  # of what draws it: the other jobs go on
                     self.on_fault(error)
-        except asyncio.IncompleteReadError:
-            code = await process.wait()
-            reason = self.stopped or (f"killed by {signal.Signals(-code).name}" if code < 0 else ENDS.get(code, f"exit code {code}"))
+        except EOFError as end:
+            code, said = await process.wait(), str(end)
+            reason = f"killed by {signal.Signals(-code).name}" if code < 0 else ENDS.get(code, f"exit code {code}")
+            if said:
+                reason = f"{reason}; it said {said!r}" if greeted else f"{NO_ENGINE} {said!r}"
+            elif way := self.said_on_the_way():
+                reason = f"{reason.partition(':')[0]}: {way}"
+            reason = self.stopped or reason
         except WireError as error:
             reason = str(error)
             with contextlib.suppress(ProcessLookupError):
@@ -220,8 +218,13 @@ class Client:
                     job.future.set_exception(EngineError(failure.message, failure.kind))
 
     def send(self, frame: Frame) -> None:
-        if self.alive and not self.process.stdin.is_closing():
-            self.process.stdin.write(encode(frame))
+        self.flow.put(frame)
+        self.write()
+
+    def write(self) -> None:
+        """What may go now."""
+        while self.alive and not self.process.stdin.is_closing() and (data := self.flow.take()) is not None:
+            self.process.stdin.write(data)
 
     async def ask(self, slot: str, request: object, priority: int = 1, on_partial: Callable[[object], None] | None = None) -> object:
         """The request's result. EngineError with one line when it fails, Superseded when a newer ask took the slot."""
@@ -229,6 +232,7 @@ class Client:
             raise EngineDied("the engine is not running: ctrl+e starts it")
         for old in [j for j in self.jobs.values() if slot and j.slot == slot]:
             del self.jobs[old.id]
+            self.flow.forget(old.id)
             if not old.future.done():
                 old.future.set_exception(Superseded())
         self.count += 1
@@ -244,7 +248,8 @@ class Client:
     def cancel(self, ident: int) -> None:
         """Cancel a job between two of its chunks."""
         if job := self.jobs.pop(ident, None):
-            self.send(Frame("cancel", ident))
+            if not self.flow.forget(ident):
+                self.send(Frame("cancel", ident))
             if not job.future.done():
                 job.future.set_exception(Superseded())
 

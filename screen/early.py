@@ -28,9 +28,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def words_of(via: str) -> list[str]:
-    """The words of the command that carries the engine."""
+    """The words of the command that carries the engine. A srun among them gets --unbuffered: else it keeps what has no end of line."""
     try:
-        return shlex.split(via)
+        words = shlex.split(via)
+        return [w for word in words for w in ([word, "--unbuffered"] if Path(word).name == "srun" else [word])]
     except ValueError as error:
         raise UserError(f"--via {via!r} is not a command: {error}") from error
 
@@ -59,21 +60,21 @@ def command(via: str) -> list[str]:
     return [sys.executable, *(["-m", "model.relay"] if kept(via) else [str(ROOT / "engine.py"), "serve"])]
 
 
-def spawn(words: list[str], log: Path) -> tuple[subprocess.Popen, str]:
-    """The engine's process, and what there is to say of its log, or ""."""
-    note = ""
+def spawn(words: list[str], log: Path) -> tuple[subprocess.Popen, str, int]:
+    """The engine's process, what there is to say of its log, or "", and how long the log was before."""
+    note, since = "", log.stat().st_size if log.is_file() else 0
     try:
         file = open_log(log)
     except OSError as error:
         note = f"{log} can't be written ({reason(error)}): what the engine says is lost"
         file = os.open(os.devnull, os.O_WRONLY)
     try:
-        return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, start_new_session=True, cwd=ROOT), note
+        return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, start_new_session=True, cwd=ROOT), note, since
     finally:
         os.close(file)
 
 
-def start(args: argparse.Namespace) -> tuple[subprocess.Popen, str] | None:
+def start(args: argparse.Namespace) -> tuple[subprocess.Popen, str, int] | None:
     """The engine for a screen that is about to open; None where it can't, which the screen's own start then says."""
     try:
         return None if args.keys or no_terminal() else spawn(command(args.via), folder("logs") / "engine.log")

@@ -1,5 +1,6 @@
 """An engine that stays when its screen goes, and that several screens share: joining it, what it says unasked, `:engine`, asking before others lose their model."""
 
+import asyncio
 import os
 import socket
 import time
@@ -13,6 +14,8 @@ from screen.overlays import Panel
 from screen.pane import Host
 from utils import model_name, show_bytes
 from widgets import BOLD, DIM, PLAIN, WARN, Spans
+
+ANSWERS_IN = 3.0  # seconds in which an engine says who looks, before it is restarted
 
 
 class Shared:
@@ -118,26 +121,37 @@ def show(app: Host) -> None:
 
 
 def restart(app: Host) -> None:
-    """End the engine and start a new one; where other screens look at it, only after a key."""
+    """End the engine and start a new one; where other screens look at it, or it says nothing, only after a key."""
 
-    def go() -> None:
+    def go(stop: bool = True) -> None:
         app.busy = "starting the engine…"
-        app.say("restarting the engine; model, prompts and interventions are kept")
+        app.say("restarting the engine; model, prompts and interventions are kept" if stop else "connecting to the engine again")
         app.requests.forget()
-        if app.client.kept:
+        if app.client.kept and stop:
             app.client.send(Frame("stop"))
         app.start_engine()
 
-    def asked(where: WhereResult) -> None:
-        if not where.screens:
-            go()
-            return
-        sure = lambda at: (panel.action_close(), app.guard(go))  # noqa: E731
-        panel = Panel("restarting ends the engine for others too", others(where), "⏎ all the same · esc goes on with it", False, {"enter": sure})
+    def offer(title: str, rows: list[Spans], hint: str, **keys: bool) -> None:
+        take = lambda stop: lambda at: (panel.action_close(), app.guard(partial(go, stop)))  # noqa: E731
+        panel = Panel(title, rows, hint, False, {key: take(stop) for key, stop in keys.items()})
         app.open(panel)
 
+    async def look() -> None:
+        try:
+            where = await asyncio.wait_for(app.shared.ask(), ANSWERS_IN)
+        except TimeoutError:  # a stop that lay in a dead line would end the engine when that comes back
+            stays = app.shared.where is not None and app.shared.where.minutes
+            then = "⏎: the engine goes on · x: it ends, for others too" if stays else "both end it, since it does not stay (LOUPE_KEEP_ENGINE_MINUTES)"
+            why = [[(f" {line}", DIM)] for line in ("the line is dead, or the engine is in a long step, or hangs", then)]
+            offer("the engine does not answer", why, "⏎ connect again · x end it · esc wait", enter=False, x=True)
+            return
+        if where is not None and where.screens:
+            offer("restarting ends the engine for others too", others(where), "⏎ all the same · esc goes on with it", enter=True)
+        elif where is not None:
+            go()
+
     if app.client.kept and app.client.alive and app.info is not None:
-        ends_jobs(app, "restarting the engine", lambda: app.requests.ask("engine", Where(who()), asked, 0, any_model=True))
+        ends_jobs(app, "restarting the engine", lambda: app.run_worker(look, group="engine", exclusive=True, exit_on_error=True))
     else:
         ends_jobs(app, "restarting the engine", go)
 

@@ -1,6 +1,7 @@
 """
 A relay and an engine that stays, without a model: `python tests/kept.py BASE MINUTES [keep PATH FD]`. A `Run` takes as many steps of 5 ms as its number says,
-a Load 20; each step of a Run is shown as a partial result.
+a Load 20; each step of a Run is shown as a partial result, from 500 on with 20 kB in it, from 1000 on (of half a
+millisecond) as progress.
 """
 
 import os
@@ -42,8 +43,8 @@ class Pretended:
             self.loaded, self.model = body, SimpleNamespace(info=INFO)
         if isinstance(body, Run):
             for n in range(steps := body.k):
-                time.sleep(0.005)
-                yield ModelsResult((ModelChoice(str(n), "part"),)) if steps < 1000 else Progress(n, steps)
+                time.sleep(0.005 if steps < 1000 else 0.0005)
+                yield ModelsResult((ModelChoice(str(n), os.urandom(10_000).hex() if steps >= 500 else "part"),)) if steps < 1000 else Progress(n, steps)
             return ModelsResult((ModelChoice(str(body.k), str(os.getpid())),))
         return INFO
 

@@ -1,6 +1,7 @@
 """The screen's end of the wire, with processes that are only pipes."""
 
 import asyncio
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,9 @@ import pytest
 from screen import client
 from screen.client import Client, EngineDied
 from vocabulary.requests import Progress, Status, StatusResult
-from vocabulary.wire import encode, Frame
+from vocabulary.wire import DAMAGED, MARK, Frame, encode, sealed
+
+HELLO = sealed(encode(Frame("hello")))
 
 
 class Pipe:
@@ -16,7 +19,7 @@ class Pipe:
 
     def __init__(self):
         self.stdout, self.returncode, self.pid, self.ended = asyncio.StreamReader(), None, 0, asyncio.Event()
-        self.stdout.feed_data(encode(Frame("hello")))
+        self.stdout.feed_data(HELLO)
         self.stdin = SimpleNamespace(is_closing=lambda: False, write=lambda data: None, close=self.end)
 
     async def attach(self) -> None: ...
@@ -45,7 +48,7 @@ def pipes(monkeypatch):
 
 
 def answer(ident: int) -> bytes:
-    return encode(Frame("result", ident, "status", 1, StatusResult(ident, 0, 0, 0, 0, ())))
+    return sealed(encode(Frame("result", ident, "status", 1, StatusResult(ident, 0, 0, 0, 0, ()))))
 
 
 async def asked(link: Client, slot: str = "status") -> asyncio.Task:
@@ -78,7 +81,7 @@ async def test_a_death_ends_the_jobs_and_is_told_once(pipes, tmp_path):
     link = Client(tmp_path / "log", on_progress=lambda job: seen.append(job.progress), on_death=deaths.append)
     await link.start()
     task = await asked(link)
-    pipes[0].stdout.feed_data(encode(Frame("progress", link.count, "status", 1, Progress(1, 2))))
+    pipes[0].stdout.feed_data(sealed(encode(Frame("progress", link.count, "status", 1, Progress(1, 2)))))
     pipes[0].end(3)
     with pytest.raises(EngineDied, match="exit code 3"):
         await task
@@ -103,39 +106,90 @@ async def test_a_screen_that_closes_cancels_nothing(pipes, tmp_path):
     await link.stop()
 
 
-@pytest.mark.parametrize(
-    "said, reason",
-    [
-        (b"Welcome to gpu01\nLoading cuda/12.4\n", ""),
-        (b"\x00" * 3000, ""),
-        (b"bash: uv: command not found\n", "not an engine: it says 'bash: uv: command not found'"),
-        (b"y\n" * 50_000, "not an engine: it says 'y y y"),
-    ],
-)
-async def test_a_banner_before_the_first_frame_is_passed_over(pipes, tmp_path, said, reason):
+NOISE = bytes(random.Random(0).randbytes(30_000))
+
+
+@pytest.mark.parametrize("said", [b"Welcome to gpu01\nLoading cuda/12.4\n", b"no newline", b"\x00" * 3000, NOISE, b"y\n" * 50_000, MARK[:3], MARK[:2] + b"\n"])
+async def test_what_others_print_between_frames_is_passed_over(pipes, tmp_path, said):
+    """A banner, noise, 100 kB: before the engine's first word, and after it."""
     deaths = []
     link = Client(tmp_path / "log", on_death=deaths.append)
     await link.start()
     pipe = pipes[0]
     pipe.stdout._buffer.clear()
-    pipe.stdout.feed_data(said)
-    pipe.kill = pipe.end
-    if reason:
-        pipe.end()
-        await link.reader
-        assert len(deaths) == 1 and deaths[0].startswith(reason)
-        return
-    pipe.stdout.feed_data(encode(Frame("hello")))
-    task = await asked(link)
-    pipe.stdout.feed_data(answer(link.count))
-    assert (await task).memory == link.count and deaths == []
+    pipe.stdout.feed_data(said + HELLO + said)
+    for _ in range(2):
+        task = await asked(link)
+        whole = answer(link.count)
+        pipe.stdout.feed_data(whole[:9])  # arrives in two pieces
+        await asyncio.sleep(0)
+        pipe.stdout.feed_data(whole[9:] + said)
+        assert (await task).memory == link.count and deaths == []
     await link.stop()
 
 
 async def test_what_was_started_before_the_screen_is_its_engine(pipes, tmp_path):
     link = Client(tmp_path / "log")
-    link.early = (None, "said of the log")
+    link.early = (None, "said of the log", 0)
     assert await link.start() == "said of the log" and link.early is None and link.alive
     await link.stop()
     assert await link.start() == ""  # the next is started as ever
     await link.stop()
+
+
+@pytest.mark.parametrize(
+    "came, reason",
+    [
+        (b"bash: uv: command not found\n", "not an engine: it says 'bash: uv: command not found'"),
+        (b"\x00" * 3000 + NOISE, "not an engine: it says "),
+        (b"y\n" * 600_000, "not an engine: it says 'y y y"),
+        (HELLO, "exit code 0"),
+        (HELLO + b"CANCELLED DUE TO TIME LIMIT\n", "exit code 0; it said 'CANCELLED DUE TO TIME LIMIT'"),
+        (HELLO + HELLO[:30], "exit code 0"),
+        (HELLO + HELLO[:20] + b"Loading cuda" + HELLO[20:], DAMAGED),
+        (HELLO + HELLO[:-3] + b"\x00\x00\x00", DAMAGED),
+    ],
+)
+async def test_what_is_no_engine_or_is_damaged_is_one_line(pipes, tmp_path, came, reason):
+    deaths = []
+    link = Client(tmp_path / "log", on_death=deaths.append)
+    await link.start()
+    pipe = pipes[0]
+    pipe.stdout._buffer.clear()
+    pipe.kill = pipe.end
+    pipe.stdout.feed_data(came)
+    pipe.end()
+    await link.reader
+    assert len(deaths) == 1 and deaths[0].startswith(reason) and deaths[0].isprintable() and len(deaths[0]) < 200
+
+
+@pytest.mark.parametrize(
+    "log, said",
+    [
+        ("srun: job 7 queued and waiting for resources\n", "srun: job 7 queued and waiting for resources"),
+        (
+            "Loading weights: 100%\nsrun: Job step aborted\nslurmstepd-n1: error: *** JOB 7 ON n1 CANCELLED AT 2026-01-01T00:00:00 DUE TO TIME LIMIT ***\nsrun: error: n1: task 0: Terminated\n",
+            "slurmstepd-n1: error: *** JOB 7 ON n1 CANCELLED AT 2026-01-01T00:00:00 DUE TO TIME LIMIT ***",
+        ),
+        ("ssh: connect to host gpu01 port 22: Connection refused\n", "ssh: connect to host gpu01 port 22: Connection refused"),
+        ("me@gpu01: Permission denied (publickey).\n", "me@gpu01: Permission denied (publickey)."),
+        ("Traceback\nPermissionError: [Errno 13] Permission denied: 'x'\nLoading weights\n", ""),
+    ],
+)
+async def test_what_carries_the_engine_says_why(pipes, tmp_path, log, said):
+    """While it waits, and when it ends; what stood in the log before is not of this engine."""
+    deaths = []
+    (tmp_path / "log").write_text("ssh: an older word\n")
+    link = Client(tmp_path / "log", "srun -p a", on_death=deaths.append)
+    await link.start()
+    pipes[0].stdout._buffer.clear()
+    with open(tmp_path / "log", "a") as f:
+        f.write(log)
+    assert link.line.words() == said
+    pipes[0].end(255)
+    await link.reader
+    assert deaths == [f"exit code 255: {said}" if said else "exit code 255: the line broke, or ssh could not connect"]
+
+
+def test_srun_keeps_nothing_back(tmp_path):
+    assert Client(tmp_path, "ssh n1 /opt/slurm/bin/srun --gres=gpu:1").command()[:4] == ["ssh", "n1", "/opt/slurm/bin/srun", "--unbuffered"]

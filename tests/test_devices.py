@@ -9,6 +9,7 @@ from conftest import CLEAN
 
 from model import devices
 from model.devices import driver_version, filled_by_others, pick_device, unused_gpu
+from model.relay import place
 from engine import Engine, main
 from vocabulary.nodes import UserError
 from vocabulary.requests import Load
@@ -66,6 +67,7 @@ def test_the_drivers_version(tmp_path, monkeypatch):
         ({"text": OPEN, "visible": ""}, ["CUDA_VISIBLE_DEVICES='' hides it", "unset it", "driver 580.65.06, torch's CUDA 13.2"]),
         ({"text": OPEN, "visible": "-1"}, ["CUDA_VISIBLE_DEVICES='-1' hides it"]),
         ({"text": OPEN, "visible": "0"}, ["srun --gres=gpu:1", "No CUDA GPUs are available", "driver 580.65.06"]),
+        ({"text": OPEN, "visible": "MIG-0a1b"}, ["CUDA_VISIBLE_DEVICES='MIG-0a1b' names none that is here: nvidia-smi -L lists them", "No CUDA GPUs"]),
         ({"cuda": "12.8", "said": "out of luck"}, ["out of luck", "driver 535.161.08, torch's CUDA 12.8"]),
     ],
 )
@@ -87,6 +89,19 @@ def test_nothing_is_said_without_a_gpu_or_with_one_that_works(driver, tmp_path, 
     monkeypatch.setattr(t.cuda, "is_available", lambda: False)
     monkeypatch.setattr(devices.shutil, "which", lambda name: None)
     assert unused_gpu(file.with_name("absent")) == ""
+
+
+def test_a_slice_of_a_gpu(monkeypatch):
+    """MIG: one slice is seen, as cuda, with its own memory; a second one that is named is not."""
+    for name, answer in (("is_available", True), ("device_count", 1), ("memory_reserved", 0), ("mem_get_info", (9 << 30, 10 << 30))):
+        monkeypatch.setattr(t.cuda, name, lambda *args, answer=answer: answer)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-a,MIG-b")
+    assert pick_device("auto") == t.device("cuda") and filled_by_others(t.device("cuda")) == ""
+    with pytest.raises(UserError, match="there is no device cuda:1: .* the first of CUDA_VISIBLE_DEVICES='MIG-a,MIG-b': write cuda"):
+        pick_device("cuda:1")
+    one = place()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-b")
+    assert place() != one, "a slice has an engine of its own"
 
 
 def test_a_device_that_others_fill(monkeypatch):

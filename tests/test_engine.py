@@ -18,7 +18,7 @@ from techniques.output.requests import Run
 from vocabulary.nodes import parse_intervention, UserError
 from vocabulary.prompts import Prompt, Study
 from vocabulary.requests import Check, Failure, Load, Models, Progress, Status
-from vocabulary.wire import encode, Frame, read_frame
+from vocabulary.wire import Frame, encode, read_sealed, sealed
 from engine import Engine, main
 from utils import ROOT
 
@@ -198,7 +198,7 @@ def test_an_engine_in_the_scheduler(engines):
     finally:
         metrics.VOCAB_BYTES = bound
     for frame in sent:
-        assert read_frame(__import__("io").BytesIO(encode(frame)).read).id == frame.id
+        assert read_sealed(__import__("io").BytesIO(sealed(encode(frame))).read).id == frame.id
 
 
 # ------------------------------------------------------------------ the engine in Python
@@ -250,11 +250,11 @@ class Server:
         )
 
     def ask(self, *frames: Frame) -> None:
-        self.process.stdin.write(b"".join(encode(f) for f in frames))
+        self.process.stdin.write(b"".join(sealed(encode(f)) for f in frames))
         self.process.stdin.flush()
 
     def read(self) -> Frame | None:
-        return read_frame(self.process.stdout.read)
+        return read_sealed(self.process.stdout.read)
 
     def until(self, ident: int, kinds: tuple[str, ...] = ("result", "error", "cancelled")) -> list[Frame]:
         frames = []
@@ -313,7 +313,8 @@ def test_errors_and_noise_do_not_harm_the_protocol(server):
 def test_a_request_that_can_not_be_read_is_an_error(server):
     """Of another version or a technique that the engine does not have: said, and the engine goes on."""
     wrong = encode(Frame("ask", 30, "", 1, Check(PROMPT, "diff")))
-    server.process.stdin.write(wrong.replace(b"\xa5Check", b"\xa5Chuck") + wrong.replace(b"\xa4diff", b"\xa4daff").replace(b"\x1e", b"\x1f", 1))
+    for other in (wrong.replace(b"\xa5Check", b"\xa5Chuck"), wrong.replace(b"\xa4diff", b"\xa4daff").replace(b"\x1e", b"\x1f", 1)):
+        server.process.stdin.write(sealed(other))
     server.ask(Frame("ask", 32, "", 1, Status()))
     frames = {f.id: f for f in server.until(32)}
     assert frames[30].kind == "error" and "an unknown message 'Chuck'" in frames[30].body.message

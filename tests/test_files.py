@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pwd
 import re
 import shutil
 import stat
@@ -46,6 +47,13 @@ def test_home_is_asked_for_or_the_checkout_or_the_users(monkeypatch):
     assert HOME() == Path.home() / "hunts"
     monkeypatch.setattr(files, "settings", lambda: {"LOUPE_HOME": "~no-such-user-here"})
     with pytest.raises(UserError, match="LOUPE_HOME"):
+        HOME()
+    user = pwd.getpwuid(os.getuid()).pw_name
+    for text in ("/scratch/$USER/loupe", "/scratch/${USER}/loupe"):
+        monkeypatch.setattr(files, "settings", lambda text=text: {"LOUPE_HOME": text})
+        assert HOME() == Path(f"/scratch/{user}/loupe")
+    monkeypatch.setattr(files, "settings", lambda: {"LOUPE_HOME": "$SCRATCH/loupe"})
+    with pytest.raises(UserError, match=r"only ~ and \$USER are known there"):
         HOME()
     monkeypatch.setattr(files, "settings", dict)
     assert HOME() == ROOT

@@ -19,7 +19,7 @@ from techniques.output.requests import Run
 from vocabulary.nodes import AddressError, format_node, Intervention, LABEL, Node, OPS, parse_intervention, parse_node, PARTS, RESIDS, UserError
 from vocabulary.prompts import Metric, METRICS, Prompt, read_prompt_set, Study, TokenRow, WHICH
 from vocabulary.requests import Check, Load, Models, Status
-from vocabulary.wire import DTYPES, encode, Frame, from_json, KINDS, read_frame, read_frame_async, to_json, WireError
+from vocabulary.wire import DTYPES, encode, Frame, from_json, KINDS, read_frame, read_sealed, read_sealed_async, sealed, to_json, WireError
 
 settings.register_profile("fixed", deadline=None, derandomize=True)
 settings.load_profile("fixed")
@@ -186,11 +186,11 @@ def test_frames_follow_one_another(some):
 def test_the_asynchronous_reader_reads_the_same(frame):
     async def go() -> Frame:
         reader = asyncio.StreamReader()
-        reader.feed_data(encode(frame))
+        reader.feed_data(sealed(encode(frame)))
         reader.feed_eof()
-        return await read_frame_async(reader)
+        return await read_sealed_async(reader)
 
-    assert equal(asyncio.run(go()), frame)
+    assert equal(asyncio.run(go()), frame) and equal(read_sealed(io.BytesIO(sealed(encode(frame))).read), frame)
 
 
 @given(frames, st.data())
@@ -218,6 +218,14 @@ def test_a_changed_byte_is_an_error_or_another_frame(frame, data):
     except WireError:
         return
     assert isinstance(got, Frame)
+
+
+@given(frames, st.data())
+def test_a_changed_byte_on_a_line_is_an_error(frame, data):
+    whole = bytearray(sealed(encode(frame)))
+    whole[data.draw(st.integers(0, len(whole) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    with pytest.raises(WireError):
+        read_sealed(io.BytesIO(whole).read)
 
 
 @pytest.mark.parametrize(

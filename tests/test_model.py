@@ -1,6 +1,8 @@
 """Loading, tokens, the cache, the self-check; and what can't be loaded, each with one clear line."""
 
+import errno
 import json
+import os
 import shutil
 import threading
 import urllib.parse
@@ -245,6 +247,18 @@ def test_hub_names(hub):
     assert "no folder at" in failure(Load("what is this?"))
     hub()
     assert "gpt2 is not in the hub cache and there is no network" in failure(Load("gpt2"))
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.ENOSPC, errno.EDQUOT])
+def test_a_home_without_room(hub, monkeypatch, code):
+    def full(name, local_files_only: bool = False, **k):
+        if local_files_only:
+            raise loading.LocalEntryNotFoundError("none")
+        raise OSError(code, os.strerror(code), "/home/me/.cache/huggingface")
+
+    monkeypatch.setattr(loading.huggingface_hub, "snapshot_download", full)
+    said = failure(Load("have/model"))
+    assert os.strerror(code) in said and "Set HF_HOME to a folder with room and start again" in said and "\n" not in said
 
 
 def test_download_then_no_network(hub, engines):

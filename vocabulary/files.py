@@ -3,6 +3,8 @@
 import contextlib
 import errno
 import os
+import pwd
+import re
 import tempfile
 from collections.abc import Generator
 from pathlib import Path
@@ -29,11 +31,17 @@ def typed_path(text: str | Path) -> Path:
 
 
 def home() -> Path:
-    """The folder of sessions, exports, logs and caches: LOUPE_HOME of `.env`; else the checkout, when it can be written to; else ~/.local/share/loupe."""
+    """
+    The folder of sessions, exports, logs and caches: LOUPE_HOME of `.env`, where ~ and $USER are each user's own; else the checkout, when it can be written
+    to; else ~/.local/share/loupe.
+    """
     asked = settings().get("LOUPE_HOME", "").strip() or ("" if os.access(ROOT, os.W_OK | os.X_OK) else "~/.local/share/loupe")
     try:
+        asked = re.sub(r"\$(USER\b|\{USER\})", lambda found: pwd.getpwuid(os.getuid()).pw_name, asked)
+        if "$" in asked:
+            raise RuntimeError("only ~ and $USER are known there")
         return ROOT / Path(asked).expanduser()
-    except RuntimeError as error:
+    except (RuntimeError, KeyError) as error:
         raise UserError(f"LOUPE_HOME of .env (or .env.local) is {asked!r}: {error}") from error
 
 

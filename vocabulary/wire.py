@@ -3,12 +3,15 @@ The wire between screen and engine: `@request` and `@message` register what may 
 The same dataclasses are the Python interface, the command line and (as JSON) the session file. Never imports torch.
 """
 
+import asyncio
 import dataclasses
 import functools
 import importlib
+import io
 import math
 import types
 import typing
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -67,7 +70,7 @@ def door(kind: type) -> ModuleType:
 
 # ------------------------------------------------------------------ frames
 
-KINDS = ("ask", "cancel", "stop", "ping", "hello", "news", "left", "progress", "partial", "result", "error", "cancelled")
+KINDS = ("ask", "cancel", "stop", "ping", "hello", "news", "left", "progress", "partial", "result", "error", "cancelled", "piece", "heard")
 MAX_HEADER = 64 << 20
 MAX_ARRAY = 4 << 30
 DTYPES = ("<f4", "<f8", "<f2", "<i4", "<i8", "<i2", "|u1", "|i1", "|b1")
@@ -77,7 +80,7 @@ DTYPES = ("<f4", "<f8", "<f2", "<i4", "<i8", "<i2", "|u1", "|i1", "|b1")
 class Frame:
     """
     One message. `slot` is the pane that asks: a newer request replaces an older one in the same slot. Lower `priority` runs first. `model` of a reply:
-    the `ModelInfo.key` of what was loaded then ("": nothing). A `ping` comes back as it is; `news` and `left` (a request whose screen went) come unasked.
+    the `ModelInfo.key` of what was loaded then ("": nothing). A `ping` comes back as it is; `news` and `left` (a request whose screen went) come unasked; `piece` and `heard`: vocabulary/flow.py.
     """
 
     kind: str
@@ -169,10 +172,64 @@ def read_frame(read: Callable[[int], bytes]) -> Frame | None:
     return build(fields, [exactly(n) for n in sizes])
 
 
-async def read_frame_async(reader) -> Frame:
-    """Read one frame from an asyncio StreamReader; raises asyncio.IncompleteReadError at the end of the stream."""
-    fields, sizes = array_sizes(await reader.readexactly(head_size(await reader.readexactly(4))))
-    return build(fields, [await reader.readexactly(n) for n in sizes])
+# ------------------------------------------------------------------ frames on a line, between which others may print
+
+MARK = b"\xfeLp\xff"  # in no text
+NOISE = 1 << 20  # bytes between two frames that are passed over
+NO_ENGINE = "not an engine: it says"
+DAMAGED = "what came over the line is damaged: something on its way (a shell's background job, a module system) printed to stdout in the middle of a frame"
+
+
+def sealed(data: bytes) -> bytes:
+    """A frame's bytes for a line: a mark, their number and checksum before them."""
+    return MARK + len(data).to_bytes(4, "big") + zlib.crc32(data).to_bytes(4, "big") + data
+
+
+def unsealed(head: bytes, data: bytes) -> Frame:
+    if zlib.crc32(data) != int.from_bytes(head[4:], "big"):
+        raise WireError(DAMAGED)
+    return read_frame(io.BytesIO(data).read)
+
+
+def read_sealed(read: Callable[[int], bytes]) -> Frame | None:
+    """As `read_frame`, from a line on which nobody else prints."""
+    head = read(12)
+    if not head:
+        return None
+    if not head.startswith(MARK):
+        raise WireError(f"this is not Loupe's wire: it begins {head!r}")
+    size = int.from_bytes(head[4:8], "big")
+    data = read(size) if len(head) == 12 else b""
+    if len(head) < 12 or len(data) < size:
+        raise WireError("the stream ended in the middle of a frame")
+    return unsealed(head[4:], data)
+
+
+async def read_sealed_async(stream: asyncio.StreamReader) -> Frame:
+    """
+    The next frame of a line. What others print between two frames (a banner, a module system) is passed over. EOFError at the end, with what was printed
+    last; WireError for what goes on and on without a frame, or is damaged.
+    """
+    said = b""
+    while not said.endswith(MARK):
+        try:
+            said += await stream.readuntil(MARK)
+        except asyncio.LimitOverrunError as error:
+            said += await stream.readexactly(error.consumed)
+            if len(said) > NOISE:
+                raise WireError(f"{NO_ENGINE} {in_words(said[:200])[:80]!r} …") from error
+        except asyncio.IncompleteReadError as error:
+            raise EOFError(in_words(said + error.partial)[-80:]) from error
+    try:
+        head = await stream.readexactly(8)
+        return unsealed(head, await stream.readexactly(int.from_bytes(head[:4], "big")))
+    except asyncio.IncompleteReadError as error:
+        raise EOFError("") from error
+
+
+def in_words(said: bytes) -> str:
+    """What was printed, as one line; what is no text is left out."""
+    return " ".join("".join(c if c.isprintable() else " " for c in said.decode(errors="ignore")).split())
 
 
 # ------------------------------------------------------------------ JSON, for the command line, sessions and exports

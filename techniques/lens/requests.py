@@ -1,7 +1,7 @@
 """Lenses: what the model would say at each point of the residual stream; and fitting a tuned or a Jacobian one."""
 
 from dataclasses import field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -83,6 +83,7 @@ class LensResult:
     `names`: what clean and corrupted are called (two models, of one prompt).
     """
 
+    adds: ClassVar[bool] = True  # a partial result holds the rows since the one before, not all
     tokens: TokenRow
     points: tuple[str, ...]
     top_ids: np.ndarray

@@ -1,0 +1,230 @@
+"""A line of 200 ms there and back and 20 kB/s, in virtual time: what overtakes what, how long answers take, and that nothing is lost. No sleeping."""
+
+import asyncio
+import heapq
+import io
+import itertools
+import random
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import PROMPT
+from test_far import bench, minutes, until  # noqa: F401
+
+from screen.client import Client, Superseded
+from techniques.lens.requests import LensResult
+from techniques.output.requests import Run
+from vocabulary.flow import FIRST, Flow, Piece, adds
+from vocabulary.prompts import Study
+from vocabulary.requests import Load, Progress, Where
+from vocabulary.wire import Frame, encode, read_sealed, sealed
+
+ROUND_TRIP, RATE = 0.2, 20e3
+
+
+def noise(size: int, mark: int = 0) -> Piece:
+    """A body that no compression makes smaller."""
+    return Piece(np.frombuffer(random.Random(size + mark).randbytes(size), np.uint8), mark)
+
+
+class Line:
+    """A screen's end and an engine's, and between them a line whose own buffers take whatever is written."""
+
+    def __init__(self, round_trip: float = ROUND_TRIP, rate: float = RATE):
+        self.now, self.round_trip, self.rate = 0.0, round_trip, rate
+        self.screen, self.engine = Flow(True, lambda: self.now), Flow(False, lambda: self.now)
+        self.free, self.events, self.numbers = {self.screen: 0.0, self.engine: 0.0}, [], itertools.count()
+        self.came: dict[Flow, list[tuple[float, Frame]]] = {self.screen: [], self.engine: []}
+        self.answers = {}  # id -> the bytes of its answer
+        self.write(self.screen)
+        self.send(self.engine, Frame("hello"))
+        self.run(1.0)
+
+    def at(self, when: float, what) -> None:
+        heapq.heappush(self.events, (when, next(self.numbers), what))
+
+    def write(self, end: Flow) -> None:
+        other = self.engine if end is self.screen else self.screen
+        while (data := end.take()) is not None:
+            self.free[end] = max(self.now, self.free[end]) + len(data) / self.rate
+            self.at(self.free[end] + self.round_trip / 2, partial(self.deliver, other, data))
+
+    def deliver(self, end: Flow, data: bytes) -> None:
+        whole = end.arrived(read_sealed(io.BytesIO(data).read))
+        if whole is not None:
+            self.came[end].append((self.now, whole))
+            if end is self.engine and whole.id in self.answers:
+                end.put(Frame("result", whole.id, whole.slot, whole.priority, noise(self.answers[whole.id])))
+        self.write(end)
+
+    def send(self, end: Flow, frame: Frame) -> None:
+        end.put(frame)
+        self.write(end)
+
+    def run(self, until: float = 1e9) -> None:
+        while self.events and self.events[0][0] <= until:
+            self.now, _, what = heapq.heappop(self.events)
+            what()
+        self.now = max(self.now, until) if until < 1e9 else self.now
+
+    def when(self, ident: int, kind: str = "result") -> float:
+        return next(t for t, f in self.came[self.screen] if f.id == ident and f.kind == kind)
+
+
+@pytest.mark.parametrize("size", [100_000, 500_000])
+def test_a_keys_answer_overtakes_a_table_and_a_sweep(size):
+    line = Line()
+    for n in range(300):  # a sweep: ten partial tables of 20 kB a second, and a progress each
+        line.at(1 + n / 10, partial(line.send, line.engine, Frame("partial", 2, "sweep", 1, noise(20_000, n))))
+        line.at(1.05 + n / 10, partial(line.send, line.engine, Frame("progress", 2, "sweep", 1, Progress(n, 300))))
+    line.at(1.0, partial(line.send, line.engine, Frame("result", 1, "table", 1, noise(size))))
+    pressed = {}
+    for n in range(40):
+        ident, pressed[ident] = 10 + n, 1.03 + 0.61 * n
+        line.answers[ident] = (700, 3000, 7000)[n % 3]
+        line.at(pressed[ident], partial(line.send, line.screen, Frame("ask", ident, "lens", 1, noise(400))))
+    line.run()
+    for ident, begun in pressed.items():
+        assert line.when(ident) - begun < 2 * ROUND_TRIP + (line.answers[ident] + 400 + 200) / RATE
+    assert np.array_equal(next(f.body.data for _, f in line.came[line.screen] if f.id == 1), noise(size).data)
+    sweep = [(f.kind, f.body.of if f.kind == "partial" else f.body.done) for _, f in line.came[line.screen] if f.id == 2]
+    assert sweep[-2:] == [("partial", 299), ("progress", 299)], "the newest"
+    assert sweep == sorted(sweep, key=lambda some: (some[1], some[0])) and len(sweep) < 200, "in order, and not all"
+
+
+def test_a_question_overtakes_one_with_a_large_set_and_a_cancelled_one_is_not_sent():
+    line = Line()
+    line.send(line.screen, Frame("ask", 1, "sweep", 1, noise(200_000)))
+    line.run(2.0)
+    line.answers[2] = 2000
+    line.send(line.screen, Frame("ask", 2, "lens", 1, noise(400)))
+    line.run(2.0 + 2 * ROUND_TRIP + 2600 / RATE)
+    assert line.when(2) and not [f for _, f in line.came[line.engine] if f.id == 1]
+    assert line.screen.forget(1), "no cancel has to go after it"
+    line.run()
+    assert [f.id for _, f in line.came[line.engine]] == [2] and line.engine.begun == {} and line.now < 3
+
+
+def test_what_is_cancelled_or_replaced_frees_the_line():
+    line = Line()
+    line.send(line.engine, Frame("result", 1, "lens", 1, noise(300_000)))
+    line.run(3.0)
+    assert line.screen.begun
+    line.engine.forget(2, "lens")  # a newer question of the slot
+    line.send(line.engine, Frame("result", 2, "lens", 1, noise(5000)))
+    line.run()
+    assert line.when(2) < 3.0 + ROUND_TRIP / 2 + 5200 / RATE + 0.25 and line.screen.begun == {}
+    assert [f.id for _, f in line.came[line.screen] if f.kind == "result"] == [2]
+
+
+def test_the_line_is_used():
+    """A slow one, one to another continent, one in a building, one that is slow and then quick."""
+    for round_trip, rate, size, seconds in ((0.2, 20e3, 500_000, 27), (0.15, 10e6, 4_000_000, 2.5), (0.001, 100e6, 4_000_000, 0.1), (0.4, 200e3, 500_000, 5)):
+        line = Line(round_trip, rate)
+        line.send(line.engine, Frame("result", 1, "", 1, noise(size)))
+        line.run()
+        assert line.when(1) - 1.0 < seconds, (round_trip, rate, line.when(1) - 1.0)
+    line = Line(1.0, 5e3)  # of such a line it is allowed what keeps it busy
+    line.send(line.engine, Frame("result", 1, "", 1, noise(20_000)))
+    line.run(4.0)
+    line.round_trip, line.rate = 0.02, 1e6
+    line.send(line.engine, Frame("result", 2, "", 1, noise(1_000_000)))
+    line.run()
+    assert line.when(2) < 8
+
+
+def test_a_way_that_became_longer_is_not_taken_for_a_full_one_for_ever():
+    line = Line(0.01, 1e6)
+    line.round_trip = 0.5
+    for n in range(200):
+        line.at(1 + n, partial(line.send, line.engine, Frame("ping", n)))
+    line.run()
+    line.send(line.engine, Frame("result", 1, "", 1, noise(400_000)))
+    begun = line.now
+    line.run()
+    assert line.when(1) - begun < 6 and line.engine.window > FIRST
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_nothing_is_lost_or_reordered(seed):
+    """Random questions of random sizes: each job's end comes, after its parts, which are in order; rows that add up all come before it, unless it held them."""
+    rng, line, ends = random.Random(seed), Line(rng_trip := 0.05 + 0.1 * seed, 10 ** (4 + seed / 3)), {}
+    assert rng_trip
+    for ident in range(1, 30):
+        start, n = rng.uniform(1, 20), rng.randrange(6)
+        for k in range(n):
+            line.at(
+                start + k * rng.uniform(0, 0.3),
+                partial(line.send, line.engine, Frame("partial", ident, f"s{ident}", rng.randrange(3), noise(rng.randrange(30_000), k))),
+            )
+        ends[ident] = noise(rng.randrange(1, 60_000), ident)
+        line.at(start + 2, partial(line.send, line.engine, Frame("result", ident, f"s{ident}", rng.randrange(3), ends[ident])))
+        line.at(start, partial(line.send, line.screen, Frame("ask", 1000 + ident, "", 1, noise(rng.randrange(20_000)))))
+    line.run()
+    came = [f for _, f in line.came[line.screen] if f.id]
+    for ident, end in ends.items():
+        mine = [f for f in came if f.id == ident]
+        assert mine[-1].kind == "result" and np.array_equal(mine[-1].body.data, end.data) and [f.kind for f in mine].count("result") == 1
+    assert sorted(f.id for _, f in line.came[line.engine]) == [1000 + n for n in range(1, 30)]
+    assert not line.screen.begun and not line.engine.begun and not line.engine.waiting and line.engine.flying == line.screen.flying == 0
+
+
+def test_what_may_take_the_place_of_what():
+    flow = Flow(True)
+    kinds = lambda: [(w.frame.kind, w.job) for w in flow.waiting]  # noqa: E731
+    for body in (Progress(1, 9), Progress(2, 9, "out of memory", notice=True), Progress(3, 9)):
+        flow.put(Frame("progress", 1, "", 1, body))
+    flow.put(Frame("partial", 1, "", 1, noise(10)))
+    flow.put(Frame("partial", 2, "", 1, noise(10)))
+    flow.put(Frame("progress", 1, "", 1, Progress(4, 9)))
+    assert kinds() == [("progress", 1), ("partial", 1), ("partial", 2), ("progress", 1)], "a notice stays, and a partial result before a progress"
+    assert adds(LensResult) and not adds(noise(1))
+    flow.put(Frame("result", 1, "", 1, noise(10)))
+    assert kinds() == [("progress", 1), ("partial", 2), ("result", 1)]
+
+
+def test_inside_a_machine_everything_goes_whole_and_at_once():
+    flow, frame = Flow(), Frame("result", 1, "", 1, noise(1_000_000))
+    flow.put(frame)
+    assert flow.take() == sealed(encode(frame)) and flow.take() is None and not flow.away
+
+
+def test_frames_are_packed_where_that_gains():
+    line, even = Line(), Piece(np.zeros(50_000, np.uint8), 1)
+    line.send(line.engine, Frame("result", 1, "", 1, even))
+    line.run(1.5)
+    assert np.array_equal(line.came[line.screen][-1][1].body.data, even.data)
+
+
+@pytest.mark.table
+async def test_a_real_line(bench, tmp_path, monkeypatch):  # noqa: F811
+    """Processes and pipes, in real time: a sweep shows 4 MB a second, and a question is answered all the same."""
+    script = tmp_path / "engine.sh"
+    script.write_text(f"exec {' '.join(bench.command)}\n")
+    words = [sys.executable, str(Path(__file__).parent / "remote" / "slow_line.py"), "--rtt", "200", "--rate", "20", "--", "sh", str(script)]
+    monkeypatch.setattr(Client, "command", lambda client: words)
+    link = Client(tmp_path / "log", "slow", on_news=bench.heard.append)
+    bench.clients.append(link)
+    await link.start()
+    await link.ask("load", Load("model "))
+    parts, took = [], []
+    sweep = asyncio.create_task(link.ask("sweep", Run(Study(PROMPT), 900), 1, parts.append))
+    await until(lambda: parts)
+    for _ in range(5):
+        begun = time.monotonic()
+        await link.ask("engine", Where("me"), 0)
+        took.append(time.monotonic() - begun)
+    assert max(took) < 1.5 and sorted(took)[2] < 0.6, took
+    assert (await sweep).choices[0].name == "900" and 3 < len(parts) < 100
+    sweep = asyncio.create_task(link.ask("sweep", Run(Study(PROMPT), 901), 1, parts.append))
+    n = len(parts)
+    await until(lambda: len(parts) > n)
+    link.cancel(next(iter(link.jobs)))
+    with pytest.raises(Superseded):
+        await sweep
+    await link.ask("engine", Where("me"), 0)
+    assert not (await link.ask("engine", Where("me"), 0)).running and not link.flow.begun

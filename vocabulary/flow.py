@@ -1,0 +1,198 @@
+"""
+One end of a line that may be slow: what waits to be sent, in which order it goes, and how much of it may be on its way. No threads, no clock of its own.
+
+1. Large frames go in pieces, so that an answer overtakes a table. A newer partial result takes the place of an older one that has not begun to go.
+2. The other end says how many frames it heard. What it has not is on its way; that much is allowed which keeps the line busy and waits about QUEUE seconds
+   in the buffers of pipes, ssh and TCP, as their delay shows (after LEDBAT, RFC 6817).
+3. A line inside a machine is not paced: everything goes at once, whole.
+"""
+
+import io
+import math
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from vocabulary.requests import Progress
+from vocabulary.wire import Frame, WireError, encode, message, read_frame, sealed
+
+PIECE, LARGEST = 1 << 10, 64 << 10  # bytes of a piece
+FIRST, MOST = 4 << 10, 4 << 20  # bytes on their way: at first, and the least; at most
+AHEAD = 8 << 10  # what an answer may go beyond that
+WORTH = 1 << 10  # bytes from which on a frame is compressed
+QUEUE = 0.1  # seconds
+FORGOTTEN = 60.0  # seconds after which the quickest way there and back is measured anew
+AT_ONCE = ("hello", "ping", "news", "cancelled", "cancel", "stop", "piece")
+UNNUMBERED = ("hello", "ping", "news", "left", "stop", "piece")  # their `id` is no job's
+ENDS = ("result", "error", "cancelled")
+
+
+@message
+class Piece:
+    """A part of a frame of `of` bytes, whose number is the frame's `id`; 0: what was sent of it is of no use. `packed`: all parts together are zlib's."""
+
+    data: np.ndarray
+    of: int
+    packed: bool = False
+
+
+def adds(part: object) -> bool:
+    """Whether a partial result holds only what is new since the one before; else the newest holds all."""
+    return getattr(part, "adds", False)
+
+
+@dataclass(eq=False)
+class Waiting:
+    frame: Frame  # without its body
+    data: bytes
+    number: int
+    passing: bool  # a newer one, or the end of its job, takes its place
+    adds: bool  # only the end does: it is not contained in the next
+    packed: bool = False
+    sent: int = 0
+
+    @property
+    def left(self) -> int:
+        return len(self.data) - self.sent
+
+    @property
+    def job(self) -> int:
+        """Whose frames go in order; 0: nobody's."""
+        return 0 if self.frame.kind in UNNUMBERED else self.frame.id
+
+
+class Flow:
+    """`put` what is to be sent, write what `take` gives until it is None, and hand every frame that comes to `arrived`; after both, `take` again."""
+
+    def __init__(self, paced: bool = False, now: Callable[[], float] = time.monotonic):
+        self.paced, self.now = paced, now
+        self.waiting: list[Waiting] = []
+        self.numbers, self.turns = 0, {}  # job -> when a partial result of it last went
+        self.window, self.early = float(FIRST), True
+        self.away: deque[tuple[int, int, float, bool]] = deque()  # the frames on their way: number, bytes, when, whether the window was used
+        self.sent = self.flying = 0
+        self.least, self.before, self.since = math.inf, math.inf, now()
+        self.heard, self.owes = 0, paced  # frames that came; whether to say so
+        self.begun: dict[int, bytearray] = {}
+
+    # ---------------------------------------------------------------- what waits
+
+    @property
+    def size(self) -> int:
+        """Bytes that wait."""
+        return sum(w.left for w in self.waiting)
+
+    def put(self, frame: Frame) -> None:
+        notice, self.numbers = isinstance(frame.body, Progress) and frame.body.notice, self.numbers + 1
+        new = Waiting(replace(frame, body=None), encode(frame), self.numbers, frame.kind in ("progress", "partial") and not notice, adds(frame.body))
+        if frame.kind in ENDS:
+            self.remove(lambda w: w.job == new.job and w.passing)
+            self.turns.pop(new.job, None)
+        elif new.passing:
+            newer = ("progress", frame.kind)
+            self.remove(lambda w: w.job == new.job and w.passing and not w.sent and not w.adds and w.frame.kind in newer)
+        self.waiting.append(new)
+
+    def remove(self, which: Callable[[Waiting], bool]) -> bool:
+        """What is of no use any more; whether there was any. The other end forgets what it has of it."""
+        gone = [w for w in self.waiting if which(w)]
+        self.waiting = [w for w in self.waiting if w not in gone]
+        for w in gone:
+            if w.sent:
+                self.put(Frame("piece", w.number, body=Piece(np.empty(0, np.uint8), 0)))
+        return bool(gone)
+
+    def forget(self, ident: int, slot: str = "") -> bool:
+        """What waits for a job, or for those before it in its slot, is not sent."""
+        return self.remove(lambda w: w.job == ident or bool(slot) and w.job and w.frame.slot == slot)
+
+    # ---------------------------------------------------------------- what goes
+
+    def rank(self, w: Waiting) -> tuple:
+        """What is least goes first: control; questions as they come, large ones last; answers, the shortest first; partial results in turn."""
+        kind, priority = w.frame.kind, w.frame.priority
+        if kind in AT_ONCE:
+            return 0, w.number
+        if kind == "left":  # before the model, whose coming asks for what is left
+            return 1, False, -1, w.number
+        if kind == "ask":
+            return 1, len(w.data) > AHEAD, w.number
+        passing = w.passing and priority > 0
+        return 1, passing, priority, self.turns.get(w.job, -1) if passing else w.left, w.number
+
+    def next(self) -> Waiting | None:
+        heads: dict[int, Waiting] = {}
+        for w in self.waiting:
+            heads.setdefault(w.job or -w.number, w)
+        return min(heads.values(), key=self.rank, default=None)
+
+    def take(self) -> bytes | None:
+        """The next bytes to write; None while there is nothing that may go."""
+        if self.owes and self.paced:
+            self.owes = False
+            return sealed(encode(Frame("heard", self.heard)))
+        w = self.next()
+        if w is None or not self.may(w):
+            return None
+        most = min(max(PIECE, int(self.window) // 8), LARGEST)
+        if self.paced and not w.sent and not w.packed and len(w.data) > WORTH and len(small := zlib.compress(w.data, 1)) < 0.9 * len(w.data):
+            w.data, w.packed = small, True
+        if self.paced and (w.packed or w.sent or w.left > most):
+            part = w.data[w.sent : w.sent + most]
+            data, w.sent = encode(Frame("piece", w.number, body=Piece(np.frombuffer(part, np.uint8), len(w.data), w.packed))), w.sent + len(part)
+        else:
+            data, w.sent = w.data, len(w.data)
+        if w.passing:
+            self.turns[w.job] = self.sent
+        if not w.left:
+            self.waiting.remove(w)
+        data, self.sent = sealed(data), self.sent + 1
+        if self.paced:
+            self.flying += len(data)
+            self.away.append((self.sent, len(data), self.now(), self.flying > self.window / 2))
+        return data
+
+    def may(self, w: Waiting) -> bool:
+        answers = w.frame.kind in ("ask", "result", "error") and len(w.data) <= AHEAD
+        return not self.paced or not self.flying or w.frame.kind in AT_ONCE or self.flying < self.window + AHEAD * answers
+
+    # ---------------------------------------------------------------- what comes
+
+    def arrived(self, frame: Frame) -> Frame | None:
+        """The frame that is whole now; None where none is. WireError where its pieces are none."""
+        if frame.kind == "heard":
+            self.paced = True
+            while self.away and self.away[0][0] <= frame.id:
+                self.adjust(*self.away.popleft()[1:])
+            return None
+        self.heard, self.owes = self.heard + 1, True
+        if frame.kind != "piece":
+            return frame
+        piece, some = frame.body, self.begun.setdefault(frame.id, bytearray())
+        some += piece.data.tobytes()
+        if piece.of and len(some) < piece.of:
+            return None
+        del self.begun[frame.id]
+        if not piece.of:
+            return None
+        try:
+            return read_frame(io.BytesIO(zlib.decompress(some) if piece.packed else bytes(some)).read)
+        except zlib.error as error:
+            raise WireError(f"a frame that can't be unpacked: {error}") from error
+
+    def adjust(self, size: int, when: float, used: bool) -> None:
+        """The window, by how long a frame of this size took there and its acknowledgement back."""
+        now = self.now()
+        took, self.flying = now - when, self.flying - size
+        if now - self.since > FORGOTTEN:
+            self.since, self.before, self.least = now, self.least, took
+        self.least = min(self.least, took)
+        room = 1 - (took - min(self.least, self.before)) / QUEUE  # 1: the line's buffers are empty; 0: as full as they may be
+        self.early = self.early and room > 0.5
+        if used or room < 0:
+            grows = 1.0 if self.early else max(room, -1.0) * min(1.0, QUEUE / (2 * max(took, 1e-6)))
+            self.window = min(max(self.window + grows * size, FIRST), MOST)

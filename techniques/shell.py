@@ -193,8 +193,8 @@ READ: dict[object, Callable[[typing.Any, str], object]] = {Place: place_or_none,
 
 
 def helps(kind: type) -> dict[str, str]:
-    """The text under each field of a class."""
-    body = ast.parse(inspect.cleandoc("\n" + inspect.getsource(kind))).body[0].body
+    """The text under each field of a class, and of those it is made from."""
+    body = [line for c in kind.__mro__[:-1] for line in ast.parse(inspect.cleandoc("\n" + inspect.getsource(c))).body[0].body]
     pairs = [(a, b) for a, b in zip(body, body[1:]) if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr) and isinstance(b.value, ast.Constant)]
     return {a.target.id: inspect.cleandoc(b.value.value) for a, b in pairs}
 

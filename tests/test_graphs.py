@@ -201,6 +201,13 @@ def compare(engine, reference, folder, kinds, n=6, **more):
     return r
 
 
+def test_activations_come_in_the_order_asked_for_whatever_is_at_hand(engines):
+    model = engines["gpt2"].model
+    ids, names = (5, 7, 9, 11), ["blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out", "blocks.0.hook_mlp_out"]
+    model.trace(ids, names[1:2])
+    assert list(model.trace(ids, names)) == names
+
+
 @pytest.mark.parametrize("name", ["gpt2", pytest.param("all", marks=pytest.mark.table)])
 def test_edges_are_what_taking_the_source_away_does_in_the_frozen_model(engines, references, tmp_path, name):
     for arch in [name] if name != "all" else [a for a in ARCHS if a != "zoo"]:
@@ -355,7 +362,7 @@ def test_a_graph_is_a_file_that_circuit_tracer_s_viewer_reads_and_that_opens_aga
         if n["feature_type"] == "cross layer transcoder":
             layer, index = int(n["layer"]), int(n["node_id"].split("_")[1])
             assert n["feature"] == (layer + index) * (layer + index + 1) // 2 + index
-    r = files.read(file)
+    r = files.read(file)[0]
     again = engines["zoo"].run(AttributionGraph(Study(replace(ITALY, corrupt=None)), target="diff"))
     for f in fields(r):
         a, b = getattr(r, f.name), getattr(again, f.name)
@@ -416,7 +423,7 @@ async def test_on_the_screen(engines, tmp_path):
         assert "into" not in shown(app) and "→ logit ' Mary'" in grid(app).rows
         await press(app, pilot, "escape")
         assert grid(app).rows[0] == "← token @2 ' Mary'"
-        whole = json.loads(app.panes["graph"].as_file(app, r))
+        whole = json.loads(app.panes["graph"].as_file(app))
         assert whole["qParams"]["pinnedIds"] == ["2_755_14"] and whole["qParams"]["supernodes"] == [["name", "2_755_14"]]
         await press(app, pilot, "v", "d")
         assert reply(app, "graph").target == "diff" and "less" in shown(app)

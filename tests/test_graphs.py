@@ -14,14 +14,17 @@ import torch as t
 from conftest import ARCHS, PROMPT
 from dictionaries import build, build_cross, save
 from safetensors.torch import load_file
-from ui import grid, make_app, press, reply, shown
+from ui import asked, grid, make_app, press, reply, shown
 
 from engine import main
 from model.sae_loading import load
 from techniques.graphs import files, supernodes
-from techniques.graphs.requests import KINDS, AttributionGraph, GraphEffects, GraphGroups, GraphMarks, GraphResult, GraphSteer
+from techniques.graphs.requests import KINDS, AttributionGraph, GraphEffects, GraphGroups, GraphResult, GraphSteer
 from techniques.graphs.influence import flow, prune, replacement_and_completeness, shares
+from screen import history
+from screen.session import read_session
 from utils import ROOT
+from vocabulary.wire import to_json
 from vocabulary.nodes import UserError
 from vocabulary.prompts import Prompt, Study
 
@@ -574,9 +577,55 @@ async def test_on_the_screen(engines, tmp_path):
         whole = json.loads(app.panes["graph"].as_file(app))
         assert whole["qParams"]["pinnedIds"] == ["2_755_14"] and whole["qParams"]["supernodes"] == [["name", "2_755_14"]]
         await press(app, pilot, "v", "d")
-        assert reply(app, "graph").target == "diff" and "less" in shown(app)
+        assert reply(app, "graph").target == "diff" and "less" in shown(app) and "*" not in "".join(grid(app).rows), "pins are of the other target"
         await pilot.resize_terminal(80, 24)
         await press(app, pilot, "j")
         assert "` Graph" in shown(app)
         await press(app, pilot, "H", *"2_142_10", "enter")
         assert app.panes["graph"].here == "2_142_10"
+
+
+async def test_pins_names_and_the_opened_graph_are_the_sessions(engines, tmp_path):
+    """Kept, undone, restored with the session; supernodes proposed, folded, steered; a file's graph with its own pins, walked, and never changed for real on another prompt."""
+    app = make_app(engines["zoo"], tmp_path)
+    marks = lambda app: app.panes["graph"].marks(app)  # noqa: E731
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot, "grave_accent", "j", "P", "B", *"by hand", "enter", "P")
+        assert marks(app).names == (("2_755_14", "by hand"),) and not marks(app).pins
+        await press(app, pilot, "u")
+        assert marks(app).pins == ("2_755_14",) and "graph: unpinned 2_755_14" in history.words("mark_graph", app.state, app.session.future[-1][0])
+        await press(app, pilot, "U", *["backspace"] * 3, *"0.3", "enter", "enter")
+        names = dict(marks(app).names)
+        assert len(names) > 10 and names["2_755_14"] == "by hand" and names["0_365_14"] == names["0_178_14"] == "≈ 0_365_14", "what is named by hand stays"
+        await press(app, pilot, "O")
+        assert any("“≈ 0_365_14” (2)" in row for row in grid(app).rows) and " of inputs" in shown(app)
+        row = next(n for n, x in enumerate(grid(app).rows) if "“≈ 0_365_14” (2)" in x)
+        await press(app, pilot, *"j" * (row - app.panes["graph"].row), "C")
+        both = engines["zoo"].run(GraphSteer(Study(IOI), steer=("0_365_14", "0_178_14")))
+        assert f"predicted {both.predicted[0]:+.3f}, attention frozen {both.frozen[0]:+.3f}, true {both.true[0]:+.3f}" in shown(app)
+        await press(app, pilot, "s", *["backspace"] * 3, *"=9", "enter")
+        steered = asked(app, GraphSteer)[-1]
+        assert steered.value == 9 and set(steered.steer) == {"0_365_14", "0_178_14"} and steered.watch == ("2_755_14",) and "predicted" in shown(app)
+        await press(app, pilot, "escape", "P")
+        assert "is a supernode" in shown(app)
+        (file := tmp_path / "here.json").write_text(app.panes["graph"].as_file(app))
+        saved = marks(app)
+    session, warning = read_session(tmp_path / "session.jsonl")
+    assert not warning and session.state.marks == (saved,)
+    app = make_app(engines["zoo"], tmp_path / "b", session.state)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot, "grave_accent")
+        assert marks(app) == saved and app.state.views["graph.rows"] == "supernodes"
+        app.act("mark_graph", marks=to_json(replace(saved, pins=("E_918_2",), names=())))
+        await press(app, pilot, "o", *str(file), "enter")
+        assert app.state.graph == str(file) and marks(app).pins == ("E_918_2", "2_755_14") and marks(app).names == saved.names and "here.json" in shown(app)
+        await press(app, pilot, "C")
+        assert "true" in shown(app) or "no feature" in shown(app), "it is of the prompt at hand"
+        app.act("prompt", prompt=to_json(replace(IOI, clean="When Tom and John went to the store, John gave a drink to")))
+        await press(app, pilot, "C")
+        assert "another prompt" in shown(app) and not asked(app, AttributionGraph)[1:]
+        file.unlink()
+        await press(app, pilot, "j")
+        assert "can't be read" in shown(app)
+        await press(app, pilot, "u", "u")
+        assert not app.state.graph and marks(app).pins == ("E_918_2",)

@@ -11,6 +11,7 @@ from screen.overlays import Editor, Item, Picker
 from screen.pane import Host
 from techniques.graphs.files import node_id, read
 from techniques.graphs.requests import FEATURE, KINDS, SUPERNODE, GraphGroups, GraphGroupsResult, GraphSteer, GraphSteerResult
+from utils import show_number
 from vocabulary.files import folder, short
 from vocabulary.names import canonical
 from vocabulary.nodes import Intervention, UserError, parse_node
@@ -191,24 +192,14 @@ def steer(pane, app: Host) -> None:
         return ""
 
     def show(r: GraphSteerResult, text: str) -> None:
-        rows = [
-            Item(n, f"{b:+.3f}  predicted {p:+.3f}  frozen {f:+.3f}  true {x:+.3f}", "change of logit")
-            for n, b, p, f, x in zip(r.names, r.before, r.predicted, r.frozen, r.true)
-        ]
-        rows += [Item(n, f"{b:.3f}  predicted {p:.3f}  frozen {f:.3f}  true {x:.3f}", "activation after") for n, b, p, f, x in zip(r.watched, *r.activation)]
-        app.open(Picker(f"{what} {'to ' + text[1:] if text.startswith('=') else '× ' + text}: {r.convention}", rows, lambda item, typed: None))
+        line = lambda x: "".join(f"{label} {show_number(value, 8):<9}" for label, value in zip(("was", "predicted", "frozen", "true"), x))  # noqa: E731
+        rows = [Item(name, line((b, *(b + x for x in changes))), "logit") for name, b, *changes in zip(r.names, r.before, r.predicted, r.frozen, r.true)]
+        rows += [Item(name, line(x), "activation") for name, x in zip(r.watched, r.activation.T)]
+        how = f"to {text[1:]}" if text.startswith("=") else f"× {text}"
+        app.open(Picker(f"{what} {how}: predicted, attention frozen, true", rows, lambda item, typed: None))
 
-    app.open(
-        Editor(
-            f"steer {what}",
-            [("factor", "2.0")],
-            accepted(accept),
-            0,
-            1,
-            "times a factor, or =VALUE; pinned features are watched, else those that should change most",
-            True,
-        )
-    )
+    hint = "times a factor, or =VALUE; pinned features are watched, else those that should change most"
+    app.open(Editor(f"steer {what}", [("factor", "2.0")], accepted(accept), 0, 1, hint, True))
 
 
 def node_kind(pane, app: Host, name: str) -> str:
@@ -216,7 +207,7 @@ def node_kind(pane, app: Host, name: str) -> str:
     return next((KINDS[r.kind[i]] for i in range(len(r.kind)) if node_id(r, i) == name), "")
 
 
-def ablate(pane, app: Host) -> bool | None:
+def ablate(pane, app: Host) -> bool:
     """All features of a supernode, in all panes; False for other nodes, which the common key ablates."""
     r, i = pane.shown(app), pane.under(app)
     if KINDS[r.kind[i]] != SUPERNODE:
@@ -224,3 +215,4 @@ def ablate(pane, app: Host) -> bool | None:
     for x in changed_features(pane, app):
         layer, index, at = x.split("_")
         intervene(app, Intervention(parse_node(f"L{layer}.sae.f{index}@{at}"), "zero"))
+    return True

@@ -182,7 +182,7 @@ class GraphPane(Pane):
         rows = [f"{'←' if s.into else '→'} {self.called(g, s.node, marks)}" for s in some] or ["no edges"]
         weight = g.weight[[s.edge for s in some]] if some else np.full(1, np.nan)
         facts = [[(g.weight[s.edge], 7), (g.share[s.edge], 7), (g.value[s.node], 7), (g.influence[s.node], 7)] for s in some]
-        text = [["" if np.isnan(x) else show_number(x, n).strip() for x, n in line] for line in facts] or [[""] * len(columns)]
+        text = [[" " if np.isnan(x) else show_number(x, n).strip() for x, n in line] for line in facts] or [[""] * len(columns)]
         hi = max(float(np.nanmax(np.abs(weight), initial=0)), 1e-6)
         values = np.full((len(rows), len(columns)), np.nan)
         values[:, 0] = weight
@@ -217,7 +217,7 @@ class GraphPane(Pane):
         of = f"of {app.state.model.model}" if not app.state.graph else f"of {self.marks(app).model}: {''.join(g.tokens.texts)}"
         more = " ".join(some) if some else of if app.state.graph else ""
         parts = [x for x in (made, more, f"{len(g.kind)} nodes, {len(g.weight)} edges") if x]
-        return [(f" {name} ", BOLD), ("  │  ".join(parts), PLAIN if made else DIM)]
+        return [(f" {name}  │  ", BOLD), ("  │  ".join(parts), PLAIN if made else DIM)]
 
 
 PANE = GraphPane

@@ -59,7 +59,7 @@ def steer(built: Built, ask: GraphSteer, names: tuple[str, ...]) -> Generator[Pr
     change = (built.matrix[first(built) :, :f] / value) @ gain
     return GraphSteerResult(
         local.runs.row(ask.which), names, model.own.numpy(), change.numpy(), outcomes[0][0], outcomes[1][0], tuple(map(name, held)), new.numpy(),
-        tuple(map(name, watched)), seen, tuple(correlation(guess - was, x - was) for x in seen[2:]), f"{len(held)} features {how} and held there; {WORDS}",
+        tuple(map(name, watched)), seen, tuple(correlation(guess - was, x - was) for x in seen[2:]), f"{len(held)} feature{'s' * (len(held) > 1)} {how} and held there; {WORDS}",
     )  # fmt: skip
 
 

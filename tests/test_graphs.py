@@ -273,7 +273,6 @@ def test_a_folder_of_circuit_tracers_and_the_writes_of_a_cross_layer_transcoder(
                 got = np.subtract(*(pre_activation(frozen, saes[i], i, z[i], int(r.at[d]), int(r.index[d])) for z in (base, streams)))
             assert edge.get((s, d), 0.0) == pytest.approx(got, abs=1e-4 * max(1, size)), (names[s], names[d])
 
-
     s = int(some[0])
     layer, index, pos = (int(a[s]) for a in (r.layer, r.index, r.at))
     steered = engines[name].run(GraphSteer(study, (source,), logits=2, mass=1, steer=(f"{layer}_{index}_{pos}",), factor=3))
@@ -400,7 +399,9 @@ def test_features_steered_together_are_held_at_their_values(engines, references)
     after, _ = run([one, (2, 71, 0.5 * value["2_71_5"] - float(live[71]))])
     assert r.held == pytest.approx([0.5 * value[x] for x in names], rel=1e-5) and r.steered == names
     assert r.true[0] == pytest.approx(after - run([])[0], abs=1e-3)
-    assert r.activation[0] == pytest.approx([value["2_54_5"], value["2_465_5"]], rel=1e-4) and r.activation[3] == pytest.approx(live[[54, 465]].tolist(), abs=1e-3)
+    assert r.activation[0] == pytest.approx([value["2_54_5"], value["2_465_5"]], rel=1e-4) and r.activation[3] == pytest.approx(
+        live[[54, 465]].tolist(), abs=1e-3
+    )
     edge = {(s, d): w for s, d, w in zip(g.source.tolist(), g.to.tolist(), g.weight)}
     change = {place[x]: -0.5 * value[x] for x in names}
     features = [i for i in range(len(g.kind)) if KINDS[g.kind[i]] == "feature"]

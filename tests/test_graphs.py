@@ -18,7 +18,7 @@ from ui import asked, grid, make_app, press, reply, shown
 
 from engine import main
 from model.sae_loading import load
-from techniques.graphs import files, supernodes
+from techniques.graphs import building, files, supernodes
 from techniques.graphs.requests import KINDS, AttributionGraph, GraphEffects, GraphGroups, GraphResult, GraphSteer
 from techniques.graphs.influence import flow, prune, replacement_and_completeness, shares
 from screen import history
@@ -521,6 +521,15 @@ def test_a_graph_is_a_file_that_circuit_tracer_s_viewer_reads_and_that_opens_aga
         assert np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b, f.name
     assert main([*args, "--open", str(file), "--node", "2_71_5"]) == 0
     assert "into L2 f71 @5" in capsys.readouterr().out and "L2 f71 @5" in out
+    assert main([*args, "--groups", "--cosine", "0.3", "--out", str(file)]) == 0 and "“≈ 2_71_5” (2)" in capsys.readouterr().out
+    marks = files.read(file)[1]
+    assert dict(marks.names)["2_71_5"] == "≈ 2_71_5" and marks.graph == files.marks_of(r, "zoo").graph
+    assert main(["graph", "--open", str(file), "--node", "≈ 2_71_5"]) == 0 and "into “≈ 2_71_5” (2)" in capsys.readouterr().out
+    before = json.loads(file.read_text())
+    del before["loupe"]["marks"]
+    file.write_text(json.dumps(before))
+    assert set(files.read(file)[1].names) == set(marks.names), "of a file from before, those that its drawing has"
+    assert main(["graph", "--clean", ITALY.clean, "--steer", "2_71_5", "--factor", "2"]) == 0 and "2_71_5 at 120.92" in capsys.readouterr().out
     damaged = json.loads(file.read_text())
     damaged["loupe"]["to"][0] = 10**6
     file.write_text(json.dumps(damaged))
@@ -529,8 +538,12 @@ def test_a_graph_is_a_file_that_circuit_tracer_s_viewer_reads_and_that_opens_aga
             files.read(path)
 
 
-def test_what_can_t_be_a_graph_is_refused_in_words(engines):
+def test_what_can_t_be_a_graph_is_refused_in_words(engines, tmp_path, monkeypatch):
     zoo, study = engines["zoo"], Study(ITALY)
+    hooks, width = ("hook_resid_mid", "hook_resid_mid"), t.randn(4, 9, 128, generator=t.Generator().manual_seed(0))
+    folders = [build_cross(tmp_path / str(n), hooks[0], list(width[: 3 + n]), list(width[: 3 + n])) for n in range(2)]
+    (tmp_path / "2").mkdir()
+    (tmp_path / "2" / "layer_0.safetensors").touch()
     asks = {
         "is an SAE": AttributionGraph(study, ("zoo/L1.resid_post",)),
         "no transcoder at": AttributionGraph(study, ("nowhere/L{}",)),
@@ -542,12 +555,27 @@ def test_what_can_t_be_a_graph_is_refused_in_words(engines):
         "not in the graph": GraphEffects(study, only="1_1_1"),
         "not a run": AttributionGraph(study, which="now"),
         "no corrupted prompt": AttributionGraph(Study(IOI), which="corrupt"),
+        "other layers than the model": AttributionGraph(study, (folders[0],)),
+        r"does not explain this prompt.s MLPs \(cosine": AttributionGraph(study, (folders[1],)),
+        "config.yaml can't be read": AttributionGraph(study, (str(tmp_path / "2"),)),
+        "at least one feature": GraphSteer(study),
+        "finite": GraphSteer(study, steer=("2_71_5",), factor=float("nan")),
+        "no feature 9_1_1": GraphGroups(study, nodes=("9_1_1",)),
+        "a cosine is": GraphGroups(study, threshold=2),
     }
     for words, ask in asks.items():
         with pytest.raises(UserError, match=words):
             zoo.run(ask)
     with pytest.raises(UserError, match="needs transcoders"):
         engines["gpt2"].run(AttributionGraph(STUDY))
+    said = []
+    zoo.run(AttributionGraph(study), lambda part: said.append(getattr(part, "text", "")))
+    stated = next(x for x in said if x.startswith("graph: "))
+    assert "373 active features, 403 sources; transcoders hold 2.4 MB" in stated and said.index(stated) < min(n for n, x in enumerate(said) if x.startswith("direct effects"))
+    with monkeypatch.context() as little:
+        little.setattr(building, "free_bytes", lambda device: 1 << 20)
+        with pytest.raises(UserError, match=r"does not fit: 373 active.*at most 11.5 MB.*1.0 MB are free. Lower --features"):
+            zoo.run(AttributionGraph(study))
     bare = zoo.run(AttributionGraph(study, ("zoo/transcoders/L1",), node_threshold=1))
     assert "whole MLP as error in L0, L2" in bare.convention and set(bare.layer[bare.kind == 0].tolist()) == {1}
     adds_up(zoo.run(AttributionGraph(study, which="corrupt", node_threshold=1, edge_threshold=1)))

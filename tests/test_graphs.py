@@ -571,7 +571,9 @@ def test_what_can_t_be_a_graph_is_refused_in_words(engines, tmp_path, monkeypatc
     said = []
     zoo.run(AttributionGraph(study), lambda part: said.append(getattr(part, "text", "")))
     stated = next(x for x in said if x.startswith("graph: "))
-    assert "373 active features, 403 sources; transcoders hold 2.4 MB" in stated and said.index(stated) < min(n for n, x in enumerate(said) if x.startswith("direct effects"))
+    assert "373 active features, 403 sources; transcoders hold 2.4 MB" in stated and said.index(stated) < min(
+        n for n, x in enumerate(said) if x.startswith("direct effects")
+    )
     with monkeypatch.context() as little:
         little.setattr(building, "free_bytes", lambda device: 1 << 20)
         with pytest.raises(UserError, match=r"does not fit: 373 active.*at most 11.5 MB.*1.0 MB are free. Lower --features"):

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
@@ -145,14 +144,13 @@ def number(text: str) -> float:
 
 
 def own_prompt(pane, app: Host) -> None:
-    """UserError where the graph at hand is a file's, of another model or prompt than the one that is loaded: nothing would be changed in it."""
+    """UserError where the graph at hand (a file's, or one that is out of date) is of another model or prompt than the one that is loaded: what is changed in that would not be in this."""
     app.ready()
-    if app.state.graph:
-        marks, now = pane.marks(app), app.tokens.tokens.ids if app.tokens else ()
-        if marks.model != canonical(app.state.model.model) or marks.ids != now:
-            raise UserError(
-                f"{Path(app.state.graph).name} is a graph of {marks.model} on another prompt or model than the one at hand: o goes back to the prompt's own"
-            )
+    r, check = pane.whole(app), app.requests.check()
+    row = None if check is None else check.corrupt if r.which == "corrupt" else check.clean
+    if row is None or row.ids != r.tokens.ids or app.state.graph and pane.marks(app).model != canonical(app.state.model.model):
+        way = "o goes back to the prompt's own" if app.state.graph else "wait for the prompt's own"
+        raise UserError(f"this graph is of another prompt or model than the one at hand, so nothing is changed in it: {way}")
 
 
 def changed_features(pane, app: Host) -> tuple[str, ...]:

@@ -75,7 +75,7 @@ def sources(model: Model, ask: OfGraph) -> list[str]:
     named = ask.transcoders or mine or ((ZOO,) if model.info.name == "zoo" else ())
     if not named:
         raise UserError(
-            "a graph needs transcoders of this model's MLPs: z in pane 6 loads them; in a shell --transcoders names a folder for each layer, or RELEASE:layer_{}/ID"
+            "a graph needs transcoders of this model's MLPs: z names them (in a shell --transcoders): a folder of circuit-tracer's, one for each layer, or RELEASE:layer_{}/ID; or z in pane 6 loads some"
         )
     out = []
     for source in named:

@@ -165,7 +165,7 @@ def show_effects(out: Console, r: GraphEffectsResult) -> None:
 def show_steer(out: Console, r: GraphSteerResult) -> None:
     out.print(plain(" ".join(show_token(x) for x in r.tokens.texts), PURPLE))
     out.print(plain(", ".join(f"{x} at {value:.5g}" for x, value in zip(r.steered, r.held)), CYAN))
-    rows = table("change of logits", "logit", "was", "predicted", "frozen", "true")
+    rows = table("logits, and their change", "logit", "was", "predicted", "frozen", "true")
     for i, name in enumerate(r.names):
         rows.add_row(plain(name), *(show_number(x[i], 7) for x in (r.before, r.predicted, r.frozen, r.true)))
     out.print(rows)

@@ -68,8 +68,12 @@ class GraphPane(Pane):
         return asked if asked in ("clean", "corrupt") else app.state.study.base
 
     def asked(self, app: Host, kind: type = AttributionGraph, **more: object) -> object:
-        study, target = app.state.with_saes(app.study), app.state.views[self.view]
-        return kind(study, app.state.transcoders, which=self.which(app), target=target, **more)
+        """A request about the prompt's own graph; about a file's, with its run, target and transcoders."""
+        study, target, which, sources = app.state.with_saes(app.study), app.state.views[self.view], self.which(app), app.state.transcoders
+        if app.state.graph:
+            r = self.whole(app)
+            target, which, sources = r.target, r.which, r.sources
+        return kind(study, sources, which=which, target=target, **more)
 
     def wants(self, app: Host) -> dict[str, object]:
         return {"graph": self.asked(app)} if app.counted() and not app.state.graph else {}

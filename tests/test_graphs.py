@@ -273,6 +273,7 @@ def test_a_folder_of_circuit_tracers_and_the_writes_of_a_cross_layer_transcoder(
                 got = np.subtract(*(pre_activation(frozen, saes[i], i, z[i], int(r.at[d]), int(r.index[d])) for z in (base, streams)))
             assert edge.get((s, d), 0.0) == pytest.approx(got, abs=1e-4 * max(1, size)), (names[s], names[d])
 
+    assert model.notes.graph.size > 0 and model.notes.graph.built.local.streams == {}
     s = int(some[0])
     layer, index, pos = (int(a[s]) for a in (r.layer, r.index, r.at))
     steered = engines[name].run(GraphSteer(study, (source,), logits=2, mass=1, steer=(f"{layer}_{index}_{pos}",), factor=3))
@@ -410,7 +411,9 @@ def test_features_steered_together_are_held_at_their_values(engines, references)
             change[i] = sum(edge.get((s, i), 0.0) * by / g.value[s] for s, by in list(change.items()) if by)
     assert r.predicted[0] == pytest.approx(sum(edge.get((s, len(g.kind) - 1), 0.0) * by / g.value[s] for s, by in change.items()), abs=1e-5)
     assert r.activation[1] == pytest.approx([value[x] + change[place[x]] for x in ("2_54_5", "2_465_5")], abs=1e-4)
-    alone = zoo.run(GraphSteer(Study(ITALY), target="diff", steer=("2_71_5",), value=0.0))
+    said = []
+    alone = zoo.run(GraphSteer(Study(ITALY), target="diff", steer=("2_71_5",), value=0.0), lambda part: said.append(getattr(part, "text", "")))
+    assert not any(x.startswith("direct effects") for x in said), "the graph was there"
     effect = zoo.run(GraphEffects(Study(ITALY), target="diff", only="2_71_5"))
     assert [alone.predicted[0], alone.frozen[0], alone.true[0]] == pytest.approx([effect.predicted[0], effect.frozen[0], effect.true[0]], abs=1e-5)
 
@@ -569,7 +572,7 @@ def test_what_can_t_be_a_graph_is_refused_in_words(engines, tmp_path, monkeypatc
     with pytest.raises(UserError, match="needs transcoders"):
         engines["gpt2"].run(AttributionGraph(STUDY))
     said = []
-    zoo.run(AttributionGraph(study), lambda part: said.append(getattr(part, "text", "")))
+    zoo.run(AttributionGraph(study, batch=31), lambda part: said.append(getattr(part, "text", "")))
     stated = next(x for x in said if x.startswith("graph: "))
     assert "373 active features, 403 sources; transcoders hold 2.4 MB" in stated and said.index(stated) < min(
         n for n, x in enumerate(said) if x.startswith("direct effects")
@@ -577,7 +580,7 @@ def test_what_can_t_be_a_graph_is_refused_in_words(engines, tmp_path, monkeypatc
     with monkeypatch.context() as little:
         little.setattr(building, "free_bytes", lambda device: 1 << 20)
         with pytest.raises(UserError, match=r"does not fit: 373 active.*at most 11.5 MB.*1.0 MB are free. Lower --features"):
-            zoo.run(AttributionGraph(study))
+            zoo.run(AttributionGraph(study, batch=30))
     bare = zoo.run(AttributionGraph(study, ("zoo/transcoders/L1",), node_threshold=1))
     assert "whole MLP as error in L0, L2" in bare.convention and set(bare.layer[bare.kind == 0].tolist()) == {1}
     adds_up(zoo.run(AttributionGraph(study, which="corrupt", node_threshold=1, edge_threshold=1)))

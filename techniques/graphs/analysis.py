@@ -1,6 +1,7 @@
 """The door of this room: a prompt's attribution graph, pruned; its features changed for real, one by one or together; and groups of like ones."""
 
 from collections.abc import Generator
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch as t
@@ -8,6 +9,8 @@ from torch import Tensor
 
 from model.bridge import Model
 from model.interventions import prepare
+from model.memory import KEPT
+from model.notes import Notes
 from model.runs import Runs
 from model.sae import SparseAutoencoder
 from model.sae_fit import check
@@ -37,13 +40,40 @@ def answer(model: Model, ask: OfGraph) -> Generator:
     coders = yield from transcoders(runs, ask)
     if isinstance(ask, GraphGroups):
         return groups(coders, ask)
-    built = yield from build(runs, ask, coders)
+    built = yield from graph_of(runs, ask, coders)
     match ask:
         case GraphEffects():
             return (yield from effects(built, ask, text_of(built, 0)))
         case GraphSteer():
             return (yield from steer(built, ask, tuple(text_of(built, i) for i in range(len(built.logits)))))
     return result(built, ask)
+
+
+@dataclass(eq=False)
+class Last:
+    """A whole graph, kept for the next question about it; it gives way when memory runs out."""
+
+    notes: Notes
+    key: tuple
+    built: Built
+
+    @property
+    def size(self) -> int:
+        return self.built.matrix.nbytes if self.notes.graph is self else 0
+
+    def clear(self) -> None:
+        self.notes.graph = None if self.notes.graph is self else self.notes.graph
+
+
+def graph_of(runs: Runs, ask: OfGraph, coders: dict[int, AnyTranscoder]) -> Generator[Progress, None, Built]:
+    """The whole graph: the last one if it answers this question (model and its adapter's scale, prompt, target, size, transcoders as they lie on the disk now)."""
+    notes = runs.model.notes
+    key = (runs.model.info.key, *(getattr(ask, f.name) for f in fields(OfGraph)), *((d.key, d.stamp) for d in coders.values()))
+    if notes.graph is None or notes.graph.key != key:
+        notes.graph = None
+        notes.graph = Last(notes, key, (yield from build(runs, ask, coders)))
+        KEPT.add(notes.graph)
+    return notes.graph.built
 
 
 def transcoders(runs: Runs, ask: OfGraph) -> Generator[Progress, None, dict[int, AnyTranscoder]]:

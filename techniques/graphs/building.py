@@ -99,6 +99,7 @@ def build(runs: Runs, ask: OfGraph, coders: dict[int, AnyTranscoder]) -> Generat
                 take(local.features(piece))
                 order += piece.tolist()
                 yield Progress(len(order), total, f"direct effects of {total} features, {local.n_sources} sources")
+    local.let_go()
     return put_together(local, rows, bias, whole, order, end, ids, probability, weights, pos)
 
 

@@ -253,6 +253,10 @@ class LocalModel:
                 done += len(x)
         return out, bias
 
+    def let_go(self) -> None:
+        """Of what only edges need: the run with its gradients' way back."""
+        self.streams, self.written, self.start = {}, [], None
+
     def through(self, grads: list[Tensor], layer: int, some: Tensor) -> Tensor:
         """Of features of one layer, each as strong as it is, what they add [target, feature] along gradients of what each layer's MLP writes (and the start's, first)."""
         total, where, value = 0.0, self.where[some], self.value[some]

@@ -221,7 +221,8 @@ class GraphPane(Pane):
         of = f"of {app.state.model.model}" if not app.state.graph else f"of {self.marks(app).model}: {''.join(g.tokens.texts)}"
         more = " ".join(some) if some else of if app.state.graph else ""
         parts = [x for x in (made, more, f"{len(g.kind)} nodes, {len(g.weight)} edges") if x]
-        return [(f" {name}  │  ", BOLD), ("  │  ".join(parts), PLAIN if made else DIM)]
+        spans = [(f"{'  │  ' * bool(n)}{x}", PLAIN if x is made else DIM) for n, x in enumerate(parts)]
+        return [(f" {name}  ", BOLD), *spans]
 
 
 PANE = GraphPane

@@ -222,8 +222,8 @@ class Model:
 
     def trace(self, ids: tuple[int, ...], names: Iterable[str], edits: Iterable[Edit] = (), done: tuple = ()) -> dict[str, Tensor]:
         """
-        Activations [1, ...] of one run, from the cache or from a forward pass that begins as late and ends as early as it can. `done` names the
-        edits, for the cache. The pass also keeps what the panes will ask for next: lens points and patterns where these are small against the
+        Activations [1, ...] of one run, in the order of `names`, from the cache or from a forward pass that begins as late and ends as early as it
+        can. `done` names the edits, for the cache. The pass also keeps what the panes will ask for next: lens points and patterns where these are small against the
         cache, else, when one layer is looked at, the inputs of the blocks up to it.
         """
         names, edits = list(dict.fromkeys(names)), list(edits)
@@ -248,7 +248,7 @@ class Model:
             for n, v in (got | beside).items():
                 self.cache.put((ids, done, n), v)
             found |= {n: got[n] for n in missing}
-        return found
+        return {n: found[n] for n in names}
 
     def once_more(self, ids: tuple[int, ...], names: list[str], edits: list[Edit]) -> dict[str, Tensor]:
         """What is asked for and nothing beside it, from the first block on; OutOfMemory where that does not fit either."""

@@ -21,4 +21,5 @@ class Notes:
     members: tuple | None = None  # the prompt set whose parts are computed, as it was read: the question, its prompts and their runs
     drawable: tuple | None = None  # the prompt set that was resampled from last, as it was read; see replacements.py
     estimate: tuple | None = None  # the last estimate: its question, values [prompt, cell], the base runs' metric [prompt]
+    graph: object | None = None  # the last attribution graph, whole, with what it was asked for
     noise: dict[tuple, float] = field(default_factory=dict)  # by prompt and metric, the metric's variance over roundings; see noise.py

@@ -51,8 +51,8 @@ def stamp(folder: Path | None) -> tuple:
     return () if folder is None else tuple((p.name, p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(folder.glob("*")))
 
 
-def load(model: Model, source: str) -> Generator[Progress, None, SparseAutoencoder]:
-    """The SAE of a source, on the model's device; the last few stay loaded as long as their files do not change."""
+def load(model: Model, source: str, of: int = 1) -> Generator[Progress, None, SparseAutoencoder]:
+    """The SAE of a source (one `of` so many that are used together), on the model's device; the last few stay loaded as long as their files do not change."""
     folder, kept = find(source), model.notes.saes
     if source in kept and kept[source].stamp == stamp(folder):
         kept.move_to_end(source)
@@ -74,7 +74,7 @@ def load(model: Model, source: str) -> Generator[Progress, None, SparseAutoencod
     check_weights(model, source, sae.cfg.metadata)
     kept[source] = SparseAutoencoder(source, sae, model, published)
     kept[source].stamp = stamp(folder)
-    while len(kept) > KEPT:
+    while len(kept) > max(KEPT, of):
         kept.popitem(last=False)
     return kept[source]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from vocabulary.nodes import UserError
 from vocabulary.prompts import Prompt
 from vocabulary.wire import from_json
+from screen import graph_steps
 
 VIEW = "view"  # the action that changes views, and only them
 
@@ -76,6 +77,8 @@ def words(name: str, before, after) -> str:
             return f"SAE {after.sae}" if after.sae else "SAEs put away"
         case "receivers" | "senders":
             return f"{name} {' '.join(getattr(after, name)) or 'the node under the cursor'}"
+        case "mark_graph" | "open_graph" | "transcoders":
+            return graph_steps.words(name, before, after)
     return how_words(name, after) or circuit_words(before, after) or name.replace("_", " ")
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from techniques.generation.requests import Sampling
+from techniques.graphs.requests import GraphMarks
 from vocabulary.chosen import is_chosen
 from vocabulary.circuit import Circuit, LOGITS
 from vocabulary.files import reason, typed_path
@@ -22,7 +23,7 @@ from vocabulary.prompts import ALIGNMENTS, as_chat, Metric, METRICS, Prompt, rea
 from vocabulary.requests import Load
 from vocabulary.typed import one_of
 from vocabulary.wire import changed_fits, fits, from_json, to_json
-from screen import circuit_steps as circuits, compared, history
+from screen import circuit_steps as circuits, compared, graph_steps, history
 from screen.record import Record, Step
 from vocabulary.log import encoded, FORMAT, Line, Log, new_path, read_lines, said
 from vocabulary.results import digest, Kept
@@ -62,6 +63,9 @@ class State:
     align: str = ""
     generation: Sampling = Sampling()
     text: ReferenceText = ReferenceText()  # that means are taken over
+    graph: str = ""  # the file whose graph pane ` shows; none: the prompt's own
+    transcoders: tuple[str, ...] = ()  # of the prompt's own; none: those that are loaded, else the zoo's
+    marks: tuple[GraphMarks, ...] = ()
     views: dict[str, str] = field(default_factory=lambda: {k: v[0] for k, v in VIEWS.items()})
 
     @property
@@ -94,7 +98,7 @@ class State:
 
 
 def model(state: State, load: dict) -> State:
-    return dataclasses.replace(state, model=from_json(load, Load), interventions=(), saes=(), sae="")
+    return dataclasses.replace(state, model=from_json(load, Load), interventions=(), saes=(), sae="", transcoders=())
 
 
 def prompt(state: State, prompt: dict) -> State:
@@ -229,6 +233,7 @@ ACTIONS: dict[str, Callable[..., State]] = {
         text,
         sae_error,
         *compared.ACTIONS,
+        *graph_steps.ACTIONS,
         history.jump,
     )
 }

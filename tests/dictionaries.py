@@ -75,3 +75,38 @@ def build(kind: str, hook: str, width: int, d_out: int | None = None, seed: int 
 def save(sae, folder: Path) -> str:
     sae.save_model(folder)
     return str(folder)
+
+
+def build_cross(folder: Path, reads: str, inputs: list[t.Tensor], outputs: list[t.Tensor], seed: int = 0, crosses: bool = True, threshold: bool = True) -> str:
+    """
+    Random transcoders of every layer in circuit-tracer's layout, of inputs and outputs [seq, width] by layer; decoders fitted to them, position 0 left out.
+    `crosses`: one whose features write to all later layers too.
+    """
+    from safetensors.torch import save_file
+
+    g, width, n = t.Generator().manual_seed(seed), inputs[0].shape[1], len(inputs)
+    rand = lambda *shape: t.randn(*shape, generator=g)  # noqa: E731
+    folder.mkdir(parents=True)
+    kind = "cross_layer_transcoder" if crosses else "transcoder_set"
+    (folder / "config.yaml").write_text(f"model_kind: {kind}\nfeature_input_hook: {reads}\nfeature_output_hook: hook_mlp_out\nscan: random\n")
+    encoders = [rand(2 * width, width) / math.sqrt(width) for _ in range(n)]
+    biases, thresholds = [0.1 * rand(2 * width) for _ in range(n)], [0.02 * rand(2 * width).abs() * threshold for _ in range(n)]
+    pre = [x @ w.T + b for x, w, b in zip(inputs, encoders, biases)]
+    features = [(f * (f > bar)).clamp(min=0) for f, bar in zip(pre, thresholds)]
+    means = [y[1:].mean(0) for y in outputs]
+    decoders: list[list] = [[] for _ in range(n)]
+    for out in range(n):
+        some = range(out + 1) if crosses else [out]
+        rows = t.linalg.lstsq(t.cat([features[i][1:] for i in some], 1), outputs[out][1:] - means[out], driver="gelsd").solution * 0.9
+        for i, part in zip(some, rows.split(2 * width)):
+            decoders[i].append(part)
+    for i in range(n):
+        held = {"W_enc": encoders[i], "b_enc": biases[i], "b_dec": means[i]}
+        if crosses:
+            held |= {"threshold": thresholds[i]} if threshold else {}
+            save_file({f"{k}_{i}": v.contiguous() for k, v in held.items()}, folder / f"W_enc_{i}.safetensors")
+            save_file({f"W_dec_{i}": t.stack(decoders[i], 1)}, folder / f"W_dec_{i}.safetensors")
+        else:
+            held |= {"activation_function.threshold": thresholds[i]} if threshold else {}
+            save_file({k: v.contiguous() for k, v in (held | {"W_dec": decoders[i][0]}).items()}, folder / f"layer_{i}.safetensors")
+    return str(folder)

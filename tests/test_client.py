@@ -42,7 +42,7 @@ def pipes(monkeypatch):
         made.append(Pipe())
         return made[-1]
 
-    monkeypatch.setattr(client, "spawn", lambda command, log: (None, ""))
+    monkeypatch.setattr(client, "spawn", lambda command, log: (None, "", log.stat().st_size if log.is_file() else 0))
     monkeypatch.setattr(client, "Process", process)
     return made
 

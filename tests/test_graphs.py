@@ -6,20 +6,25 @@ away; and the graph's influence, pruning, scores and files against their definit
 import json
 from contextlib import ExitStack
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch as t
 from conftest import ARCHS, PROMPT
-from dictionaries import build, save
-from ui import grid, make_app, press, reply, shown
+from dictionaries import build, build_cross, save
+from safetensors.torch import load_file
+from ui import asked, grid, make_app, press, reply, shown
 
 from engine import main
 from model.sae_loading import load
-from techniques.graphs import files
-from techniques.graphs.requests import KINDS, AttributionGraph, GraphEffects, GraphResult
+from techniques.graphs import building, files, supernodes
+from techniques.graphs.requests import KINDS, AttributionGraph, GraphEffects, GraphGroups, GraphResult, GraphSteer
 from techniques.graphs.influence import flow, prune, replacement_and_completeness, shares
+from screen import history
+from screen.session import read_session
 from utils import ROOT
+from vocabulary.wire import to_json
 from vocabulary.nodes import UserError
 from vocabulary.prompts import Prompt, Study
 
@@ -201,12 +206,84 @@ def compare(engine, reference, folder, kinds, n=6, **more):
     return r
 
 
+def test_activations_come_in_the_order_asked_for_whatever_is_at_hand(engines):
+    model = engines["gpt2"].model
+    ids, names = (5, 7, 9, 11), ["blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out", "blocks.0.hook_mlp_out"]
+    model.trace(ids, names[1:2])
+    assert list(model.trace(ids, names)) == names
+
+
 @pytest.mark.parametrize("name", ["gpt2", pytest.param("all", marks=pytest.mark.table)])
 def test_edges_are_what_taking_the_source_away_does_in_the_frozen_model(engines, references, tmp_path, name):
     for arch in [name] if name != "all" else [a for a in ARCHS if a != "zoo"]:
         r = compare(engines[arch], references[arch], tmp_path / arch, ("skip_transcoder", "jumprelu_transcoder"))
         assert r.selected == r.active and r.error < 1e-3
         adds_up(r)
+
+
+@pytest.mark.parametrize("name, reads, crosses", [
+    ("gpt2", "hook_resid_mid", True), *(pytest.param(*x, marks=pytest.mark.table) for x in [
+        ("llama", "mlp.hook_in", True), ("gemma2", "hook_resid_mid", True), ("qwen3", "ln2.hook_normalized", True), ("gpt2", "mlp.hook_in", False), ("llama", "hook_resid_mid", False)])
+])  # fmt: skip
+def test_a_folder_of_circuit_tracers_and_the_writes_of_a_cross_layer_transcoder(engines, references, tmp_path, name, reads, crosses):
+    """Its edges are what taking all of a feature's writes away does in Hugging Face's modules; errors are what its files leave of each MLP."""
+    model, ref = engines[name].model, references[name]
+    study = Study(Prompt("When Mary and John went to the store"))
+    n, ids = model.info.n_layers, model.row(study.prompt.clean, None).ids
+    at = lambda hook: [model.trace(ids, [f"blocks.{i}.{hook}"])[f"blocks.{i}.{hook}"][0].float() for i in range(n)]  # noqa: E731
+    x, y = at(reads), at("hook_mlp_out")
+    source = build_cross(tmp_path / "clt", reads, x, y, crosses=crosses)
+    r = engines[name].run(AttributionGraph(study, (source,), node_threshold=1, edge_threshold=1, logits=2, mass=1, batch=40))
+    assert r.sources == (source,) and r.selected == r.active > 200 and r.error < 1e-3
+    adds_up(r)
+    tensors = {k: v for file in (tmp_path / "clt").glob("*.safetensors") for k, v in load_file(file).items()}
+    if not crosses:
+        tensors = {f"{k.split('.')[-1]}_{i}": v for i in range(n) for k, v in load_file(tmp_path / f"clt/layer_{i}.safetensors").items()}
+    saes, gone = {}, {i: v.clone() - tensors[f"b_dec_{i}"] for i, v in enumerate(y)}
+    active = set()
+    for i in range(n):
+        f = x[i] @ tensors[f"W_enc_{i}"].T + tensors[f"b_enc_{i}"]
+        f = f * (f > tensors[f"threshold_{i}"])
+        f[0] = 0
+        active |= {(i, int(j), int(p)) for p, j in f.nonzero()}
+        rows = tensors[f"W_dec_{i}"] if crosses else tensors[f"W_dec_{i}"][:, None]
+        for k in range(rows.shape[1]):
+            gone[i + k] -= f @ rows[:, k]
+        metadata = SimpleNamespace(hook_name=f"blocks.{i}.{reads.replace('hook_resid_mid', 'hook_mlp_in')}")
+        saes[i] = SimpleNamespace(cfg=SimpleNamespace(metadata=metadata), W_enc=tensors[f"W_enc_{i}"].T, b_enc=tensors[f"b_enc_{i}"], rows=rows)
+    names = [KINDS[k] for k in r.kind]
+    without = active - {(int(r.layer[i]), int(r.index[i]), int(r.at[i])) for i, k in enumerate(names) if k == "feature"}
+    assert r.active == len(active) and all(layer == n - 1 and pos < r.pos for layer, _, pos in without), "only those that lead nowhere are not there"
+    frozen = Frozen(ref, ids)
+    base, logits = frozen.run()
+    edge, rng = {(s, d): w for s, d, w in zip(r.source.tolist(), r.to.tolist(), r.weight)}, np.random.default_rng(0)
+    of = {kind: [i for i, k in enumerate(names) if k == kind and r.value[i] != 0] for kind in ("feature", "error")}
+    early = [i for i in of["feature"] if r.layer[i] == 0]
+    some, size = [*rng.permutation(early)[:3], *rng.permutation(of["feature"])[:2], *rng.permutation(of["error"])[:2]], np.abs(r.weight).max()
+    for s in map(int, some):
+        layer, pos, index = (int(a[s]) for a in (r.layer, r.at, r.index))
+        writes = [gone[layer]] if names[s] == "error" else [float(r.value[s]) * row.expand_as(y[0]) for row in saes[layer].rows[index]]
+        mine = t.arange(len(ids)) == pos
+        streams, out = frozen.run([(("mlp", layer + k), -(w * mine[:, None])[None]) for k, w in enumerate(writes)])
+        for d in [*map(int, rng.permutation(of["feature"])[:40]), *(i for i, k in enumerate(names) if k == "logit" and not ref.softcap)]:
+            if names[d] == "logit":
+                got = (logits[-1] - out[-1] - (logits[-1] - out[-1]).mean())[int(r.index[d])].item()
+            else:
+                i = int(r.layer[d])
+                got = np.subtract(*(pre_activation(frozen, saes[i], i, z[i], int(r.at[d]), int(r.index[d])) for z in (base, streams)))
+            assert edge.get((s, d), 0.0) == pytest.approx(got, abs=1e-4 * max(1, size)), (names[s], names[d])
+
+    assert model.notes.graph.size > 0 and model.notes.graph.built.local.streams == {}
+    s = int(some[0])
+    layer, index, pos = (int(a[s]) for a in (r.layer, r.index, r.at))
+    steered = engines[name].run(GraphSteer(study, (source,), logits=2, mass=1, steer=(f"{layer}_{index}_{pos}",), factor=3))
+    more = t.zeros(len(saes[layer].rows[index]), 1, *y[0].shape)
+    more[:, 0, pos] = 2 * float(r.value[s]) * saes[layer].rows[index]
+    before = t.tensor(ref.run([ids])[0][0, -1]).double()
+    after = t.tensor(ref.run([ids], [(("mlp", layer + k), lambda x, w=w: x.add_(w)) for k, w in enumerate(more)])[0][0, -1]).double()
+    change = after - before - (after - before).mean()
+    tokens = [int(i) for i in r.index[r.kind == KINDS.index("logit")]]
+    assert ref.softcap or steered.true == pytest.approx([change[i].item() for i in tokens], abs=1e-3)
 
 
 def adds_up(r):
@@ -300,6 +377,91 @@ def test_effects_are_those_of_the_model_with_plain_hooks(engines, references):
     assert r.pearson == pytest.approx([np.corrcoef(r.predicted, x)[0, 1] for x in (r.frozen, r.true)])
 
 
+def test_features_steered_together_are_held_at_their_values(engines, references):
+    """Two features, one of which feeds the other, to half: in Hugging Face's model with plain hooks; the prediction by the edges, layer by layer, the held ones fixed."""
+    zoo, ref, names = engines["zoo"], references["zoo"], ("1_597_5", "2_71_5")
+    r = zoo.run(GraphSteer(Study(ITALY), target="diff", steer=names, factor=0.5, watch=("2_54_5", "2_465_5")))
+    g = zoo.run(AttributionGraph(Study(ITALY), target="diff", node_threshold=1, edge_threshold=1))
+    ids, model = list(r.tokens.ids), zoo.model
+    coders = {layer: loaded(zoo, f"zoo/transcoders/L{layer}").sae for layer in (1, 2)}
+    good, bad = (model.tokens.encode(x)[0][0] for x in (" Rome", " Ankara"))
+    place = {files.node_id(g, i): i for i in range(len(g.kind))}
+    value = {x: float(g.value[place[x]]) for x in (*names, "2_54_5", "2_465_5")}
+
+    def run(changes):
+        """The difference, and what layer 2's MLP reads at the last position, with so much more of features written."""
+        edits = [(("mlp", layer), lambda x, layer=layer, index=index, by=by: x[0, 5].add_(by * coders[layer].W_dec[index])) for layer, index, by in changes]
+        logits, got = ref.run([ids], edits, [("resid_mid", 2)])
+        return float(logits[0, -1, good] - logits[0, -1, bad]), ref.blocks[2].ln_2(got["resid_mid", 2])[0, 5].detach()
+
+    one = (1, 597, -0.5 * value["1_597_5"])
+    _, x = run([one])
+    live = coders[2].encode(x[None])[0]
+    after, _ = run([one, (2, 71, 0.5 * value["2_71_5"] - float(live[71]))])
+    assert r.held == pytest.approx([0.5 * value[x] for x in names], rel=1e-5) and r.steered == names
+    assert r.true[0] == pytest.approx(after - run([])[0], abs=1e-3)
+    assert r.activation[0] == pytest.approx([value["2_54_5"], value["2_465_5"]], rel=1e-4) and r.activation[3] == pytest.approx(
+        live[[54, 465]].tolist(), abs=1e-3
+    )
+    edge = {(s, d): w for s, d, w in zip(g.source.tolist(), g.to.tolist(), g.weight)}
+    change = {place[x]: -0.5 * value[x] for x in names}
+    features = [i for i in range(len(g.kind)) if KINDS[g.kind[i]] == "feature"]
+    for i in sorted(features, key=lambda i: int(g.layer[i])):
+        if i not in change:
+            change[i] = sum(edge.get((s, i), 0.0) * by / g.value[s] for s, by in list(change.items()) if by)
+    assert r.predicted[0] == pytest.approx(sum(edge.get((s, len(g.kind) - 1), 0.0) * by / g.value[s] for s, by in change.items()), abs=1e-5)
+    assert r.activation[1] == pytest.approx([value[x] + change[place[x]] for x in ("2_54_5", "2_465_5")], abs=1e-4)
+    said = []
+    alone = zoo.run(GraphSteer(Study(ITALY), target="diff", steer=("2_71_5",), value=0.0), lambda part: said.append(getattr(part, "text", "")))
+    assert not any(x.startswith("direct effects") for x in said), "the graph was there"
+    effect = zoo.run(GraphEffects(Study(ITALY), target="diff", only="2_71_5"))
+    assert [alone.predicted[0], alone.frozen[0], alone.true[0]] == pytest.approx([effect.predicted[0], effect.frozen[0], effect.true[0]], abs=1e-5)
+
+
+def test_supernodes_sum_edges_as_circuit_tracer_s_viewer_does(engines):
+    """Its definition, edge by edge; and groups of like decoders by brute force over their cosines."""
+    zoo = engines["zoo"]
+    r = zoo.run(AttributionGraph(Study(ITALY), target="diff"))
+    ids = [files.node_id(r, i) for i in range(len(r.kind))]
+    names = {"2_71_5": "city", "2_54_5": "city", "1_597_5": "early", "E_870_4": "early", "1_455_5": "alone"}
+    g, group = supernodes.folded(r, names), lambda x: names.get(x, x)
+    outside = {i: 0.0 for i in ids} | {}
+    whole, edges = dict(outside), [(ids[s], ids[d], float(w)) for s, d, w in zip(r.source, r.to, r.weight)]
+    for s, d, w in edges:
+        whole[d] += abs(w)
+        outside[d] += abs(w) * (group(s) != group(d))
+    part = {x: outside[x] / whole[x] for x in ids if whole[x]}
+    total = {}
+    for x in part:
+        total[group(x)] = total.get(group(x), 0.0) + part[x]
+    want, share = {}, {}
+    for s, d, w in edges:
+        if group(s) != group(d):
+            key = group(s), group(d)
+            want[key] = want.get(key, 0.0) + w
+            share[key] = share.get(key, 0.0) + w / outside[d] * part[d] / total[group(d)]
+    called = [g.texts[i].split("“")[1].split("”")[0] if KINDS[g.kind[i]] == "supernode" else files.node_id(g, i) for i in range(len(g.kind))]
+    assert sorted(called) == sorted({group(x) for x in ids})
+    for numbers, held in ((g.weight, want), (g.share, share)):
+        assert {(called[s], called[d]): pytest.approx(x, abs=1e-9) for s, d, x in zip(g.source, g.to, numbers)} == held
+    nodes = tuple(x for x, k in zip(ids, r.kind) if KINDS[k] == "feature")
+    rows = t.stack([loaded(zoo, f"zoo/transcoders/L{x.split('_')[0]}").rows([int(x.split("_")[1])])[0] for x in nodes])
+    cosine = t.nn.functional.normalize(rows.double(), dim=1)
+    cosine = (cosine @ cosine.T).numpy()
+    for same in (True, False):
+        found = zoo.run(GraphGroups(Study(ITALY), nodes=nodes, threshold=0.3, same_position=same))
+        assert found.groups and len({x for some in found.groups for x in some}) == sum(map(len, found.groups))
+        for some, least in zip(found.groups, found.cosine):
+            at = [nodes.index(x) for x in some]
+            assert cosine[np.ix_(at, at)].min() == pytest.approx(least, abs=1e-6) and least >= 0.3
+            assert not same or len({x.split("_")[2] for x in some}) == 1
+        alone = [*found.groups, *((x,) for x in nodes if not any(x in some for some in found.groups))]
+        for a in range(len(alone)):  # no two groups could be one
+            for b in range(a):
+                both = [nodes.index(x) for x in alone[a] + alone[b]]
+                assert cosine[np.ix_(both, both)].min() < 0.3 or same and len({nodes[i].split("_")[2] for i in both}) > 1
+
+
 def loaded(engine, source):
     steps = load(engine.model, source)
     while True:
@@ -355,13 +517,22 @@ def test_a_graph_is_a_file_that_circuit_tracer_s_viewer_reads_and_that_opens_aga
         if n["feature_type"] == "cross layer transcoder":
             layer, index = int(n["layer"]), int(n["node_id"].split("_")[1])
             assert n["feature"] == (layer + index) * (layer + index + 1) // 2 + index
-    r = files.read(file)
+    r = files.read(file)[0]
     again = engines["zoo"].run(AttributionGraph(Study(replace(ITALY, corrupt=None)), target="diff"))
     for f in fields(r):
         a, b = getattr(r, f.name), getattr(again, f.name)
         assert np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b, f.name
     assert main([*args, "--open", str(file), "--node", "2_71_5"]) == 0
     assert "into L2 f71 @5" in capsys.readouterr().out and "L2 f71 @5" in out
+    assert main([*args, "--groups", "--cosine", "0.3", "--out", str(file)]) == 0 and "“≈ 2_71_5” (2)" in capsys.readouterr().out
+    marks = files.read(file)[1]
+    assert dict(marks.names)["2_71_5"] == "≈ 2_71_5" and marks.graph == files.marks_of(r, "zoo").graph
+    assert main(["graph", "--open", str(file), "--node", "≈ 2_71_5"]) == 0 and "into “≈ 2_71_5” (2)" in capsys.readouterr().out
+    before = json.loads(file.read_text())
+    del before["loupe"]["marks"]
+    file.write_text(json.dumps(before))
+    assert set(files.read(file)[1].names) == set(marks.names), "of a file from before, those that its drawing has"
+    assert main(["graph", "--clean", ITALY.clean, "--steer", "2_71_5", "--factor", "2"]) == 0 and "2_71_5 at 120.92" in capsys.readouterr().out
     damaged = json.loads(file.read_text())
     damaged["loupe"]["to"][0] = 10**6
     file.write_text(json.dumps(damaged))
@@ -370,8 +541,12 @@ def test_a_graph_is_a_file_that_circuit_tracer_s_viewer_reads_and_that_opens_aga
             files.read(path)
 
 
-def test_what_can_t_be_a_graph_is_refused_in_words(engines):
+def test_what_can_t_be_a_graph_is_refused_in_words(engines, tmp_path, monkeypatch):
     zoo, study = engines["zoo"], Study(ITALY)
+    hooks, width = ("hook_resid_mid", "hook_resid_mid"), t.randn(4, 9, 128, generator=t.Generator().manual_seed(0))
+    folders = [build_cross(tmp_path / str(n), hooks[0], list(width[: 3 + n]), list(width[: 3 + n])) for n in range(2)]
+    (tmp_path / "2").mkdir()
+    (tmp_path / "2" / "layer_0.safetensors").touch()
     asks = {
         "is an SAE": AttributionGraph(study, ("zoo/L1.resid_post",)),
         "no transcoder at": AttributionGraph(study, ("nowhere/L{}",)),
@@ -383,12 +558,29 @@ def test_what_can_t_be_a_graph_is_refused_in_words(engines):
         "not in the graph": GraphEffects(study, only="1_1_1"),
         "not a run": AttributionGraph(study, which="now"),
         "no corrupted prompt": AttributionGraph(Study(IOI), which="corrupt"),
+        "other layers than the model": AttributionGraph(study, (folders[0],)),
+        r"does not explain this prompt.s MLPs \(cosine": AttributionGraph(study, (folders[1],)),
+        "config.yaml can't be read": AttributionGraph(study, (str(tmp_path / "2"),)),
+        "at least one feature": GraphSteer(study),
+        "finite": GraphSteer(study, steer=("2_71_5",), factor=float("nan")),
+        "no feature 9_1_1": GraphGroups(study, nodes=("9_1_1",)),
+        "a cosine is": GraphGroups(study, threshold=2),
     }
     for words, ask in asks.items():
         with pytest.raises(UserError, match=words):
             zoo.run(ask)
     with pytest.raises(UserError, match="needs transcoders"):
         engines["gpt2"].run(AttributionGraph(STUDY))
+    said = []
+    zoo.run(AttributionGraph(study, batch=31), lambda part: said.append(getattr(part, "text", "")))
+    stated = next(x for x in said if x.startswith("graph: "))
+    assert "373 active features, 403 sources; transcoders hold 2.4 MB" in stated and said.index(stated) < min(
+        n for n, x in enumerate(said) if x.startswith("direct effects")
+    )
+    with monkeypatch.context() as little:
+        little.setattr(building, "free_bytes", lambda device: 1 << 20)
+        with pytest.raises(UserError, match=r"does not fit: 373 active.*at most 11.5 MB.*1.0 MB are free. Lower --features"):
+            zoo.run(AttributionGraph(study, batch=30))
     bare = zoo.run(AttributionGraph(study, ("zoo/transcoders/L1",), node_threshold=1))
     assert "whole MLP as error in L0, L2" in bare.convention and set(bare.layer[bare.kind == 0].tolist()) == {1}
     adds_up(zoo.run(AttributionGraph(study, which="corrupt", node_threshold=1, edge_threshold=1)))
@@ -416,12 +608,58 @@ async def test_on_the_screen(engines, tmp_path):
         assert "into" not in shown(app) and "→ logit ' Mary'" in grid(app).rows
         await press(app, pilot, "escape")
         assert grid(app).rows[0] == "← token @2 ' Mary'"
-        whole = json.loads(app.panes["graph"].as_file(app, r))
+        whole = json.loads(app.panes["graph"].as_file(app))
         assert whole["qParams"]["pinnedIds"] == ["2_755_14"] and whole["qParams"]["supernodes"] == [["name", "2_755_14"]]
         await press(app, pilot, "v", "d")
-        assert reply(app, "graph").target == "diff" and "less" in shown(app)
+        assert reply(app, "graph").target == "diff" and "less" in shown(app) and "*" not in "".join(grid(app).rows), "pins are of the other target"
         await pilot.resize_terminal(80, 24)
         await press(app, pilot, "j")
         assert "` Graph" in shown(app)
         await press(app, pilot, "H", *"2_142_10", "enter")
         assert app.panes["graph"].here == "2_142_10"
+
+
+async def test_pins_names_and_the_opened_graph_are_the_sessions(engines, tmp_path):
+    """Kept, undone, restored with the session; supernodes proposed, folded, steered; a file's graph with its own pins, walked, and never changed for real on another prompt."""
+    app = make_app(engines["zoo"], tmp_path)
+    marks = lambda app: app.panes["graph"].marks(app)  # noqa: E731
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot, "grave_accent", "j", "P", "B", *"by hand", "enter", "P")
+        assert marks(app).names == (("2_755_14", "by hand"),) and not marks(app).pins
+        await press(app, pilot, "u")
+        assert marks(app).pins == ("2_755_14",) and "graph: unpinned 2_755_14" in history.words("mark_graph", app.state, app.session.future[-1][0])
+        await press(app, pilot, "U", *["backspace"] * 3, *"0.3", "enter", "enter")
+        names = dict(marks(app).names)
+        assert len(names) > 10 and names["2_755_14"] == "by hand" and names["0_365_14"] == names["0_178_14"] == "≈ 0_365_14", "what is named by hand stays"
+        await press(app, pilot, "O")
+        assert any("“≈ 0_365_14” (2)" in row for row in grid(app).rows) and " of inputs" in shown(app)
+        row = next(n for n, x in enumerate(grid(app).rows) if "“≈ 0_365_14” (2)" in x)
+        await press(app, pilot, *"j" * (row - app.panes["graph"].row), "C")
+        both = engines["zoo"].run(GraphSteer(Study(IOI), steer=("0_365_14", "0_178_14")))
+        assert f"predicted {both.predicted[0]:+.3f}, attention frozen {both.frozen[0]:+.3f}, true {both.true[0]:+.3f}" in shown(app)
+        await press(app, pilot, "s", *["backspace"] * 3, *"=9", "enter")
+        steered = asked(app, GraphSteer)[-1]
+        assert steered.value == 9 and set(steered.steer) == {"0_365_14", "0_178_14"} and steered.watch == ("2_755_14",) and "predicted" in shown(app)
+        await press(app, pilot, "escape", "P")
+        assert "is a supernode" in shown(app)
+        (file := tmp_path / "here.json").write_text(app.panes["graph"].as_file(app))
+        saved = marks(app)
+    session, warning = read_session(tmp_path / "session.jsonl")
+    assert not warning and session.state.marks == (saved,)
+    app = make_app(engines["zoo"], tmp_path / "b", session.state)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot, "grave_accent")
+        assert marks(app) == saved and app.state.views["graph.rows"] == "supernodes"
+        app.act("mark_graph", marks=to_json(replace(saved, pins=("E_918_2",), names=())))
+        await press(app, pilot, "o", *str(file), "enter")
+        assert app.state.graph == str(file) and marks(app).pins == ("E_918_2", "2_755_14") and marks(app).names == saved.names and "here.json" in shown(app)
+        await press(app, pilot, "C")
+        assert "true" in shown(app) or "no feature" in shown(app), "it is of the prompt at hand"
+        app.act("prompt", prompt=to_json(replace(IOI, clean="When Tom and John went to the store, John gave a drink to")))
+        await press(app, pilot, "C")
+        assert "another prompt" in shown(app) and not asked(app, AttributionGraph)[1:]
+        file.unlink()
+        await press(app, pilot, "j")
+        assert "can't be read" in shown(app)
+        await press(app, pilot, "u", "u")
+        assert not app.state.graph and marks(app).pins == ("E_918_2",)

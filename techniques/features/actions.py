@@ -81,7 +81,7 @@ def steer(pane: Pane, app: Host) -> None:
 
 
 def check_edge(pane: Pane, app: Host) -> None:
-    got = app.requests.result("graph", FeatureGraphResult)
+    got = app.requests.result("feature_graph", FeatureGraphResult)
     if got is None or not len(got.index):
         app.say("the graph has no edge to check yet: v turns to it", BAD)
         return

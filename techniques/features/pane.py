@@ -148,7 +148,7 @@ class FeaturePane(Pane):
             self.order = listed.order
             wants["feature"] = Feature(app.study, source, self.index, self.which(app), app.cursor.pos)
         if view == "graph" and (graph := self.graph(app)) is not None:
-            wants["graph"] = graph
+            wants["feature_graph"] = graph
         if view == "examples" and self.examples(app) in app.requests.started:
             wants["examples"] = self.examples(app)
         return wants
@@ -157,7 +157,7 @@ class FeaturePane(Pane):
 
     def rows(self, app: Host) -> int:
         if app.state.views[self.view] == "graph":
-            got = app.requests.result("graph", FeatureGraphResult)
+            got = app.requests.result("feature_graph", FeatureGraphResult)
             return len(got.index) if got is not None else 0
         got = app.requests.result("features", FeaturesResult)
         return len(got.index) if got is not None else 0
@@ -184,7 +184,7 @@ class FeaturePane(Pane):
         app.ready()
         if app.state.views[self.view] != "graph":
             raise UserError("⏎ walks the graph between two SAEs: v turns to it")
-        got = app.requests.result("graph", FeatureGraphResult)
+        got = app.requests.result("feature_graph", FeatureGraphResult)
         if got is None or not len(got.index):
             raise UserError("there is no edge to walk yet")
         row = clip(self.row, len(got.index))
@@ -314,16 +314,16 @@ class FeaturePane(Pane):
             self.side.show([requests.waiting("feature")] if "feature" in requests.wanted else [])
 
     def paint_graph(self, app: Host, title: str, n: int) -> None:
-        got, request = app.requests.result("graph", FeatureGraphResult), self.graph(app)
+        got, request = app.requests.result("feature_graph", FeatureGraphResult), self.graph(app)
         if request is None:
             self.show_title(app, (), title, "")
             self.list.show([[("  the graph needs an SAE of a layer below: z loads another one", DIM)]])
             return
         if got is None:
-            self.show_title(app, ("graph",), title, "")
-            self.list.show([app.requests.waiting("graph")])
+            self.show_title(app, ("feature_graph",), title, "")
+            self.list.show([app.requests.waiting("feature_graph")])
             return
-        self.show_title(app, ("graph",), f"{title} · into f{got.target}@{got.pos} from {got.up.source}", got.convention)
+        self.show_title(app, ("feature_graph",), f"{title} · into f{got.target}@{got.pos} from {got.up.source}", got.convention)
         self.list.show(graph_lines(got, clip(self.row, len(got.index)), n))
 
 

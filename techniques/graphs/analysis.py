@@ -1,6 +1,7 @@
-"""The door of this room: a prompt's attribution graph, pruned; and its features changed for real."""
+"""The door of this room: a prompt's attribution graph, pruned; its features changed for real, one by one or together; and groups of like ones."""
 
 from collections.abc import Generator
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch as t
@@ -8,22 +9,26 @@ from torch import Tensor
 
 from model.bridge import Model
 from model.interventions import prepare
+from model.memory import KEPT
+from model.notes import Notes
 from model.runs import Runs
 from model.sae import SparseAutoencoder
 from model.sae_fit import check
 from model.sae_loading import find, load
 from techniques.graphs.building import Built, build
 from techniques.graphs.effects import effects
+from techniques.graphs.file_transcoders import folder_of, read_all
 from techniques.graphs.influence import cumulative, flow, prune, replacement_and_completeness, shares
-from techniques.graphs.replacement import check_transcoder
-from techniques.graphs.requests import KINDS, AttributionGraph, GraphEffects, GraphResult
+from techniques.graphs.replacement import AnyTranscoder, check_transcoder
+from techniques.graphs.requests import KINDS, AttributionGraph, GraphEffects, GraphGroups, GraphResult, GraphSteer, OfGraph
+from techniques.graphs.steering import groups, steer
 from vocabulary.nodes import UserError
 from vocabulary.requests import Progress
 
 ZOO = "zoo/transcoders/L{}"
 
 
-def answer(model: Model, ask: AttributionGraph | GraphEffects) -> Generator:
+def answer(model: Model, ask: OfGraph) -> Generator:
     if ask.which not in ("clean", "corrupt"):
         raise UserError(f"{ask.which!r} is not a run that a graph is made of: use clean or corrupt")
     if ask.target not in ("logits", "diff"):
@@ -33,26 +38,66 @@ def answer(model: Model, ask: AttributionGraph | GraphEffects) -> Generator:
     runs = (yield from prepare(model, ask.study)).at(ask.which)
     runs.require_first("a transcoder", ask.which)
     coders = yield from transcoders(runs, ask)
-    built = yield from build(runs, ask, coders)
-    if isinstance(ask, GraphEffects):
-        return (yield from effects(built, ask, text_of(built, 0)))
+    if isinstance(ask, GraphGroups):
+        return groups(coders, ask)
+    built = yield from graph_of(runs, ask, coders)
+    match ask:
+        case GraphEffects():
+            return (yield from effects(built, ask, text_of(built, 0)))
+        case GraphSteer():
+            return (yield from steer(built, ask, tuple(text_of(built, i) for i in range(len(built.logits)))))
     return result(built, ask)
 
 
-def transcoders(runs: Runs, ask: AttributionGraph | GraphEffects) -> Generator[Progress, None, dict[int, SparseAutoencoder]]:
+@dataclass(eq=False)
+class Last:
+    """A whole graph, kept for the next question about it; it gives way when memory runs out."""
+
+    notes: Notes
+    key: tuple
+    built: Built
+
+    @property
+    def size(self) -> int:
+        return self.built.matrix.nbytes if self.notes.graph is self else 0
+
+    def clear(self) -> None:
+        self.notes.graph = None if self.notes.graph is self else self.notes.graph
+
+
+def graph_of(runs: Runs, ask: OfGraph, coders: dict[int, AnyTranscoder]) -> Generator[Progress, None, Built]:
+    """The whole graph: the last one if it answers this question (model and its adapter's scale, prompt, target, size, transcoders as they lie on the disk now)."""
+    notes = runs.model.notes
+    key = (runs.model.info.key, *(getattr(ask, f.name) for f in fields(OfGraph)), *((d.key, d.stamp) for d in coders.values()))
+    if notes.graph is None or notes.graph.key != key:
+        notes.graph = None
+        notes.graph = Last(notes, key, (yield from build(runs, ask, coders)))
+        KEPT.add(notes.graph)
+    return notes.graph.built
+
+
+def transcoders(runs: Runs, ask: OfGraph) -> Generator[Progress, None, dict[int, AnyTranscoder]]:
     """By layer, loaded and checked on the prompt. A layer without one has its whole MLP as an error."""
-    model, found = runs.model, {}
-    for source in sources(model, ask):
-        d = yield from load(model, source)
+    model, named = runs.model, sources(runs.model, ask)
+    some: list[AnyTranscoder] = []
+    for source in named:
+        if (folder := folder_of(source)) is not None:
+            yield Progress(0, 0, f"reading {source}")
+            some += read_all(model, source, folder)
+        else:
+            some.append((yield from load(model, source, len(named))))
+    found: dict[int, AnyTranscoder] = {}
+    for d in some:
         check_transcoder(model, d)
         if d.layer in found:
-            raise UserError(f"{found[d.layer].source} and {source} are both of layer {d.layer}: keep one of them")
-        check(runs, d)
+            raise UserError(f"{found[d.layer].source} and {d.source} are both of layer {d.layer}: keep one of them")
+        if isinstance(d, SparseAutoencoder):
+            check(runs, d)
         found[d.layer] = d
     return dict(sorted(found.items()))
 
 
-def sources(model: Model, ask: AttributionGraph | GraphEffects) -> list[str]:
+def sources(model: Model, ask: OfGraph) -> list[str]:
     """The sources that were named, {} being every layer that there is one for; else the study's transcoders, else the zoo's."""
     mine = tuple(
         s for s in ask.study.saes if is_transcoder(model, s) and not s.startswith(ZOO.removesuffix("L{}"))
@@ -60,7 +105,7 @@ def sources(model: Model, ask: AttributionGraph | GraphEffects) -> list[str]:
     named = ask.transcoders or mine or ((ZOO,) if model.info.name == "zoo" else ())
     if not named:
         raise UserError(
-            "a graph needs transcoders of this model's MLPs: z in pane 6 loads them; in a shell --transcoders names a folder for each layer, or RELEASE:layer_{}/ID"
+            "a graph needs transcoders of this model's MLPs: z names them (in a shell --transcoders): a folder of circuit-tracer's, one for each layer, or RELEASE:layer_{}/ID; or z in pane 6 loads some"
         )
     out = []
     for source in named:
@@ -79,7 +124,7 @@ def is_transcoder(model: Model, source: str) -> bool:
 
 def exists(source: str) -> bool:
     try:
-        return find(source) is not None
+        return folder_of(source) is not None or find(source) is not None
     except UserError:
         return False
 
@@ -127,7 +172,7 @@ def result(built: Built, ask: AttributionGraph) -> GraphResult:
     texts = tuple(node_text(built, KINDS[int(take["kind"][j])], int(i), take, j) for j, i in enumerate(keep))
     scored = replacement_and_completeness(a, built.weights, built.errors, built.tokens)
     return GraphResult(
-        local.runs.row(ask.which), ask.which, built.pos, ask.target, len(local.layers), tuple(d.source for d in local.coders.values()),
+        local.runs.row(ask.which), ask.which, built.pos, ask.target, len(local.layers), tuple(dict.fromkeys(d.source for d in local.coders.values())),
         *(take[n].astype(np.int32) for n in ("kind", "layer", "at", "index")), take["value"], floats(influence), floats(cumulative(influence)),
         floats(built.probability), floats(built.bias), floats(built.left_out), floats(built.whole), texts, indices(source), indices(to),
         a[to, source].numpy(), scores[to, source].numpy(), len(local.value), f, int((a != 0).sum()), *scored, ask.node_threshold, ask.edge_threshold,

@@ -7,14 +7,18 @@ import torch as t
 from torch import Tensor
 
 from model.bridge import FINAL
+from model.memory import free_bytes
 from model.runs import Runs
-from model.sae import SparseAutoencoder
+from techniques.graphs.file_transcoders import FileTranscoder
 from techniques.graphs.influence import shares
-from techniques.graphs.replacement import LocalModel, Targets, in_batches
-from techniques.graphs.requests import AttributionGraph, GraphEffects
+from techniques.graphs.replacement import AnyTranscoder, LocalModel, Targets, in_batches
+from techniques.graphs.requests import OfGraph
+from utils import show_bytes
 from vocabulary.nodes import UserError
 from vocabulary.requests import Progress
 
+LARGE = 256 << 20  # bytes that are worth a line that stays
+LEAST = 0.5  # cosine of what a folder's transcoders make of the MLPs with these, on average; another model's have some 0
 ROUNDS = 8  # in how many steps the features of most influence are found, when not all are taken
 
 
@@ -47,7 +51,7 @@ class Built:
         return slice(self.errors.stop, self.errors.stop + len(self.local.ids))
 
 
-def ends(local: LocalModel, ask: AttributionGraph | GraphEffects, pos: int) -> tuple[Targets, list[int], Tensor, Tensor]:
+def ends(local: LocalModel, ask: OfGraph, pos: int) -> tuple[Targets, list[int], Tensor, Tensor]:
     """The logit nodes: targets, token ids (-1: the difference), probabilities, and their weights."""
     if ask.target == "diff":
         return local.difference(pos), [-1], t.zeros(1), t.ones(1)
@@ -60,14 +64,19 @@ def ends(local: LocalModel, ask: AttributionGraph | GraphEffects, pos: int) -> t
     return local.logits(ids, pos), ids, p, p
 
 
-def build(runs: Runs, ask: AttributionGraph | GraphEffects, coders: dict[int, SparseAutoencoder]) -> Generator[Progress, None, Built]:
+def build(runs: Runs, ask: OfGraph, coders: dict[int, AnyTranscoder]) -> Generator[Progress, None, Built]:
     """All edges of the graph, or those into its features of most influence. UserError where sums are not the model's own values."""
     if ask.batch < 1 or ask.features < 1:
         raise UserError("batch and features must be at least 1")
     local = LocalModel(runs, ask.which, coders, ask.batch)
+    check_files(local)
     pos = runs.place(ask.which)
-    yield Progress(0, 1, local.memory())
     end, ids, probability, weights = ends(local, ask, pos)
+    n, total = len(local.value), min(len(local.value), ask.features)
+    said, need = local.room(total, len(ids))
+    yield Progress(0, 1, f"graph: {said}", notice=need > LARGE)
+    if (free := free_bytes(t.device("cpu"))) is not None and need > free:
+        raise UserError(f"the graph does not fit: {said}, and {show_bytes(free)} are free. Lower --features (now {ask.features}), or shorten the prompt")
     rows, bias, whole = [], [], []
 
     def take(targets: Targets) -> None:
@@ -77,7 +86,7 @@ def build(runs: Runs, ask: AttributionGraph | GraphEffects, coders: dict[int, Sp
             whole.append(targets.value[s].double())
 
     take(end)
-    n, total, order = len(local.value), min(len(local.value), ask.features), []
+    order: list[int] = []
     while len(order) < total:
         step = total - len(order) if total == n else max(ask.batch, -(-total // ROUNDS))
         left = t.ones(n, dtype=t.bool)
@@ -89,7 +98,8 @@ def build(runs: Runs, ask: AttributionGraph | GraphEffects, coders: dict[int, Sp
             for piece in mine.split(ask.batch) if len(mine) else ():
                 take(local.features(piece))
                 order += piece.tolist()
-                yield Progress(len(order), total, f"direct effects: {local.memory()}")
+                yield Progress(len(order), total, f"direct effects of {total} features, {local.n_sources} sources")
+    local.let_go()
     return put_together(local, rows, bias, whole, order, end, ids, probability, weights, pos)
 
 
@@ -130,6 +140,18 @@ def put_together(local: LocalModel, rows, bias, whole, order, end, ids, probabil
 
     of_logits = lambda x: t.cat([t.zeros(size - k, dtype=t.float64), x.double()])  # noqa: E731
     return Built(local, some, matrix, *map(spread, (bias, left_out, whole)), of_logits(weights), of_logits(probability), ids, pos, end, error)
+
+
+def check_files(local: LocalModel) -> None:
+    """UserError where transcoders of a folder, which are not checked one by one, explain no more of this prompt's MLPs than those of another model would."""
+    some = [layer for layer, d in local.coders.items() if isinstance(d, FileTranscoder)]
+    outs = [local.acts[local.outs[layer]][0, 1:].float() for layer in some]
+    if outs and len(local.ids) > 1:
+        fit = float(t.stack([t.cosine_similarity(y - local.errors[layer][1:], y, dim=-1).mean().cpu() for layer, y in zip(some, outs)]).mean())
+        if not fit >= LEAST:
+            raise UserError(
+                f"{local.coders[some[0]].source} does not explain this prompt's MLPs (cosine {fit:.2f}, at least {LEAST} is needed): it is of another model, or its config.yaml names other hook points than it was trained at"
+            )
 
 
 def check(local: LocalModel, edges: Tensor, bias: Tensor, whole: Tensor) -> None:

@@ -1,14 +1,28 @@
 """The shell command: graph, a prompt's attribution graph; a node's inputs and outputs; its features changed for real; as a file."""
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 
-from techniques.graphs.files import node_id, read, save
-from techniques.graphs.requests import FEATURE, KINDS, AttributionGraph, GraphEffects, GraphEffectsResult, GraphResult
+from techniques.graphs.files import marks_of, node_id, read, save
+from techniques.graphs.requests import (
+    FEATURE,
+    KINDS,
+    SUPERNODE,
+    AttributionGraph,
+    GraphEffects,
+    GraphEffectsResult,
+    GraphGroups,
+    GraphMarks,
+    GraphResult,
+    GraphSteer,
+    GraphSteerResult,
+    OfGraph,
+)
+from techniques.graphs.supernodes import features_of, folded
 from techniques.shell import CYAN, GRAY, PURPLE, YELLOW, options, plain, table
 from utils import show_number, show_token
 from vocabulary.files import check_place, typed_path
@@ -20,49 +34,64 @@ SHOWN = 15  # nodes and edges of a table
 
 
 @dataclass
-class GraphCommand(options(AttributionGraph, GraphEffects)):
+class GraphCommand(options(AttributionGraph, GraphEffects, GraphSteer, GraphGroups, hide=("nodes",), names={"threshold": "cosine"})):
     """
     The attribution graph of a prompt (circuit tracing), with a transcoder at every MLP: the nodes of most influence, --node NODE its inputs and outputs,
-    --effects the features changed for real beside what the graph predicts, --out FILE.json for circuit-tracer's viewer, --open FILE.json to read it again.
+    --effects the features changed for real beside what the graph predicts, --steer some of them together, --groups supernodes of features with like decoders,
+    --out FILE.json for circuit-tracer's viewer, --open FILE.json to read it again.
     """
 
     node: str = ""
     """LAYER_FEATURE_POSITION, as the table writes it: this node's inputs and outputs"""
     effects: bool = False
     """change the k features of most influence (or --only) one by one"""
+    groups: bool = False
+    """show features of like decoders as supernodes: each as one node, its edges summed"""
     out: Path | None = None
-    """write the graph here, in circuit-tracer's JSON"""
+    """write the graph here, in circuit-tracer's JSON; with --groups these supernodes too"""
     open: Path | None = None
-    """read a graph from here instead of making one"""
+    """read a graph from here instead of making one, with its supernodes"""
 
-    def request(self) -> AttributionGraph | GraphEffects:
-        if self.effects and (self.out or self.open or self.node):
-            raise UserError("--effects has no graph to write, open or walk: leave --out, --open and --node away")
+    def request(self) -> OfGraph:
+        changed = "--effects" if self.effects else "--steer" if self.steer else ""
+        if changed and (self.out or self.open or self.node or self.groups):
+            raise UserError(f"{changed} has no graph to write, open or walk: leave --out, --open, --node and --groups away")
+        if self.effects and self.steer:
+            raise UserError("--effects changes features one by one, --steer together: take one of them")
+        if self.open and self.groups:
+            raise UserError("--groups compares decoders, which a file does not hold: leave --open away")
         if self.out:
             check_place(typed_path(self.out))
-        return self.ask(GraphEffects if self.effects else AttributionGraph)
+        return self.ask(GraphEffects if self.effects else GraphSteer if self.steer else AttributionGraph)
 
     def printed(self, info: ModelInfo) -> str | None:
         if not self.open:
             return None
         out = Console(file=(text := io.StringIO()), width=120, color_system=None)
-        show_graph(out, read(typed_path(self.open)), self.node)
+        r, marks = read(typed_path(self.open))
+        show_graph(out, folded(r, dict(marks.names)), self.node)
         return text.getvalue()
 
-    def finish(self, result: GraphResult | GraphEffectsResult, engine, show) -> object:
+    def finish(self, result: object, engine, show) -> object:
+        if not isinstance(result, GraphResult):
+            return result
+        marks = marks_of(result, canonical(engine.model.info.name))
+        if self.groups:
+            order = [int(i) for i in np.argsort(-result.influence, kind="stable")]
+            found = engine.run(self.ask(GraphGroups, nodes=features_of(result, order)), show)
+            marks = replace(marks, names=tuple((x, label) for label, some in zip(found.labels, found.groups) for x in some))
         if self.out:
-            save(typed_path(self.out), result, canonical(engine.model.info.name))
-        if self.node and not self.json:
-            return Walk(result, self.node)
-        return result
+            save(typed_path(self.out), result, marks)
+        return Walk(result, self.node, marks) if (self.node or self.groups) and not self.json else result
 
 
 @dataclass(frozen=True)
 class Walk:
-    """A graph, and the node that is shown of it."""
+    """A graph with its supernodes, and the node that is shown of it."""
 
     graph: GraphResult
     node: str
+    marks: GraphMarks
 
 
 COMMANDS = {"graph": GraphCommand}
@@ -72,9 +101,9 @@ COMMANDS = {"graph": GraphCommand}
 
 
 def find(r: GraphResult, name: str) -> int:
-    """The node of an id. UserError where the pruned graph has none."""
+    """The node of an id, or a supernode by its name. UserError where the pruned graph has none."""
     for i in range(len(r.kind)):
-        if node_id(r, i) == name:
+        if node_id(r, i) == name or KINDS[r.kind[i]] == SUPERNODE and r.texts[i].startswith(f"“{name}” ("):
             return i
     raise UserError(f"the graph has no node {name!r}: write it as the table does, or raise --node-threshold, which pruned it")
 
@@ -133,4 +162,26 @@ def show_effects(out: Console, r: GraphEffectsResult) -> None:
     out.print(plain(r.convention, GRAY))
 
 
-SHOW = {GraphResult: show_graph, GraphEffectsResult: show_effects, Walk: lambda out, w: show_graph(out, w.graph, w.node)}
+def show_steer(out: Console, r: GraphSteerResult) -> None:
+    out.print(plain(" ".join(show_token(x) for x in r.tokens.texts), PURPLE))
+    out.print(plain(", ".join(f"{x} at {value:.5g}" for x, value in zip(r.steered, r.held)), CYAN))
+    rows = table("logits, and their change", "logit", "was", "predicted", "frozen", "true")
+    for i, name in enumerate(r.names):
+        rows.add_row(plain(name), *(show_number(x[i], 7) for x in (r.before, r.predicted, r.frozen, r.true)))
+    out.print(rows)
+    if r.watched:
+        rows = table("activations", "feature", "was", "predicted", "frozen", "true")
+        for name, column in zip(r.watched, r.activation.T):
+            rows.add_row(name, *(show_number(x, 7) for x in column))
+        out.print(rows)
+    if len(r.watched) > 2:
+        out.print("their changes: predicted has Pearson's r {:.3f} with frozen, {:.3f} with true".format(*r.pearson))
+    out.print(plain(r.convention, GRAY))
+
+
+SHOW = {
+    GraphResult: show_graph,
+    GraphEffectsResult: show_effects,
+    GraphSteerResult: show_steer,
+    Walk: lambda out, w: show_graph(out, folded(w.graph, dict(w.marks.names)), w.node),
+}

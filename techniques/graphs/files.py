@@ -4,12 +4,13 @@ numbers from 0, tokens E, logits n_layers + 1, as there; an error has the featur
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import get_type_hints
 
 import numpy as np
 
-from techniques.graphs.requests import ERROR, FEATURE, KINDS, LOGIT, TOKEN, GraphResult
+from techniques.graphs.requests import ERROR, FEATURE, KINDS, LOGIT, SUPERNODE, TOKEN, GraphMarks, GraphResult
 from vocabulary.files import write_text
 from vocabulary.nodes import UserError
 from vocabulary.wire import from_json, to_json
@@ -32,6 +33,8 @@ def node_id(r: GraphResult, i: int) -> str:
             return f"E_{index}_{at}"
         case "logit":
             return f"{r.n_layers + 1}_{index}_{at}"
+        case "supernode":
+            return r.texts[i]
     return f"{layer}_{index}_{at}"
 
 
@@ -53,25 +56,36 @@ def node(r: GraphResult, i: int) -> dict:
     return one | {"feature": index, "jsNodeId": f"L_{index}-{at}", "clerp": words, "is_target_logit": first}
 
 
-def as_json(r: GraphResult, slug: str, scan: str, supernodes: dict[str, list[int]] | None = None, pinned: list[int] | None = None) -> dict:
-    """circuit-tracer's model of a graph; supernodes by their label."""
+def marks_of(r: GraphResult, model: str) -> GraphMarks:
+    """No marks yet, of this graph of a model (by its canonical name)."""
+    logit = next(i for i, k in enumerate(r.kind) if KINDS[k] == LOGIT)
+    return GraphMarks(model, r.tokens.ids, r.target if r.target == "logits" else r.texts[logit], r.sources)
+
+
+def as_json(r: GraphResult, slug: str, marks: GraphMarks) -> dict:
+    """circuit-tracer's model of a graph. Named nodes are pinned in it too: its viewer draws a supernode of pinned nodes only."""
     ids = [node_id(r, i) for i in range(len(r.kind))]
     links = [{"source": ids[s], "target": ids[d], "weight": float(w)} for s, d, w in zip(r.source, r.to, r.weight)]
     used = {x for link in links for x in (link["source"], link["target"])}
     nodes = [node(r, i) for i in range(len(ids)) if ids[i] in used or KINDS[r.kind[i]] in (TOKEN, LOGIT)]
-    meta = {"slug": slug, "scan": scan, "transcoder_list": list(r.sources), "prompt_tokens": list(r.tokens.texts), "prompt": "".join(r.tokens.texts)}
-    groups = [[label, *(ids[i] for i in some)] for label, some in (supernodes or {}).items()]
-    view = {"pinnedIds": [ids[i] for i in pinned or ()], "supernodes": groups, "linkType": "both", "clickedId": "", "sg_pos": ""}
+    meta = {"slug": slug, "scan": marks.model, "transcoder_list": list(r.sources), "prompt_tokens": list(r.tokens.texts), "prompt": "".join(r.tokens.texts)}
+    drawn = {n["node_id"] for n in nodes}
+    groups: dict[str, list[str]] = {}
+    for name, label in marks.names:
+        if name in drawn:
+            groups.setdefault(label, []).append(name)
+    pinned = [x for x in dict.fromkeys((*marks.pins, *(name for name, _ in marks.names))) if x in drawn]
+    view = {"pinnedIds": pinned, "supernodes": [[label, *some] for label, some in groups.items()], "linkType": "both", "clickedId": "", "sg_pos": ""}
     about = {"metadata": meta | {"node_threshold": r.node_threshold, "schema_version": 1}, "qParams": view, "nodes": nodes, "links": links}
-    return about | {"loupe": to_json(r)}
+    return about | {"loupe": to_json(r) | {"marks": to_json(marks)}}
 
 
-def save(path: Path, r: GraphResult, scan: str, **more) -> None:
-    write_text(path, json.dumps(as_json(r, path.stem, scan, **more)) + "\n")
+def save(path: Path, r: GraphResult, marks: GraphMarks) -> None:
+    write_text(path, json.dumps(as_json(r, path.stem, marks)) + "\n")
 
 
-def read(path: Path) -> GraphResult:
-    """The graph of a file that `save` wrote. UserError where it is none."""
+def read(path: Path) -> tuple[GraphResult, GraphMarks]:
+    """The graph of a file that `save` wrote, and its marks. UserError where it is none."""
     try:
         whole = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -80,7 +94,19 @@ def read(path: Path) -> GraphResult:
         raise UserError(f"{path} is not JSON: give a file that `graph --out` wrote") from error
     if not isinstance(whole, dict) or "loupe" not in whole:
         raise UserError(f"{path} was not written by Loupe: it has no numbers beside the drawing's. Give a file that `graph --out` wrote")
-    return revive(path, whole["loupe"])
+    r = revive(path, whole["loupe"])
+    return r, revive_marks(path, r, whole)
+
+
+def revive_marks(path: Path, r: GraphResult, whole: dict) -> GraphMarks:
+    """The marks of a file; of one from before they stood beside the numbers, those that its drawing has."""
+    try:
+        if "marks" in whole["loupe"]:
+            return from_json(whole["loupe"]["marks"], GraphMarks)
+        names = tuple((str(x), str(label)) for label, *some in whole["qParams"]["supernodes"] for x in some)
+        return replace(marks_of(r, str(whole["metadata"]["scan"])), pins=tuple(map(str, whole["qParams"]["pinnedIds"])), names=names)
+    except (UserError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: its pins and names can't be read ({type(error).__name__}: {error}): write it again") from error
 
 
 def revive(path: Path, found: object) -> GraphResult:
@@ -99,7 +125,7 @@ def revive(path: Path, found: object) -> GraphResult:
         )
         assert all(len(getattr(r, x)) == links for x in ("to", "weight", "share"))
         assert not links or 0 <= min(r.source.min(), r.to.min()) and max(r.source.max(), r.to.max()) < n
-        assert not n or 0 <= r.kind.min() and r.kind.max() < len(KINDS)
+        assert not n or 0 <= r.kind.min() and r.kind.max() < KINDS.index(SUPERNODE)
     except (UserError, KeyError, TypeError, ValueError, OverflowError, AssertionError) as error:
         raise UserError(f"{path} holds no whole graph ({type(error).__name__}: {error}): write it again") from error
     return r

@@ -1,39 +1,49 @@
-"""Pane ~: an attribution graph, walked from the logit: a node's inputs and outputs, pins and labels, a feature ablated for real beside the prediction."""
+"""Pane `: an attribution graph, of the prompt or of a file, walked from the logit: a node's inputs and outputs, with pins, names and supernodes."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 from textual.widget import Widget
 
 from screen.cursor import clip
 from screen.keys import Part
-from screen.overlays import Editor, Item, Picker
+from screen.actions import turns
+from screen.overlays import Item
 from screen.pane import Host, Pane
 from screen.pictures import run_name
+from techniques.graphs import actions
 from techniques.graphs.explained import EXPLAINED
-from techniques.graphs.files import as_json, node_id
-from techniques.graphs.requests import KINDS, AttributionGraph, GraphEffects, GraphEffectsResult, GraphResult
+from techniques.graphs.files import as_json, marks_of, node_id, read
+from techniques.graphs.requests import FEATURE, KINDS, AttributionGraph, GraphMarks, GraphResult
+from techniques.graphs.supernodes import folded, groups_of, title
 from techniques.graphs.walk import balance, place, steps
-from utils import show_number
+from utils import show_number, visible
 from vocabulary.names import canonical
 from vocabulary.nodes import Node, UserError
-from widgets import BOLD, DIM, GOOD, PLAIN, WARN, Grid, GridView, Same, Spans
+from widgets import BAD, BOLD, DIM, PLAIN, Grid, GridView, Same, Spans
 
-COLUMNS = ["adds", "share", "value", "influence"]
+COLUMNS = {"nodes": ["adds", "share", "value", "influence"], "supernodes": ["adds", "of inputs", "value", "influence"]}
 
 
 class GraphPane(Pane):
     number, key, label, about = "`", "graph", "Graph", "attribution graph of the prompt, by transcoders: a node's inputs and outputs"
     view, differences = "graph.target", False
-    views = {"graph.target": ("logits", "diff")}
+    views = {"graph.target": ("logits", "diff"), "graph.rows": ("nodes", "supernodes")}
     explained = EXPLAINED
-    hints = ("enter", "view", "detect", "ranked", "points", "labels", "ablate", "copy")
+    hints = ("enter", "view", "detect", "scale", "ranked", "points", "labels", "multiples", "ablate", "copy")
     keys = (
-        Part("enter", "graph", "go to this node: its inputs and outputs", lambda pane, app: pane.enter(app)),
-        Part("ranked", "graph", "all nodes by influence: filter and go", lambda pane, app: pane.rank(app)),
-        Part("detect", "graph", "ablate the feature: what the graph predicts beside what happens", lambda pane, app: pane.check(app)),
-        Part("points", "graph", "pin the node, or let it go", lambda pane, app: pane.pin(app)),
-        Part("labels", "graph", "name the node: nodes of one name are a supernode", lambda pane, app: pane.name_it(app)),
+        Part("enter", "graph", "go to this node: its inputs and outputs", lambda pane, app: pane.go(app, pane.under(app))),
+        Part("ranked", "graph", "all nodes by influence: filter and go", actions.rank),
+        Part("detect", "graph", "ablate the feature, or all of a supernode: what the graph predicts beside what happens", actions.check),
+        Part("scale", "graph", "steer the feature or supernode by a factor, or to a value: logits and pinned features, predicted beside true", actions.steer),
+        Part("points", "graph", "pin the node, or let it go", actions.pin),
+        Part("labels", "graph", "name the node: nodes of one name are a supernode", actions.name),
+        Part("multiples", "graph", "each supernode as one row, or its nodes", turns("graph.rows")),
+        Part("discover", "graph", "propose supernodes of features with like decoders", actions.propose),
+        Part("open", "graph", "open a graph file, or go back to the prompt's own graph", actions.open_file),
+        Part("saes", "graph", "the transcoders of the graph", actions.choose_transcoders),
+        Part("ablate", "graph", "all features of a supernode", actions.ablate),
     )
 
     def __init__(self, **kw):
@@ -41,8 +51,8 @@ class GraphPane(Pane):
         self.table = GridView()
         self.row, self.col = 0, 0
         self.here, self.trail = "", []  # ids: the node at hand, and those before it with their rows
-        self.pins: list[str] = []
-        self.names: dict[str, str] = {}
+        self.file: tuple = ()  # the stamp of the file that was read, its graph and the model of it
+        self.fold: tuple = ()  # of which graph and names, and that graph folded
 
     def body(self) -> Widget:
         return self.table
@@ -58,44 +68,89 @@ class GraphPane(Pane):
         return asked if asked in ("clean", "corrupt") else app.state.study.base
 
     def asked(self, app: Host, kind: type = AttributionGraph, **more: object) -> object:
-        return kind(app.state.with_saes(app.study), which=self.which(app), target=app.state.views[self.view], **more)
+        """A request about the prompt's own graph; about a file's, with its run, target and transcoders."""
+        study, target, which, sources = app.state.with_saes(app.study), app.state.views[self.view], self.which(app), app.state.transcoders
+        if app.state.graph:
+            r = self.whole(app)
+            target, which, sources = r.target, r.which, r.sources
+        return kind(study, sources, which=which, target=target, **more)
 
     def wants(self, app: Host) -> dict[str, object]:
-        return {"graph": self.asked(app)} if app.counted() else {}
+        return {"graph": self.asked(app)} if app.counted() and not app.state.graph else {}
 
-    def result(self, app: Host) -> GraphResult:
-        if (r := app.requests.result("graph", GraphResult)) is None:
+    # ---------------------------------------------------------------- what is shown
+
+    def of_file(self, app: Host) -> tuple[GraphResult, GraphMarks]:
+        """The file's graph, read anew only when the file changed. UserError where it can't be read."""
+        path = Path(app.state.graph)
+        stamp = path, path.stat().st_mtime_ns if path.is_file() else 0
+        if not self.file or self.file[0] != stamp:
+            self.file = (stamp, *read(path))
+        return self.file[1:]
+
+    def whole(self, app: Host) -> GraphResult:
+        """The graph at hand, node by node."""
+        r = self.of_file(app)[0] if app.state.graph else app.requests.result("graph", GraphResult)
+        if r is None:
             raise UserError("there is no graph yet")
         return r
+
+    def marks(self, app: Host) -> GraphMarks:
+        """Pins and names of the graph at hand."""
+        model = self.of_file(app)[1].model if app.state.graph else canonical(app.state.model.model)
+        none = marks_of(self.whole(app), model)
+        return next((m for m in app.state.marks if m.graph == none.graph), none)
+
+    def shown(self, app: Host) -> GraphResult:
+        """The graph that is walked: supernodes as one node where they are asked for."""
+        r, marks = self.whole(app), self.marks(app)
+        if app.state.views["graph.rows"] == "nodes" or not marks.names:
+            return r
+        if not self.fold or self.fold[0] is not r or self.fold[1] != marks.names:
+            self.fold = r, marks.names, folded(r, dict(marks.names))
+        return self.fold[2]
+
+    def members(self, app: Host, i: int) -> tuple[str, ...]:
+        """The ids of the features that a node of the shown graph stands for."""
+        r, g, marks = self.whole(app), self.shown(app), self.marks(app)
+        if KINDS[g.kind[i]] == FEATURE:
+            return (node_id(g, i),)
+        groups = {title(label, some): some for label, some in groups_of(r, dict(marks.names)).items()}
+        return tuple(node_id(r, j) for j in groups.get(g.texts[i], ()) if KINDS[r.kind[j]] == FEATURE)
 
     # ---------------------------------------------------------------- the cursor
 
     def step(self, app: Host, rows: int, cols: int) -> None:
         if self.table.grid is not None:
-            self.row, self.col = clip(self.row + rows, len(self.table.grid.rows)), clip(self.col + cols, len(COLUMNS))
+            self.row, self.col = clip(self.row + rows, len(self.table.grid.rows)), clip(self.col + cols, len(self.table.grid.cols))
             app.draw()
 
     def under(self, app: Host) -> int:
-        """The node under the cursor; the one at hand where it has no edges."""
-        r = self.result(app)
+        """The node under the cursor, of the shown graph; the one at hand where it has no edges."""
+        r = self.shown(app)
         at = place(r, self.here)
         some = steps(r, at)
         return some[clip(self.row, len(some))].node if some else at
 
     def node(self, app: Host, pos: int | None) -> Node:
-        """What is under the cursor, at its own position: a feature (its transcoder loaded by z), a token's embedding, the MLP of an error, the last stream of a logit."""
-        r = app.requests.result("graph", GraphResult)
-        if r is None:
+        """
+        What is under the cursor, at its own position: a feature (its transcoder loaded by z in pane 6; of a supernode the first), a token's embedding, the MLP
+        of an error, the last stream of a logit.
+        """
+        try:
+            r, i = self.shown(app), self.under(app)
+        except UserError:
             return Node("mlp", app.cursor.layer, pos=pos)
-        layer, at, index = (int(x[self.under(app)]) for x in (r.layer, r.at, r.index))
-        match KINDS[r.kind[self.under(app)]]:
-            case "feature":
-                return Node("sae", layer, index=index, pos=at)
-            case "error":
-                return Node("mlp", layer, pos=at)
+        layer, at, index = (int(x[i]) for x in (r.layer, r.at, r.index))
+        if some := self.members(app, i):
+            layer, index, at = map(int, some[0].split("_"))
+            return Node("sae", layer, index=index, pos=at)
+        match KINDS[r.kind[i]]:
             case "token":
                 return Node("embed", pos=at)
-        return Node("resid_post", r.n_layers - 1, pos=at)
+            case "logit":
+                return Node("resid_post", r.n_layers - 1, pos=at)
+        return Node("mlp", layer, pos=at)
 
     def back(self, app: Host) -> bool:
         """To the node before in the walk."""
@@ -107,103 +162,67 @@ class GraphPane(Pane):
 
     def go(self, app: Host, i: int) -> None:
         self.trail.append((self.here, self.row))
-        self.here, self.row = node_id(self.result(app), i), 0
+        self.here, self.row = node_id(self.shown(app), i), 0
         app.draw()
-
-    # ---------------------------------------------------------------- keys
-
-    def enter(self, app: Host) -> None:
-        self.go(app, self.under(app))
-
-    def rank(self, app: Host) -> None:
-        r = self.result(app)
-        order = np.argsort(-r.influence, kind="stable").tolist()
-        items = [Item(node_id(r, i), f"{self.called(r, i)}, influence {r.influence[i]:.4f}", "", i) for i in order]
-        app.open(Picker("nodes by influence", items, lambda item, typed: item and self.go(app, item.value)))
-
-    def pin(self, app: Host) -> None:
-        name = node_id(r := self.result(app), i := self.under(app))
-        known = name in self.pins
-        self.pins.remove(name) if known else self.pins.append(name)
-        app.say(f"{r.texts[i]} {'is no longer pinned' if known else 'pinned'}: {len(self.pins)} pinned", GOOD)
-        app.draw()
-
-    def name_it(self, app: Host) -> None:
-        r, i = self.result(app), self.under(app)
-        name = node_id(r, i)
-
-        def accept(values: list[str]) -> str:
-            self.names.pop(name, None)
-            if text := values[0].strip():
-                self.names[name] = text
-            app.draw()
-            return ""
-
-        app.open(Editor(f"a name for {r.texts[i]}; nodes of one name are a supernode", [("name", self.names.get(name, ""))], accept))
-
-    def check(self, app: Host) -> None:
-        """The feature under the cursor to zero, for real."""
-        node = self.node(app, None)
-        if node.site != "sae":
-            raise UserError(f"{self.result(app).texts[self.under(app)]} is no feature: hjkl to one, or H for a list")
-
-        def show(r: GraphEffectsResult) -> None:
-            guess, frozen, true = (float(x[0]) for x in (r.predicted, r.frozen, r.true))
-            near = abs(guess - true) <= 0.2 * max(abs(true), 0.1)
-            app.say(f"{node} to zero, change of {r.target}: predicted {guess:+.3f}, attention frozen {frozen:+.3f}, true {true:+.3f}", GOOD if near else WARN)
-
-        app.requests.ask("graph_check", self.asked(app, GraphEffects, only=f"{node.layer}_{node.index}_{node.pos}"), show)
 
     # ---------------------------------------------------------------- copying
 
     def copies(self, app: Host) -> list[Item]:
-        r = app.requests.result("graph", GraphResult)
-        return [] if r is None else [Item("graph", "circuit-tracer's JSON, which `graph --open` reads too", ".json", lambda: self.as_file(app, r))]
+        there = app.state.graph or app.requests.result("graph", GraphResult) is not None
+        return [Item("graph", "circuit-tracer's JSON, which o and `graph --open` read too", ".json", lambda: self.as_file(app))] if there else []
 
-    def as_file(self, app: Host, r: GraphResult) -> str:
-        ids = {node_id(r, i): i for i in range(len(r.kind))}
-        groups: dict[str, list[int]] = {}
-        for name, text in self.names.items():
-            if name in ids:
-                groups.setdefault(text, []).append(ids[name])
-        return json.dumps(as_json(r, "graph", canonical(app.state.model.model), groups, [ids[p] for p in self.pins if p in ids])) + "\n"
+    def as_file(self, app: Host) -> str:
+        return json.dumps(as_json(self.whole(app), "graph", self.marks(app))) + "\n"
 
     # ---------------------------------------------------------------- drawing
 
-    def called(self, r: GraphResult, i: int) -> str:
-        name = node_id(r, i)
-        return f"{r.texts[i]}{' *' if name in self.pins else ''}{f' “{self.names[name]}”' if name in self.names else ''}"
+    def called(self, g: GraphResult, i: int, marks: GraphMarks) -> str:
+        name = node_id(g, i)
+        label = dict(marks.names).get(name)
+        return f"{g.texts[i]}{' *' if name in marks.pins else ''}{f' “{label}”' if label else ''}"
 
-    def picture_of(self, r: GraphResult, at: int) -> Grid:
-        some = steps(r, at)
-        rows = [f"{'←' if s.into else '→'} {self.called(r, s.node)}" for s in some] or ["no edges"]
-        weight = r.weight[[s.edge for s in some]] if some else np.full(1, np.nan)
-        facts = [[(r.weight[s.edge], 7), (r.share[s.edge], 7), (r.value[s.node], 7), (r.influence[s.node], 7)] for s in some]
-        text = [[show_number(x, n).strip() for x, n in line] for line in facts] or [[""] * len(COLUMNS)]
+    def picture_of(self, g: GraphResult, at: int, marks: GraphMarks, columns: list[str]) -> Grid:
+        some = steps(g, at)
+        rows = [f"{'←' if s.into else '→'} {self.called(g, s.node, marks)}" for s in some] or ["no edges"]
+        weight = g.weight[[s.edge for s in some]] if some else np.full(1, np.nan)
+        facts = [[(g.weight[s.edge], 7), (g.share[s.edge], 7), (g.value[s.node], 7), (g.influence[s.node], 7)] for s in some]
+        text = [[" " if np.isnan(x) else show_number(x, n).strip() for x, n in line] for line in facts] or [[""] * len(columns)]
         hi = max(float(np.nanmax(np.abs(weight), initial=0)), 1e-6)
-        values = np.full((len(rows), len(COLUMNS)), np.nan)
+        values = np.full((len(rows), len(columns)), np.nan)
         values[:, 0] = weight
-        numbers = np.array([[x for x, _ in line] for line in facts] or [[np.nan] * len(COLUMNS)], float)
-        return Grid(values, rows, list(COLUMNS), -hi, hi, text=text, numbers=numbers, signed=True, cell=(8, 11), corner="inputs ←, outputs →", listed=False)
+        numbers = np.array([[x for x, _ in line] for line in facts] or [[np.nan] * len(columns)], float)
+        return Grid(values, rows, list(columns), -hi, hi, text=text, numbers=numbers, signed=True, cell=(8, 11), corner="inputs ←, outputs →", listed=False)
+
+    def name_of(self, app: Host) -> str:
+        """Where the graph comes from: its file, or the prompt's run."""
+        return Path(app.state.graph).name if app.state.graph else run_name(app.state, self.whole(app).which)
 
     def paint(self, app: Host) -> None:
-        mode, r = app.state.views["mode"], app.requests.result("graph", GraphResult)
-        if r is None:
-            self.show_title(app, ("graph",), run_name(app.state, self.which(app)), "")
-            self.table.show(None, (0, 0), mode, app.requests.waiting("graph"))
+        mode, rows = app.state.views["mode"], app.state.views["graph.rows"]
+        try:
+            r, g, marks = self.whole(app), self.shown(app), self.marks(app)
+        except UserError as error:
+            file = app.state.graph
+            self.show_title(app, ("graph",), Path(file).name if file else run_name(app.state, self.which(app)), "")
+            self.table.show(None, (0, 0), mode, [(f"  {visible(str(error))}", BAD)] if file else app.requests.waiting("graph"))
             self.info_line.show([])
             return
-        at = place(r, self.here)
-        grid = self.picture("graph", (Same(r), at, tuple(self.pins), tuple(self.names.items())), lambda: self.picture_of(r, at))
+        at = place(g, self.here)
+        grid = self.picture("graph", (Same(g), at, marks), lambda: self.picture_of(g, at, marks, COLUMNS[rows]))
         self.row = clip(self.row, len(grid.rows))
         scores = f"replacement {r.replacement:.3f} · completeness {r.completeness:.3f}"
-        self.show_title(app, ("graph",), f"{self.called(r, at)} · {run_name(app.state, r.which)} · {scores}", r.convention, grid)
+        self.show_title(app, ("graph",), f"{self.called(g, at, marks)} · {self.name_of(app)} · {scores}", r.convention, grid)
         self.table.show(grid, (self.row, self.col), mode)
-        self.info_line.show([self.about_node(r, at)])
+        self.info_line.show([self.about_node(app, g, at)])
 
-    def about_node(self, r: GraphResult, at: int) -> Spans:
-        made = balance(r, at)
-        return [(f" {node_id(r, at)} ", BOLD), (made, PLAIN), (f"{'  │  ' * bool(made)}{len(r.kind)} nodes, {len(r.weight)} edges", DIM)]
+    def about_node(self, app: Host, g: GraphResult, at: int) -> Spans:
+        made, some = balance(g, at), self.members(app, at) if KINDS[g.kind[at]] == "supernode" else ()
+        name = node_id(g, at) if not some else g.texts[at]
+        of = f"of {app.state.model.model}" if not app.state.graph else f"of {self.marks(app).model}: {''.join(g.tokens.texts)}"
+        more = " ".join(some) if some else of if app.state.graph else ""
+        parts = [x for x in (made, more, f"{len(g.kind)} nodes, {len(g.weight)} edges") if x]
+        spans = [(f"{'  │  ' * bool(n)}{x}", PLAIN if x is made else DIM) for n, x in enumerate(parts)]
+        return [(f" {name}  ", BOLD), *spans]
 
 
 PANE = GraphPane

@@ -16,10 +16,13 @@ from model.writes import SCALE, embedding, frozen_norm, linear_norm, post_norm, 
 from techniques.attribution.logits import direction
 from techniques.features.effects import stream_reader
 from techniques.features.graph import frozen_at
+from techniques.graphs.file_transcoders import FileTranscoder
+from utils import show_bytes
 from vocabulary.nodes import UserError
 
 PLACES = ("resid_pre", "resid_mid", "normed", "mlp_in", "mlp_stream")
-PIECE = 64 << 20  # bytes of decoder rows times gradients at once
+PIECE = 64 << 20  # bytes of decoder rows at once
+AnyTranscoder = SparseAutoencoder | FileTranscoder
 
 
 @dataclass
@@ -33,11 +36,33 @@ class Targets:
     value: Tensor
 
 
-def check_transcoder(model: Model, d: SparseAutoencoder) -> None:
+def check_transcoder(model: Model, d: AnyTranscoder) -> None:
     if not d.transcoder:
         raise UserError(f"{d.source} is an SAE, and an attribution graph needs transcoders: from what an MLP reads to what it writes")
     if d.out != f"blocks.{d.layer}.hook_mlp_out" or d.site not in PLACES:
         raise UserError(f"{d.source} reads {d.point} and writes {d.out}: a graph needs transcoders from an MLP's input to its output")
+
+
+def reach(d: AnyTranscoder) -> range:
+    """The layers whose MLP outputs a transcoder's features write to: its own, and of a cross-layer one all later ones."""
+    return range(d.layer, (d.last if isinstance(d, FileTranscoder) else d.layer) + 1)
+
+
+def writes(d: AnyTranscoder, index: Tensor) -> list[tuple[int, Tensor]]:
+    """What one unit of features writes: by layer, rows [n, d_model]."""
+    rows = d.writes(index) if isinstance(d, FileTranscoder) else d.rows(index.to(d.device))[:, None]
+    return list(zip(reach(d), rows.unbind(1)))
+
+
+def toward(d: AnyTranscoder, index: Tensor, start: int) -> Tensor:
+    """What features write [n, ...] by which they are compared: decoder rows; of a cross-layer one those to the layers from `start` on, side by side."""
+    some = writes(d, index)
+    return t.cat([rows for layer, rows in some if layer >= start or len(some) == 1], 1)
+
+
+def each(d: AnyTranscoder, x: Tensor, index: Tensor) -> Tensor:
+    """Of an input [n, d_in], one a feature, the feature's activation [n]."""
+    return d.each(x, index) if isinstance(d, FileTranscoder) else d.encode(x)[t.arange(len(index)), index.to(d.device)]
 
 
 def require(model: Model) -> None:
@@ -69,7 +94,7 @@ class LocalModel:
     is error, or, where a BOS stands there and the same is written whatever the prompt, a bias (as in circuit-tracer).
     """
 
-    def __init__(self, runs: Runs, which: str, coders: dict[int, SparseAutoencoder], batch: int):
+    def __init__(self, runs: Runs, which: str, coders: dict[int, AnyTranscoder], batch: int):
         require(runs.model)
         self.runs, self.which, self.coders, self.model, self.batch = runs, which, coders, runs.model, batch
         self.ids, self.layers = runs.row(which).ids, range(runs.model.info.n_layers)
@@ -90,29 +115,35 @@ class LocalModel:
 
     @t.no_grad()
     def read_features(self) -> None:
-        parts, errors = [], []
+        """Which features fire, and what they leave of each MLP."""
+        parts = []
+        made = [t.zeros_like(self.acts[n][0], dtype=t.float32) for n in self.outs]
         self.starts: list[Tensor] = []  # by layer, what is written where a BOS stands
+        self.errors: list[Tensor] = []
         for layer, name in enumerate(self.outs):
-            error, d = self.acts[name][0].float().clone(), self.coders.get(layer)
-            if d is not None:
+            if (d := self.coders.get(layer)) is not None:
                 x = self.acts[d.point][0]
                 where, index, value = d.active(x)
                 keep = where > 0
                 where, index, value = where[keep], index[keep], value[keep]
                 parts.append((t.full_like(where, layer).cpu(), where.cpu(), index.cpu(), value.cpu()))
-                made = d.offset(x).clone()
-                for p in range(0, len(where), 4096):
-                    some = slice(p, p + 4096)
-                    made.index_add_(0, where[some], d.rows(index[some]) * value[some][:, None])
-                error -= made.to(error)
+                for p in self.pieces(d, len(where)):
+                    for out, rows in writes(d, index[p]):
+                        made[out].index_add_(0, where[p].to(made[out].device), (rows * value[p][:, None]).to(made[out].device))
+                made[layer] += d.offset(x).to(made[layer])
+            error = self.acts[name][0].float() - made[layer]
             start = t.zeros_like(error)
             if self.bos:
                 start[0], error[0] = error[0], 0
             self.starts.append(start)
-            errors.append(error)
+            self.errors.append(error)
         empty = t.zeros(0, dtype=t.long)
         self.layer, self.where, self.index, self.value = (t.cat(p) for p in zip(*parts)) if parts else (empty, empty, empty, t.zeros(0))
-        self.errors = errors
+
+    def pieces(self, d: AnyTranscoder, n: int, targets: int = 1) -> list[slice]:
+        """Of n features some at a time, so that what they write fits into PIECE."""
+        size = max(1, PIECE // (4 * self.model.info.d_model * max(len(reach(d)), targets)))
+        return [slice(i, i + size) for i in range(0, n, size)]
 
     # ------------------------------------------------------------------ the affine run
 
@@ -212,28 +243,40 @@ class LocalModel:
         with t.no_grad():
             bias = (u.double() * stream[0, pos].double()).sum(-1).cpu() + targets.constant
             out = t.zeros(n, self.n_sources, dtype=t.float64)
-            done = 0
             for layer in self.coders:
                 some = (self.layer == layer).nonzero()[:, 0]
-                for piece in some.split(max(1, PIECE // (4 * n * g.shape[-1]))):
-                    out[:, piece] = self.through(grads[1 + layer], layer, piece).cpu().double()
+                for p in self.pieces(self.coders[layer], len(some), n):
+                    out[:, some[p]] = self.through(grads, layer, some[p]).cpu().double()
             done = len(self.value)
             for x, into in zip([*self.errors, self.tokens], [*grads[1:], grads[0]]):
                 out[:, done : done + len(x)] = t.einsum("bsd,sd->bs", into, x.to(into)).cpu().double()
                 done += len(x)
         return out, bias
 
-    def through(self, grad: Tensor, layer: int, some: Tensor) -> Tensor:
-        """Of features of one layer, each as strong as it is, what they add along gradients [target, seq, d_model]."""
-        d = self.coders[layer]
-        rows = d.rows(self.index[some].to(d.device)) * self.value[some].to(d.device)[:, None]
-        return t.einsum("bfd,fd->bf", grad[:, self.where[some].to(grad.device)], rows.to(grad))
+    def let_go(self) -> None:
+        """Of what only edges need: the run with its gradients' way back."""
+        self.streams, self.written, self.start = {}, [], None
 
-    def memory(self) -> str:
-        """What the graph will hold, in words."""
-        n = self.n_sources
-        held = sum(p.nbytes for d in self.coders.values() for p in d.sae.parameters())
-        return f"{len(self.value)} active features, {n} sources: transcoders {held >> 20} MiB, a full matrix {8 * n * n >> 20} MiB"
+    def through(self, grads: list[Tensor], layer: int, some: Tensor) -> Tensor:
+        """Of features of one layer, each as strong as it is, what they add [target, feature] along gradients of what each layer's MLP writes (and the start's, first)."""
+        total, where, value = 0.0, self.where[some], self.value[some]
+        for out, rows in writes(self.coders[layer], self.index[some]):
+            grad = grads[1 + out]
+            rows = (rows * value.to(rows.device)[:, None]).to(grad)
+            total = total + t.einsum("bfd,fd->bf", grad[:, where.to(grad.device)], rows)
+        return total
+
+    def room(self, features: int, logits: int) -> tuple[str, int]:
+        """What a graph of so many features will hold, in words, and in bytes: rows of edges (thrice as they are put together), and what pruning makes of the square of all nodes."""
+        n, held = self.n_sources, sum(bytes_of(d) for d in self.coders.values())
+        rows, nodes = 8 * (features + logits) * n, features + n - len(self.value) + logits
+        need = 3 * rows + 6 * 8 * nodes**2
+        words = f"{len(self.value)} active features, {n} sources; transcoders hold {show_bytes(held)}, edges of {features} features and {logits} logits {show_bytes(rows)}"
+        return f"{words}, at most {show_bytes(need)} as they are put together and pruned", need
+
+
+def bytes_of(d: AnyTranscoder) -> int:
+    return d.nbytes if isinstance(d, FileTranscoder) else sum(p.nbytes for p in d.sae.parameters())
 
 
 def in_batches(local: LocalModel, targets: Targets, batch: int) -> Generator[tuple[slice, Tensor, Tensor]]:

@@ -1,5 +1,6 @@
 """Attribution graphs: a prompt's features, errors, tokens and logits, and the direct effects between them in the local replacement model."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -7,15 +8,12 @@ import numpy as np
 from vocabulary.prompts import Study, TokenRow
 from vocabulary.wire import message, request
 
-FEATURE, ERROR, TOKEN, LOGIT = KINDS = ("feature", "error", "token", "logit")
+FEATURE, ERROR, TOKEN, LOGIT, SUPERNODE = KINDS = ("feature", "error", "token", "logit", "supernode")  # the last only where nodes of one name are drawn as one
 
 
-@request
-class AttributionGraph:
-    """
-    The graph of a prompt with a transcoder at every MLP: attention patterns and norm scales frozen, MLPs replaced by transcoder and error. An edge is
-    what its source adds to its target's pre-activation (or logit); pruned as in circuit-tracer.
-    """
+@dataclass(frozen=True)
+class OfGraph:
+    """What every request about a graph says: of which prompt, transcoders and target it is, and how large."""
 
     study: Study
     transcoders: tuple[str, ...] = ()
@@ -29,34 +27,82 @@ class AttributionGraph:
     """fewer, once their probabilities add up to this"""
     features: int = 4096
     """feature nodes at most: those of most influence"""
-    node_threshold: float = 0.8
-    """keep the nodes that make up this share of all influence; 1 keeps all"""
-    edge_threshold: float = 0.98
-    """of these, the edges that make up this share"""
     batch: int = 32
     """targets in one backward pass"""
 
 
 @request
-class GraphEffects:
+class AttributionGraph(OfGraph):
+    """
+    The graph of a prompt with a transcoder at every MLP: attention patterns and norm scales frozen, MLPs replaced by transcoder and error. An edge is
+    what its source adds to its target's pre-activation (or logit); pruned as in circuit-tracer.
+    """
+
+    node_threshold: float = 0.8
+    """keep the nodes that make up this share of all influence; 1 keeps all"""
+    edge_threshold: float = 0.98
+    """of these, the edges that make up this share"""
+
+
+@request
+class GraphEffects(OfGraph):
     """
     The features of most influence changed one by one: what the graph predicts for the target (all paths, each feature linear), what it does with patterns
     and norm scales before attention frozen, and what it does in the model itself.
     """
 
-    study: Study
-    transcoders: tuple[str, ...] = ()
-    which: Literal["clean", "corrupt"] = "clean"
-    target: Literal["logits", "diff"] = "logits"
-    logits: int = 10
-    mass: float = 0.95
-    features: int = 4096
-    batch: int = 32
     only: str = ""
     """one feature, LAYER_FEATURE_POSITION as in the graph; unset, the `k` of most influence"""
     k: int = 20
     factor: float = 0.0
     """what the activation is multiplied by: 0 ablates"""
+
+
+@request
+class GraphSteer(OfGraph):
+    """
+    Features changed together: each logit node and later features' activations as the graph predicts them (all paths, each feature linear, the changed ones
+    held), with patterns and norm scales around attention frozen, and in the model itself.
+    """
+
+    steer: tuple[str, ...] = ()
+    """features, LAYER_FEATURE_POSITION as in the graph, all at once"""
+    factor: float = 0.0
+    """what their activations are multiplied by: 0 ablates"""
+    value: float | None = None
+    """what they are set to, instead"""
+    watch: tuple[str, ...] = ()
+    """features whose activations are told; unset, the `most` that should change most"""
+    most: int = 8
+    """how many of them"""
+
+
+@request
+class GraphGroups(OfGraph):
+    """Features with like decoders, as groups in which any two have at least this cosine (complete linkage)."""
+
+    nodes: tuple[str, ...] = ()
+    """the features, LAYER_FEATURE_POSITION; of those first in the list a group is named"""
+    threshold: float = 0.7
+    """the least cosine of decoders in a group"""
+    same_position: bool = True
+    """only features of one position"""
+
+
+@dataclass(frozen=True)
+class GraphMarks:
+    """What a user made of one graph: pinned nodes, and names of nodes (those of one name are a supernode), by the nodes' ids. The graph is told by model, tokens, target and transcoders."""
+
+    model: str
+    ids: tuple[int, ...]
+    target: str
+    sources: tuple[str, ...]
+    pins: tuple[str, ...] = ()
+    names: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def graph(self) -> tuple:
+        return self.model, self.ids, self.target, self.sources
 
 
 # ------------------------------------------------------------------ results
@@ -119,4 +165,36 @@ class GraphEffectsResult:
     true: np.ndarray
     pearson: tuple[float, float]
     spearman: tuple[float, float]
+    convention: str
+
+
+@message
+class GraphSteerResult:
+    """
+    Of each logit node: its name, its value, and its change as predicted, with attention frozen, and in the model. `steered` features are held at `held`;
+    `activation` [as it was, predicted, frozen, true] of each of `watched`. Pearson's r of the watched features' predicted changes with frozen and true.
+    """
+
+    tokens: TokenRow
+    names: tuple[str, ...]
+    before: np.ndarray
+    predicted: np.ndarray
+    frozen: np.ndarray
+    true: np.ndarray
+    steered: tuple[str, ...]
+    held: np.ndarray
+    watched: tuple[str, ...]
+    activation: np.ndarray
+    pearson: tuple[float, float]
+    convention: str
+
+
+@message
+class GraphGroupsResult:
+    """Groups of features: a name for each, its features, and the least cosine in it."""
+
+    labels: tuple[str, ...]
+    groups: tuple[tuple[str, ...], ...]
+    cosine: np.ndarray
+    threshold: float
     convention: str

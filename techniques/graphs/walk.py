@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from techniques.graphs.requests import FEATURE, KINDS, LOGIT, GraphResult
+from techniques.graphs.requests import FEATURE, KINDS, LOGIT, SUPERNODE, GraphResult
 from techniques.graphs.files import node_id
 from utils import show_number
 
@@ -38,6 +38,8 @@ def place(r: GraphResult, name: str) -> int:
 def balance(r: GraphResult, i: int) -> str:
     """What a node's value is made of, in words; "" for nodes that nothing comes into."""
     into = r.weight[r.to == i].sum()
+    if KINDS[r.kind[i]] == SUPERNODE:
+        return f"from outside {show_number(into, 7).strip()}, to outside {show_number(r.weight[r.source == i].sum(), 7).strip()}"
     if KINDS[r.kind[i]] not in (FEATURE, LOGIT):
         return ""
     show = lambda x: show_number(x, 7).strip()  # noqa: E731

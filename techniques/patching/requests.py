@@ -156,7 +156,8 @@ class Certify:
 @message
 class CertifyResult:
     """
-    `nodes` of the largest true effects (of those run), their `effects` and `estimates`, and which are certain: larger than `bound`, what no cell outside reaches. `ran`
+    `nodes` of the largest true effects (of those run), their `effects` and `estimates`, and which are certain: larger than what any cell that was not run reaches, with `confidence`;
+    `bound`: what no cell outside `nodes` exceeds, run or not. `certified`: all of them are certain. `ran`
     runs were made where a sweep makes `cells`, `subsets` of them of random subsets. `convention` says what the bound assumes.
     """
 

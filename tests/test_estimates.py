@@ -237,7 +237,7 @@ def test_from_the_shell(engines, monkeypatch, capsys):
     assert program.main(["sweep", *pair, "--kind", "q", "--estimate", "atp_star", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["method"] == "atp_star"
     assert program.main(["certify", *pair, "--kind", "z_pos", "--top", "3"]) == 0
-    assert "no cell outside reaches" in capsys.readouterr().out
+    assert "no other cell exceeds" in capsys.readouterr().out
 
 
 async def test_on_the_screen(engines, tmp_path):

@@ -176,6 +176,19 @@ class CertifyResult:
     base: float
     convention: str
 
+    @property
+    def words(self) -> str:
+        """What is certain, and what it took; 80 columns at most."""
+        runs = f"{self.ran} runs for {self.cells} cells"
+        if self.certified:
+            return f"certified at {self.confidence:.0%}: no other cell exceeds {self.bound:.3f}; {runs}"
+        return f"{int(self.certain.sum())} of {len(self.nodes)} certain at {self.confidence:.0%}, another may reach {self.bound:.3f}; {runs}"
+
+    @property
+    def advice(self) -> str:
+        """What to do about what is not certain."""
+        return "" if self.certified else ": a larger share may settle the rest, or sweep them all"
+
 
 @message
 class SweepResult:

@@ -233,8 +233,10 @@ class Host:
             word = stream.readline(16).strip()
         except OSError:
             return
-        if word == b"look":
-            self.join(screen := Screen(stream.read, stream, lambda: self.inbox.put(partial(self.leave, screen, line)), pings=True))
+        if word in (b"look", b"apart"):
+            screen = Screen(stream.read, stream, lambda: self.inbox.put(partial(self.leave, screen, line)), pings=word == b"look")
+            screen.apart = word == b"apart"
+            self.join(screen)
         elif word == b"stop":
             self.stop(None)
 

@@ -81,7 +81,7 @@ def version() -> str:
 
 
 def call(path: Path, word: str) -> tuple[socket.socket, dict] | None:
-    """A connection for `word` (look, stop) and what the engine says of itself; None where none answers."""
+    """A connection for `word` (look, apart, stop) and what the engine says of itself; None where none answers."""
     line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     line.settimeout(STARTS_IN)
     try:
@@ -131,15 +131,15 @@ def start(path: Path) -> None:
     os.close(ready)
 
 
-def connect() -> socket.socket:
-    """A connection to this checkout's engine, which is started where there is none, or one of other code that nobody needs."""
+def connect(word: str = "look") -> socket.socket:
+    """A connection for `word` (look, apart) to this checkout's engine, which is started where there is none, or one of other code that nobody needs."""
     path = place()
     for _ in range(5):
-        if (found := call(path, "look")) is None:
+        if (found := call(path, word)) is None:
             with locked(path):
-                if (found := call(path, "look")) is None:
+                if (found := call(path, word)) is None:
                     start(path)
-                    found = call(path, "look")
+                    found = call(path, word)
         if found is None:
             continue
         line, facts = found

@@ -35,13 +35,17 @@ def internal(error: Exception) -> Failure:
 
 @dataclass(eq=False)
 class Seat:
-    """A screen, as the scheduler sees it. `behind`: the model it knows was changed by another; what it asks is cancelled until it loads one."""
+    """
+    A screen, as the scheduler sees it. `behind`: the model it knows was changed by another; what it asks is cancelled until it loads one. `apart`: a coding
+    agent, which takes over nothing that a screen left, leaves nothing behind, and replaces no model that a screen needs.
+    """
 
     send: Callable[[Frame], None]
     name: str = ""
     looks: bool = False  # at a model that was loaded for it
     behind: bool = False
     gone: bool = False
+    apart: bool = False
     served: int = 0  # the number of its last turn
     passed: int = 0  # turns of others since, while it waited
     finished: list["Job"] = field(default_factory=list)  # what took long, for the next screen: it may never have arrived
@@ -97,7 +101,8 @@ class Scheduler:
         if seat in self.seats:
             self.seats.remove(seat)
         self.left = [*self.left, *seat.finished][-LEFT_AT_MOST:]
-        self.drop(lambda job: job.seat is seat and not (self.keeps and (needs_model(job.ask.body) or isinstance(job.ask.body, Load))))
+        keeps = self.keeps and not seat.apart
+        self.drop(lambda job: job.seat is seat and not (keeps and (needs_model(job.ask.body) or isinstance(job.ask.body, Load))))
 
     def unclaimed(self) -> list[Job]:
         """Jobs, finished or not, whose screen went or is silent."""
@@ -142,6 +147,8 @@ class Scheduler:
         """OthersLook where other screens look at the model that `request` replaces, and nobody said that this is meant."""
         job = self.current
         others = [s for s in self.seats if s.looks and not s.away and job is not None and s is not job.seat]
+        if job is not None and job.seat.apart and not others and self.told():
+            raise OthersLook("a screen that went left results or work of the model that would go")
         if others and not job.sure:
             raise OthersLook(f"{len(others)} other screen{'s look' if len(others) > 1 else ' looks'} at the model that would go")
 
@@ -159,10 +166,11 @@ class Scheduler:
                 self.drop(lambda job: job.seat is seat and job.ask.slot == frame.slot)
             if isinstance(frame.body, Load):
                 seat.behind = False
+            if isinstance(frame.body, Load) and not seat.apart:
                 self.drop(lambda job: job.seat.away and isinstance(job.ask.body, Load) and job.ask.body != frame.body)
             if seat.behind and needs_model(frame.body):
                 seat.send(Frame("cancelled", frame.id, frame.slot, frame.priority, None, self.model()))
-            elif not (self.keeps and self.adopt(frame, seat, sure)):
+            elif not (self.keeps and not seat.apart and self.adopt(frame, seat, sure)):
                 self.jobs.append(Job(frame.priority, next(self.numbers), frame, seat, sure=sure))
 
     def drop(self, which: Callable[[Job], bool]) -> None:
@@ -228,7 +236,7 @@ class Scheduler:
         seat, (kind, body) = job.seat, job.end
         if isinstance(job.ask.body, Load) and kind == "result":
             seat.looks, seat.behind = True, False
-        if self.keeps and needs_model(job.ask.body) and job.spent >= LONG and not getattr(job.ask.body, "out", ""):
+        if self.keeps and not seat.apart and needs_model(job.ask.body) and job.spent >= LONG and not getattr(job.ask.body, "out", ""):
             (self.left if seat.gone else seat.finished).append(job)
             del self.left[:-LEFT_AT_MOST], seat.finished[:-LEFT_AT_MOST]
         self.reply(job, kind, body)

@@ -118,6 +118,25 @@ def test_what_a_gone_screen_asked_goes_to_the_next_that_asks_for_it(monkeypatch)
     assert desk.scheduler.jobs == []
 
 
+def test_an_agent_takes_and_leaves_nothing(monkeypatch):
+    """A seat apart adopts no job of a screen that went, ends none, replaces no model of theirs, and its own end with it."""
+    monkeypatch.setattr(scheduling, "LONG", 0.0)
+    desk = Desk("a", "agent")
+    desk.seats["agent"].apart, desk.seats["agent"].looks = True, False
+    desk.ask("a", 1, 6)
+    desk.ask("a", 2, body=Load("slow"))
+    desk.scheduler.leave(desk.seats["a"])
+    desk.ask("agent", 1, body=Load("other"))
+    assert [j.ask.id for j in desk.scheduler.jobs if j.seat.gone] == [1, 2], "a load of theirs goes on"
+    desk.run()
+    assert desk.kinds("agent", 1) == ["error"] and "left results or work" in desk.sent["agent"][-1].body.message
+    desk.ask("agent", 2, 6)
+    desk.run(2)
+    assert len(desk.scheduler.told()) == 1 and desk.kinds("agent", 2)[0] == "progress", "not the finished one"
+    desk.scheduler.leave(desk.seats["agent"])
+    assert desk.scheduler.jobs == [] and len(desk.scheduler.told()) == 1
+
+
 def test_hello_comes_before_any_answer(monkeypatch):
     """Also where the screen has asked before the engine greets it: what comes before hello is passed over as a banner."""
     host, asked, sent = Host(Pretended()), io.BytesIO(sealed(encode(Frame("ask", 1, "load", 1, Load("model "))))), io.BytesIO()

@@ -1,14 +1,25 @@
 """The commands as tools of the Model Context Protocol, through the package's own client in memory."""
 
+import queue
+import socket
 import sys
+import threading
+import time
 
 import pytest
 
 from engine import Engine, main
+from model import relay
+from model.host import Host
 from techniques.agents import command as tools
+from techniques.agents.shared import SharedEngine
+from techniques.lens.requests import Lens
+from techniques.patching.requests import Sweep
 from utils import ROOT
 from vocabulary.nodes import UserError
-from vocabulary.requests import Progress
+from vocabulary.prompts import Study
+from vocabulary.requests import Load, Progress
+from vocabulary.wire import Frame, encode, read_frame
 
 mcp = pytest.importorskip("mcp", reason="uv sync --group mcp")
 
@@ -89,6 +100,90 @@ def test_large_json_is_left_out_unless_asked(zoo, monkeypatch):
     assert run({"answer": [" Mary"], "foil": [" John"], "json": True})[1]["now"]["metric"]
     with pytest.raises(UserError, match="cancelled"):
         tools.call(zoo, tools.commands(False)["lens"], {}, False, 60, lambda part: None, lambda: True)
+
+
+# ------------------------------------------------------------------ the engine that stays
+
+
+class Beside:
+    """A screen that looks at the model of a shared engine, and the engine."""
+
+    def __init__(self, zoo, monkeypatch):
+        engine = Engine()
+        engine.model, engine.loaded = zoo.model, Load("zoo", device="cpu")
+        self.host = Host(engine, "/nowhere")
+        self.host.version = ""
+        threading.Thread(target=self.host.run, daemon=True).start()
+        monkeypatch.setattr(relay, "connect", self.connect)
+        self.line, self.frames, self.count = self.connect("look"), queue.SimpleQueue(), 0
+        threading.Thread(target=self.read, daemon=True).start()
+
+    def connect(self, word: str) -> socket.socket:
+        ours, theirs = socket.socketpair()
+        threading.Thread(target=self.host.greet, args=(theirs,), daemon=True).start()
+        while ours.recv(1) != b"\n":
+            pass
+        ours.sendall(f"{word}\n".encode())
+        return ours
+
+    def read(self) -> None:
+        stream = self.line.makefile("rb")
+        while frame := read_frame(stream.read):
+            self.frames.put(frame)
+
+    def ask(self, body: object, slot: str = "", priority: int = 1) -> int:
+        self.count += 1
+        self.line.sendall(encode(Frame("ask", self.count, slot, priority, body)))
+        return self.count
+
+    def end(self, ident: int) -> Frame:
+        while (frame := self.frames.get(timeout=20)).id != ident or frame.kind in ("progress", "partial"):
+            pass
+        return frame
+
+
+@pytest.fixture
+def beside(zoo, monkeypatch):
+    some = Beside(zoo, monkeypatch)
+    yield some
+    some.line.close()
+
+
+async def test_a_tool_uses_the_engine_that_stays(zoo, beside):
+    """With the answer of one's own engine; a model that a screen looks at is not replaced, and the refusal says how to ask for it; after a call nobody is there."""
+    assert beside.end(beside.ask(Load("zoo", device="cpu"))).kind == "result"
+    ask = {"kind": "z", "set": SET, "device": "cpu"}
+    async with mcp.Client(tools.served(SharedEngine())) as client, mcp.Client(tools.served(zoo)) as alone:
+        shared, own = await client.call_tool("sweep", ask), await alone.call_tool("sweep", ask)
+        assert not shared.is_error and shared.content[0].text == own.content[0].text and shared.structured_content == own.structured_content
+        refused = await client.call_tool("lens", {"model": "gpt2"})
+        assert refused.is_error and "1 other screen looks" in words(refused) and "give model: zoo, device: cpu" in words(refused)
+        assert beside.host.engine.loaded.model == "zoo"
+        wrong = await client.call_tool("sweep", {"kind": "z", "corrupt": "one two", "device": "cpu"})
+        assert wrong.is_error and "there is no answer" in words(wrong)
+    until = time.monotonic() + 5
+    while len(beside.host.scheduler.seats) > 1 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert len(beside.host.scheduler.seats) == 1 and not beside.host.scheduler.told() and not beside.host.scheduler.left
+
+
+async def test_a_screens_questions_come_first_and_stay_its_own(zoo, beside, monkeypatch):
+    """While a tool's sweep runs, a screen's lens is answered before it ends; a tool that is stopped cancels its own sweep alone."""
+    beside.end(beside.ask(Load("zoo", device="cpu")))
+    study, order = Study(tools.read(tools.commands(False)["lens"], {"set": SET}, False).study().prompt), []
+    with SharedEngine() as engine:
+        engine.run(Load("zoo", device="cpu"))
+
+        def show(part: object) -> None:
+            if not order:
+                order.append(beside.ask(Sweep(study, "z"), "sweep"))
+                order.append(beside.end(beside.ask(Lens(study), "lens", 0)).kind)
+                raise UserError("stopped")
+
+        with pytest.raises(UserError, match="stopped"):
+            engine.run(Sweep(study, "z_pos", chunk_mb=1), show)
+        assert order[1] == "result" and beside.end(order[0]).kind == "result"
+        assert engine.run(Lens(study)) is not None
 
 
 def test_without_the_package(monkeypatch, capsys):

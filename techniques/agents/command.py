@@ -10,7 +10,7 @@ import re
 import time
 import typing
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import nullcontext
 from dataclasses import MISSING, dataclass, fields
 from importlib.util import find_spec
 from typing import ClassVar
@@ -19,6 +19,8 @@ import msgspec
 from rich.console import Console
 
 import techniques
+from model import relay
+from techniques.agents.shared import SharedEngine, steps
 from techniques.shell import ModelOptions, console, draw, helps, plain, plots_to, tables
 from vocabulary.nodes import UserError
 from vocabulary.progress import time_left
@@ -147,26 +149,16 @@ def call(
     return text_of(notes) + text_of(out) + "".join(dict.fromkeys(broken)) + left, body if keep else None
 
 
-def steps(engine, request: object, show: Callable[[object], None]) -> object:
-    """A request's result. Where `show` ends it, it is closed before the next is asked."""
-    with closing(engine.jobs(request)) as jobs:
-        while True:
-            try:
-                show(next(jobs))
-            except StopIteration as stop:
-                result = stop.value
-                break
-    engine.check_hooks()
-    return result
-
-
 def text_of(out: Console) -> str:
     return "\n".join(line.rstrip() for line in out.file.getvalue().splitlines()) + "\n"
 
 
 @dataclass
 class McpCommand:
-    """Serve every command as a tool to coding agents, over the Model Context Protocol on stdin and stdout. No tool writes a file, unless --write."""
+    """
+    Serve every command as a tool to coding agents, over the Model Context Protocol on stdin and stdout. No tool writes a file, unless --write. With
+    LOUPE_KEEP_ENGINE_MINUTES the tools use the engine that stays, and its screens' model.
+    """
 
     write: bool = False
     """also tools that write files: fits, trainings, --out and --plot"""
@@ -182,7 +174,7 @@ class McpCommand:
             raise UserError("--seconds is a positive number")
         from techniques.agents.server import serve
 
-        serve(served(engine, self.write, self.seconds))
+        serve(served(SharedEngine() if relay.minutes() else engine, self.write, self.seconds))
         return 0
 
 
@@ -195,7 +187,8 @@ def served(engine, write: bool = False, seconds: float = 60):
     def answer(name: str, given: dict, say: Callable[[Progress], None], stopped: Callable[[], bool]) -> tuple[str, object]:
         if name not in known:
             raise UserError(f"there is no tool {name!r}: there are {', '.join(known)}")
-        return call(engine, known[name], dict(given), write, seconds, say, stopped)
+        with engine if isinstance(engine, SharedEngine) else nullcontext(engine) as here:
+            return call(here, known[name], dict(given), write, seconds, say, stopped)
 
     return server([(name, described(kind), schema(kind, write)) for name, kind in known.items()], answer, not write)
 

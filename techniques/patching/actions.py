@@ -18,13 +18,11 @@ def certify(pane: Pane, app: Host) -> None:
         raise UserError("patching takes values from the other prompt, and there is no corrupted prompt: E types one, o opens a set")
 
     def show(r: CertifyResult) -> None:
-        said = f"no cell outside reaches {r.bound:.3f} at {r.confidence:.0%}; {r.ran} runs, {r.ran / r.cells:.0%} of the sweep"
-        app.say(f"{'certified' if r.certified else f'not certified, {int(r.certain.sum())} of {len(r.nodes)} are'}: {said}", GOOD if r.certified else WARN)
+        app.say(r.words + r.advice, GOOD if r.certified else WARN)
         items = [
-            Item(n, f"{e:+.4f}  estimate {g:+.4f}  {'certain' if sure else 'may be passed'}")
-            for n, e, g, sure in zip(r.nodes, r.effects, r.estimates, r.certain)
+            Item(n, f"{e:+.4f}  estimate {g:+.4f}  {'certain' if sure else 'not certain'}") for n, e, g, sure in zip(r.nodes, r.effects, r.estimates, r.certain)
         ]
-        app.open(Picker(f"largest cells: {said}", items, lambda item, typed: None))
+        app.open(Picker(r.words, items, lambda item, typed: None))
 
     def accept(values: list[str]) -> str:
         top = whole_number(values[0])

@@ -3,16 +3,16 @@ Which cells are the largest, for certain, at the price of a part of the sweep.
 
 1. Cells are ordered by an estimate; the first of them are patched for true.
 2. Random subsets of all others are patched together, each other cell once a round. A subset does what the estimates of its cells say, and the rest is what
-   they miss: the mean rest of the subsets that a cell is in, less that of those it is not in, is how far its own estimate is off (subset sampling:
+   they miss: the mean rest of the subsets that a cell is in, less that of those it is not in, says how far its own estimate is off (subset sampling:
    Kramár et al. 2024, arXiv 2403.00745, with the estimate as control variate).
-3. A cell's bound is its estimate so mended, and as many standard errors as the confidence asks for, over all cells outside (Bonferroni). The cell with the largest bound
-   is patched for true, and so on, until no bound outside reaches the last of the top, or the share of runs that may be made is spent.
+3. How far a cell's estimate is off is taken, before the subsets, as Cauchy: most estimates are nearly right, a few miss all. Bayes' rule gives each cell outside the chance
+   that it is larger than a size. The bound is the size that some cell outside exceeds with a chance of 1 - confidence at most (the sum of the cells' chances).
+   The cell with the largest chance to belong to the top is patched for true, and so on, until the bound is below the last of the top, or the share of runs is spent.
 """
 
 import math
 from collections.abc import Generator
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 
@@ -27,7 +27,12 @@ from vocabulary.requests import Progress
 
 GROUPS = 8  # subsets of a round, an eighth of the cells outside in each: the fewer, the nearer to a cell alone
 ROUNDS = 2  # at least: a spread needs some
-SUBSETS = 0.6  # of the runs that may be made
+SUBSETS = 0.4  # of the runs that may be made
+SCALE, FLOOR = (
+    0.1,
+    0.01,
+)  # of the Cauchy error: so much of the cell's estimate, and so much of the last of the top (docs/estimates.md says how they were chosen)
+COMPANY = 0.3  # so much of its estimate a cell does more or less beside others than alone
 
 
 @dataclass
@@ -37,22 +42,42 @@ class Subsets:
     inside: np.ndarray
     effects: np.ndarray
 
-    def offsets(self, guess: np.ndarray, outside: np.ndarray, confidence: float) -> tuple[np.ndarray, float]:
-        """How far each cell outside is off its guess [cell], and the bound of that offset's error at this confidence for all of them together."""
-        rest = self.effects - self.inside @ guess
-        m = self.inside.sum(0)
-        n = len(rest)
-        own = (self.inside.T @ rest) / np.maximum(m, 1)
-        others = (rest.sum() - self.inside.T @ rest) / np.maximum(n - m, 1)
-        error = rest.std(ddof=1) * math.sqrt(1 / m[outside].min() + 1 / (n - m[outside].max()))
-        return own - others, error * student(1 - (1 - confidence) / (2 * outside.sum()), n - 2)
+    def offsets(self, guess: np.ndarray, outside: np.ndarray) -> tuple[np.ndarray, float]:
+        """How far each cell outside is off its guess [cell outside], and the standard error of that."""
+        rest, members = self.effects - self.inside @ guess, self.inside[:, outside]
+        n, m = len(rest), members[:, 0].sum()  # each is in one subset of a round
+        own = members.T @ rest
+        return own / m - (rest.sum() - own) / (n - m), rest.std(ddof=1) * math.sqrt(1 / m + 1 / (n - m))
 
 
-def student(p: float, df: int) -> float:
-    """The quantile of Student's t (Hill 1970's expansion at the normal's; 3 digits from 4 degrees of freedom on)."""
-    z = NormalDist().inv_cdf(p)
-    terms = (z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
-    return sum(x / df**i for i, x in enumerate(terms))
+@dataclass
+class Chances:
+    """How large each cell outside may be [cell, point], and how likely each of these sizes is (a row's sum is 1)."""
+
+    sizes: np.ndarray
+    mass: np.ndarray
+
+    @classmethod
+    def of(cls, subsets: Subsets, guess: np.ndarray, outside: np.ndarray, last: float) -> "Chances":
+        """`guess` [cell], of patched cells the truth; `last`: the size of the last of the top."""
+        (offset, error), g = subsets.offsets(guess, outside), guess[outside, None]
+        tiny, df = 1e-9 * np.abs(guess).max() + 1e-30, len(subsets.effects) - 2
+        scale, error = SCALE * np.abs(g) + FLOOR * last + tiny, np.hypot(error, COMPANY * g) + tiny
+        steps = np.geomspace(0.02, 10 / FLOOR, 200)
+        steps = np.concatenate([-steps[::-1], [0.0], steps])
+        off = np.sort(np.concatenate([scale * steps, offset[:, None] + error * np.linspace(-6, 6, 61)], 1), 1)
+        likely = -np.log1p((off / scale) ** 2) - (df + 1) / 2 * np.log1p(((offset[:, None] - off) / error) ** 2 / df)
+        mass = np.exp(likely - likely.max(1, keepdims=True)) * np.gradient(off, axis=1)
+        return cls(np.abs(g + off), mass / mass.sum(1, keepdims=True))
+
+    def beyond(self, size: float) -> np.ndarray:
+        """The chance that a cell is larger than this [cell]."""
+        return (self.mass * (self.sizes > size)).sum(1)
+
+    def bound(self, confidence: float) -> float:
+        """The size beyond which the cells' chances sum to 1 - confidence at most."""
+        order = np.argsort(-self.sizes, axis=None)
+        return float(self.sizes.flat[order[np.searchsorted(self.mass.ravel()[order].cumsum(), 1 - confidence)]])
 
 
 def certify(model: Model, ask: Certify) -> Generator[Progress, None, CertifyResult]:
@@ -84,30 +109,22 @@ def certify(model: Model, ask: Certify) -> Generator[Progress, None, CertifyResu
     while True:
         known = np.isfinite(truth)
         last = np.sort(np.abs(truth[known]))[-ask.top]
-        upper, bound = bounds(subsets, truth, guess, ask.confidence)
+        chances = Chances.of(subsets, np.where(known, truth, guess), ~known, last) if not known.all() else None
+        bound = chances.bound(ask.confidence) if chances else 0.0
         spent = int(known.sum()) + len(inside)
         if bound < last or spent >= budget or known.all():
             break
-        nearest = np.argsort(-np.where(known, -np.inf, upper), kind="stable")[: min(max(1, n // 50), budget - spent, int((~known).sum()))]
+        left = np.flatnonzero(~known)
+        nearest = left[np.argsort(-chances.beyond(last), kind="stable")[: min(max(1, n // 50), budget - spent)]]
         more, _ = yield from measure(plan, cells, [[int(i)] for i in nearest])
         truth[nearest] = more
-    best = np.argsort(-np.where(known, np.abs(truth), -1.0), kind="stable")[: ask.top]
+    run = np.argsort(-np.where(known, np.abs(truth), -1.0), kind="stable")[: int(known.sum())]
+    best, next_best = run[: ask.top], np.abs(truth[run[ask.top :][:1]]).max(initial=0.0)  # of those run
     names = tuple(name_of(plan, rc) for rc in cells)
     return CertifyResult(
-        ask.kind, ask.method, tuple(names[i] for i in best), truth[best], guess[best], np.abs(truth[best]) > bound, bool(bound < last), float(bound), ask.confidence,
+        ask.kind, ask.method, tuple(names[i] for i in best), truth[best], guess[best], np.abs(truth[best]) > bound, bool(bound < last), max(bound, float(next_best)), ask.confidence,
         spent, len(inside), n, float(base), convention(ask, plan),
     )  # fmt: skip
-
-
-def bounds(subsets: Subsets, truth: np.ndarray, guess: np.ndarray, confidence: float) -> tuple[np.ndarray, float]:
-    """Each cell's bound by the subsets, and the largest of those that were not patched for true; 0 where all were."""
-    outside = ~np.isfinite(truth)
-    if not outside.any():
-        return np.zeros(len(truth)), 0.0
-    best = np.where(outside, guess, truth)
-    offset, wide = subsets.offsets(best, outside, confidence)
-    upper = np.abs(best + offset) + wide
-    return upper, float(upper[outside].max())
 
 
 def measure(plan: Plan, cells: list[tuple[int, int]], sets: list[list[int]]) -> Generator[Progress, None, tuple[np.ndarray, float]]:
@@ -147,6 +164,7 @@ def name_of(plan: Plan, rc: tuple[int, int]) -> str:
 def convention(ask: Certify, plan: Plan) -> str:
     runs = f"mean over {len(plan.runs)} prompts" if ask.over_set else "one prompt"
     return (
-        f"{ask.kind}, {ask.direction}, effect on {ask.study.metric.name}, {runs}; in the order of {ask.method} ({ESTIMATES[ask.method]}); the bound holds at {ask.confidence:.0%} for all cells "
-        "outside together if patching a cell does on average in a random eighth of them what it does alone, and the rests of subsets are near normal; it covers these prompts, no others"
+        f"{ask.kind}, {ask.direction}, effect on {ask.study.metric.name}, {runs}; in the order of {ask.method} ({ESTIMATES[ask.method]}); the bound: some cell outside is larger with a chance of "
+        f"{1 - ask.confidence:.0%} at most, if a cell does in a random eighth of the others about what it does alone and its estimate's error is Cauchy (no proof; docs/estimates.md says how often it "
+        "held); these prompts, no others"
     )

@@ -76,13 +76,7 @@ def show_certify(out: Console, r: CertifyResult) -> None:
     for name, effect, guess, sure in zip(r.nodes, r.effects.tolist(), r.estimates.tolist(), r.certain.tolist()):
         rows.add_row(plain(name), show_number(effect, 8), show_number(guess, 8), "certain" if sure else "")
     out.print(rows)
-    said = f"no cell outside reaches {r.bound:.4f}, at {r.confidence:.0%}; {r.ran} runs, {r.ran / r.cells:.0%} of a full sweep, {r.subsets} of them subsets"
-    out.print(
-        plain(
-            f"{'certified' if r.certified else f'not certified: {int(r.certain.sum())} of {len(r.nodes)} are above the bound'}: {said}",
-            CYAN if r.certified else YELLOW,
-        )
-    )
+    out.print(plain(r.words + r.advice, CYAN if r.certified else YELLOW))
     out.print(plain(r.convention, GRAY))
 
 

@@ -156,7 +156,8 @@ class Certify:
 @message
 class CertifyResult:
     """
-    `nodes` of the largest true effects (of those run), their `effects` and `estimates`, and which are certain: larger than `bound`, what no cell outside reaches. `ran`
+    `nodes` of the largest true effects (of those run), their `effects` and `estimates`, and which are certain: larger than what any cell that was not run reaches, with `confidence`;
+    `bound`: what no cell outside `nodes` exceeds, run or not. `certified`: all of them are certain. `ran`
     runs were made where a sweep makes `cells`, `subsets` of them of random subsets. `convention` says what the bound assumes.
     """
 
@@ -174,6 +175,19 @@ class CertifyResult:
     cells: int
     base: float
     convention: str
+
+    @property
+    def words(self) -> str:
+        """What is certain, and what it took; 80 columns at most."""
+        runs = f"{self.ran} runs for {self.cells} cells"
+        if self.certified:
+            return f"certified at {self.confidence:.0%}: no other cell exceeds {self.bound:.3f}; {runs}"
+        return f"{int(self.certain.sum())} of {len(self.nodes)} certain at {self.confidence:.0%}, another may reach {self.bound:.3f}; {runs}"
+
+    @property
+    def advice(self) -> str:
+        """What to do about what is not certain."""
+        return "" if self.certified else ": a larger share may settle the rest, or sweep them all"
 
 
 @message

@@ -14,7 +14,7 @@ class LocalClient:
     """Client's interface over an Engine in this process: every request goes through the wire's bytes both ways, then is answered at once."""
 
     def __init__(self, engine):
-        self.engine, self.jobs, self.alive, self.log, self.asked = engine, {}, True, "the log", []
+        self.engine, self.jobs, self.alive, self.log, self.asked = engine, {}, False, "the log", []
         self.on_death = lambda reason: None
         self.line, self.kept, self.stopped = Line(), False, ""
 

@@ -92,6 +92,7 @@ class GraphPane(Pane):
         """The graph at hand, node by node."""
         r = self.of_file(app)[0] if app.state.graph else app.requests.result("graph", GraphResult)
         if r is None:
+            app.ready()
             raise UserError("there is no graph yet")
         return r
 

@@ -23,8 +23,9 @@ pytestmark = pytest.mark.slow
 SET = prompts(4, 15, 600)
 TABLE = every(Study(SET[0]), Study(SET[0], prompt_set=SET), 1, "random")
 LEARNED = {"TuneLens", "FitJacobian", "Saes", "Preflight", "Features", "Feature", "Examples", "FeatureGraph", "CheckEdge", "TrainSae"}
-ELSEWHERE = (  # of folders, a second model, transcoders, words
-    "Load LoadForAll Status Where Models MakeDirection Directions Curve MakeSet WeightDifference AttributionGraph GraphEffects GraphSteer GraphGroups"
+ELSEWHERE = (  # of folders, a second model, transcoders, words, scattered jobs
+    "Load LoadForAll Status Where Models MakeDirection Directions Curve MakeSet WeightDifference AttributionGraph GraphEffects GraphSteer GraphGroups "
+    "WatchShards StartShards TakeShards CancelShards GoOnShards"
 )
 
 

@@ -100,7 +100,11 @@ async def test_hints_follow_what_is_going_on(zoo, tmp_path):
             await pilot.resize_terminal(width, 24)
             await pilot.pause()
             words = screen(app)[-1].split()
-            assert words[-1] in {w for title in (*(a.title for a in TABLE), "help", "all panes", "move", str(app.node())) for w in title.split()}
+            assert words[-1] in {
+                w
+                for title in (*(a.title for a in TABLE), *(a.title for p in PANES.values() for a in p.keys), "help", "all panes", "move", str(app.node()))
+                for w in title.split()
+            }
 
 
 async def test_what_is_measured_is_defined_in_full(zoo, tmp_path):

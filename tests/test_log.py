@@ -117,6 +117,9 @@ GOOD = {
     "chat": {"value": True},
     "against": {"name": "a"},
     "adapter_scale": {"value": 0.5},
+    "mark_graph": {"marks": {"model": "zoo", "ids": [1, 2], "target": "logits", "sources": ["a"], "pins": ["0_1_2"], "names": [["0_1_2", "x"]]}},
+    "open_graph": {"path": "a.json"},
+    "transcoders": {"sources": ["a"]},
     "jump": {"to": to_json(State()), "prompts": to_json([Prompt("a")])},
 }
 

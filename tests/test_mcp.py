@@ -19,7 +19,7 @@ from utils import ROOT
 from vocabulary.nodes import UserError
 from vocabulary.prompts import Study
 from vocabulary.requests import Load, Progress
-from vocabulary.wire import Frame, encode, read_frame
+from vocabulary.wire import Frame, encode, read_sealed, sealed
 
 mcp = pytest.importorskip("mcp", reason="uv sync --group mcp")
 
@@ -128,12 +128,12 @@ class Beside:
 
     def read(self) -> None:
         stream = self.line.makefile("rb")
-        while frame := read_frame(stream.read):
+        while frame := read_sealed(stream.read):
             self.frames.put(frame)
 
     def ask(self, body: object, slot: str = "", priority: int = 1) -> int:
         self.count += 1
-        self.line.sendall(encode(Frame("ask", self.count, slot, priority, body)))
+        self.line.sendall(sealed(encode(Frame("ask", self.count, slot, priority, body))))
         return self.count
 
     def end(self, ident: int) -> Frame:

@@ -128,7 +128,7 @@ async def test_a_model_that_is_too_large_is_asked_about(engines, tmp_path, monke
     monkeypatch.setattr(catalogue, "room", lambda device, held: Room("cpu", 1_000_000))
     app = make_app(engines["zoo"], tmp_path)
     async with app.run_test(size=(120, 36)) as pilot:
-        await app.settle()
+        await press(app, pilot)
         await press(app, pilot, "M")
         await pilot.press(*"zoo")
         await pilot.pause()

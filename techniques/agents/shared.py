@@ -12,7 +12,7 @@ from dataclasses import fields
 from model import relay
 from vocabulary.nodes import UserError
 from vocabulary.requests import Failure, Load, ModelInfo, Progress, Where
-from vocabulary.wire import Frame, encode, read_frame
+from vocabulary.wire import Frame, encode, read_sealed, sealed
 
 PRIORITY = 9  # screens ask at 0 to 3
 EVERY = 0.25  # seconds after which one who waits may cancel
@@ -106,7 +106,7 @@ class SharedEngine:
 
     def put(self, frame: Frame) -> None:
         try:
-            self.line.sendall(encode(frame))
+            self.line.sendall(sealed(encode(frame)))
         except OSError as error:
             raise UserError(GONE) from error
 
@@ -115,7 +115,7 @@ class SharedEngine:
         if not select.select([self.line], [], [], EVERY)[0]:
             return None
         try:
-            frame = read_frame(self.exactly)
+            frame = read_sealed(self.exactly)
         except OSError as error:
             raise UserError(GONE) from error
         if frame is None:

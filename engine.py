@@ -13,7 +13,6 @@ from pathlib import Path
 import techniques
 from model import relay
 from model.host import Host, Screen
-from model.later import import_transformers, later
 from techniques.cluster.folder import check_part
 from utils import setting_of_megabytes, tec
 from vocabulary.nodes import UserError
@@ -27,11 +26,9 @@ def import_torch() -> None:
 
 
 def import_model() -> None:
-    """What the first lens needs, without the garbage collector in the way."""
+    """The heavy imports, without the garbage collector in the way."""
     gc.disable()
-    with later():
-        import_transformers()
-        techniques.parts("analysis")
+    techniques.parts("analysis")
     gc.freeze()
     gc.enable()
     atexit.register(gc.unfreeze)

@@ -34,7 +34,6 @@ from transformer_lens.utilities.architectures import MASKED_LM_ARCHITECTURES, MU
 from model import native, peft_adapters, untouched
 from model.bridge import Model
 from model.checks import prove, readable
-from model.later import later
 from model.live_hooks import alibi_once
 from model.devices import filled_by_others, pick_device, unused_gpu
 from model.gguf_files import PLAIN, dequantised, is_gguf, place_of, read_kinds
@@ -255,20 +254,19 @@ def read_weights(folder: Path, config: transformers.PretrainedConfig, dtype: t.d
     """The Hugging Face model, eager attention, safetensors only; missing or misshapen weights are an error, never random numbers."""
     where = {"device_map": device_map} if device_map else {}
     try:
-        with later():
-            hf, report = transformers.AutoModelForCausalLM.from_pretrained(
-                **place_of(folder),
-                config=copy.deepcopy(config),
-                dtype=dtype,
-                attn_implementation="eager",
-                use_safetensors=not is_gguf(folder),
-                local_files_only=True,
-                trust_remote_code=False,
-                generation_config=transformers.GenerationConfig.from_model_config(config),
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # reported below, in words
-                **where,
-            )
+        hf, report = transformers.AutoModelForCausalLM.from_pretrained(
+            **place_of(folder),
+            config=copy.deepcopy(config),
+            dtype=dtype,
+            attn_implementation="eager",
+            use_safetensors=not is_gguf(folder),
+            local_files_only=True,
+            trust_remote_code=False,
+            generation_config=transformers.GenerationConfig.from_model_config(config),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, in words
+            **where,
+        )
         hf = hf if device_map else hf.to(device)
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         if is_out_of_memory(error):

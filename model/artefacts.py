@@ -9,6 +9,7 @@ import torch as t
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from model.bridge import Model
 from model.memory import first_line
@@ -18,6 +19,7 @@ from vocabulary.typed import read_text
 from vocabulary.nodes import UserError
 
 CHECKPOINT = "checkpoint.safetensors"
+WHOLE = {1: t.int8, 2: t.int16, 4: t.int32, 8: t.int64}  # as wide as a number of so many bytes
 BROKEN = (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, pickle.UnpicklingError, SafetensorError)
 
 
@@ -32,6 +34,29 @@ def unembed_hash(model: Model) -> str:
     corners = weight.cpu() if weight.dtype != t.bfloat16 else weight.float().cpu()
     with np.printoptions(threshold=1000, edgeitems=3, linewidth=75, suppress=False):
         return hashlib.sha256(np.array_str(corners.numpy(), precision=1).encode()).hexdigest()
+
+
+@t.no_grad()
+def sampled(hf: t.nn.Module) -> str:
+    """Sixteen digits for the weights: 64 numbers of every parameter. Quick, the same on every device; an edit of a few rows can escape it (`fingerprint` sees it)."""
+    digest = hashlib.sha256()
+    for name, p in hf.named_parameters():
+        flat = p.reshape(-1)
+        some = flat[t.linspace(0, len(flat) - 1, min(64, len(flat)), dtype=t.float64, device=p.device).long()] if len(flat) else flat
+        digest.update(f"{name} {tuple(p.shape)}".encode() + some.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@t.no_grad()
+def fingerprint(model: Model) -> str:
+    """A digest of the config and of all weights, the same on every device: each parameter's bits as whole numbers, summed, and 64 of its numbers. Made once a scale."""
+    known, key = model.notes.measured, ("fingerprint", model.info.scale)
+    if key not in known:
+        hf = model.bridge.original_model
+        config = hf.config.to_json_string() if isinstance(hf.config, PretrainedConfig) else repr(hf.config)
+        bits = [p.reshape(-1).view(WHOLE[p.element_size()]).sum(dtype=t.int64).item() for p in hf.parameters()]
+        known[key] = hashlib.sha256(repr((config, model.info.repairs, sampled(hf), model.info.scale, bits)).encode()).hexdigest()
+    return known[key]
 
 
 def windows(model: Model, file: Path, length: int, seed: int) -> Tensor:

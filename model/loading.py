@@ -32,6 +32,7 @@ from transformer_lens.model_bridge.sources.transformers import determine_archite
 from transformer_lens.utilities.architectures import MASKED_LM_ARCHITECTURES, MULTIMODAL_ARCHITECTURES, SEQ2SEQ_ARCHITECTURES
 
 from model import native, peft_adapters, untouched
+from model.artefacts import sampled
 from model.bridge import Model
 from model.checks import prove, readable
 from model.live_hooks import alibi_once
@@ -413,7 +414,9 @@ def load(
         raise too_large(ask, n_params * dtype.itemsize, dtype, device) from None
     lacks = "; ".join(dict.fromkeys(model.notes.refused.values()))
     warning = "; ".join(filter(None, (source.note, lacks and f"{model.info.architecture}: {lacks}", warning)))
-    model.info = replace(model.info, n_params=n_params, seconds=time.time() - start, checks=checks, warning=warning)
+    model.info = replace(
+        model.info, n_params=n_params, seconds=time.time() - start, checks=checks, warning=warning, weights=sampled(model.bridge.original_model)
+    )
     if both:
         give_up()
     return model

@@ -5,13 +5,11 @@ from collections.abc import Callable, Generator, Iterable
 from functools import lru_cache
 from pathlib import Path
 
-import torch as t
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PretrainedConfig
 
-from model.artefacts import save
+from model.artefacts import fingerprint, save
 from model.bridge import Model
 from vocabulary.files import folder
 from vocabulary.nodes import UserError
@@ -94,18 +92,3 @@ def from_disk(key: str, name: str) -> Tensor | None:
         return load_file(path)["mean"] if path.is_file() else None
     except (SafetensorError, OSError, KeyError):
         return None
-
-
-@t.no_grad()
-def fingerprint(model: Model) -> str:
-    """A digest of the config and the weights: every parameter's sum and first numbers. Made once."""
-    known = model.notes.measured
-    if "fingerprint" not in known:
-        config = model.bridge.original_model.config
-        digest = hashlib.sha256(
-            (config.to_json_string() if isinstance(config, PretrainedConfig) else repr(config)).encode() + repr(model.info.repairs).encode()
-        )
-        for name, p in model.bridge.original_model.named_parameters():
-            digest.update(f"{name} {tuple(p.shape)} {p.sum(dtype=t.float64).item()!r} {p.flatten()[:16].tolist()!r}".encode())
-        known["fingerprint"] = digest.hexdigest()
-    return known["fingerprint"]

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch as t
 from conftest import ARCHS, PROMPT
+from model.artefacts import fingerprint
 from ui import make_app, press, shown
 
-from model import text_means
 from screen.overlays import Editor
 from screen.session import read_session
 from techniques.circuits.requests import Score
@@ -93,9 +93,25 @@ def test_on_disk(engines, file, monkeypatch):
     assert engine.run(Run(study(file, "L1.mlp=mean_text", tokens=60))).now.metric != first
     file.write_text(WORDS.replace("Tom", "Mary"))
     assert engine.run(Run(study(file, "L1.mlp=mean_text"))).now.metric != first
-    assert text_means.fingerprint(engine.model) == text_means.fingerprint(engine.model)
     found = engine.run(Generate(study(file, "L1.mlp=mean_text"), Sampling(tokens=3)))
     assert len(found.runs) == 2, "a new token gets the mean too"
+
+
+def test_every_weight_counts_in_the_fingerprint(engines):
+    """It keys what is kept on disk: one changed number is another model, and back is the same."""
+    model = engines["zoo"].model
+    weight = max(model.bridge.original_model.parameters(), key=lambda p: p.numel())
+
+    def now() -> str:
+        model.notes.measured.pop(("fingerprint", None), None)
+        return fingerprint(model)
+
+    first, held = now(), weight.data[7, 3].clone()
+    with t.no_grad():
+        weight[7, 3] += 0.5
+        changed = now()
+        weight[7, 3] = held
+    assert changed != first == now()
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ class ModelInfo:
     What is loaded. `bos` is the text of the BOS token ("" when there is none) and `default_bos` whether prompts get it unasked (`bos_habit`: why). `warning`: a GPU that is
     here and not used, or filled by others. `repairs`: what Loupe puts right in TransformerLens on this model (model/live_hooks.py), and a script of
     TransformerLens alone lacks. `chat_template`: whether its tokenizer can write chats. `against`: the second model, `beside` what the two share,
-    `names` both as they are shown; `scale` of an adapter (None: it is none) and its `base`; `beside_scale` where the second model is one.
+    `names` both as they are shown; `scale` of an adapter (None: it is none) and its `base`; `beside_scale` where the second model is one; `weights`: a digest of some of them.
     """
 
     name: str
@@ -115,6 +115,7 @@ class ModelInfo:
     scale: float | None = None
     base: str = ""
     beside_scale: float | None = None
+    weights: str = ""
 
     @property
     def key(self) -> str:
@@ -124,7 +125,7 @@ class ModelInfo:
     @property
     def identity(self) -> tuple:
         """What results that belong together have in common: all of the model but where it ran."""
-        return self.name, self.scaled, self.dtype, self.n_params, self.against, self.beside_scale, self.default_bos
+        return self.name, self.weights, self.scaled, self.dtype, self.n_params, self.against, self.beside_scale, self.default_bos
 
     @property
     def scales(self) -> float | None:

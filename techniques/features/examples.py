@@ -12,7 +12,7 @@ import numpy as np
 import torch as t
 from torch import Tensor
 
-from model.artefacts import corpus, unembed_hash, windows
+from model.artefacts import corpus, fingerprint, windows
 from model.bridge import Model, Passed
 from model.memory import in_chunks
 from model.sae import CHUNK_BYTES, SparseAutoencoder
@@ -47,7 +47,7 @@ def examples(model: Model, ask: Examples) -> Generator[Progress, None, ExamplesR
     if not len(rows):
         raise EmptyPart(f"{file.name} has no more than {ask.part[0]} pieces")
     pairs = () if d.d_sae <= ALL_PAIRS else ask.indices
-    recipe = (d.digest, d.view, unembed_hash(model), model.info.dtype, hashlib.sha256(rows.numpy().tobytes()).hexdigest(), ask.k, pairs)
+    recipe = (d.digest, d.view, fingerprint(model), model.info.dtype, hashlib.sha256(rows.numpy().tobytes()).hexdigest(), ask.k, pairs)
     kept = folder("saes") / ".cache" / f"{hashlib.sha256(repr(recipe).encode()).hexdigest()[:24]}.npz"
     cached = kept.is_file()
     found = read(kept) if cached else None

@@ -33,6 +33,9 @@ COSTLY = (  # seconds each, and the like of each is tested by another: for `-m t
     "test_nothing_of_another_model_is_shown[False]", "test_every_key_before_there_is_a_model[True]", "test_memory_of_16k_features_on_a_model_as_wide_as_gpt2",
     "test_bad_sources", "test_acdc_finds_the_induction_circuit", "test_a_chain_of_removals_is_one_after_the_other", "test_ctrl_c_leaves_a_whole_checkpoint",
     "test_the_script_prints_the_same_faithfulness[False]", "test_an_adapter_beside_its_base", "test_an_engine_of_other_code",
+    "test_hostile_names_everywhere", "test_48_by_64_heads", "test_a_thousand_tokens", "test_every_key_before_there_is_a_model[False]", "test_text_on_the_wire[size0]",
+    "test_going_far[size0]", "test_figures_on_held_out_text[L0.resid_post]", "test_half_precision[gemma2-bfloat16]", "test_the_benchmark",
+    "test_paths_by_position_from_embeddings_and_from_several", "test_history_note_jump_compare_resume",
 )  # fmt: skip
 WORDS = "When Mary and John went to the store, Alice gave a drink to Mary. she it Tom Anna school milk then red green blue"
 

@@ -249,7 +249,7 @@ async def test_keys_before_a_model_is_there_and_after_the_engine_died(zoo, tmp_p
     client.start = client.stop  # it does not come
     async with app.run_test(size=(120, 36)) as pilot:
         for pane in PANES.values():
-            for key in "@yapc":
+            for key in "ac":
                 app.say("")
                 await press(app, pilot, pane.number, key)
                 assert "no model yet" in shown(app), (pane.key, key)

@@ -84,7 +84,8 @@ def over_set(model: Model, ask: QKSet, saes: InSum) -> Generator[Progress, None,
     first = each[0]
     mean = {name: float(np.mean([r[name] for r in each])) for name in ("total", "score", "capped", "attention")}
     instead = {NONE: "", MEAN: (mean_of := "the mean over the sources in sight"), None: mean_of}.get(ask.instead, f"source {ask.instead}")
-    words = f"mean over {len(each)} prompts of the set with 95 % intervals, {"the metric's position" if ask.dest is None else ask.dest} to {ask.source}, {first['convention']}"
+    how = first["convention"].replace(first["instead"], instead) if first["instead"] else first["convention"]  # positions and counts are each prompt's own
+    words = f"mean over {len(each)} prompts of the set with 95 % intervals, {"the metric's position" if ask.dest is None else ask.dest} to {ask.source}, {how}"
     words += ", what a prompt lacks counts as 0" * ask.features
     common = first | mean | {"instead": instead, "error": max(r["error"] for r in each), "convention": words}
     return result(ask, saes, sides, common, [i for i, _ in members], [r["total"] for r in each])

@@ -79,8 +79,8 @@ def moved(split: Split, name: str, other: tuple[str, Acts] | None) -> tuple[Tens
         if m[3]:
             change = -wrote.error() if there is None else there.error() - wrote.error()
         else:
-            own, new = wrote.activation(int(m[2])), 0.0 if there is None else there.activation(int(m[2]))
-            change = (new - own)[:, None] * wrote.d.rows([int(m[2])]) * wrote.d.scale(split.acts[wrote.d.point][0])
+            own, new = wrote.written(int(m[2])), 0.0 if there is None else there.written(int(m[2]))
+            change = new - own
         return wrote.to_stream(change), wrote.real(change)
     said = -component(split, split.ask.which, split.acts, name)
     said = said if other is None else said + component(split, *other, name)

@@ -35,7 +35,8 @@ def show_qk(out: Console, r: QKResult) -> None:
     rows, cols, values = numbers(r, "largest", (16, 6) if isinstance(r, QKFeaturesResult) else (24, 12))
     name = lambda pos: f"{pos} {show_token(r.tokens.texts[pos])}"  # noqa: E731
     against, what = f", less {r.instead}" if r.instead else "", "features" if isinstance(r, QKFeaturesResult) else "components"
-    shown = table(f"L{r.layer}H{r.head} from {name(r.dest)} to {name(r.source)}{against}: query {what} (rows) by key {what}", "", *cols)
+    where = f"over {len(r.prompts)} prompts" if r.prompts.size else f"from {name(r.dest)} to {name(r.source)}"
+    shown = table(f"L{r.layer}H{r.head} {where}{against}: query {what} (rows) by key {what}", "", *cols)
     for row, line in zip(rows, values.tolist()):
         shown.add_row(row, *(plain(show_number(v, 7), CYAN if abs(v) > abs(r.total) / 4 else "") for v in line))
     out.print(shown)

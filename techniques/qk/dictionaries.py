@@ -159,6 +159,10 @@ class Wrote:
         x = self.acts[self.d.point][0]
         return t.cat([self.d.encode(x[piece])[:, index] for piece in self.d.pieces(len(x))])
 
+    def written(self, index: int) -> Tensor:
+        """What one feature writes at the SAE's point [seq, d_out], at this run's own scale."""
+        return self.activation(index)[:, None] * self.d.rows([index]) * self.d.scale(self.acts[self.d.point][0])
+
     def kept(self, at: list[int]) -> Tensor:
         """The factor that interventions on attention left of heads' outputs at positions [n, 1]."""
         return t.tensor([[factor(self.runs, self.which, "attn", self.d.layer, p)] for p in at], device=self.runs.model.device)

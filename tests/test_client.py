@@ -1,6 +1,7 @@
 """The screen's end of the wire, with processes that are only pipes."""
 
 import asyncio
+import io
 import random
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 from screen import client
 from screen.client import Client, EngineDied
 from vocabulary.requests import Progress, Status, StatusResult
-from vocabulary.wire import DAMAGED, MARK, Frame, encode, sealed
+from vocabulary.wire import DAMAGED, HEAD, MARK, Frame, WireError, encode, read_sealed, sealed
 
 HELLO = sealed(encode(Frame("hello")))
 
@@ -161,6 +162,21 @@ async def test_what_is_no_engine_or_is_damaged_is_one_line(pipes, tmp_path, came
     pipe.end()
     await link.reader
     assert len(deaths) == 1 and deaths[0].startswith(reason) and deaths[0].isprintable() and len(deaths[0]) < 200
+
+
+@pytest.mark.parametrize("said", [b"Loading cuda/12.4\n", b"\0\0"])
+@pytest.mark.parametrize("at", range(1, len(MARK) + HEAD + 1))
+async def test_noise_in_the_head_of_a_frame_is_said_at_once(pipes, tmp_path, said, at):
+    """Not when as many bytes have come as the noise says; the line stays open. In its mark: when the next frame comes."""
+    deaths, came = [], HELLO[:at] + said + HELLO[at:] + HELLO
+    link = Client(tmp_path / "log", on_death=deaths.append)
+    await link.start()
+    pipes[0].kill = pipes[0].end
+    pipes[0].stdout.feed_data(came)
+    await asyncio.wait_for(link.reader, 5)
+    assert deaths == [DAMAGED]
+    with pytest.raises(WireError, match="damaged" if at >= len(MARK) else "not Loupe's wire"):
+        read_sealed(io.BytesIO(came).read)
 
 
 @pytest.mark.parametrize(

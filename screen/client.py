@@ -175,8 +175,8 @@ class Client:
             elif way := self.said_on_the_way():
                 reason = f"{reason.partition(':')[0]}: {way}"
             reason = self.stopped or reason
-        except WireError as error:
-            reason = str(error)
+        except Exception as error:
+            reason = str(error) if isinstance(error, WireError) else f"a fault in reading what it sent: {error!r}"
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()

@@ -179,6 +179,24 @@ async def test_noise_in_the_head_of_a_frame_is_said_at_once(pipes, tmp_path, sai
         read_sealed(io.BytesIO(came).read)
 
 
+async def test_a_fault_of_the_reader_ends_the_jobs_in_words(pipes, tmp_path, monkeypatch):
+    for came in (sealed(encode(Frame("piece", 1))), sealed(encode(Frame("piece", 1, body=Status()))), answer(1)):
+        deaths = []
+        link = Client(tmp_path / "log", on_death=deaths.append)
+        await link.start()
+        task = await asked(link)
+        if came == answer(1):
+            monkeypatch.setattr(link.line, "hear", lambda frame: 1 / 0)
+        pipes[-1].kill = pipes[-1].end
+        pipes[-1].stdout.feed_data(came)
+        with pytest.raises(EngineDied):
+            await task
+        await link.reader
+        assert deaths == [
+            "a piece without a part of a frame" if came != answer(1) else "a fault in reading what it sent: ZeroDivisionError('division by zero')"
+        ]
+
+
 @pytest.mark.parametrize(
     "log, said",
     [

@@ -172,6 +172,8 @@ class Flow:
         self.heard, self.owes = self.heard + 1, True
         if frame.kind != "piece":
             return frame
+        if not isinstance(frame.body, Piece):
+            raise WireError("a piece without a part of a frame")
         piece, some = frame.body, self.begun.setdefault(frame.id, bytearray())
         some += piece.data.tobytes()
         if piece.of and len(some) < piece.of:

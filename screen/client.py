@@ -237,7 +237,11 @@ class Client:
                 old.future.set_exception(Superseded())
         self.count += 1
         job = self.jobs[self.count] = Job(self.count, slot, request, asyncio.get_running_loop().create_future(), on_partial)
-        self.send(Frame("ask", job.id, slot, priority, request))
+        try:
+            self.send(Frame("ask", job.id, slot, priority, request))
+        except WireError as error:
+            del self.jobs[job.id]
+            raise EngineError(str(error), "user") from error
         try:
             return await job.future
         except asyncio.CancelledError:

@@ -5,10 +5,12 @@ import io
 import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from screen import client
-from screen.client import Client, EngineDied
+from screen.client import Client, EngineDied, EngineError
+from vocabulary.flow import Piece
 from vocabulary.requests import Progress, Status, StatusResult
 from vocabulary.wire import DAMAGED, HEAD, MARK, Frame, WireError, encode, read_sealed, sealed
 
@@ -195,6 +197,15 @@ async def test_a_fault_of_the_reader_ends_the_jobs_in_words(pipes, tmp_path, mon
         assert deaths == [
             "a piece without a part of a frame" if came != answer(1) else "a fault in reading what it sent: ZeroDivisionError('division by zero')"
         ]
+
+
+async def test_a_question_too_large_to_be_sent_is_refused(pipes, tmp_path):
+    link = Client(tmp_path / "log")
+    await link.start()
+    with pytest.raises(EngineError, match="5.0 GB of arrays .* too large for one message"):
+        await link.ask("x", Piece(np.broadcast_to(np.uint8(0), 5 * 10**9), 1))
+    assert link.jobs == {} and not link.flow.waiting
+    await link.stop()
 
 
 @pytest.mark.parametrize(

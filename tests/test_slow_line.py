@@ -193,6 +193,17 @@ def test_inside_a_machine_everything_goes_whole_and_at_once():
     assert flow.take() == sealed(encode(frame)) and flow.take() is None and not flow.away
 
 
+@pytest.mark.parametrize("kind", ["result", "partial"])
+def test_an_answer_too_large_to_be_sent_is_an_error_of_its_job(kind):
+    line = Line()
+    for body in (Piece(np.broadcast_to(np.uint8(0), 5 * 10**9), 1), Progress(0, 0, "x" * (65 << 20))):
+        line.send(line.engine, Frame(kind, 1, "slot", 1, body))
+        line.send(line.engine, Frame("result", 2, "", 1, noise(100)))
+        line.run()
+        (_, error), (_, other) = line.came[line.screen][-2:]
+        assert (error.kind, error.id, error.slot, other.id) == ("error", 1, "slot", 2) and "too large for one message: ask for less" in error.body.message
+
+
 def test_frames_are_packed_where_that_gains():
     line, even = Line(), Piece(np.zeros(50_000, np.uint8), 1)
     line.send(line.engine, Frame("result", 1, "", 1, even))

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from vocabulary.requests import Progress
+from vocabulary.requests import Failure, Progress
 from vocabulary.wire import Frame, WireError, encode, message, read_frame, sealed
 
 PIECE, LARGEST = 1 << 10, 64 << 10  # bytes of a piece
@@ -87,8 +87,16 @@ class Flow:
         return sum(w.left for w in self.waiting)
 
     def put(self, frame: Frame) -> None:
+        """What is too large to be sent becomes an error of its job; WireError where it is a question."""
+        try:
+            data = encode(frame)
+        except WireError as error:
+            if frame.kind not in (*ENDS, "partial"):
+                raise
+            frame = replace(frame, kind="error", body=Failure(str(error), "user"))
+            data = encode(frame)
         notice, self.numbers = isinstance(frame.body, Progress) and frame.body.notice, self.numbers + 1
-        new = Waiting(replace(frame, body=None), encode(frame), self.numbers, frame.kind in ("progress", "partial") and not notice, adds(frame.body))
+        new = Waiting(replace(frame, body=None), data, self.numbers, frame.kind in ("progress", "partial") and not notice, adds(frame.body))
         if frame.kind in ENDS:
             self.remove(lambda w: w.job == new.job and w.passing)
             self.turns.pop(new.job, None)

@@ -73,7 +73,7 @@ def door(kind: type) -> ModuleType:
 
 KINDS = ("ask", "cancel", "stop", "ping", "hello", "news", "left", "progress", "partial", "result", "error", "cancelled", "piece", "heard")
 MAX_HEADER = 64 << 20
-MAX_ARRAY = 4 << 30
+MAX_ARRAY = (4 << 30) - 2 * MAX_HEADER  # all arrays of a frame: its length has 32 bits
 DTYPES = ("<f4", "<f8", "<f2", "<i4", "<i8", "<i2", "|u1", "|i1", "|b1")
 
 
@@ -93,19 +93,21 @@ class Frame:
 
 
 def encode(frame: Frame) -> bytes:
-    """A frame as bytes."""
+    """A frame as bytes. WireError where it is too large to be read."""
     arrays: list[np.ndarray] = []
 
     def hook(obj: object) -> int:
         if not isinstance(obj, np.ndarray):
             raise NotImplementedError(f"{type(obj).__name__} does not go on the wire")
-        arrays.append(np.asarray(obj, order="C"))
+        arrays.append(obj)
         return len(arrays) - 1
 
     name = "" if frame.body is None else type(frame.body).__name__
     assert name == "" or TYPES.get(name) is type(frame.body), f"{name} is not in the vocabulary"
     body = msgspec.to_builtins(frame.body, enc_hook=hook)
     head = msgspec.msgpack.encode([frame.kind, frame.id, frame.slot, frame.priority, frame.model, name, body, [[a.dtype.str, a.shape] for a in arrays]])
+    if (size := sum(a.nbytes for a in arrays)) > MAX_ARRAY or len(head) > MAX_HEADER:
+        raise WireError(f"{name}: {size / 1e9:.1f} GB of arrays and {len(head) / 1e6:.1f} MB of other fields are too large for one message: ask for less")
     return len(head).to_bytes(4, "big") + head + b"".join(a.tobytes() for a in arrays)
 
 

@@ -7,6 +7,7 @@ import itertools
 import random
 import sys
 import time
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from test_far import bench, minutes, until  # noqa: F401
 from screen.client import Client, Superseded
 from techniques.lens.requests import LensResult
 from techniques.output.requests import Run
-from vocabulary.flow import FIRST, Flow, Piece, adds
+from vocabulary.flow import BLOCK, FIRST, Flow, Piece, adds
 from vocabulary.prompts import Study
 from vocabulary.requests import Load, Progress, Where
 from vocabulary.wire import Frame, encode, read_sealed, sealed
@@ -209,6 +210,33 @@ def test_frames_are_packed_where_that_gains():
     line.send(line.engine, Frame("result", 1, "", 1, even))
     line.run(1.5)
     assert np.array_equal(line.came[line.screen][-1][1].body.data, even.data)
+
+
+def test_a_large_frame_is_packed_block_by_block(monkeypatch):
+    """Keys are answered meanwhile: 40 MB at once stop them for a second. Blocks that gain, and some that do not, come as they were."""
+    blocks, real = [], zlib.compressobj
+
+    class Counted:
+        def __init__(self, level):
+            self.packer = real(level)
+
+        def compress(self, block):
+            blocks.append(len(block))
+            return self.packer.compress(block)
+
+        def flush(self, mode):
+            return self.packer.flush(mode)
+
+    monkeypatch.setattr(zlib, "compressobj", Counted)
+    line, size = Line(0.05, 1e6), 3 * BLOCK
+    random_last = np.concatenate([np.arange(size, dtype=np.int64).view(np.uint8) // 3, noise(BLOCK + 77).data])
+    line.send(line.engine, Frame("result", 1, "", 1, Piece(random_last, 1)))
+    line.send(line.engine, Frame("result", 2, "", 1, Piece(random_last[::-1].copy(), 1)))
+    assert sum(blocks) <= 2 * BLOCK
+    line.run()
+    came = {f.id: f.body.data for _, f in line.came[line.screen] if f.id}
+    assert np.array_equal(came[1], random_last) and np.array_equal(came[2], random_last[::-1])
+    assert max(blocks) == BLOCK and not line.screen.begun and not line.engine.waiting and line.engine.flying == 0
 
 
 @pytest.mark.table

@@ -62,7 +62,6 @@ from techniques import parts
 from utils import ROOT, printable, settings, visible
 from widgets import BAD, PLAIN, WARN, Lines, Spans
 
-ENDING = (signal.SIGHUP, signal.SIGTERM)
 MODEL_OPTIONS = ("model", "base", "dtype", "device", "device_map", "against")
 EARLY: list[int] = []  # those that came before the app could leave the terminal as it was
 try:
@@ -437,8 +436,9 @@ def main(args: argparse.Namespace, engine: tuple[subprocess.Popen, str, int] | N
     app = Loupe(session, args.via, note, table=table)
     app.client.early = engine
     app.shared.takes = args.resume is None and not any(getattr(args, name) for name in MODEL_OPTIONS)
-    for sig in ENDING:
+    for sig in early.ENDING:
         signal.signal(sig, lambda number, frame: EARLY.append(number))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         app.run(mouse=args.mouse)
     finally:

@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -94,6 +95,9 @@ class Screen(Seat):
                 self.out.flush()
         except OSError:
             self.gone_by()
+        except Exception:
+            traceback.print_exc()
+            self.gone_by()
 
     def close(self) -> None:
         with self.ready:
@@ -145,8 +149,10 @@ class Host:
                 whole = frame and screen.arrived(frame)
             except OSError:
                 frame = None
-            except WireError as error:
-                print(f"stdin: {error}", file=sys.stderr, flush=True)
+            except Exception as error:
+                words = str(error) if isinstance(error, WireError) else f"a fault in reading it: {error!r}"
+                print(f"stdin: {words}", file=sys.stderr, flush=True)
+                self.say_last(f"the engine can't read what this screen sends: {words}", [screen])
                 if self.path is None:
                     os._exit(1)
                 break
@@ -276,14 +282,17 @@ class Host:
         if self.path is None:
             os._exit(0)
         words = "the engine was stopped by another screen" if by else "the engine was stopped (engine.py stop)"
-        others = [s for s in self.scheduler.seats if s is not by]
-        for screen in others:
-            screen.put(Frame("news", body=News(words, stopped=True)))
-        until = time.monotonic() + 0.5
-        while not all(s.silent for s in others) and time.monotonic() < until:
-            time.sleep(0.01)
+        self.say_last(words, [s for s in self.scheduler.seats if s is not by])
         self.path.unlink(missing_ok=True)
         os._exit(0)
+
+    def say_last(self, words: str, screens: list[Screen]) -> None:
+        """Why there is no engine for them any more."""
+        for screen in screens:
+            screen.put(Frame("news", body=News(words, stopped=True)))
+        until = time.monotonic() + 0.5
+        while not all(s.silent for s in screens) and time.monotonic() < until:
+            time.sleep(0.01)
 
 
 def words(job: Job) -> str:

@@ -175,8 +175,8 @@ class Client:
             elif way := self.said_on_the_way():
                 reason = f"{reason.partition(':')[0]}: {way}"
             reason = self.stopped or reason
-        except WireError as error:
-            reason = str(error)
+        except Exception as error:
+            reason = str(error) if isinstance(error, WireError) else f"a fault in reading what it sent: {error!r}"
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
@@ -237,7 +237,11 @@ class Client:
                 old.future.set_exception(Superseded())
         self.count += 1
         job = self.jobs[self.count] = Job(self.count, slot, request, asyncio.get_running_loop().create_future(), on_partial)
-        self.send(Frame("ask", job.id, slot, priority, request))
+        try:
+            self.send(Frame("ask", job.id, slot, priority, request))
+        except WireError as error:
+            del self.jobs[job.id]
+            raise EngineError(str(error), "user") from error
         try:
             return await job.future
         except asyncio.CancelledError:

@@ -1,8 +1,11 @@
 """The engine's process is started before Textual is imported, so that both load at the same time. No Textual, no numpy: it takes a moment."""
 
 import argparse
+import atexit
+import contextlib
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +13,9 @@ from pathlib import Path
 from utils import ROOT, settings
 from vocabulary.files import folder, open_log, reason
 from vocabulary.nodes import UserError
+
+ENDING = (signal.SIGHUP, signal.SIGTERM)
+STARTED: list[subprocess.Popen] = []
 
 
 def parser() -> argparse.ArgumentParser:
@@ -69,14 +75,36 @@ def spawn(words: list[str], log: Path) -> tuple[subprocess.Popen, str, int]:
         note = f"{log} can't be written ({reason(error)}): what the engine says is lost"
         file = os.open(os.devnull, os.O_WRONLY)
     try:
-        return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, start_new_session=True, cwd=ROOT), note, since
+        STARTED.append(subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, start_new_session=True, cwd=ROOT))
+        return STARTED[-1], note, since
     finally:
         os.close(file)
 
 
+@atexit.register
+def end_all() -> None:
+    """End what was started and still goes when the program ends, as when no screen opened: SIGTERM first, on which srun cancels its job."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        going = [p for p in STARTED if p.poll() is None]
+        for process in going:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+        for process in going:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(2)
+
+
 def start(args: argparse.Namespace) -> tuple[subprocess.Popen, str, int] | None:
-    """The engine for a screen that is about to open; None where it can't, which the screen's own start then says."""
+    """The engine for a screen that is about to open; None where it can't, which the screen's own start then says. From here on a signal ends both."""
+    came, signals = [], (signal.SIGINT, *ENDING)
+    for number in signals:
+        signal.signal(number, lambda number, frame: came.append(number))  # not in the middle of a process's start
     try:
-        return None if args.keys or no_terminal() else spawn(command(args.via), folder("logs") / "engine.log")
+        engine = None if args.keys or no_terminal() else spawn(command(args.via), folder("logs") / "engine.log")
     except (UserError, OSError, ValueError):
-        return None
+        engine = None
+    for number in signals:
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    if came:
+        sys.exit(128 + came[0])
+    return engine

@@ -1,15 +1,18 @@
 """The screen's end of the wire, with processes that are only pipes."""
 
 import asyncio
+import io
 import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from screen import client
-from screen.client import Client, EngineDied
+from screen.client import Client, EngineDied, EngineError
+from vocabulary.flow import Piece
 from vocabulary.requests import Progress, Status, StatusResult
-from vocabulary.wire import DAMAGED, MARK, Frame, encode, sealed
+from vocabulary.wire import DAMAGED, HEAD, MARK, Frame, WireError, encode, read_sealed, sealed
 
 HELLO = sealed(encode(Frame("hello")))
 
@@ -161,6 +164,48 @@ async def test_what_is_no_engine_or_is_damaged_is_one_line(pipes, tmp_path, came
     pipe.end()
     await link.reader
     assert len(deaths) == 1 and deaths[0].startswith(reason) and deaths[0].isprintable() and len(deaths[0]) < 200
+
+
+@pytest.mark.parametrize("said", [b"Loading cuda/12.4\n", b"\0\0"])
+@pytest.mark.parametrize("at", range(1, len(MARK) + HEAD + 1))
+async def test_noise_in_the_head_of_a_frame_is_said_at_once(pipes, tmp_path, said, at):
+    """Not when as many bytes have come as the noise says; the line stays open. In its mark: when the next frame comes."""
+    deaths, came = [], HELLO[:at] + said + HELLO[at:] + HELLO
+    link = Client(tmp_path / "log", on_death=deaths.append)
+    await link.start()
+    pipes[0].kill = pipes[0].end
+    pipes[0].stdout.feed_data(came)
+    await asyncio.wait_for(link.reader, 5)
+    assert deaths == [DAMAGED]
+    with pytest.raises(WireError, match="damaged" if at >= len(MARK) else "not Loupe's wire"):
+        read_sealed(io.BytesIO(came).read)
+
+
+async def test_a_fault_of_the_reader_ends_the_jobs_in_words(pipes, tmp_path, monkeypatch):
+    for came in (sealed(encode(Frame("piece", 1))), sealed(encode(Frame("piece", 1, body=Status()))), answer(1)):
+        deaths = []
+        link = Client(tmp_path / "log", on_death=deaths.append)
+        await link.start()
+        task = await asked(link)
+        if came == answer(1):
+            monkeypatch.setattr(link.line, "hear", lambda frame: 1 / 0)
+        pipes[-1].kill = pipes[-1].end
+        pipes[-1].stdout.feed_data(came)
+        with pytest.raises(EngineDied):
+            await task
+        await link.reader
+        assert deaths == [
+            "a piece without a part of a frame" if came != answer(1) else "a fault in reading what it sent: ZeroDivisionError('division by zero')"
+        ]
+
+
+async def test_a_question_too_large_to_be_sent_is_refused(pipes, tmp_path):
+    link = Client(tmp_path / "log")
+    await link.start()
+    with pytest.raises(EngineError, match="5.0 GB of arrays .* too large for one message"):
+        await link.ask("x", Piece(np.broadcast_to(np.uint8(0), 5 * 10**9), 1))
+    assert link.jobs == {} and not link.flow.waiting
+    await link.stop()
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,28 @@ def test_hello_comes_before_any_answer(monkeypatch):
     assert frames[0].kind == "hello" and frames[-2].kind == "result"
 
 
+@pytest.mark.parametrize("frame", [Frame("piece", 1), Frame("piece", 1, body=Load("x")), Frame("ping")])
+def test_a_fault_of_a_screens_threads_ends_that_screen_in_words(frame, monkeypatch, capsys):
+    """A piece that is none, a fault in reading; and in writing."""
+    host, gone, sent = Host(Pretended(), "socket"), [], io.BytesIO()
+    screen = Screen(io.BytesIO(sealed(encode(frame))).read, sent, lambda: gone.append(1))
+    if frame.kind == "ping":
+        monkeypatch.setattr(screen.flow, "arrived", lambda frame: 1 / 0)
+    writer = threading.Thread(target=screen.write_all)
+    writer.start()
+    host.read_all(screen)
+    screen.close()
+    writer.join()
+    sent.seek(0)
+    last = read_sealed(sent.read).body
+    assert gone == [1] and last.stopped and "can't read what this screen sends: " in last.text
+    assert last.text.endswith("a piece without a part of a frame" if frame.kind == "piece" else "ZeroDivisionError('division by zero')")
+    screen = Screen(None, None, lambda: gone.append(2))
+    screen.put(Frame("hello"))
+    screen.write_all()
+    assert gone == [1, 2] and "Traceback" in capsys.readouterr().err
+
+
 def test_without_keeping_nothing_outlives_its_screen():
     desk = Desk("a", keeps=False)
     desk.ask("a", 1, 6)

@@ -7,6 +7,7 @@ import itertools
 import random
 import sys
 import time
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from test_far import bench, minutes, until  # noqa: F401
 from screen.client import Client, Superseded
 from techniques.lens.requests import LensResult
 from techniques.output.requests import Run
-from vocabulary.flow import FIRST, Flow, Piece, adds
+from vocabulary.flow import BLOCK, FIRST, Flow, Piece, adds
 from vocabulary.prompts import Study
 from vocabulary.requests import Load, Progress, Where
 from vocabulary.wire import Frame, encode, read_sealed, sealed
@@ -193,11 +194,49 @@ def test_inside_a_machine_everything_goes_whole_and_at_once():
     assert flow.take() == sealed(encode(frame)) and flow.take() is None and not flow.away
 
 
+@pytest.mark.parametrize("kind", ["result", "partial"])
+def test_an_answer_too_large_to_be_sent_is_an_error_of_its_job(kind):
+    line = Line()
+    for body in (Piece(np.broadcast_to(np.uint8(0), 5 * 10**9), 1), Progress(0, 0, "x" * (65 << 20))):
+        line.send(line.engine, Frame(kind, 1, "slot", 1, body))
+        line.send(line.engine, Frame("result", 2, "", 1, noise(100)))
+        line.run()
+        (_, error), (_, other) = line.came[line.screen][-2:]
+        assert (error.kind, error.id, error.slot, other.id) == ("error", 1, "slot", 2) and "too large for one message: ask for less" in error.body.message
+
+
 def test_frames_are_packed_where_that_gains():
     line, even = Line(), Piece(np.zeros(50_000, np.uint8), 1)
     line.send(line.engine, Frame("result", 1, "", 1, even))
     line.run(1.5)
     assert np.array_equal(line.came[line.screen][-1][1].body.data, even.data)
+
+
+def test_a_large_frame_is_packed_block_by_block(monkeypatch):
+    """Keys are answered meanwhile: 40 MB at once stop them for a second. Blocks that gain, and some that do not, come as they were."""
+    blocks, real = [], zlib.compressobj
+
+    class Counted:
+        def __init__(self, level):
+            self.packer = real(level)
+
+        def compress(self, block):
+            blocks.append(len(block))
+            return self.packer.compress(block)
+
+        def flush(self, mode):
+            return self.packer.flush(mode)
+
+    monkeypatch.setattr(zlib, "compressobj", Counted)
+    line, size = Line(0.05, 1e6), 3 * BLOCK
+    random_last = np.concatenate([np.arange(size, dtype=np.int64).view(np.uint8) // 3, noise(BLOCK + 77).data])
+    line.send(line.engine, Frame("result", 1, "", 1, Piece(random_last, 1)))
+    line.send(line.engine, Frame("result", 2, "", 1, Piece(random_last[::-1].copy(), 1)))
+    assert sum(blocks) <= 2 * BLOCK
+    line.run()
+    came = {f.id: f.body.data for _, f in line.came[line.screen] if f.id}
+    assert np.array_equal(came[1], random_last) and np.array_equal(came[2], random_last[::-1])
+    assert max(blocks) == BLOCK and not line.screen.begun and not line.engine.waiting and line.engine.flying == 0
 
 
 @pytest.mark.table

@@ -328,3 +328,14 @@ def test_without_a_terminal(stdin, term, why):
     assert process.wait(20) == 1
     said = process.stderr.read() if ends[0] is None else os.read(ends[0], 4096)
     assert why.encode() in said and said.strip().count(b"\n") == 0
+
+
+@pytest.mark.parametrize("how", ["sys.exit('no such session')", "1 / 0", *(f"signal.raise_signal(signal.{s})" for s in ("SIGINT", "SIGTERM", "SIGHUP"))])
+def test_what_carries_the_engine_ends_with_a_screen_that_never_opens(tmp_path, how):
+    """A session that isn't there, a fault, a signal while Textual is imported."""
+    begin = f"early.no_terminal, early.folder = str, lambda name: Path({str(tmp_path)!r}); print(early.start(early.parser().parse_args(['--via', \"sh -c 'sleep 600; true'\"]))[0].pid, flush=True)"
+    code = f"import signal, sys; from pathlib import Path; from screen import early; {begin}; {how}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode and done.stdout
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(done.stdout), 0)

@@ -17,13 +17,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from vocabulary.requests import Progress
+from vocabulary.requests import Failure, Progress
 from vocabulary.wire import Frame, WireError, encode, message, read_frame, sealed
 
 PIECE, LARGEST = 1 << 10, 64 << 10  # bytes of a piece
 FIRST, MOST = 4 << 10, 4 << 20  # bytes on their way: at first, and the least; at most
 AHEAD = 8 << 10  # what an answer may go beyond that
-WORTH = 1 << 10  # bytes from which on a frame is compressed
+WORTH, BLOCK = 1 << 10, 256 << 10  # bytes from which on a frame is compressed, so many at a time
 QUEUE = 0.1  # seconds
 FORGOTTEN = 60.0  # seconds after which the quickest way there and back is measured anew
 AT_ONCE = ("hello", "ping", "news", "cancelled", "cancel", "stop", "piece")
@@ -33,7 +33,7 @@ ENDS = ("result", "error", "cancelled")
 
 @message
 class Piece:
-    """A part of a frame of `of` bytes, whose number is the frame's `id`; 0: what was sent of it is of no use. `packed`: all parts together are zlib's."""
+    """A part of a frame of `of` bytes, whose number is the frame's `id`; 0: what was sent of it is of no use. `packed`: the parts are a zlib stream of them."""
 
     data: np.ndarray
     of: int
@@ -52,12 +52,34 @@ class Waiting:
     number: int
     passing: bool  # a newer one, or the end of its job, takes its place
     adds: bool  # only the end does: it is not contained in the next
-    packed: bool = False
-    sent: int = 0
+    size: int  # bytes that go over the line, or of `data` where that is more than a block
+    sent: bool = False  # whether some of it was
+    done: int = 0  # bytes of `data` that were sent or packed
+    packer: object = None  # zlib's, where that gains
+    packed: bytes = b""  # what it made of the last block, without what was sent
 
     @property
     def left(self) -> int:
-        return len(self.data) - self.sent
+        return len(self.data) - self.done + len(self.packed)
+
+    def pack(self) -> None:
+        """Compress the next block, a moment's work whatever the frame's size; the first shows whether it gains."""
+        packer, block = self.packer or zlib.compressobj(1), self.data[self.done : self.done + BLOCK]
+        small = packer.compress(block) + packer.flush(zlib.Z_SYNC_FLUSH)
+        if self.packer or len(small) < 0.9 * len(block):
+            self.packer, self.packed, self.done = packer, small, self.done + len(block)
+
+    def part(self, most: int) -> bytes:
+        """The next bytes to be sent."""
+        self.sent = True
+        if self.packer is None:
+            part = self.data[self.done : self.done + most]
+            self.done += len(part)
+            return part
+        if not self.packed:
+            self.pack()
+        part, self.packed = self.packed[:most], self.packed[most:]
+        return part
 
     @property
     def job(self) -> int:
@@ -77,7 +99,7 @@ class Flow:
         self.sent = self.flying = 0
         self.least, self.before, self.since = math.inf, math.inf, now()
         self.heard, self.owes = 0, paced  # frames that came; whether to say so
-        self.begun: dict[int, bytearray] = {}
+        self.begun: dict[int, tuple[bytearray, object]] = {}  # what came of frames, and what unpacks it
 
     # ---------------------------------------------------------------- what waits
 
@@ -87,8 +109,16 @@ class Flow:
         return sum(w.left for w in self.waiting)
 
     def put(self, frame: Frame) -> None:
+        """What is too large to be sent becomes an error of its job; WireError where it is a question."""
+        try:
+            data = encode(frame)
+        except WireError as error:
+            if frame.kind not in (*ENDS, "partial"):
+                raise
+            frame = replace(frame, kind="error", body=Failure(str(error), "user"))
+            data = encode(frame)
         notice, self.numbers = isinstance(frame.body, Progress) and frame.body.notice, self.numbers + 1
-        new = Waiting(replace(frame, body=None), encode(frame), self.numbers, frame.kind in ("progress", "partial") and not notice, adds(frame.body))
+        new = Waiting(replace(frame, body=None), data, self.numbers, frame.kind in ("progress", "partial") and not notice, adds(frame.body), len(data))
         if frame.kind in ENDS:
             self.remove(lambda w: w.job == new.job and w.passing)
             self.turns.pop(new.job, None)
@@ -120,7 +150,7 @@ class Flow:
         if kind == "left":  # before the model, whose coming asks for what is left
             return 1, False, -1, w.number
         if kind == "ask":
-            return 1, len(w.data) > AHEAD, w.number
+            return 1, w.size > AHEAD, w.number
         passing = w.passing and priority > 0
         return 1, passing, priority, self.turns.get(w.job, -1) if passing else w.left, w.number
 
@@ -139,13 +169,13 @@ class Flow:
         if w is None or not self.may(w):
             return None
         most = min(max(PIECE, int(self.window) // 8), LARGEST)
-        if self.paced and not w.sent and not w.packed and len(w.data) > WORTH and len(small := zlib.compress(w.data, 1)) < 0.9 * len(w.data):
-            w.data, w.packed = small, True
-        if self.paced and (w.packed or w.sent or w.left > most):
-            part = w.data[w.sent : w.sent + most]
-            data, w.sent = encode(Frame("piece", w.number, body=Piece(np.frombuffer(part, np.uint8), len(w.data), w.packed))), w.sent + len(part)
+        if self.paced and not w.sent and len(w.data) > WORTH:
+            w.pack()
+            w.size = w.left if w.done == len(w.data) else w.size
+        if self.paced and (w.packer or w.sent or w.left > most):
+            data = encode(Frame("piece", w.number, body=Piece(np.frombuffer(w.part(most), np.uint8), len(w.data), bool(w.packer))))
         else:
-            data, w.sent = w.data, len(w.data)
+            data = w.part(len(w.data))
         if w.passing:
             self.turns[w.job] = self.sent
         if not w.left:
@@ -157,7 +187,7 @@ class Flow:
         return data
 
     def may(self, w: Waiting) -> bool:
-        answers = w.frame.kind in ("ask", "result", "error") and len(w.data) <= AHEAD
+        answers = w.frame.kind in ("ask", "result", "error") and w.size <= AHEAD
         return not self.paced or not self.flying or w.frame.kind in AT_ONCE or self.flying < self.window + AHEAD * answers
 
     # ---------------------------------------------------------------- what comes
@@ -172,17 +202,17 @@ class Flow:
         self.heard, self.owes = self.heard + 1, True
         if frame.kind != "piece":
             return frame
-        piece, some = frame.body, self.begun.setdefault(frame.id, bytearray())
-        some += piece.data.tobytes()
+        if not isinstance(frame.body, Piece):
+            raise WireError("a piece without a part of a frame")
+        piece, (some, unpacker) = frame.body, self.begun.setdefault(frame.id, (bytearray(), zlib.decompressobj()))
+        try:
+            some += unpacker.decompress(piece.data.tobytes()) if piece.packed else piece.data.tobytes()
+        except zlib.error as error:
+            raise WireError(f"a frame that can't be unpacked: {error}") from error
         if piece.of and len(some) < piece.of:
             return None
         del self.begun[frame.id]
-        if not piece.of:
-            return None
-        try:
-            return read_frame(io.BytesIO(zlib.decompress(some) if piece.packed else bytes(some)).read)
-        except zlib.error as error:
-            raise WireError(f"a frame that can't be unpacked: {error}") from error
+        return read_frame(io.BytesIO(some).read) if piece.of else None
 
     def adjust(self, size: int, when: float, used: bool) -> None:
         """The window, by how long a frame of this size took there and its acknowledgement back."""

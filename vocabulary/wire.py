@@ -9,6 +9,7 @@ import functools
 import importlib
 import io
 import math
+import re
 import types
 import typing
 import zlib
@@ -72,7 +73,7 @@ def door(kind: type) -> ModuleType:
 
 KINDS = ("ask", "cancel", "stop", "ping", "hello", "news", "left", "progress", "partial", "result", "error", "cancelled", "piece", "heard")
 MAX_HEADER = 64 << 20
-MAX_ARRAY = 4 << 30
+MAX_ARRAY = (4 << 30) - 2 * MAX_HEADER  # all arrays of a frame: its length has 32 bits
 DTYPES = ("<f4", "<f8", "<f2", "<i4", "<i8", "<i2", "|u1", "|i1", "|b1")
 
 
@@ -92,19 +93,21 @@ class Frame:
 
 
 def encode(frame: Frame) -> bytes:
-    """A frame as bytes."""
+    """A frame as bytes. WireError where it is too large to be read."""
     arrays: list[np.ndarray] = []
 
     def hook(obj: object) -> int:
         if not isinstance(obj, np.ndarray):
             raise NotImplementedError(f"{type(obj).__name__} does not go on the wire")
-        arrays.append(np.asarray(obj, order="C"))
+        arrays.append(obj)
         return len(arrays) - 1
 
     name = "" if frame.body is None else type(frame.body).__name__
     assert name == "" or TYPES.get(name) is type(frame.body), f"{name} is not in the vocabulary"
     body = msgspec.to_builtins(frame.body, enc_hook=hook)
     head = msgspec.msgpack.encode([frame.kind, frame.id, frame.slot, frame.priority, frame.model, name, body, [[a.dtype.str, a.shape] for a in arrays]])
+    if (size := sum(a.nbytes for a in arrays)) > MAX_ARRAY or len(head) > MAX_HEADER:
+        raise WireError(f"{name}: {size / 1e9:.1f} GB of arrays and {len(head) / 1e6:.1f} MB of other fields are too large for one message: ask for less")
     return len(head).to_bytes(4, "big") + head + b"".join(a.tobytes() for a in arrays)
 
 
@@ -174,35 +177,49 @@ def read_frame(read: Callable[[int], bytes]) -> Frame | None:
 
 # ------------------------------------------------------------------ frames on a line, between which others may print
 
-MARK = b"\xfeLp\xff"  # in no text
+MARK = b"\xfeLq\xff"  # in no text
+HEAD = 12  # bytes after it
 NOISE = 1 << 20  # bytes between two frames that are passed over
 NO_ENGINE = "not an engine: it says"
 DAMAGED = "what came over the line is damaged: something on its way (a shell's background job, a module system) printed to stdout in the middle of a frame"
 
 
 def sealed(data: bytes) -> bytes:
-    """A frame's bytes for a line: a mark, their number and checksum before them."""
-    return MARK + len(data).to_bytes(4, "big") + zlib.crc32(data).to_bytes(4, "big") + data
+    """A frame's bytes for a line: before them a mark, their number, their checksum, and the checksum of these two."""
+    head = len(data).to_bytes(4, "big") + zlib.crc32(data).to_bytes(4, "big")
+    return MARK + head + zlib.crc32(head).to_bytes(4, "big") + data
+
+
+def is_head(some: bytes) -> bool:
+    return len(some) == HEAD and zlib.crc32(some[:8]) == int.from_bytes(some[8:], "big")
+
+
+def sealed_size(head: bytes) -> int:
+    """How many bytes follow the head. WireError where something printed into it: else what comes would be waited for in vain."""
+    if not is_head(head):
+        raise WireError(DAMAGED)
+    return int.from_bytes(head[:4], "big")
 
 
 def unsealed(head: bytes, data: bytes) -> Frame:
-    if zlib.crc32(data) != int.from_bytes(head[4:], "big"):
+    if zlib.crc32(data) != int.from_bytes(head[4:8], "big"):
         raise WireError(DAMAGED)
     return read_frame(io.BytesIO(data).read)
 
 
 def read_sealed(read: Callable[[int], bytes]) -> Frame | None:
     """As `read_frame`, from a line on which nobody else prints."""
-    head = read(12)
-    if not head:
+    mark = read(len(MARK))
+    if not mark:
         return None
-    if not head.startswith(MARK):
-        raise WireError(f"this is not Loupe's wire: it begins {head!r}")
-    size = int.from_bytes(head[4:8], "big")
-    data = read(size) if len(head) == 12 else b""
-    if len(head) < 12 or len(data) < size:
+    if mark != MARK[: len(mark)]:
+        raise WireError(f"this is not Loupe's wire: it begins {mark!r}")
+    head = read(HEAD)
+    size = sealed_size(head) if len(head) == HEAD else 0
+    data = read(size)
+    if len(head) < HEAD or len(data) < size:
         raise WireError("the stream ended in the middle of a frame")
-    return unsealed(head[4:], data)
+    return unsealed(head, data)
 
 
 async def read_sealed_async(stream: asyncio.StreamReader) -> Frame:
@@ -220,9 +237,11 @@ async def read_sealed_async(stream: asyncio.StreamReader) -> Frame:
                 raise WireError(f"{NO_ENGINE} {in_words(said[:200])[:80]!r} …") from error
         except asyncio.IncompleteReadError as error:
             raise EOFError(in_words(said + error.partial)[-80:]) from error
+    if any(is_head(said[found.end() : found.end() + HEAD]) for found in re.finditer(MARK[-1:], said)):  # something printed into a mark
+        raise WireError(DAMAGED)
     try:
-        head = await stream.readexactly(8)
-        return unsealed(head, await stream.readexactly(int.from_bytes(head[:4], "big")))
+        head = await stream.readexactly(HEAD)
+        return unsealed(head, await stream.readexactly(sealed_size(head)))
     except asyncio.IncompleteReadError as error:
         raise EOFError("") from error
 

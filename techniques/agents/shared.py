@@ -12,7 +12,7 @@ from dataclasses import fields
 from model import relay
 from vocabulary.nodes import UserError
 from vocabulary.requests import Failure, Load, ModelInfo, Progress, Where
-from vocabulary.wire import Frame, encode, read_sealed, sealed
+from vocabulary.wire import Frame, WireError, encode, read_sealed, sealed
 
 PRIORITY = 9  # screens ask at 0 to 3
 EVERY = 0.25  # seconds after which one who waits may cancel
@@ -116,7 +116,7 @@ class SharedEngine:
             return None
         try:
             frame = read_sealed(self.exactly)
-        except OSError as error:
+        except (OSError, WireError) as error:
             raise UserError(GONE) from error
         if frame is None:
             raise UserError(GONE)

@@ -20,13 +20,14 @@ from engine import main
 from model.sae_loading import load
 from techniques.graphs import building, files, supernodes
 from techniques.graphs.requests import KINDS, AttributionGraph, GraphEffects, GraphGroups, GraphResult, GraphSteer
+from techniques.graphs.walk import place, steps
 from techniques.graphs.influence import flow, prune, replacement_and_completeness, shares
 from screen import history
 from screen.session import read_session
 from utils import ROOT
 from vocabulary.wire import to_json
 from vocabulary.nodes import UserError
-from vocabulary.prompts import Prompt, Study
+from vocabulary.prompts import Metric, Prompt, Study
 
 STUDY = Study(PROMPT)
 IOI = Prompt("When Mary and John went to the store, John gave a drink to", None, (" Mary",), (" John",))
@@ -663,3 +664,22 @@ async def test_pins_names_and_the_opened_graph_are_the_sessions(engines, tmp_pat
         assert "can't be read" in shown(app)
         await press(app, pilot, "u", "u")
         assert not app.state.graph and marks(app).pins == ("E_918_2",)
+
+
+async def test_a_files_graph_is_changed_at_its_own_position_and_for_its_own_answers(engines, tmp_path):
+    """With the session's metric at another position, what is said is what the file's position gives; with other answers, nothing."""
+    zoo, at = engines["zoo"], Study(IOI, metric=Metric(pos=10))
+    r = zoo.run(AttributionGraph(at, target="diff"))
+    feature = next(files.node_id(r, i) for i in np.argsort(-r.influence) if KINDS[r.kind[i]] == "feature")
+    files.save(tmp_path / "ten.json", r, files.marks_of(r, "zoo"))
+    app = make_app(zoo, tmp_path)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot, "grave_accent")
+        app.act("open_graph", path=str(tmp_path / "ten.json"))
+        app.panes["graph"].row = next(n for n, x in enumerate(steps(r, place(r, ""))) if files.node_id(r, x.node) == feature)
+        await press(app, pilot, "C")
+        want = zoo.run(GraphSteer(at, target="diff", steer=(feature,)))
+        assert f"predicted {want.predicted[0]:+.3f}, attention frozen {want.frozen[0]:+.3f}, true {want.true[0]:+.3f}" in " ".join(shown(app).split())
+        app.act("prompt", prompt=to_json(replace(IOI, answers=(" John",), foils=(" Mary",))))
+        await press(app, pilot, "C")
+        assert "this graph is of ' Mary' less ' John', and the prompt's answers and foils are ' John' less ' Mary'" in " ".join(shown(app).split())

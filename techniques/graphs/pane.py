@@ -1,6 +1,7 @@
 """Pane `: an attribution graph, of the prompt or of a file, walked from the logit: a node's inputs and outputs, with pins, names and supernodes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -68,11 +69,12 @@ class GraphPane(Pane):
         return asked if asked in ("clean", "corrupt") else app.state.study.base
 
     def asked(self, app: Host, kind: type = AttributionGraph, **more: object) -> object:
-        """A request about the prompt's own graph; about a file's, with its run, target and transcoders."""
+        """A request about the prompt's own graph; about a file's, with its run, position, target and transcoders."""
         study, target, which, sources = app.state.with_saes(app.study), app.state.views[self.view], self.which(app), app.state.transcoders
         if app.state.graph:
             r = self.whole(app)
             target, which, sources = r.target, r.which, r.sources
+            study = replace(study, metric=replace(study.metric, pos=actions.position(app, r)))
         return kind(study, sources, which=which, target=target, **more)
 
     def wants(self, app: Host) -> dict[str, object]:

@@ -11,6 +11,12 @@ from vocabulary.wire import message, request
 FEATURE, ERROR, TOKEN, LOGIT, SUPERNODE = KINDS = ("feature", "error", "token", "logit", "supernode")  # the last only where nodes of one name are drawn as one
 
 
+def difference(answers: list[str], foils: list[str]) -> str:
+    """The target of answers less foils in words, of their tokens' texts."""
+    tokens = lambda some: " ".join(map(repr, some[:2])) + (f" and {len(some) - 2} more" if len(some) > 2 else "")  # noqa: E731
+    return f"{tokens(answers)} less {tokens(foils)}"
+
+
 @dataclass(frozen=True)
 class OfGraph:
     """What every request about a graph says: of which prompt, transcoders and target it is, and how large."""

@@ -15,7 +15,7 @@ from screen.pane import Host, Pane
 from screen.pictures import run_name
 from techniques.graphs import actions
 from techniques.graphs.explained import EXPLAINED
-from techniques.graphs.files import as_json, marks_of, node_id, read
+from techniques.graphs.files import as_json, marks_of, node_id, read, version
 from techniques.graphs.requests import FEATURE, KINDS, AttributionGraph, GraphMarks, GraphResult
 from techniques.graphs.supernodes import folded, groups_of, title
 from techniques.graphs.walk import balance, place, steps
@@ -52,7 +52,7 @@ class GraphPane(Pane):
         self.table = GridView()
         self.row, self.col = 0, 0
         self.here, self.trail = "", []  # ids: the node at hand, and those before it with their rows
-        self.file: tuple = ()  # the stamp of the file that was read, its graph and the model of it
+        self.file: tuple = ()  # the stamp of the file that was read, with its graph and marks, or why it is none
         self.fold: tuple = ()  # of which graph and names, and that graph folded
 
     def body(self) -> Widget:
@@ -83,11 +83,16 @@ class GraphPane(Pane):
     # ---------------------------------------------------------------- what is shown
 
     def of_file(self, app: Host) -> tuple[GraphResult, GraphMarks]:
-        """The file's graph, read anew only when the file changed. UserError where it can't be read."""
+        """The file's graph, read anew only when the file changed. UserError where it can't be read, as long as it stays so."""
         path = Path(app.state.graph)
-        stamp = path, path.stat().st_mtime_ns if path.is_file() else 0
+        stamp = path, version(path)
         if not self.file or self.file[0] != stamp:
-            self.file = (stamp, *read(path))
+            try:
+                self.file = (stamp, *read(path))
+            except UserError as error:
+                self.file = (stamp, str(error))
+        if len(self.file) == 2:
+            raise UserError(self.file[1])
         return self.file[1:]
 
     def whole(self, app: Host) -> GraphResult:

@@ -35,7 +35,7 @@ class FileTranscoder:
         hook, self.hook_out = (f"blocks.{layer}.{h}" for h in hooks[1].split())
         self.point, self.site, self.out, self.device = read_point(model, source, hook), site(hook), read_point(model, source, self.hook_out), model.device
         held = lambda name: self.held(f"{name}{self.mark}")  # noqa: E731
-        self.stamp = tuple((p.stat().st_mtime_ns, p.stat().st_size) for p in (self.encoder, self.decoder) if p.is_file())
+        self.stamp = hooks, *((p.stat().st_mtime_ns, p.stat().st_size) for p in (self.encoder, self.decoder) if p.is_file())
         self.b_enc, self.b_dec, self.skip = held("b_enc"), held("b_dec"), held("W_skip")
         self.threshold = self.held(f"threshold{self.mark}" if self.crosses else "activation_function.threshold")
         if self.b_enc is None or self.b_dec is None:

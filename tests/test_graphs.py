@@ -4,6 +4,7 @@ away; and the graph's influence, pruning, scores and files against their definit
 """
 
 import json
+import os
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from types import SimpleNamespace
@@ -20,6 +21,8 @@ from engine import main
 from model.sae_loading import load
 from techniques.graphs import building, files, supernodes
 from techniques.graphs.requests import KINDS, AttributionGraph, GraphEffects, GraphGroups, GraphResult, GraphSteer
+from techniques.graphs.file_transcoders import read_all
+from techniques.graphs.pane import GraphPane
 from techniques.graphs.walk import place, steps
 from techniques.graphs.influence import flow, prune, replacement_and_completeness, shares
 from screen import history
@@ -683,3 +686,47 @@ async def test_a_files_graph_is_changed_at_its_own_position_and_for_its_own_answ
         app.act("prompt", prompt=to_json(replace(IOI, answers=(" John",), foils=(" Mary",))))
         await press(app, pilot, "C")
         assert "this graph is of ' Mary' less ' John', and the prompt's answers and foils are ' John' less ' Mary'" in " ".join(shown(app).split())
+
+
+def test_another_hook_in_config_yaml_is_another_graph(engines, tmp_path):
+    model, study = engines["gpt2"].model, Study(Prompt("When Mary and John went to the store"))
+    ids = model.row(study.prompt.clean, None).ids
+    at = lambda hook: [model.trace(ids, [f"blocks.{i}.{hook}"])[f"blocks.{i}.{hook}"][0].float() for i in range(model.info.n_layers)]  # noqa: E731
+    source = build_cross(tmp_path / "clt", "hook_resid_mid", at("hook_resid_mid"), at("hook_mlp_out"))
+    coders = read_all(model, source, tmp_path / "clt")
+    config = tmp_path / "clt" / "config.yaml"
+    config.write_text(config.read_text().replace("resid_mid", "resid_pre"))
+    other = read_all(model, source, tmp_path / "clt")
+    assert all(a.point != b.point and a.key == b.key and a.stamp != b.stamp for a, b in zip(coders, other))
+
+
+def test_a_graph_file_that_can_t_be_read_is_tried_once(tmp_path, monkeypatch):
+    """A pipe is not opened, one that is too large is not read, and what was wrong is kept until the file is another."""
+    os.mkfifo(tmp_path / "pipe")
+    (bad := tmp_path / "bad.json").write_text("{}")
+    tried, whole = [], files.read
+    monkeypatch.setattr("techniques.graphs.pane.read", lambda path: tried.append(path) or whole(path))
+    pane, host = GraphPane(), SimpleNamespace(state=SimpleNamespace(graph=""))
+    for path, why in ((tmp_path / "pipe", "a folder or a pipe"), (tmp_path, "a folder or a pipe"), (bad, "not written by Loupe")):
+        host.state.graph = str(path)
+        for _ in range(3):
+            with pytest.raises(UserError, match=why):
+                pane.of_file(host)
+    assert len(tried) == 3
+    bad.write_text("[" * 100_000)
+    with pytest.raises(UserError, match="not JSON"):
+        pane.of_file(host)
+    monkeypatch.setattr(files, "LARGEST", 1000)
+    with pytest.raises(UserError, match="at most 1 kB"):
+        files.read(bad)
+
+
+def test_a_feature_that_is_written_twice_is_steered_once_and_held_ones_tell_no_correlation(engines, capsys, monkeypatch):
+    zoo, watch = engines["zoo"], ("2_54_5", "2_465_5", "02_54_5", "2_71_5")
+    once, twice = (zoo.run(GraphSteer(Study(ITALY), target="diff", steer=some, watch=watch)) for some in (("1_597_5",), ("1_597_5", "01_597_5")))
+    assert twice.steered == ("1_597_5",) and twice.watched == ("2_54_5", "2_465_5", "2_71_5") and np.array_equal(once.frozen, twice.frozen)
+    both = zoo.run(GraphSteer(Study(ITALY), target="diff", steer=("1_597_5",), watch=("1_597_5", *watch)))
+    assert both.pearson == once.pearson and np.isfinite(both.pearson).all()
+    monkeypatch.setattr("engine.Engine", lambda *a, **k: zoo)
+    assert main(["graph", "--clean", ITALY.clean, "--steer", "1_597_5", "--watch", "1_597_5", "2_54_5", "2_465_5"]) == 0
+    assert "no correlation" in capsys.readouterr().out

@@ -178,7 +178,8 @@ class GraphEffectsResult:
 class GraphSteerResult:
     """
     Of each logit node: its name, its value, and its change as predicted, with attention frozen, and in the model. `steered` features are held at `held`;
-    `activation` [as it was, predicted, frozen, true] of each of `watched`. Pearson's r of the watched features' predicted changes with frozen and true.
+    `activation` [as it was, predicted, frozen, true] of each of `watched`. Pearson's r of the predicted changes
+    with frozen and true, of the watched features that are not steered (NaN for fewer than three).
     """
 
     tokens: TokenRow

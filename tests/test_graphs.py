@@ -14,7 +14,7 @@ import pytest
 import torch as t
 from conftest import ARCHS, PROMPT
 from dictionaries import build, build_cross, save
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save as to_bytes
 from ui import asked, grid, make_app, press, reply, shown
 
 from engine import main
@@ -567,6 +567,8 @@ def test_what_can_t_be_a_graph_is_refused_in_words(engines, tmp_path, monkeypatc
         "config.yaml can't be read": AttributionGraph(study, (str(tmp_path / "2"),)),
         "at least one feature": GraphSteer(study),
         "finite": GraphSteer(study, steer=("2_71_5",), factor=float("nan")),
+        "multiplied by a finite": GraphEffects(study, only="2_71_5", factor=float("inf")),
+        "'99999999999999999999_1_1' is no feature": GraphSteer(study, steer=("99999999999999999999_1_1",)),
         "no feature 9_1_1": GraphGroups(study, nodes=("9_1_1",)),
         "a cosine is": GraphGroups(study, threshold=2),
     }
@@ -686,6 +688,35 @@ async def test_a_files_graph_is_changed_at_its_own_position_and_for_its_own_answ
         app.act("prompt", prompt=to_json(replace(IOI, answers=(" John",), foils=(" Mary",))))
         await press(app, pilot, "C")
         assert "this graph is of ' Mary' less ' John', and the prompt's answers and foils are ' John' less ' Mary'" in " ".join(shown(app).split())
+
+
+def test_what_is_wrong_in_a_folder_of_transcoders_is_said_with_its_file(engines, tmp_path):
+    model, x = engines["gpt2"].model, list(t.randn(engines["gpt2"].model.info.n_layers, 9, engines["gpt2"].model.info.d_model))
+    source = build_cross(tmp_path := tmp_path / "clt", "hook_resid_mid", x, x)
+    encoder, decoder, config = (tmp_path / name for name in ("W_enc_0.safetensors", "W_dec_1.safetensors", "config.yaml"))
+    assert read_all(model, source, tmp_path)
+
+    def refused(path, content, words):
+        before = path.read_bytes()
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"{path.name}.*{words}"):
+            read_all(model, source, tmp_path)
+        path.write_bytes(before)
+
+    held = load_file(encoder)
+    for name, tensor in (
+        ("threshold_0", held["threshold_0"][:1]),
+        ("threshold_0", held["threshold_0"][1:]),
+        ("b_enc_0", held["b_enc_0"][:1]),
+        ("W_enc_0", held["b_enc_0"]),
+    ):
+        refused(encoder, to_bytes(held | {name: tensor.clone()}), "has the shape")
+    refused(encoder, to_bytes({k: v for k, v in held.items() if k != "W_enc_0"}), "has no W_enc_0")
+    refused(decoder, to_bytes({"other": held["b_enc_0"]}), "has no W_dec_1")
+    text = config.read_text()
+    refused(config, text.replace("hook_resid_mid", "hook_resid_mid twice").encode(), "one word each")
+    refused(config, text.replace("hook_resid_mid", "[1, 2]").encode(), "one word each")
+    refused(config, text.encode() + b"# \xe9\n", "can't be read")
 
 
 def test_another_hook_in_config_yaml_is_another_graph(engines, tmp_path):

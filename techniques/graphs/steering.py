@@ -1,6 +1,5 @@
 """Features changed together, with the prediction; and groups of features with like decoders."""
 
-import math
 from collections.abc import Generator
 
 import numpy as np
@@ -8,7 +7,7 @@ import torch as t
 from torch import Tensor
 
 from techniques.graphs.building import Built
-from techniques.graphs.effects import WORDS, Changed, correlation, first, found, place_of
+from techniques.graphs.effects import WORDS, Changed, check_finite, correlation, first, found, place_of
 from techniques.graphs.replacement import AnyTranscoder, each, toward
 from techniques.graphs.requests import GraphGroups, GraphGroupsResult, GraphSteer, GraphSteerResult
 from techniques.graphs.supernodes import alike
@@ -31,8 +30,7 @@ def steer(built: Built, ask: GraphSteer, names: tuple[str, ...]) -> Generator[Pr
     local, f = built.local, len(built.some)
     if not ask.steer or ask.most < 0:
         raise UserError("name at least one feature to steer, LAYER_FEATURE_POSITION as the graph writes it, and most from 0 on")
-    if not math.isfinite(ask.factor if ask.value is None else ask.value):
-        raise UserError("a feature is multiplied by a finite number, or set to one")
+    check_finite(ask.factor if ask.value is None else ask.value)
     held = list(dict.fromkeys(found(built, text) for text in ask.steer))
     old = local.value[built.some[held]].double()
     new = old * ask.factor if ask.value is None else t.full_like(old, ask.value)

@@ -25,9 +25,12 @@ from techniques.graphs.file_transcoders import read_all
 from techniques.graphs.pane import GraphPane
 from techniques.graphs.walk import place, steps
 from techniques.graphs.influence import flow, prune, replacement_and_completeness, shares
-from screen import history
-from screen.session import read_session
+from screen import graph_steps, history
+from screen.keys import hints
+from screen.session import State, read_session
+from techniques.qk.pane import QKPane
 from utils import ROOT
+from tui import PANES, TABLE
 from vocabulary.wire import to_json
 from vocabulary.nodes import UserError
 from vocabulary.prompts import Metric, Prompt, Study
@@ -761,3 +764,24 @@ def test_a_feature_that_is_written_twice_is_steered_once_and_held_ones_tell_no_c
     monkeypatch.setattr("engine.Engine", lambda *a, **k: zoo)
     assert main(["graph", "--clean", ITALY.clean, "--steer", "1_597_5", "--watch", "1_597_5", "2_54_5", "2_465_5"]) == 0
     assert "no correlation" in capsys.readouterr().out
+
+
+def test_what_a_step_names_is_text():
+    for step, args in (
+        (graph_steps.open_graph, (3,)),
+        (graph_steps.open_graph, (["a.json"],)),
+        (graph_steps.transcoders, ([1],)),
+        (graph_steps.transcoders, ("ab",)),
+    ):
+        with pytest.raises(UserError):
+            step(State(), *args)
+    assert graph_steps.transcoders(graph_steps.open_graph(State(), "a.json"), ["b"]).transcoders == ("b",)
+
+
+def test_the_line_of_keys_says_what_they_do_in_these_panes():
+    for pane in (GraphPane, QKPane):
+        assert all(x.title for x in pane.keys)
+    said = dict(hints(TABLE, GraphPane, PANES.values()))
+    assert (said["B"], said["O"], said["C"], said["s"], said["P"]) == ("name", "supernodes", "check", "steer", "pin")
+    said = dict(hints(TABLE, QKPane, PANES.values()))
+    assert (said["⏎"], said["C"], said["P"], said["R"]) == ("source", "check", "order", "prompt or set")

@@ -34,17 +34,23 @@ class GraphPane(Pane):
     explained = EXPLAINED
     hints = ("enter", "view", "detect", "scale", "ranked", "points", "labels", "multiples", "ablate", "copy")
     keys = (
-        Part("enter", "graph", "go to this node: its inputs and outputs", lambda pane, app: pane.go(app, pane.under(app))),
-        Part("ranked", "graph", "all nodes by influence: filter and go", actions.rank),
-        Part("detect", "graph", "ablate the feature, or all of a supernode: what the graph predicts beside what happens", actions.check),
-        Part("scale", "graph", "steer the feature or supernode by a factor, or to a value: logits and pinned features, predicted beside true", actions.steer),
-        Part("points", "graph", "pin the node, or let it go", actions.pin),
-        Part("labels", "graph", "name the node: nodes of one name are a supernode", actions.name),
-        Part("multiples", "graph", "each supernode as one row, or its nodes", turns("graph.rows")),
-        Part("discover", "graph", "propose supernodes of features with like decoders", actions.propose),
-        Part("open", "graph", "open a graph file, or go back to the prompt's own graph", actions.open_file),
-        Part("saes", "graph", "the transcoders of the graph", actions.choose_transcoders),
-        Part("ablate", "graph", "all features of a supernode", actions.ablate),
+        Part("enter", "graph", "go to this node: its inputs and outputs", lambda pane, app: pane.go(app, pane.under(app)), "go to node"),
+        Part("ranked", "graph", "all nodes by influence: filter and go", actions.rank, "list"),
+        Part("detect", "graph", "ablate the feature, or all of a supernode: what the graph predicts beside what happens", actions.check, "check"),
+        Part(
+            "scale",
+            "graph",
+            "steer the feature or supernode by a factor, or to a value: logits and pinned features, predicted beside true",
+            actions.steer,
+            "steer",
+        ),
+        Part("points", "graph", "pin the node, or let it go", actions.pin, "pin"),
+        Part("labels", "graph", "name the node: nodes of one name are a supernode", actions.name, "name"),
+        Part("multiples", "graph", "each supernode as one row, or its nodes", turns("graph.rows"), "supernodes"),
+        Part("discover", "graph", "propose supernodes of features with like decoders", actions.propose, "propose"),
+        Part("open", "graph", "open a graph file, or go back to the prompt's own graph", actions.open_file, "open file"),
+        Part("saes", "graph", "the transcoders of the graph", actions.choose_transcoders, "transcoders"),
+        Part("ablate", "graph", "all features of a supernode", actions.ablate, "ablate"),
     )
 
     def __init__(self, **kw):

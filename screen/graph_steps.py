@@ -19,7 +19,7 @@ def mark_graph(state, marks: dict):
 
 def open_graph(state, path: str, marks: dict | None = None):
     """Show the graph of a file, with the pins and names that it brings beside those that are there; "": the prompt's own again."""
-    state = replace(state, graph=str(path))
+    state = replace(state, graph=from_json(path, str))
     if marks is None:
         return state
     new = from_json(marks, GraphMarks)
@@ -29,7 +29,7 @@ def open_graph(state, path: str, marks: dict | None = None):
 
 def transcoders(state, sources: list):
     """The sources of the prompt's own graph; none: those that are loaded, else the zoo's."""
-    return replace(state, transcoders=tuple(str(s) for s in sources))
+    return replace(state, transcoders=from_json(sources, tuple[str, ...]))
 
 
 def words(name: str, before, after) -> str:

@@ -4,6 +4,7 @@ away; and the graph's influence, pruning, scores and files against their definit
 """
 
 import json
+import os
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from types import SimpleNamespace
@@ -13,20 +14,26 @@ import pytest
 import torch as t
 from conftest import ARCHS, PROMPT
 from dictionaries import build, build_cross, save
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save as to_bytes
 from ui import asked, grid, make_app, press, reply, shown
 
 from engine import main
 from model.sae_loading import load
 from techniques.graphs import building, files, supernodes
 from techniques.graphs.requests import KINDS, AttributionGraph, GraphEffects, GraphGroups, GraphResult, GraphSteer
+from techniques.graphs.file_transcoders import read_all
+from techniques.graphs.pane import GraphPane
+from techniques.graphs.walk import place, steps
 from techniques.graphs.influence import flow, prune, replacement_and_completeness, shares
-from screen import history
-from screen.session import read_session
+from screen import graph_steps, history
+from screen.keys import hints
+from screen.session import State, read_session
+from techniques.qk.pane import QKPane
 from utils import ROOT
+from tui import PANES, TABLE
 from vocabulary.wire import to_json
 from vocabulary.nodes import UserError
-from vocabulary.prompts import Prompt, Study
+from vocabulary.prompts import Metric, Prompt, Study
 
 STUDY = Study(PROMPT)
 IOI = Prompt("When Mary and John went to the store, John gave a drink to", None, (" Mary",), (" John",))
@@ -563,6 +570,8 @@ def test_what_can_t_be_a_graph_is_refused_in_words(engines, tmp_path, monkeypatc
         "config.yaml can't be read": AttributionGraph(study, (str(tmp_path / "2"),)),
         "at least one feature": GraphSteer(study),
         "finite": GraphSteer(study, steer=("2_71_5",), factor=float("nan")),
+        "multiplied by a finite": GraphEffects(study, only="2_71_5", factor=float("inf")),
+        "'99999999999999999999_1_1' is no feature": GraphSteer(study, steer=("99999999999999999999_1_1",)),
         "no feature 9_1_1": GraphGroups(study, nodes=("9_1_1",)),
         "a cosine is": GraphGroups(study, threshold=2),
     }
@@ -663,3 +672,116 @@ async def test_pins_names_and_the_opened_graph_are_the_sessions(engines, tmp_pat
         assert "can't be read" in shown(app)
         await press(app, pilot, "u", "u")
         assert not app.state.graph and marks(app).pins == ("E_918_2",)
+
+
+async def test_a_files_graph_is_changed_at_its_own_position_and_for_its_own_answers(engines, tmp_path):
+    """With the session's metric at another position, what is said is what the file's position gives; with other answers, nothing."""
+    zoo, at = engines["zoo"], Study(IOI, metric=Metric(pos=10))
+    r = zoo.run(AttributionGraph(at, target="diff"))
+    feature = next(files.node_id(r, i) for i in np.argsort(-r.influence) if KINDS[r.kind[i]] == "feature")
+    files.save(tmp_path / "ten.json", r, files.marks_of(r, "zoo"))
+    app = make_app(zoo, tmp_path)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot, "grave_accent")
+        app.act("open_graph", path=str(tmp_path / "ten.json"))
+        app.panes["graph"].row = next(n for n, x in enumerate(steps(r, place(r, ""))) if files.node_id(r, x.node) == feature)
+        await press(app, pilot, "C")
+        want = zoo.run(GraphSteer(at, target="diff", steer=(feature,)))
+        assert f"predicted {want.predicted[0]:+.3f}, attention frozen {want.frozen[0]:+.3f}, true {want.true[0]:+.3f}" in " ".join(shown(app).split())
+        app.act("prompt", prompt=to_json(replace(IOI, answers=(" John",), foils=(" Mary",))))
+        await press(app, pilot, "C")
+        assert "this graph is of ' Mary' less ' John', and the prompt's answers and foils are ' John' less ' Mary'" in " ".join(shown(app).split())
+
+
+def test_what_is_wrong_in_a_folder_of_transcoders_is_said_with_its_file(engines, tmp_path):
+    model, x = engines["gpt2"].model, list(t.randn(engines["gpt2"].model.info.n_layers, 9, engines["gpt2"].model.info.d_model))
+    source = build_cross(tmp_path := tmp_path / "clt", "hook_resid_mid", x, x)
+    encoder, decoder, config = (tmp_path / name for name in ("W_enc_0.safetensors", "W_dec_1.safetensors", "config.yaml"))
+    assert read_all(model, source, tmp_path)
+
+    def refused(path, content, words):
+        before = path.read_bytes()
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"{path.name}.*{words}"):
+            read_all(model, source, tmp_path)
+        path.write_bytes(before)
+
+    held = load_file(encoder)
+    for name, tensor in (
+        ("threshold_0", held["threshold_0"][:1]),
+        ("threshold_0", held["threshold_0"][1:]),
+        ("b_enc_0", held["b_enc_0"][:1]),
+        ("W_enc_0", held["b_enc_0"]),
+    ):
+        refused(encoder, to_bytes(held | {name: tensor.clone()}), "has the shape")
+    refused(encoder, to_bytes({k: v for k, v in held.items() if k != "W_enc_0"}), "has no W_enc_0")
+    refused(decoder, to_bytes({"other": held["b_enc_0"]}), "has no W_dec_1")
+    text = config.read_text()
+    refused(config, text.replace("hook_resid_mid", "hook_resid_mid twice").encode(), "one word each")
+    refused(config, text.replace("hook_resid_mid", "[1, 2]").encode(), "one word each")
+    refused(config, text.encode() + b"# \xe9\n", "can't be read")
+
+
+def test_another_hook_in_config_yaml_is_another_graph(engines, tmp_path):
+    model, study = engines["gpt2"].model, Study(Prompt("When Mary and John went to the store"))
+    ids = model.row(study.prompt.clean, None).ids
+    at = lambda hook: [model.trace(ids, [f"blocks.{i}.{hook}"])[f"blocks.{i}.{hook}"][0].float() for i in range(model.info.n_layers)]  # noqa: E731
+    source = build_cross(tmp_path / "clt", "hook_resid_mid", at("hook_resid_mid"), at("hook_mlp_out"))
+    coders = read_all(model, source, tmp_path / "clt")
+    config = tmp_path / "clt" / "config.yaml"
+    config.write_text(config.read_text().replace("resid_mid", "resid_pre"))
+    other = read_all(model, source, tmp_path / "clt")
+    assert all(a.point != b.point and a.key == b.key and a.stamp != b.stamp for a, b in zip(coders, other))
+
+
+def test_a_graph_file_that_can_t_be_read_is_tried_once(tmp_path, monkeypatch):
+    """A pipe is not opened, one that is too large is not read, and what was wrong is kept until the file is another."""
+    os.mkfifo(tmp_path / "pipe")
+    (bad := tmp_path / "bad.json").write_text("{}")
+    tried, whole = [], files.read
+    monkeypatch.setattr("techniques.graphs.pane.read", lambda path: tried.append(path) or whole(path))
+    pane, host = GraphPane(), SimpleNamespace(state=SimpleNamespace(graph=""))
+    for path, why in ((tmp_path / "pipe", "a folder or a pipe"), (tmp_path, "a folder or a pipe"), (bad, "not written by Loupe")):
+        host.state.graph = str(path)
+        for _ in range(3):
+            with pytest.raises(UserError, match=why):
+                pane.of_file(host)
+    assert len(tried) == 3
+    bad.write_text("[" * 100_000)
+    with pytest.raises(UserError, match="not JSON"):
+        pane.of_file(host)
+    monkeypatch.setattr(files, "LARGEST", 1000)
+    with pytest.raises(UserError, match="at most 1 kB"):
+        files.read(bad)
+
+
+def test_a_feature_that_is_written_twice_is_steered_once_and_held_ones_tell_no_correlation(engines, capsys, monkeypatch):
+    zoo, watch = engines["zoo"], ("2_54_5", "2_465_5", "02_54_5", "2_71_5")
+    once, twice = (zoo.run(GraphSteer(Study(ITALY), target="diff", steer=some, watch=watch)) for some in (("1_597_5",), ("1_597_5", "01_597_5")))
+    assert twice.steered == ("1_597_5",) and twice.watched == ("2_54_5", "2_465_5", "2_71_5") and np.array_equal(once.frozen, twice.frozen)
+    both = zoo.run(GraphSteer(Study(ITALY), target="diff", steer=("1_597_5",), watch=("1_597_5", *watch)))
+    assert both.pearson == once.pearson and np.isfinite(both.pearson).all()
+    monkeypatch.setattr("engine.Engine", lambda *a, **k: zoo)
+    assert main(["graph", "--clean", ITALY.clean, "--steer", "1_597_5", "--watch", "1_597_5", "2_54_5", "2_465_5"]) == 0
+    assert "no correlation" in capsys.readouterr().out
+
+
+def test_what_a_step_names_is_text():
+    for step, args in (
+        (graph_steps.open_graph, (3,)),
+        (graph_steps.open_graph, (["a.json"],)),
+        (graph_steps.transcoders, ([1],)),
+        (graph_steps.transcoders, ("ab",)),
+    ):
+        with pytest.raises(UserError):
+            step(State(), *args)
+    assert graph_steps.transcoders(graph_steps.open_graph(State(), "a.json"), ["b"]).transcoders == ("b",)
+
+
+def test_the_line_of_keys_says_what_they_do_in_these_panes():
+    for pane in (GraphPane, QKPane):
+        assert all(x.title for x in pane.keys)
+    said = dict(hints(TABLE, GraphPane, PANES.values()))
+    assert (said["B"], said["O"], said["C"], said["s"], said["P"]) == ("name", "supernodes", "check", "steer", "pin")
+    said = dict(hints(TABLE, QKPane, PANES.values()))
+    assert (said["⏎"], said["C"], said["P"], said["R"]) == ("source", "check", "order", "prompt or set")

@@ -9,7 +9,7 @@ from screen.actions import accepted, intervene
 from screen.overlays import Editor, Item, Picker
 from screen.pane import Host
 from techniques.graphs.files import node_id, read
-from techniques.graphs.requests import FEATURE, KINDS, SUPERNODE, GraphGroups, GraphGroupsResult, GraphSteer, GraphSteerResult
+from techniques.graphs.requests import FEATURE, KINDS, SUPERNODE, GraphGroups, GraphGroupsResult, GraphResult, GraphSteer, GraphSteerResult, difference
 from utils import show_number
 from vocabulary.files import folder, short
 from vocabulary.names import canonical
@@ -144,13 +144,33 @@ def number(text: str) -> float:
 
 
 def own_prompt(pane, app: Host) -> None:
-    """UserError where the graph at hand (a file's, or one that is out of date) is of another model or prompt than the one that is loaded: what is changed in that would not be in this."""
+    """
+    UserError where the graph at hand (a file's, or one that is out of date) is of another model, prompt or pair of answers than what is loaded: what is
+    changed in that would not be in this.
+    """
     app.ready()
     r, check = pane.whole(app), app.requests.check()
     row = None if check is None else check.corrupt if r.which == "corrupt" else check.clean
     if row is None or row.ids != r.tokens.ids or app.state.graph and pane.marks(app).model != canonical(app.state.model.model):
         way = "o goes back to the prompt's own" if app.state.graph else "wait for the prompt's own"
         raise UserError(f"this graph is of another prompt or model than the one at hand, so nothing is changed in it: {way}")
+    target = pane.marks(app).target.removeprefix("logit ")
+    mine = difference(*(list({one.ids[0]: one.texts[0] for one in side}.values()) for side in (check.answers, check.foils)))
+    if r.target == "diff" and target != mine:
+        raise UserError(
+            f"this graph is of {target}, and the prompt's answers and foils are {mine}: give the prompt those of the graph, or o goes back to its own"
+        )
+
+
+def position(app: Host, r: GraphResult) -> int:
+    """A graph's position as a metric's is written: under an alignment, that of the clean prompt."""
+    check = app.requests.check()
+    if r.which != "corrupt" or check is None or not check.alignment:
+        return r.pos
+    partner = {b: a for a, b in check.alignment}
+    if r.pos not in partner:
+        raise UserError(f"this graph is of position {r.pos} of the corrupted prompt, which has no partner in the clean one: edit the alignment (%)")
+    return partner[r.pos]
 
 
 def changed_features(pane, app: Host) -> tuple[str, ...]:

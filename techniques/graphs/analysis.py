@@ -20,7 +20,7 @@ from techniques.graphs.effects import effects
 from techniques.graphs.file_transcoders import folder_of, read_all
 from techniques.graphs.influence import cumulative, flow, prune, replacement_and_completeness, shares
 from techniques.graphs.replacement import AnyTranscoder, check_transcoder
-from techniques.graphs.requests import KINDS, AttributionGraph, GraphEffects, GraphGroups, GraphResult, GraphSteer, OfGraph
+from techniques.graphs.requests import KINDS, AttributionGraph, GraphEffects, GraphGroups, GraphResult, GraphSteer, OfGraph, difference
 from techniques.graphs.steering import groups, steer
 from vocabulary.nodes import UserError
 from vocabulary.requests import Progress
@@ -135,9 +135,7 @@ def text_of(built: Built, i: int) -> str:
     model, runs = built.local.model, built.local.runs
     if token >= 0:
         return repr(model.token_text(token))
-    few = lambda some: [repr(model.token_text(x)) for x in some[:2]]  # noqa: E731
-    tokens = lambda some: " ".join(few(some)) + (f" and {len(some) - 2} more" if len(some) > 2 else "")  # noqa: E731
-    return f"{tokens(runs.answers)} less {tokens(runs.foils)}"
+    return difference(*([model.token_text(x) for x in some] for some in (runs.answers, runs.foils)))
 
 
 def facts(built: Built) -> dict[str, Tensor]:

@@ -174,8 +174,10 @@ def show_steer(out: Console, r: GraphSteerResult) -> None:
         for name, column in zip(r.watched, r.activation.T):
             rows.add_row(name, *(show_number(x, 7) for x in column))
         out.print(rows)
-    if len(r.watched) > 2:
-        out.print("their changes: predicted has Pearson's r {:.3f} with frozen, {:.3f} with true".format(*r.pearson))
+    if len(set(r.watched) - set(r.steered)) > 2:
+        out.print("changes of those that are not steered: predicted has Pearson's r {:.3f} with frozen, {:.3f} with true".format(*r.pearson))
+    elif r.watched:
+        out.print("no correlation: fewer than three of them are not steered")
     out.print(plain(r.convention, GRAY))
 
 

@@ -1,5 +1,6 @@
 """Features changed one by one: what the graph predicts, what happens with attention frozen, and what happens in the model."""
 
+import math
 from collections.abc import Generator
 
 import numpy as np
@@ -36,9 +37,16 @@ def place_of(text: str) -> tuple[int, int, int]:
     """Layer, feature and position of a feature's id."""
     try:
         layer, index, pos = (int(x) for x in text.split("_"))
-        return layer, index, pos
+        if max(abs(layer), abs(index), abs(pos)) < 1 << 63:
+            return layer, index, pos
     except ValueError:
-        raise UserError(f"{text!r} is no feature of a graph: write LAYER_FEATURE_POSITION, such as 1_205_8") from None
+        pass
+    raise UserError(f"{text!r} is no feature of a graph: write LAYER_FEATURE_POSITION, such as 1_205_8")
+
+
+def check_finite(x: float) -> None:
+    if not math.isfinite(x):
+        raise UserError("a feature is multiplied by a finite number, or set to one")
 
 
 def found(built: Built, text: str) -> int:
@@ -103,6 +111,7 @@ class Changed:
 
 @t.no_grad()
 def effects(built: Built, ask: GraphEffects, name: str) -> Generator[Progress, None, GraphEffectsResult]:
+    check_finite(ask.factor)
     local, some, whole, model = built.local, chosen(built, ask), predicted(built), Changed(built, ask)
     frozen, true = [], []
     for done, i in enumerate(some):

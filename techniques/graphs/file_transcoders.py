@@ -27,33 +27,44 @@ class FileTranscoder:
 
     transcoder, kind = True, "transcoder"
 
-    def __init__(self, model: Model, source: str, folder: Path, layer: int, last: int, hooks: tuple[str, str]):
+    def __init__(self, model: Model, source: str, folder: Path, layer: int, last: int, hooks: tuple[str, str, str]):
         self.source, self.layer, self.last, self.crosses = source, layer, last, hooks[0] == "cross"
         self.mark, file = f"_{layer}" if self.crosses else "", f"W_enc_{layer}" if self.crosses else f"layer_{layer}"
         self.encoder = folder / f"{file}.safetensors"
         self.decoder = folder / f"W_dec_{layer}.safetensors" if self.crosses else self.encoder
-        hook, self.hook_out = (f"blocks.{layer}.{h}" for h in hooks[1].split())
+        hook, self.hook_out = (f"blocks.{layer}.{h}" for h in hooks[1:])
         self.point, self.site, self.out, self.device = read_point(model, source, hook), site(hook), read_point(model, source, self.hook_out), model.device
         held = lambda name: self.held(f"{name}{self.mark}")  # noqa: E731
-        self.stamp = tuple((p.stat().st_mtime_ns, p.stat().st_size) for p in (self.encoder, self.decoder) if p.is_file())
+        self.stamp = hooks, *((p.stat().st_mtime_ns, p.stat().st_size) for p in (self.encoder, self.decoder) if p.is_file())
         self.b_enc, self.b_dec, self.skip = held("b_enc"), held("b_dec"), held("W_skip")
         self.threshold = self.held(f"threshold{self.mark}" if self.crosses else "activation_function.threshold")
         if self.b_enc is None or self.b_dec is None:
             raise UserError(f"{self.encoder} has no b_enc{self.mark} and b_dec{self.mark}: it is not in circuit-tracer's layout")
-        self.d_in, self.d_sae = self.rows_in.get_shape()[1], len(self.b_enc)
+        self.d_sae, self.d_in, width = self.b_enc.numel(), self.rows_in.get_shape()[-1], self.b_dec.numel()
+        fits(self.encoder, "W_enc", self.rows_in.get_shape(), [self.d_sae, self.d_in])
+        fits(self.decoder, "W_dec", self.rows_out.get_shape(), [self.d_sae, *([last - layer + 1] if self.crosses else []), width])
+        for name, x, want in (
+            ("b_enc", self.b_enc, [self.d_sae]),
+            ("b_dec", self.b_dec, [width]),
+            ("threshold", self.threshold, [self.d_sae]),
+            ("W_skip", self.skip, [width, self.d_in]),
+        ):
+            fits(self.encoder, name, want if x is None else list(x.shape), want)
         check_width(model, source, self.point, self.d_in)
-        want = [self.d_sae, *([last - layer + 1] if self.crosses else []), len(self.b_dec)]
-        if self.rows_in.get_shape() != [self.d_sae, self.d_in] or self.rows_out.get_shape() != want:
-            raise UserError(f"{self.decoder} holds {self.rows_out.get_shape()}, and {want} is needed: features, layers written to, width")
-        check_width(model, source, self.out, len(self.b_dec))
+        check_width(model, source, self.out, width)
 
     @cached_property
     def rows_in(self):
-        return self.file(self.encoder).get_slice(f"W_enc{self.mark}")
+        return self.rows(self.encoder, f"W_enc{self.mark}")
 
     @cached_property
     def rows_out(self):
-        return self.file(self.decoder).get_slice(f"W_dec{self.mark}")
+        return self.rows(self.decoder, f"W_dec{self.mark}")
+
+    def rows(self, path: Path, name: str):
+        if name not in (f := self.file(path)).keys():
+            raise UserError(f"{path} has no {name}: it is not in circuit-tracer's layout")
+        return f.get_slice(name)
 
     def file(self, path: Path):
         try:
@@ -63,7 +74,7 @@ class FileTranscoder:
 
     def held(self, name: str) -> Tensor | None:
         f = self.file(self.encoder)
-        return f.get_tensor(name).to(self.device, t.float32).squeeze() if name in f.keys() else None
+        return t.atleast_1d(f.get_tensor(name).to(self.device, t.float32).squeeze()) if name in f.keys() else None
 
     @property
     def nbytes(self) -> int:
@@ -118,6 +129,11 @@ class FileTranscoder:
         return rows if self.crosses else rows[:, None]
 
 
+def fits(path: Path, name: str, shape: list[int], want: list[int]) -> None:
+    if shape != want:
+        raise UserError(f"{path}: {name} has the shape {shape}, and {want} is needed, as its other tensors are")
+
+
 def folder_of(source: str) -> Path | None:
     """A folder in circuit-tracer's layout, or None."""
     folder = typed_path(source)
@@ -129,14 +145,16 @@ def read_all(model: Model, source: str, folder: Path) -> list[FileTranscoder]:
     """A transcoder for each layer. UserError where files, hooks or shapes do not fit."""
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        hooks = f"{config['feature_input_hook']} {config['feature_output_hook']}"
+        hooks = config["feature_input_hook"], config["feature_output_hook"]
         file = KINDS[config["model_kind"]]
-    except (OSError, yaml.YAMLError, LookupError, TypeError) as error:
+    except (OSError, yaml.YAMLError, LookupError, TypeError, ValueError, RecursionError) as error:
         words = f"model_kind ({' or '.join(KINDS)}), feature_input_hook and feature_output_hook"
         raise UserError(f"{folder / 'config.yaml'} can't be read ({type(error).__name__}): it holds {words}, as circuit-tracer's do") from error
+    if bad := [h for h in hooks if not isinstance(h, str) or len(h.split()) != 1]:
+        raise UserError(f"{folder / 'config.yaml'}: {bad[0]!r} is no hook point: feature_input_hook and feature_output_hook are one word each")
     crosses = config["model_kind"] == "cross_layer_transcoder"
     n = model.info.n_layers
     some = [layer for layer in range(n) if (folder / file.format(layer)).is_file()]
     if crosses and some != list(range(n)) or (folder / file.format(n)).is_file():
         raise UserError(f"{folder} has files of other layers than the model's 0 to {n - 1}: it is of another model")
-    return [FileTranscoder(model, source, folder, layer, n - 1 if crosses else layer, ("cross" if crosses else "own", hooks)) for layer in some]
+    return [FileTranscoder(model, source, folder, layer, n - 1 if crosses else layer, ("cross" if crosses else "own", *hooks)) for layer in some]

@@ -11,11 +11,14 @@ from typing import get_type_hints
 import numpy as np
 
 from techniques.graphs.requests import ERROR, FEATURE, KINDS, LOGIT, SUPERNODE, TOKEN, GraphMarks, GraphResult
+from utils import show_bytes
 from vocabulary.files import write_text
 from vocabulary.nodes import UserError
 from vocabulary.wire import from_json, to_json
 
 TYPES = {FEATURE: "cross layer transcoder", ERROR: "mlp reconstruction error", TOKEN: "embedding", LOGIT: "logit"}  # the viewer's words
+
+LARGEST = 256 << 20  # bytes of a file that is read
 
 WHOLE = ("kind", "layer", "at", "index", "source", "to")  # arrays of whole numbers
 
@@ -84,13 +87,26 @@ def save(path: Path, r: GraphResult, marks: GraphMarks) -> None:
     write_text(path, json.dumps(as_json(r, path.stem, marks)) + "\n")
 
 
-def read(path: Path) -> tuple[GraphResult, GraphMarks]:
-    """The graph of a file that `save` wrote, and its marks. UserError where it is none."""
+def version(path: Path) -> tuple:
+    """What tells a file's contents, or that they can't be read, from those of another time; () where there is no file."""
     try:
+        now = path.stat()
+    except (OSError, ValueError):
+        return ()
+    return now.st_mode, now.st_mtime_ns, now.st_ctime_ns, now.st_size
+
+
+def read(path: Path) -> tuple[GraphResult, GraphMarks]:
+    """The graph of a file that `save` wrote, and its marks. UserError where it is none, or larger than LARGEST."""
+    if not path.is_file():
+        raise UserError(f"{path} can't be read: there is no such file, or it is a folder or a pipe")
+    try:
+        if (size := path.stat().st_size) > LARGEST:
+            raise UserError(f"{path} has {show_bytes(size)}, and a graph's file at most {show_bytes(LARGEST)}: write it again with a lower --edge-threshold")
         whole = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: give a file that `graph --out` wrote") from error
     if not isinstance(whole, dict) or "loupe" not in whole:
         raise UserError(f"{path} was not written by Loupe: it has no numbers beside the drawing's. Give a file that `graph --out` wrote")

@@ -1,6 +1,7 @@
 """Pane `: an attribution graph, of the prompt or of a file, walked from the logit: a node's inputs and outputs, with pins, names and supernodes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from screen.pane import Host, Pane
 from screen.pictures import run_name
 from techniques.graphs import actions
 from techniques.graphs.explained import EXPLAINED
-from techniques.graphs.files import as_json, marks_of, node_id, read
+from techniques.graphs.files import as_json, marks_of, node_id, read, version
 from techniques.graphs.requests import FEATURE, KINDS, AttributionGraph, GraphMarks, GraphResult
 from techniques.graphs.supernodes import folded, groups_of, title
 from techniques.graphs.walk import balance, place, steps
@@ -33,17 +34,23 @@ class GraphPane(Pane):
     explained = EXPLAINED
     hints = ("enter", "view", "detect", "scale", "ranked", "points", "labels", "multiples", "ablate", "copy")
     keys = (
-        Part("enter", "graph", "go to this node: its inputs and outputs", lambda pane, app: pane.go(app, pane.under(app))),
-        Part("ranked", "graph", "all nodes by influence: filter and go", actions.rank),
-        Part("detect", "graph", "ablate the feature, or all of a supernode: what the graph predicts beside what happens", actions.check),
-        Part("scale", "graph", "steer the feature or supernode by a factor, or to a value: logits and pinned features, predicted beside true", actions.steer),
-        Part("points", "graph", "pin the node, or let it go", actions.pin),
-        Part("labels", "graph", "name the node: nodes of one name are a supernode", actions.name),
-        Part("multiples", "graph", "each supernode as one row, or its nodes", turns("graph.rows")),
-        Part("discover", "graph", "propose supernodes of features with like decoders", actions.propose),
-        Part("open", "graph", "open a graph file, or go back to the prompt's own graph", actions.open_file),
-        Part("saes", "graph", "the transcoders of the graph", actions.choose_transcoders),
-        Part("ablate", "graph", "all features of a supernode", actions.ablate),
+        Part("enter", "graph", "go to this node: its inputs and outputs", lambda pane, app: pane.go(app, pane.under(app)), "go to node"),
+        Part("ranked", "graph", "all nodes by influence: filter and go", actions.rank, "list"),
+        Part("detect", "graph", "ablate the feature, or all of a supernode: what the graph predicts beside what happens", actions.check, "check"),
+        Part(
+            "scale",
+            "graph",
+            "steer the feature or supernode by a factor, or to a value: logits and pinned features, predicted beside true",
+            actions.steer,
+            "steer",
+        ),
+        Part("points", "graph", "pin the node, or let it go", actions.pin, "pin"),
+        Part("labels", "graph", "name the node: nodes of one name are a supernode", actions.name, "name"),
+        Part("multiples", "graph", "each supernode as one row, or its nodes", turns("graph.rows"), "supernodes"),
+        Part("discover", "graph", "propose supernodes of features with like decoders", actions.propose, "propose"),
+        Part("open", "graph", "open a graph file, or go back to the prompt's own graph", actions.open_file, "open file"),
+        Part("saes", "graph", "the transcoders of the graph", actions.choose_transcoders, "transcoders"),
+        Part("ablate", "graph", "all features of a supernode", actions.ablate, "ablate"),
     )
 
     def __init__(self, **kw):
@@ -51,7 +58,7 @@ class GraphPane(Pane):
         self.table = GridView()
         self.row, self.col = 0, 0
         self.here, self.trail = "", []  # ids: the node at hand, and those before it with their rows
-        self.file: tuple = ()  # the stamp of the file that was read, its graph and the model of it
+        self.file: tuple = ()  # the stamp of the file that was read, with its graph and marks, or why it is none
         self.fold: tuple = ()  # of which graph and names, and that graph folded
 
     def body(self) -> Widget:
@@ -68,11 +75,12 @@ class GraphPane(Pane):
         return asked if asked in ("clean", "corrupt") else app.state.study.base
 
     def asked(self, app: Host, kind: type = AttributionGraph, **more: object) -> object:
-        """A request about the prompt's own graph; about a file's, with its run, target and transcoders."""
+        """A request about the prompt's own graph; about a file's, with its run, position, target and transcoders."""
         study, target, which, sources = app.state.with_saes(app.study), app.state.views[self.view], self.which(app), app.state.transcoders
         if app.state.graph:
             r = self.whole(app)
             target, which, sources = r.target, r.which, r.sources
+            study = replace(study, metric=replace(study.metric, pos=actions.position(app, r)))
         return kind(study, sources, which=which, target=target, **more)
 
     def wants(self, app: Host) -> dict[str, object]:
@@ -81,11 +89,16 @@ class GraphPane(Pane):
     # ---------------------------------------------------------------- what is shown
 
     def of_file(self, app: Host) -> tuple[GraphResult, GraphMarks]:
-        """The file's graph, read anew only when the file changed. UserError where it can't be read."""
+        """The file's graph, read anew only when the file changed. UserError where it can't be read, as long as it stays so."""
         path = Path(app.state.graph)
-        stamp = path, path.stat().st_mtime_ns if path.is_file() else 0
+        stamp = path, version(path)
         if not self.file or self.file[0] != stamp:
-            self.file = (stamp, *read(path))
+            try:
+                self.file = (stamp, *read(path))
+            except UserError as error:
+                self.file = (stamp, str(error))
+        if len(self.file) == 2:
+            raise UserError(self.file[1])
         return self.file[1:]
 
     def whole(self, app: Host) -> GraphResult:

@@ -11,6 +11,12 @@ from vocabulary.wire import message, request
 FEATURE, ERROR, TOKEN, LOGIT, SUPERNODE = KINDS = ("feature", "error", "token", "logit", "supernode")  # the last only where nodes of one name are drawn as one
 
 
+def difference(answers: list[str], foils: list[str]) -> str:
+    """The target of answers less foils in words, of their tokens' texts."""
+    tokens = lambda some: " ".join(map(repr, some[:2])) + (f" and {len(some) - 2} more" if len(some) > 2 else "")  # noqa: E731
+    return f"{tokens(answers)} less {tokens(foils)}"
+
+
 @dataclass(frozen=True)
 class OfGraph:
     """What every request about a graph says: of which prompt, transcoders and target it is, and how large."""
@@ -172,7 +178,8 @@ class GraphEffectsResult:
 class GraphSteerResult:
     """
     Of each logit node: its name, its value, and its change as predicted, with attention frozen, and in the model. `steered` features are held at `held`;
-    `activation` [as it was, predicted, frozen, true] of each of `watched`. Pearson's r of the watched features' predicted changes with frozen and true.
+    `activation` [as it was, predicted, frozen, true] of each of `watched`. Pearson's r of the predicted changes
+    with frozen and true, of the watched features that are not steered (NaN for fewer than three).
     """
 
     tokens: TokenRow

@@ -1,6 +1,5 @@
 """Features changed together, with the prediction; and groups of features with like decoders."""
 
-import math
 from collections.abc import Generator
 
 import numpy as np
@@ -8,7 +7,7 @@ import torch as t
 from torch import Tensor
 
 from techniques.graphs.building import Built
-from techniques.graphs.effects import WORDS, Changed, correlation, first, found, place_of
+from techniques.graphs.effects import WORDS, Changed, check_finite, correlation, first, found, place_of
 from techniques.graphs.replacement import AnyTranscoder, each, toward
 from techniques.graphs.requests import GraphGroups, GraphGroupsResult, GraphSteer, GraphSteerResult
 from techniques.graphs.supernodes import alike
@@ -31,15 +30,14 @@ def steer(built: Built, ask: GraphSteer, names: tuple[str, ...]) -> Generator[Pr
     local, f = built.local, len(built.some)
     if not ask.steer or ask.most < 0:
         raise UserError("name at least one feature to steer, LAYER_FEATURE_POSITION as the graph writes it, and most from 0 on")
-    if not math.isfinite(ask.factor if ask.value is None else ask.value):
-        raise UserError("a feature is multiplied by a finite number, or set to one")
-    held = [found(built, text) for text in dict.fromkeys(ask.steer)]
+    check_finite(ask.factor if ask.value is None else ask.value)
+    held = list(dict.fromkeys(found(built, text) for text in ask.steer))
     old = local.value[built.some[held]].double()
     new = old * ask.factor if ask.value is None else t.full_like(old, ask.value)
     gain, value = response(built, held, new - old), local.value[built.some].double()
     rest = gain.abs()
     rest[held] = 0
-    watched = [found(built, text) for text in dict.fromkeys(ask.watch)] or [
+    watched = list(dict.fromkeys(found(built, text) for text in ask.watch)) or [
         i for i in rest.argsort(descending=True, stable=True)[: ask.most].tolist() if rest[i] > 0
     ]
     at = built.some[watched]
@@ -55,11 +53,12 @@ def steer(built: Built, ask: GraphSteer, names: tuple[str, ...]) -> Generator[Pr
     was, guess = value[watched].numpy(), (value + gain)[watched].numpy()
     seen = np.array([was, guess, *(some for _, some in outcomes)])
     name = lambda i: "_".join(str(int(x[built.some[i]])) for x in (local.layer, local.index, local.where))  # noqa: E731
+    free = [n for n, i in enumerate(watched) if i not in held]  # a held feature is what it was set to, whatever the graph says
     how = f"multiplied by {ask.factor:g}" if ask.value is None else f"set to {ask.value:g}"
     change = (built.matrix[first(built) :, :f] / value) @ gain
     return GraphSteerResult(
         local.runs.row(ask.which), names, model.own.numpy(), change.numpy(), outcomes[0][0], outcomes[1][0], tuple(map(name, held)), new.numpy(),
-        tuple(map(name, watched)), seen, tuple(correlation(guess - was, x - was) for x in seen[2:]), f"{len(held)} feature{'s' * (len(held) > 1)} {how} and held there; {WORDS}",
+        tuple(map(name, watched)), seen, tuple(correlation((guess - was)[free], (x - was)[free]) for x in seen[2:]), f"{len(held)} feature{'s' * (len(held) > 1)} {how} and held there; {WORDS}",
     )  # fmt: skip
 
 

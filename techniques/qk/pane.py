@@ -32,11 +32,11 @@ class QKPane(Pane):
     explained = EXPLAINED
     hints = ("enter", "view", "detect", "keep", "points", "source", "which", "ablate", "mode")
     keys = (
-        Part("enter", "QK", "choose the source that the score is taken against", lambda pane, app: pane.choose(app)),
-        Part("points", "QK", "rows by size, or as the model has them", turns("qk.order")),
-        Part("source", "QK", "over the prompt or the set", turns("qk.over")),
-        Part("detect", "QK", "check the entry: its path into the query and into the key changed for real", lambda pane, app: pane.check(app)),
-        Part("keep", "QK", "keep the edges of the entry, component → q and k, or its features", lambda pane, app: pane.keep(app)),
+        Part("enter", "QK", "choose the source that the score is taken against", lambda pane, app: pane.choose(app), "source"),
+        Part("points", "QK", "rows by size, or as the model has them", turns("qk.order"), "order"),
+        Part("source", "QK", "over the prompt or the set", turns("qk.over"), "prompt or set"),
+        Part("detect", "QK", "check the entry: its path into the query and into the key changed for real", lambda pane, app: pane.check(app), "check"),
+        Part("keep", "QK", "keep the edges of the entry, component → q and k, or its features", lambda pane, app: pane.keep(app), "keep"),
     )
 
     def __init__(self, **kw):

@@ -15,6 +15,7 @@ from techniques.cluster.folder import Folder, Job
 from techniques.cluster.requests import CancelShards, GoOnShards, StartShards, TakeShards, WatchShards
 from techniques.circuits.requests import PathPatch
 from techniques.patching.requests import Sweep
+from screen.client import Job as Job_
 from screen.session import State, read_session
 from vocabulary import chosen
 from vocabulary.nodes import UserError
@@ -168,6 +169,11 @@ async def test_j_starts_cancels_and_goes_on(zoo, tmp_path, monkeypatch):
         await looked(app, pilot)
         assert "0 of 7 shards · tasks 3 running" in shown(app)
         await press(app, pilot, "x")
+        assert "this ends the tasks of a scattered job" in shown(app)
+        await press(app, pilot, "escape")
+        await looked(app, pilot)
+        assert not (folder.path / "cancel").exists()
+        await press(app, pilot, "x", "enter")
         (folder.path / "local.json").unlink()
         await looked(app, pilot)
         assert (folder.path / "cancel").exists() and "cancelled" in shown(app)
@@ -177,6 +183,30 @@ async def test_j_starts_cancels_and_goes_on(zoo, tmp_path, monkeypatch):
         await press(app, pilot, "enter", "down", "enter")
         await looked(app, pilot)
         assert len(started) == 2
+
+
+async def test_the_cursor_of_the_list_stays_on_its_job(zoo, tmp_path):
+    """A job that ends above it or comes below moves the lines, not what x cancels."""
+    app = make_app(zoo, tmp_path, STATE)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await press(app, pilot)
+        app.client.jobs |= {n: Job_(n, f"job {n}", SWEEP, None, None) for n in (901, 902, 903)}
+        for name in "ab":
+            app.act("scattered", folder=str(tmp_path / name), how={})
+        await press(app, pilot, "J")
+        panel = app.query_one("Jobs")
+        for at, mark in enumerate([*panel.marks]):
+            panel.at = at
+            app.client.jobs[904] = app.client.jobs.pop(901)
+            panel.follow()
+            if at:
+                assert panel.marks[panel.at] == mark
+            app.client.jobs = {901: Job_(901, "job 901", SWEEP, None, None)} | {n: j for n, j in app.client.jobs.items() if n != 904}
+            panel.follow()
+        panel.at = 1
+        await press(app, pilot, "enter")
+        assert "⏎ opens scattered jobs alone" in shown(app)
+        app.client.jobs.clear()
 
 
 # ------------------------------------------------------------------ Slurm, pretended

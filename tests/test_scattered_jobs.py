@@ -303,6 +303,52 @@ def test_options_of_sbatch_that_came_with_a_folder_are_not_used(zoo, tmp_path, s
     assert not (tmp_path / "precious").exists()
 
 
+@pytest.mark.parametrize("name", ["cancel", "log.txt", "log-0.txt", "local.json", "job.json", "job.sbatch", "submitted.txt", "part-00000.bin", "whole.bin"])
+@pytest.mark.parametrize("pipe", [False, True])
+def test_nothing_is_written_through_a_link_that_came_later(tmp_path, monkeypatch, name, pipe):
+    """Nor does a pipe stop the thread that looks at all folders."""
+    folder, victim = Folder(tmp_path / "a"), tmp_path / "victim.txt"
+    folder.lay_out(Load("zoo"), SWEEP, 2, Job(2, here=2))
+    victim.write_text("precious")
+    assert folder.asked and folder.shards
+    (folder.path / name).unlink(missing_ok=True)
+    os.mkfifo(folder.path / name) if pipe else (folder.path / name).symlink_to(victim)
+    before = sorted(p.name for p in folder.path.iterdir())
+    for write in (
+        lambda: tasks.cancel(folder, [], None),
+        lambda: tasks.start(folder, []),
+        lambda: tasks.start_here(folder, 2),
+        lambda: folder.write_job(Job(2, 1)),
+        lambda: folder.lay_out(Load("zoo"), SWEEP, 2, Job(2)),
+        lambda: analysis.DESK.seen(folder, []),
+    ):
+        with pytest.raises(UserError, match="holds a link, or what is no regular file|can't be read"):
+            write()
+    assert victim.read_text() == "precious" and sorted(p.name for p in folder.path.iterdir()) == before
+
+
+def test_a_pipe_as_a_request_or_part_does_not_block(zoo, tmp_path):
+    folder = Folder(tmp_path / "a")
+    folder.path.mkdir()
+    os.mkfifo(folder.path / "request.bin")
+    assert "no regular file (request.bin)" in seen(zoo, folder.path).error
+    os.mkfifo(folder.part(0))
+    assert folder.read(0) is None
+
+
+def test_a_damaged_job_hides_nobody_elses_tasks(zoo, tmp_path, slurm):
+    start(zoo, tmp_path / "a")
+    start(zoo, tmp_path / "b")
+    seen(zoo, tmp_path / "b")
+    (tmp_path / "a" / "job.json").write_text("{")
+    (slurm / "queue").write_text(f"77|RUNNING|None|{tmp_path}/b/job.sbatch\n")
+    seen(zoo, tmp_path / "a")
+    zoo.run(WatchShards((str(tmp_path / "a"), str(tmp_path / "b"))))
+    analysis.DESK.thread.submit(lambda: None).result()
+    a, b = zoo.run(WatchShards((str(tmp_path / "a"), str(tmp_path / "b")))).jobs
+    assert b.tasks == "tasks 1 running" and not b.error and "job.json can't be read" in a.error
+
+
 def test_a_folder_that_is_none(zoo, tmp_path):
     assert "holds no request" in seen(zoo, tmp_path / "none").error
     folder = tmp_path / "a"

@@ -11,9 +11,10 @@ from test_scatter import PROMPTS, STUDY, in_parts
 from ui import make_app, press, shown
 
 from techniques.cluster import analysis, tasks
-from techniques.cluster.folder import Folder, Job
+from techniques.cluster.folder import Folder, Job, check_part
 from techniques.cluster.requests import CancelShards, GoOnShards, StartShards, TakeShards, WatchShards
 from techniques.circuits.requests import PathPatch
+from techniques.features.requests import Examples
 from techniques.patching.requests import Sweep
 from screen.client import Job as Job_
 from screen.session import State, read_session
@@ -347,6 +348,24 @@ def test_a_damaged_job_hides_nobody_elses_tasks(zoo, tmp_path, slurm):
     analysis.DESK.thread.submit(lambda: None).result()
     a, b = zoo.run(WatchShards((str(tmp_path / "a"), str(tmp_path / "b")))).jobs
     assert b.tasks == "tasks 1 running" and not b.error and "job.json can't be read" in a.error
+
+
+@pytest.mark.parametrize("name", ["x\n#SBATCH --export=ALL,BASH_ENV=evil.sh\n", 'x" --wrap="evil', "x\r", "x\x1b[2J", "x\u2028y"])
+def test_a_name_adds_no_options_of_sbatch(tmp_path, name):
+    folder = Folder(tmp_path / name)
+    with pytest.raises(UserError, match="no line breaks"):
+        folder.lay_out(Load("zoo"), SWEEP, 2, Job(2))
+    assert not folder.path.exists()
+    Folder(tmp_path / "a").lay_out(Load("zoo"), SWEEP, 2, Job(2))
+    (tmp_path / "a").rename(folder.path)
+    with pytest.raises(UserError, match="no line breaks"):
+        tasks.submit(folder)
+
+
+@pytest.mark.parametrize("part", [(-3, -1), (0, 0), (4, 2), (-1, 3)])
+def test_a_part_of_a_text_counts_from_its_beginning(part):
+    with pytest.raises(UserError, match="a part of a text"):
+        check_part(Examples("zoo/a", part=part))
 
 
 def test_a_folder_that_is_none(zoo, tmp_path):

@@ -75,8 +75,10 @@ def check_part(request: object) -> None:
     """UserError where a request names a part of its set that it can't run over, or that is not there."""
     study = getattr(request, "study", None)
     if getattr(study, "part", None) is None:
-        if getattr(request, "part", None) is not None:
+        if (part := getattr(request, "part", None)) is not None:
             scattered(request)
+            if not 0 <= part[0] < part[1]:
+                raise UserError(f"part {part[0]} to {part[1]}: a part of a text is from 0 or a later piece up to a piece after that")
         return
     scattered(request)
     (start, stop), n = study.part, len(study.prompt_set)
@@ -117,6 +119,11 @@ class Folder:
             odd = next((e.name for e in entries if not e.is_file(follow_symlinks=False) and not e.is_dir(follow_symlinks=False)), None)
         if odd is not None:
             raise UserError(f"{self.path} holds a link, or what is no regular file ({odd}), which no scattered job makes: remove it")
+
+    def check_name(self) -> None:
+        """UserError for a path that would break the line of job.sbatch that it stands in, and so add options."""
+        if not str(self.path).isprintable() or '"' in str(self.path):
+            raise UserError(f"{str(self.path)!r}: the path of a scattered job has no line breaks, control characters or double quotes: give another folder")
 
     def write(self, name: str, text: str) -> None:
         """A file of the folder, through no link."""
@@ -178,6 +185,7 @@ class Folder:
 
     def lay_out(self, load: Load, request: object, size: int, job: Job) -> None:
         """Write the request and the job. A folder that holds this request goes on; UserError where it holds another."""
+        self.check_name()
         make_folder(self.path)
         self.check()
         n = scattered(request).size(request)
@@ -199,6 +207,7 @@ class Folder:
             raise UserError(
                 f"its job script is not written: options of sbatch run code, and {job.sbatch!r} came with the folder; scatter the same words yourself"
             )
+        self.check_name()
         self.check()
         text, path = json.dumps(asdict(job)) + "\n", self.path / "job.json"
         if not path.exists() or path.read_text() != text:

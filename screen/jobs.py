@@ -20,17 +20,20 @@ def row(job: Job) -> Spans:
 
 class Jobs(Panel):
     """
-    The list of running jobs and of scattered ones, which follows them; x cancels the one that is selected, enter says what else can be done with a scattered
-    one, or starts one.
+    The list of running jobs and of scattered ones, which follows them; x cancels the one that is selected (a scattered one after a key more), enter says what
+    else can be done with a scattered one, or starts one. The cursor stays on its line, wherever that goes.
     """
 
     def __init__(self, app: Host, **kw):
-        self.host, self.shown = app, []
-        super().__init__("jobs", self.lines(), "x cancels · ⏎ opens · esc closes", True, {"x": self.cancel, "enter": self.enter}, **kw)
+        self.host, self.shown, self.marks = app, [], []
+        super().__init__("jobs", self.lines(), "x cancels · ⏎ opens what is scattered · esc closes", True, {"x": self.cancel, "enter": self.enter}, **kw)
 
     def on_mount(self) -> None:
         super().on_mount()
         self.set_interval(1, self.follow)
+
+    def hints(self) -> list[tuple[str, str]]:
+        return [("jk", "choose"), ("x", "cancel"), ("⏎", "open what is scattered"), ("esc", "close")]
 
     def lines(self) -> list[Spans]:
         """Each with what it is of: a job, the folder of a scattered one, or what enter does."""
@@ -43,10 +46,13 @@ class Jobs(Panel):
         if app.client.alive:
             rows.append(([(" watch a folder of a scattered job", PLAIN)], scattered.watch))
         self.shown = [of for _, of in rows]
+        self.marks = [of.id if isinstance(of, Job) else of if isinstance(of, str) else line[0][0] for line, of in rows]
         return [line for line, _ in rows]
 
     def follow(self) -> None:
-        self.replace(self.lines())
+        mark, lines = self.marks[min(self.at, len(self.marks) - 1)], self.lines()
+        self.at = self.marks.index(mark) if mark in self.marks else self.at
+        self.replace(lines)
 
     def cancel(self, at: int) -> None:
         of = self.shown[at] if at < len(self.shown) else None
@@ -54,15 +60,19 @@ class Jobs(Panel):
             self.host.requests.cancel(of)
         elif isinstance(of, str):
             try:
-                self.host.requests.scattered.cancel(of)
+                self.host.requests.scattered.check_live(of)
             except UserError as error:
                 self.complain(str(error))
                 return
+            ask_first(self.host, "this ends the tasks of a scattered job", [self.rows[at]], lambda: self.host.requests.scattered.cancel(of))
+            return
         self.follow()
 
     def enter(self, at: int) -> None:
         of = self.shown[at] if at < len(self.shown) else None
-        if isinstance(of, str):
+        if isinstance(of, Job):
+            self.complain("its pane shows it as it comes: ⏎ opens scattered jobs alone, x cancels this one")
+        elif isinstance(of, str):
             self.action_close()
             self.host.requests.scattered.choose(of)
         elif callable(of):
@@ -92,12 +102,11 @@ def ends_jobs(app: Host, what: str, go: Callable[[], object]) -> None:
     if not (some := worth_asking(app)):
         go()
         return
+    ask_first(app, f"{what} ends {'this job' if len(some) == 1 else f'these {len(some)} jobs'}", [row(j) for j in some], go)
+
+
+def ask_first(app: Host, title: str, rows: list[Spans], go: Callable[[], object]) -> None:
+    """Say what ends, and end it only after a key."""
     sure = lambda at: (panel.action_close(), app.guard(go))  # noqa: E731
-    panel = Panel(
-        f"{what} ends {'this job' if len(some) == 1 else f'these {len(some)} jobs'}",
-        [row(j) for j in some],
-        "enter: all the same · esc: go on with it",
-        False,
-        {"enter": sure},
-    )
+    panel = Panel(title, rows, "enter: all the same · esc: go on with it", False, {"enter": sure})
     app.open(panel)

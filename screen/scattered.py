@@ -163,9 +163,12 @@ class Scattered:
 
         self.app.requests.ask("scattered does", request, then, 0, any_model=True)
 
-    def cancel(self, folder: str) -> None:
+    def check_live(self, folder: str) -> None:
         if not self.states.get(folder, Shards(folder)).live:
             raise UserError(f"{short(folder)}: no task of it runs")
+
+    def cancel(self, folder: str) -> None:
+        self.check_live(folder)
         self.tell(CancelShards(folder), "its tasks are cancelled; the parts that are done stay")
 
     def choose(self, folder: str) -> None:

@@ -11,10 +11,12 @@ from test_scatter import PROMPTS, STUDY, in_parts
 from ui import make_app, press, shown
 
 from techniques.cluster import analysis, tasks
-from techniques.cluster.folder import Folder, Job
+from techniques.cluster.folder import Folder, Job, check_part
 from techniques.cluster.requests import CancelShards, GoOnShards, StartShards, TakeShards, WatchShards
 from techniques.circuits.requests import PathPatch
+from techniques.features.requests import Examples
 from techniques.patching.requests import Sweep
+from screen.client import Job as Job_
 from screen.session import State, read_session
 from vocabulary import chosen
 from vocabulary.nodes import UserError
@@ -168,6 +170,11 @@ async def test_j_starts_cancels_and_goes_on(zoo, tmp_path, monkeypatch):
         await looked(app, pilot)
         assert "0 of 7 shards · tasks 3 running" in shown(app)
         await press(app, pilot, "x")
+        assert "this ends the tasks of a scattered job" in shown(app)
+        await press(app, pilot, "escape")
+        await looked(app, pilot)
+        assert not (folder.path / "cancel").exists()
+        await press(app, pilot, "x", "enter")
         (folder.path / "local.json").unlink()
         await looked(app, pilot)
         assert (folder.path / "cancel").exists() and "cancelled" in shown(app)
@@ -177,6 +184,30 @@ async def test_j_starts_cancels_and_goes_on(zoo, tmp_path, monkeypatch):
         await press(app, pilot, "enter", "down", "enter")
         await looked(app, pilot)
         assert len(started) == 2
+
+
+async def test_the_cursor_of_the_list_stays_on_its_job(zoo, tmp_path):
+    """A job that ends above it or comes below moves the lines, not what x cancels."""
+    app = make_app(zoo, tmp_path, STATE)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await press(app, pilot)
+        app.client.jobs |= {n: Job_(n, f"job {n}", SWEEP, None, None) for n in (901, 902, 903)}
+        for name in "ab":
+            app.act("scattered", folder=str(tmp_path / name), how={})
+        await press(app, pilot, "J")
+        panel = app.query_one("Jobs")
+        for at, mark in enumerate([*panel.marks]):
+            panel.at = at
+            app.client.jobs[904] = app.client.jobs.pop(901)
+            panel.follow()
+            if at:
+                assert panel.marks[panel.at] == mark
+            app.client.jobs = {901: Job_(901, "job 901", SWEEP, None, None)} | {n: j for n, j in app.client.jobs.items() if n != 904}
+            panel.follow()
+        panel.at = 1
+        await press(app, pilot, "enter")
+        assert "⏎ opens scattered jobs alone" in shown(app)
+        app.client.jobs.clear()
 
 
 # ------------------------------------------------------------------ Slurm, pretended
@@ -271,6 +302,70 @@ def test_options_of_sbatch_that_came_with_a_folder_are_not_used(zoo, tmp_path, s
     with pytest.raises(UserError, match="holds a link"):
         Folder(folder.path).gather()
     assert not (tmp_path / "precious").exists()
+
+
+@pytest.mark.parametrize("name", ["cancel", "log.txt", "log-0.txt", "local.json", "job.json", "job.sbatch", "submitted.txt", "part-00000.bin", "whole.bin"])
+@pytest.mark.parametrize("pipe", [False, True])
+def test_nothing_is_written_through_a_link_that_came_later(tmp_path, monkeypatch, name, pipe):
+    """Nor does a pipe stop the thread that looks at all folders."""
+    folder, victim = Folder(tmp_path / "a"), tmp_path / "victim.txt"
+    folder.lay_out(Load("zoo"), SWEEP, 2, Job(2, here=2))
+    victim.write_text("precious")
+    assert folder.asked and folder.shards
+    (folder.path / name).unlink(missing_ok=True)
+    os.mkfifo(folder.path / name) if pipe else (folder.path / name).symlink_to(victim)
+    before = sorted(p.name for p in folder.path.iterdir())
+    for write in (
+        lambda: tasks.cancel(folder, [], None),
+        lambda: tasks.start(folder, []),
+        lambda: tasks.start_here(folder, 2),
+        lambda: folder.write_job(Job(2, 1)),
+        lambda: folder.lay_out(Load("zoo"), SWEEP, 2, Job(2)),
+        lambda: analysis.DESK.seen(folder, []),
+    ):
+        with pytest.raises(UserError, match="holds a link, or what is no regular file|can't be read"):
+            write()
+    assert victim.read_text() == "precious" and sorted(p.name for p in folder.path.iterdir()) == before
+
+
+def test_a_pipe_as_a_request_or_part_does_not_block(zoo, tmp_path):
+    folder = Folder(tmp_path / "a")
+    folder.path.mkdir()
+    os.mkfifo(folder.path / "request.bin")
+    assert "no regular file (request.bin)" in seen(zoo, folder.path).error
+    os.mkfifo(folder.part(0))
+    assert folder.read(0) is None
+
+
+def test_a_damaged_job_hides_nobody_elses_tasks(zoo, tmp_path, slurm):
+    start(zoo, tmp_path / "a")
+    start(zoo, tmp_path / "b")
+    seen(zoo, tmp_path / "b")
+    (tmp_path / "a" / "job.json").write_text("{")
+    (slurm / "queue").write_text(f"77|RUNNING|None|{tmp_path}/b/job.sbatch\n")
+    seen(zoo, tmp_path / "a")
+    zoo.run(WatchShards((str(tmp_path / "a"), str(tmp_path / "b"))))
+    analysis.DESK.thread.submit(lambda: None).result()
+    a, b = zoo.run(WatchShards((str(tmp_path / "a"), str(tmp_path / "b")))).jobs
+    assert b.tasks == "tasks 1 running" and not b.error and "job.json can't be read" in a.error
+
+
+@pytest.mark.parametrize("name", ["x\n#SBATCH --export=ALL,BASH_ENV=evil.sh\n", 'x" --wrap="evil', "x\r", "x\x1b[2J", "x\u2028y"])
+def test_a_name_adds_no_options_of_sbatch(tmp_path, name):
+    folder = Folder(tmp_path / name)
+    with pytest.raises(UserError, match="no line breaks"):
+        folder.lay_out(Load("zoo"), SWEEP, 2, Job(2))
+    assert not folder.path.exists()
+    Folder(tmp_path / "a").lay_out(Load("zoo"), SWEEP, 2, Job(2))
+    (tmp_path / "a").rename(folder.path)
+    with pytest.raises(UserError, match="no line breaks"):
+        tasks.submit(folder)
+
+
+@pytest.mark.parametrize("part", [(-3, -1), (0, 0), (4, 2), (-1, 3)])
+def test_a_part_of_a_text_counts_from_its_beginning(part):
+    with pytest.raises(UserError, match="a part of a text"):
+        check_part(Examples("zoo/a", part=part))
 
 
 def test_a_folder_that_is_none(zoo, tmp_path):

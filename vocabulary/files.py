@@ -77,10 +77,10 @@ def move(path: Path, to: Path) -> None:
         raise UserError(f"{path} can't be moved to {to}: {reason(error)}") from error
 
 
-def open_log(path: Path) -> int:
-    """A file to append to, as its descriptor; made with its folder where it is missing. OSError when that fails."""
+def open_log(path: Path, flags: int = 0) -> int:
+    """A file to append to, as its descriptor; made with its folder where it is missing. OSError when that fails, or `flags` (as of os.open) forbid it."""
     make_folder(path.parent)
-    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, PRIVATE_FILE)
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | flags, PRIVATE_FILE)
 
 
 @contextlib.contextmanager

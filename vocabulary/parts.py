@@ -54,7 +54,9 @@ def write_frames(path: Path, bodies: Iterable[tuple[int, object]]) -> None:
 
 
 def read_frames(path: Path) -> list[Frame]:
-    """The frames of a file. OSError or WireError where it is missing or damaged."""
+    """The frames of a file. OSError or WireError where it is missing, damaged, or no regular file (a pipe that nobody writes to blocks for ever)."""
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is no regular file")
     return unpack(path.read_bytes())
 
 

@@ -120,8 +120,18 @@ class Desk:
 
     def queue(self, names: tuple[str, ...]) -> list[tasks.Row]:
         """What Slurm has; nothing where all of these folders run as processes."""
-        slurm = [n for n in names if (Path(n) / "job.json").exists() and not self.folder(n).job.here]
-        return tasks.queue() if slurm else []
+        return tasks.queue() if any(map(self.on_slurm, names)) else []
+
+    def on_slurm(self, name: str) -> bool:
+        """Whether a folder's tasks may be Slurm's: also where its job can't be read, so that one damaged folder hides nobody's tasks."""
+        if not (Path(name) / "job.json").exists():
+            return False
+        try:
+            folder = self.folder(name)
+            folder.check()
+            return not folder.job.here
+        except (UserError, OSError):
+            return True
 
     def look(self, names: tuple[str, ...]) -> None:
         rows, wrong = [], ""
@@ -146,6 +156,7 @@ class Desk:
     def seen(self, folder: Folder, rows: list[tasks.Row]) -> Shards:
         """How far a folder is, without reading its parts."""
         load, request, _ = folder.asked
+        folder.check()
         second = folder.second if (folder.second.path / "request.bin").exists() else None
         stage = folder if second is None else second
         mine, here = tasks.of_folder(rows, folder), tasks.running_here(folder)

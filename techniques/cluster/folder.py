@@ -18,7 +18,7 @@ from pathlib import Path
 import techniques
 from utils import ROOT
 from vocabulary.chosen import choose, is_chosen, pinned, sbatch_key
-from vocabulary.files import make_folder, write_text
+from vocabulary.files import make_folder, open_log, write_text
 from vocabulary.nodes import UserError
 from vocabulary.parts import Scattered, read_frames, write_frames
 from vocabulary.prompts import Metric
@@ -75,8 +75,10 @@ def check_part(request: object) -> None:
     """UserError where a request names a part of its set that it can't run over, or that is not there."""
     study = getattr(request, "study", None)
     if getattr(study, "part", None) is None:
-        if getattr(request, "part", None) is not None:
+        if (part := getattr(request, "part", None)) is not None:
             scattered(request)
+            if not 0 <= part[0] < part[1]:
+                raise UserError(f"part {part[0]} to {part[1]}: a part of a text is from 0 or a later piece up to a piece after that")
         return
     scattered(request)
     (start, stop), n = study.part, len(study.prompt_set)
@@ -111,12 +113,33 @@ class Folder:
     def __init__(self, path: Path):
         self.path = path.resolve()
 
+    def check(self) -> None:
+        """UserError where it holds a link, through which a file elsewhere would be written, or a pipe, which is read for ever: no scattered job makes these."""
+        with os.scandir(self.path) as entries:
+            odd = next((e.name for e in entries if not e.is_file(follow_symlinks=False) and not e.is_dir(follow_symlinks=False)), None)
+        if odd is not None:
+            raise UserError(f"{self.path} holds a link, or what is no regular file ({odd}), which no scattered job makes: remove it")
+
+    def check_name(self) -> None:
+        """UserError for a path that would break the line of job.sbatch that it stands in, and so add options."""
+        if not str(self.path).isprintable() or '"' in str(self.path):
+            raise UserError(f"{str(self.path)!r}: the path of a scattered job has no line breaks, control characters or double quotes: give another folder")
+
+    def write(self, name: str, text: str) -> None:
+        """A file of the folder, through no link."""
+        self.check()
+        write_text(self.path / name, text)
+
+    def log(self, name: str) -> int:
+        """A file of the folder to append to, as its descriptor, through no link."""
+        self.check()
+        return open_log(self.path / name, os.O_NOFOLLOW)
+
     @cached_property
     def asked(self) -> tuple[Load, object, int]:
-        """The model, the request over the whole set, and the prompts of a shard. UserError where it holds a link, through which a file elsewhere would be written."""
+        """The model, the request over the whole set, and the prompts of a shard. UserError where it can't be read."""
         try:
-            if links := [p.name for p in self.path.iterdir() if p.is_symlink()]:
-                raise UserError(f"{self.path} holds a link ({links[0]}), which no scattered job makes: remove it")
+            self.check()
             load, request = read_frames(self.path / "request.bin")
             if not isinstance(load.body, Load) or request.id < 1:
                 raise ValueError("it is no scattered request")
@@ -148,6 +171,7 @@ class Folder:
     @property
     def job(self) -> Job:
         try:
+            self.check()
             job = Job(**json.loads((self.path / "job.json").read_text()))
             job.check()
             return job
@@ -161,7 +185,9 @@ class Folder:
 
     def lay_out(self, load: Load, request: object, size: int, job: Job) -> None:
         """Write the request and the job. A folder that holds this request goes on; UserError where it holds another."""
+        self.check_name()
         make_folder(self.path)
+        self.check()
         n = scattered(request).size(request)
         if n < 1:
             raise UserError("a prompt set is cut into shards: give --set FILE.jsonl")
@@ -181,15 +207,17 @@ class Folder:
             raise UserError(
                 f"its job script is not written: options of sbatch run code, and {job.sbatch!r} came with the folder; scatter the same words yourself"
             )
+        self.check_name()
+        self.check()
         text, path = json.dumps(asdict(job)) + "\n", self.path / "job.json"
         if not path.exists() or path.read_text() != text:
-            write_text(path, text)
+            self.write(path.name, text)
         left = sorted({i % job.tasks for i in self.missing()})
         array = f"0-{job.tasks - 1}" if len(left) in (0, job.tasks) else ",".join(map(str, left))
         quoted = {k: shlex.quote(str(v)) for k, v in (("cwd", job.cwd), ("python", sys.executable), ("engine", ROOT / "engine.py"), ("folder", self.path))}
         log = str(self.path).replace("%", "%%") + "/log-%a.txt"
         more = f"#SBATCH {job.sbatch}\n" if job.sbatch.strip() else ""
-        write_text(self.path / "job.sbatch", JOB.format(array=array + f"%{job.most}" * bool(job.most), log=log, more=more, tasks=job.tasks, **quoted))
+        self.write("job.sbatch", JOB.format(array=array + f"%{job.most}" * bool(job.most), log=log, more=more, tasks=job.tasks, **quoted))
 
     # -------------------------------------------------------------- parts
 
@@ -246,6 +274,7 @@ class Folder:
                 say(f"shard {i}, {start + 1} to {stop}: {error}")
                 refused = 1
                 continue
+            self.check()
             write_frames(self.part(i), [(0, info), (0, result)])
             say(f"shard {i}: {stop - start} of {self.total} in {time.monotonic() - began:.2f} s")
         return refused
@@ -279,6 +308,7 @@ class Folder:
             if after.missing():
                 raise UserError(f"the first pass is whole, and a second checks what it found: {after.todo()}; then gather again")
             result = scattered(self.request).end(self.request, result, after.gather()[1])
+        self.check()
         write_frames(self.path / "whole.bin", [(0, info), (0, result)])
         scattered(self.request).write(result, self.path)
         for stale in self.path.glob(".part-*"):  # of tasks that were killed

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from techniques.cluster.folder import Folder, progress
 from utils import ROOT
-from vocabulary.files import open_log, write_text
 from vocabulary.nodes import UserError
 
 SILENT = 15.0  # seconds after which a leading process that said nothing is gone
@@ -51,13 +50,13 @@ def run_tasks(folder: Folder, lead: Folder, workers: int, show: Callable[[object
             env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores))}
             env |= {"CUDA_VISIBLE_DEVICES": gpus[k % len(gpus)]} if gpus else {}
             words = [sys.executable, ROOT / "engine.py", "work", folder.path, "--task", str(k), "--of", str(workers)]
-            log = open_log(folder.path / f"log-{k}.txt")
+            log = folder.log(f"log-{k}.txt")
             running.append(subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=env))
             os.close(log)
         while alive := sum(p.poll() is None for p in running):
             if time.monotonic() - said >= 1:
                 said = time.monotonic()
-                write_text(lead.path / "local.json", json.dumps({"running": alive}))
+                lead.write("local.json", json.dumps({"running": alive}))
             if (lead.path / "cancel").exists():
                 raise UserError(CANCELLED)
             show(progress(folder))
@@ -86,6 +85,8 @@ def visible_gpus() -> list[str]:
 
 def last_line(log: Path) -> str:
     """The last line of a log that says something, in 300 characters; "" without one."""
+    if not log.is_file():
+        return ""
     try:
         with open(log, "rb") as f:
             f.seek(max(0, os.path.getsize(log) - 4000))
@@ -97,7 +98,7 @@ def last_line(log: Path) -> str:
 
 def start_here(folder: Folder, workers: int) -> subprocess.Popen:
     """The leading process, which outlives who starts it."""
-    log = open_log(folder.path / "log.txt")
+    log = folder.log("log.txt")
     try:
         words = [sys.executable, ROOT / "engine.py", "work", folder.path, "--local", str(workers)]
         return subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True, cwd=folder.job.cwd or None)
@@ -108,9 +109,10 @@ def start_here(folder: Folder, workers: int) -> subprocess.Popen:
 def running_here(folder: Folder) -> int:
     """Tasks that a leading process has; 0 where none lives."""
     try:
+        folder.check()
         path = folder.path / "local.json"
         return json.loads(path.read_text())["running"] if abs(time.time() - path.stat().st_mtime) < SILENT else 0
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, UserError):
         return 0
 
 
@@ -144,7 +146,7 @@ def submit(folder: Folder) -> str:
     """The number of the job that runs what is missing. UserError with sbatch's words."""
     folder.write_job(folder.job)
     number = ask_slurm("sbatch", "--parsable", str(folder.path / "job.sbatch"), seconds=60).strip().partition(";")[0]
-    with os.fdopen(open_log(folder.path / "submitted.txt"), "w") as f:
+    with os.fdopen(folder.log("submitted.txt"), "w") as f:
         f.write(f"{number}\n")
     return number
 
@@ -187,6 +189,7 @@ def stage_of(folder: Folder) -> Folder | None:
 
 def start(folder: Folder, rows: list[Row]) -> subprocess.Popen | None:
     """Start what is missing, in the way that the job says; the leading process, where it is one. UserError where tasks of it run."""
+    folder.check()
     job = folder.job
     if running_here(folder) or of_folder(rows, folder):
         raise UserError(f"{folder.path.name}: its tasks run; J, then x, cancels them")
@@ -203,7 +206,7 @@ def start(folder: Folder, rows: list[Row]) -> subprocess.Popen | None:
 
 def cancel(folder: Folder, rows: list[Row], lead: subprocess.Popen | None) -> None:
     """End a folder's tasks. What is lost of a shard is not kept, its parts are."""
-    write_text(folder.path / "cancel", "")
+    folder.write("cancel", "")
     if lead is not None and lead.poll() is None and not running_here(folder):
         lead.terminate()  # it has no tasks yet
     if mine := sorted({r.job for r in of_folder(rows, folder)}):

@@ -43,7 +43,7 @@ class Scattered:
     """The folders of this session: how far they are and what is joined of them."""
 
     def __init__(self, app):
-        self.app, self.timer, self.looking, self.typed = app, None, False, False
+        self.app, self.timer, self.looking, self.typed = app, None, False, None  # typed: the session in which somebody here said how
         self.states: dict[str, Shards] = {}
         self.tables: dict[str, Table] = {}
         self.had: dict[str, tuple[int, bool]] = {}
@@ -206,15 +206,13 @@ class Scattered:
             self.app.run_worker(partial(look, values[0].strip()), group="scattered watch", exclusive=True, exit_on_error=True)
             return ""
 
-        self.app.open(
-            Editor("watch a scattered job", [("folder", "")], accept, 0, 1, "what scatter's --out named, on the engine's machine; nothing of it runs")
-        )
+        self.app.open(Editor("watch a scattered job", [("folder", "")], accept, 0, 1, "scatter's --out, where the engine runs; runs nothing"))
 
     def scatter(self, request: object) -> None:
         """Ask how, then start it: in `here` as processes of the engine's machine, in `slurm` as a job array."""
         app, last = self.app, next((how for how in reversed([*self.app.session.folders.values()]) if how), {})
         sbatch = str(last.get("sbatch", ""))
-        sbatch = sbatch if self.typed or is_chosen(sbatch_key(sbatch)) else ""  # a session from somebody else chooses nothing
+        sbatch = sbatch if self.typed is app.session or is_chosen(sbatch_key(sbatch)) else ""  # a session from somebody else chooses nothing
         name = f"{type(request).__name__.lower()}-{time.strftime('%m%d-%H%M%S')}"
         fields = [
             ("tasks", str(last.get("tasks", 2))),
@@ -227,7 +225,7 @@ class Scattered:
             tasks, where, sbatch, folder = whole_number(values[0].strip()), *(v.strip() for v in values[1:])
             if (tasks or 0) < 1 or where not in (HERE, SLURM) or not folder:
                 return f"tasks: 1 or more; where: {HERE} (processes on the engine's machine) or {SLURM}; folder: a name"
-            self.typed = True
+            self.typed = app.session
             how = {"tasks": tasks, "where": where, "sbatch": sbatch}
             frames = pack([(0, app.state.model), (0, request)])
             if len(frames) > LARGEST:
@@ -250,7 +248,7 @@ class Scattered:
                 accept,
                 0,
                 1,
-                f"where: {HERE} or {SLURM} (its options in sbatch)",
+                f"where: {HERE} or {SLURM}",
                 True,
             )
         )

@@ -1,9 +1,14 @@
 """Scattered jobs seen from the screen: started, watched, cancelled, drawn in part and whole; Slurm by commands that pretend; what a stranger's folder can't do."""
 
+import copy
 import json
 import os
+import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +23,7 @@ from techniques.features.requests import Examples
 from techniques.patching.requests import Sweep
 from screen.client import Job as Job_
 from screen.session import State, read_session
+from utils import ROOT
 from vocabulary import chosen
 from vocabulary.nodes import UserError
 from vocabulary.parts import pack, unpack, write_frames
@@ -210,6 +216,35 @@ async def test_the_cursor_of_the_list_stays_on_its_job(zoo, tmp_path):
         app.client.jobs.clear()
 
 
+LEADER = """
+import sys
+from pathlib import Path
+import techniques.patching.requests
+from techniques.cluster import tasks
+from techniques.cluster.folder import Folder
+tasks.ROOT = Path(sys.argv[2])
+tasks.run_here(Folder(Path(sys.argv[1])), 2, lambda part: None)
+"""
+
+
+@pytest.mark.table
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_tasks_end_with_their_leading_process(tmp_path, number):
+    folder, place = Folder(tmp_path / "a"), tmp_path / "tasks"
+    folder.lay_out(Load("zoo"), SWEEP, 2, Job(2))
+    place.mkdir()
+    (place / "engine.py").write_text(f"import os, time\nopen(f'{place}/{{os.getpid()}}', 'w')\ntime.sleep(60)\n")
+    lead = subprocess.Popen([sys.executable, "-c", LEADER, folder.path, place], cwd=ROOT)
+    until = lambda ready: next(True for _ in range(100) if ready() or time.sleep(0.1))  # noqa: E731
+    pids = lambda: [p.name for p in place.iterdir() if p.name.isdigit()]  # noqa: E731
+    assert until(lambda: len(pids()) == 2)
+    lead.send_signal(number)
+    assert lead.wait(10) in (128 + number, -number)
+    gone = lambda pid: not (stat := Path(f"/proc/{pid}/stat")).exists() or stat.read_text().split()[2] == "Z"  # noqa: E731
+    assert until(lambda: all(map(gone, pids())))
+    assert (folder.path / "local.json").exists() == (number == signal.SIGKILL)
+
+
 # ------------------------------------------------------------------ Slurm, pretended
 
 
@@ -262,6 +297,21 @@ def test_a_screen_never_waits_for_slurm(zoo, tmp_path, slurm):
     for _ in range(20):
         zoo.run(WatchShards((str(tmp_path / "a"),)))
     assert time.monotonic() - began < 0.2
+
+
+async def test_options_of_a_session_that_is_opened_later_are_not_taken(zoo, tmp_path):
+    app = make_app(zoo, tmp_path, replace(STATE, views=STATE.views | {"patching.over": "set"}))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await press(app, pilot, "4")
+        scattered = app.requests.scattered
+        scattered.typed = app.session  # somebody scattered here
+        app.act("scattered", folder=str(tmp_path / "b"), how={"tasks": 2, "where": "slurm", "sbatch": "--export=evil"})
+        await press(app, pilot, "J", "G", "k", "enter")
+        assert "--export=evil" in shown(app) and "where: here or slurm" in shown(app)
+        await press(app, pilot, "escape")
+        app.session = copy.copy(app.session)
+        await press(app, pilot, "J", "G", "k", "enter")
+        assert "scatter sweep" in shown(app) and "--export=evil" not in shown(app)
 
 
 # ------------------------------------------------------------------ a stranger's folder

@@ -5,13 +5,17 @@ The tasks of a scattered request: as processes of this machine under one that le
 2. What Slurm has is found by the script that it runs, so that a job of the shell's is seen too, and no folder names another's job.
 """
 
+import ctypes
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +35,8 @@ BAD = ("FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE
 def run_here(folder: Folder, workers: int, show: Callable[[object], None]) -> None:
     """All tasks as processes of this machine, those of a second pass after the first. UserError with the last line of one that failed."""
     (folder.path / "cancel").unlink(missing_ok=True)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that what follows ends its tasks
     try:
         if folder.missing():
             run_tasks(folder, folder, workers, show)
@@ -51,7 +57,7 @@ def run_tasks(folder: Folder, lead: Folder, workers: int, show: Callable[[object
             env |= {"CUDA_VISIBLE_DEVICES": gpus[k % len(gpus)]} if gpus else {}
             words = [sys.executable, ROOT / "engine.py", "work", folder.path, "--task", str(k), "--of", str(workers)]
             log = folder.log(f"log-{k}.txt")
-            running.append(subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=env))
+            running.append(subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=env, preexec_fn=end_with_leader))
             os.close(log)
         while alive := sum(p.poll() is None for p in running):
             if time.monotonic() - said >= 1:
@@ -71,6 +77,12 @@ def run_tasks(folder: Folder, lead: Folder, workers: int, show: Callable[[object
         raise UserError(
             f"task {failed[0]} ended with {running[failed[0]].returncode}: {last_line(log)} ({log}); the same words again go on with what is missing"
         )
+
+
+def end_with_leader() -> None:
+    """In a task, before it begins: Linux ends it where its leading process is killed (PR_SET_PDEATHSIG). Other systems have no such call."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def visible_gpus() -> list[str]:

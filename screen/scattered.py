@@ -45,6 +45,7 @@ class Scattered:
     def __init__(self, app):
         self.app, self.timer, self.looking, self.typed = app, None, False, None  # typed: the session in which somebody here said how
         self.states: dict[str, Shards] = {}
+        self.unfinished: set[str] = set()  # seen so in this screen
         self.tables: dict[str, Table] = {}
         self.had: dict[str, tuple[int, bool]] = {}
         self.wait: dict[str, float] = {}  # until when no table is taken: a slow line has keys to carry too
@@ -88,6 +89,8 @@ class Scattered:
     def heard(self, state: Shards) -> None:
         before = self.states.get(state.folder)
         self.states[state.folder] = state
+        if not state.whole:
+            self.unfinished.add(state.folder)
         if state.error and before is not None and before.error != state.error:
             self.app.say(f"{short(state.folder)}: {state.error}", BAD)
 
@@ -100,7 +103,8 @@ class Scattered:
         self.tables[joined.folder] = table = Table(load, request, info, result, joined.said, joined.whole, joined.stamp)
         if joined.whole and self.ours(table):
             app.requests.record(request, result, True)
-            app.say(f"{short(joined.folder)} is whole: J, then ⏎, shows it", GOOD)
+            if joined.folder in self.unfinished:
+                app.say(f"{short(joined.folder)} is whole: J, then ⏎, shows it", GOOD)
         app.draw()
 
     # ---------------------------------------------------------------- what panes draw
@@ -110,8 +114,9 @@ class Scattered:
         return self.app.info is not None and table.info.identity == self.app.info.identity
 
     def table(self, request: object) -> Table | None:
-        """What is joined for exactly this request, of this model."""
-        some = [t for t in self.tables.values() if type(t.request) is type(request) and self.ours(t)]
+        """What is joined for exactly this request, of this model, in a folder that was not forgotten."""
+        there = [self.tables[folder] for folder in self.app.session.folders if folder in self.tables]
+        some = [t for t in there if type(t.request) is type(request) and self.ours(t)]
         return next((t for t in some if essence(t.request) == essence(request)), None)
 
     def partial(self, result: object) -> str:

@@ -38,7 +38,9 @@ class Desk:
         self.folders: dict[str, tuple[int, Folder]] = {}
         self.leads: dict[str, Popen] = {}
         self.trouble: dict[str, str] = {}  # what went wrong in starting or cancelling
-        self.joins: dict[str, tuple[int, tuple, float, float]] = {}  # which join was the last, of which parts, when it was, seconds it took
+        self.joins: dict[
+            str, tuple[int, tuple, float, float]
+        ] = {}  # the last join by its time (no two are alike, in any engine), of which parts, when it was, seconds it took
         self.asked: dict[str, float] = {}  # when a screen asked for a folder last
         self.looked, self.last = 0.0, self.thread.submit(int)  # when it looked, and what the thread was told last
 
@@ -176,7 +178,7 @@ class Desk:
 
     def join(self, state: Shards) -> None:
         """Join what is there where more is there than before, so seldom that it takes a tenth of the time at most."""
-        folder, (number, parts, at, took) = self.folder(state.folder), self.joins.get(state.folder, (0, (), 0.0, 0.0))
+        folder, (_, parts, at, took) = self.folder(state.folder), self.joins.get(state.folder, (0, (), 0.0, 0.0))
         times = [p.stat().st_mtime_ns for stage in (folder, folder.second) for p in stage.path.glob("part-*.bin")]
         there = (len(times), max(times, default=0))
         if not times or there == parts or not state.whole and time.monotonic() - at < 10 * took:
@@ -190,7 +192,7 @@ class Desk:
         said = f"{len(folder.shards) - len(lost)} of {len(folder.shards)} shards{prompts}"
         stamp = self.folders[state.folder][0]
         self.results[state.folder] = Joined(state.folder, np.zeros(0, np.uint8), stamp, said, state.whole and not lost), (info, result, *folder.asked[:2])
-        self.joins[state.folder] = (number + 1, there, time.monotonic(), time.monotonic() - began)
+        self.joins[state.folder] = (time.time_ns(), there, time.monotonic(), time.monotonic() - began)
 
 
 def why_not(folder: Folder, stage: Folder) -> str:

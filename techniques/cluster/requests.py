@@ -53,7 +53,7 @@ class TakeShards:
 class Shards:
     """
     How far one folder is: shards done of all, tasks in words, whether any runs or waits (`live`), and the time left. `asks` names the request in words, `model` its
-    model, `prompts` its set's size. `joined`: how often its parts were joined, 0 where there is nothing to take; `whole`: all are. `more`: a second pass, or what is missing,
+    model, `prompts` its set's size. `joined`: which join of its parts is the last, 0 where there is nothing to take; `whole`: all are. `more`: a second pass, or what is missing,
     waits to be started. `error`: what went wrong last, in a line.
     """
 

@@ -133,7 +133,7 @@ async def test_patching(zoo, tmp_path):
     app = make_app(zoo, tmp_path, state)
     async with app.run_test(size=(120, 36)) as pilot:
         await press(app, pilot, "4")
-        assert "noising" in shown(app) and "estimate: S runs the truth" in shown(app)
+        assert "noising" in shown(app) and "estimate · S runs the truth" in shown(app)
         await press(app, pilot, "S")
         truth = zoo.run(Sweep(Study(state.prompt), "z", "patch", "noise"))
         assert f"truth {truth.total}/{truth.total}" in shown(app)
@@ -147,7 +147,7 @@ async def test_patching(zoo, tmp_path):
         await press(app, pilot, "enter")
         assert str(app.state.interventions[0]) == f"L{row}H{col}=patch" and reply(app, "run").now.metric == pytest.approx(patched.now.metric)
         await press(app, pilot, "u", "d")
-        assert "denoising" in shown(app) and "estimate: S runs the truth" in shown(app)
+        assert "denoising" in shown(app) and "estimate · S runs the truth" in shown(app)
         for key in ("P", "P", "P", "P", "P", "P", "P", "Z", "Z"):
             await press(app, pilot, key)
             assert not app.requests.error("sweep") and not app.requests.error("estimate")

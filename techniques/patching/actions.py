@@ -1,5 +1,7 @@
 """What pane 4's own keys do beside sweeps: the largest cells for certain."""
 
+from functools import partial
+
 from screen.overlays import Editor, Item, Picker
 from screen.pane import Host, Pane
 from techniques.patching.requests import Certify, CertifyResult
@@ -17,10 +19,11 @@ def certify(pane: Pane, app: Host) -> None:
     if app.state.prompt.corrupt is None:
         raise UserError("patching takes values from the other prompt, and there is no corrupted prompt: E types one, o opens a set")
 
-    def show(r: CertifyResult) -> None:
+    def show(ask: Certify, r: CertifyResult) -> None:
         app.say(r.words + r.advice, GOOD if r.certified else WARN)
         items = [
-            Item(n, f"{e:+.4f}  estimate {g:+.4f}  {'certain' if sure else 'not certain'}") for n, e, g, sure in zip(r.nodes, r.effects, r.estimates, r.certain)
+            Item(n, f"{ask.study.metric.name} {e:+.4f}  estimate {g:+.4f}  {'certain' if sure else 'not certain'}")
+            for n, e, g, sure in zip(r.nodes, r.effects, r.estimates, r.certain)
         ]
         app.open(Picker(r.words, items, lambda item, typed: None))
 
@@ -35,8 +38,8 @@ def certify(pane: Pane, app: Host) -> None:
         ask = Certify(
             sweep.study, sweep.kind, top, app.state.views["patching.estimate"], sweep.direction, confidence, share, node=sweep.node, over_set=sweep.over_set
         )
-        app.requests.ask("certify", ask, show, opens="certifying the largest cells")
+        app.requests.ask("certify", ask, partial(show, ask), opens="certifying the largest cells")
         return ""
 
     fields = [("top", "10"), ("confidence", "0.95"), ("share", "0.25")]
-    app.open(Editor("certify the largest cells", fields, accept, 0, 1, "how many; that no other is larger; at most this share of the sweep"))
+    app.open(Editor("certify the largest cells", fields, accept, 0, 1, "at most this share of the sweep's runs"))

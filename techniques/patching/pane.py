@@ -240,7 +240,7 @@ class PatchingPane(Pane):
             title += " (raw metric)"
         every = lambda g: [((r, c), a) for r in range(len(g.rows)) for c in range(len(g.cols)) if (a := result.address(r, c))]  # noqa: E731
         grid = self.with_circuit(app, "sweep", (Same(truth), Same(estimate), shown), lambda: sweep_grid(truth, estimate, shown), every)
-        done = f"truth {truth.done}/{truth.total}" if truth else "estimate: S runs the truth"
+        done = f"truth {truth.done}/{truth.total}" if truth else "estimate · S runs the truth"
         if truth and truth.done < truth.total:  # first in the title, where it is seen
             title, done = f"{done}{app.requests.left('sweep') if 'sweep' in wanted else ', cancelled: S runs it again'} · {title}", "truth"
         title = app.requests.scattered.partial(truth) + title

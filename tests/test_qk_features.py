@@ -217,6 +217,26 @@ def test_a_check_takes_the_features_write_away(engines, references, sources):
         np.testing.assert_allclose(got.metric[1], logits[answer] - logits[foil], atol=1e-4)
 
 
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+@pytest.mark.parametrize("how", ["layer_norm", "constant_norm_rescale"])
+def test_a_feature_of_the_other_prompt_is_written_at_that_ones_scale(engines, references, tmp_path, arch, how):
+    """A patch moves the sum as taking the feature away does, by the ratio of writes: of sae_lens's encoder, with the normalisation of each prompt undone by hand."""
+    ref, engine = references[arch], engines[arch]
+    source = save(sae := build("standard", "blocks.0.hook_resid_post", engine.model.info.d_model, normalize_activations=how), tmp_path / "sae")
+    study = Study(PROMPT, saes=(source,))
+    rows = [engine.model.row(text, None, PROMPT.labels if text == PROMPT.clean else ()).ids for text in (PROMPT.clean, PROMPT.corrupt)]
+    with t.no_grad():
+        x = t.cat([ref.read(ids, ("resid_post", 0))[0, -1:] for ids in rows])
+        f = sae.encode(x)
+    f = f * (x.std(-1, keepdim=True) if how == "layer_norm" else x.norm(dim=-1, keepdim=True) / x.shape[1] ** 0.5)
+    index = int((f[0] > 0).nonzero()[f[0][f[0] > 0].argmax()])
+    base = QKCheck(study, LAYER, HEAD, -1, SOURCE, OTHER, which="clean", features=True, component=f"L0.sae.f{index}")
+    zero, patch = (engine.run(replace(base, op=op)) for op in ("zero", "patch"))
+    assert abs(float(f[1, index] / f[0, index]) - 1) > 1e-3 and abs(zero.predicted) > 1e-3
+    want = float((f[0, index] - f[1, index]) / f[0, index]) * zero.predicted
+    np.testing.assert_allclose([patch.predicted, patch.frozen], [want] * 2, atol=1e-4)
+
+
 def test_under_interventions(engines):
     """The sum is that of the changed run; with the SAE's own features changed, the error kept or dropped, and queries written over."""
     name = engines["zoo"].run(QK(ZOO, 2, 0, "END", 4, features=True)).pair_names[0][0]

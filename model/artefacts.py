@@ -42,7 +42,7 @@ def sampled(hf: t.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, p in hf.named_parameters():
         flat = p.reshape(-1)
-        some = flat[t.linspace(0, len(flat) - 1, min(64, len(flat)), dtype=t.float64, device=p.device).long()] if len(flat) else flat
+        some = flat[(t.arange(n := min(64, len(flat))) * (len(flat) - 1) // max(n - 1, 1)).to(p.device)]
         digest.update(f"{name} {tuple(p.shape)}".encode() + some.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 

@@ -1,6 +1,7 @@
 """Small random Hugging Face folders of five architectures, with perturbed norms and biases; the zoo; and engines on them."""
 
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,13 @@ def own_home(tmp_path_factory, monkeypatch) -> Path:
     monkeypatch.setattr(vocabulary.files, "home", lambda: folder)
     monkeypatch.setattr(screen.client.Client, "kept", False)  # whatever .env.local says
     return folder
+
+
+@pytest.fixture
+def near():
+    """A folder whose path is short enough for a Unix socket in it (107 bytes, 103 on a Mac), which that of tmp_path may not be."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:
+        yield Path(place)
 
 
 @pytest.fixture(scope="session")

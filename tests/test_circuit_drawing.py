@@ -127,9 +127,9 @@ async def test_words_where_the_drawing_does_not_fit(zoo, tmp_path):
         await press(app, pilot, "5")
         app.act("put_circuit", circuit=to_json(CIRCUIT))
         await press(app, pilot, "/", *"L3H2", "enter")
-        assert "L3H2" in shown(app) and ".v ◂" in shown(app)
+        assert "L3H2" in shown(app) and ".v ◂" in shown(app) and "L0.mlp->L3H2.v  edge 1 of 4" in shown(app)
         await press(app, pilot, "j")
-        assert str(app.node()) == "L0H1" and "L0H1" in shown(app)
+        assert str(app.node()) == "L0.mlp" and "in ◂ embed" in shown(app), "down the edge that was chosen"
 
 
 @pytest.fixture

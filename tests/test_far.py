@@ -270,8 +270,8 @@ def minutes():
 
 
 @pytest.fixture
-async def bench(tmp_path, minutes, monkeypatch):
-    found = Bench(tmp_path, minutes, monkeypatch)
+async def bench(near, minutes, monkeypatch):
+    found = Bench(near, minutes, monkeypatch)
     yield found
     await found.close()
 
@@ -386,7 +386,7 @@ async def test_an_engine_of_other_code(bench, monkeypatch):
         relay.connect()
     pid = bench.engines()[0]
     await link.stop()
-    await until(lambda: not (found := relay.call(relay.place(), "look")) or not (found[0].close() or found[1]["busy"]))
+    await until(lambda: not (found := relay.call(relay.place(), "only ask")) or not (found[0].close() or found[1]["busy"]))
     with pytest.raises(UserError, match="no engine stays"):  # those that it starts are of the code that is here: other again
         relay.connect()
     assert not alive(pid) and len(bench.engines()) > 1

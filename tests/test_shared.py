@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -90,29 +89,27 @@ async def test_ctrl_e_of_one_screen_is_told_to_the_other_and_both_find_one_engin
 
 @pytest.mark.table
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become another user")
-async def test_another_user_of_the_machine(minutes, monkeypatch):  # noqa: F811
-    with tempfile.TemporaryDirectory() as place:
-        base = Path(place)
-        base.chmod(0o1777)
-        mine = Bench(base, minutes, monkeypatch)
-        link = await mine.client()
-        await link.ask("load", Load("model "))
-        own = base / "home"
-        own.mkdir(0o755)  # a home that others may enter
-        session = Session(State(), own / "sessions" / "one.jsonl")
-        session.do("note", text="mine")
-        os.close(open_log(own / "logs" / "engine.log"))
-        files = [session.path, session.path.parent, own / "logs", own / "logs" / "engine.log"]
-        words = [sys.executable, str(Path(__file__).with_name("other_user.py")), place, "65534", *map(str, files)]
-        done = await asyncio.to_thread(subprocess.run, words, capture_output=True, text=True, cwd=relay.ROOT)
-        assert done.returncode == 0, done.stderr
-        said = json.loads(done.stdout)
-        denied = [relay.own_folder(), *files, "socket"]
-        assert {said[str(f)] for f in denied} == {"PermissionError"}, said
-        assert said["place"].startswith(f"{place}/loupe-65534/") and said["pid"] not in mine.engines()
-        assert (await link.ask("engine", Where("me"))).pid == mine.engines()[0], "this user's goes on"
-        monkeypatch.setattr(os, "getuid", lambda: 54321)  # whose folder the other user has made
-        with pytest.raises(UserError, match="not a folder of yours"):
-            relay.own_folder()
-        monkeypatch.undo()
-        await mine.close()
+async def test_another_user_of_the_machine(near, minutes, monkeypatch):  # noqa: F811
+    near.chmod(0o1777)
+    mine = Bench(near, minutes, monkeypatch)
+    link = await mine.client()
+    await link.ask("load", Load("model "))
+    own = near / "home"
+    own.mkdir(0o755)  # a home that others may enter
+    session = Session(State(), own / "sessions" / "one.jsonl")
+    session.do("note", text="mine")
+    os.close(open_log(own / "logs" / "engine.log"))
+    files = [session.path, session.path.parent, own / "logs", own / "logs" / "engine.log"]
+    words = [sys.executable, str(Path(__file__).with_name("other_user.py")), str(near), "65534", *map(str, files)]
+    done = await asyncio.to_thread(subprocess.run, words, capture_output=True, text=True, cwd=relay.ROOT)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    denied = [relay.own_folder(), *files, "socket"]
+    assert {said[str(f)] for f in denied} == {"PermissionError"}, said
+    assert said["place"].startswith(f"{near}/loupe-65534/") and said["pid"] not in mine.engines()
+    assert (await link.ask("engine", Where("me"))).pid == mine.engines()[0], "this user's goes on"
+    monkeypatch.setattr(os, "getuid", lambda: 54321)  # whose folder the other user has made
+    with pytest.raises(UserError, match="not a folder of yours"):
+        relay.own_folder()
+    monkeypatch.undo()
+    await mine.close()

@@ -79,7 +79,8 @@ async def test_a_node_as_they_are(node, tmp_path, monkeypatch):
         await again.start()
         assert (await again.ask("load", Load("someone/tiny"))).name == info.name
         assert (await again.ask("run", Run(Study(Prompt(CLEAN))))).clean.top_ids.tolist() == first.clean.top_ids.tolist()
-        assert (await again.ask("engine", Where("me"))).pid == where.pid and deaths == ["killed by SIGKILL"]
+        assert (await again.ask("engine", Where("me"))).pid == where.pid
+        assert len(deaths) == 1 and deaths[0].startswith("killed by SIGKILL"), "and perhaps what was said last, which is the noise"
         await again.stop()
     finally:
         if alive(where.pid):

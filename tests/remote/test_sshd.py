@@ -21,25 +21,25 @@ pytestmark = pytest.mark.skipif(not THERE, reason="no sshd: apt-get install open
 
 
 @pytest.fixture
-def via(tmp_path):
+def via(near):
     """What carries the engine: ssh, a module system that greets, and a `uv` that starts the pretended engine, which stays."""
-    (tmp_path / "bin").mkdir()
-    uv = tmp_path / "bin" / "uv"
-    uv.write_text(f"#!/bin/sh\necho Loading module cuda/12.4\nexec {sys.executable} {Path(__file__).parents[1] / 'kept.py'} {tmp_path} {LONG_ENOUGH}\n")
+    (near / "bin").mkdir()
+    uv = near / "bin" / "uv"
+    uv.write_text(f"#!/bin/sh\necho Loading module cuda/12.4\nexec {sys.executable} {Path(__file__).parents[1] / 'kept.py'} {near} {LONG_ENOUGH}\n")
     uv.chmod(0o700)
-    with sshd(tmp_path) as words:
-        yield f"{words} PATH={tmp_path}/bin:/usr/bin:/bin"
-    for pid in map(int, (tmp_path / "started").read_text().split()):
+    with sshd(near) as words:
+        yield f"{words} PATH={near}/bin:/usr/bin:/bin"
+    for pid in map(int, (near / "started").read_text().split()):
         if alive(pid):
             os.kill(pid, signal.SIGKILL)
 
 
-async def test_a_far_engine_outlives_the_line(via, tmp_path, monkeypatch):
+async def test_a_far_engine_outlives_the_line(via, near, monkeypatch):
     monkeypatch.setattr(Client, "kept", True)
     monkeypatch.setattr(lines, "EVERY", 0.1)
     monkeypatch.setattr(lines, "SILENT", 0.5)
     monkeypatch.setattr(lines, "STEPS", (0.5, 10))
-    link, parts = Client(tmp_path / "log", via), []
+    link, parts = Client(near / "log", via), []
     await link.start()
     await link.ask("load", Load("model "))
     await until(lambda: link.line.times)
@@ -53,9 +53,9 @@ async def test_a_far_engine_outlives_the_line(via, tmp_path, monkeypatch):
     with pytest.raises(EngineDied):
         await task
     heard = []
-    link = Client(tmp_path / "log", via, on_news=heard.append)
+    link = Client(near / "log", via, on_news=heard.append)
     await link.start()
     await link.ask("load", Load("model "))
     assert (await link.ask("sweep", run(600))).choices[0].name == "600"
-    assert len((tmp_path / "started").read_text().split()) == 1, "no second engine"
+    assert len((near / "started").read_text().split()) == 1, "no second engine"
     await link.stop()

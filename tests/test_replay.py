@@ -21,7 +21,7 @@ from tui import first_state
 from vocabulary import log
 from vocabulary.nodes import UserError, parse_intervention
 from vocabulary.requests import Load
-from vocabulary.results import differences, headline, numbers
+from vocabulary.results import STEP, summary, differences, headline, numbers
 from techniques.record.replay import read_results
 
 
@@ -221,3 +221,17 @@ def test_a_session_is_found_by_its_name(tmp_path, monkeypatch):
     assert replay.find_session("my hunt") == replay.find_session("2026") == replay.find_session(str(tmp_path / "2026.jsonl")) == tmp_path / "2026.jsonl"
     with pytest.raises(UserError, match="no session 'first'"):
         replay.find_session("first")
+
+
+def test_the_numbers_of_a_result_are_what_they_say():
+    """In pieces as at once: cells that are not finite, ties, several axes, the edges of a piece."""
+    rng = np.random.default_rng(0)
+    for shape in ((1,), (3, 4), (STEP,), (STEP + 1,), (5, 7, 999)):
+        x = rng.standard_normal(shape).astype(np.float32)
+        x.flat[:: 3 if x.size > 1 else 2] = np.nan if x.size > 1 else 2
+        x.flat[-1] = x.flat[x.size // 2] = -9.0
+        whole = np.nan_to_num(x.ravel().astype(np.float64))
+        mixture = (whole * np.cos(1.0 + np.arange(x.size))).sum() / np.sqrt(x.size)
+        root = np.sqrt(np.nanmean(x.astype(np.float64) ** 2))
+        assert summary(x) == [x.size, pytest.approx(root, rel=1e-6), pytest.approx(mixture, rel=1e-6, abs=1e-9), x.size // 2, -9.0]
+    assert summary(np.full(4, np.nan)) is None and summary(np.array([np.inf, 0.0])) == [2, 0.0, 0.0, 0, 0.0]

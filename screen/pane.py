@@ -108,6 +108,10 @@ class Pane(Vertical, can_focus=True):
         yield self.body()
         yield self.info_line
 
+    def on_resize(self) -> None:
+        """Also when it is shown for the first time."""
+        self.app.draw()
+
     # ---------------------------------------------------------------- asking
 
     def wants(self, app: Host) -> dict[str, object]:

@@ -109,8 +109,9 @@ class Pane(Vertical, can_focus=True):
         yield self.info_line
 
     def on_resize(self) -> None:
-        """Also when it is shown for the first time."""
+        """Also when it is first shown: it is drawn, and again when its parts have the sizes that this gives them."""
         self.app.draw()
+        self.call_after_refresh(self.app.draw)
 
     # ---------------------------------------------------------------- asking
 

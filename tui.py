@@ -26,6 +26,11 @@ if __name__ == "__main__":
 if "SSH_CONNECTION" in os.environ:  # remote mode: fewer frames; textual reads these when it is imported
     os.environ.setdefault("TEXTUAL_FPS", "15")
     os.environ.setdefault("TEXTUAL_ANIMATIONS", "none")
+if "OPENBLAS_NUM_THREADS" not in os.environ:  # the screen multiplies no matrices: no thread a core, all of which wait busily at first
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    import numpy  # noqa: F401, reads it
+
+    del os.environ["OPENBLAS_NUM_THREADS"]  # for an engine that is started later
 
 from textual import events, work
 from textual.app import App, ComposeResult
@@ -50,7 +55,7 @@ from screen.engines import Shared
 from screen.faults import Faults
 from screen.held import ALWAYS
 from screen.keys import Action, bindings, collect, key_page, keymap, remapped
-from screen.overlays import Overlay
+from screen.overlays import Overlay, opened
 from screen.pane import Pane
 from screen.replies import Requests
 from screen.session import Session, State, add_views, read_session
@@ -127,11 +132,8 @@ class Loupe(App):
     def compose(self) -> ComposeResult:
         self.top, self.status_line, self.hint_line = Lines(id="top"), Lines(id="status"), Lines(id="hint")
         self.panes = {key: pane(classes="hidden") for key, pane in PANES.items()}
-        yield self.top
-        with Container(id="body"):
-            yield from self.panes.values()
-        yield self.status_line
-        yield self.hint_line
+        self.body = Container(*(self.panes[name] for name in self.visible_panes()), id="body")
+        yield from (self.top, self.body, self.status_line, self.hint_line)
 
     def on_mount(self) -> None:
         use(SIXTEEN if self.console.color_system == "standard" and not self.is_headless else THEME)
@@ -143,7 +145,7 @@ class Loupe(App):
             self.app_resume_signal.subscribe(self, lambda app: self.screen.forget())
         self.arrange()
         resume.put_back(self)
-        self.call_after_refresh(self.start_engine)
+        self.start_engine()
 
     def exit(self, *args, **kw) -> None:
         self.client.leaving = True
@@ -164,12 +166,13 @@ class Loupe(App):
         return [p for p in PANES if p in shown]
 
     def arrange(self) -> None:
-        """Show the panes that fit, in their places, and put the focus on the current one."""
+        """Show the panes that fit, in their places, and put the focus on the current one. One that was never shown is mounted."""
         shown = self.visible_panes()
+        self.body.mount(*(self.panes[name] for name in shown if not self.panes[name].is_attached))
         for name, pane in self.panes.items():
             pane.set_class(name not in shown, "hidden")
         self.query_one("#top").styles.height = 3 if self.size.height >= 12 else 2
-        if all(o.closing for o in self.query(Overlay)):
+        if not opened(self):
             self.panes[self.pane].focus()
         self.refresh_wants()
         self.call_after_refresh(self.draw)
@@ -282,7 +285,7 @@ class Loupe(App):
         """While an overlay is open, or one is on its way, its keys are text, not commands."""
         if action == "do" and self.requests.held.waiting:
             return parameters[0] in ALWAYS
-        return not (action == "do" and self.is_mounted and any(not o.closing for o in self.query(Overlay)))
+        return not (action == "do" and self.is_mounted and opened(self))
 
     def action_do(self, name: str) -> None:
         self.say("")
@@ -320,8 +323,8 @@ class Loupe(App):
         self.draw_hint()
 
     def on_overlay_closed(self) -> None:
-        open_ones = [o for o in self.query(Overlay) if not o.closing]
-        open_ones[-1].take_focus() if open_ones else self.panes[self.pane].focus()
+        some = opened(self)
+        some[-1].take_focus() if some else self.panes[self.pane].focus()
         self.draw_hint()
 
     # -------------------------------------------------------------- the cursor

@@ -16,7 +16,7 @@ from textual.worker import WorkerFailed
 
 from vocabulary.files import open_log
 from vocabulary.nodes import UserError
-from screen.overlays import Overlay
+from screen.overlays import opened
 from widgets import BAD
 
 AGAIN = 1.0  # seconds in which an error that comes again and again is told once
@@ -49,7 +49,7 @@ class Faults:
 
     def say(self, line: str) -> None:
         """Where the eye is: in the open overlay, which hides the status line, and in that."""
-        for overlay in [o for o in self.app.query(Overlay) if not o.closing][-1:]:
+        for overlay in opened(self.app)[-1:]:
             overlay.complain(line)
         self.app.say(line, BAD)
 

@@ -3,7 +3,7 @@
 from textual import events
 from textual.worker import Worker
 
-from screen.overlays import Overlay
+from screen.overlays import opened
 
 ALWAYS = ("interrupt", "redraw", "suspend", "restart")  # actions on control keys, which are never text
 
@@ -37,5 +37,5 @@ class Held:
     def hand_over(self) -> None:
         """What was to open is open: the keys go to it where they are text; what has no field was not seen when they were typed, so they are dropped."""
         keys, self.keys, self.worker = self.keys, [], None
-        if keys and any(not o.closing and o.first_field() is not None for o in self.app.query(Overlay)):
+        if keys and any(o.first_field() is not None for o in opened(self.app)):
             self.app.call_after_refresh(lambda: [self.app.post_message(events.Key(e.key, e.character)) for e in keys])

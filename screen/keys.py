@@ -155,8 +155,9 @@ def keymap(table: tuple[Action, ...]) -> dict[str, str]:
 
 def hints(table: tuple[Action, ...], pane: Keyed, panes: Iterable[Keyed], idle: tuple[str, ...] = ()) -> list[tuple[str, str]]:
     """(key, title) of what the hint line shows in a pane, the most useful first; `idle` are ids of what would do nothing now."""
-    first, count = ("enter", "sweep", "view", "ablate", "patch", "keep"), {a.id: sum(a.id in p.hints for p in panes) for a in table}
-    own = sorted((a for a in table if a.id in pane.hints and a.id not in idle), key=lambda a: (first.index(a.id) if a.id in first else len(first), count[a.id]))
+    first = ("enter", "sweep", "view", "ablate", "patch", "keep")
+    rank = lambda a: (first.index(a.id) if a.id in first else len(first), sum(a.id in p.hints for p in panes))  # noqa: E731
+    own = sorted((a for a in table if a.id in pane.hints and a.id not in idle), key=rank)
     titles = {a.id: a.title for a in pane.keys if a.title}
     return [*((show_key(a.keys.split(",")[0]), titles.get(a.id, a.title)) for a in own), ("hjkl", "move")]
 

@@ -105,6 +105,11 @@ class Overlay(Vertical, can_focus=True):
             event.prevent_default()
 
 
+def opened(app) -> list[Overlay]:
+    """The overlays that are open, the topmost last."""
+    return [o for o in app.screen.children if isinstance(o, Overlay) and not o.closing]
+
+
 @dataclass(frozen=True)
 class Item:
     key: str

@@ -108,6 +108,11 @@ class Pane(Vertical, can_focus=True):
         yield self.body()
         yield self.info_line
 
+    def on_resize(self) -> None:
+        """Also when it is first shown: it is drawn, and again when its parts have the sizes that this gives them."""
+        self.app.draw()
+        self.call_after_refresh(self.app.draw)
+
     # ---------------------------------------------------------------- asking
 
     def wants(self, app: Host) -> dict[str, object]:

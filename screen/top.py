@@ -9,7 +9,7 @@ from vocabulary.chosen import is_chosen, refusal
 from vocabulary.prompts import TokenRow
 from vocabulary.requests import ModelInfo
 from screen.keys import hints
-from screen.overlays import Overlay
+from screen.overlays import opened
 from screen.pane import Host, whole_parts
 from screen.pictures import Ranked, fitted, run_names, signed, texts_of
 from screen.template import end_of, faded, folded
@@ -176,7 +176,7 @@ def useful_keys(app: Host) -> list[tuple[str, str]]:
 
 def hint_line(app: Host) -> Spans:
     """The keys that matter now, as many as fit whole: those of the list that is open, else the node that actions act on and `useful_keys`."""
-    lists = [o for o in app.query(Overlay) if not o.closing]
+    lists = opened(app)
     line: Spans = [(" ", BOLD)] if lists else [(f" {app.node()!s:18}" if app.info else " ", BOLD), (" ?", BOLD), (" help ", DIM)]
     for key, title in lists[-1].hints() if lists else useful_keys(app):
         if sum(width_of(text) for text, _ in line) + width_of(key + title) + 3 > app.size.width:

@@ -261,6 +261,16 @@ async def test_keys_before_a_model_is_there_and_after_the_engine_died(zoo, tmp_p
         assert "no model yet: no engine (killed)" in shown(app) and not app.state.interventions
 
 
+async def test_a_pane_is_mounted_when_it_is_first_shown(zoo, tmp_path):
+    app = make_app(zoo, tmp_path, State(prompt=PAIR))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await press(app, pilot)
+        assert [key for key, pane in app.panes.items() if pane.is_attached] == app.visible_panes()
+        for pane in PANES.values():
+            await press(app, pilot, pane.number)
+            assert app.panes[pane.key].is_attached and f"{pane.number} {pane.label} " in shown(app), pane.key
+
+
 async def test_of_an_answer_of_several_tokens_the_first_is_scored(zoo, tmp_path):
     app = make_app(zoo, tmp_path, State(prompt=dataclasses.replace(PAIR, answers=(" Wolfeschlegelstein",))))
     async with app.run_test(size=(120, 36)) as pilot:

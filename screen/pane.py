@@ -5,6 +5,7 @@ keys move. The app holds the state, the cursor and the replies; a pane draws fro
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Protocol
 
 from textual.app import ComposeResult
@@ -271,6 +272,9 @@ class Pane(Vertical, can_focus=True):
     def copies(self, app: Host) -> list[Item]:
         """What else can be copied from this pane."""
         return []
+
+    def copied(self, app: Host, item: Item, path: Path) -> None:
+        """What y wrote of this pane, and where."""
 
     def grids(self) -> dict[str, Grid]:
         """The numbers behind the picture, for export."""

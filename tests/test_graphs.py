@@ -31,6 +31,7 @@ from screen.session import State, read_session
 from techniques.qk.pane import QKPane
 from utils import ROOT
 from tui import PANES, TABLE
+from vocabulary.files import folder
 from vocabulary.wire import to_json
 from vocabulary.nodes import UserError
 from vocabulary.prompts import Metric, Prompt, Study
@@ -548,6 +549,45 @@ def test_a_graph_is_a_file_that_circuit_tracer_s_viewer_reads_and_that_opens_aga
             files.read(path)
 
 
+def test_the_viewer_draws_every_node_by_name_and_what_it_saves_is_read_again(engines, tmp_path):
+    """What circuit-tracer 0.5.0's page asks of a file, as a browser showed: its list, the slider's end, words in double quotes, its own form of what was saved."""
+    (file := tmp_path / "graph.json").write_text("")
+    graphs = {target: engines["zoo"].run(AttributionGraph(Study(ITALY), target=target)) for target in ("logits", "diff")}
+    for target, r in graphs.items():
+        marks = replace(files.marks_of(r, "zoo"), pins=("1_597_5",), names=(("2_71_5", "city"), ("2_54_5", "city")))
+        files.save(file, r, marks)
+        whole = json.loads(file.read_text())
+        node = {n["node_id"]: n for n in whole["nodes"]}
+        assert all(n["influence"] <= whole["metadata"]["node_threshold"] for n in node.values() if n["feature_type"] != "logit")
+        assert r.cumulative[r.kind <= 1].max() > r.node_threshold == 0.8, "one node crosses it"
+        assert node["2_71_5"]["clerp"] == "city (L2 f71 @5)" and node["1_597_5"]["clerp"] == "L1 f597 @5"
+        out = [n for n in node.values() if n["feature_type"] == "logit"]
+        said = [(n["clerp"].split('"')[1], float(n["clerp"].split("(p=")[1].split(")")[0])) for n in out]
+        assert said[0] == ((" Rome", pytest.approx(r.probability[-1], abs=5e-4)) if target == "logits" else ("' Rome' less ' Ankara'", 1.0))
+        assert [n["token_prob"] for n in out] == [pytest.approx(p, abs=5e-4) for _, p in said], "what influence weighs it by"
+    files.save(tmp_path / "other.json", r, marks)
+    listed = json.loads((tmp_path / files.LIST).read_text())["graphs"]
+    assert [g["slug"] for g in listed] == ["graph", "other"] and listed[0] == whole["metadata"]
+    saved = whole | {"qParams": {"pinnedIds": None, "supernodes": None, "linkType": None, "clickedId": "undefined", "sg_pos": None, "clerps": "[]"}}
+    file.write_text(json.dumps(saved))
+    assert files.read(file)[1] == marks, "the viewer saves nothing of what it left alone"
+    saved["qParams"] |= {
+        "pinnedIds": "1_455_5,2_71_5,2_54_5,E_870_4",
+        "supernodes": json.dumps([["city (L2 f71 @5)", "2_71_5", "1_455_5"], ["new", "E_870_4"]]),
+    }
+    file.write_text(json.dumps(saved))
+    again = files.read(file)[1]
+    assert again.pins == ("1_455_5", "E_870_4") and again.graph == marks.graph
+    assert dict(again.names) == {"2_71_5": "city", "2_54_5": "city", "1_455_5": "city", "E_870_4": "new"}
+    for name in ("my graph.json", "größe.json", files.LIST):
+        with pytest.raises(UserError, match="viewer can't open"):
+            files.check_name(tmp_path / name)
+    (tmp_path / files.LIST).write_text("{}")
+    with pytest.raises(UserError, match="is written, but"):
+        files.save(file, r, marks)
+    assert files.read(file)[1] == marks
+
+
 def test_what_can_t_be_a_graph_is_refused_in_words(engines, tmp_path, monkeypatch):
     zoo, study = engines["zoo"], Study(ITALY)
     hooks, width = ("hook_resid_mid", "hook_resid_mid"), t.randn(4, 9, 128, generator=t.Generator().manual_seed(0))
@@ -619,6 +659,9 @@ async def test_on_the_screen(engines, tmp_path):
         assert grid(app).rows[0] == "← token @2 ' Mary'"
         whole = json.loads(app.panes["graph"].as_file(app))
         assert whole["qParams"]["pinnedIds"] == ["2_755_14"] and whole["qParams"]["supernodes"] == [["name", "2_755_14"]]
+        await press(app, pilot, "y", *"graph", "enter")
+        listed = json.loads((folder("exports") / files.LIST).read_text())["graphs"][-1]
+        assert (folder("exports") / f"{listed['slug']}.json").is_file() and listed["prompt"] == whole["metadata"]["prompt"]
         await press(app, pilot, "v", "d")
         assert reply(app, "graph").target == "diff" and "less" in shown(app) and "*" not in "".join(grid(app).rows), "pins are of the other target"
         await pilot.resize_terminal(80, 24)

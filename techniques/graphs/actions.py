@@ -8,7 +8,7 @@ import numpy as np
 from screen.actions import accepted, intervene
 from screen.overlays import Editor, Item, Picker
 from screen.pane import Host
-from techniques.graphs.files import node_id, read
+from techniques.graphs.files import LIST, node_id, read
 from techniques.graphs.requests import FEATURE, KINDS, SUPERNODE, GraphGroups, GraphGroupsResult, GraphResult, GraphSteer, GraphSteerResult, difference
 from utils import show_number
 from vocabulary.files import folder, short
@@ -65,7 +65,7 @@ def name(pane, app: Host) -> None:
 
 def open_file(pane, app: Host) -> None:
     """A list of graph files; the chosen one is shown, with the pins and names that it holds."""
-    files = sorted(folder("exports").glob("*.json"), key=lambda p: -p.stat().st_mtime)
+    files = sorted((p for p in folder("exports").glob("*.json") if p.name != LIST), key=lambda p: -p.stat().st_mtime)
     items = [Item(OWN, "the prompt's own graph")] * bool(app.state.graph) + [Item(short(p), "", "", p) for p in files]
 
     def take(item: Item | None, typed: str) -> None:

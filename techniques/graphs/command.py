@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from techniques.graphs.files import marks_of, node_id, read, save
+from techniques.graphs.files import check_name, marks_of, node_id, read, save
 from techniques.graphs.requests import (
     FEATURE,
     KINDS,
@@ -48,9 +48,9 @@ class GraphCommand(options(AttributionGraph, GraphEffects, GraphSteer, GraphGrou
     groups: bool = False
     """show features of like decoders as supernodes: each as one node, its edges summed"""
     out: Path | None = None
-    """write the graph here, in circuit-tracer's JSON; with --groups these supernodes too"""
+    """write the graph here, in circuit-tracer's JSON, and name it in graph-metadata.json beside it, from which its viewer opens graphs; with --groups these supernodes too"""
     open: Path | None = None
-    """read a graph from here instead of making one, with its supernodes"""
+    """read a graph from here instead of making one, with its supernodes, and those that circuit-tracer's viewer saved into it"""
 
     def request(self) -> OfGraph:
         changed = "--effects" if self.effects else "--steer" if self.steer else ""
@@ -61,6 +61,7 @@ class GraphCommand(options(AttributionGraph, GraphEffects, GraphSteer, GraphGrou
         if self.open and self.groups:
             raise UserError("--groups compares decoders, which a file does not hold: leave --open away")
         if self.out:
+            check_name(typed_path(self.out))
             check_place(typed_path(self.out))
         return self.ask(GraphEffects if self.effects else GraphSteer if self.steer else AttributionGraph)
 
@@ -69,6 +70,8 @@ class GraphCommand(options(AttributionGraph, GraphEffects, GraphSteer, GraphGrou
             return None
         out = Console(file=(text := io.StringIO()), width=120, color_system=None)
         r, marks = read(typed_path(self.open))
+        if self.out:
+            save(typed_path(self.out), r, marks)
         show_graph(out, folded(r, dict(marks.names)), self.node)
         return text.getvalue()
 

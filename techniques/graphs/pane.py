@@ -1,6 +1,7 @@
 """Pane `: an attribution graph, of the prompt or of a file, walked from the logit: a node's inputs and outputs, with pins, names and supernodes."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from screen.pane import Host, Pane
 from screen.pictures import run_name
 from techniques.graphs import actions
 from techniques.graphs.explained import EXPLAINED
-from techniques.graphs.files import as_json, marks_of, node_id, read, version
+from techniques.graphs.files import as_json, enlist, marks_of, node_id, read, version
 from techniques.graphs.requests import FEATURE, KINDS, AttributionGraph, GraphMarks, GraphResult
 from techniques.graphs.supernodes import folded, groups_of, title
 from techniques.graphs.walk import balance, place, steps
@@ -186,7 +187,11 @@ class GraphPane(Pane):
         return [Item("graph", "circuit-tracer's JSON, which o and `graph --open` read too", ".json", lambda: self.as_file(app))] if there else []
 
     def as_file(self, app: Host) -> str:
-        return json.dumps(as_json(self.whole(app), "graph", self.marks(app))) + "\n"
+        return json.dumps(as_json(self.whole(app), time.strftime("graph-%Y-%m-%d-%H%M%S"), self.marks(app))) + "\n"
+
+    def copied(self, app: Host, item: Item, path: Path) -> None:
+        if item.key == "graph":
+            enlist(path, json.loads(path.read_text(encoding="utf-8"))["metadata"])
 
     # ---------------------------------------------------------------- drawing
 

@@ -531,11 +531,14 @@ def test_a_graph_is_a_file_that_circuit_tracer_s_viewer_reads_and_that_opens_aga
         a, b = getattr(r, f.name), getattr(again, f.name)
         assert np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b, f.name
     assert main([*args, "--open", str(file), "--node", "2_71_5"]) == 0
-    assert "into L2 f71 @5" in capsys.readouterr().out and "L2 f71 @5" in out
+    walked, best = capsys.readouterr().out, np.flatnonzero(r.to == ids.index("2_71_5"))
+    assert "into L2 f71 @5" in walked and "L2 f71 @5" in out and "share of influence" in walked
+    assert f"{r.share[best[np.argmax(np.abs(r.weight[best]))]]:.4f}" in walked, "no supernodes: the shares are of influence"
     assert main([*args, "--groups", "--cosine", "0.3", "--out", str(file)]) == 0 and "“≈ 2_71_5” (2)" in capsys.readouterr().out
     marks = files.read(file)[1]
     assert dict(marks.names)["2_71_5"] == "≈ 2_71_5" and marks.graph == files.marks_of(r, "zoo").graph
-    assert main(["graph", "--open", str(file), "--node", "≈ 2_71_5"]) == 0 and "into “≈ 2_71_5” (2)" in capsys.readouterr().out
+    assert main(["graph", "--open", str(file), "--node", "≈ 2_71_5"]) == 0 and "into “≈ 2_71_5” (2)" in (folded := capsys.readouterr().out)
+    assert "of inputs" in folded and "share of influence" not in folded
     before = json.loads(file.read_text())
     del before["loupe"]["marks"]
     file.write_text(json.dumps(before))
@@ -676,7 +679,11 @@ async def test_pins_names_and_the_opened_graph_are_the_sessions(engines, tmp_pat
     app = make_app(engines["zoo"], tmp_path)
     marks = lambda app: app.panes["graph"].marks(app)  # noqa: E731
     async with app.run_test(size=(120, 36)) as pilot:
-        await press(app, pilot, "grave_accent", "j", "P", "B", *"by hand", "enter", "P")
+        await press(app, pilot, "grave_accent", "O")
+        assert "U proposes supernodes" in shown(app)
+        await press(app, pilot, "j", "enter")
+        assert grid(app).cols[1] == "share"
+        await press(app, pilot, "escape", "O", "P", "B", *"by hand", "enter", "P")
         assert marks(app).names == (("2_755_14", "by hand"),) and not marks(app).pins
         await press(app, pilot, "u")
         assert marks(app).pins == ("2_755_14",) and "graph: unpinned 2_755_14" in history.words("mark_graph", app.state, app.session.future[-1][0])

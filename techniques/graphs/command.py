@@ -22,7 +22,7 @@ from techniques.graphs.requests import (
     GraphSteerResult,
     OfGraph,
 )
-from techniques.graphs.supernodes import features_of, folded
+from techniques.graphs.supernodes import features_of, folded, has_supernodes
 from techniques.shell import CYAN, GRAY, PURPLE, YELLOW, options, plain, table
 from utils import show_number, show_token
 from vocabulary.files import check_place, typed_path
@@ -141,7 +141,7 @@ def show_nodes(out: Console, r: GraphResult) -> None:
 def show_node(out: Console, r: GraphResult, i: int) -> None:
     into, away = np.flatnonzero(r.to == i), np.flatnonzero(r.source == i)
     for title, some, other in ((f"into {r.texts[i]}", into, r.source), (f"out of {r.texts[i]}", away, r.to)):
-        rows = table(title, "node", "", "adds", "share of influence")
+        rows = table(title, "node", "", "adds", "of inputs" if has_supernodes(r) else "share of influence")
         for e in some[np.argsort(-np.abs(r.weight[some]), kind="stable")][:SHOWN]:
             rows.add_row(plain(node_id(r, other[e])), plain(r.texts[other[e]]), show_number(r.weight[e], 7), f"{r.share[e]:.4f}")
         if len(some):

@@ -19,6 +19,7 @@ from ui import asked, grid, make_app, press, reply, shown
 
 from engine import main
 from model.sae_loading import load
+from techniques.features.requests import Examples
 from techniques.graphs import building, files, supernodes
 from techniques.graphs.requests import KINDS, AttributionGraph, GraphEffects, GraphGroups, GraphResult, GraphSteer
 from techniques.graphs.file_transcoders import read_all
@@ -589,6 +590,27 @@ def test_the_viewer_draws_every_node_by_name_and_what_it_saves_is_read_again(eng
     with pytest.raises(UserError, match="is written, but"):
         files.save(file, r, marks)
     assert files.read(file)[1] == marks
+
+
+def test_examples_beside_a_graph_are_those_of_the_features_room(engines, tmp_path, monkeypatch, capsys):
+    """A file for every feature that is drawn, where circuit-tracer's viewer looks for it; what it holds is the answer of `examples`."""
+    monkeypatch.setattr("engine.Engine", lambda *a, **k: engines["zoo"])
+    (text := tmp_path / "text.txt").write_text((ROOT / "zoo" / "corpus.txt").read_text()[:8000])
+    args = ["graph", "--clean", ITALY.clean, "--out", str(tmp_path / "g.json"), "--examples", "--text", str(text)]
+    assert main(args) == 0
+    whole = json.loads((tmp_path / "g.json").read_text())
+    assert whole["metadata"]["scan"] == "./data/g-features" and json.loads((tmp_path / files.LIST).read_text())["graphs"][0]["scan"] == "zoo"
+    drawn = {n["feature"]: n for n in whole["nodes"] if n["feature_type"] == "cross layer transcoder"}
+    assert {f"{n}.json" for n in drawn} == {p.name for p in (tmp_path / "g-features").iterdir()}
+    layer, index = 2, 71
+    found = engines["zoo"].run(Examples(f"zoo/transcoders/L{layer}", str(text), (index,)))
+    page = json.loads((tmp_path / "g-features" / f"{files.pair(layer, index)}.json").read_text())
+    shown = page["examples_quantiles"][0]["examples"]
+    assert page["index"] == index and page["activation_frequency"] == pytest.approx(float(found.density[0])) and len(shown) == len(found.examples[0]) > 0
+    assert [e["tokens_acts_list"] for e in shown] == [list(e.activation) for e in found.examples[0]]
+    assert all(max(e["tokens_acts_list"]) == e["tokens_acts_list"][e["train_token_ind"]] <= page["act_max"] for e in shown)
+    assert files.read(tmp_path / "g.json")[1].model == "zoo"
+    assert main(["graph", "--examples"]) == 2 and "--examples stand beside" in capsys.readouterr().err
 
 
 def test_what_can_t_be_a_graph_is_refused_in_words(engines, tmp_path, monkeypatch):

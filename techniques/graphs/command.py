@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from techniques.graphs.examples import write_examples
 from techniques.graphs.files import check_name, marks_of, node_id, read, save
 from techniques.graphs.requests import (
     FEATURE,
@@ -49,6 +50,10 @@ class GraphCommand(options(AttributionGraph, GraphEffects, GraphSteer, GraphGrou
     """show features of like decoders as supernodes: each as one node, its edges summed"""
     out: Path | None = None
     """write the graph here, in circuit-tracer's JSON, and name it in graph-metadata.json beside it, from which its viewer opens graphs; with --groups these supernodes too"""
+    examples: bool = False
+    """with --out: where each feature fires most in a text, for the viewer's feature panel, in a folder beside the graph (not for Neuronpedia)"""
+    text: str = ""
+    """the text file of --examples; unset, the zoo's corpus"""
     open: Path | None = None
     """read a graph from here instead of making one, with its supernodes, and those that circuit-tracer's viewer saved into it"""
 
@@ -60,6 +65,8 @@ class GraphCommand(options(AttributionGraph, GraphEffects, GraphSteer, GraphGrou
             raise UserError("--effects changes features one by one, --steer together: take one of them")
         if self.open and self.groups:
             raise UserError("--groups compares decoders, which a file does not hold: leave --open away")
+        if self.examples and (self.open or not self.out or self.out.suffix != ".json"):
+            raise UserError("--examples stand beside a graph that is made now and written as .json: give --out FILE.json, and leave --open away")
         if self.out:
             check_name(typed_path(self.out))
             check_place(typed_path(self.out))
@@ -84,8 +91,14 @@ class GraphCommand(options(AttributionGraph, GraphEffects, GraphSteer, GraphGrou
             found = engine.run(self.ask(GraphGroups, nodes=features_of(result, order)), show)
             marks = replace(marks, names=tuple((x, label) for label, some in zip(found.labels, found.groups) for x in some))
         if self.out:
-            save(typed_path(self.out), result, marks)
+            save(path := typed_path(self.out), result, marks)
+            if self.examples:  # the graph is safe by then
+                save(path, result, marks, self.write_examples(path, result, engine, show))
         return Walk(result, self.node, marks) if (self.node or self.groups) and not self.json else result
+
+    def write_examples(self, path: Path, r: GraphResult, engine, show) -> str:
+        loaded = engine.model.notes.saes
+        return write_examples(path, r, {loaded[s].layer: s for s in r.sources if s in loaded}, self.text, lambda ask: engine.run(ask, show))
 
 
 @dataclass(frozen=True)

@@ -102,12 +102,13 @@ def as_json(r: GraphResult, slug: str, marks: GraphMarks) -> dict:
     return about | {"loupe": to_json(r) | {"marks": to_json(marks)}}
 
 
-def save(path: Path, r: GraphResult, marks: GraphMarks) -> None:
-    """The graph's file, and its line in the viewer's list of the folder's graphs."""
+def save(path: Path, r: GraphResult, marks: GraphMarks, examples: str = "") -> None:
+    """The graph's file, and its line in the viewer's list of the folder's graphs. `examples`: where the viewer finds the features' own files."""
     whole = as_json(r, path.stem, marks)
-    write_text(path, json.dumps(whole) + "\n")
+    meta = whole["metadata"]
+    write_text(path, json.dumps(whole | {"metadata": meta | ({"scan": examples} if examples else {})}) + "\n")
     if path.suffix == ".json":
-        enlist(path, whole["metadata"])
+        enlist(path, meta)
 
 
 def check_name(path: Path) -> None:

@@ -583,6 +583,8 @@ def test_the_viewer_draws_every_node_by_name_and_what_it_saves_is_read_again(eng
     again = files.read(file)[1]
     assert again.pins == ("1_455_5", "E_870_4") and again.graph == marks.graph
     assert dict(again.names) == {"2_71_5": "city", "2_54_5": "city", "1_455_5": "city", "E_870_4": "new"}
+    file.write_text(json.dumps({k: v for k, v in whole.items() if k != "qParams"}))
+    assert files.read(file)[1] == marks
     for name in ("my graph.json", "größe.json", files.LIST):
         with pytest.raises(UserError, match="viewer can't open"):
             files.check_name(tmp_path / name)

@@ -160,13 +160,12 @@ def read(path: Path) -> tuple[GraphResult, GraphMarks]:
 def revive_marks(path: Path, r: GraphResult, whole: dict) -> GraphMarks:
     """The marks of a file, with what its viewer saved since; of one from before they stood beside the numbers, those that its drawing has."""
     try:
-        drawn, marks = whole["qParams"], marks_of(r, str(whole["metadata"]["scan"]))
-        if "marks" in whole["loupe"]:
-            marks = from_json(whole["loupe"]["marks"], GraphMarks)
-            if not isinstance(drawn["pinnedIds"], str) and not isinstance(drawn["supernodes"], str):
-                return marks  # no viewer touched it
-        return seen(r, marks, drawn)
-    except (UserError, LookupError, TypeError, ValueError) as error:
+        if "marks" not in whole["loupe"]:
+            return seen(r, marks_of(r, str(whole["metadata"]["scan"])), whole["qParams"])
+        marks, drawn = from_json(whole["loupe"]["marks"], GraphMarks), whole.get("qParams") or {}
+        saved = any(isinstance(drawn.get(x), str) for x in ("pinnedIds", "supernodes"))
+        return seen(r, marks, drawn) if saved else marks
+    except (UserError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: its pins and names can't be read ({type(error).__name__}: {error}): write it again") from error
 
 
@@ -175,7 +174,7 @@ def seen(r: GraphResult, marks: GraphMarks, drawn: dict) -> GraphMarks:
     Marks with the pins and supernodes of a drawing, where what was named is pinned too. Once the viewer saved it, pins are a text with commas and supernodes
     JSON in a text, null where it changed none (it draws none of the file's own).
     """
-    pins, groups = drawn["pinnedIds"], drawn["supernodes"]
+    pins, groups = drawn.get("pinnedIds"), drawn.get("supernodes")
     groups = json.loads(groups) if isinstance(groups, str) else groups or []
     names = dict(marks.names) | {str(x): re.sub(r" \(L\d+ f\d+ @\d+\)$", "", str(label)) for label, *some in groups for x in some}  # as `node` writes it
     there = {node_id(r, i) for i in range(len(r.kind))}

@@ -226,7 +226,7 @@ class Pane(Vertical, can_focus=True):
         late = app.requests.late(slots)
         self.said = (f"{late}{title}{f' {scale(grid)}' if grid else ''}", note)
         parts = note.split(" · ")  # the first says the state: it is there before the colours are, and where there is room before the last of the title
-        state = min(width_of(parts[0]), 20) + 4
+        state = min(width, 20) + 4 if (width := width_of(parts[0])) <= 40 else 2  # what no title has room for is given none
         beside = (18 if grid is not None else 2) + (state if self.size.width >= 100 else 0)
         title = whole_parts(title, self.size.width - width_of(f"━ {self.number} {self.label}   {late}") - beside)
         rule, name = (("━", HEAD), FOCUS) if app.pane == self.key else (("─", RULE), HEAD)

@@ -76,7 +76,7 @@ def one_edit(runs: Runs, i: Intervention, row: TokenRow, base: str, other: str) 
         case "patch":
             source = runs.rows[other]
             if source is None:
-                raise UserError(f"{i}: patching needs a corrupted prompt: type one first")
+                raise UserError(f"{i}: patching needs a corrupted prompt: E types one (in a shell --corrupt)")
             try:
                 there = runs.partners(base)
             except UserError as error:

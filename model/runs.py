@@ -85,7 +85,7 @@ class Runs:
         row = self.rows.get(which)
         if row is None:
             if which in RUNS:
-                raise UserError("there is no corrupted prompt: type one first")
+                raise UserError("there is no corrupted prompt: E types one (in a shell --corrupt)")
             raise UserError(f"{which!r} is not a run: use one of {', '.join(RUNS)}")
         return row
 
@@ -265,7 +265,7 @@ def read_study(model: Model, study: Study, with_answer: bool = False) -> Runs:
     rows = {"clean": check.clean, "corrupt": check.clean if pair else check.corrupt}
     rows["now"] = rows[study.base]
     if rows["now"] is None:
-        raise UserError("the interventions act on the corrupted prompt, and there is none: type one first")
+        raise UserError("the interventions act on the corrupted prompt, and there is none: E types one (in a shell --corrupt)")
     answers, foils = (list(dict.fromkeys(r.ids[0] for r in side)) for side in (check.answers, check.foils))
     long = tuple(f"{r.texts[0]!r} (first of {len(r.ids)} tokens)" for r in (*check.answers, *check.foils) if len(r.ids) > 1)
     if long and study.metric.kind in ("logit_diff", "prob_diff") and {*answers} & {*foils}:

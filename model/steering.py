@@ -82,7 +82,7 @@ def read_change(runs: Runs, d: SparseAutoencoder, i: Intervention) -> Generator[
         case "patch":
             other = "corrupt" if base == "clean" else "clean"
             if runs.rows[other] is None:
-                raise UserError(f"{i}: patching needs a corrupted prompt: type one first")
+                raise UserError(f"{i}: patching needs a corrupted prompt: E types one (in a shell --corrupt)")
             there, theirs = runs.partners(base), runs.rows[other].ids
             values = one(d, runs.trace(other, [d.point])[d.point][0], node.index)
             if there is not None:

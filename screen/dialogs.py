@@ -81,6 +81,7 @@ def export(app: Host, name: str, item: Item) -> None:
     text = item.value()
     path = folder("exports") / f"{time.strftime('%Y-%m-%d-%H%M%S')}-{name}-{item.key.replace(' ', '-')}{item.note}"
     write_text(path, text)
+    app.panes[name].copied(app, item, path)
     copied = item.note in CLIPBOARD
     if copied:
         app.copy_to_clipboard(text)

@@ -5,6 +5,7 @@ keys move. The app holds the state, the cursor and the replies; a pane draws fro
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Protocol
 
 from textual.app import ComposeResult
@@ -230,7 +231,7 @@ class Pane(Vertical, can_focus=True):
         late = app.requests.late(slots)
         self.said = (f"{late}{title}{f' {scale(grid)}' if grid else ''}", note)
         parts = note.split(" · ")  # the first says the state: it is there before the colours are, and where there is room before the last of the title
-        state = min(width_of(parts[0]), 20) + 4
+        state = min(width, 20) + 4 if (width := width_of(parts[0])) <= 40 else 2  # what no title has room for is given none
         beside = (18 if grid is not None else 2) + (state if self.size.width >= 100 else 0)
         title = whole_parts(title, self.size.width - width_of(f"━ {self.number} {self.label}   {late}") - beside)
         rule, name = (("━", HEAD), FOCUS) if app.pane == self.key else (("─", RULE), HEAD)
@@ -276,6 +277,9 @@ class Pane(Vertical, can_focus=True):
     def copies(self, app: Host) -> list[Item]:
         """What else can be copied from this pane."""
         return []
+
+    def copied(self, app: Host, item: Item, path: Path) -> None:
+        """What y wrote of this pane, and where."""
 
     def grids(self) -> dict[str, Grid]:
         """The numbers behind the picture, for export."""

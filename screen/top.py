@@ -190,7 +190,8 @@ def draw_hint(app: Host) -> None:
     text, style = app.status[0] if app.status else ("", PLAIN)
     if trouble := app.session.trouble:
         text, style = f"{visible(trouble)} · {text.strip()}", BAD
-    lines = textwrap.wrap(text.strip(), max(app.size.width - 2, 10))[: 3 if app.size.height >= 20 else 1] or [""]
+    width, room = max(app.size.width - 2, 10), 4 if app.size.height >= 24 else 3 if app.size.height >= 20 else 1
+    lines = textwrap.wrap(text.strip(), width, max_lines=room, placeholder=" …") or [""]
     if len(lines) != app.said_lines:
         app.said_lines = len(lines)
         app.status_line.styles.height = len(lines)

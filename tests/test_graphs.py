@@ -19,6 +19,7 @@ from ui import asked, grid, make_app, press, reply, shown
 
 from engine import main
 from model.sae_loading import load
+from techniques.features.requests import Examples
 from techniques.graphs import building, files, supernodes
 from techniques.graphs.requests import KINDS, AttributionGraph, GraphEffects, GraphGroups, GraphResult, GraphSteer
 from techniques.graphs.file_transcoders import read_all
@@ -31,6 +32,7 @@ from screen.session import State, read_session
 from techniques.qk.pane import QKPane
 from utils import ROOT
 from tui import PANES, TABLE
+from vocabulary.files import folder
 from vocabulary.wire import to_json
 from vocabulary.nodes import UserError
 from vocabulary.prompts import Metric, Prompt, Study
@@ -530,11 +532,14 @@ def test_a_graph_is_a_file_that_circuit_tracer_s_viewer_reads_and_that_opens_aga
         a, b = getattr(r, f.name), getattr(again, f.name)
         assert np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b, f.name
     assert main([*args, "--open", str(file), "--node", "2_71_5"]) == 0
-    assert "into L2 f71 @5" in capsys.readouterr().out and "L2 f71 @5" in out
+    walked, best = capsys.readouterr().out, np.flatnonzero(r.to == ids.index("2_71_5"))
+    assert "into L2 f71 @5" in walked and "L2 f71 @5" in out and "share of influence" in walked
+    assert f"{r.share[best[np.argmax(np.abs(r.weight[best]))]]:.4f}" in walked, "no supernodes: the shares are of influence"
     assert main([*args, "--groups", "--cosine", "0.3", "--out", str(file)]) == 0 and "“≈ 2_71_5” (2)" in capsys.readouterr().out
     marks = files.read(file)[1]
     assert dict(marks.names)["2_71_5"] == "≈ 2_71_5" and marks.graph == files.marks_of(r, "zoo").graph
-    assert main(["graph", "--open", str(file), "--node", "≈ 2_71_5"]) == 0 and "into “≈ 2_71_5” (2)" in capsys.readouterr().out
+    assert main(["graph", "--open", str(file), "--node", "≈ 2_71_5"]) == 0 and "into “≈ 2_71_5” (2)" in (folded := capsys.readouterr().out)
+    assert "of inputs" in folded and "share of influence" not in folded
     before = json.loads(file.read_text())
     del before["loupe"]["marks"]
     file.write_text(json.dumps(before))
@@ -546,6 +551,68 @@ def test_a_graph_is_a_file_that_circuit_tracer_s_viewer_reads_and_that_opens_aga
     for path in (file, ROOT / "zoo" / "config.json", tmp_path / "none.json"):
         with pytest.raises(UserError):
             files.read(path)
+
+
+def test_the_viewer_draws_every_node_by_name_and_what_it_saves_is_read_again(engines, tmp_path):
+    """What circuit-tracer 0.5.0's page asks of a file, as a browser showed: its list, the slider's end, words in double quotes, its own form of what was saved."""
+    (file := tmp_path / "graph.json").write_text("")
+    graphs = {target: engines["zoo"].run(AttributionGraph(Study(ITALY), target=target)) for target in ("logits", "diff")}
+    for target, r in graphs.items():
+        marks = replace(files.marks_of(r, "zoo"), pins=("1_597_5",), names=(("2_71_5", "city"), ("2_54_5", "city")))
+        files.save(file, r, marks)
+        whole = json.loads(file.read_text())
+        node = {n["node_id"]: n for n in whole["nodes"]}
+        assert all(n["influence"] <= whole["metadata"]["node_threshold"] for n in node.values() if n["feature_type"] != "logit")
+        assert r.cumulative[r.kind <= 1].max() > r.node_threshold == 0.8, "one node crosses it"
+        assert node["2_71_5"]["clerp"] == "city (L2 f71 @5)" and node["1_597_5"]["clerp"] == "L1 f597 @5"
+        out = [n for n in node.values() if n["feature_type"] == "logit"]
+        said = [(n["clerp"].split('"')[1], float(n["clerp"].split("(p=")[1].split(")")[0])) for n in out]
+        assert said[0] == ((" Rome", pytest.approx(r.probability[-1], abs=5e-4)) if target == "logits" else ("' Rome' less ' Ankara'", 1.0))
+        assert [n["token_prob"] for n in out] == [pytest.approx(p, abs=5e-4) for _, p in said], "what influence weighs it by"
+    files.save(tmp_path / "other.json", r, marks)
+    listed = json.loads((tmp_path / files.LIST).read_text())["graphs"]
+    assert [g["slug"] for g in listed] == ["graph", "other"] and listed[0] == whole["metadata"]
+    saved = whole | {"qParams": {"pinnedIds": None, "supernodes": None, "linkType": None, "clickedId": "undefined", "sg_pos": None, "clerps": "[]"}}
+    file.write_text(json.dumps(saved))
+    assert files.read(file)[1] == marks, "the viewer saves nothing of what it left alone"
+    saved["qParams"] |= {
+        "pinnedIds": "1_455_5,2_71_5,2_54_5,E_870_4",
+        "supernodes": json.dumps([["city (L2 f71 @5)", "2_71_5", "1_455_5"], ["new", "E_870_4"]]),
+    }
+    file.write_text(json.dumps(saved))
+    again = files.read(file)[1]
+    assert again.pins == ("1_455_5", "E_870_4") and again.graph == marks.graph
+    assert dict(again.names) == {"2_71_5": "city", "2_54_5": "city", "1_455_5": "city", "E_870_4": "new"}
+    file.write_text(json.dumps({k: v for k, v in whole.items() if k != "qParams"}))
+    assert files.read(file)[1] == marks
+    for name in ("my graph.json", "größe.json", files.LIST):
+        with pytest.raises(UserError, match="viewer can't open"):
+            files.check_name(tmp_path / name)
+    (tmp_path / files.LIST).write_text("{}")
+    with pytest.raises(UserError, match="is written, but"):
+        files.save(file, r, marks)
+    assert files.read(file)[1] == marks
+
+
+def test_examples_beside_a_graph_are_those_of_the_features_room(engines, tmp_path, monkeypatch, capsys):
+    """A file for every feature that is drawn, where circuit-tracer's viewer looks for it; what it holds is the answer of `examples`."""
+    monkeypatch.setattr("engine.Engine", lambda *a, **k: engines["zoo"])
+    (text := tmp_path / "text.txt").write_text((ROOT / "zoo" / "corpus.txt").read_text()[:8000])
+    args = ["graph", "--clean", ITALY.clean, "--out", str(tmp_path / "g.json"), "--examples", "--text", str(text)]
+    assert main(args) == 0
+    whole = json.loads((tmp_path / "g.json").read_text())
+    assert whole["metadata"]["scan"] == "./data/g-features" and json.loads((tmp_path / files.LIST).read_text())["graphs"][0]["scan"] == "zoo"
+    drawn = {n["feature"]: n for n in whole["nodes"] if n["feature_type"] == "cross layer transcoder"}
+    assert {f"{n}.json" for n in drawn} == {p.name for p in (tmp_path / "g-features").iterdir()}
+    layer, index = 2, 71
+    found = engines["zoo"].run(Examples(f"zoo/transcoders/L{layer}", str(text), (index,)))
+    page = json.loads((tmp_path / "g-features" / f"{files.pair(layer, index)}.json").read_text())
+    shown = page["examples_quantiles"][0]["examples"]
+    assert page["index"] == index and page["activation_frequency"] == pytest.approx(float(found.density[0])) and len(shown) == len(found.examples[0]) > 0
+    assert [e["tokens_acts_list"] for e in shown] == [list(e.activation) for e in found.examples[0]]
+    assert all(max(e["tokens_acts_list"]) == e["tokens_acts_list"][e["train_token_ind"]] <= page["act_max"] for e in shown)
+    assert files.read(tmp_path / "g.json")[1].model == "zoo"
+    assert main(["graph", "--examples"]) == 2 and "--examples stand beside" in capsys.readouterr().err
 
 
 def test_what_can_t_be_a_graph_is_refused_in_words(engines, tmp_path, monkeypatch):
@@ -619,6 +686,9 @@ async def test_on_the_screen(engines, tmp_path):
         assert grid(app).rows[0] == "← token @2 ' Mary'"
         whole = json.loads(app.panes["graph"].as_file(app))
         assert whole["qParams"]["pinnedIds"] == ["2_755_14"] and whole["qParams"]["supernodes"] == [["name", "2_755_14"]]
+        await press(app, pilot, "y", *"graph", "enter")
+        listed = json.loads((folder("exports") / files.LIST).read_text())["graphs"][-1]
+        assert (folder("exports") / f"{listed['slug']}.json").is_file() and listed["prompt"] == whole["metadata"]["prompt"]
         await press(app, pilot, "v", "d")
         assert reply(app, "graph").target == "diff" and "less" in shown(app) and "*" not in "".join(grid(app).rows), "pins are of the other target"
         await pilot.resize_terminal(80, 24)
@@ -633,7 +703,11 @@ async def test_pins_names_and_the_opened_graph_are_the_sessions(engines, tmp_pat
     app = make_app(engines["zoo"], tmp_path)
     marks = lambda app: app.panes["graph"].marks(app)  # noqa: E731
     async with app.run_test(size=(120, 36)) as pilot:
-        await press(app, pilot, "grave_accent", "j", "P", "B", *"by hand", "enter", "P")
+        await press(app, pilot, "grave_accent", "O")
+        assert "U proposes supernodes" in shown(app)
+        await press(app, pilot, "j", "enter")
+        assert grid(app).cols[1] == "share"
+        await press(app, pilot, "escape", "O", "P", "B", *"by hand", "enter", "P")
         assert marks(app).names == (("2_755_14", "by hand"),) and not marks(app).pins
         await press(app, pilot, "u")
         assert marks(app).pins == ("2_755_14",) and "graph: unpinned 2_755_14" in history.words("mark_graph", app.state, app.session.future[-1][0])

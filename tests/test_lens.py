@@ -327,7 +327,7 @@ def test_convention(engines):
         (Run(Study(PROMPT, metric=Metric(pos="S9"))), "no position labelled 'S9'"),
         (Run(Study(PROMPT, metric=Metric(pos=99))), "position 99 is outside the clean prompt"),
         (Run(Study(PROMPT, base="now")), "'now' is not a prompt"),
-        (Run(Study(Prompt(CLEAN), base="corrupt")), "there is none: type one first"),
+        (Run(Study(Prompt(CLEAN), base="corrupt")), "there is none: E types one"),
     ],
 )
 def test_bad_requests(engines, request_, text):

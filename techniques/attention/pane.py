@@ -98,7 +98,7 @@ class AttentionPane(Pane):
         return (*(() if self.drilled else (views[self.view],)), "pattern", *(name for there, name in more if there))
 
     def doing(self, app: Host) -> list[tuple[str, str]]:
-        return [("hjkl", "destination, source"), ("esc", "leave the pattern"), ("⏎", "why it looks there"), ("T", "colour the prompt")] if self.drilled else []
+        return [("hjkl", "cell"), ("⏎", "why it looks"), ("esc", "leave the pattern"), ("T", "colour the prompt")] if self.drilled else []
 
     def shows(self, node: Node) -> bool:
         return node.site != "sae" and not node.site.startswith("resid")

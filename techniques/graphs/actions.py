@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from screen.actions import accepted, intervene
+from screen.actions import accepted, intervene, turn
 from screen.overlays import Editor, Item, Picker
 from screen.pane import Host
-from techniques.graphs.files import node_id, read
+from techniques.graphs.files import LIST, node_id, read
 from techniques.graphs.requests import FEATURE, KINDS, SUPERNODE, GraphGroups, GraphGroupsResult, GraphResult, GraphSteer, GraphSteerResult, difference
+from techniques.graphs.supernodes import groups_of
 from utils import show_number
 from vocabulary.files import folder, short
 from vocabulary.names import canonical
@@ -65,7 +66,7 @@ def name(pane, app: Host) -> None:
 
 def open_file(pane, app: Host) -> None:
     """A list of graph files; the chosen one is shown, with the pins and names that it holds."""
-    files = sorted(folder("exports").glob("*.json"), key=lambda p: -p.stat().st_mtime)
+    files = sorted((p for p in folder("exports").glob("*.json") if p.name != LIST), key=lambda p: -p.stat().st_mtime)
     items = [Item(OWN, "the prompt's own graph")] * bool(app.state.graph) + [Item(short(p), "", "", p) for p in files]
 
     def take(item: Item | None, typed: str) -> None:
@@ -91,6 +92,13 @@ def choose_transcoders(pane, app: Host) -> None:
 
 
 # ------------------------------------------------------------------ supernodes
+
+
+def turn_rows(pane, app: Host) -> None:
+    named = groups_of(pane.whole(app), dict(pane.marks(app).names))
+    turn(app, "graph.rows")
+    if app.state.views["graph.rows"] == "supernodes" and not named:
+        app.say("no node has a name, so all stand alone: B names one, U proposes supernodes", WARN)
 
 
 def propose(pane, app: Host) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from techniques.graphs.files import marks_of, node_id, read, save
+from techniques.graphs.examples import write_examples
+from techniques.graphs.files import check_name, marks_of, node_id, read, save
 from techniques.graphs.requests import (
     FEATURE,
     KINDS,
@@ -22,7 +23,7 @@ from techniques.graphs.requests import (
     GraphSteerResult,
     OfGraph,
 )
-from techniques.graphs.supernodes import features_of, folded
+from techniques.graphs.supernodes import features_of, folded, has_supernodes
 from techniques.shell import CYAN, GRAY, PURPLE, YELLOW, options, plain, table
 from utils import show_number, show_token
 from vocabulary.files import check_place, typed_path
@@ -48,9 +49,13 @@ class GraphCommand(options(AttributionGraph, GraphEffects, GraphSteer, GraphGrou
     groups: bool = False
     """show features of like decoders as supernodes: each as one node, its edges summed"""
     out: Path | None = None
-    """write the graph here, in circuit-tracer's JSON; with --groups these supernodes too"""
+    """write the graph here, in circuit-tracer's JSON, and name it in graph-metadata.json beside it, from which its viewer opens graphs; with --groups these supernodes too"""
+    examples: bool = False
+    """with --out: where each feature fires most in a text, for the viewer's feature panel, in a folder beside the graph (not for Neuronpedia)"""
+    text: str = ""
+    """the text file of --examples; unset, the zoo's corpus"""
     open: Path | None = None
-    """read a graph from here instead of making one, with its supernodes"""
+    """read a graph from here instead of making one, with its supernodes, and those that circuit-tracer's viewer saved into it"""
 
     def request(self) -> OfGraph:
         changed = "--effects" if self.effects else "--steer" if self.steer else ""
@@ -60,7 +65,10 @@ class GraphCommand(options(AttributionGraph, GraphEffects, GraphSteer, GraphGrou
             raise UserError("--effects changes features one by one, --steer together: take one of them")
         if self.open and self.groups:
             raise UserError("--groups compares decoders, which a file does not hold: leave --open away")
+        if self.examples and (self.open or not self.out or self.out.suffix != ".json"):
+            raise UserError("--examples stand beside a graph that is made now and written as .json: give --out FILE.json, and leave --open away")
         if self.out:
+            check_name(typed_path(self.out))
             check_place(typed_path(self.out))
         return self.ask(GraphEffects if self.effects else GraphSteer if self.steer else AttributionGraph)
 
@@ -69,6 +77,8 @@ class GraphCommand(options(AttributionGraph, GraphEffects, GraphSteer, GraphGrou
             return None
         out = Console(file=(text := io.StringIO()), width=120, color_system=None)
         r, marks = read(typed_path(self.open))
+        if self.out:
+            save(typed_path(self.out), r, marks)
         show_graph(out, folded(r, dict(marks.names)), self.node)
         return text.getvalue()
 
@@ -81,8 +91,14 @@ class GraphCommand(options(AttributionGraph, GraphEffects, GraphSteer, GraphGrou
             found = engine.run(self.ask(GraphGroups, nodes=features_of(result, order)), show)
             marks = replace(marks, names=tuple((x, label) for label, some in zip(found.labels, found.groups) for x in some))
         if self.out:
-            save(typed_path(self.out), result, marks)
+            save(path := typed_path(self.out), result, marks)
+            if self.examples:  # the graph is safe by then
+                save(path, result, marks, self.write_examples(path, result, engine, show))
         return Walk(result, self.node, marks) if (self.node or self.groups) and not self.json else result
+
+    def write_examples(self, path: Path, r: GraphResult, engine, show) -> str:
+        loaded = engine.model.notes.saes
+        return write_examples(path, r, {loaded[s].layer: s for s in r.sources if s in loaded}, self.text, lambda ask: engine.run(ask, show))
 
 
 @dataclass(frozen=True)
@@ -138,7 +154,7 @@ def show_nodes(out: Console, r: GraphResult) -> None:
 def show_node(out: Console, r: GraphResult, i: int) -> None:
     into, away = np.flatnonzero(r.to == i), np.flatnonzero(r.source == i)
     for title, some, other in ((f"into {r.texts[i]}", into, r.source), (f"out of {r.texts[i]}", away, r.to)):
-        rows = table(title, "node", "", "adds", "share of influence")
+        rows = table(title, "node", "", "adds", "of inputs" if has_supernodes(r) else "share of influence")
         for e in some[np.argsort(-np.abs(r.weight[some]), kind="stable")][:SHOWN]:
             rows.add_row(plain(node_id(r, other[e])), plain(r.texts[other[e]]), show_number(r.weight[e], 7), f"{r.share[e]:.4f}")
         if len(some):

@@ -1,9 +1,11 @@
 """
 A graph as a file: circuit-tracer's JSON (its viewer and Neuronpedia open it) with the whole result under "loupe", from which it opens again. Layers are
-numbers from 0, tokens E, logits n_layers + 1, as there; an error has the feature -1.
+numbers from 0, tokens E, logits n_layers + 1, as there; an error has the feature -1. The viewer shows the graphs that LIST names, in the same folder.
 """
 
 import json
+import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import get_type_hints
@@ -17,6 +19,8 @@ from vocabulary.nodes import UserError
 from vocabulary.wire import from_json, to_json
 
 TYPES = {FEATURE: "cross layer transcoder", ERROR: "mlp reconstruction error", TOKEN: "embedding", LOGIT: "logit"}  # the viewer's words
+
+LIST = "graph-metadata.json"
 
 LARGEST = 256 << 20  # bytes of a file that is read
 
@@ -41,22 +45,34 @@ def node_id(r: GraphResult, i: int) -> str:
     return f"{layer}_{index}_{at}"
 
 
-def node(r: GraphResult, i: int) -> dict:
+def output(r: GraphResult, i: int) -> str:
+    """A logit as the viewer reads it: what stands in double quotes is drawn, what follows "(p=" is a number."""
+    words = r.texts[i].removeprefix("logit ")
+    words = words[1:-1] if r.index[i] >= 0 else words  # a token's text is quoted
+    return f"""Output "{words.replace('"', "”")}" (p={weight_of(r, i):.3f})"""
+
+
+def weight_of(r: GraphResult, i: int) -> float:
+    """What a logit's influence counts: its probability; the difference, the only target, 1."""
+    return float(r.probability[i]) if r.index[i] >= 0 or KINDS[r.kind[i]] != LOGIT else 1.0
+
+
+def node(r: GraphResult, i: int, label: str = "") -> dict:
     kind, layer, at, index = KINDS[r.kind[i]], int(r.layer[i]), int(r.at[i]), int(r.index[i])
     one = {"node_id": node_id(r, i), "layer": "E" if kind == TOKEN else str(r.n_layers + 1 if kind == LOGIT else layer), "ctx_idx": at}
-    one |= {"feature_type": TYPES[kind], "token_prob": float(r.probability[i]), "is_target_logit": False, "run_idx": 0, "reverse_ctx_idx": 0}
-    one["influence"] = None if kind == LOGIT else float(r.cumulative[i])
+    one |= {"feature_type": TYPES[kind], "token_prob": weight_of(r, i), "is_target_logit": False, "run_idx": 0, "reverse_ctx_idx": 0}
+    one["influence"] = None if kind == LOGIT else min(float(r.cumulative[i]), 1.0)
     one["activation"] = float(r.value[i]) if kind == FEATURE else None
     match kind:
         case "feature":
-            return one | {"feature": pair(layer, index), "jsNodeId": f"{layer}_{index}-0", "clerp": ""}
+            called = f"{label} ({r.texts[i]})" if label else r.texts[i]  # without words of its own the viewer's lists name no feature
+            return one | {"feature": pair(layer, index), "jsNodeId": f"{layer}_{index}-0", "clerp": called}
         case "error":
             return one | {"feature": -1, "jsNodeId": f"{layer}_-1-{at}", "clerp": ""}
         case "token":
             return one | {"feature": at, "jsNodeId": f"E_{index}-{at}", "clerp": ""}
     first = not any(KINDS[k] == LOGIT for k in r.kind[:i])
-    words = f"Output {r.texts[i].removeprefix('logit ')} (p={r.probability[i]:.3f})"
-    return one | {"feature": index, "jsNodeId": f"L_{index}-{at}", "clerp": words, "is_target_logit": first}
+    return one | {"feature": index, "jsNodeId": f"L_{index}-{at}", "clerp": output(r, i), "is_target_logit": first}
 
 
 def marks_of(r: GraphResult, model: str) -> GraphMarks:
@@ -70,7 +86,8 @@ def as_json(r: GraphResult, slug: str, marks: GraphMarks) -> dict:
     ids = [node_id(r, i) for i in range(len(r.kind))]
     links = [{"source": ids[s], "target": ids[d], "weight": float(w)} for s, d, w in zip(r.source, r.to, r.weight)]
     used = {x for link in links for x in (link["source"], link["target"])}
-    nodes = [node(r, i) for i in range(len(ids)) if ids[i] in used or KINDS[r.kind[i]] in (TOKEN, LOGIT)]
+    labels = dict(marks.names)
+    nodes = [node(r, i, labels.get(ids[i], "")) for i in range(len(ids)) if ids[i] in used or KINDS[r.kind[i]] in (TOKEN, LOGIT)]
     meta = {"slug": slug, "scan": marks.model, "transcoder_list": list(r.sources), "prompt_tokens": list(r.tokens.texts), "prompt": "".join(r.tokens.texts)}
     drawn = {n["node_id"] for n in nodes}
     groups: dict[str, list[str]] = {}
@@ -79,12 +96,38 @@ def as_json(r: GraphResult, slug: str, marks: GraphMarks) -> dict:
             groups.setdefault(label, []).append(name)
     pinned = [x for x in dict.fromkeys((*marks.pins, *(name for name, _ in marks.names))) if x in drawn]
     view = {"pinnedIds": pinned, "supernodes": [[label, *some] for label, some in groups.items()], "linkType": "both", "clickedId": "", "sg_pos": ""}
-    about = {"metadata": meta | {"node_threshold": r.node_threshold, "schema_version": 1}, "qParams": view, "nodes": nodes, "links": links}
+    last = max((n["influence"] for n in nodes if n["feature_type"] in (TYPES[FEATURE], TYPES[ERROR])), default=0.0)
+    meta |= {"node_threshold": max(r.node_threshold, math.ceil(last * 100) / 100), "schema_version": 1}  # up to which the viewer's slider goes, by 0.01
+    about = {"metadata": meta, "qParams": view, "nodes": nodes, "links": links}
     return about | {"loupe": to_json(r) | {"marks": to_json(marks)}}
 
 
-def save(path: Path, r: GraphResult, marks: GraphMarks) -> None:
-    write_text(path, json.dumps(as_json(r, path.stem, marks)) + "\n")
+def save(path: Path, r: GraphResult, marks: GraphMarks, examples: str = "") -> None:
+    """The graph's file, and its line in the viewer's list of the folder's graphs. `examples`: where the viewer finds the features' own files."""
+    whole = as_json(r, path.stem, marks)
+    meta = whole["metadata"]
+    write_text(path, json.dumps(whole | {"metadata": meta | ({"scan": examples} if examples else {})}) + "\n")
+    if path.suffix == ".json":
+        enlist(path, meta)
+
+
+def check_name(path: Path) -> None:
+    """UserError for a file whose name the viewer's server can't find (it takes addresses as they are written)."""
+    if path.name == LIST or path.suffix == ".json" and not re.fullmatch(r"[A-Za-z0-9._-]+", path.stem):
+        raise UserError(f"circuit-tracer's viewer can't open {path.name!r}: name the file with letters, digits, - and _, and not {LIST}")
+
+
+def enlist(path: Path, meta: dict) -> None:
+    """Name a graph's file in the list from which the viewer opens graphs. UserError where what stands there is no such list."""
+    file = path.with_name(LIST)
+    try:
+        graphs = json.loads(file.read_text(encoding="utf-8"))["graphs"] if file.exists() else []
+        others = [g for g in graphs if g["slug"] != path.stem]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            f"{path} is written, but {file} is no list of graphs, so circuit-tracer's viewer won't show it: move it away and write again"
+        ) from error
+    write_text(file, json.dumps({"graphs": [*others, meta | {"slug": path.stem}]}, indent=2) + "\n")
 
 
 def version(path: Path) -> tuple:
@@ -115,14 +158,30 @@ def read(path: Path) -> tuple[GraphResult, GraphMarks]:
 
 
 def revive_marks(path: Path, r: GraphResult, whole: dict) -> GraphMarks:
-    """The marks of a file; of one from before they stood beside the numbers, those that its drawing has."""
+    """The marks of a file, with what its viewer saved since; of one from before they stood beside the numbers, those that its drawing has."""
     try:
-        if "marks" in whole["loupe"]:
-            return from_json(whole["loupe"]["marks"], GraphMarks)
-        names = tuple((str(x), str(label)) for label, *some in whole["qParams"]["supernodes"] for x in some)
-        return replace(marks_of(r, str(whole["metadata"]["scan"])), pins=tuple(map(str, whole["qParams"]["pinnedIds"])), names=names)
-    except (UserError, LookupError, TypeError, ValueError) as error:
+        if "marks" not in whole["loupe"]:
+            return seen(r, marks_of(r, str(whole["metadata"]["scan"])), whole["qParams"])
+        marks, drawn = from_json(whole["loupe"]["marks"], GraphMarks), whole.get("qParams") or {}
+        saved = any(isinstance(drawn.get(x), str) for x in ("pinnedIds", "supernodes"))
+        return seen(r, marks, drawn) if saved else marks
+    except (UserError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: its pins and names can't be read ({type(error).__name__}: {error}): write it again") from error
+
+
+def seen(r: GraphResult, marks: GraphMarks, drawn: dict) -> GraphMarks:
+    """
+    Marks with the pins and supernodes of a drawing, where what was named is pinned too. Once the viewer saved it, pins are a text with commas and supernodes
+    JSON in a text, null where it changed none (it draws none of the file's own).
+    """
+    pins, groups = drawn.get("pinnedIds"), drawn.get("supernodes")
+    groups = json.loads(groups) if isinstance(groups, str) else groups or []
+    names = dict(marks.names) | {str(x): re.sub(r" \(L\d+ f\d+ @\d+\)$", "", str(label)) for label, *some in groups for x in some}  # as `node` writes it
+    there = {node_id(r, i) for i in range(len(r.kind))}
+    if pins is not None:
+        pins = pins.split(",") if isinstance(pins, str) else map(str, pins)
+        marks = replace(marks, pins=tuple(x for x in pins if x in there and (x in marks.pins or x not in dict(marks.names))))
+    return replace(marks, names=tuple((x, label) for x, label in names.items() if x in there))
 
 
 def revive(path: Path, found: object) -> GraphResult:

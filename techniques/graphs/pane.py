@@ -1,6 +1,7 @@
 """Pane `: an attribution graph, of the prompt or of a file, walked from the logit: a node's inputs and outputs, with pins, names and supernodes."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,22 +10,19 @@ from textual.widget import Widget
 
 from screen.cursor import clip
 from screen.keys import Part
-from screen.actions import turns
 from screen.overlays import Item
 from screen.pane import Host, Pane
 from screen.pictures import run_name
 from techniques.graphs import actions
 from techniques.graphs.explained import EXPLAINED
-from techniques.graphs.files import as_json, marks_of, node_id, read, version
+from techniques.graphs.files import as_json, enlist, marks_of, node_id, read, version
 from techniques.graphs.requests import FEATURE, KINDS, AttributionGraph, GraphMarks, GraphResult
-from techniques.graphs.supernodes import folded, groups_of, title
+from techniques.graphs.supernodes import folded, groups_of, has_supernodes, title
 from techniques.graphs.walk import balance, place, steps
 from utils import show_number, visible
 from vocabulary.names import canonical
 from vocabulary.nodes import Node, UserError
 from widgets import BAD, BOLD, DIM, PLAIN, Grid, GridView, Same, Spans
-
-COLUMNS = {"nodes": ["adds", "share", "value", "influence"], "supernodes": ["adds", "of inputs", "value", "influence"]}
 
 
 class GraphPane(Pane):
@@ -46,7 +44,7 @@ class GraphPane(Pane):
         ),
         Part("points", "graph", "pin the node, or let it go", actions.pin, "pin"),
         Part("labels", "graph", "name the node: nodes of one name are a supernode", actions.name, "name"),
-        Part("multiples", "graph", "each supernode as one row, or its nodes", turns("graph.rows"), "supernodes"),
+        Part("multiples", "graph", "each supernode as one row, or its nodes", actions.turn_rows, "supernodes"),
         Part("discover", "graph", "propose supernodes of features with like decoders", actions.propose, "propose"),
         Part("open", "graph", "open a graph file, or go back to the prompt's own graph", actions.open_file, "open file"),
         Part("saes", "graph", "the transcoders of the graph", actions.choose_transcoders, "transcoders"),
@@ -186,7 +184,11 @@ class GraphPane(Pane):
         return [Item("graph", "circuit-tracer's JSON, which o and `graph --open` read too", ".json", lambda: self.as_file(app))] if there else []
 
     def as_file(self, app: Host) -> str:
-        return json.dumps(as_json(self.whole(app), "graph", self.marks(app))) + "\n"
+        return json.dumps(as_json(self.whole(app), time.strftime("graph-%Y-%m-%d-%H%M%S"), self.marks(app))) + "\n"
+
+    def copied(self, app: Host, item: Item, path: Path) -> None:
+        if item.key == "graph":
+            enlist(path, json.loads(path.read_text(encoding="utf-8"))["metadata"])
 
     # ---------------------------------------------------------------- drawing
 
@@ -195,8 +197,8 @@ class GraphPane(Pane):
         label = dict(marks.names).get(name)
         return f"{g.texts[i]}{' *' if name in marks.pins else ''}{f' “{label}”' if label else ''}"
 
-    def picture_of(self, g: GraphResult, at: int, marks: GraphMarks, columns: list[str]) -> Grid:
-        some = steps(g, at)
+    def picture_of(self, g: GraphResult, at: int, marks: GraphMarks) -> Grid:
+        some, columns = steps(g, at), ["adds", "of inputs" if has_supernodes(g) else "share", "value", "influence"]
         rows = [f"{'←' if s.into else '→'} {self.called(g, s.node, marks)}" for s in some] or ["no edges"]
         weight = g.weight[[s.edge for s in some]] if some else np.full(1, np.nan)
         facts = [[(g.weight[s.edge], 7), (g.share[s.edge], 7), (g.value[s.node], 7), (g.influence[s.node], 7)] for s in some]
@@ -205,14 +207,14 @@ class GraphPane(Pane):
         values = np.full((len(rows), len(columns)), np.nan)
         values[:, 0] = weight
         numbers = np.array([[x for x, _ in line] for line in facts] or [[np.nan] * len(columns)], float)
-        return Grid(values, rows, list(columns), -hi, hi, text=text, numbers=numbers, signed=True, cell=(8, 11), corner="inputs ←, outputs →", listed=False)
+        return Grid(values, rows, columns, -hi, hi, text=text, numbers=numbers, signed=True, cell=(8, 11), corner="inputs ←, outputs →", listed=False)
 
     def name_of(self, app: Host) -> str:
         """Where the graph comes from: its file, or the prompt's run."""
         return Path(app.state.graph).name if app.state.graph else run_name(app.state, self.whole(app).which)
 
     def paint(self, app: Host) -> None:
-        mode, rows = app.state.views["mode"], app.state.views["graph.rows"]
+        mode = app.state.views["mode"]
         try:
             r, g, marks = self.whole(app), self.shown(app), self.marks(app)
         except UserError as error:
@@ -222,7 +224,7 @@ class GraphPane(Pane):
             self.info_line.show([])
             return
         at = place(g, self.here)
-        grid = self.picture("graph", (Same(g), at, marks), lambda: self.picture_of(g, at, marks, COLUMNS[rows]))
+        grid = self.picture("graph", (Same(g), at, marks), lambda: self.picture_of(g, at, marks))
         self.row = clip(self.row, len(grid.rows))
         scores = f"replacement {r.replacement:.3f} · completeness {r.completeness:.3f}"
         self.show_title(app, ("graph",), f"{self.called(g, at, marks)} · {self.name_of(app)} · {scores}", r.convention, grid)

@@ -21,12 +21,18 @@ def title(label: str, some: list[int]) -> str:
     return f"“{label}” ({len(some)})"
 
 
+def has_supernodes(r: GraphResult) -> bool:
+    """Whether shares of edges are those that circuit-tracer's viewer draws, and not of influence."""
+    return KINDS.index(SUPERNODE) in r.kind
+
+
 def folded(r: GraphResult, names: dict[str, str]) -> GraphResult:
     """
-    The graph with a supernode in the place of the nodes of each name. An edge is the sum of its edges (those within a supernode fall away); its share is that of
+    The graph with a supernode in the place of the nodes of each name; itself where it has none. An edge is the sum of its edges (those within a supernode fall away); its share is that of
     circuit-tracer's viewer: each edge by the absolute inputs that come to its target from outside, targets weighted by the part of their inputs that does.
     """
-    groups = groups_of(r, names)
+    if not (groups := groups_of(r, names)):
+        return r
     grouped = {i for some in groups.values() for i in some}
     alone, n = [i for i in range(len(r.kind)) if i not in grouped], len(r.kind)
     m = len(alone) + len(groups)

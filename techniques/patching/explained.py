@@ -4,7 +4,7 @@ from screen.explain import Explained
 
 EFFECT = "effect = m(with the change) - m(untouched), m = (F - F_corrupted) / (F_clean - F_corrupted), F the metric"
 PATCHING = "activation patching: Vig et al. 2020, arXiv 2004.12265; Heimersheim & Nanda 2024, arXiv 2404.15255"
-METHODS = {"atp": "AtP", "ig": "IG", "atp_qk": "AtP, query and key fix", "graddrop": "GradDrop", "atp_star": "AtP*"}
+METHODS = {"atp": "AtP", "ig": "IG", "atp_qk": "QK fix", "graddrop": "GradDrop", "atp_star": "AtP*"}
 STAR = "Kramár et al. 2024, AtP*, arXiv 2403.00745"
 KINDS = {
     "z": ("head outputs", "each head's output z at all positions"),

@@ -220,9 +220,10 @@ class PatchingPane(Pane):
         what = patched if request.op == "patch" else ablated
         over = " over the set" if request.over_set else " · this prompt only: it is not of the set" if app.state.views["patching.over"] == "set" else ""
         more = over + (" · direct" if request.effect == "direct" else "")
-        way = app.state.views["patching.estimate"]
-        by = f" · by {METHODS[way]}" if way != "atp" and request.op == "patch" and request.effect == "total" else ""
-        return f"{EXPLAINED[request.kind].name} · {what}{more} · {app.state.views['patching.show']}{by}"
+        way, show, truth = app.state.views["patching.estimate"], app.state.views["patching.show"], self.shown(app)[0]
+        guessed = show in ("estimate", "disagreement") or truth is None or truth.done < truth.total
+        by = f" · by {METHODS[way]}" if guessed and way != "atp" and request.op == "patch" and request.effect == "total" else ""
+        return f"{EXPLAINED[request.kind].name} · {what}{more} · {show}{by}"
 
     def paint(self, app: Host) -> None:
         views, wanted = app.state.views, app.requests.wanted

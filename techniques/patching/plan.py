@@ -230,7 +230,7 @@ def read_member(model: Model, study: Study, op: str) -> Runs:
     """One prompt of a sweep or a circuit; what stops `op` on it is an error."""
     patch = op == "patch"
     if study.prompt.corrupt is None and not study.against and (patch or study.base == "corrupt"):
-        raise UserError("there is no corrupted prompt, and patching needs one: type one first")
+        raise UserError("there is no corrupted prompt, and patching needs one: E types one (in a shell --corrupt)")
     runs, kind = read_study(model, study, with_answer=True), study.metric.kind
     if study.metric.needs_answer and not runs.answers:
         raise UserError(f"there is no answer, and {kind} needs one: give one, with its leading space")

@@ -57,25 +57,28 @@ def pair_lines(result: QKFeaturesResult, at: int, width: int, n: int) -> list[Sp
 def sum_spans(result: QKResult) -> Spans:
     """The sum beside the model's own score."""
     ok = result.error <= 1e-4 * max(1.0, abs(result.score))
-    spans: Spans = [("  │ ", DIM), (f"sum {result.total:+.4f}  model {result.score:+.4f}  error {result.error:.1e}", GOOD if ok else BAD)]
+    spans: Spans = [(f"  │ sum {result.total:+.4f}  model {result.score:+.4f}  error {result.error:.1e}", GOOD if ok else BAD)]
     spans += [(f"  after the soft cap {result.capped:+.4f}", BOLD)] if result.cap else []
     return [*spans, (f"  attention {result.attention:.3f}", DIM)]
 
 
 def pair_line(result: QKFeaturesResult, at: int) -> Spans:
     """The pair under the cursor in full."""
-    a, b = result.pair_names[at]
-    label = lambda name: f" {text}" if (text := result.labels.get(name, "")) else ""  # noqa: E731
-    return [(f" {a}{label(a)} × {b}{label(b)} ", BOLD), (signed(float(result.pair[at]), 4), PLAIN), *sum_spans(result)]
+    names = result.pair_names[at]
+    return [(f" {' × '.join(names)} ", BOLD), (signed(float(result.pair[at]), 4), PLAIN), *sum_spans(result), *label_spans(result, names)]
+
+
+def label_spans(result: QKFeaturesResult, names: tuple[str, ...]) -> Spans:
+    """What the features are called, last: a narrow line loses it first."""
+    return [(f"  {name} {result.labels[name]}", DIM) for name in dict.fromkeys(names) if result.labels.get(name)]
 
 
 def cell_line(result: QKResult, grid: Grid, row: int, col: int) -> Spans:
     """The entry under the cursor, and the sum beside the model's own score."""
     value, names = float(grid.values[row, col]), (whole(grid.rows[row]), whole(grid.cols[col]))
-    known = result.labels if isinstance(result, QKFeaturesResult) else {}
-    spans: Spans = [(f" {' × '.join(f'{n} {known[n]}' if n in known else n for n in names)} ", BOLD), (signed(value, 4), PLAIN)]
+    spans: Spans = [(f" {' × '.join(names)} ", BOLD), (signed(value, 4), PLAIN)]
     if result.prompts.size and names[0] in result.queries and names[1] in result.keys:
         i, j = result.queries.index(names[0]), result.keys.index(names[1])
         spans.append((f" [{float(result.low[i, j]):+.3f}, {float(result.high[i, j]):+.3f}]", PLAIN))
         spans += [(f" in {result.fires[i, j]}/{result.prompts.size}", DIM)] * isinstance(result, QKFeaturesResult)
-    return [*spans, *sum_spans(result)]
+    return [*spans, *sum_spans(result), *(label_spans(result, names) if isinstance(result, QKFeaturesResult) else [])]

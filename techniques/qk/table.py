@@ -47,6 +47,6 @@ def pair_rows(r: QKFeaturesResult, most: int) -> list[tuple[str, str, str, str, 
 def check_words(r: QKCheckResult) -> str:
     """What a path did for real beside what the sum says."""
     way = "patched" if r.op == "patch" else "taken away"
-    held = "" if math.isnan(r.frozen) else f", frozen {r.frozen:+.4f}"
+    held = "" if math.isnan(r.frozen) else f", with norms frozen {r.frozen:+.4f}"
     words = f"{r.edge.replace('->', ' → ')} {way}: moves the score by {r.true:+.4f} (the sum says {r.predicted:+.4f}{held}), attention {r.attention[0]:.3f} → {r.attention[1]:.3f}"
     return words + ("" if r.metric is None else f", metric {r.metric[0]:+.3f} → {r.metric[1]:+.3f}")

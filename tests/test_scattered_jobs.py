@@ -216,6 +216,40 @@ async def test_the_cursor_of_the_list_stays_on_its_job(zoo, tmp_path):
         app.client.jobs.clear()
 
 
+@pytest.mark.parametrize("others", [1, 0])
+async def test_no_key_acts_on_the_line_below_one_that_ended(zoo, tmp_path, others):
+    """What ended under the cursor stays there as ended, wherever the lines above and below it go, until the cursor moves on."""
+    app = make_app(zoo, tmp_path, STATE)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await press(app, pilot)
+        add = lambda *numbers: app.client.jobs.update({n: Job_(n, f"job {n}", SWEEP, None, None) for n in numbers})  # noqa: E731
+        add(901, 902, *[903] * others)
+        await press(app, pilot, "J", "j")
+        panel, cancelled = app.query_one("Jobs"), []
+        app.requests.cancel = lambda job: (cancelled.append(job.id), app.client.jobs.pop(job.id))
+        for gone in (902, 901):  # the one that is selected, then the one above it
+            app.client.jobs.pop(gone)
+            panel.follow()
+            await press(app, pilot, "x", "enter")
+            assert "it has ended" in shown(app) and not cancelled and panel.marks[panel.at] == 902
+            panel.follow()
+            assert panel.at == (gone == 902) and shown(app).count("· ended") == 1
+        add(904)
+        panel.follow()
+        await press(app, pilot, "x")
+        assert not cancelled and panel.at == 0
+        await press(app, pilot, "j", "x", "x", "x")
+        assert cancelled == [903 if others else 904] and shown(app).count("· ended") == 1 and "job 902" not in shown(app), "a second x is not the next one's"
+        app.client.jobs.clear()
+        await press(app, pilot, "k", "escape", "J")
+        assert panel.shown[0] is None or "ended" not in shown(app)
+        add(905)
+        app.query_one("Jobs").follow()
+        await press(app, pilot, "x")
+        assert len(cancelled) == 1 and "no jobs are running · not now" in shown(app), "nor where a job takes the place of a line that is none"
+        app.client.jobs.clear()
+
+
 LEADER = """
 import sys
 from pathlib import Path

@@ -43,7 +43,7 @@ def zoo(engines):
 def desk(request, monkeypatch):
     """A desk of its own, on a machine without Slurm but where one is pretended."""
     if "slurm" not in request.fixturenames:
-        monkeypatch.setattr(tasks, "queue", lambda: [])
+        monkeypatch.setattr(tasks, "queue", lambda *more: [])
     own = analysis.Desk()
     monkeypatch.setattr(analysis, "DESK", own)
     monkeypatch.setattr(analysis, "OFTEN", 0.0)

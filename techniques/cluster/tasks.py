@@ -8,6 +8,7 @@ The tasks of a scattered request: as processes of this machine under one that le
 import ctypes
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,7 +27,19 @@ from vocabulary.nodes import UserError
 SILENT = 15.0  # seconds after which a leading process that said nothing is gone
 SLURM = 10.0  # seconds that squeue, scancel and sacct have
 CANCELLED = "cancelled"
-BAD = ("FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE")
+BAD = {
+    "FAILED": "failed",
+    "TIMEOUT": "ran out of time (TIMEOUT)",
+    "OUT_OF_MEMORY": "ran out of memory (OUT_OF_MEMORY)",
+    "NODE_FAIL": "went with a node that failed (NODE_FAIL)",
+    "BOOT_FAIL": "had no node that starts (BOOT_FAIL)",
+    "DEADLINE": "passed their deadline (DEADLINE)",
+    "PREEMPTED": "gave way to other jobs (PREEMPTED)",
+    "CANCELLED": "were cancelled in Slurm",
+}
+BEGIN = re.compile(r"tasks begin|task \d+: (shards|nothing left) ")  # how a run begins its part of a log
+USUAL = re.compile(r"tasks begin|task \d+: |shard \d+: ")  # how lines begin that tell of no error
+SILENTLY = "its tasks ended without a word: killed, or gone with their node"
 
 
 # ------------------------------------------------------------------ processes of this machine
@@ -95,17 +108,28 @@ def visible_gpus() -> list[str]:
     return [str(i) for i, line in enumerate(line for line in listed.splitlines() if line.startswith("GPU "))]
 
 
-def last_line(log: Path) -> str:
-    """The last line of a log that says something, in 300 characters; "" without one."""
+def tail(log: Path) -> list[str]:
+    """The last lines of a log; none where it can't be read."""
     if not log.is_file():
-        return ""
+        return []
     try:
         with open(log, "rb") as f:
             f.seek(max(0, os.path.getsize(log) - 4000))
-            lines = f.read().decode(errors="replace").splitlines()
+            return f.read().decode(errors="replace").splitlines()
     except OSError:
-        return ""
-    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
+        return []
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that says something, in 300 characters; "" without one."""
+    return next((line.strip()[:300] for line in reversed(tail(log)) if line.strip()), "")
+
+
+def trouble(log: Path) -> str:
+    """What a log's last run says that went wrong, in 300 characters; SILENTLY where it says nothing, "" where there was none."""
+    lines = [line.strip()[:300] for line in tail(log) if line.strip()]
+    begun = max((n for n, line in enumerate(lines) if BEGIN.match(line)), default=0)
+    return next((line for line in reversed(lines[begun:]) if not USUAL.match(line)), SILENTLY if lines else "")
 
 
 def start_here(folder: Folder, workers: int) -> subprocess.Popen:
@@ -163,11 +187,11 @@ def submit(folder: Folder) -> str:
     return number
 
 
-def queue() -> list[Row]:
+def queue(*more: str) -> list[Row]:
     """The user's tasks in Slurm's queue: one call for all folders, none where there is no Slurm."""
     if not shutil.which("squeue"):
         return []
-    lines = ask_slurm("squeue", "-h", "-r", "--me", "-o", "%F|%T|%r|%o").splitlines()
+    lines = ask_slurm("squeue", "-h", "-r", "--me", *more, "-o", "%F|%T|%r|%o").splitlines()
     return [Row(*line.split("|", 3)) for line in lines if line.count("|") >= 3]
 
 
@@ -178,14 +202,16 @@ def of_folder(rows: Iterable[Row], folder: Folder) -> list[Row]:
 
 
 def endings(folder: Folder) -> str:
-    """How the tasks of the last submission ended that did not end well, where Slurm keeps accounts; "" else."""
-    try:
-        number = next(n for stage in (folder.second, folder) if (n := last_line(stage.path / "submitted.txt")))
-        lines = ask_slurm("sacct", "-n", "-X", "-P", "-j", str(int(number)), "-o", "State").splitlines()
-    except (StopIteration, ValueError, UserError):
-        return ""
-    found = [line.split(" ")[0] for line in lines]
-    return ", ".join(f"{found.count(s)} {s}" for s in BAD if s in found)
+    """How the tasks of the last submission ended that did not end well, by Slurm's accounts, else by what its controller remembers for some minutes; "" for neither."""
+    found = []
+    with suppress(UserError):
+        ended = of_folder(queue("-t", "all"), folder)
+        numbers = [r.job for r in ended] + [last_line(stage.path / "submitted.txt") for stage in (folder, folder.second)]
+        number = max((int(n) for n in numbers if n.isdecimal()), default=0)
+        found = [r.state for r in ended if r.job == str(number)]
+        if number:
+            found = [line.split(" ")[0] for line in ask_slurm("sacct", "-n", "-X", "-P", "-j", str(number), "-o", "State").splitlines()] or found
+    return ", ".join(f"{found.count(s)} of its tasks {words}" for s, words in BAD.items() if s in found)
 
 
 # ------------------------------------------------------------------ either

@@ -238,3 +238,5 @@ async def test_what_carries_the_engine_says_why(pipes, tmp_path, log, said):
 
 def test_srun_keeps_nothing_back(tmp_path):
     assert Client(tmp_path, "ssh n1 /opt/slurm/bin/srun --gres=gpu:1").command()[:4] == ["ssh", "n1", "/opt/slurm/bin/srun", "--unbuffered"]
+    words = Client(tmp_path, "ssh n1 'cd a && /bin/srun -p b'").command()  # in one that a shell reads
+    assert words[:3] == ["ssh", "n1", "cd a && /bin/srun --unbuffered -p b"] and Client(tmp_path, "ssh mysrun 'cd srun.d'").command()[2] == "cd srun.d"

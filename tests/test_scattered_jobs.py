@@ -279,6 +279,36 @@ def test_tasks_end_with_their_leading_process(tmp_path, number):
     assert (folder.path / "local.json").exists() == (number == signal.SIGKILL)
 
 
+@pytest.mark.table
+@pytest.mark.parametrize(("visible", "given"), [("MIG-a,MIG-b", ["MIG-a", "MIG-b"]), ("GPU-1", ["GPU-1"] * 2), ("0,1,2,3", ["0,2", "1,3"]), ("-1", ["-1"] * 2)])
+def test_each_process_has_its_gpus(tmp_path, visible, given):
+    folder, place = Folder(tmp_path / "a"), tmp_path / "tasks"
+    folder.lay_out(Load("zoo"), SWEEP, 2, Job(2))
+    place.mkdir()
+    (place / "engine.py").write_text(f"import os, sys\nopen(f'{place}/{{sys.argv[4]}}', 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])\n")
+    subprocess.run([sys.executable, "-c", LEADER, folder.path, place], cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": visible}, stderr=subprocess.DEVNULL)
+    assert [(place / str(k)).read_text() for k in range(2)] == given
+
+
+def test_why_tasks_ended_is_no_line_of_progress(zoo, tmp_path, slurm):
+    """Nor what an earlier run's log says; what Slurm remembers, or its accounts, comes first."""
+    folder = Folder(tmp_path / "a")
+    start(zoo, folder.path)
+    log, why = folder.path / "log-1.txt", lambda: (analysis.DESK.ends.clear(), seen(zoo, folder.path).error)[1]
+    assert why() == "", "nothing has begun"
+    begins = "task 1: shards 1, 3 on n1\ntask 1: reading weights\n"
+    log.write_text(f"{begins}shard 1, 3 to 4: no room\nshard 3: 2 of 7 in 0.1 s\n")
+    assert why() == "shard 1, 3 to 4: no room"
+    log.write_text(log.read_text() + begins)
+    assert why() == tasks.SILENTLY
+    (slurm / "queue").write_text("".join(f"{n}|{state}|None|{folder.path}/job.sbatch\n" for n, state in ((70, "FAILED"), (78, "NODE_FAIL"), (78, "COMPLETED"))))
+    (slurm / "squeue").write_text(f'#!/bin/sh\ncase "$*" in *all*) cat {slurm}/queue;; esac\n')
+    assert why() == "1 of its tasks lost their node (NODE_FAIL)"
+    log.write_text(log.read_text() + "CUDA out of memory\n")
+    (slurm / "sacct").write_text("#!/bin/sh\necho CANCELLED by 0\necho FAILED\n")
+    assert why() == "1 of its tasks failed; 1 of its tasks cancelled in Slurm: CUDA out of memory"
+
+
 # ------------------------------------------------------------------ Slurm, pretended
 
 

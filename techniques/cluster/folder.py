@@ -262,7 +262,8 @@ class Folder:
         if not mine:
             say(f"task {task}: nothing left to do")
             return 0
-        say(f"task {task}: shards {', '.join(map(str, mine))} on {os.uname().nodename}")
+        gpu = f", CUDA_VISIBLE_DEVICES={given}" if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None else ""
+        say(f"task {task}: shards {', '.join(map(str, mine))} on {os.uname().nodename}{gpu}")
         info, refused = engine.run(load, show), 0
         if info.warning:
             say(f"task {task}: {info.warning}")

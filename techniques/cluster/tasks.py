@@ -31,11 +31,11 @@ BAD = {
     "FAILED": "failed",
     "TIMEOUT": "ran out of time (TIMEOUT)",
     "OUT_OF_MEMORY": "ran out of memory (OUT_OF_MEMORY)",
-    "NODE_FAIL": "went with a node that failed (NODE_FAIL)",
+    "NODE_FAIL": "lost their node (NODE_FAIL)",
     "BOOT_FAIL": "had no node that starts (BOOT_FAIL)",
     "DEADLINE": "passed their deadline (DEADLINE)",
     "PREEMPTED": "gave way to other jobs (PREEMPTED)",
-    "CANCELLED": "were cancelled in Slurm",
+    "CANCELLED": "cancelled in Slurm",
 }
 BEGIN = re.compile(r"tasks begin|task \d+: (shards|nothing left) ")  # how a run begins its part of a log
 USUAL = re.compile(r"tasks begin|task \d+: |shard \d+: ")  # how lines begin that tell of no error
@@ -61,13 +61,13 @@ def run_here(folder: Folder, workers: int, show: Callable[[object], None]) -> No
 
 
 def run_tasks(folder: Folder, lead: Folder, workers: int, show: Callable[[object], None]) -> None:
-    """So many processes, one a GPU where there are some, until each has ended. What `lead` holds says that they live, and when they should not."""
+    """So many processes, one a GPU where there are some (several where there are more, for a model that is spread over them), until each has ended. What `lead` holds says that they live, and when they should not."""
     gpus, cores = visible_gpus(), max(1, (os.cpu_count() or 1) // workers)
     running, said = [], -1.0
     try:
         for k in range(workers):
             env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores))}
-            env |= {"CUDA_VISIBLE_DEVICES": gpus[k % len(gpus)]} if gpus else {}
+            env |= {"CUDA_VISIBLE_DEVICES": ",".join(gpus[k % len(gpus) :: workers])} if gpus else {}
             words = [sys.executable, ROOT / "engine.py", "work", folder.path, "--task", str(k), "--of", str(workers)]
             log = folder.log(f"log-{k}.txt")
             running.append(subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=env, preexec_fn=end_with_leader))
@@ -99,13 +99,19 @@ def end_with_leader() -> None:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that a process may be given, by number or name."""
+    """The GPUs that a process may be given, by number or name; of one that is cut into MIG slices, each of these."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name for name in visible.split(",") if name.strip()]
+        names = [name.strip() for name in visible.split(",") if name.strip()]
+        return names[: names.index("-1")] if "-1" in names else names  # CUDA reads no further
     if not shutil.which("nvidia-smi"):
         return []
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
-    return [str(i) for i, line in enumerate(line for line in listed.splitlines() if line.startswith("GPU "))]
+    listed, gpus = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout, []
+    for line in listed.splitlines():
+        if line.startswith("GPU "):
+            gpus.append([])
+        elif gpus and (slice_ := re.search(r"UUID: (MIG-[^)]+)", line)):
+            gpus[-1].append(slice_[1])
+    return [name for i, slices in enumerate(gpus) for name in slices or [str(i)]]
 
 
 def tail(log: Path) -> list[str]:
@@ -211,7 +217,7 @@ def endings(folder: Folder) -> str:
         found = [r.state for r in ended if r.job == str(number)]
         if number:
             found = [line.split(" ")[0] for line in ask_slurm("sacct", "-n", "-X", "-P", "-j", str(number), "-o", "State").splitlines()] or found
-    return ", ".join(f"{found.count(s)} of its tasks {words}" for s, words in BAD.items() if s in found)
+    return "; ".join(f"{found.count(s)} of its tasks {words}" for s, words in BAD.items() if s in found)
 
 
 # ------------------------------------------------------------------ either

@@ -88,6 +88,35 @@ def slurm(folder: Path, nodes: int = 1, gpus: int = 0) -> Generator[dict[str, st
                 process.wait(10)
             except subprocess.TimeoutExpired:
                 process.kill()
+        for name in names:  # of a node that came back
+            with contextlib.suppress(OSError, ValueError):
+                os.kill(int((folder / f"{name}.pid").read_text()), signal.SIGKILL)
+
+
+def of_node(name: str) -> list[int]:
+    """The processes of a node's tasks."""
+    found = []
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            if f"SLURMD_NODENAME={name}\0".encode() in Path(f"/proc/{entry}/environ").read_bytes():
+                found.append(int(entry))
+    return found
+
+
+def dies(folder: Path, name: str) -> None:
+    """A node loses its power: its tasks, what leads them, its slurmd."""
+    mine = of_node(name)
+    with contextlib.suppress(ProcessLookupError):
+        for pid in mine:
+            os.kill(pid, signal.SIGSTOP)
+        leads = {int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in mine} - {*mine}
+        for pid in (*leads, *mine, int((folder / f"{name}.pid").read_text())):
+            os.kill(pid, signal.SIGKILL)
+
+
+def comes_back(folder: Path, name: str) -> None:
+    (folder / f"{name}.pid").unlink(missing_ok=True)
+    subprocess.run(["slurmd", "-N", name], env={**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": SBIN}, check=True)
 
 
 def wait(ready, seconds: float = 40) -> None:

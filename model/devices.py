@@ -58,7 +58,7 @@ def unused_gpu(file: Path | None = None) -> str:
     if t.cuda.is_available():
         return ""
     if not (driver := driver_version(file)):
-        given = os.environ.get("SLURM_STEP_GPUS") or os.environ.get("SLURM_JOB_GPUS")
+        given = os.environ.get("CUDA_VISIBLE_DEVICES") and (os.environ.get("SLURM_STEP_GPUS") or os.environ.get("SLURM_JOB_GPUS"))  # else another job's
         return f"GPU not used: Slurm gave this job GPU {given}, and {os.uname().nodename} has no driver of NVIDIA's; torch {t.__version__}" if given else ""
     cuda, visible = t.version.cuda, os.environ.get("CUDA_VISIBLE_DEVICES")
     if cuda is None:

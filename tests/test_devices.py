@@ -90,6 +90,8 @@ def test_nothing_is_said_without_a_gpu_or_with_one_that_works(driver, tmp_path, 
     monkeypatch.setattr(devices.shutil, "which", lambda name: None)
     assert unused_gpu(file.with_name("absent")) == ""
     monkeypatch.setenv("SLURM_JOB_GPUS", "3")
+    assert unused_gpu(file.with_name("absent")) == "", "of the step that submitted this job, which has none"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert unused_gpu(file.with_name("absent")).startswith("GPU not used: Slurm gave this job GPU 3, and ")
 
 

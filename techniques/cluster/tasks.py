@@ -25,6 +25,7 @@ from utils import ROOT
 from vocabulary.nodes import UserError
 
 SILENT = 15.0  # seconds after which a leading process that said nothing is gone
+ENDS = 5.0  # seconds in which a task ends by itself
 SLURM = 10.0  # seconds that squeue, scancel and sacct have
 CANCELLED = "cancelled"
 BAD = {
@@ -81,9 +82,13 @@ def run_tasks(folder: Folder, lead: Folder, workers: int, show: Callable[[object
             show(progress(folder))
             time.sleep(0.3)
     finally:
-        for p in running:
-            if p.poll() is None:
-                p.terminate()
+        for p in (left := [p for p in running if p.poll() is None]):
+            p.terminate()
+        for p in left:
+            try:
+                p.wait(ENDS)
+            except subprocess.TimeoutExpired:  # stopped, or in a call to a GPU that hangs
+                p.kill()
                 p.wait()
     if failed := [k for k, p in enumerate(running) if p.returncode]:
         log = folder.path / f"log-{failed[0]}.txt"

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import random
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -179,6 +180,21 @@ async def test_noise_in_the_head_of_a_frame_is_said_at_once(pipes, tmp_path, sai
     assert deaths == [DAMAGED]
     with pytest.raises(WireError, match="damaged" if at >= len(MARK) else "not Loupe's wire"):
         read_sealed(io.BytesIO(came).read)
+
+
+@pytest.mark.parametrize("first", [b"", HELLO])
+@pytest.mark.parametrize("at", range(len(MARK)))
+async def test_noise_in_a_mark_is_said_of_a_line_that_is_silent_then(pipes, tmp_path, monkeypatch, first, at):
+    """Where no other frame comes; not of noise before a frame, nor of noise alone."""
+    link = Client(tmp_path / "log")
+    await link.start()
+    for said, words in ((b"mail\xff\n", ""), (HELLO[:at] + b"mail\n" * (at > 0) + HELLO[at:], f"{DAMAGED}: ctrl+e connects again" * (at > 0))):
+        pipes[0].stdout.feed_data(first + said)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        link.line.began, link.line.heard = time.monotonic() - 30, link.line.heard and time.monotonic() - 30
+        assert link.line.words() == (words or ("line silent for 30 s" if link.line.heard else "no word from an engine yet (has its checkout this version?)"))
+    link.reader.cancel()
 
 
 async def test_a_fault_of_the_reader_ends_the_jobs_in_words(pipes, tmp_path, monkeypatch):

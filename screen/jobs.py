@@ -57,7 +57,7 @@ class Jobs(Panel):
         lines = self.lines()
         if mark not in self.marks:  # it ended: its line stays below those that stood above it
             self.at = max((self.marks.index(m) + 1 for m in before[:at] if m in self.marks), default=0)
-            lines.insert(self.at, old if was is ENDED else [*old, (" · ended" if isinstance(was, Job) else " · not now", DIM)])
+            lines.insert(self.at, old if was is ENDED else [*old[:2], (" ended", DIM)] if isinstance(was, Job) else [(" not now:", DIM), *old])
             self.marks.insert(self.at, mark)
             self.shown.insert(self.at, ENDED)
         self.at = self.marks.index(mark)

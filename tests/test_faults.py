@@ -583,7 +583,9 @@ async def test_no_job_is_listed_that_has_ended(zoo, tmp_path):
         app.on_death("killed by SIGKILL")
         await idle(pilot)
         text = shown(app)
-        assert text.count("Discover") == 1 and " · ended" in text and "no jobs are running: the engine is not" in text, "what was selected says so until j"
+        assert text.count("Discover") == 1 and "Discover     ended" in text and "no jobs are running: the engine is not" in text, (
+            "what was selected says so until j"
+        )
         await press(app, pilot, "j", "J")
         await press(app, pilot, "J")
         assert "Discover" not in shown(app)

@@ -214,6 +214,10 @@ async def test_the_cursor_of_the_list_stays_on_its_job(zoo, tmp_path):
         await press(app, pilot, "enter")
         assert "⏎ opens scattered jobs alone" in shown(app)
         app.client.jobs.clear()
+        app.info = None
+        app.requests.cancel(Job_(905, "load", Load("zoo"), None, None))
+        await pilot.pause()
+        assert "not loaded, it was cancelled: M chooses a model" in shown(app)
 
 
 @pytest.mark.parametrize("others", [1, 0])
@@ -233,20 +237,22 @@ async def test_no_key_acts_on_the_line_below_one_that_ended(zoo, tmp_path, other
             await press(app, pilot, "x", "enter")
             assert "it has ended" in shown(app) and not cancelled and panel.marks[panel.at] == 902
             panel.follow()
-            assert panel.at == (gone == 902) and shown(app).count("· ended") == 1
+            assert panel.at == (gone == 902) and shown(app).count("Sweep        ended") == 1
         add(904)
         panel.follow()
         await press(app, pilot, "x")
         assert not cancelled and panel.at == 0
         await press(app, pilot, "j", "x", "x", "x")
-        assert cancelled == [903 if others else 904] and shown(app).count("· ended") == 1 and "job 902" not in shown(app), "a second x is not the next one's"
+        assert cancelled == [903 if others else 904] and shown(app).count("Sweep        ended") == 1 and "job 902" not in shown(app), (
+            "a second x is not the next one's"
+        )
         app.client.jobs.clear()
         await press(app, pilot, "k", "escape", "J")
-        assert panel.shown[0] is None or "ended" not in shown(app)
+        assert "ended" not in shown(app)
         add(905)
         app.query_one("Jobs").follow()
         await press(app, pilot, "x")
-        assert len(cancelled) == 1 and "no jobs are running · not now" in shown(app), "nor where a job takes the place of a line that is none"
+        assert cancelled == [903 if others else 904] and "not now: no jobs are running" in shown(app), "nor where a job takes the place of a line that is none"
         app.client.jobs.clear()
 
 

@@ -54,9 +54,12 @@ def driver_version(file: Path | None = None) -> str:
 
 
 def unused_gpu(file: Path | None = None) -> str:
-    """A line on a GPU that is here while torch has none: the driver, torch's CUDA and what to do; "" where torch has one, or where there is none."""
-    if t.cuda.is_available() or not (driver := driver_version(file)):
+    """A line on a GPU that is here, or that Slurm gave, while torch has none: the driver, torch's CUDA and what to do; "" where torch has one, or where there is none."""
+    if t.cuda.is_available():
         return ""
+    if not (driver := driver_version(file)):
+        given = os.environ.get("CUDA_VISIBLE_DEVICES") and (os.environ.get("SLURM_STEP_GPUS") or os.environ.get("SLURM_JOB_GPUS"))  # else another job's
+        return f"GPU not used: Slurm gave this job GPU {given}, and {os.uname().nodename} has no driver of NVIDIA's; torch {t.__version__}" if given else ""
     cuda, visible = t.version.cuda, os.environ.get("CUDA_VISIBLE_DEVICES")
     if cuda is None:
         return f"GPU not used: driver {driver}, torch {t.__version__} has no CUDA (docs/hpc.md): {OTHER_TORCH}"

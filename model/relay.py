@@ -67,8 +67,9 @@ def checkout() -> str:
 
 
 def place() -> Path:
-    """The socket of this checkout's engine on the GPUs, and in the Slurm job, that this process has."""
-    return own_folder() / f"{checkout()}-{digest(*(os.environ.get(name, '') for name in ('CUDA_VISIBLE_DEVICES', 'SLURM_JOB_ID')))}.sock"
+    """The socket of this checkout's engine on the GPUs, and in the Slurm job, that this process has. Where Slurm shows each step its GPUs as 0, 1, …, it names them apart."""
+    given, job, step, whole = (os.environ.get(name, "") for name in ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS"))
+    return own_folder() / f"{checkout()}-{digest(given, job, step or whole)}.sock"
 
 
 def version() -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vocabulary.flow import Flow
 from vocabulary.requests import Failure, News, Progress
-from vocabulary.wire import NO_ENGINE, Frame, WireError, read_sealed_async
+from vocabulary.wire import DAMAGED, NO_ENGINE, Frame, WireError, holds_head, read_sealed_async
 from screen.early import command, kept, spawn
 from screen.line import Line, carriers_words
 
@@ -132,7 +132,7 @@ class Client:
     async def start(self) -> str:
         """Start the engine. What there is to say of its log, or ""."""
         self.stopping, self.jobs, self.stopped, self.flow = False, {}, "", Flow(bool(self.via))  # the reader of an engine before this one ends that one's jobs
-        self.line = Line(self.said_on_the_way)
+        self.line = Line(self.said_on_the_way, self.lies_damaged)
         started, note, self.since = self.early or spawn(self.command(), self.log)
         self.early, process = None, Process(started)
         await process.attach()
@@ -149,6 +149,10 @@ class Client:
 
     def said_on_the_way(self) -> str:
         return carriers_words(self.log, self.since) if self.via else ""
+
+    def lies_damaged(self) -> str:
+        """Of a line that is silent: that a frame without its mark lies there, which the next frame would tell."""
+        return f"{DAMAGED}: ctrl+e connects again" if self.process is not None and holds_head(bytes(self.process.stdout._buffer)) else ""
 
     def command(self) -> list[str]:
         return command(self.via)

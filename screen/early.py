@@ -4,6 +4,7 @@ import argparse
 import atexit
 import contextlib
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from vocabulary.files import folder, open_log, reason
 from vocabulary.nodes import UserError
 
 ENDING = (signal.SIGHUP, signal.SIGTERM)
+SRUN = re.compile(r"(?<![^\s;&|(/])srun(?=\s)")
 STARTED: list[subprocess.Popen] = []
 
 
@@ -34,9 +36,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def words_of(via: str) -> list[str]:
-    """The words of the command that carries the engine. A srun among them gets --unbuffered: else it keeps what has no end of line."""
+    """The words of the command that carries the engine. A srun among them, or in one that a shell reads, gets --unbuffered: else it keeps what has no end of line."""
     try:
-        words = shlex.split(via)
+        words = [SRUN.sub(r"\g<0> --unbuffered", word) if " " in word else word for word in shlex.split(via)]
         return [w for word in words for w in ([word, "--unbuffered"] if Path(word).name == "srun" else [word])]
     except ValueError as error:
         raise UserError(f"--via {via!r} is not a command: {error}") from error

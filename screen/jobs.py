@@ -10,6 +10,7 @@ from screen.overlays import Panel
 from screen.pane import Host
 from widgets import BOLD, DIM, PLAIN, Spans
 
+ENDED = object()  # what a line is of that is gone
 LONG = 3.0  # seconds; what has run for so long is not ended without asking
 
 
@@ -21,7 +22,8 @@ def row(job: Job) -> Spans:
 class Jobs(Panel):
     """
     The list of running jobs and of scattered ones, which follows them; x cancels the one that is selected (a scattered one after a key more), enter says what
-    else can be done with a scattered one, or starts one. The cursor stays on its line, wherever that goes.
+    else can be done with a scattered one, or starts one. The cursor stays on its line, wherever that goes; what ended under it stays there until it moves on,
+    so that no key acts on the line that comes next.
     """
 
     def __init__(self, app: Host, **kw):
@@ -50,8 +52,15 @@ class Jobs(Panel):
         return [line for line, _ in rows]
 
     def follow(self) -> None:
-        mark, lines = self.marks[min(self.at, len(self.marks) - 1)], self.lines()
-        self.at = self.marks.index(mark) if mark in self.marks else self.at
+        at, before = min(self.at, len(self.marks) - 1), self.marks
+        mark, old, was = before[at], self.rows[at], self.shown[at]
+        lines = self.lines()
+        if mark not in self.marks:  # it ended: its line stays below those that stood above it
+            self.at = max((self.marks.index(m) + 1 for m in before[:at] if m in self.marks), default=0)
+            lines.insert(self.at, old if was is ENDED else [*old[:2], (" ended", DIM)] if isinstance(was, Job) else [(" not now:", DIM), *old])
+            self.marks.insert(self.at, mark)
+            self.shown.insert(self.at, ENDED)
+        self.at = self.marks.index(mark)
         self.replace(lines)
 
     def cancel(self, at: int) -> None:
@@ -67,6 +76,7 @@ class Jobs(Panel):
             ask_first(self.host, "this ends the tasks of a scattered job", [self.rows[at]], lambda: self.host.requests.scattered.cancel(of))
             return
         self.follow()
+        self.say_ended(of)
 
     def enter(self, at: int) -> None:
         of = self.shown[at] if at < len(self.shown) else None
@@ -78,6 +88,11 @@ class Jobs(Panel):
         elif callable(of):
             self.action_close()
             self.host.guard(of)
+        self.say_ended(of)
+
+    def say_ended(self, of: object) -> None:
+        if of is ENDED:
+            self.complain("it has ended: j and k choose another")
 
 
 def jobs(app: Host) -> None:

@@ -34,8 +34,8 @@ def carriers_words(log: Path, since: int) -> str:
 class Line:
     """Pings that come back. `changed` is called when there is something else to say."""
 
-    def __init__(self, before: Callable[[], str] = str):
-        self.before = before  # what is to be said until the engine's first word
+    def __init__(self, before: Callable[[], str] = str, silent: Callable[[], str] = str):
+        self.before, self.silent = before, silent  # what is to be said until the engine's first word, and of a silence
         self.began = time.monotonic()
         self.heard, self.asked, self.came_back = 0.0, 0.0, False  # 0: not yet
         self.times: list[float] = []
@@ -70,9 +70,10 @@ class Line:
     def words(self) -> str:
         """What is to be said of the line; "" while it is quick."""
         if not self.heard:
-            return self.before() or ("no word from an engine yet (has its checkout this version?)" if time.monotonic() - self.began >= LATE else "")
+            late = time.monotonic() - self.began >= LATE
+            return self.before() or (self.silent() or "no word from an engine yet (has its checkout this version?)" if late else "")
         silent = time.monotonic() - self.heard
         if silent >= SILENT:
-            return f"line silent for {max(s for s in STEPS if s <= silent)} s"
+            return self.silent() or f"line silent for {max(s for s in STEPS if s <= silent)} s"
         slow = statistics.median(self.times) if self.times else 0.0
         return f"line {float(f'{1000 * slow:.1g}'):.0f} ms" if slow >= SLOW else ""

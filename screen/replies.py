@@ -223,6 +223,9 @@ class Requests:
         """A sweep that was cancelled does not start again by itself; what it found stays."""
         self.app.client.cancel(job.id)
         self.slow = True  # what is drawn stays behind what is asked for
+        if job.slot == "load":
+            self.app.busy = "not loaded, it was cancelled: M chooses a model"
+            self.app.draw_top()
         if job.request in self.started:
             self.started.discard(job.request)
             self.app.refresh_wants()

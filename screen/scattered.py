@@ -19,7 +19,7 @@ from vocabulary.typed import whole_number
 from vocabulary.wire import to_json
 from screen.overlays import Editor, Item, Picker
 from utils import model_name, visible
-from widgets import BAD, BOLD, DIM, GOOD, PLAIN, Spans
+from widgets import BAD, BOLD, DIM, GOOD, PLAIN, WARN, Spans
 
 OFTEN = 2.0  # seconds between two looks at the folders
 LARGEST = 40_000_000  # bytes of a request that go over the wire in one message
@@ -145,7 +145,8 @@ class Scattered:
             (f" {name}", BOLD),
             (f" · {visible(text)}" if text else "", PLAIN if s.live else DIM),
             *error,
-            (" · ⏎ goes on" if s.more and s.total else "", DIM),
+            *([(f" · {visible(table.info.warning)}", WARN)] if table is not None and table.info.warning else []),
+            (" · as it was when the engine went" if s.total and not self.app.client.alive else " · ⏎ goes on" if s.more and s.total else "", DIM),
         ]
 
     def whose(self, s: Shards, table: Table | None) -> str:

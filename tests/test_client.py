@@ -3,6 +3,7 @@
 import asyncio
 import io
 import random
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -181,6 +182,21 @@ async def test_noise_in_the_head_of_a_frame_is_said_at_once(pipes, tmp_path, sai
         read_sealed(io.BytesIO(came).read)
 
 
+@pytest.mark.parametrize("first", [b"", HELLO])
+@pytest.mark.parametrize("at", range(len(MARK)))
+async def test_noise_in_a_mark_is_said_of_a_line_that_is_silent_then(pipes, tmp_path, monkeypatch, first, at):
+    """Where no other frame comes; not of noise before a frame, nor of noise alone."""
+    link = Client(tmp_path / "log")
+    await link.start()
+    for said, words in ((b"mail\xff\n", ""), (HELLO[:at] + b"mail\n" * (at > 0) + HELLO[at:], f"{DAMAGED}: ctrl+e connects again" * (at > 0))):
+        pipes[0].stdout.feed_data(first + said)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        link.line.began, link.line.heard = time.monotonic() - 30, link.line.heard and time.monotonic() - 30
+        assert link.line.words() == (words or ("line silent for 30 s" if link.line.heard else "no word from an engine yet (has its checkout this version?)"))
+    link.reader.cancel()
+
+
 async def test_a_fault_of_the_reader_ends_the_jobs_in_words(pipes, tmp_path, monkeypatch):
     for came in (sealed(encode(Frame("piece", 1))), sealed(encode(Frame("piece", 1, body=Status()))), answer(1)):
         deaths = []
@@ -238,3 +254,5 @@ async def test_what_carries_the_engine_says_why(pipes, tmp_path, log, said):
 
 def test_srun_keeps_nothing_back(tmp_path):
     assert Client(tmp_path, "ssh n1 /opt/slurm/bin/srun --gres=gpu:1").command()[:4] == ["ssh", "n1", "/opt/slurm/bin/srun", "--unbuffered"]
+    words = Client(tmp_path, "ssh n1 'cd a && /bin/srun -p b'").command()  # in one that a shell reads
+    assert words[:3] == ["ssh", "n1", "cd a && /bin/srun --unbuffered -p b"] and Client(tmp_path, "ssh mysrun 'cd srun.d'").command()[2] == "cd srun.d"

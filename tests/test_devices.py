@@ -89,6 +89,10 @@ def test_nothing_is_said_without_a_gpu_or_with_one_that_works(driver, tmp_path, 
     monkeypatch.setattr(t.cuda, "is_available", lambda: False)
     monkeypatch.setattr(devices.shutil, "which", lambda name: None)
     assert unused_gpu(file.with_name("absent")) == ""
+    monkeypatch.setenv("SLURM_JOB_GPUS", "3")
+    assert unused_gpu(file.with_name("absent")) == "", "of the step that submitted this job, which has none"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert unused_gpu(file.with_name("absent")).startswith("GPU not used: Slurm gave this job GPU 3, and ")
 
 
 def test_a_slice_of_a_gpu(monkeypatch):
@@ -102,6 +106,12 @@ def test_a_slice_of_a_gpu(monkeypatch):
     one = place()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-b")
     assert place() != one, "a slice has an engine of its own"
+    places = set()
+    for step in ("0", "1"):  # each sees its GPU as 0, where Slurm hides the others
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+        monkeypatch.setenv("SLURM_STEP_GPUS", step)
+        places.add(place())
+    assert len(places) == 2
 
 
 def test_a_device_that_others_fill(monkeypatch):

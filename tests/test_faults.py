@@ -582,7 +582,13 @@ async def test_no_job_is_listed_that_has_ended(zoo, tmp_path):
         app.client.cancel(next(iter(app.client.jobs)))
         app.on_death("killed by SIGKILL")
         await idle(pilot)
-        assert "Discover" not in shown(app) and "no jobs are running: the engine is not" in shown(app)
+        text = shown(app)
+        assert text.count("Discover") == 1 and "Discover     ended" in text and "no jobs are running: the engine is not" in text, (
+            "what was selected says so until j"
+        )
+        await press(app, pilot, "j", "J")
+        await press(app, pilot, "J")
+        assert "Discover" not in shown(app)
         assert not app.requests.started, "a sweep waits for its key again"
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 from dataclasses import fields, is_dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from techniques.attribution.requests import AttributionSet
 from techniques.circuits.requests import Discover, PathPatch, Score
 from techniques.cluster.command import ScatterCommand
 from techniques.cluster.folder import Folder, Job
+from techniques.cluster import tasks
 from techniques.cluster.tasks import visible_gpus
 from techniques.features.requests import Examples
 from techniques.patching.requests import Estimate, Sweep
@@ -281,5 +283,11 @@ def test_as_processes_of_this_machine(tmp_path, capsys):
 def test_gpus_that_are_visible(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,MIG-a")
     assert visible_gpus() == ["2", "MIG-a"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert visible_gpus() == []
+    for text, names in (("", []), ("-1", []), ("GPU-8932f937-d72c, 1,-1,2", ["GPU-8932f937-d72c", "1"])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", text)
+        assert visible_gpus() == names
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(tasks.shutil, "which", lambda name: name)
+    listed = "GPU 0: NVIDIA A100 (UUID: GPU-1)\n  MIG 3g.20gb     Device  0: (UUID: MIG-a)\n  MIG 2g.10gb     Device  1: (UUID: MIG-b)\nGPU 1: NVIDIA A100 (UUID: GPU-2)\n"
+    monkeypatch.setattr(tasks.subprocess, "run", lambda *words, **how: SimpleNamespace(stdout=listed))
+    assert visible_gpus() == ["MIG-a", "MIG-b", "1"], "a GPU that is cut into slices is its slices"

@@ -43,7 +43,7 @@ def zoo(engines):
 def desk(request, monkeypatch):
     """A desk of its own, on a machine without Slurm but where one is pretended."""
     if "slurm" not in request.fixturenames:
-        monkeypatch.setattr(tasks, "queue", lambda: [])
+        monkeypatch.setattr(tasks, "queue", lambda *more: [])
     own = analysis.Desk()
     monkeypatch.setattr(analysis, "DESK", own)
     monkeypatch.setattr(analysis, "OFTEN", 0.0)
@@ -214,6 +214,46 @@ async def test_the_cursor_of_the_list_stays_on_its_job(zoo, tmp_path):
         await press(app, pilot, "enter")
         assert "⏎ opens scattered jobs alone" in shown(app)
         app.client.jobs.clear()
+        app.info = None
+        app.requests.cancel(Job_(905, "load", Load("zoo"), None, None))
+        await pilot.pause()
+        assert "not loaded, it was cancelled: M chooses a model" in shown(app)
+
+
+@pytest.mark.parametrize("others", [1, 0])
+async def test_no_key_acts_on_the_line_below_one_that_ended(zoo, tmp_path, others):
+    """What ended under the cursor stays there as ended, wherever the lines above and below it go, until the cursor moves on."""
+    app = make_app(zoo, tmp_path, STATE)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await press(app, pilot)
+        add = lambda *numbers: app.client.jobs.update({n: Job_(n, f"job {n}", SWEEP, None, None) for n in numbers})  # noqa: E731
+        add(901, 902, *[903] * others)
+        await press(app, pilot, "J", "j")
+        panel, cancelled = app.query_one("Jobs"), []
+        app.requests.cancel = lambda job: (cancelled.append(job.id), app.client.jobs.pop(job.id))
+        for gone in (902, 901):  # the one that is selected, then the one above it
+            app.client.jobs.pop(gone)
+            panel.follow()
+            await press(app, pilot, "x", "enter")
+            assert "it has ended" in shown(app) and not cancelled and panel.marks[panel.at] == 902
+            panel.follow()
+            assert panel.at == (gone == 902) and shown(app).count("Sweep        ended") == 1
+        add(904)
+        panel.follow()
+        await press(app, pilot, "x")
+        assert not cancelled and panel.at == 0
+        await press(app, pilot, "j", "x", "x", "x")
+        assert cancelled == [903 if others else 904] and shown(app).count("Sweep        ended") == 1 and "job 902" not in shown(app), (
+            "a second x is not the next one's"
+        )
+        app.client.jobs.clear()
+        await press(app, pilot, "k", "escape", "J")
+        assert "ended" not in shown(app)
+        add(905)
+        app.query_one("Jobs").follow()
+        await press(app, pilot, "x")
+        assert cancelled == [903 if others else 904] and "not now: no jobs are running" in shown(app), "nor where a job takes the place of a line that is none"
+        app.client.jobs.clear()
 
 
 LEADER = """
@@ -243,6 +283,36 @@ def test_tasks_end_with_their_leading_process(tmp_path, number):
     gone = lambda pid: not (stat := Path(f"/proc/{pid}/stat")).exists() or stat.read_text().split()[2] == "Z"  # noqa: E731
     assert until(lambda: all(map(gone, pids())))
     assert (folder.path / "local.json").exists() == (number == signal.SIGKILL)
+
+
+@pytest.mark.table
+@pytest.mark.parametrize(("visible", "given"), [("MIG-a,MIG-b", ["MIG-a", "MIG-b"]), ("GPU-1", ["GPU-1"] * 2), ("0,1,2,3", ["0,2", "1,3"]), ("-1", ["-1"] * 2)])
+def test_each_process_has_its_gpus(tmp_path, visible, given):
+    folder, place = Folder(tmp_path / "a"), tmp_path / "tasks"
+    folder.lay_out(Load("zoo"), SWEEP, 2, Job(2))
+    place.mkdir()
+    (place / "engine.py").write_text(f"import os, sys\nopen(f'{place}/{{sys.argv[4]}}', 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])\n")
+    subprocess.run([sys.executable, "-c", LEADER, folder.path, place], cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": visible}, stderr=subprocess.DEVNULL)
+    assert [(place / str(k)).read_text() for k in range(2)] == given
+
+
+def test_why_tasks_ended_is_no_line_of_progress(zoo, tmp_path, slurm):
+    """Nor what an earlier run's log says; what Slurm remembers, or its accounts, comes first."""
+    folder = Folder(tmp_path / "a")
+    start(zoo, folder.path)
+    log, why = folder.path / "log-1.txt", lambda: (analysis.DESK.ends.clear(), seen(zoo, folder.path).error)[1]
+    assert why() == "", "nothing has begun"
+    begins = "task 1: shards 1, 3 on n1\ntask 1: reading weights\n"
+    log.write_text(f"{begins}shard 1, 3 to 4: no room\nshard 3: 2 of 7 in 0.1 s\n")
+    assert why() == "shard 1, 3 to 4: no room"
+    log.write_text(log.read_text() + begins)
+    assert why() == tasks.SILENTLY
+    (slurm / "queue").write_text("".join(f"{n}|{state}|None|{folder.path}/job.sbatch\n" for n, state in ((70, "FAILED"), (78, "NODE_FAIL"), (78, "COMPLETED"))))
+    (slurm / "squeue").write_text(f'#!/bin/sh\ncase "$*" in *all*) cat {slurm}/queue;; esac\n')
+    assert why() == "1 of its tasks lost their node (NODE_FAIL)"
+    log.write_text(log.read_text() + "CUDA out of memory\n")
+    (slurm / "sacct").write_text("#!/bin/sh\necho CANCELLED by 0\necho FAILED\n")
+    assert why() == "1 of its tasks failed; 1 of its tasks cancelled in Slurm: CUDA out of memory"
 
 
 # ------------------------------------------------------------------ Slurm, pretended

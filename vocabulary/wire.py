@@ -194,6 +194,11 @@ def is_head(some: bytes) -> bool:
     return len(some) == HEAD and zlib.crc32(some[:8]) == int.from_bytes(some[8:], "big")
 
 
+def holds_head(said: bytes) -> bool:
+    """Whether something printed into a mark: what follows one is there, without it."""
+    return any(is_head(said[found.end() : found.end() + HEAD]) for found in re.finditer(MARK[-1:], said))
+
+
 def sealed_size(head: bytes) -> int:
     """How many bytes follow the head. WireError where something printed into it: else what comes would be waited for in vain."""
     if not is_head(head):
@@ -237,7 +242,7 @@ async def read_sealed_async(stream: asyncio.StreamReader) -> Frame:
                 raise WireError(f"{NO_ENGINE} {in_words(said[:200])[:80]!r} …") from error
         except asyncio.IncompleteReadError as error:
             raise EOFError(in_words(said + error.partial)[-80:]) from error
-    if any(is_head(said[found.end() : found.end() + HEAD]) for found in re.finditer(MARK[-1:], said)):  # something printed into a mark
+    if holds_head(said):
         raise WireError(DAMAGED)
     try:
         head = await stream.readexactly(HEAD)

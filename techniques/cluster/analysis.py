@@ -4,7 +4,6 @@ what is asked is answered with what that thread found last.
 """
 
 import os
-import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,8 @@ from vocabulary.parts import pack, unpack
 from vocabulary.requests import Load
 
 OFTEN = 1.0  # seconds between two looks
-USUAL = re.compile(r"task \d+: |shard \d+: ")  # how lines of a log begin that tell of no error
+PATIENCE = 30.0  # seconds in which it is not asked again why tasks ended
+REASONS = {"BeginTime": "BeginTime: it waits before it starts, or starts again after its node failed"}
 ASKED = 10.0  # seconds that a folder is looked at after a screen asked for it
 
 
@@ -41,6 +41,7 @@ class Desk:
         self.joins: dict[
             str, tuple[int, tuple, float, float]
         ] = {}  # the last join by its time (no two are alike, in any engine), of which parts, when it was, seconds it took
+        self.ends: dict[str, tuple[float, str]] = {}  # why tasks ended, and when that was found
         self.asked: dict[str, float] = {}  # when a screen asked for a folder last
         self.looked, self.last = 0.0, self.thread.submit(int)  # when it looked, and what the thread was told last
 
@@ -74,6 +75,7 @@ class Desk:
         """Let the thread do something with a folder; what goes wrong is in the state that is seen next."""
         name = str(typed_path(folder).resolve())
         self.trouble.pop(name, None)
+        self.ends.pop(name, None)
         self.states[name] = replace(self.state(name), tasks=words, live=True, error="")
         self.last = self.thread.submit(self.tried, name, work)
         return self.states[name]
@@ -167,14 +169,30 @@ class Desk:
         pending = [r for r in mine if r.state not in ("RUNNING", "COMPLETING")]
         live = bool(running or pending or starts)
         done, total = sum(1 for _ in stage.path.glob("part-*.bin")), len(stage.shards)
-        words = [f"{running} running"] * bool(running) + [f"{len(pending)} pending ({pending[0].reason})" for _ in pending[:1]] + ["starting"] * starts
+        words = (
+            [f"{running} running"] * bool(running)
+            + [f"{len(pending)} pending ({REASONS.get(r.reason, r.reason)})" for r in pending[:1]]
+            + ["starting"] * starts
+        )
         left = stage.state().partition(", ")[2] if live else ""
         whole = done == total and (second is not None or not scattered(request).two)
         asks = named(request) + ", second pass" * (second is not None)
         return Shards(
             str(folder.path), asks, load.model, folder.total * hasattr(request, "study"), done, total, "tasks " + " ".join(words) if words else "no tasks", live, left,
-            0, whole, not whole and not live, "" if live or done == total else why_not(folder, stage),
+            0, whole, not whole and not live, self.why_not(folder, stage, live or done == total),
         )  # fmt: skip
+
+    def why_not(self, folder: Folder, stage: Folder, well: bool) -> str:
+        """Why tasks ended before all of a pass was done, as far as it is known; "" where they did not. Slurm is not asked at every look."""
+        name, now = str(folder.path), time.monotonic()
+        if well:
+            self.ends.pop(name, None)
+            return ""
+        if (folder.path / "cancel").exists():
+            return tasks.CANCELLED
+        if name not in self.ends or now - self.ends[name][0] > PATIENCE:
+            self.ends[name] = now, why_not(folder, stage)
+        return self.ends[name][1]
 
     def join(self, state: Shards) -> None:
         """Join what is there where more is there than before, so seldom that it takes a tenth of the time at most."""
@@ -196,13 +214,11 @@ class Desk:
 
 
 def why_not(folder: Folder, stage: Folder) -> str:
-    """Why tasks ended before all of a pass was done, as far as it is known."""
-    if (folder.path / "cancel").exists():
-        return tasks.CANCELLED
-    if said := tasks.endings(folder):
-        return said
+    """Why tasks ended before all of a pass was done: as Slurm says, and as the logs do."""
+    ended = "" if folder.job.here else tasks.endings(folder)
     logs = [folder.path / "log.txt", *(stage.path / f"log-{k}.txt" for k in range(folder.job.tasks))]
-    return next((line for log in logs if (line := tasks.last_line(log)) and not USUAL.match(line)), "")
+    said = [line for log in logs if (line := tasks.trouble(log))]
+    return ": ".join(filter(None, (ended, next((line for line in said if line != tasks.SILENTLY), "" if ended or not said else tasks.SILENTLY))))
 
 
 DESK = Desk()

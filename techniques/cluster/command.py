@@ -12,9 +12,10 @@ from rich.console import Console
 
 from techniques.cluster.folder import Folder, Job, check_code, choose_code, scattered
 from techniques.cluster.tasks import run_here
-from techniques.shell import GRAY, GREEN, ModelOptions, plain, print_result, read_command
+from techniques.shell import GRAY, GREEN, YELLOW, ModelOptions, plain, print_result, read_command
 from vocabulary.files import typed_path
 from vocabulary.nodes import UserError
+from vocabulary.requests import Progress
 
 
 @dataclass
@@ -106,10 +107,15 @@ class WorkCommand:
         if self.local:
             folder = Folder(self.folder)
             check_code(folder.request)
+            errors.print("tasks begin")
             run_here(folder, self.local, lambda part: None)
             folder.gather()
             return 0
-        return Folder(self.folder).work(self.task, self.of, engine, show, lambda line: errors.print(plain(line), soft_wrap=True))
+
+        def named(part: object) -> None:  # as what a task says, not as what went wrong
+            show(replace(part, text=f"task {self.task}: {part.text}") if isinstance(part, Progress) and part.text else part)
+
+        return Folder(self.folder).work(self.task, self.of, engine, named, lambda line: errors.print(plain(line), soft_wrap=True))
 
 
 @dataclass
@@ -128,7 +134,10 @@ class GatherCommand:
 
     def alone(self, engine, show: Callable[[object], None], errors: Console) -> int:
         folder = Folder(typed_path(self.folder))
-        return print_result(*folder.gather(self.partial), self.json, self.plot, errors)
+        info, result = folder.gather(self.partial)
+        if info.warning:
+            errors.print(plain(info.warning, YELLOW), soft_wrap=True)
+        return print_result(info, result, self.json, self.plot, errors)
 
 
 COMMANDS = {"scatter": ScatterCommand, "work": WorkCommand, "gather": GatherCommand}

@@ -262,8 +262,12 @@ class Folder:
         if not mine:
             say(f"task {task}: nothing left to do")
             return 0
+        gpu = f", CUDA_VISIBLE_DEVICES={given}" if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None else ""
+        say(f"task {task}: shards {', '.join(map(str, mine))} on {os.uname().nodename}{gpu}")
         info, refused = engine.run(load, show), 0
-        say(f"task {task}: {info.key} on {os.uname().nodename}, {info.seconds:.1f} s; shards {', '.join(map(str, mine))}")
+        if info.warning:
+            say(f"task {task}: {info.warning}")
+        say(f"task {task}: {info.key}, {info.seconds:.1f} s")
         for i in mine:
             (start, stop), began = self.shards[i], time.monotonic()
             try:
@@ -290,7 +294,8 @@ class Folder:
         if len(infos) > 1:
             words = "; ".join(f"shard {i} by {info.key}" for i, info in infos.values())
             raise UserError(f"{self.path}: parts are of different models: {words}. Name --dtype and --device, and scatter into another --out")
-        info = next(iter(good.values()))[0]
+        some = [info for info, _ in good.values()]
+        info = next((i for i in some if i.warning), some[0])  # a task that had no GPU says so for all
         result = scattered(self.request).join(self.request, [r for _, (_, r) in sorted(good.items())], info)
         if lost:
             words, said = f"partial: {len(found)} of {len(self.shards)} shards", "warning" if hasattr(result, "warning") else "convention"

@@ -8,6 +8,7 @@ The tasks of a scattered request: as processes of this machine under one that le
 import ctypes
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,9 +25,22 @@ from utils import ROOT
 from vocabulary.nodes import UserError
 
 SILENT = 15.0  # seconds after which a leading process that said nothing is gone
+ENDS = 5.0  # seconds in which a task ends by itself
 SLURM = 10.0  # seconds that squeue, scancel and sacct have
 CANCELLED = "cancelled"
-BAD = ("FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE")
+BAD = {
+    "FAILED": "failed",
+    "TIMEOUT": "ran out of time (TIMEOUT)",
+    "OUT_OF_MEMORY": "ran out of memory (OUT_OF_MEMORY)",
+    "NODE_FAIL": "lost their node (NODE_FAIL)",
+    "BOOT_FAIL": "had no node that starts (BOOT_FAIL)",
+    "DEADLINE": "passed their deadline (DEADLINE)",
+    "PREEMPTED": "gave way to other jobs (PREEMPTED)",
+    "CANCELLED": "cancelled in Slurm",
+}
+BEGIN = re.compile(r"tasks begin|task \d+: (shards|nothing left) ")  # how a run begins its part of a log
+USUAL = re.compile(r"tasks begin|task \d+: |shard \d+: ")  # how lines begin that tell of no error
+SILENTLY = "its tasks ended without a word: killed, or gone with their node"
 
 
 # ------------------------------------------------------------------ processes of this machine
@@ -48,13 +62,13 @@ def run_here(folder: Folder, workers: int, show: Callable[[object], None]) -> No
 
 
 def run_tasks(folder: Folder, lead: Folder, workers: int, show: Callable[[object], None]) -> None:
-    """So many processes, one a GPU where there are some, until each has ended. What `lead` holds says that they live, and when they should not."""
+    """So many processes, one a GPU where there are some (several where there are more, for a model that is spread over them), until each has ended. What `lead` holds says that they live, and when they should not."""
     gpus, cores = visible_gpus(), max(1, (os.cpu_count() or 1) // workers)
     running, said = [], -1.0
     try:
         for k in range(workers):
             env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores))}
-            env |= {"CUDA_VISIBLE_DEVICES": gpus[k % len(gpus)]} if gpus else {}
+            env |= {"CUDA_VISIBLE_DEVICES": ",".join(gpus[k % len(gpus) :: workers])} if gpus else {}
             words = [sys.executable, ROOT / "engine.py", "work", folder.path, "--task", str(k), "--of", str(workers)]
             log = folder.log(f"log-{k}.txt")
             running.append(subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=env, preexec_fn=end_with_leader))
@@ -68,9 +82,13 @@ def run_tasks(folder: Folder, lead: Folder, workers: int, show: Callable[[object
             show(progress(folder))
             time.sleep(0.3)
     finally:
-        for p in running:
-            if p.poll() is None:
-                p.terminate()
+        for p in (left := [p for p in running if p.poll() is None]):
+            p.terminate()
+        for p in left:
+            try:
+                p.wait(ENDS)
+            except subprocess.TimeoutExpired:  # stopped, or in a call to a GPU that hangs
+                p.kill()
                 p.wait()
     if failed := [k for k, p in enumerate(running) if p.returncode]:
         log = folder.path / f"log-{failed[0]}.txt"
@@ -86,26 +104,43 @@ def end_with_leader() -> None:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that a process may be given, by number or name."""
+    """The GPUs that a process may be given, by number or name; of one that is cut into MIG slices, each of these."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name for name in visible.split(",") if name.strip()]
+        names = [name.strip() for name in visible.split(",") if name.strip()]
+        return names[: names.index("-1")] if "-1" in names else names  # CUDA reads no further
     if not shutil.which("nvidia-smi"):
         return []
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
-    return [str(i) for i, line in enumerate(line for line in listed.splitlines() if line.startswith("GPU "))]
+    listed, gpus = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout, []
+    for line in listed.splitlines():
+        if line.startswith("GPU "):
+            gpus.append([])
+        elif gpus and (slice_ := re.search(r"UUID: (MIG-[^)]+)", line)):
+            gpus[-1].append(slice_[1])
+    return [name for i, slices in enumerate(gpus) for name in slices or [str(i)]]
+
+
+def tail(log: Path) -> list[str]:
+    """The last lines of a log; none where it can't be read."""
+    if not log.is_file():
+        return []
+    try:
+        with open(log, "rb") as f:
+            f.seek(max(0, os.path.getsize(log) - 4000))
+            return f.read().decode(errors="replace").splitlines()
+    except OSError:
+        return []
 
 
 def last_line(log: Path) -> str:
     """The last line of a log that says something, in 300 characters; "" without one."""
-    if not log.is_file():
-        return ""
-    try:
-        with open(log, "rb") as f:
-            f.seek(max(0, os.path.getsize(log) - 4000))
-            lines = f.read().decode(errors="replace").splitlines()
-    except OSError:
-        return ""
-    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
+    return next((line.strip()[:300] for line in reversed(tail(log)) if line.strip()), "")
+
+
+def trouble(log: Path) -> str:
+    """What a log's last run says that went wrong, in 300 characters; SILENTLY where it says nothing, "" where there was none."""
+    lines = [line.strip()[:300] for line in tail(log) if line.strip()]
+    begun = max((n for n, line in enumerate(lines) if BEGIN.match(line)), default=0)
+    return next((line for line in reversed(lines[begun:]) if not USUAL.match(line)), SILENTLY if lines else "")
 
 
 def start_here(folder: Folder, workers: int) -> subprocess.Popen:
@@ -163,11 +198,11 @@ def submit(folder: Folder) -> str:
     return number
 
 
-def queue() -> list[Row]:
+def queue(*more: str) -> list[Row]:
     """The user's tasks in Slurm's queue: one call for all folders, none where there is no Slurm."""
     if not shutil.which("squeue"):
         return []
-    lines = ask_slurm("squeue", "-h", "-r", "--me", "-o", "%F|%T|%r|%o").splitlines()
+    lines = ask_slurm("squeue", "-h", "-r", "--me", *more, "-o", "%F|%T|%r|%o").splitlines()
     return [Row(*line.split("|", 3)) for line in lines if line.count("|") >= 3]
 
 
@@ -178,14 +213,16 @@ def of_folder(rows: Iterable[Row], folder: Folder) -> list[Row]:
 
 
 def endings(folder: Folder) -> str:
-    """How the tasks of the last submission ended that did not end well, where Slurm keeps accounts; "" else."""
-    try:
-        number = next(n for stage in (folder.second, folder) if (n := last_line(stage.path / "submitted.txt")))
-        lines = ask_slurm("sacct", "-n", "-X", "-P", "-j", str(int(number)), "-o", "State").splitlines()
-    except (StopIteration, ValueError, UserError):
-        return ""
-    found = [line.split(" ")[0] for line in lines]
-    return ", ".join(f"{found.count(s)} {s}" for s in BAD if s in found)
+    """How the tasks of the last submission ended that did not end well, by Slurm's accounts, else by what its controller remembers for some minutes; "" for neither."""
+    found = []
+    with suppress(UserError):
+        ended = of_folder(queue("-t", "all"), folder)
+        numbers = [r.job for r in ended] + [last_line(stage.path / "submitted.txt") for stage in (folder, folder.second)]
+        number = max((int(n) for n in numbers if n.isdecimal()), default=0)
+        found = [r.state for r in ended if r.job == str(number)]
+        if number:
+            found = [line.split(" ")[0] for line in ask_slurm("sacct", "-n", "-X", "-P", "-j", str(number), "-o", "State").splitlines()] or found
+    return "; ".join(f"{found.count(s)} of its tasks {words}" for s, words in BAD.items() if s in found)
 
 
 # ------------------------------------------------------------------ either

@@ -588,7 +588,7 @@ def test_what_can_t_be_a_graph_is_refused_in_words(engines, tmp_path, monkeypatc
     )
     with monkeypatch.context() as little:
         little.setattr(building, "free_bytes", lambda device: 1 << 20)
-        with pytest.raises(UserError, match=r"does not fit: 373 active.*at most 11.5 MB.*1.0 MB are free. Lower --features"):
+        with pytest.raises(UserError, match=r"does not fit: 373 active.*at most 8.6 MB.*1.0 MB are free. Lower --features"):
             zoo.run(AttributionGraph(study, batch=30))
     bare = zoo.run(AttributionGraph(study, ("zoo/transcoders/L1",), node_threshold=1))
     assert "whole MLP as error in L0, L2" in bare.convention and set(bare.layer[bare.kind == 0].tolist()) == {1}

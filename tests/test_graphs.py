@@ -124,7 +124,7 @@ class Frozen:
             parallel = self.ref.arch == "gpt_neox"
             reads = [("resid_pre" if parallel else "resid_mid", i) for i in range(self.n)]
             logits, got = self.ref.run([self.ids], edits, reads)
-        return {i: x[0].double() for (_, i), x in got.items()}, t.tensor(logits)[0].double()
+        return {i: got[place, i][0].double() for place, i in reads}, t.tensor(logits)[0].double()
 
 
 def pre_activation(frozen, sae, layer, stream, pos, index):

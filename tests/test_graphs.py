@@ -20,10 +20,11 @@ from ui import asked, grid, make_app, press, reply, shown
 from engine import main
 from model.sae_loading import load
 from techniques.features.requests import Examples
-from techniques.graphs import building, files, supernodes
+from techniques.graphs import building, files, replacement, supernodes
 from techniques.graphs.requests import KINDS, AttributionGraph, GraphEffects, GraphGroups, GraphResult, GraphSteer
 from techniques.graphs.file_transcoders import read_all
 from techniques.graphs.pane import GraphPane
+from techniques.graphs.replacement import LocalModel
 from techniques.graphs.walk import place, steps
 from techniques.graphs.influence import flow, prune, replacement_and_completeness, shares
 from screen import graph_steps, history
@@ -125,7 +126,7 @@ class Frozen:
             parallel = self.ref.arch == "gpt_neox"
             reads = [("resid_pre" if parallel else "resid_mid", i) for i in range(self.n)]
             logits, got = self.ref.run([self.ids], edits, reads)
-        return {i: x[0].double() for (_, i), x in got.items()}, t.tensor(logits)[0].double()
+        return {i: got[place, i][0].double() for place, i in reads}, t.tensor(logits)[0].double()
 
 
 def pre_activation(frozen, sae, layer, stream, pos, index):
@@ -355,6 +356,44 @@ def test_the_zoos_graph_is_what_circuit_tracer_makes_of_it(engines):
     known = {(files.node_id(whole, s), files.node_id(whole, d)): w for s, d, w in zip(whole.source, whole.to, whole.weight)}
     edges = [((files.node_id(few, s), files.node_id(few, d)), w) for s, d, w in zip(few.source, few.to, few.weight)]
     assert all(known[e] == pytest.approx(w, abs=1e-4) for e, w in edges)
+
+
+def test_a_graph_is_the_same_however_its_targets_are_batched(engines, monkeypatch):
+    """One backward pass for all layers, a few targets at a time, decoders read again each time, memory that runs out in the middle; and influence by layers is the sum over all paths."""
+    zoo, ask, seen = engines["zoo"], AttributionGraph(Study(ITALY), target="diff", features=200), []
+    put_together, edges = building.put_together, LocalModel.edges
+    monkeypatch.setattr(building, "put_together", lambda rows, *more: seen.append(rows) or put_together(rows, *more))
+
+    def graph(**more):
+        zoo.run(replace(ask, **more))
+        return zoo.model.notes.graph.built
+
+    whole = graph(features=4096, batch=500)
+    assert seen[-1].passes == 2, "one for the logit, one for the features of all layers"
+    flows = flow(shares(whole.matrix), whole.weights)[: len(whole.some)]
+    assert t.allclose(seen[-1].influence(t.ones(1)), flows, atol=1e-9) and flows.max() > 0.01
+
+    def part_of_it(built):
+        rows = [*built.some.tolist(), *range(len(whole.some), len(whole.matrix))]
+        assert len(built.some) == 200 and flows[built.some].sum() > 0.95 * flows.sort(descending=True).values[:200].sum()
+        assert t.allclose(built.matrix, whole.matrix[rows][:, rows], atol=1e-4) and t.allclose(built.bias, whole.bias[rows], atol=1e-4)
+
+    part_of_it(graph(batch=25))
+    monkeypatch.setattr(replacement, "SHARE", 1 << 60)
+    part_of_it(graph(batch=26))
+    assert seen[-1].local.left == 0
+
+    def short_of_memory(local, targets, out):
+        bias = edges(local, targets, out)
+        if len(out) > 9:
+            raise t.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+        return bias
+
+    monkeypatch.setattr(LocalModel, "edges", short_of_memory)
+    said = []
+    zoo.run(replace(ask, batch=27), lambda part: said.append(getattr(part, "text", "")))
+    assert {f"out of memory at {n} targets at a time: going on with {n // 2}" for n in (27, 13)} <= {*said}
+    part_of_it(zoo.model.notes.graph.built)
 
 
 def test_effects_are_those_of_the_model_with_plain_hooks(engines, references):
@@ -655,7 +694,7 @@ def test_what_can_t_be_a_graph_is_refused_in_words(engines, tmp_path, monkeypatc
     )
     with monkeypatch.context() as little:
         little.setattr(building, "free_bytes", lambda device: 1 << 20)
-        with pytest.raises(UserError, match=r"does not fit: 373 active.*at most 11.5 MB.*1.0 MB are free. Lower --features"):
+        with pytest.raises(UserError, match=r"does not fit: 373 active.*at most 8.6 MB.*1.0 MB are free. Lower --features"):
             zoo.run(AttributionGraph(study, batch=30))
     bare = zoo.run(AttributionGraph(study, ("zoo/transcoders/L1",), node_threshold=1))
     assert "whole MLP as error in L0, L2" in bare.convention and set(bare.layer[bare.kind == 0].tolist()) == {1}

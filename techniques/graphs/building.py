@@ -1,22 +1,25 @@
 """From the local replacement model to the graph: targets in the order of their influence, the matrix of edges, the check that each adds up."""
 
-from collections.abc import Generator
+import time
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import torch as t
 from torch import Tensor
 
 from model.bridge import FINAL
-from model.memory import free_bytes
+from model.memory import Chunks, free_bytes
 from model.runs import Runs
 from techniques.graphs.file_transcoders import FileTranscoder
 from techniques.graphs.influence import shares
-from techniques.graphs.replacement import AnyTranscoder, LocalModel, Targets, in_batches
+from techniques.graphs.replacement import AnyTranscoder, LocalModel, Targets
 from techniques.graphs.requests import OfGraph
 from utils import show_bytes
 from vocabulary.nodes import UserError
+from vocabulary.progress import time_left
 from vocabulary.requests import Progress
 
+PIECE = 256  # rows of edges in float64 at once
 LARGE = 256 << 20  # bytes that are worth a line that stays
 LEAST = 0.5  # cosine of what a folder's transcoders make of the MLPs with these, on average; another model's have some 0
 ROUNDS = 8  # in how many steps the features of most influence are found, when not all are taken
@@ -64,6 +67,55 @@ def ends(local: LocalModel, ask: OfGraph, pos: int) -> tuple[Targets, list[int],
     return local.logits(ids, pos), ids, p, p
 
 
+class Rows:
+    """The incoming edges of logits, then of features in the order in which they came, `taken` of all active ones: float32 `edges` [target, source], `bias` and `whole` [target]."""
+
+    def __init__(self, local: LocalModel, end: Targets, features: int):
+        self.local, self.logits, self.features = local, len(end.pos), features
+        self.edges = t.zeros(self.logits + features, local.n_sources)
+        self.bias, self.whole, self.taken = t.zeros(len(self.edges), dtype=t.float64), [], t.zeros(0, dtype=t.long)
+        self.chunks, self.spent, self.passes = Chunks("targets", local.batch, local.let_go), 0.0, 0
+
+    def add(self, targets: Targets) -> Generator[Progress]:
+        start = sum(map(len, self.whole))
+        self.whole.append(targets.value.double())
+
+        def work(i: int, stop: int) -> Progress:
+            if not self.local.streams:
+                self.local.run()
+            rows, begun = slice(start + i, start + stop), time.monotonic()
+            self.bias[rows] = self.local.edges(targets[i:stop], self.edges[rows])
+            self.spent, self.passes = self.spent + time.monotonic() - begun, self.passes + 1
+            left = self.spent / self.passes * (len(self.edges) - rows.stop) / self.local.batch
+            return Progress(
+                rows.stop - self.logits, self.features, f"direct effects of {self.features} features, {self.local.n_sources} sources, {time_left(left)}"
+            )
+
+        yield from self.chunks.over(len(targets.pos), work)
+
+    def pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        """In float64, some at a time."""
+        for i in range(0, len(self.edges), PIECE):
+            yield slice(i, i + PIECE), self.edges[i : i + PIECE].double()
+
+    def influence(self, weights: Tensor) -> Tensor:
+        """Of every active feature, by the rows that are there: as edges lead to later layers only, each layer's is whole when its turn comes, from the last on."""
+        n, layers = len(self.local.value), self.local.layer[self.taken]
+        found = weights.double() @ shares(self.edges[: self.logits].double())[:, :n]
+        for layer in layers.unique().flip(0).tolist():
+            for mine in (layers == layer).nonzero()[:, 0].split(PIECE):
+                found += found[self.taken[mine]] @ shares(self.edges[self.logits + mine].double())[:, :n]
+        return found
+
+    def choose(self, weights: Tensor, step: int) -> Generator[Progress]:
+        """Add the features of most influence that are not there yet, at most `step`."""
+        score, n = self.influence(weights), min(step, self.features - len(self.taken))
+        score[self.taken] = -1
+        some = score.argsort(descending=True, stable=True)[:n].sort().values
+        yield from self.add(self.local.features(some))
+        self.taken = t.cat([self.taken, some])
+
+
 def build(runs: Runs, ask: OfGraph, coders: dict[int, AnyTranscoder]) -> Generator[Progress, None, Built]:
     """All edges of the graph, or those into its features of most influence. UserError where sums are not the model's own values."""
     if ask.batch < 1 or ask.features < 1:
@@ -77,69 +129,39 @@ def build(runs: Runs, ask: OfGraph, coders: dict[int, AnyTranscoder]) -> Generat
     yield Progress(0, 1, f"graph: {said}", notice=need > LARGE)
     if (free := free_bytes(t.device("cpu"))) is not None and need > free:
         raise UserError(f"the graph does not fit: {said}, and {show_bytes(free)} are free. Lower --features (now {ask.features}), or shorten the prompt")
-    rows, bias, whole = [], [], []
-
-    def take(targets: Targets) -> None:
-        for s, edges, constant in in_batches(local, targets, ask.batch):
-            rows.append(edges)
-            bias.append(constant)
-            whole.append(targets.value[s].double())
-
-    take(end)
-    order: list[int] = []
-    while len(order) < total:
-        step = total - len(order) if total == n else max(ask.batch, -(-total // ROUNDS))
-        left = t.ones(n, dtype=t.bool)
-        left[order] = False
-        score = so_far(t.cat(rows), order, len(ids), weights, n) if total < n else t.arange(n, 0, -1)
-        next_ones = t.where(left, score, -1.0).argsort(descending=True, stable=True)[: min(step, total - len(order))]
-        for layer in coders:
-            mine = next_ones[local.layer[next_ones] == layer]
-            for piece in mine.split(ask.batch) if len(mine) else ():
-                take(local.features(piece))
-                order += piece.tolist()
-                yield Progress(len(order), total, f"direct effects of {total} features, {local.n_sources} sources")
+    rows = Rows(local, end, total)
+    yield from rows.add(end)
+    while len(rows.taken) < total:
+        yield from rows.choose(weights, total if total == n else max(ask.batch, -(-total // ROUNDS)))
     local.let_go()
-    return put_together(local, rows, bias, whole, order, end, ids, probability, weights, pos)
+    yield Progress(total, total, "edges are put together")
+    return put_together(rows, end, ids, probability, weights, pos)
 
 
-def so_far(rows: Tensor, order: list[int], n_logits: int, weights: Tensor, n: int) -> Tensor:
-    """Influence of every active feature, by the rows that are there."""
-    part, found = shares(rows), t.zeros(n, dtype=t.float64)
-    now = weights.double()
-    parts = part[:n_logits]
-    for _ in range(len(order) + 1):
-        flow = now @ parts
-        found += flow[:n]
-        if not order or not (now := flow[order]).any():
-            break
-        parts = part[n_logits:]
-    return found
-
-
-def put_together(local: LocalModel, rows, bias, whole, order, end, ids, probability, weights, pos) -> Built:
-    n, k, some = len(local.value), len(ids), t.tensor(order, dtype=t.long)
-    edges, bias, whole = t.cat(rows), t.cat(bias), t.cat(whole)
-    check(local, edges, bias, whole)
-    error = (edges.sum(1) + bias - whole).abs().max().item()
-    inner = t.argsort(some)
-    some, place = some[inner], t.cat([k + inner, t.arange(k)])
-    edges, bias, whole = edges[place], bias[place], whole[place]
-    f, size = len(some), len(some) + edges.shape[1] - n + k
+def put_together(rows: Rows, end: Targets, ids: list[int], probability: Tensor, weights: Tensor, pos: int) -> Built:
+    local, k, some, inner = rows.local, rows.logits, *rows.taken.sort()
+    n, f, whole = len(local.value), len(some), t.cat(rows.whole)
+    size = f + local.n_sources - n + k
+    place = t.cat([t.arange(size - k, size), t.argsort(inner)])  # of each row
     chosen = t.zeros(n, dtype=t.bool)
     chosen[some] = True
-    left_out = edges[:, :n][:, ~chosen].sum(1)
-    matrix, at = t.zeros(size, size, dtype=t.float64), t.cat([t.arange(f), t.arange(size - k, size)])
-    matrix[at, :f] = edges[:, :n][:, some]
-    matrix[at, f : size - k] = edges[:, n:]
+    matrix, left_out = t.zeros(size, size, dtype=t.float64), t.zeros(size, dtype=t.float64)
+    sums, largest = rows.bias.clone(), 0.0
+    for piece, edges in rows.pieces():
+        sums[piece] += edges.sum(1)
+        largest = max(largest, float(edges.abs().sum(1).max()))
+        left_out[place[piece]] = edges[:, :n][:, ~chosen].sum(1)
+        matrix[place[piece], : size - k] = t.cat([edges[:, :n][:, some], edges[:, n:]], 1)
+    check(local, sums, whole, largest)
 
     def spread(x: Tensor) -> Tensor:
         out = t.zeros(size, dtype=t.float64)
-        out[at] = x
+        out[place] = x
         return out
 
     of_logits = lambda x: t.cat([t.zeros(size - k, dtype=t.float64), x.double()])  # noqa: E731
-    return Built(local, some, matrix, *map(spread, (bias, left_out, whole)), of_logits(weights), of_logits(probability), ids, pos, end, error)
+    error = (sums - whole).abs().max().item()
+    return Built(local, some, matrix, spread(rows.bias), left_out, spread(whole), of_logits(weights), of_logits(probability), ids, pos, end, error)
 
 
 def check_files(local: LocalModel) -> None:
@@ -154,11 +176,10 @@ def check_files(local: LocalModel) -> None:
             )
 
 
-def check(local: LocalModel, edges: Tensor, bias: Tensor, whole: Tensor) -> None:
-    """UserError where edges and bias do not add up to the model's own pre-activations and logits: then something is not linear that should be."""
-    row = local.model.identity("graph", edges.sum(1) + bias, whole)
-    size = max(1.0, float(edges.abs().sum(1).max()) / 32)
-    if not row.error <= row.tolerance * size:
+def check(local: LocalModel, sums: Tensor, whole: Tensor, largest: float) -> None:
+    """UserError where edges and bias do not add up to the model's own pre-activations and logits (edges' absolute values add up to `largest` at most): then something is not linear that should be."""
+    row = local.model.identity("graph", sums, whole)
+    if not row.error <= row.tolerance * max(1.0, largest / 32):
         half = "" if local.model.info.dtype == "float32" else f" in {local.model.info.dtype}: load it in float32"
         raise UserError(
             f"{local.model.info.architecture}: what flows into a feature or logit is not the sum of its edges and biases (off by {row.error:.2g}{half})"

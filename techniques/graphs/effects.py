@@ -73,7 +73,7 @@ class Changed:
     def __init__(self, built: Built, ask: GraphEffects | GraphSteer):
         local = built.local
         self.built, self.local, self.ids, self.freeze = built, local, t.tensor([local.ids]), freeze(local.runs, ask.which)
-        self.before = local.runs.trace(ask.which, [built.end.stream])[built.end.stream][0, built.pos].double().cpu()
+        self.before = local.runs.trace(ask.which, [built.end.streams[0]])[built.end.streams[0]][0, built.pos].double().cpu()
         self.own = values_of(built, local.runs.trace(ask.which, [FINAL])[FINAL])
 
     def edits(self, features: list[int], values: Tensor) -> list[Edit]:
@@ -102,7 +102,7 @@ class Changed:
 
     def run(self, features: list[int], values: Tensor, frozen: bool, points: tuple[str, ...] = ()) -> tuple[Tensor, dict[str, Tensor]]:
         """The change of each logit node, and activations at points; frozen: the final norm's scale too."""
-        name, edits = (self.built.end.stream, self.freeze) if frozen else (FINAL, [])
+        name, edits = (self.built.end.streams[0], self.freeze) if frozen else (FINAL, [])
         acts = self.local.model.forward(self.ids, [name, *points], [*edits, *self.edits(features, values)], keep=None)[1]
         if not frozen:
             return values_of(self.built, acts[name]) - self.own, acts

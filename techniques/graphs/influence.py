@@ -1,12 +1,14 @@
 """Influence, pruning and scores of an attribution graph's matrix A [target, source], as Ameisen et al. 2025 and circuit-tracer define them."""
 
+import numpy as np
 import torch as t
 from torch import Tensor
 
 
 def shares(a: Tensor) -> Tensor:
     """|A| with rows that add up to 1 (or are 0)."""
-    return a.abs() / a.abs().sum(1, keepdim=True).clamp(min=1e-10)
+    size = a.abs()
+    return size.div_(size.sum(1, keepdim=True).clamp(min=1e-10))
 
 
 def flow(normalised: Tensor, weights: Tensor) -> Tensor:
@@ -22,8 +24,8 @@ def flow(normalised: Tensor, weights: Tensor) -> Tensor:
 
 def cut(scores: Tensor, share: float) -> Tensor:
     """The smallest score among the largest that make up a share of all."""
-    ordered = scores.flatten().sort(descending=True).values
-    reached = t.searchsorted(ordered.cumsum(0) / ordered.sum(), share)
+    ordered = t.from_numpy(np.sort(scores.flatten().numpy())).flip(0)
+    reached = t.searchsorted(ordered.cumsum(0).div_(ordered.sum()), share)
     return ordered[min(int(reached), len(ordered) - 1)]
 
 
@@ -45,9 +47,10 @@ def prune(a: Tensor, weights: Tensor, features: int, kept: int, node_share: floa
     inner = len(a) - kept
     nodes[inner:] = True
     left = a * nodes[:, None] * nodes
-    part = shares(left)
-    scores = part * (flow(part, weights) + weights)[:, None]
-    edges = (scores >= cut(scores, edge_share)) & (left != 0)
+    scores, edges = shares(left), left != 0
+    del left
+    scores *= (flow(scores, weights) + weights)[:, None]
+    edges &= scores >= cut(scores, edge_share)
     while True:
         before = nodes.clone()
         nodes[:inner] &= edges[:, :inner].any(0)

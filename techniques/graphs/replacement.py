@@ -3,13 +3,14 @@ A prompt's local replacement model: attention patterns and norm scales frozen, e
 connection, and an error. What is left is affine in what features, errors and tokens write, so one run at zero holds every bias, and its gradients every edge.
 """
 
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 
 import torch as t
 from torch import Tensor
 
 from model.bridge import FINAL, Edit, Model
+from model.memory import free_bytes
 from model.runs import Runs
 from model.sae import SparseAutoencoder
 from model.writes import SCALE, embedding, frozen_norm, linear_norm, post_norm, pre_norm, pull_back, require_parts, require_values
@@ -20,20 +21,26 @@ from techniques.graphs.file_transcoders import FileTranscoder
 from utils import show_bytes
 from vocabulary.nodes import UserError
 
+FIRST = "blocks.0.hook_resid_pre"
 PLACES = ("resid_pre", "resid_mid", "normed", "mlp_in", "mlp_stream")
 PIECE = 64 << 20  # bytes of decoder rows at once
+SHARE = 4  # what active features write is kept in up to one part in so many of the free memory, else read again for every batch of targets
+UNKNOWN = 4 << 30  # bytes that are taken for free where the system does not say
 AnyTranscoder = SparseAutoencoder | FileTranscoder
 
 
 @dataclass
 class Targets:
-    """What edges lead to: a direction [n, d_model] in the stream where it is read, its position, a constant, and the value in the model."""
+    """What edges lead to, n of them: the stream where each is read, its direction there [n, d_model], its position, a constant, and the value in the model."""
 
-    stream: str
+    streams: list[str]
     directions: Tensor
     pos: Tensor
     constant: Tensor
     value: Tensor
+
+    def __getitem__(self, some: slice) -> "Targets":
+        return Targets(*(getattr(self, f.name)[some] for f in fields(self)))
 
 
 def check_transcoder(model: Model, d: AnyTranscoder) -> None:
@@ -103,15 +110,11 @@ class LocalModel:
         self.norms = {layer: found for layer, found in norms.items() if found}
         points = [*(d.point for d in coders.values()), *(scale for _, scale in self.norms.values())]
         name, factor = embedding(runs.model)
-        self.acts = runs.trace(which, [name, "blocks.0.hook_resid_pre", *self.outs, *points])
-        first = self.acts["blocks.0.hook_resid_pre"]
-        self.tokens = self.acts[name][0].to(first.device).float() * factor
+        self.acts = runs.trace(which, [name, FIRST, *self.outs, *points])
+        self.tokens = self.acts[name][0].to(self.acts[FIRST].device).float() * factor
         self.bos = self.ids[0] == runs.model.bos
         self.read_features()
-        rest = (first.float() - self.tokens).to(first)
-        self.start = rest.expand(batch, -1, -1).clone().requires_grad_(True)
-        self.written = [t.zeros_like(self.acts[n].expand(batch, -1, -1), requires_grad=True) for n in self.outs]
-        self.streams = self.run()
+        self.let_go()
 
     @t.no_grad()
     def read_features(self) -> None:
@@ -140,9 +143,9 @@ class LocalModel:
         empty = t.zeros(0, dtype=t.long)
         self.layer, self.where, self.index, self.value = (t.cat(p) for p in zip(*parts)) if parts else (empty, empty, empty, t.zeros(0))
 
-    def pieces(self, d: AnyTranscoder, n: int, targets: int = 1) -> list[slice]:
+    def pieces(self, d: AnyTranscoder, n: int) -> list[slice]:
         """Of n features some at a time, so that what they write fits into PIECE."""
-        size = max(1, PIECE // (4 * self.model.info.d_model * max(len(reach(d)), targets)))
+        size = max(1, PIECE // (4 * self.model.info.d_model * len(reach(d))))
         return [slice(i, i + size) for i in range(0, n, size)]
 
     # ------------------------------------------------------------------ the affine run
@@ -162,9 +165,11 @@ class LocalModel:
             return x if linear.bias is None else x + linear.bias.to(x)
         return (stream - stream.mean(-1, keepdim=True) if linear.centred else stream) / scale
 
-    def run(self) -> dict[str, Tensor]:
+    def run(self) -> None:
         """Streams [batch, seq, d_model] where transcoders read and at the end, with a gradient's way back, when nothing but biases is written."""
-        model, last = self.model, f"blocks.{self.layers[-1]}.hook_resid_post"
+        model, last, first = self.model, f"blocks.{self.layers[-1]}.hook_resid_post", self.acts[FIRST]
+        self.start = (first.float() - self.tokens).to(first).expand(self.batch, -1, -1).clone().requires_grad_(True)
+        self.written = [t.zeros_like(self.acts[n].expand(self.batch, -1, -1), requires_grad=True) for n in self.outs]
         streams: dict[str, Tensor] = {}
 
         def mlp(layer: int) -> Tensor:
@@ -174,30 +179,36 @@ class LocalModel:
             x = self.input_of(layer, streams[self.stream_of(layer)])
             return out + d.offset(x).to(out)
 
-        edits = [*freeze(self.runs, self.which, self.batch), ("blocks.0.hook_resid_pre", lambda x: self.start)]
+        edits = [*freeze(self.runs, self.which, self.batch), (FIRST, lambda x: self.start)]
         edits += [(name, lambda x, layer=layer: mlp(layer)) for layer, name in enumerate(self.outs)]
         reads = dict.fromkeys([*(self.stream_of(layer) for layer in self.coders), last])
         ids = t.tensor([self.ids] * self.batch)
         with t.enable_grad(), model.hooks([*edits, *((n, lambda x, n=n: streams.__setitem__(n, x)) for n in reads)]):
             model.bridge(ids.to(model.device), use_cache=False, logits_to_keep=1)
-        return streams
+        self.streams = streams
+
+    def let_go(self, batch: int = 0) -> None:
+        """Of what only edges need: the run with its gradients' way back, and what features write. The next run has this batch."""
+        self.streams, self.written, self.start, self.kept = {}, [], None, {}  # kept: by layer, what its active features write
+        free = free_bytes(self.tokens.device)
+        self.batch, self.left = batch or self.batch, (UNKNOWN if free is None else free) // SHARE  # left: bytes that may still be kept
 
     # ------------------------------------------------------------------ targets
 
     @t.no_grad()
     def features(self, some: Tensor) -> Targets:
-        """Features (indices among the active ones, all of one layer) as targets."""
-        layer = int(self.layer[some[0]])
-        d, rows = self.coders[layer], []
-        x = self.acts[d.point][0]
-        for i in some.tolist():
-            pos = int(self.where[i])
-            reader = d.reader(int(self.index[i]), x[pos])
+        """Features (indices among the active ones) as targets."""
+        rows = []
+        for layer, pos, index in zip(*(x[some].tolist() for x in (self.layer, self.where, self.index))):
+            d = self.coders[layer]
+            x = self.acts[d.point][0, pos]
+            reader = d.reader(index, x)
             assert reader is not None, f"{d.kind} has no linear pre-activation"
             _, w, constant = stream_reader(self.runs, d, self.which, reader[0], pos)
-            rows.append((w, constant + reader[1], (d.flat(x[pos]).double() @ reader[0].double()).item() + reader[1]))
-        w, constant, value = zip(*rows)
-        return Targets(self.stream_of(layer), t.stack(w), self.where[some], t.tensor(constant), t.tensor(value))
+            value = (d.flat(x).double() @ reader[0].double()).item() + reader[1]
+            rows.append((self.stream_of(layer), w.to(self.tokens.device), constant + reader[1], value))
+        streams, w, constant, value = zip(*rows)
+        return Targets([*streams], t.stack(w), self.where[some], t.tensor(constant), t.tensor(value))
 
     @t.no_grad()
     def logits(self, ids: list[int], pos: int) -> Targets:
@@ -224,7 +235,7 @@ class LocalModel:
     def at_end(self, u: Tensor, bias: Tensor, value: Tensor, pos: int) -> Targets:
         scale = self.runs.trace(self.which, [SCALE])[SCALE][0, pos][None].expand(len(u), -1)
         w, constant = pull_back(self.model, self.model.bridge.ln_final, scale, u)
-        return Targets(f"blocks.{self.layers[-1]}.hook_resid_post", w, t.full((len(u),), pos), constant + bias, value)
+        return Targets([f"blocks.{self.layers[-1]}.hook_resid_post"] * len(u), w, t.full((len(u),), pos), constant + bias, value)
 
     # ------------------------------------------------------------------ edges
 
@@ -232,54 +243,65 @@ class LocalModel:
     def n_sources(self) -> int:
         return len(self.value) + (len(self.layers) + 1) * len(self.ids)
 
-    def edges(self, targets: Targets) -> tuple[Tensor, Tensor]:
-        """What every source adds to each of at most `batch` targets [target, source], and what biases add [target], float64 on the CPU."""
-        stream, n = self.streams[targets.stream], len(targets.pos)
-        u, pos = targets.directions.to(stream), targets.pos.to(stream.device)
-        g = t.zeros_like(stream)
-        g[t.arange(n), pos] = u
-        grads = t.autograd.grad(stream, [self.start, *self.written], g, retain_graph=True, allow_unused=True)
-        grads = [t.zeros_like(g[:n]) if x is None else x[:n].float() for x in grads]
-        with t.no_grad():
-            bias = (u.double() * stream[0, pos].double()).sum(-1).cpu() + targets.constant
-            out = t.zeros(n, self.n_sources, dtype=t.float64)
-            for layer in self.coders:
-                some = (self.layer == layer).nonzero()[:, 0]
-                for p in self.pieces(self.coders[layer], len(some), n):
-                    out[:, some[p]] = self.through(grads, layer, some[p]).cpu().double()
-            done = len(self.value)
-            for x, into in zip([*self.errors, self.tokens], [*grads[1:], grads[0]]):
-                out[:, done : done + len(x)] = t.einsum("bsd,sd->bs", into, x.to(into)).cpu().double()
-                done += len(x)
-        return out, bias
+    def edges(self, targets: Targets, out: Tensor) -> Tensor:
+        """Into `out` [target, source] what every source adds to each of at most `batch` targets, by one backward pass of the run; what biases add [target] in float64."""
+        bias, seeds = targets.constant.double().clone(), {}
+        for name in dict.fromkeys(targets.streams):
+            stream, mine = self.streams[name], t.tensor([i for i, s in enumerate(targets.streams) if s == name])
+            u, pos = targets.directions[mine].to(stream), targets.pos[mine].to(stream.device)
+            seeds[name] = t.zeros_like(stream)
+            seeds[name][mine.to(stream.device), pos] = u
+            bias[mine] += (u.cpu().double() * stream[0, pos].detach().cpu().double()).sum(-1)
+        inputs = [self.start, *self.written]
+        grads = t.autograd.grad([self.streams[n] for n in seeds], inputs, [*seeds.values()], retain_graph=True, allow_unused=True)
+        top = max(i for i, x in enumerate(grads) if x is not None)  # nothing that later layers write comes here
+        self.fill(out, t.stack([t.zeros_like(self.tokens).expand(len(out), -1, -1) if x is None else x[: len(out)].to(self.tokens) for x in grads[: top + 1]]))
+        return bias
 
-    def let_go(self) -> None:
-        """Of what only edges need: the run with its gradients' way back."""
-        self.streams, self.written, self.start = {}, [], None
+    @t.no_grad()
+    def fill(self, out: Tensor, grads: Tensor) -> None:
+        """Rows of edges [target, source] from gradients: of each feature at its position alone, in one product for all that fire there."""
+        n, width, done = len(grads) - 1, self.tokens.shape[-1], len(self.value)
+        for layer in [x for x in self.coders if x < n]:
+            for some, rows in self.written_by(layer):
+                layers = min(rows.shape[1] // width, n - layer)
+                into, rows, parts = grads[1 + layer : 1 + layer + layers].transpose(0, 1), rows[:, : layers * width], []
+                places, counts = self.where[some].unique_consecutive(return_counts=True)
+                for pos, block in zip(places.tolist(), rows.split(counts.tolist())):
+                    parts.append(into[:, :, pos].flatten(1) @ block.T)
+                out[:, some] = t.cat(parts, 1).to(out)
+        for layer, error in enumerate(self.errors[:n]):
+            out[:, done + layer * len(error) : done + (layer + 1) * len(error)] = t.einsum("bsd,sd->bs", grads[1 + layer], error.to(grads)).to(out)
+        out[:, -len(self.ids) :] = t.einsum("bsd,sd->bs", grads[0], self.tokens).to(out)
 
-    def through(self, grads: list[Tensor], layer: int, some: Tensor) -> Tensor:
-        """Of features of one layer, each as strong as it is, what they add [target, feature] along gradients of what each layer's MLP writes (and the start's, first)."""
-        total, where, value = 0.0, self.where[some], self.value[some]
-        for out, rows in writes(self.coders[layer], self.index[some]):
-            grad = grads[1 + out]
-            rows = (rows * value.to(rows.device)[:, None]).to(grad)
-            total = total + t.einsum("bfd,fd->bf", grad[:, where.to(grad.device)], rows)
-        return total
+    def written_by(self, layer: int) -> Iterator[tuple[slice, Tensor]]:
+        """Of a layer's active features some at a time (a slice of all), in the order of positions: what each adds to the MLP outputs that it writes to, side by side [feature, layers * d_model]."""
+        if layer in self.kept:
+            yield from self.kept[layer]
+            return
+        d, start, end = self.coders[layer], *(int(t.searchsorted(self.layer, x)) for x in (layer, layer + 1))
+        size, found = self.bytes_written(layer), []
+        for p in self.pieces(d, end - start):
+            some = slice(start + p.start, min(start + p.stop, end))
+            rows = t.cat([rows.to(self.tokens) for _, rows in writes(d, self.index[some])], 1)
+            rows *= self.value[some].to(rows)[:, None]
+            if size <= self.left:
+                found.append((some, rows))
+            yield some, rows
+        if size <= self.left:
+            self.kept[layer], self.left = found, self.left - size
+
+    def bytes_written(self, layer: int) -> int:
+        return 4 * self.model.info.d_model * len(reach(self.coders[layer])) * int((self.layer == layer).sum())
 
     def room(self, features: int, logits: int) -> tuple[str, int]:
-        """What a graph of so many features will hold, in words, and in bytes: rows of edges (thrice as they are put together), and what pruning makes of the square of all nodes."""
+        """What a graph of so many features will hold, in words, and in bytes: rows of edges, what features write, and what pruning makes of the square of all nodes."""
         n, held = self.n_sources, sum(bytes_of(d) for d in self.coders.values())
-        rows, nodes = 8 * (features + logits) * n, features + n - len(self.value) + logits
-        need = 3 * rows + 6 * 8 * nodes**2
+        rows, nodes = 4 * (features + logits) * n, features + n - len(self.value) + logits
+        need = rows + min(self.left, sum(map(self.bytes_written, self.coders))) + 6 * 8 * nodes**2
         words = f"{len(self.value)} active features, {n} sources; transcoders hold {show_bytes(held)}, edges of {features} features and {logits} logits {show_bytes(rows)}"
         return f"{words}, at most {show_bytes(need)} as they are put together and pruned", need
 
 
 def bytes_of(d: AnyTranscoder) -> int:
     return d.nbytes if isinstance(d, FileTranscoder) else sum(p.nbytes for p in d.sae.parameters())
-
-
-def in_batches(local: LocalModel, targets: Targets, batch: int) -> Generator[tuple[slice, Tensor, Tensor]]:
-    for i in range(0, len(targets.pos), batch):
-        s = slice(i, i + batch)
-        yield s, *local.edges(Targets(targets.stream, targets.directions[s], targets.pos[s], targets.constant[s], targets.value[s]))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +14,11 @@ from ui import make_app, press, reply, shown
 
 import engine as program
 from techniques.patching.certify import Chances, Subsets
+from techniques.patching.plan import read_plan
 from techniques.patching.requests import Certify, Estimate, Sweep
 from utils import ROOT
 from vocabulary.nodes import UserError
-from vocabulary.prompts import Study, read_prompt_set
+from vocabulary.prompts import Prompt, Study, read_prompt_set
 
 STUDY = Study(PROMPT)
 DEFAULT = ("gemma2", "llama")
@@ -226,7 +228,11 @@ def test_the_top_is_the_sweeps(engines):
     assert max(outside) < np.abs(found.effects).min()
     over = engines["zoo"].run(Certify(Study(PROMPT, prompt_set=read_prompt_set(IOI)[:3]), "attn_mlp", 2, over_set=True))
     assert over.cells == 120 and "mean over 3 prompts" in over.convention
-    for ask, words in ((Certify(STUDY, "z", 10), "raise the share"), (Certify(STUDY, "z", 0), "top at least 1"), (Certify(STUDY, "pairs", 2), "several nodes")):
+    for ask, words in (
+        (Certify(STUDY, "z_pos", 10, share=0.1), "raise the share"),
+        (Certify(STUDY, "z", 0), "top at least 1"),
+        (Certify(STUDY, "pairs", 2), "several nodes"),
+    ):
         with pytest.raises(UserError, match=words):
             engines["zoo"].run(ask)
 
@@ -238,6 +244,118 @@ def test_from_the_shell(engines, monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out)["method"] == "atp_star"
     assert program.main(["certify", *pair, "--kind", "z_pos", "--top", "3"]) == 0
     assert "no other cell exceeds" in capsys.readouterr().out
+
+
+def table_of(monkeypatch, engine, guess, truth, floor=0.0, together=np.sum, **ask):
+    """A certificate of a table of one's own: these estimates, these true effects, and what cells do together."""
+
+    def estimate(model, study):
+        cells = list(read_plan(model, Sweep(study.study, study.kind, "patch", study.direction)).layout.cells)
+        shape = [1 + max(x) for x in zip(*cells)]
+        values = np.zeros(shape)
+        values[tuple(zip(*cells))] = guess
+        return SimpleNamespace(values=values, base=0.0)
+        yield
+
+    def measure(plan, cells, sets):
+        return np.array([together(truth[s]) for s in sets]), 0.0
+        yield
+
+    def noise(runs):
+        return floor
+        yield
+
+    for name, fake in (("estimate", estimate), ("measure", measure), ("noise_floor", noise)):
+        monkeypatch.setattr(f"techniques.patching.certify.{name}", fake)
+    return engine.run(Certify(STUDY, "z_pos", **ask))
+
+
+def cells_of(engine):
+    return len(read_plan(engine.model, Sweep(STUDY, "z_pos")).layout.cells)
+
+
+def judged(r, truth, top):
+    """Whether a certificate was wrong, and how many cells it called certain that do not belong."""
+    sizes, mine = np.sort(np.abs(truth))[::-1], np.abs(r.effects)
+    return r.certified and mine[-1] < sizes[top - 1], int((mine[r.certain] < sizes[top - 1]).sum())
+
+
+TABLES = [pytest.param(n, marks=() if n == 3 else pytest.mark.table) for n in (3, 100)]
+
+
+@pytest.mark.parametrize("draws", TABLES)
+def test_certificates_of_tables_whose_truth_is_known(engines, monkeypatch, draws):
+    """Wrong at most as often as said: estimates that equal the truth, that say nothing, that miss one cell, three just large enough, or a whole layer."""
+    engine, n = engines["zoo"], cells_of(engines["zoo"])
+    for how, settles in (("exact", True), ("unrelated", False), ("one missed", True), ("three missed", True), ("a layer missed", None)):
+        wrong, certified, false, claims = 0, 0, 0, 0
+        for draw in range(draws):
+            rng = np.random.default_rng(draw)
+            truth = rng.standard_t(1.5, n) * 0.05
+            last, guess = np.sort(np.abs(truth))[-5], truth * (1 + 0.1 * rng.normal(size=n))
+            match how:
+                case "exact":
+                    guess = truth.copy()
+                case "unrelated":
+                    guess = rng.permutation(truth)
+                case "a layer missed":
+                    truth[:40], guess[:40] = rng.standard_t(1.5, 40) * 0.1, 0
+                case _:
+                    some = rng.choice(n, 1 if how == "one missed" else 3, False)
+                    truth[some], guess[some] = rng.choice([-1, 1], len(some)) * rng.uniform(1.05, 2, len(some)) * last, 0
+            r = table_of(monkeypatch, engine, guess, truth, top=5, method="atp", seed=draw)
+            bad, lies = judged(r, truth, 5)
+            wrong, certified, false, claims = wrong + bad, certified + r.certified, false + lies, claims + int(r.certain.sum())
+        assert wrong <= max(1, 0.05 * draws) and false <= max(2, 0.02 * claims), how
+        assert settles is None or (certified > 0.7 * draws) == settles, how
+
+
+def test_ties_and_rounding_are_not_certain(engines, monkeypatch):
+    """A cell that does as much as the next, or no more than rounding, is not called certain, and the words say why."""
+    engine, n = engines["zoo"], cells_of(engines["zoo"])
+    truth = np.zeros(n)
+    truth[:6] = 5, -4, 3, 2, -2, 1
+    tied = table_of(monkeypatch, engine, truth, truth, top=4, method="atp")
+    assert tied.certain.tolist() == [True, True, True, False] and not tied.certified and tied.bound == 2
+    assert "3 of 4 certain at 95%, another may reach 2.000" in tied.words and "no more than the next" in tied.advice
+    five = table_of(monkeypatch, engine, truth, truth, top=5, method="atp")
+    assert five.certified and five.advice == ""
+    near = table_of(monkeypatch, engine, truth, truth, floor=1.5, top=5, method="atp")
+    assert near.certain.tolist() == [True, True, True, False, False] and "no more than the next" in near.advice
+    under = table_of(monkeypatch, engine, truth, truth, floor=1.5, top=6, method="atp")
+    assert not under.certain[-1] and "no more than rounding (1.500)" in under.advice and "may reach 1.5" in under.words
+    nothing = table_of(monkeypatch, engine, np.zeros(n), np.zeros(n), floor=1e-6, top=3, method="atp")
+    assert not nothing.certain.any() and "no more than rounding" in nothing.advice
+    one = table_of(monkeypatch, engine, truth, truth, top=1, method="atp", confidence=0.999)
+    assert one.certified and one.nodes[0] == read_plan(engine.model, Sweep(STUDY, "z_pos")).layout.nodes[0] and "certified at 99.9%" in one.words
+    small = table_of(monkeypatch, engine, truth * 1e-4, truth * 1e-4, top=5, method="atp", confidence=0.999)
+    said = float(small.words.split("exceeds ")[1].split(";")[0])
+    assert small.certified and small.bound <= said < 1.1 * small.bound and "0.1% at most" in small.convention
+
+
+def test_the_residual_stream_is_not_certified(engines):
+    """A patch at a later layer undoes one before it: subsets would say that the earlier one does nothing."""
+    for kind in ("resid_pre", "resid_mid", "resid_post"):
+        with pytest.raises(UserError, match="sweep them all"):
+            engines["zoo"].run(Certify(STUDY, kind, 2, share=1.0))
+    with pytest.raises(UserError, match="are 26: sweep them all"):  # no share would do
+        engines["zoo"].run(Certify(STUDY, "z", 10))
+
+
+def test_what_a_certificate_leaves_out_is_said(engines):
+    """Prompts of the set that can't be asked; values that are not finite are refused in words."""
+    prompts = (*read_prompt_set(IOI)[:2], Prompt("When Mary and John went", None, (" Mary",), (" John",)))
+    found = engines["zoo"].run(Certify(Study(PROMPT, prompt_set=prompts), "attn_mlp", 2, over_set=True))
+    assert "1 of 3 prompts of the set left out" in found.warning and "mean over 2 prompts" in found.convention
+
+
+def test_a_run_that_is_not_finite_is_refused(engines, monkeypatch):
+    def broken(self, variants, *_):
+        yield variants, np.full((len(variants), 1), np.nan)
+
+    monkeypatch.setattr("model.variants.Base.all", broken)
+    with pytest.raises(UserError, match="load the model in float32"):
+        engines["zoo"].run(Certify(STUDY, "z_pos", 4))
 
 
 async def test_on_the_screen(engines, tmp_path):

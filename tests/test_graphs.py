@@ -766,6 +766,58 @@ def test_a_feature_that_is_written_twice_is_steered_once_and_held_ones_tell_no_c
     assert "no correlation" in capsys.readouterr().out
 
 
+async def test_any_node_may_be_in_a_supernode(engines, tmp_path):
+    """Logits, tokens, errors: the walk begins at what holds the logit; only features are changed, and the words say how many; the cursor's node is its first."""
+    app = make_app(engines["zoo"], tmp_path, State(prompt=ITALY))
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot, "grave_accent", "v", "d")
+        pane, r = app.panes["graph"], reply(app, "graph")
+        last = files.node_id(r, len(r.kind) - 1)
+        sources = lambda kind: [files.node_id(r, i) for i in np.unique(r.source) if KINDS[r.kind[i]] == kind]  # noqa: E731
+        errors, token = sources("error")[:2], next(x for x in sources("token") if x != "E_870_4")
+        names = {
+            last: "answer",
+            "1_597_5": "answer",
+            "2_71_5": "both",
+            "E_870_4": "both",
+            token: "tokens",
+            **dict.fromkeys(errors, "errors"),
+            "2_99_99": "both",
+        }
+        app.act("mark_graph", marks=to_json(replace(pane.marks(app), names=tuple(names.items()))))
+        await press(app, pilot, "O")
+        g = pane.shown(app)
+        called = {g.texts[i].split("“")[1].split("”")[0]: i for i in range(len(g.kind)) if KINDS[g.kind[i]] == "supernode"}
+        assert "“answer” (2)" in g.texts[place(g, pane.here)] and "“both” (2)" in g.texts, "a member that the graph has not is not counted"
+        for label, node in (
+            ("tokens", f"embed@{token.split('_')[2]}"),
+            ("both", "L2.sae.f71@5"),
+            ("errors", f"L{errors[0].split('_')[0]}.mlp@{errors[0].split('_')[2]}"),
+        ):
+            at = next(i for i in range(len(g.kind)) if called[label] in [s.node for s in steps(g, i)])
+            pane.here = files.node_id(g, at)
+            pane.row = next(n for n, s in enumerate(steps(g, at)) if s.node == called[label])
+            assert str(app.node()) == node
+            if label == "both":
+                await press(app, pilot, "C")
+                want = engines["zoo"].run(GraphSteer(Study(ITALY), target="diff", steer=("2_71_5",)))
+                assert f"the 1 feature of “both” (2) to zero, change of ' Rome' less ' Ankara': predicted {want.predicted[0]:+.3f}" in " ".join(
+                    shown(app).split()
+                )
+
+
+async def test_a_name_is_given_to_the_graph_that_was_at_hand(engines, tmp_path):
+    """Also where another graph came while the name was typed."""
+    app = make_app(engines["zoo"], tmp_path, State(prompt=ITALY))
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot, "grave_accent", "j", "B")
+        mine = app.panes["graph"].marks(app)
+        app.act("prompt", prompt=to_json(IOI))
+        await press(app, pilot, *"city", "enter")
+        assert app.panes["graph"].marks(app).ids != mine.ids and not app.panes["graph"].marks(app).names
+        assert [(m.ids, m.names[0][1]) for m in app.state.marks] == [(mine.ids, "city")]
+
+
 def test_what_a_step_names_is_text():
     for step, args in (
         (graph_steps.open_graph, (3,)),

@@ -13,7 +13,7 @@ from screen.session import State
 from ui import make_app, press, reply, shown
 
 import engine as program
-from techniques.patching.certify import Chances, Subsets
+from techniques.patching.certify import Chances, Subsets, measure
 from techniques.patching.plan import read_plan
 from techniques.patching.requests import Certify, Estimate, Sweep
 from utils import ROOT
@@ -177,14 +177,14 @@ def test_what_is_said_of_the_zoo(engines):
 
 
 def test_the_chances_are_bayes_rule_by_draws():
-    """The chances of one cell equal those of draws from the Cauchy error, weighted by how well each explains the subsets' offset."""
+    """The chances of one cell equal those of draws from the Cauchy error, weighted by how well each explains the subsets' offset; what all subsets miss (the metric saturates) says nothing of one cell."""
     rng, n = np.random.default_rng(0), 40
     guess = rng.standard_t(2, n) * 0.1
     inside = np.zeros((24, n))
     for r in range(3):
         for g, some in enumerate(np.array_split(rng.permutation(n), 8)):
             inside[8 * r + g, some] = 1
-    subsets, outside, last = Subsets(inside, inside @ guess + rng.normal(size=24) * 0.3), np.ones(n, bool), 0.8
+    subsets, outside, last = Subsets(inside, inside @ guess + rng.normal(size=24) * 0.3 - 1.0), np.ones(n, bool), 0.8
     found, rest = Chances.of(subsets, guess, outside, last), subsets.effects - inside @ guess
     for i in (0, 7, 30):
         own, others = rest[inside[:, i] == 1], rest[inside[:, i] == 0]
@@ -244,6 +244,27 @@ def test_from_the_shell(engines, monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out)["method"] == "atp_star"
     assert program.main(["certify", *pair, "--kind", "z_pos", "--top", "3"]) == 0
     assert "no other cell exceeds" in capsys.readouterr().out
+
+
+def test_what_is_run_is_the_sweeps(engines):
+    """Each cell alone as in the sweep, also where patching changes nothing; two together as in the sweep of pairs."""
+    engine = engines["zoo"]
+    sweep = engine.run(Sweep(STUDY, "attn"))
+    plan = read_plan(engine.model, Sweep(STUDY, "attn"))
+    cells = list(plan.layout.cells)
+    pair = [cells.index((1, 10)), cells.index((2, 14))]
+    steps = measure(plan, cells, [*([i] for i in range(len(cells))), pair])
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            values, base = stop.value
+            break
+    want = np.array([sweep.values[rc] for rc in cells]) - sweep.base
+    assert (np.abs(want) < 1e-6).sum() > 10 and base == pytest.approx(sweep.base, abs=1e-4)
+    np.testing.assert_allclose(values[:-1], want, atol=1e-4)
+    both = engine.run(Sweep(STUDY, "pairs", nodes=tuple(plan.layout.nodes[i] for i in pair)))
+    assert values[-1] == pytest.approx(both.values[0, 1] - both.base, abs=1e-4) and abs(values[-1]) > 1e-3
 
 
 def table_of(monkeypatch, engine, guess, truth, floor=0.0, together=np.sum, **ask):
@@ -320,15 +341,20 @@ def test_ties_and_rounding_are_not_certain(engines, monkeypatch):
     assert "3 of 4 certain at 95%, another may reach 2.000" in tied.words and "no more than the next" in tied.advice
     five = table_of(monkeypatch, engine, truth, truth, top=5, method="atp")
     assert five.certified and five.advice == ""
-    near = table_of(monkeypatch, engine, truth, truth, floor=1.5, top=5, method="atp")
+    truth = truth * 1e-4
+    near = table_of(monkeypatch, engine, truth, truth, floor=1.5e-4, top=5, method="atp")
     assert near.certain.tolist() == [True, True, True, False, False] and "no more than the next" in near.advice
-    under = table_of(monkeypatch, engine, truth, truth, floor=1.5, top=6, method="atp")
-    assert not under.certain[-1] and "no more than rounding (1.500)" in under.advice and "may reach 1.5" in under.words
+    under = table_of(monkeypatch, engine, truth, truth, floor=1.5e-4, top=6, method="atp")
+    assert not under.certain[-1] and "no more than rounding (0.00015)" in under.advice and "may reach 0.00015" in under.words
+    monkeypatch.setattr(engine.model, "dtype", t.bfloat16)
+    coarse = table_of(monkeypatch, engine, 1e4 * truth, 1e4 * truth, floor=1.5, top=5, method="atp")
+    assert coarse.certain.tolist() == [True, True, True, False, False] and coarse.floor == 1.5
+    monkeypatch.undo()
     nothing = table_of(monkeypatch, engine, np.zeros(n), np.zeros(n), floor=1e-6, top=3, method="atp")
     assert not nothing.certain.any() and "no more than rounding" in nothing.advice
     one = table_of(monkeypatch, engine, truth, truth, top=1, method="atp", confidence=0.999)
     assert one.certified and one.nodes[0] == read_plan(engine.model, Sweep(STUDY, "z_pos")).layout.nodes[0] and "certified at 99.9%" in one.words
-    small = table_of(monkeypatch, engine, truth * 1e-4, truth * 1e-4, top=5, method="atp", confidence=0.999)
+    small = table_of(monkeypatch, engine, truth, truth, top=5, method="atp", confidence=0.999)
     said = float(small.words.split("exceeds ")[1].split(";")[0])
     assert small.certified and small.bound <= said < 1.1 * small.bound and "0.1% at most" in small.convention
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import numpy as np
+import torch as t
 
 from model.bridge import Model
 from model.noise import noise_floor
@@ -36,6 +37,7 @@ SCALE, FLOOR = (
     0.1,
     0.01,
 )  # of the Cauchy error: so much of the cell's estimate, and so much of the last of the top (docs/estimates.md says how they were chosen)
+NEAR = 1e-3  # of the largest effect, or of the metric: what is closer may be rounding in float32 too, whose floor is measured then (it takes twelve runs)
 COMPANY = 0.3  # so much of its estimate a cell does more or less beside others than alone
 
 
@@ -113,18 +115,26 @@ def certify(model: Model, ask: Certify) -> Generator[Progress, None, CertifyResu
         raise UserError(
             f"{percent(ask.share)} of {n} cells are {budget} runs, and {ask.top} cells with {ROUNDS * GROUPS} subsets are {least}: {more}sweep them all"
         )
-    floor = float(np.nan_to_num((yield from noise_floor(plan.runs))))
+    coarse = model.dtype != t.float32
+    floor = (yield from rounding(plan)) if coarse else 0.0
     done = yield from settle(guess, ask, budget, floor, lambda sets: measure(plan, cells, sets))
     sizes = np.nan_to_num(np.abs(done.truth), nan=-1.0)
     run = np.argsort(-sizes, kind="stable")[: int((sizes >= 0).sum())]
     best, following = run[: ask.top], float(sizes[run[ask.top :][:1]].max(initial=0.0))
     bound = max(done.bound, following)
+    if not coarse and min(np.abs(sizes[best] - bound).min(), sizes[best[-1]]) <= NEAR * max(1.0, sizes.max()):
+        floor = yield from rounding(plan)
     sure = sizes[best] > bound + floor
     names = tuple(name_of(plan, rc) for rc in cells)
     return CertifyResult(
         ask.kind, ask.method, tuple(names[i] for i in best), done.truth[best], guess[best], sure, bool(sure.all()), bound, ask.confidence, len(run) + done.subsets, done.subsets, n,
         done.base, convention(ask, plan), following, floor, left_out(plan.left, len(plan.left) + len(plan.runs)),
     )  # fmt: skip
+
+
+def rounding(plan: Plan) -> Generator[Progress, None, float]:
+    """The noise floor of the metric; 0 where it can't be measured."""
+    return float(np.nan_to_num((yield from noise_floor(plan.runs))))
 
 
 def settle(

@@ -207,8 +207,8 @@ class CertifyResult:
             return ""
         if not last > self.floor:
             return f": the last do no more than rounding ({at_most(self.floor)}); ask for fewer"
-        if not last > self.following + self.floor:
-            return ": the last does no more than the next, which was run too; ask for more or fewer"
+        if last > self.bound or not last > self.following + self.floor:
+            return ": the last does no more than the next, within rounding; ask for more or fewer"
         return ": a larger share may settle the rest, or sweep them all"
 
 

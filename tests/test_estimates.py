@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch as t
 from conftest import ARCHS, PROMPT
 from torch.overrides import TorchFunctionMode
 from screen.session import State
-from ui import make_app, press, reply, shown
+from ui import asked, make_app, press, reply, shown
 
 import engine as program
 from techniques.patching.certify import Chances, Subsets, measure
@@ -18,6 +19,7 @@ from techniques.patching.plan import read_plan
 from techniques.patching.requests import Certify, Estimate, Sweep
 from utils import ROOT
 from vocabulary.nodes import UserError
+from vocabulary.wire import to_json
 from vocabulary.prompts import Prompt, Study, read_prompt_set
 
 STUDY = Study(PROMPT)
@@ -389,3 +391,19 @@ async def test_on_the_screen(engines, tmp_path):
     async with app.run_test(size=(120, 36)) as pilot:
         await press(app, pilot, "4", "*", "*", "*", "*")
         assert reply(app, "estimate").method == "atp_star" and "AtP*" in shown(app)
+
+
+async def test_a_certificate_on_the_screen(engines, tmp_path):
+    """What is certain, and that it is no proof, in 80 columns; without a second run it is refused."""
+    state = State(prompt=PROMPT)
+    app = make_app(engines["zoo"], tmp_path, replace(state, views=state.views | {"patching.kind": "z_pos", "patching.estimate": "atp_qk"}))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await press(app, pilot, "4", "circumflex_accent", "backspace", "backspace", "4", "enter")
+        found = engines["zoo"].run(asked(app, Certify)[-1])
+        said = shown(app)
+        assert found.certified and found.words in said and "no proof: if cells do together what they do alone; docs/estimates.md" in said
+        assert f"{found.nodes[0]} " in said and said.count(" certain") == 4
+        await press(app, pilot, "escape")
+        app.act("prompt", prompt=to_json(replace(PROMPT, corrupt=None)))
+        await press(app, pilot, "circumflex_accent")
+        assert "there is no corrupted prompt" in shown(app)

@@ -11,7 +11,7 @@ from vocabulary.typed import whole_number
 from widgets import GOOD, WARN
 
 
-ASSUMES = "no proof: if other cells do together what they do alone (docs/estimates.md)"
+ASSUMES = "no proof: if cells do together what they do alone; docs/estimates.md"
 
 
 def certify(pane: Pane, app: Host) -> None:

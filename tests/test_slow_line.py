@@ -37,6 +37,15 @@ def noise(size: int, mark: int = 0) -> Piece:
     return Piece(np.frombuffer(random.Random(size + mark).randbytes(size), np.uint8), mark)
 
 
+@message
+class Rows:
+    """A partial result that holds only what is new."""
+
+    adds: ClassVar[bool] = True
+    number: int
+    data: np.ndarray
+
+
 class Line:
     """A screen's end and an engine's, and between them a line whose own buffers take whatever is written."""
 
@@ -177,6 +186,29 @@ def test_nothing_is_lost_or_reordered(seed):
         assert mine[-1].kind == "result" and np.array_equal(mine[-1].body.data, end.data) and [f.kind for f in mine].count("result") == 1
     assert sorted(f.id for _, f in line.came[line.engine]) == [1000 + n for n in range(1, 30)]
     assert not line.screen.begun and not line.engine.begun and not line.engine.waiting and line.engine.flying == line.screen.flying == 0
+    assert not line.engine.turns, "nothing is kept of jobs that ended"
+
+
+def test_an_answer_goes_where_a_table_waits():
+    """Beyond what may be on its way for a table, a short answer may go, and a partial result may not."""
+    flow = Flow(True)
+    flow.put(Frame("partial", 1, "", 1, noise(100_000)))
+    while flow.take() is not None:
+        pass
+    flow.put(Frame("partial", 2, "", 1, noise(300)))
+    assert flow.take() is None
+    flow.put(Frame("result", 3, "", 1, noise(300)))
+    assert flow.take() is not None and flow.take() is None
+
+
+def test_partial_results_of_two_jobs_go_in_turn():
+    """Fifty sets of rows that wait do not keep another job's table back."""
+    line = Line()
+    for n in range(50):
+        line.send(line.engine, Frame("partial", 1, "a", 1, Rows(n, noise(3000, n).data)))
+    line.send(line.engine, Frame("partial", 2, "b", 1, noise(3000)))
+    line.run()
+    assert line.when(2, "partial") - 1.0 < 1.5 and [f.body.number for _, f in line.came[line.screen] if f.id == 1] == list(range(50))
 
 
 def test_what_may_take_the_place_of_what():
@@ -280,15 +312,6 @@ async def test_a_real_line(bench, tmp_path, monkeypatch):  # noqa: F811
 def rows_of(n: int, mark: int, repeats: int) -> Piece:
     """A body of n bytes that compresses a little, well, or not at all."""
     return Piece(np.frombuffer((random.Random(n + mark).randbytes(n // repeats + 1) * repeats)[:n], np.uint8), mark)
-
-
-@message
-class Rows:
-    """A partial result that holds only what is new."""
-
-    adds: ClassVar[bool] = True
-    number: int
-    data: np.ndarray
 
 
 STEPS = st.lists(

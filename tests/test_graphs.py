@@ -20,11 +20,11 @@ from ui import asked, grid, make_app, press, reply, shown
 from engine import main
 from model.sae_loading import load
 from techniques.graphs import building, files, supernodes
-from techniques.graphs.requests import KINDS, AttributionGraph, GraphEffects, GraphGroups, GraphResult, GraphSteer
+from techniques.graphs.requests import KINDS, AttributionGraph, GraphEffects, GraphGroups, GraphMarks, GraphResult, GraphSteer
 from techniques.graphs.file_transcoders import read_all
 from techniques.graphs.pane import GraphPane
 from techniques.graphs.walk import place, steps
-from techniques.graphs.influence import flow, prune, replacement_and_completeness, shares
+from techniques.graphs.influence import cut, flow, prune, replacement_and_completeness, shares
 from screen import graph_steps, history
 from screen.keys import hints
 from screen.session import State, read_session
@@ -301,10 +301,10 @@ def adds_up(r):
             assert r.whole[i] == pytest.approx(r.value[i], abs=1e-4 * max(1, abs(r.value[i])))
 
 
-def chain(n=9, features=4, errors=2, tokens=2, seed=0):
+def chain(n=9, features=4, errors=2, tokens=2, seed=0, density=0.8):
     """A random graph's matrix: features in order, errors and tokens without inputs, one logit at the end."""
     rng = np.random.default_rng(seed)
-    a = rng.normal(size=(n, n)) * (rng.random((n, n)) < 0.8)
+    a = rng.normal(size=(n, n)) * (rng.random((n, n)) < density)
     for i in range(n):
         for j in range(n):
             source = features <= j < n - 1 or j < features and (i == n - 1 or j < i)
@@ -331,6 +331,22 @@ def test_influence_scores_and_pruning_are_their_definitions():
             assert edges[:, i].any() and edges[i].any()
         whole = prune(A, W, 4, 3, 1, 1)
         assert (whole[1].numpy() == ((a != 0) & whole[0].numpy()[:, None] & whole[0].numpy())).all()
+
+
+def test_a_kept_feature_has_an_edge_in_and_one_out():
+    """Also where pruning takes them all, and where that takes another feature's."""
+    bare = 0
+    for seed in range(60):
+        a, weights = t.tensor(chain(16, 8, 4, 3, seed, 0.3)), t.zeros(16, dtype=t.float64)
+        weights[-1] = 1
+        if not a[-1].any():
+            continue
+        nodes, edges, _ = prune(a, weights, 8, 4, 0.6, 0.6)
+        assert nodes[-4:].all() and not edges[~nodes].any() and not edges[:, ~nodes].any()
+        assert edges[:8][nodes[:8]].any(1).all() and edges[:, :12][:, nodes[:12]].any(0).all()
+        influence = flow(shares(a), weights)
+        bare += int((influence[:8] >= cut(influence, 0.6)).sum() > nodes[:8].sum())
+    assert bare > 5, "some were taken for that alone"
 
 
 # ------------------------------------------------------------------ on the zoo, by its own transcoders
@@ -816,6 +832,18 @@ async def test_a_name_is_given_to_the_graph_that_was_at_hand(engines, tmp_path):
         await press(app, pilot, *"city", "enter")
         assert app.panes["graph"].marks(app).ids != mine.ids and not app.panes["graph"].marks(app).names
         assert [(m.ids, m.names[0][1]) for m in app.state.marks] == [(mine.ids, "city")]
+
+
+def test_marks_of_a_file_join_those_of_the_session():
+    """A node that has a name here keeps it; another graph's marks are left alone; the last mark taken away leaves none."""
+    here = GraphMarks("zoo", (1, 2), "logits", ("a",), pins=("1_1_1",), names=(("1_1_1", "mine"),))
+    other, file = replace(here, ids=(1, 3)), replace(here, pins=("2_2_2", "1_1_1"), names=(("1_1_1", "theirs"), ("2_2_2", "new")))
+    state = graph_steps.mark_graph(graph_steps.mark_graph(State(), to_json(here)), to_json(other))
+    after = graph_steps.open_graph(state, "a.json", to_json(file))
+    mine = next(m for m in after.marks if m.graph == here.graph)
+    assert mine.pins == ("1_1_1", "2_2_2") and dict(mine.names) == {"1_1_1": "mine", "2_2_2": "new"}
+    assert [m for m in after.marks if m.graph != here.graph] == [other] and after.graph == "a.json"
+    assert graph_steps.mark_graph(after, to_json(replace(here, pins=(), names=()))).marks == (other,)
 
 
 def test_what_a_step_names_is_text():

@@ -704,6 +704,15 @@ async def test_a_files_graph_is_changed_at_its_own_position_and_for_its_own_answ
         await press(app, pilot, "C")
         want = zoo.run(GraphSteer(at, target="diff", steer=(feature,)))
         assert f"predicted {want.predicted[0]:+.3f}, attention frozen {want.frozen[0]:+.3f}, true {want.true[0]:+.3f}" in " ".join(shown(app).split())
+        files.save(tmp_path / "other.json", r, files.marks_of(r, "another"))  # whose tokens are the same
+        app.act("open_graph", path=str(tmp_path / "other.json"))
+        for key in "Csa":
+            before = len(asked(app, GraphSteer)), app.state.study.interventions
+            await press(app, pilot, key)
+            assert (len(asked(app, GraphSteer)), app.state.study.interventions) == before
+        await press(app, pilot, "C")
+        assert "of another prompt or model" in shown(app)
+        app.act("open_graph", path=str(tmp_path / "ten.json"))
         app.act("prompt", prompt=to_json(replace(IOI, answers=(" John",), foils=(" Mary",))))
         await press(app, pilot, "C")
         assert "this graph is of ' Mary' less ' John', and the prompt's answers and foils are ' John' less ' Mary'" in " ".join(shown(app).split())

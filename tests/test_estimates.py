@@ -303,7 +303,7 @@ def judged(r, truth, top):
     return r.certified and mine[-1] < sizes[top - 1], int((mine[r.certain] < sizes[top - 1]).sum())
 
 
-TABLES = [pytest.param(n, marks=() if n == 3 else pytest.mark.table) for n in (3, 100)]
+TABLES = [pytest.param(n, marks=() if n == 2 else pytest.mark.table) for n in (2, 100)]
 
 
 @pytest.mark.parametrize("draws", TABLES)

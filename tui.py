@@ -6,10 +6,14 @@ The app: layout, the cursor, asking the engine, drawing. The panes are the rooms
 3. Nothing here imports torch: the model lives in engine.py's process, at the other end of screen/client.py.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ctrl+c while this is imported: no traceback
+
 import argparse
 import gc
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable

@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=3, help="of each task, one by one")
     parser.add_argument("--set", type=int, default=0, help="IOI prompts that are swept together first; 0: none")
     parser.add_argument("--tasks", nargs="+", default=TASKS)
-    parser.add_argument("--kinds", nargs="+", default=[], help="unset: z, and of the zoo z_pos, attn_mlp, resid_mid, mlp")
+    parser.add_argument("--kinds", nargs="+", default=[], help="unset: z, and of the zoo z_pos, attn_mlp, mlp")
     parser.add_argument("--method", default="atp_qk")
     parser.add_argument("--share", type=float, default=0.25)
     parser.add_argument("--seed", type=int, default=1000, help="of prompts and subsets")
@@ -134,7 +134,7 @@ def main() -> None:
     args = parser.parse_args()
     begun, found = time.monotonic(), []
     engine = Engine(Load(args.model, device=args.device))
-    kinds = args.kinds or (["z_pos", "attn_mlp", "resid_mid", "mlp"] if args.model == "zoo" else ["z"])
+    kinds = args.kinds or (["z_pos", "attn_mlp", "mlp"] if args.model == "zoo" else ["z"])
 
     def put(line: dict) -> None:
         text = json.dumps(line)

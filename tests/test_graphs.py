@@ -21,12 +21,12 @@ from engine import main
 from model.sae_loading import load
 from techniques.features.requests import Examples
 from techniques.graphs import building, files, replacement, supernodes
-from techniques.graphs.requests import KINDS, AttributionGraph, GraphEffects, GraphGroups, GraphResult, GraphSteer
+from techniques.graphs.requests import KINDS, AttributionGraph, GraphEffects, GraphGroups, GraphMarks, GraphResult, GraphSteer
 from techniques.graphs.file_transcoders import read_all
 from techniques.graphs.pane import GraphPane
 from techniques.graphs.replacement import LocalModel
 from techniques.graphs.walk import place, steps
-from techniques.graphs.influence import flow, prune, replacement_and_completeness, shares
+from techniques.graphs.influence import cut, flow, prune, replacement_and_completeness, shares
 from screen import graph_steps, history
 from screen.keys import hints
 from screen.session import State, read_session
@@ -304,10 +304,10 @@ def adds_up(r):
             assert r.whole[i] == pytest.approx(r.value[i], abs=1e-4 * max(1, abs(r.value[i])))
 
 
-def chain(n=9, features=4, errors=2, tokens=2, seed=0):
+def chain(n=9, features=4, errors=2, tokens=2, seed=0, density=0.8):
     """A random graph's matrix: features in order, errors and tokens without inputs, one logit at the end."""
     rng = np.random.default_rng(seed)
-    a = rng.normal(size=(n, n)) * (rng.random((n, n)) < 0.8)
+    a = rng.normal(size=(n, n)) * (rng.random((n, n)) < density)
     for i in range(n):
         for j in range(n):
             source = features <= j < n - 1 or j < features and (i == n - 1 or j < i)
@@ -334,6 +334,22 @@ def test_influence_scores_and_pruning_are_their_definitions():
             assert edges[:, i].any() and edges[i].any()
         whole = prune(A, W, 4, 3, 1, 1)
         assert (whole[1].numpy() == ((a != 0) & whole[0].numpy()[:, None] & whole[0].numpy())).all()
+
+
+def test_a_kept_feature_has_an_edge_in_and_one_out():
+    """Also where pruning takes them all, and where that takes another feature's."""
+    bare = 0
+    for seed in range(60):
+        a, weights = t.tensor(chain(16, 8, 4, 3, seed, 0.3)), t.zeros(16, dtype=t.float64)
+        weights[-1] = 1
+        if not a[-1].any():
+            continue
+        nodes, edges, _ = prune(a, weights, 8, 4, 0.6, 0.6)
+        assert nodes[-4:].all() and not edges[~nodes].any() and not edges[:, ~nodes].any()
+        assert edges[:8][nodes[:8]].any(1).all() and edges[:, :12][:, nodes[:12]].any(0).all()
+        influence = flow(shares(a), weights)
+        bare += int((influence[:8] >= cut(influence, 0.6)).sum() > nodes[:8].sum())
+    assert bare > 5, "some were taken for that alone"
 
 
 # ------------------------------------------------------------------ on the zoo, by its own transcoders
@@ -801,6 +817,15 @@ async def test_a_files_graph_is_changed_at_its_own_position_and_for_its_own_answ
         await press(app, pilot, "C")
         want = zoo.run(GraphSteer(at, target="diff", steer=(feature,)))
         assert f"predicted {want.predicted[0]:+.3f}, attention frozen {want.frozen[0]:+.3f}, true {want.true[0]:+.3f}" in " ".join(shown(app).split())
+        files.save(tmp_path / "other.json", r, files.marks_of(r, "another"))  # whose tokens are the same
+        app.act("open_graph", path=str(tmp_path / "other.json"))
+        for key in "Csa":
+            before = len(asked(app, GraphSteer)), app.state.study.interventions
+            await press(app, pilot, key)
+            assert (len(asked(app, GraphSteer)), app.state.study.interventions) == before
+        await press(app, pilot, "C")
+        assert "of another prompt or model" in shown(app)
+        app.act("open_graph", path=str(tmp_path / "ten.json"))
         app.act("prompt", prompt=to_json(replace(IOI, answers=(" John",), foils=(" Mary",))))
         await press(app, pilot, "C")
         assert "this graph is of ' Mary' less ' John', and the prompt's answers and foils are ' John' less ' Mary'" in " ".join(shown(app).split())
@@ -877,6 +902,70 @@ def test_a_feature_that_is_written_twice_is_steered_once_and_held_ones_tell_no_c
     monkeypatch.setattr("engine.Engine", lambda *a, **k: zoo)
     assert main(["graph", "--clean", ITALY.clean, "--steer", "1_597_5", "--watch", "1_597_5", "2_54_5", "2_465_5"]) == 0
     assert "no correlation" in capsys.readouterr().out
+
+
+async def test_any_node_may_be_in_a_supernode(engines, tmp_path):
+    """Logits, tokens, errors: the walk begins at what holds the logit; only features are changed, and the words say how many; the cursor's node is its first."""
+    app = make_app(engines["zoo"], tmp_path, State(prompt=ITALY))
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot, "grave_accent", "v", "d")
+        pane, r = app.panes["graph"], reply(app, "graph")
+        last = files.node_id(r, len(r.kind) - 1)
+        sources = lambda kind: [files.node_id(r, i) for i in np.unique(r.source) if KINDS[r.kind[i]] == kind]  # noqa: E731
+        errors, token = sources("error")[:2], next(x for x in sources("token") if x != "E_870_4")
+        names = {
+            last: "answer",
+            "1_597_5": "answer",
+            "2_71_5": "both",
+            "E_870_4": "both",
+            token: "tokens",
+            **dict.fromkeys(errors, "errors"),
+            "2_99_99": "both",
+        }
+        app.act("mark_graph", marks=to_json(replace(pane.marks(app), names=tuple(names.items()))))
+        await press(app, pilot, "O")
+        g = pane.shown(app)
+        called = {g.texts[i].split("“")[1].split("”")[0]: i for i in range(len(g.kind)) if KINDS[g.kind[i]] == "supernode"}
+        assert "“answer” (2)" in g.texts[place(g, pane.here)] and "“both” (2)" in g.texts, "a member that the graph has not is not counted"
+        for label, node in (
+            ("tokens", f"embed@{token.split('_')[2]}"),
+            ("both", "L2.sae.f71@5"),
+            ("errors", f"L{errors[0].split('_')[0]}.mlp@{errors[0].split('_')[2]}"),
+        ):
+            at = next(i for i in range(len(g.kind)) if called[label] in [s.node for s in steps(g, i)])
+            pane.here = files.node_id(g, at)
+            pane.row = next(n for n, s in enumerate(steps(g, at)) if s.node == called[label])
+            assert str(app.node()) == node
+            if label == "both":
+                await press(app, pilot, "C")
+                want = engines["zoo"].run(GraphSteer(Study(ITALY), target="diff", steer=("2_71_5",)))
+                assert f"the 1 feature of “both” (2) to zero, change of ' Rome' less ' Ankara': predicted {want.predicted[0]:+.3f}" in " ".join(
+                    shown(app).split()
+                )
+
+
+async def test_a_name_is_given_to_the_graph_that_was_at_hand(engines, tmp_path):
+    """Also where another graph came while the name was typed."""
+    app = make_app(engines["zoo"], tmp_path, State(prompt=ITALY))
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot, "grave_accent", "j", "B")
+        mine = app.panes["graph"].marks(app)
+        app.act("prompt", prompt=to_json(IOI))
+        await press(app, pilot, *"city", "enter")
+        assert app.panes["graph"].marks(app).ids != mine.ids and not app.panes["graph"].marks(app).names
+        assert [(m.ids, m.names[0][1]) for m in app.state.marks] == [(mine.ids, "city")]
+
+
+def test_marks_of_a_file_join_those_of_the_session():
+    """A node that has a name here keeps it; another graph's marks are left alone; the last mark taken away leaves none."""
+    here = GraphMarks("zoo", (1, 2), "logits", ("a",), pins=("1_1_1",), names=(("1_1_1", "mine"),))
+    other, file = replace(here, ids=(1, 3)), replace(here, pins=("2_2_2", "1_1_1"), names=(("1_1_1", "theirs"), ("2_2_2", "new")))
+    state = graph_steps.mark_graph(graph_steps.mark_graph(State(), to_json(here)), to_json(other))
+    after = graph_steps.open_graph(state, "a.json", to_json(file))
+    mine = next(m for m in after.marks if m.graph == here.graph)
+    assert mine.pins == ("1_1_1", "2_2_2") and dict(mine.names) == {"1_1_1": "mine", "2_2_2": "new"}
+    assert [m for m in after.marks if m.graph != here.graph] == [other] and after.graph == "a.json"
+    assert graph_steps.mark_graph(after, to_json(replace(here, pins=(), names=()))).marks == (other,)
 
 
 def test_what_a_step_names_is_text():

@@ -339,3 +339,9 @@ def test_what_carries_the_engine_ends_with_a_screen_that_never_opens(tmp_path, h
     assert done.returncode and done.stdout
     with pytest.raises(ProcessLookupError):
         os.kill(int(done.stdout), 0)
+
+
+def test_ctrl_c_while_the_program_is_imported_says_nothing(tmp_path):
+    (tmp_path / "dotenv.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")  # what utils.py imports first
+    done = subprocess.run([sys.executable, "tui.py"], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT and not done.stderr

@@ -65,7 +65,8 @@ class Waiting:
     def pack(self) -> None:
         """Compress the next block, a moment's work whatever the frame's size; the first shows whether it gains."""
         packer, block = self.packer or zlib.compressobj(1), self.data[self.done : self.done + BLOCK]
-        small = packer.compress(block) + packer.flush(zlib.Z_SYNC_FLUSH)
+        last = self.done + len(block) == len(self.data)
+        small = packer.compress(block) + packer.flush(zlib.Z_FINISH if last else zlib.Z_SYNC_FLUSH)
         if self.packer or len(small) < 0.9 * len(block):
             self.packer, self.packed, self.done = packer, small, self.done + len(block)
 
@@ -209,8 +210,8 @@ class Flow:
             some += unpacker.decompress(piece.data.tobytes()) if piece.packed else piece.data.tobytes()
         except zlib.error as error:
             raise WireError(f"a frame that can't be unpacked: {error}") from error
-        if piece.of and len(some) < piece.of:
-            return None
+        if piece.of and not (unpacker.eof if piece.packed else len(some) >= piece.of):
+            return None  # all may be unpacked while the last bytes of the stream are still to come
         del self.begun[frame.id]
         return read_frame(io.BytesIO(some).read) if piece.of else None
 

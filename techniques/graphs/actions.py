@@ -9,7 +9,18 @@ from screen.actions import accepted, intervene, turn
 from screen.overlays import Editor, Item, Picker
 from screen.pane import Host
 from techniques.graphs.files import LIST, node_id, read
-from techniques.graphs.requests import FEATURE, KINDS, SUPERNODE, GraphGroups, GraphGroupsResult, GraphResult, GraphSteer, GraphSteerResult, difference
+from techniques.graphs.requests import (
+    FEATURE,
+    KINDS,
+    SUPERNODE,
+    GraphGroups,
+    GraphGroupsResult,
+    GraphMarks,
+    GraphResult,
+    GraphSteer,
+    GraphSteerResult,
+    difference,
+)
 from techniques.graphs.supernodes import groups_of
 from utils import show_number
 from vocabulary.files import folder, short
@@ -32,8 +43,9 @@ def rank(pane, app: Host) -> None:
 # ------------------------------------------------------------------ pins, names, files
 
 
-def put(pane, app: Host, **changed: object) -> None:
-    app.act("mark_graph", marks=to_json(replace(pane.marks(app), **changed)))
+def put(app: Host, marks: GraphMarks, **changed: object) -> None:
+    """Changed marks, of the graph that was at hand when the user began: another may have come meanwhile."""
+    app.act("mark_graph", marks=to_json(replace(marks, **changed)))
 
 
 def single(pane, app: Host) -> tuple[str, str]:
@@ -46,19 +58,21 @@ def single(pane, app: Host) -> tuple[str, str]:
 
 def pin(pane, app: Host) -> None:
     name, text = single(pane, app)
-    pins = pane.marks(app).pins
+    marks = pane.marks(app)
+    pins = marks.pins
     known = name in pins
-    put(pane, app, pins=tuple(x for x in pins if x != name) if known else (*pins, name))
+    put(app, marks, pins=tuple(x for x in pins if x != name) if known else (*pins, name))
     app.say(f"{text} {'is no longer pinned' if known else 'pinned'}: {len(pane.marks(app).pins)} pinned", GOOD)
 
 
 def name(pane, app: Host) -> None:
     name, text = single(pane, app)
-    names = dict(pane.marks(app).names)
+    marks = pane.marks(app)
+    names = dict(marks.names)
 
     def accept(values: list[str]) -> str:
         names.pop(name, None)
-        put(pane, app, names=tuple((names | ({name: values[0].strip()} if values[0].strip() else {})).items()))
+        put(app, marks, names=tuple((names | ({name: values[0].strip()} if values[0].strip() else {})).items()))
         return ""
 
     app.open(Editor(f"a name for {text}; nodes of one name are a supernode", [("name", names.get(name, ""))], accept))
@@ -104,7 +118,8 @@ def turn_rows(pane, app: Host) -> None:
 def propose(pane, app: Host) -> None:
     """Groups of features with like decoders, of those that have no name: the user takes one, all or none."""
     own_prompt(pane, app)
-    r, names = pane.whole(app), dict(pane.marks(app).names)
+    r, marks = pane.whole(app), pane.marks(app)
+    names = dict(marks.names)
     free = [i for i in np.argsort(-r.influence, kind="stable") if KINDS[r.kind[i]] == FEATURE and node_id(r, i) not in names]
 
     def ask(values: list[str]) -> str:
@@ -131,7 +146,7 @@ def propose(pane, app: Host) -> None:
 
     def take(labels: tuple[str, ...], found: GraphGroupsResult) -> None:
         new = {x: label for label, some in zip(found.labels, found.groups) if label in labels for x in some}
-        put(pane, app, names=tuple((new | dict(pane.marks(app).names)).items()))
+        put(app, marks, names=tuple((new | names).items()))
         app.say(f"{len(labels)} supernodes, {len(new)} features (u undoes); O shows each as one row", GOOD)
 
     fields = [("cosine", "0.7"), ("positions", "same")]
@@ -181,13 +196,14 @@ def position(app: Host, r: GraphResult) -> int:
     return partner[r.pos]
 
 
-def changed_features(pane, app: Host) -> tuple[str, ...]:
-    """The ids of the feature, or the supernode's features, under the cursor."""
+def changed_features(pane, app: Host) -> tuple[tuple[str, ...], str]:
+    """The ids of the feature, or the supernode's features, under the cursor; and what they are, in words."""
     own_prompt(pane, app)
-    some, r = pane.members(app, pane.under(app)), pane.shown(app)
+    i = pane.under(app)
+    some, text = pane.members(app, i), pane.shown(app).texts[i]
     if not some:
-        raise UserError(f"{r.texts[pane.under(app)]} is no feature: hjkl to one, or H for a list")
-    return some
+        raise UserError(f"{text} is no feature: hjkl to one, or H for a list")
+    return some, text if len(some) == len(pane.parts(app, i)) else f"the {len(some)} feature{'s' * (len(some) > 1)} of {text}"
 
 
 def words(r: GraphSteerResult, n: int = 0) -> str:
@@ -200,15 +216,14 @@ def near(r: GraphSteerResult) -> bool:
 
 def check(pane, app: Host) -> None:
     """The feature under the cursor, or all of a supernode, to zero."""
-    some = changed_features(pane, app)
-    what = pane.shown(app).texts[pane.under(app)]
+    some, what = changed_features(pane, app)
     show = lambda r: app.say(f"{what} to zero, {words(r)}", GOOD if near(r) else WARN)  # noqa: E731
     app.requests.ask("graph_check", pane.asked(app, GraphSteer, steer=some), show)
 
 
 def steer(pane, app: Host) -> None:
     """The feature (or supernode) times a factor, or set to a value; a list of what that does to logits and pinned features."""
-    some, what = changed_features(pane, app), pane.shown(app).texts[pane.under(app)]
+    some, what = changed_features(pane, app)
     pins = tuple(x for x in pane.marks(app).pins if x.count("_") == 2 and x not in some and node_kind(pane, app, x) == FEATURE)
 
     def accept(values: list[str]) -> str:
@@ -238,7 +253,7 @@ def ablate(pane, app: Host) -> bool:
     r, i = pane.shown(app), pane.under(app)
     if KINDS[r.kind[i]] != SUPERNODE:
         return False
-    for x in changed_features(pane, app):
+    for x in changed_features(pane, app)[0]:
         layer, index, at = x.split("_")
         intervene(app, Intervention(parse_node(f"L{layer}.sae.f{index}@{at}"), "zero"))
     return True

@@ -16,8 +16,8 @@ from screen.pictures import run_name
 from techniques.graphs import actions
 from techniques.graphs.explained import EXPLAINED
 from techniques.graphs.files import as_json, enlist, marks_of, node_id, read, version
-from techniques.graphs.requests import FEATURE, KINDS, AttributionGraph, GraphMarks, GraphResult
-from techniques.graphs.supernodes import folded, groups_of, has_supernodes, title
+from techniques.graphs.requests import KINDS, SUPERNODE, AttributionGraph, GraphMarks, GraphResult
+from techniques.graphs.supernodes import features_of, folded, groups_of, has_supernodes, title
 from techniques.graphs.walk import balance, place, steps
 from utils import show_number, visible
 from vocabulary.names import canonical
@@ -122,13 +122,16 @@ class GraphPane(Pane):
             self.fold = r, marks.names, folded(r, dict(marks.names))
         return self.fold[2]
 
+    def parts(self, app: Host, i: int) -> list[int]:
+        """The nodes of the whole graph that a node of the shown one stands for."""
+        r, g = self.whole(app), self.shown(app)
+        if KINDS[g.kind[i]] != SUPERNODE:
+            return [place(r, node_id(g, i))]
+        return next(some for label, some in groups_of(r, dict(self.marks(app).names)).items() if title(label, some) == g.texts[i])
+
     def members(self, app: Host, i: int) -> tuple[str, ...]:
-        """The ids of the features that a node of the shown graph stands for."""
-        r, g, marks = self.whole(app), self.shown(app), self.marks(app)
-        if KINDS[g.kind[i]] == FEATURE:
-            return (node_id(g, i),)
-        groups = {title(label, some): some for label, some in groups_of(r, dict(marks.names)).items()}
-        return tuple(node_id(r, j) for j in groups.get(g.texts[i], ()) if KINDS[r.kind[j]] == FEATURE)
+        """The ids of the features among these."""
+        return features_of(self.whole(app), self.parts(app, i))
 
     # ---------------------------------------------------------------- the cursor
 
@@ -150,14 +153,13 @@ class GraphPane(Pane):
         of an error, the last stream of a logit.
         """
         try:
-            r, i = self.shown(app), self.under(app)
+            r, i = self.whole(app), self.parts(app, self.under(app))[0]
         except UserError:
             return Node("mlp", app.cursor.layer, pos=pos)
         layer, at, index = (int(x[i]) for x in (r.layer, r.at, r.index))
-        if some := self.members(app, i):
-            layer, index, at = map(int, some[0].split("_"))
-            return Node("sae", layer, index=index, pos=at)
         match KINDS[r.kind[i]]:
+            case "feature":
+                return Node("sae", layer, index=index, pos=at)
             case "token":
                 return Node("embed", pos=at)
             case "logit":

@@ -52,7 +52,8 @@ def folded(r: GraphResult, names: dict[str, str]) -> GraphResult:
     share = sums(edge, weight / np.maximum(outside[into], 1e-30) * part[into], pairs.shape[1])
     of = lambda x, f: np.array([*x[alone], *(f(x[some]) for some in groups.values())], x.dtype)  # noqa: E731
     nothing = lambda x: np.nan  # noqa: E731
-    first = {name: of(getattr(r, name), lambda x: x[0]) for name in ("layer", "at", "index", "probability", "cumulative")}
+    first = {name: of(getattr(r, name), lambda x: x[0]) for name in ("at", "index", "probability", "cumulative")}
+    first["layer"] = of(r.layer, np.max)  # with a logit in it, the logits'
     added = {name: of(getattr(r, name), np.sum) for name in ("influence", "bias", "left_out", "whole")}
     texts = (*(r.texts[i] for i in alone), *(title(label, some) for label, some in groups.items()))
     edges = {"source": pairs[0].astype(np.int32), "to": pairs[1].astype(np.int32), "weight": sums(edge, weight, pairs.shape[1]), "share": share}

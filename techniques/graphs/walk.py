@@ -26,8 +26,8 @@ def steps(r: GraphResult, i: int) -> list[Step]:
 
 
 def top(r: GraphResult) -> int:
-    """The first logit node, where a walk begins."""
-    return int(np.flatnonzero(r.kind == KINDS.index(LOGIT))[0])
+    """Where a walk begins: the first logit node, or the supernode that holds it."""
+    return int(r.layer.argmax())
 
 
 def place(r: GraphResult, name: str) -> int:

@@ -5,9 +5,13 @@ from functools import partial
 from screen.overlays import Editor, Item, Picker
 from screen.pane import Host, Pane
 from techniques.patching.requests import Certify, CertifyResult
+from utils import show_number
 from vocabulary.nodes import UserError
 from vocabulary.typed import whole_number
 from widgets import GOOD, WARN
+
+
+ASSUMES = "no proof: if cells do together what they do alone; docs/estimates.md"
 
 
 def certify(pane: Pane, app: Host) -> None:
@@ -16,15 +20,16 @@ def certify(pane: Pane, app: Host) -> None:
     sweep = pane.request(app)
     if sweep.op != "patch" or sweep.effect != "total":
         raise UserError("certified is the total effect of patching: b and Z turn to it")
-    if app.state.prompt.corrupt is None:
+    if not app.state.compares:
         raise UserError("patching takes values from the other prompt, and there is no corrupted prompt: E types one, o opens a set")
 
     def show(ask: Certify, r: CertifyResult) -> None:
         app.say(r.words + r.advice, GOOD if r.certified else WARN)
         items = [
-            Item(n, f"{ask.study.metric.name} {e:+.4f}  estimate {g:+.4f}  {'certain' if sure else 'not certain'}")
+            Item(n, f"{ask.study.metric.name} {show_number(e, 8).strip()}  estimate {show_number(g, 8).strip()}  {'certain' if sure else 'not certain'}")
             for n, e, g, sure in zip(r.nodes, r.effects, r.estimates, r.certain)
         ]
+        items += [Item("bound", ASSUMES), *[Item("set", r.warning)] * bool(r.warning)]
         app.open(Picker(r.words, items, lambda item, typed: None))
 
     def accept(values: list[str]) -> str:

@@ -11,20 +11,25 @@ Which cells are the largest, for certain, at the price of a part of the sweep.
 """
 
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import numpy as np
+import torch as t
 
 from model.bridge import Model
+from model.noise import noise_floor
 from model.variants import Base, Variant
 from techniques.patching.estimates import estimate
 from techniques.patching.plan import Plan, over_bases, read_plan
-from techniques.patching.requests import ESTIMATES, Certify, CertifyResult, Estimate, Sweep, SweepResult
+from techniques.patching.requests import ESTIMATES, Certify, CertifyResult, Estimate, Sweep, SweepResult, percent
+from techniques.patching.table import check_finite
 from vocabulary.nodes import UserError
 from vocabulary.progress import forward_progress
 from vocabulary.requests import Progress
+from vocabulary.sets import left_out
 
+ON_ONE_PATH = ("resid_pre", "resid_mid", "resid_post")
 GROUPS = 8  # subsets of a round, an eighth of the cells outside in each: the fewer, the nearer to a cell alone
 ROUNDS = 2  # at least: a spread needs some
 SUBSETS = 0.4  # of the runs that may be made
@@ -32,6 +37,7 @@ SCALE, FLOOR = (
     0.1,
     0.01,
 )  # of the Cauchy error: so much of the cell's estimate, and so much of the last of the top (docs/estimates.md says how they were chosen)
+NEAR = 1e-3  # of the largest effect, or of the metric: what is closer may be rounding in float32 too, whose floor is measured then (it takes twelve runs)
 COMPANY = 0.3  # so much of its estimate a cell does more or less beside others than alone
 
 
@@ -80,51 +86,80 @@ class Chances:
         return float(self.sizes.flat[order[np.searchsorted(self.mass.ravel()[order].cumsum(), 1 - confidence)]])
 
 
+@dataclass
+class Settled:
+    """What was run: the true effects [cell] (NaN: not run), what no other cell exceeds, and the metric of the base run."""
+
+    truth: np.ndarray
+    bound: float
+    subsets: int
+    base: float
+
+
 def certify(model: Model, ask: Certify) -> Generator[Progress, None, CertifyResult]:
     if not 0 < ask.confidence < 1 or not 0 < ask.share <= 1 or ask.top < 1:
         raise UserError("give top at least 1, a confidence between 0 and 1, and a share above 0 and at most 1")
+    if ask.kind in ON_ONE_PATH:
+        raise UserError(
+            f"{ask.kind}: a patch of the residual stream hides those at earlier layers, so cells patched together say nothing of one alone: sweep them all"
+        )
     only = lambda part: part if isinstance(part, Progress) else None  # noqa: E731
     study = Estimate(ask.study, ask.kind, ask.method, ask.direction, node=ask.node, over_set=ask.over_set)
     found: SweepResult = yield from forward_progress(estimate(model, study), only)
     plan = read_plan(model, Sweep(ask.study, ask.kind, "patch", ask.direction, node=ask.node, over_set=ask.over_set))
     cells = list(plan.layout.cells)
     guess = np.array([found.values[rc] - found.base for rc in cells], float)
-    n, budget = len(cells), int(ask.share * len(cells))
-    least = ask.top + ROUNDS * GROUPS
+    n, budget, least = len(cells), int(ask.share * len(cells)), ask.top + ROUNDS * GROUPS
     if budget < least:
+        more = "raise the share, or " * (least <= n)
         raise UserError(
-            f"{ask.share:.0%} of {n} cells are {budget} runs, and {ask.top} cells with {ROUNDS * GROUPS} subsets are {least}: raise the share, or sweep them all"
+            f"{percent(ask.share)} of {n} cells are {budget} runs, and {ask.top} cells with {ROUNDS * GROUPS} subsets are {least}: {more}sweep them all"
         )
-    order = np.argsort(-np.abs(guess), kind="stable")
-    first, truth = ask.top, np.full(n, np.nan)
-    left, rounds = order[first:], max(ROUNDS, min(int(SUBSETS * budget), budget - first) // GROUPS)
-    rng = np.random.default_rng(ask.seed)
+    coarse = model.dtype != t.float32
+    floor = (yield from rounding(plan)) if coarse else 0.0
+    done = yield from settle(guess, ask, budget, floor, lambda sets: measure(plan, cells, sets))
+    sizes = np.nan_to_num(np.abs(done.truth), nan=-1.0)
+    run = np.argsort(-sizes, kind="stable")[: int((sizes >= 0).sum())]
+    best, following = run[: ask.top], float(sizes[run[ask.top :][:1]].max(initial=0.0))
+    bound = max(done.bound, following)
+    if not coarse and min(np.abs(sizes[best] - bound).min(), sizes[best[-1]]) <= NEAR * max(1.0, sizes.max()):
+        floor = yield from rounding(plan)
+    sure = sizes[best] > bound + floor
+    names = tuple(name_of(plan, rc) for rc in cells)
+    return CertifyResult(
+        ask.kind, ask.method, tuple(names[i] for i in best), done.truth[best], guess[best], sure, bool(sure.all()), bound, ask.confidence, len(run) + done.subsets, done.subsets, n,
+        done.base, convention(ask, plan), following, floor, left_out(plan.left, len(plan.left) + len(plan.runs)),
+    )  # fmt: skip
+
+
+def rounding(plan: Plan) -> Generator[Progress, None, float]:
+    """The noise floor of the metric; 0 where it can't be measured."""
+    return float(np.nan_to_num((yield from noise_floor(plan.runs))))
+
+
+def settle(
+    guess: np.ndarray, ask: Certify, budget: int, floor: float, run: Callable[[list[list[int]]], Generator[Progress, None, tuple[np.ndarray, float]]]
+) -> Generator[Progress, None, Settled]:
+    """Run (`run` gives the effects of sets of cells, and the base run's metric) the first cells of `guess` [cell] and random subsets of the others, then those that may belong to the top."""
+    n, order = len(guess), np.argsort(-np.abs(guess), kind="stable")
+    first, truth, rng = ask.top, np.full(len(guess), np.nan), np.random.default_rng(ask.seed)
+    rounds = max(ROUNDS, min(int(SUBSETS * budget), budget - first) // GROUPS)
     inside = np.zeros((rounds * GROUPS, n))
     for r in range(rounds):
-        for g, some in enumerate(np.array_split(rng.permutation(left), GROUPS)):
+        for g, some in enumerate(np.array_split(rng.permutation(order[first:]), GROUPS)):
             inside[r * GROUPS + g, some] = 1
     sets = [[int(i)] for i in order[:first]] + [np.flatnonzero(row).tolist() for row in inside]
-    values, base = yield from measure(plan, cells, sets)
+    values, base = yield from run(sets)
     truth[order[:first]], subsets = values[:first], Subsets(inside, values[first:])
     while True:
         known = np.isfinite(truth)
-        last = np.sort(np.abs(truth[known]))[-ask.top]
-        chances = Chances.of(subsets, np.where(known, truth, guess), ~known, last) if not known.all() else None
-        bound = chances.bound(ask.confidence) if chances else 0.0
-        spent = int(known.sum()) + len(inside)
-        if bound < last or spent >= budget or known.all():
-            break
-        left = np.flatnonzero(~known)
+        last, left = np.sort(np.abs(truth[known]))[-ask.top], np.flatnonzero(~known)
+        chances = Chances.of(subsets, np.where(known, truth, guess), ~known, last)
+        bound, spent = chances.bound(ask.confidence), int(known.sum()) + len(inside)
+        if bound + floor < last or spent >= budget:
+            return Settled(truth, bound, len(inside), float(base))
         nearest = left[np.argsort(-chances.beyond(last), kind="stable")[: min(max(1, n // 50), budget - spent)]]
-        more, _ = yield from measure(plan, cells, [[int(i)] for i in nearest])
-        truth[nearest] = more
-    run = np.argsort(-np.where(known, np.abs(truth), -1.0), kind="stable")[: int(known.sum())]
-    best, next_best = run[: ask.top], np.abs(truth[run[ask.top :][:1]]).max(initial=0.0)  # of those run
-    names = tuple(name_of(plan, rc) for rc in cells)
-    return CertifyResult(
-        ask.kind, ask.method, tuple(names[i] for i in best), truth[best], guess[best], np.abs(truth[best]) > bound, bool(bound < last), max(bound, float(next_best)), ask.confidence,
-        spent, len(inside), n, float(base), convention(ask, plan),
-    )  # fmt: skip
+        truth[nearest], _ = yield from run([[int(i)] for i in nearest])
 
 
 def measure(plan: Plan, cells: list[tuple[int, int]], sets: list[list[int]]) -> Generator[Progress, None, tuple[np.ndarray, float]]:
@@ -146,13 +181,13 @@ def measure(plan: Plan, cells: list[tuple[int, int]], sets: list[list[int]]) -> 
                 yield step
             else:
                 some, values = step
+                check_finite(values)
                 found[np.ix_([v.cell for v in some], members)] = values
 
     def undo(members: list[int]) -> None:
         found[:, members] = np.nan
 
     yield from over_bases(plan, fill, undo=undo)
-    assert np.isfinite(found).all()
     return (found - sides).mean(1), sides.mean()
 
 
@@ -165,6 +200,6 @@ def convention(ask: Certify, plan: Plan) -> str:
     runs = f"mean over {len(plan.runs)} prompts" if ask.over_set else "one prompt"
     return (
         f"{ask.kind}, {ask.direction}, effect on {ask.study.metric.name}, {runs}; in the order of {ask.method} ({ESTIMATES[ask.method]}); the bound: some cell outside is larger with a chance of "
-        f"{1 - ask.confidence:.0%} at most, if a cell does in a random eighth of the others about what it does alone and its estimate's error is Cauchy (no proof; docs/estimates.md says how often it "
+        f"{percent(1 - ask.confidence)} at most, if a cell does in a random eighth of the others about what it does alone and its estimate's error is Cauchy (no proof; docs/estimates.md says how often it "
         "held); these prompts, no others"
     )

@@ -77,6 +77,8 @@ def show_certify(out: Console, r: CertifyResult) -> None:
         rows.add_row(plain(name), show_number(effect, 8), show_number(guess, 8), "certain" if sure else "")
     out.print(rows)
     out.print(plain(r.words + r.advice, CYAN if r.certified else YELLOW))
+    if r.warning:
+        out.print(plain(r.warning, YELLOW))
     out.print(plain(r.convention, GRAY))
 
 

@@ -1,5 +1,6 @@
 """Sweeps: patching and ablation, one cell after the other, and their estimates by gradients."""
 
+import math
 from dataclasses import field
 from typing import Literal
 
@@ -153,11 +154,22 @@ class Certify:
 # ------------------------------------------------------------------ results
 
 
+def percent(share: float) -> str:
+    """A share in words; nothing is rounded up to 100 %."""
+    return f"{100 * share:.10g}%"
+
+
+def at_most(bound: float) -> str:
+    """A bound, rounded up: three decimals, of small ones two digits."""
+    digits = 3 if bound >= 0.01 or bound <= 0 else 1 - math.floor(math.log10(bound))
+    return f"{math.ceil(bound * 10**digits) / 10**digits:.{digits}f}"
+
+
 @message
 class CertifyResult:
     """
-    `nodes` of the largest true effects (of those run), their `effects` and `estimates`, and which are certain: larger than what any cell that was not run reaches, with `confidence`;
-    `bound`: what no cell outside `nodes` exceeds, run or not. `certified`: all of them are certain. `ran`
+    `nodes` of the largest true effects (of those run), their `effects` and `estimates`, and which are certain: beyond `bound` by more than the noise `floor`, with `confidence`.
+    `bound`: what no cell outside `nodes` exceeds, run or not; `following`: the largest of those run. `certified`: all of `nodes` are certain. `ran`
     runs were made where a sweep makes `cells`, `subsets` of them of random subsets. `convention` says what the bound assumes.
     """
 
@@ -175,19 +187,29 @@ class CertifyResult:
     cells: int
     base: float
     convention: str
+    following: float = 0.0
+    floor: float = 0.0
+    warning: str = ""
 
     @property
     def words(self) -> str:
         """What is certain, and what it took; 80 columns at most."""
-        runs = f"{self.ran} runs for {self.cells} cells"
+        runs, bound, sure = f"{self.ran} runs for {self.cells} cells", at_most(max(self.bound, self.floor)), percent(self.confidence)
         if self.certified:
-            return f"certified at {self.confidence:.0%}: no other cell exceeds {self.bound:.3f}; {runs}"
-        return f"{int(self.certain.sum())} of {len(self.nodes)} certain at {self.confidence:.0%}, another may reach {self.bound:.3f}; {runs}"
+            return f"certified at {sure}: no other cell exceeds {bound}; {runs}"
+        return f"{int(self.certain.sum())} of {len(self.nodes)} certain at {sure}, another may reach {bound}; {runs}"
 
     @property
     def advice(self) -> str:
         """What to do about what is not certain."""
-        return "" if self.certified else ": a larger share may settle the rest, or sweep them all"
+        last = float(abs(self.effects[-1]))
+        if self.certified:
+            return ""
+        if not last > self.floor:
+            return f": the last do no more than rounding ({at_most(self.floor)}); ask for fewer"
+        if last > self.bound or not last > self.following + self.floor:
+            return ": the last does no more than the next, within rounding; ask for more or fewer"
+        return ": a larger share may settle the rest, or sweep them all"
 
 
 @message

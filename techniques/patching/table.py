@@ -64,8 +64,7 @@ class SweepTable:
             self.members = []
 
     def fill(self, variants: list[Variant], found: np.ndarray) -> None:
-        if not np.isfinite(found).all():
-            raise UserError("a changed run gave numbers that are not finite: load the model in float32")
+        check_finite(found)
         self.values[np.ix_(self.members, [v.cell for v in variants])] = found.T
         self.done += found.size
         self.at_once, self.peak = max(self.at_once, self.base.at_once), max(self.peak, self.base.peak)
@@ -128,6 +127,11 @@ class SweepTable:
             warning=warning, convention=convention(plan, self.method, self.how), peak_mb=round(self.peak_mb, 1),
             floor=floor, names=self.names, sides=self.sides.astype(np.float32) if part and whole else np.zeros((3, 0), np.float32),
         )  # fmt: skip
+
+
+def check_finite(values: np.ndarray) -> None:
+    if not np.isfinite(values).all():
+        raise UserError("a changed run gave numbers that are not finite: load the model in float32")
 
 
 def first_row(plan: Plan) -> TokenRow:

@@ -151,7 +151,7 @@ class Scattered:
     def whose(self, s: Shards, table: Table | None) -> str:
         """The model and the set of a folder, where they are not the session's."""
         state = self.app.state
-        same = self.ours(table) if table is not None and self.app.info is not None else s.model in ("", state.model.model)
+        same = not table.info.name or self.ours(table) if table is not None and self.app.info is not None else s.model in ("", state.model.model)
         model = "" if same else f"OF {model_name(s.model)}{f' in {table.info.dtype}' if table is not None else ''}"
         other = table is not None and prompts_of(table.request) not in ((), state.prompt_set) or table is None and s.prompts not in (0, len(state.prompt_set))
         return " · ".join(filter(None, (model, f"of another set ({s.prompts} prompts)" if other else "")))
@@ -261,7 +261,7 @@ class Scattered:
     def show(self, folder: str) -> None:
         """Turn the session to what a folder asks, so that a pane draws it. UserError where it is of another model, or can't be asked here."""
         app, table = self.app, self.tables[folder]
-        if not self.ours(table):
+        if table.info.name and not self.ours(table):
             raise UserError(f"{short(folder)} is of {table.info.key}, not of the model that is loaded: M loads that; engine.py gather {folder} prints it")
         if prompts_of(table.request):
             if not is_chosen(table.request.study.metric):
@@ -269,7 +269,7 @@ class Scattered:
             turn_study(app, table.request.study, folder)
         pane = next((p for p in app.panes.values() if p.turn_to(app, table.request, table.result)), None)
         if pane is None:
-            raise UserError(f"no pane draws {type(table.request).__name__} over a set: engine.py gather {folder} prints it")
+            raise UserError(f"no pane draws {named(table.request)}: engine.py gather {folder} prints it")
         app.show_pane(pane.key)
         asked = pane.scatters(app)
         if type(asked) is type(table.request) and essence(asked) != essence(table.request):

@@ -421,12 +421,13 @@ def print_result(info: ModelInfo, result: object, as_json: bool, plot: Path | No
     plots_to(plot)
     draw(plot, result, info, errors)
     if as_json:
-        put(UNPRINTABLE.sub(escaped, json.dumps(to_json(result), ensure_ascii=False, allow_nan=False)) + "\n")
+        put(UNPRINTABLE.sub(escaped, json.dumps(to_json(getattr(result, "listed", result)), ensure_ascii=False, allow_nan=False)) + "\n")
         return 0
     out = console()
     out.width = out.width if out.is_terminal else 10_000
     model = f"{info.architecture}, {info.n_layers} layers x {info.n_heads} heads, d_model {info.d_model}, {info.dtype} on {info.device}"
-    out.print(plain(f"{info.name}: {'; '.join(filter(None, (model, words)))}", GRAY))
+    if info.name:  # "": of several models
+        out.print(plain(f"{info.name}: {'; '.join(filter(None, (model, words)))}", GRAY))
     tables()[type(result)](out, result)
     return 0
 

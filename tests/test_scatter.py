@@ -251,7 +251,8 @@ def test_the_job_is_a_script_that_bash_reads(tmp_path, capsys):
     ("words", "line"),
     [
         ("lens --set {} --out {}", "Lens can't run over a part of a prompt set"),
-        ("replay --out {1}", "replay can't be scattered"),
+        ("gather {1} --out {1}", "gather can't be scattered"),
+        ("replay {1} --out {1}", "no session"),
         ("sweep --kind z --out {1}", "give --set"),
         ("sweep --kind z --set {}", "give --out"),
         ("sweep --kind z --set {} --out {} --tasks 0", "--tasks is 1 or more"),

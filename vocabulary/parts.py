@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from vocabulary.files import replacing
-from vocabulary.requests import ModelInfo
+from vocabulary.requests import Load, ModelInfo
 from vocabulary.wire import Frame, encode, read_frame
 
 
@@ -16,17 +16,21 @@ from vocabulary.wire import Frame, encode, read_frame
 class Scattered:
     """
     How the results of a request's parts become the whole set's. `check`: UserError for what can't be joined. `join(request, parts, info)`. Where that is not the end,
-    `then(request, joined)` is a second request over the set, and `end(request, joined, second)` the result. `write(result, folder)` are files beside it. `size(request)`:
-    how much there is to cut into shards, `cut(request, from, to)` the request of one.
+    `then(request, joined)` is a second request over the set, and `end(request, joined, second)` the result. `write(request, result, parts, folder)` are files beside the whole one, and the
+    result that says so. `size(request)`: how much there is to cut into shards, of which `unit`; `cut(request, from, to)` the request of one. `load(engine, model, show)` comes before a task's
+    first part, `run(engine, request, show, part)` is one, which may write files of its own beside its file `part`.
     """
 
     check: Callable[[object], None]
     join: Callable[[object, list, ModelInfo], object]
     then: Callable[[object, object], object | None] = lambda request, joined: None
     end: Callable[[object, object, object], object] = lambda request, joined, second: joined
-    write: Callable[[object, Path], None] = lambda result, folder: None
+    write: Callable[[object, object, Iterable, Path], object] = lambda request, result, parts, folder: result
     size: Callable[[object], int] = lambda request: len(request.study.prompt_set)
     cut: Callable[[object, int, int], object] = lambda request, start, stop: replace(request, study=replace(request.study, part=(start, stop)))
+    unit: str = "prompts"
+    load: Callable[[object, Load, Callable], ModelInfo] = lambda engine, model, show: engine.run(model, show)
+    run: Callable[[object, object, Callable, Path], object] = lambda engine, request, show, part: engine.run(request, show)
 
     @property
     def two(self) -> bool:

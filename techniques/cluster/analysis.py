@@ -187,7 +187,7 @@ class Desk:
         request, (info, result, lost) = folder.request, folder.joined()
         if state.whole and (folder.second.path / "request.bin").exists():
             result = scattered(request).end(request, result, folder.second.joined()[1])
-        used = len(getattr(result, "prompts", ()))
+        used = len(getattr(result, "prompts", ())) if hasattr(request, "study") else 0
         prompts = f", {used} of {state.prompts} prompts" if used else ""
         said = f"{len(folder.shards) - len(lost)} of {len(folder.shards)} shards{prompts}"
         stamp = self.folders[state.folder][0]

@@ -15,6 +15,7 @@ from techniques.cluster.tasks import run_here
 from techniques.shell import GRAY, GREEN, ModelOptions, plain, print_result, read_command
 from vocabulary.files import typed_path
 from vocabulary.nodes import UserError
+from vocabulary.requests import ModelInfo
 
 
 @dataclass
@@ -69,20 +70,20 @@ class ScatterCommand:
         if self.tasks < 1 or self.shard < 0 or self.most < 0 or self.local < 0 or "\n" in self.sbatch:
             raise UserError("--tasks is 1 or more, --shard, --most and --local are not negative, and --sbatch is one line")
         command = read_command([*self.words])
-        if not isinstance(command, ModelOptions) or hasattr(command, "alone"):
-            raise UserError(f"{self.words[0]} can't be scattered: it asks no one question over a set or a text (replay: run it once a session)")
-        request = command.request()
+        if not isinstance(command, ModelOptions) or hasattr(command, "alone") and not hasattr(command, "scattered"):
+            raise UserError(f"{self.words[0]} can't be scattered: it asks no one question over a set or a text")
+        load, request = command.scattered() if hasattr(command, "scattered") else (command.load(), command.request())
         request = replace(request, over_set=True) if hasattr(request, "over_set") else request
         scattered(request)
-        if getattr(command, "out", None) or command.plot:
+        if command.plot:
             raise UserError("the results go into --out of scatter; plot the gathered ones: gather FOLDER --plot FILE")
         folder, job = Folder(typed_path(self.out)), Job(self.local or self.tasks, self.most, self.sbatch, os.getcwd(), self.local)
-        folder.lay_out(command.load(), choose_code(request, job), self.shard, job)
+        folder.lay_out(load, choose_code(request, job), self.shard, job)
         job = folder.job
         errors.print(plain(f"{folder.total} {folder.unit} in {len(folder.shards)} shards, {job.tasks} tasks; {folder.state()}", GRAY), soft_wrap=True)
         if self.local:
             run_here(folder, self.local, show)
-            return print_result(*folder.gather(), command.json, None, errors)
+            return printed(*folder.gather(), command.json, None, errors)
         ways = f"sbatch {folder.path / 'job.sbatch'}" if shutil.which("sbatch") else "no sbatch here: run job.sbatch where Slurm is, or add --local 1"
         for line in (ways, f"then engine.py gather {self.out}"):
             errors.print(plain(line, GREEN), soft_wrap=True)
@@ -128,7 +129,12 @@ class GatherCommand:
 
     def alone(self, engine, show: Callable[[object], None], errors: Console) -> int:
         folder = Folder(typed_path(self.folder))
-        return print_result(*folder.gather(self.partial), self.json, self.plot, errors)
+        return printed(*folder.gather(self.partial), self.json, self.plot, errors)
+
+
+def printed(info: ModelInfo, result: object, as_json: bool, plot: Path | None, errors: Console) -> int:
+    """A gathered result, as its own command prints it; the exit code that it would have."""
+    return print_result(info, result, as_json, plot, errors) or getattr(result, "code", 0)
 
 
 COMMANDS = {"scatter": ScatterCommand, "work": WorkCommand, "gather": GatherCommand}

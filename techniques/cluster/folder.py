@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -161,7 +161,7 @@ class Folder:
 
     @property
     def unit(self) -> str:
-        return "prompts" if hasattr(self.request, "study") else "pieces of text"
+        return scattered(self.request).unit
 
     @cached_property
     def shards(self) -> list[tuple[int, int]]:
@@ -190,7 +190,7 @@ class Folder:
         self.check()
         n = scattered(request).size(request)
         if n < 1:
-            raise UserError("a prompt set is cut into shards: give --set FILE.jsonl")
+            raise UserError(f"there are no {scattered(request).unit} to cut into shards" + ": give --set FILE.jsonl" * hasattr(request, "study"))
         if (self.path / "request.bin").exists():
             had = self.asked
             size = size or had[2]
@@ -262,12 +262,14 @@ class Folder:
         if not mine:
             say(f"task {task}: nothing left to do")
             return 0
-        info, refused = engine.run(load, show), 0
-        say(f"task {task}: {info.key} on {os.uname().nodename}, {info.seconds:.1f} s; shards {', '.join(map(str, mine))}")
+        how, refused = scattered(request), 0
+        info = how.load(engine, load, show)
+        on = f"{info.key} on {os.uname().nodename}, {info.seconds:.1f} s" if info.name else os.uname().nodename
+        say(f"task {task}: {on}; shards {', '.join(map(str, mine))}")
         for i in mine:
             (start, stop), began = self.shards[i], time.monotonic()
             try:
-                result = engine.run(scattered(request).cut(request, start, stop), show)
+                result = how.run(engine, how.cut(request, start, stop), show, self.part(i))
             except EmptyPart as error:
                 result = Failure(str(error), EMPTY)
             except UserError as error:
@@ -297,6 +299,10 @@ class Folder:
             result = replace(result, **{said: "; ".join(filter(None, (words, getattr(result, said))))})
         return info, result, lost
 
+    def results(self) -> Iterator:
+        """The results of the parts that are there, in their order."""
+        return (some[1] for i in range(len(self.shards)) if (some := self.read(i)) is not None and not isinstance(some[1], Failure))
+
     def gather(self, partial: bool = False) -> tuple[ModelInfo, object]:
         """The result over the whole set, also as whole.bin. UserError where parts are missing, unless those that are there are wanted."""
         if not partial and self.missing():
@@ -309,8 +315,8 @@ class Folder:
                 raise UserError(f"the first pass is whole, and a second checks what it found: {after.todo()}; then gather again")
             result = scattered(self.request).end(self.request, result, after.gather()[1])
         self.check()
+        result = scattered(self.request).write(self.request, result, self.results(), self.path)
         write_frames(self.path / "whole.bin", [(0, info), (0, result)])
-        scattered(self.request).write(result, self.path)
         for stale in self.path.glob(".part-*"):  # of tasks that were killed
             with suppress(OSError):
                 stale.unlink()

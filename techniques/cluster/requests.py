@@ -96,5 +96,5 @@ class Joined:
 def named(request: object) -> str:
     """A request as it is named on the command line, with what tells it from others of its kind."""
     name = {"PathPatch": "path"}.get(type(request).__name__, type(request).__name__.removesuffix("Set").lower())
-    more = [str(getattr(request, f)) for f in ("kind", "op", "method", "source") if isinstance(getattr(request, f, None), str)]
+    more = [str(getattr(request, f)) for f in ("kind", "op", "method", "source", "name") if isinstance(getattr(request, f, None), str)]
     return " ".join([name, *more, *getattr(request, "receivers", ())])

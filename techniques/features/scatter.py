@@ -47,7 +47,11 @@ def join(ask: Examples, parts: Sequence[ExamplesPart], info: ModelInfo) -> Examp
 
 SCATTERED = {
     Examples: Scattered(
-        lambda ask: None, join, size=lambda ask: max(1, ask.tokens // max(ask.length, 1)), cut=lambda ask, start, stop: replace(ask, part=(start, stop))
-    )
+        lambda ask: None,
+        join,
+        size=lambda ask: max(1, ask.tokens // max(ask.length, 1)),
+        cut=lambda ask, start, stop: replace(ask, part=(start, stop)),
+        unit="pieces of text",
+    )  # fmt: skip
 }
 REFUSED = {TrainSae: "each step of a training depends on the one before; train on one machine"}

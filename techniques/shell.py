@@ -338,8 +338,8 @@ def shower(errors: Console) -> Callable[[object], None]:
 
 
 @contextmanager
-def interruptible(show: Callable[[object], None]) -> Generator[Callable[[object], None]]:
-    """Ctrl-C ends a fit after the step it is at, so that its checkpoint is whole; a second one ends it at once."""
+def interruptible(show: Callable[[object], None], number: int = signal.SIGINT) -> Generator[Callable[[object], None]]:
+    """Ctrl-C (or another signal) ends a fit after the step it is at, so that its checkpoint is whole; a second one ends it at once."""
     asked = []
 
     def note(*_) -> None:
@@ -352,11 +352,11 @@ def interruptible(show: Callable[[object], None]) -> Generator[Callable[[object]
         if asked:
             raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, note)
+    before = signal.signal(number, note)
     try:
         yield between_steps
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
 
 
 def run(command: ModelOptions, engine, show: Callable[[object], None], errors: Console) -> tuple[ModelInfo, object]:

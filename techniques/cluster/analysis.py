@@ -168,7 +168,7 @@ class Desk:
         live = bool(running or pending or starts)
         done, total = sum(1 for _ in stage.path.glob("part-*.bin")), len(stage.shards)
         words = [f"{running} running"] * bool(running) + [f"{len(pending)} pending ({pending[0].reason})" for _ in pending[:1]] + ["starting"] * starts
-        left = stage.state().partition(", ")[2] if live else ""
+        left = "" if not live else tasks.last_line(stage.path / "log-0.txt") if scattered(request).whole else stage.state().partition(", ")[2]
         whole = done == total and (second is not None or not scattered(request).two)
         asks = named(request) + ", second pass" * (second is not None)
         return Shards(
@@ -187,6 +187,8 @@ class Desk:
         request, (info, result, lost) = folder.request, folder.joined()
         if state.whole and (folder.second.path / "request.bin").exists():
             result = scattered(request).end(request, result, folder.second.joined()[1])
+        if state.whole and not lost and scattered(request).beside and os.access(folder.path, os.W_OK):
+            result = folder.gather()[1]  # its artefact is written only there
         used = len(getattr(result, "prompts", ())) if hasattr(request, "study") else 0
         prompts = f", {used} of {state.prompts} prompts" if used else ""
         said = f"{len(folder.shards) - len(lost)} of {len(folder.shards)} shards{prompts}"

@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -12,10 +14,10 @@ from rich.console import Console
 
 from techniques.cluster.folder import Folder, Job, check_code, choose_code, scattered
 from techniques.cluster.tasks import run_here
-from techniques.shell import GRAY, GREEN, ModelOptions, plain, print_result, read_command
+from techniques.shell import GRAY, GREEN, ModelOptions, interruptible, plain, print_result, read_command
 from vocabulary.files import typed_path
 from vocabulary.nodes import UserError
-from vocabulary.requests import ModelInfo
+from vocabulary.requests import ModelInfo, Progress
 
 
 @dataclass
@@ -75,6 +77,8 @@ class ScatterCommand:
         load, request = command.scattered() if hasattr(command, "scattered") else (command.load(), command.request())
         request = replace(request, over_set=True) if hasattr(request, "over_set") else request
         scattered(request)
+        if getattr(command, "wandb", False):
+            raise UserError("--wandb records a fit that runs here: leave it out; the task's log has its losses")
         if command.plot:
             raise UserError("the results go into --out of scatter; plot the gathered ones: gather FOLDER --plot FILE")
         folder, job = Folder(typed_path(self.out)), Job(self.local or self.tasks, self.most, self.sbatch, os.getcwd(), self.local)
@@ -110,7 +114,14 @@ class WorkCommand:
             run_here(folder, self.local, lambda part: None)
             folder.gather()
             return 0
-        return Folder(self.folder).work(self.task, self.of, engine, show, lambda line: errors.print(plain(line), soft_wrap=True))
+        folder = Folder(self.folder)
+        with interruptible(counted(show), signal.SIGTERM) if scattered(folder.request).whole else nullcontext(show) as show:
+            return folder.work(self.task, self.of, engine, show, lambda line: errors.print(plain(line), soft_wrap=True))
+
+
+def counted(show: Callable[[object], None]) -> Callable[[object], None]:
+    """Progress with its steps in its words, for the log of a task that is one fit."""
+    return lambda p: show(replace(p, text=f"{p.done} of {p.total} · {p.text}") if isinstance(p, Progress) and p.total > 1 and not p.notice else p)
 
 
 @dataclass

@@ -50,7 +50,6 @@ def scattered(request: object) -> Scattered:
         raise UserError(f"{type(request).__name__} can't run over a part of a prompt set: {', '.join(sorted(k.__name__ for k in known))} can")
     how = known[type(request)]
     how.check(request)
-    assert not hasattr(request, "out"), "what is scattered writes into its own folder alone"
     return how
 
 
@@ -188,9 +187,13 @@ class Folder:
         self.check_name()
         make_folder(self.path)
         self.check()
-        n = scattered(request).size(request)
+        how = scattered(request)
+        if how.whole and job.tasks > 1:
+            raise UserError(f"{type(request).__name__} is not scattered: {how.whole}; --tasks 1 runs it as one task, which goes on from its checkpoint")
+        request = replace(request, out="") if hasattr(request, "out") else request  # it writes into this folder alone
+        n = how.size(request)
         if n < 1:
-            raise UserError(f"there are no {scattered(request).unit} to cut into shards" + ": give --set FILE.jsonl" * hasattr(request, "study"))
+            raise UserError(f"there are no {how.unit} to cut into shards" + ": give --set FILE.jsonl" * hasattr(request, "study"))
         if (self.path / "request.bin").exists():
             had = self.asked
             size = size or had[2]
@@ -225,10 +228,13 @@ class Folder:
         return self.path / f"part-{shard:05}.bin"
 
     def read(self, shard: int) -> tuple[ModelInfo, object] | None:
-        """A shard's model and result; None where it is missing or damaged."""
+        """A shard's model and result; None where it, or its file beside it, is missing or damaged."""
         try:
             info, result = read_frames(self.part(shard))
         except (OSError, WireError, ValueError):
+            return None
+        beside = scattered(self.request).beside
+        if beside and not isinstance(result.body, Failure) and not is_whole(self.part(shard).with_suffix(beside)):
             return None
         return info.body, result.body
 
@@ -328,6 +334,17 @@ class Folder:
             return None
         self.second.lay_out(self.asked[0], after, self.asked[2], self.job)
         return self.second
+
+
+def is_whole(file: Path) -> bool:
+    """Whether a safetensors file is as long as its head says."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "np"):
+            return file.is_file()
+    except (SafetensorError, OSError):
+        return False
 
 
 def said(body: object) -> bytes:

@@ -1,5 +1,7 @@
 """Scattered jobs as a screen asks about them: start one, see how far it is, cancel it, go on, take its joined result. Never imports torch."""
 
+import re
+
 import numpy as np
 
 from vocabulary.wire import message, request
@@ -95,6 +97,6 @@ class Joined:
 
 def named(request: object) -> str:
     """A request as it is named on the command line, with what tells it from others of its kind."""
-    name = {"PathPatch": "path"}.get(type(request).__name__, type(request).__name__.removesuffix("Set").lower())
+    name = {"PathPatch": "path"}.get(type(request).__name__, re.sub("(?<=[a-z])(?=[A-Z])", "-", type(request).__name__.removesuffix("Set")).lower())
     more = [str(getattr(request, f)) for f in ("kind", "op", "method", "source", "name") if isinstance(getattr(request, f, None), str)]
     return " ".join([name, *more, *getattr(request, "receivers", ())])

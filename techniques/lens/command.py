@@ -25,7 +25,7 @@ class TuneLensCommand(Recorded, options(TuneLens)):
 
 
 @dataclass
-class FitJacobianCommand(options(FitJacobian)):
+class FitJacobianCommand(options(FitJacobian, hide=("part",))):
     """Fit a Jacobian lens with TransformerLens's own tool."""
 
     interruptible = True

@@ -15,12 +15,16 @@ import pytest
 from test_scatter import PROMPTS, STUDY, in_parts
 from ui import make_app, press, shown
 
+from techniques.attention.requests import AttentionSet
+from techniques.attribution.requests import AttributionSet
 from techniques.cluster import analysis, tasks
 from techniques.cluster.folder import Folder, Job, check_part
 from techniques.cluster.requests import CancelShards, GoOnShards, StartShards, TakeShards, WatchShards
 from techniques.circuits.requests import PathPatch
 from techniques.features.requests import Examples
+from techniques.lens.requests import FitJacobian
 from techniques.patching.requests import Sweep
+from techniques.qk.requests import QKSet
 from screen.client import Job as Job_
 from screen.session import State, read_session
 from utils import ROOT
@@ -29,6 +33,7 @@ from vocabulary.nodes import UserError
 from vocabulary.parts import pack, unpack, write_frames
 from vocabulary.prompts import Metric
 from vocabulary.requests import Load
+from vocabulary.results import numbers
 
 SWEEP = Sweep(STUDY, "z", "resample", "noise", over_set=True)
 STATE = State(prompt=PROMPTS[0], set_path="the_set.jsonl", prompt_set=PROMPTS)
@@ -139,6 +144,104 @@ async def test_nothing_of_another_model_or_set_is_drawn(zoo, tmp_path):
         assert "OF zoo in bfloat16" in shown(app)
         await press(app, pilot, "enter", "enter")
         assert "not of the model that is loaded" in shown(app)
+
+
+ELSEWHERE = {  # pane, its views, the slot that draws; what is asked there
+    "attribution": ("3", {"attribution.view": "set"}, "attribution", AttributionSet(replace(STUDY, prompt_set=PROMPTS))),
+    "qk": ("9", {"qk.over": "set", "qk.instead": "mean"}, "qk", QKSet(STUDY, 0, 0, "END", "S2", "mean")),
+}
+
+
+@pytest.mark.parametrize("name", ["attribution", pytest.param("qk", marks=pytest.mark.table)])
+async def test_what_is_asked_by_itself_is_left_to_its_tasks(zoo, tmp_path, name):
+    """Over the set, where a scattered job asks exactly that: its parts are drawn as they come, and the engine is not asked too; J offers it, and turns to it from elsewhere."""
+    key, views, slot, ask = ELSEWHERE[name]
+    app = make_app(zoo, tmp_path, STATE)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot, "2")
+        app.act("scattered", folder=str(tmp_path / "a"), how={})
+        folder = in_parts(zoo, ask, tmp_path / "a", 3)
+        gone, asked = hide(folder, 1), []
+        await looked(app, pilot)
+        run = app.client.ask
+        app.client.ask = lambda slot, request, *a, **k: (asked.append(request), run(slot, request, *a, **k))[1]
+        await press(app, pilot, "J", "enter", "enter")
+        if name == "qk":  # the prompt is read
+            await press(app, pilot, "J", "enter", "enter")
+        assert {k: app.state.views[k] for k in views} == views
+        text = shown(app)
+        assert f"{app.panes[app.pane].label}  2 of 3 shards, 4 of 7 prompts · " in text and not [r for r in asked if isinstance(r, type(ask))]
+        assert app.requests.reply(slot).partial
+        bring_back(folder, gone)
+        await looked(app, pilot)
+        drawn, whole = app.requests.reply(slot), zoo.run(app.panes[app.pane].scatters(app))
+        assert not drawn.partial and "shards" not in shown(app).split(app.panes[app.pane].label)[1] and not [r for r in asked if isinstance(r, type(ask))]
+        for a, b in zip(numbers(drawn.result).values(), numbers(whole).values(), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5)
+        await press(app, pilot, "J")
+        assert f"scatter this: {'qk L0H0' if name == 'qk' else name} over 7 prompts" in shown(app)
+
+
+async def test_what_runs_apart_is_not_computed_here_too(zoo, tmp_path, monkeypatch):
+    """From the key on; where its tasks end before any part is there, the engine is asked again."""
+    monkeypatch.setattr(tasks, "start_here", lambda folder, n: None)
+    asked = []
+    app = make_app(zoo, tmp_path, replace(STATE, views=STATE.views | {"attribution.view": "set"}))
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot)
+        await press(app, pilot, "3", "J", "j", "enter")
+        assert "scatter attribution over 7 prompts" in shown(app)
+        app.screen.focused.value = "2"
+        await press(app, pilot, "tab", "tab", "tab")
+        app.screen.focused.value = str(tmp_path / "b")
+        await press(app, pilot, "enter")
+        await looked(app, pilot)
+        folder = Folder(tmp_path / "b")
+        (folder.path / "local.json").write_text('{"running": 2}')
+        await looked(app, pilot)
+        run = app.client.ask
+        app.client.ask = lambda slot, request, *a, **k: (asked.append(request), run(slot, request, *a, **k))[1]
+        app.requests.answers.clear()
+        app.requests.replies.pop("attribution")
+        app.refresh_wants()
+        await press(app, pilot)
+        assert "its tasks run, no part is there yet: J" in shown(app) and not [r for r in asked if isinstance(r, AttributionSet)]
+        (folder.path / "local.json").unlink()
+        await looked(app, pilot)
+        assert [r for r in asked if isinstance(r, AttributionSet)] and "direct effect, mean over the set" in shown(app)
+
+
+@pytest.mark.table
+async def test_attention_between_labels_is_listed_as_far_as_it_is(zoo, tmp_path):
+    folder = in_parts(zoo, AttentionSet(STUDY), tmp_path / "a", 3)
+    hide(folder, 1)
+    app = make_app(zoo, tmp_path, STATE)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot, "4")
+        app.act("scattered", folder=str(folder.path), how={})
+        await looked(app, pilot)
+        await press(app, pilot, "J", "enter", "enter")
+        assert app.pane == "attention" and "B lists the mean attention" in shown(app)
+        await press(app, pilot, "B")
+        assert "2 of 3 shards, 4 of 7 prompts · mean attention over 4 prompts" in shown(app)
+
+
+@pytest.mark.table
+async def test_a_fit_apart_is_read_when_it_is_done(zoo, tmp_path):
+    """The engine writes the lens when all parts are there, whoever ran them; J then reads it. F starts one."""
+    folder = in_parts(zoo, FitJacobian("", prompts=2, length=12, skip=2), tmp_path / "a", 1)
+    app = make_app(zoo, tmp_path, State(prompt=PROMPTS[0]))
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot, "4")
+        app.act("scattered", folder=str(folder.path), how={})
+        await looked(app, pilot)
+        assert (folder.path / "jacobian_lens.pt").exists()
+        await press(app, pilot, "J", "enter", "enter")
+        assert app.pane == "lens" and app.state.lens == "jacobian" and "Jacobian lens" in shown(app).replace("jacobian", "Jacobian")
+        await press(app, pilot, "F", "tab", "tab", "tab")
+        app.screen.focused.value = "apart"
+        await press(app, pilot, "enter")
+        assert "scatter tune-lens as one task" in shown(app) and app.screen.focused.value == "1"
 
 
 @pytest.mark.table

@@ -20,7 +20,9 @@ from techniques.attribution.requests import AttributionSet
 from techniques.cluster import analysis, tasks
 from techniques.cluster.folder import Folder, Job, check_part
 from techniques.cluster.requests import CancelShards, GoOnShards, StartShards, TakeShards, WatchShards
-from techniques.circuits.requests import PathPatch
+from techniques.circuits import walk
+from techniques.circuits.edge_index import edge_index
+from techniques.circuits.requests import Discover, PathPatch
 from techniques.features.requests import Examples
 from techniques.lens.requests import FitJacobian
 from techniques.patching.requests import Sweep
@@ -182,6 +184,7 @@ async def test_what_is_asked_by_itself_is_left_to_its_tasks(zoo, tmp_path, name)
         assert f"scatter this: {'qk L0H0' if name == 'qk' else name} over 7 prompts" in shown(app)
 
 
+@pytest.mark.table
 async def test_what_runs_apart_is_not_computed_here_too(zoo, tmp_path, monkeypatch):
     """From the key on; where its tasks end before any part is there, the engine is asked again."""
     monkeypatch.setattr(tasks, "start_here", lambda folder, n: None)
@@ -242,6 +245,42 @@ async def test_a_fit_apart_is_read_when_it_is_done(zoo, tmp_path):
         app.screen.focused.value = "apart"
         await press(app, pilot, "enter")
         assert "scatter tune-lens as one task" in shown(app) and app.screen.focused.value == "1"
+
+
+@pytest.mark.table
+async def test_a_discovery_is_drawn_while_its_tasks_run(zoo, tmp_path):
+    """Mean scores of the prompts that are there, beside no circuit of the session; once it is whole, J takes it."""
+    folder = in_parts(zoo, Discover(STUDY, "eap", 12), tmp_path / "a", 3)
+    gone = hide(folder, 1, 2)
+    app = make_app(zoo, tmp_path, STATE)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot, "4")
+        app.act("scattered", folder=str(folder.path), how={})
+        await looked(app, pilot)
+        await press(app, pilot, "J", "enter", "enter")
+        title = lambda: shown(app).split("5 Circuit  ")[1].splitlines()[0]  # noqa: E731
+        assert app.pane == "circuit" and title().startswith("drawing · 1 of 3 shards, 3 of 7 prompts · eap's mean scores so far") and not app.state.circuits
+        seen_then = [*walk.drawn(app.panes["circuit"], app).nodes]
+        bring_back(folder, {1: gone[1]})
+        await looked(app, pilot)
+        one, two = (zoo.run(Discover(replace(STUDY, part=part), "eap", 12)).scores for part in ((0, 3), (3, 6)))
+        graph, index = walk.drawn(app.panes["circuit"], app), edge_index(zoo.model.info)
+        strongest = index.named((one + two) / 2, index.strongest((one + two) / 2, 12))
+        assert "2 of 3 shards, 6 of 7 prompts" in title() and {e for n in graph.nodes for e, _, _ in graph.of(n)} == {*strongest} and seen_then
+        scores = dict(zip(app.requests.scattered.tables[str(folder.path)].result.edges, (one + two) / 2))
+        for e, _, score in (row for n in graph.nodes for row in graph.of(n)):
+            assert score == pytest.approx(scores[e], abs=1e-6)
+        await press(app, pilot, "v", "escape", "c")
+        assert app.state.circuits and "shards" not in title(), "what is kept is drawn"
+        await press(app, pilot, "u")
+        bring_back(folder, {2: gone[2]})
+        with pytest.raises(UserError, match="second checks"):
+            folder.gather()
+        folder.second.work(0, 1, zoo, lambda part: None, lambda line: None)
+        await looked(app, pilot)
+        assert "shards" not in title()
+        await press(app, pilot, "J", "enter", "enter")
+        assert app.state.current.edges == zoo.run(Discover(STUDY, "eap", 12)).circuit.edges
 
 
 @pytest.mark.table

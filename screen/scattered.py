@@ -230,7 +230,7 @@ class Scattered:
         app, last = self.app, next((how for how in reversed([*self.app.session.folders.values()]) if how), {})
         sbatch = str(last.get("sbatch", ""))
         sbatch = sbatch if self.typed is app.session or is_chosen(sbatch_key(sbatch)) else ""  # a session from somebody else chooses nothing
-        name = f"{type(request).__name__.lower()}-{time.strftime('%m%d-%H%M%S')}"
+        name = f"{named(request).split()[0]}-{time.strftime('%m%d-%H%M%S')}"
         fields = [
             ("tasks", "1" if hasattr(request, "resume") else str(last.get("tasks", 2))),  # a fit in steps is one task
             ("where", str(last.get("where", HERE))),

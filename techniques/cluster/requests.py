@@ -105,6 +105,6 @@ def cut_along(request: object) -> str:
 def named(request: object) -> str:
     """A request as it is named on the command line, with what tells it from others of its kind."""
     name = {"PathPatch": "path"}.get(type(request).__name__, re.sub("(?<=[a-z])(?=[A-Z])", "-", type(request).__name__.removesuffix("Set")).lower())
-    place = [f"L{request.layer}H{request.head}"] if hasattr(request, "head") else []
-    more = place or [str(getattr(request, f)) for f in ("kind", "op", "method", "source", "name") if isinstance(getattr(request, f, None), str)]
+    some = [str(getattr(request, f)) for f in ("kind", "op", "method", "source") if isinstance(getattr(request, f, None), str)]
+    more = [f"L{request.layer}H{request.head}"] if hasattr(request, "head") else some or [n for n in (getattr(request, "name", ""),) if n]
     return " ".join([name, *more, *getattr(request, "receivers", ())])

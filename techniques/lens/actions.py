@@ -62,7 +62,7 @@ def fit(pane: Pane, app: Host) -> None:
         app.say(f"tuned lens in {done.folder}: mean KL on held-out text {before:.3f} → {after:.3f} nats in {done.seconds:.0f} s", GOOD)
 
     fields = [("text file", ""), ("folder", str(folder("exports") / f"tuned-lens-{name}")), ("steps", "250"), ("where", HERE)]
-    hint = f"text file empty: the zoo's corpus · where: {HERE}, or {APART} (a process or Slurm job of its own) · ⏎ starts, J shows and cancels"
+    hint = f"where: {HERE} or {APART} (a job) · no text file: the zoo's corpus · ⏎ starts, J shows and cancels"
     app.open(Editor("fit a tuned lens", fields, accept, 0, 1, hint))
 
 

@@ -24,7 +24,7 @@ from techniques.circuits import walk
 from techniques.circuits.edge_index import edge_index
 from techniques.circuits.requests import Discover, PathPatch
 from techniques.features.requests import Examples
-from techniques.lens.requests import FitJacobian
+from techniques.lens.requests import FitJacobian, TuneLens
 from techniques.patching.requests import Sweep
 from techniques.qk.requests import QKSet
 from screen.client import Job as Job_
@@ -518,6 +518,18 @@ def test_nothing_is_written_through_a_link_that_came_later(tmp_path, monkeypatch
         with pytest.raises(UserError, match="holds a link, or what is no regular file|can't be read"):
             write()
     assert victim.read_text() == "precious" and sorted(p.name for p in folder.path.iterdir()) == before
+
+
+def test_a_fit_writes_through_no_link(zoo, tmp_path):
+    """Nor through one in the folder of the fit."""
+    folder, victim = Folder(tmp_path / "a"), tmp_path / "victim.txt"
+    folder.lay_out(Load("zoo"), TuneLens("", steps=2), 1, Job(1))
+    victim.write_text("precious")
+    (folder.path / "tuned_lens").mkdir()
+    (folder.path / "tuned_lens" / "params.safetensors").symlink_to(victim)
+    with pytest.raises(UserError, match="holds a link"):
+        Folder(folder.path).work(0, 1, zoo, lambda part: None, lambda line: None)
+    assert victim.read_text() == "precious"
 
 
 def test_a_pipe_as_a_request_or_part_does_not_block(zoo, tmp_path):

@@ -181,14 +181,16 @@ class Desk:
         folder, (_, parts, at, took) = self.folder(state.folder), self.joins.get(state.folder, (0, (), 0.0, 0.0))
         times = [p.stat().st_mtime_ns for stage in (folder, folder.second) for p in stage.path.glob("part-*.bin")]
         there = (len(times), max(times, default=0))
+        if scattered(folder.request).beside and state.live:
+            return  # nothing of it is drawn in part
         if not times or there == parts or not state.whole and time.monotonic() - at < 10 * took:
             return
         began = time.monotonic()
         request, (info, result, lost) = folder.request, folder.joined()
         if state.whole and (folder.second.path / "request.bin").exists():
             result = scattered(request).end(request, result, folder.second.joined()[1])
-        if state.whole and not lost and scattered(request).beside and os.access(folder.path, os.W_OK):
-            result = folder.gather()[1]  # its artefact is written only there
+        if state.whole and not lost and scattered(request).beside:
+            result = folder.gathered()
         used = len(getattr(result, "prompts", ())) if hasattr(request, "study") else 0
         prompts = f", {used} of {state.prompts} prompts" if used else ""
         said = f"{len(folder.shards) - len(lost)} of {len(folder.shards)} shards{prompts}"

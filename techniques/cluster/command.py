@@ -24,7 +24,7 @@ from vocabulary.requests import ModelInfo, Progress
 class ScatterCommand:
     """
     Run a command over its prompt set in shards, as a job array of Slurm's or as processes here: scatter sweep --kind z --set FILE.jsonl --tasks 8 --out runs/a.
-    After the command's own options (sweep, path, score, discover) or between them come those below. The same words again run only what is missing.
+    After the command's own options (sweep, path, score, discover, examples, fit-jacobian, replay SESSION, …) or between them come those below. The same words again run only what is missing.
     """
 
     out: Path | None = None

@@ -113,9 +113,8 @@ class Folder:
         self.path = path.resolve()
 
     def check(self) -> None:
-        """UserError where it holds a link, through which a file elsewhere would be written, or a pipe, which is read for ever: no scattered job makes these."""
-        with os.scandir(self.path) as entries:
-            odd = next((e.name for e in entries if not e.is_file(follow_symlinks=False) and not e.is_dir(follow_symlinks=False)), None)
+        """UserError where it, or a folder in it, holds a link, through which a file elsewhere would be written, or a pipe, which is read for ever: no scattered job makes these."""
+        odd = next((e.name for e in entries(self.path) if not e.is_file(follow_symlinks=False) and not e.is_dir(follow_symlinks=False)), None)
         if odd is not None:
             raise UserError(f"{self.path} holds a link, or what is no regular file ({odd}), which no scattered job makes: remove it")
 
@@ -328,12 +327,28 @@ class Folder:
                 stale.unlink()
         return info, result
 
+    def gathered(self) -> object:
+        """The whole result with its artefact: as `gather` wrote it after the last part, else gathered now."""
+        whole = self.path / "whole.bin"
+        if whole.is_file() and whole.stat().st_mtime_ns >= max(p.stat().st_mtime_ns for p in self.path.glob("part-*.bin")):
+            return read_frames(whole)[1].body
+        return self.gather()[1]
+
     def lay_out_second(self, result: object) -> "Folder | None":
         """The second pass that a joined first one leads to, laid out; None where it is the end."""
         if (after := scattered(self.request).then(self.request, result)) is None:
             return None
         self.second.lay_out(self.asked[0], after, self.asked[2], self.job)
         return self.second
+
+
+def entries(path: Path | str) -> Iterator[os.DirEntry]:
+    """What a folder and those in it hold; no link is followed."""
+    with os.scandir(path) as some:
+        for entry in some:
+            yield entry
+            if entry.is_dir(follow_symlinks=False):
+                yield from entries(entry.path)
 
 
 def is_whole(file: Path) -> bool:

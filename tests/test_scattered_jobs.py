@@ -28,7 +28,9 @@ from techniques.lens.requests import FitJacobian, TuneLens
 from techniques.patching.requests import Sweep
 from techniques.qk.requests import QKSet
 from screen.client import Job as Job_
-from screen.session import State, read_session
+from techniques.output.requests import Run
+from techniques.record.requests import Replay
+from screen.session import Session, State, read_session
 from utils import ROOT
 from vocabulary import chosen
 from vocabulary.nodes import UserError
@@ -227,6 +229,32 @@ async def test_attention_between_labels_is_listed_as_far_as_it_is(zoo, tmp_path)
         assert app.pane == "attention" and "B lists the mean attention" in shown(app)
         await press(app, pilot, "B")
         assert "2 of 3 shards, 4 of 7 prompts · mean attention over 4 prompts" in shown(app)
+
+
+@pytest.mark.table
+async def test_a_replay_is_followed_and_printed_elsewhere(zoo, tmp_path):
+    """Of several models: its row names none, and no pane draws it."""
+    session = Session(STATE, tmp_path / "s.jsonl")
+    session.do("intervene", intervention="L3H3=zero")
+    for request in (Run(STUDY), Run(replace(STUDY, base="corrupt"))):
+        session.record.add(request, zoo.run(request), Load(), zoo.model.info, True)
+    session.record.flush()
+    session.close()
+    folder = in_parts(zoo, Replay((tmp_path / "s.jsonl").read_bytes(), "s.jsonl"), tmp_path / "a", 1)
+    gone = hide(folder, 1)
+    app = make_app(zoo, tmp_path, STATE)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot)
+        app.act("scattered", folder=str(folder.path), how={})
+        await looked(app, pilot)
+        await press(app, pilot, "J")
+        assert "/a · replay s.jsonl · 1 of 2 shards · no tasks · ⏎ goes on" in shown(app)
+        await press(app, pilot, "enter", "enter")
+        assert "no pane draws replay s.jsonl: engine.py gather" in shown(app)
+        bring_back(folder, gone)
+        await looked(app, pilot)
+        await press(app, pilot, "J")
+        assert "replay s.jsonl · 2 of 2 shards · whole" in shown(app)
 
 
 @pytest.mark.table

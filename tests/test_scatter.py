@@ -167,7 +167,7 @@ def test_a_fit_in_steps_is_one_task_that_goes_on(engines, tmp_path):
     engine, ask = engines["gpt2"], TuneLens("", "elsewhere", steps=6, batch=2, length=12)
     with pytest.raises(UserError, match="TuneLens is not scattered: each step of a fit depends on the one before; --tasks 1"):
         in_parts(engine, ask, tmp_path / "a", 0)
-    assert not (tmp_path / "a" / "request.bin").exists()
+    assert not (tmp_path / "a").exists()
     folder = Folder(tmp_path / "a")
     folder.lay_out(engine.loaded, ask, 0, Job(1))
 

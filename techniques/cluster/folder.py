@@ -184,11 +184,11 @@ class Folder:
     def lay_out(self, load: Load, request: object, size: int, job: Job) -> None:
         """Write the request and the job. A folder that holds this request goes on; UserError where it holds another."""
         self.check_name()
-        make_folder(self.path)
-        self.check()
         how = scattered(request)
         if how.whole and job.tasks > 1:
             raise UserError(f"{type(request).__name__} is not scattered: {how.whole}; --tasks 1 runs it as one task, which goes on from its checkpoint")
+        make_folder(self.path)
+        self.check()
         request = replace(request, out="") if hasattr(request, "out") else request  # it writes into this folder alone
         n = how.size(request)
         if n < 1:

@@ -18,7 +18,6 @@ from vocabulary.files import replacing, typed_path
 from vocabulary.typed import read_text
 from vocabulary.nodes import UserError
 
-CHECKPOINT = "checkpoint.safetensors"
 WHOLE = {1: t.int8, 2: t.int16, 4: t.int32, 8: t.int64}  # as wide as a number of so many bytes
 BROKEN = (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, pickle.UnpicklingError, SafetensorError)
 

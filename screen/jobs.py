@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-from techniques.cluster.requests import named
+from techniques.cluster.requests import cut_along, named
 from vocabulary.nodes import UserError
 from screen.client import Job
 from screen.overlays import Panel
@@ -43,7 +43,7 @@ class Jobs(Panel):
         rows: list[tuple[Spans, object]] = [(row(j), j) for j in app.client.jobs.values() if not j.slot.startswith("scatter")] + scattered.rows()
         rows = rows or [([(" no jobs are running" if app.client.alive else " no jobs are running: the engine is not", DIM)], None)]
         if app.info is not None and (asked := app.panes[app.pane].scatters(app)) is not None:
-            text = f" scatter this: {named(asked)} over {len(asked.study.prompt_set)} prompts, as processes or a Slurm array"
+            text = f" scatter this: {named(asked)} {cut_along(asked)}, as processes or a Slurm array"
             rows.append(([(text, PLAIN)], lambda: scattered.scatter(asked)))
         if app.client.alive:
             rows.append(([(" watch a folder of a scattered job", PLAIN)], scattered.watch))

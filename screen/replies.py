@@ -115,12 +115,19 @@ class Requests:
     def waiting(self, slot: str) -> Spans:
         """What stands where a picture will be."""
         error, app = self.error(slot), self.app
+        if not error and self.wanted.get(slot) is not None and self.scattered.covers(self.wanted[slot]) == (None, False):
+            return [("  its tasks run, no part is there yet: J", DIM)]
         return [(f"  {visible(error)}", BAD)] if error else [("  " + (app.busy if app.info is None else "computing…"), DIM)]
 
     def late(self, slots: tuple[str, ...]) -> str:
         """Said in a title when what is drawn is not what the state asks for."""
         if self.app.info is None:
             return "NOT CURRENT (no engine) · " if any(s in self.replies for s in slots) else ""
+        apart = (
+            self.scattered.partial(r.result) for s in slots if (r := self.reply(s)) is not None and r.result is not None and r.request == self.wanted.get(s)
+        )
+        if words := next(filter(None, apart), ""):
+            return words
         if not self.slow or not any(s in self.wanted and self.stale(s) for s in slots):
             return ""
         before = any(s in self.replies and self.replies[s].request != self.wanted.get(s) for s in slots)
@@ -150,14 +157,21 @@ class Requests:
         asking, known = {j.slot: j.request for j in jobs.values()}, False
         for slot, request in self.wanted.items():
             before = self.replies.get(slot)
-            if request in self.answers:
+            if (at_hand := self.at_hand(request)) is not None:
                 known = known or (slot == "run" and (before is None or before.request != request))
-                self.replies[slot] = self.answers[request]
+                self.replies[slot] = at_hand
                 for job in [j for j in jobs.values() if j.slot == slot]:
                     self.app.client.cancel(job.id)
             elif (before is None or before.partial or before.request != request) and asking.get(slot) != request:
                 self.app.run_worker(partial(self.answer, slot, request), group=slot, exclusive=True, exit_on_error=True)
         return known
+
+    def at_hand(self, request: object) -> Reply | None:
+        """What needs no asking: it is remembered, or scattered tasks do it, unless a key asks for it here."""
+        if request in self.answers:
+            return self.answers[request]
+        apart = self.scattered.covers(request) if request not in self.started else None
+        return Reply(request, apart[0], partial=not apart[1], model=self.model) if apart is not None else None
 
     async def answer(self, slot: str, request: object) -> None:
         """Ask for what is wanted in a slot, and have it drawn when it is there, or as its parts come."""

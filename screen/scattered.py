@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import PurePath
 
-from techniques.cluster.requests import CancelShards, GoOnShards, Joined, Shards, StartShards, TakeShards, WatchShards, named
+from techniques.cluster.requests import CancelShards, GoOnShards, Joined, Shards, StartShards, TakeShards, WatchShards, cut_along, named
 from vocabulary.chosen import is_chosen, refusal, sbatch_key
 from vocabulary.nodes import UserError
 from vocabulary.parts import pack, unpack
@@ -47,6 +47,7 @@ class Scattered:
         self.states: dict[str, Shards] = {}
         self.unfinished: set[str] = set()  # seen so in this screen
         self.tables: dict[str, Table] = {}
+        self.started: dict[str, tuple[Load, object]] = {}  # what was asked in this screen, of which model
         self.had: dict[str, tuple[int, bool]] = {}
         self.wait: dict[str, float] = {}  # until when no table is taken: a slow line has keys to carry too
 
@@ -93,19 +94,21 @@ class Scattered:
             self.unfinished.add(state.folder)
         if state.error and before is not None and before.error != state.error:
             self.app.say(f"{short(state.folder)}: {state.error}", BAD)
+        if before is not None and before.live and not state.live:
+            self.app.refresh_wants()  # what its tasks did not do is asked here again
 
     def put(self, joined: Joined) -> None:
         info, result, *asked = (frame.body for frame in unpack(joined.frames.tobytes()))
         mine, app, before = self.app.state.prompt_set, self.app, self.tables.get(joined.folder)
         load, request = asked or (before.load, before.request)
-        if prompts_of(request) == mine:  # the same object, so that comparing takes no time
+        if mine and prompts_of(request) == mine:  # the same object, so that comparing takes no time
             request = replace(request, study=replace(request.study, prompt_set=mine))
         self.tables[joined.folder] = table = Table(load, request, info, result, joined.said, joined.whole, joined.stamp)
         if joined.whole and self.ours(table):
             app.requests.record(request, result, True)
             if joined.folder in self.unfinished:
                 app.say(f"{short(joined.folder)} is whole: J, then ⏎, shows it", GOOD)
-        app.draw()
+        app.refresh_wants()
 
     # ---------------------------------------------------------------- what panes draw
 
@@ -118,6 +121,15 @@ class Scattered:
         there = [self.tables[folder] for folder in self.app.session.folders if folder in self.tables]
         some = [t for t in there if type(t.request) is type(request) and self.ours(t)]
         return next((t for t in some if essence(t.request) == essence(request)), None)
+
+    def covers(self, request: object) -> tuple[object | None, bool] | None:
+        """What scattered tasks have of exactly this request, and whether that is all; None where none of them does it."""
+        if (table := self.table(request)) is not None:
+            return table.result, table.whole
+        model = self.app.requests.model
+        live = [self.started[f] for f in self.app.session.folders if f in self.started and self.states[f].live]
+        alike = any(m == model and type(r) is type(request) and essence(r) == essence(request) for m, r in live)
+        return (None, False) if alike else None
 
     def partial(self, result: object) -> str:
         """Where a drawn result is part of a scattered one, how much of it, as the beginning of a title; "" else."""
@@ -152,7 +164,7 @@ class Scattered:
     def whose(self, s: Shards, table: Table | None) -> str:
         """The model and the set of a folder, where they are not the session's."""
         state = self.app.state
-        same = self.ours(table) if table is not None and self.app.info is not None else s.model in ("", state.model.model)
+        same = not table.info.name or self.ours(table) if table is not None and self.app.info is not None else s.model in ("", state.model.model)
         model = "" if same else f"OF {model_name(s.model)}{f' in {table.info.dtype}' if table is not None else ''}"
         other = table is not None and prompts_of(table.request) not in ((), state.prompt_set) or table is None and s.prompts not in (0, len(state.prompt_set))
         return " · ".join(filter(None, (model, f"of another set ({s.prompts} prompts)" if other else "")))
@@ -219,9 +231,9 @@ class Scattered:
         app, last = self.app, next((how for how in reversed([*self.app.session.folders.values()]) if how), {})
         sbatch = str(last.get("sbatch", ""))
         sbatch = sbatch if self.typed is app.session or is_chosen(sbatch_key(sbatch)) else ""  # a session from somebody else chooses nothing
-        name = f"{type(request).__name__.lower()}-{time.strftime('%m%d-%H%M%S')}"
+        name = f"{named(request).split()[0]}-{time.strftime('%m%d-%H%M%S')}"
         fields = [
-            ("tasks", str(last.get("tasks", 2))),
+            ("tasks", "1" if hasattr(request, "resume") else str(last.get("tasks", 2))),  # a fit in steps is one task
             ("where", str(last.get("where", HERE))),
             ("sbatch", sbatch),
             ("folder", f"exports/runs/{name}"),
@@ -239,8 +251,8 @@ class Scattered:
             ask = StartShards(frames, folder, tasks, tasks if where == HERE else 0, sbatch if where == SLURM else "")
 
             def started(state: Shards) -> None:
+                self.states[state.folder], self.started[state.folder] = state, (app.requests.model, request)
                 app.act("scattered", folder=state.folder, how=how)
-                self.states[state.folder] = state
                 app.say(f"{short(state.folder)} is laid out, its tasks start; J shows how far it is", GOOD)
                 self.look()
 
@@ -249,7 +261,7 @@ class Scattered:
 
         app.open(
             Editor(
-                f"scatter {named(request)} over {len(request.study.prompt_set)} prompts",
+                f"scatter {named(request)} {cut_along(request)}",
                 fields,
                 accept,
                 0,
@@ -262,7 +274,7 @@ class Scattered:
     def show(self, folder: str) -> None:
         """Turn the session to what a folder asks, so that a pane draws it. UserError where it is of another model, or can't be asked here."""
         app, table = self.app, self.tables[folder]
-        if not self.ours(table):
+        if table.info.name and not self.ours(table):
             raise UserError(f"{short(folder)} is of {table.info.key}, not of the model that is loaded: M loads that; engine.py gather {folder} prints it")
         if prompts_of(table.request):
             if not is_chosen(table.request.study.metric):
@@ -270,7 +282,7 @@ class Scattered:
             turn_study(app, table.request.study, folder)
         pane = next((p for p in app.panes.values() if p.turn_to(app, table.request, table.result)), None)
         if pane is None:
-            raise UserError(f"no pane draws {type(table.request).__name__} over a set: engine.py gather {folder} prints it")
+            raise UserError(f"no pane draws {named(table.request)}: engine.py gather {folder} prints it")
         app.show_pane(pane.key)
         asked = pane.scatters(app)
         if type(asked) is type(table.request) and essence(asked) != essence(table.request):
@@ -283,7 +295,7 @@ class Scattered:
     def put_again(self, folder: str) -> None:
         """The open set may be the table's now."""
         table, mine = self.tables[folder], self.app.state.prompt_set
-        if prompts_of(table.request) == mine:
+        if mine and prompts_of(table.request) == mine:
             self.tables[folder] = replace(table, request=replace(table.request, study=replace(table.request.study, prompt_set=mine)))
 
 
@@ -332,4 +344,4 @@ def unlike(one: object, other: object) -> list[str]:
     """The names of what two requests of one kind, or their studies, differ in."""
     a, b = essence(one), essence(other)
     names = [n for n in vars(a) if n != "study" and getattr(a, n) != getattr(b, n)]
-    return names + [n for n in vars(a.study) if getattr(a.study, n) != getattr(b.study, n)]
+    return names + [n for n in (vars(a.study) if hasattr(a, "study") else ()) if getattr(a.study, n) != getattr(b.study, n)]

@@ -338,8 +338,8 @@ def shower(errors: Console) -> Callable[[object], None]:
 
 
 @contextmanager
-def interruptible(show: Callable[[object], None]) -> Generator[Callable[[object], None]]:
-    """Ctrl-C ends a fit after the step it is at, so that its checkpoint is whole; a second one ends it at once."""
+def interruptible(show: Callable[[object], None], number: int = signal.SIGINT) -> Generator[Callable[[object], None]]:
+    """Ctrl-C (or another signal) ends a fit after the step it is at, so that its checkpoint is whole; a second one ends it at once."""
     asked = []
 
     def note(*_) -> None:
@@ -352,11 +352,11 @@ def interruptible(show: Callable[[object], None]) -> Generator[Callable[[object]
         if asked:
             raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, note)
+    before = signal.signal(number, note)
     try:
         yield between_steps
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
 
 
 def run(command: ModelOptions, engine, show: Callable[[object], None], errors: Console) -> tuple[ModelInfo, object]:
@@ -421,12 +421,13 @@ def print_result(info: ModelInfo, result: object, as_json: bool, plot: Path | No
     plots_to(plot)
     draw(plot, result, info, errors)
     if as_json:
-        put(UNPRINTABLE.sub(escaped, json.dumps(to_json(result), ensure_ascii=False, allow_nan=False)) + "\n")
+        put(UNPRINTABLE.sub(escaped, json.dumps(to_json(getattr(result, "listed", result)), ensure_ascii=False, allow_nan=False)) + "\n")
         return 0
     out = console()
     out.width = out.width if out.is_terminal else 10_000
     model = f"{info.architecture}, {info.n_layers} layers x {info.n_heads} heads, d_model {info.d_model}, {info.dtype} on {info.device}"
-    out.print(plain(f"{info.name}: {'; '.join(filter(None, (model, words)))}", GRAY))
+    if info.name:  # "": of several models
+        out.print(plain(f"{info.name}: {'; '.join(filter(None, (model, words)))}", GRAY))
     tables()[type(result)](out, result)
     return 0
 

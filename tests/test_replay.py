@@ -4,6 +4,7 @@ import csv
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from ui import make_app, press
 import engine as program
 from screen.session import Session, State, read_session
 from techniques.circuits.requests import Discover, Score
+from techniques.cluster.folder import Folder
+from techniques.generation.requests import MakeDirection
 from techniques.lens.requests import Lens, TuneLens
 from techniques.output.requests import Run
 from techniques.patching.requests import Sweep
@@ -21,7 +24,9 @@ from tui import first_state
 from vocabulary import log
 from vocabulary.nodes import UserError, parse_intervention
 from vocabulary.requests import Load
-from vocabulary.results import STEP, summary, differences, headline, numbers
+from vocabulary.prompts import Metric
+from vocabulary.results import STEP, differences, headline, numbers, summary
+from vocabulary.wire import to_json
 from techniques.record.replay import read_results
 
 
@@ -164,7 +169,7 @@ def test_a_file_cut_at_any_byte_keeps_the_results_before(engines, tmp_path, monk
         left = sum(ends[n] <= cut for n in got)  # a line without its newline is whole too
         assert [*again.record.results] == keys[:left] and again.state == session.state, cut
         if left and cut < len(whole):
-            assert len(read_results(path)[0]) == left
+            assert len(read_results(path.read_bytes(), path)[0]) == left
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -235,3 +240,71 @@ def test_the_numbers_of_a_result_are_what_they_say():
         root = np.sqrt(np.nanmean(x.astype(np.float64) ** 2))
         assert summary(x) == [x.size, pytest.approx(root, rel=1e-6), pytest.approx(mixture, rel=1e-6, abs=1e-9), x.size // 2, -9.0]
     assert summary(np.full(4, np.nan)) is None and summary(np.array([np.inf, 0.0])) == [2, 0.0, 0.0, 0, 0.0]
+
+
+def work(engine, path, tasks: int) -> None:
+    """All tasks of a scattered request, one after the other, in this process."""
+    for k in range(tasks):
+        assert Folder(path).work(k, tasks, engine, lambda part: None, lambda line: None) == 0
+
+
+def test_a_scattered_replay_says_what_one_machine_says(engines, tmp_path, program_on_zoo, capsys):
+    """Line for line, as JSON, in its files and by its exit code: equal, differing, refused and unreadable steps of several models."""
+    engine, state, path = engines["zoo"], first_state({}), tmp_path / "s.jsonl"
+    few = replace(state.study, prompt_set=state.prompt_set[:3])
+    evil = replace(few, metric=Metric("own", own="evil.py:m"))
+    kept(engine, path, [Run(few), Lens(few), Sweep(few, "z", "resample", seed=3), Run(replace(few, base="corrupt"))])
+
+    def change(entry: dict) -> dict:
+        if entry.get("got") == "Lens":
+            entry["numbers"]["kl"][1] += 1.0
+        return entry
+
+    rewritten(path, change)
+    rows = [line.entry for line in log.read_lines(path.read_bytes())[0]]
+    got = next(r for r in rows if "got" in r)
+    more = [
+        got | {"got": "Vanished", "request": {"x": 1}},
+        got | {"got": "TuneLens", "request": {"out": "somewhere"}},
+        got | {"request": {"study": "nowhere"}},
+        got | {"load": {"model": str(tmp_path / "no_model")}},
+        got | {"request": to_json(Run(evil))},
+    ]
+    path.write_bytes(b"".join(log.encoded({**{k: v for k, v in r.items() if k != "sum"}, "n": n}) for n, r in enumerate([*rows, *more])))
+    assert program_on_zoo.main(["replay", str(path), "--out", str(tmp_path / "one"), "--strict"]) == 1
+    one = capsys.readouterr()
+    assert program_on_zoo.main(["scatter", "replay", str(path), "--tasks", "3", "--strict", "--out", str(tmp_path / "many")]) == 0
+    assert "8 steps in 8 shards, 3 tasks" in capsys.readouterr().err
+    work(engine, tmp_path / "many", 3)
+    assert program_on_zoo.main(["gather", str(tmp_path / "many")]) == 1
+    many = capsys.readouterr()
+    verdicts = [line.split()[1] for line in one.out.splitlines()[1:-1]]
+    assert verdicts == ["equal", "differs", "equal", "equal", "no", "not", "refused", "refused"] and "the study that it is of is missing" in many.err
+    assert one.out.replace("/one", "/many") == many.out
+    for name in ("summary.csv", "003-Sweep.csv", "session.ipynb"):
+        assert (tmp_path / "one" / name).read_text().replace("/one", "/many") == (tmp_path / "many" / name).read_text(), name
+    assert program_on_zoo.main(["gather", str(tmp_path / "many"), "--json"]) == 1
+    summary = json.loads((tmp_path / "many" / "summary.json").read_text())["steps"]
+    assert json.loads(capsys.readouterr().out) == summary
+    Folder(tmp_path / "many").part(1).unlink()
+    assert program_on_zoo.main(["gather", str(tmp_path / "many"), "--partial"]) == 1
+    assert "partial: 7 of 8 shards" in (said := capsys.readouterr().out) and "   2 differs" not in said
+
+
+@pytest.mark.table
+def test_a_task_makes_the_directions_that_its_steps_steer_along(engines, tmp_path, program_on_zoo, capsys, monkeypatch):
+    """A step that another task would have made one for: --train makes it, without --train it is refused in words."""
+    engine, state, path = engines["zoo"], first_state({}), tmp_path / "s.jsonl"
+    monkeypatch.setattr("vocabulary.files.home", lambda: tmp_path / "home")
+    few = replace(state.study, prompt_set=state.prompt_set[:3])
+    made = engine.run(ask := MakeDirection(few, "set", "L2.resid_post@END", name="mine"))
+    kept(engine, path, [ask, Run(replace(few, interventions=(parse_intervention(f"L2.resid_post=steer:{made.name}:2"),)))])
+    for words, verdicts, code in (([], ["not", "refused"], 1), (["--train"], ["equal", "equal"], 0)):
+        Path(made.path).unlink(missing_ok=True)
+        out = tmp_path / f"many{len(words)}"
+        assert program_on_zoo.main(["scatter", "replay", str(path), "--tasks", "2", "--strict", *words, "--out", str(out)]) == 0
+        assert Folder(out).work(1, 2, engine, lambda part: None, lambda line: None) == 0, "the second step first"
+        work(engine, out, 2)
+        capsys.readouterr()
+        assert program_on_zoo.main(["gather", str(out)]) == code
+        assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[1:-1]] == verdicts

@@ -3,10 +3,14 @@
 import json
 import subprocess
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch as t
+from safetensors.torch import load_file
+from transformer_lens.tools.analysis.jacobian_lens import JacobianLens
 
 from engine import Engine, main
 from model.replacements import corrupted_rows, resampled
@@ -18,14 +22,16 @@ from techniques.cluster.folder import Folder, Job
 from techniques.cluster import tasks
 from techniques.cluster.tasks import visible_gpus
 from techniques.features.requests import Examples
+from techniques.lens.requests import FitJacobian, Lens, TuneLens
 from techniques.patching.requests import Estimate, Sweep
 from techniques.qk.requests import QKSet
 from utils import ROOT
 from vocabulary.circuit import Circuit
+from vocabulary.files import CHECKPOINT
 from vocabulary.nodes import UserError, parse_intervention
 from vocabulary.parts import read_frames
 from vocabulary.prompts import Prompt, Study, read_prompt_set
-from vocabulary.requests import Load
+from vocabulary.requests import Load, Progress
 
 SET = ROOT / "zoo" / "prompts" / "ioi_abba.jsonl"
 PROMPTS = read_prompt_set(SET)[:7]
@@ -113,6 +119,73 @@ def test_examples_over_parts_of_a_text(zoo, tmp_path):
     joined = folder.gather()[1]
     same(joined, zoo.run(ask), (*TIMES, "cached"))
     assert joined.tokens and max(map(len, joined.examples)) == 4
+
+
+FIT = FitJacobian("", "elsewhere.pt", prompts=3, length=12, skip=2)
+
+
+def test_a_jacobian_lens_fitted_in_parts(engines, tmp_path):
+    """Of a killed task's part its matrices are cut, then gone: it runs again. The file, its card and what the fit says are those of one machine."""
+    engine, said = engines["gpt2"], []
+    whole = engine.run(replace(FIT, out=str(tmp_path / "whole.pt")))
+    folder = in_parts(engine, FIT, tmp_path / "a", 1)
+    assert len(folder.shards) == 3 and not Path("elsewhere.pt").exists()
+    for damage in (lambda f: f.write_bytes(f.read_bytes()[:-8]), lambda f: f.unlink()):
+        damage(folder.part(1).with_suffix(".safetensors"))
+        with pytest.raises(UserError, match="2 of 3 shards done.*missing: 1"):
+            folder.gather()
+        assert folder.gather(True)[1].prompts == 2 and not (folder.path / "jacobian_lens.pt").exists()
+        assert Folder(folder.path).work(1, 2, engine, lambda part: None, said.append) == 0 and "shards 1" in said[-2]
+    joined = folder.gather()[1]
+    same(joined, whole, ("seconds", "file"))
+    one, many = JacobianLens.load(whole.file), JacobianLens.load(joined.file)
+    assert (one.metadata, one.n_prompts, one.source_layers) == (many.metadata, many.n_prompts, many.source_layers) and whole.change > 0
+    for layer, matrix in one.jacobians.items():
+        np.testing.assert_allclose(many.jacobians[layer], matrix, rtol=1e-5, atol=1e-5)
+    assert engine.run(Lens(Study(PROMPTS[0]), kind="jacobian", artefact=str(folder.path))).top_probs.size
+
+
+@pytest.mark.table
+def test_a_jacobian_lens_of_a_short_or_changed_text(engines, tmp_path):
+    """Prompts behind the end of the text are empty parts; parts of two texts are not merged."""
+    engine, text = engines["gpt2"], tmp_path / "text.txt"
+    words = (ROOT / "zoo" / "corpus.txt").read_text()
+    n = next(n for n in range(20, 2000, 4) if len(engine.model.encode(words[:n])[0]) >= 12 * 5)
+    text.write_text(words[:n])
+    ask = replace(FIT, text=str(text), prompts=9)
+    whole = engine.run(replace(ask, out=str(tmp_path / "whole.pt")))
+    folder = in_parts(engine, ask, tmp_path / "a")
+    same(folder.gather()[1], whole, ("seconds", "file"))
+    assert whole.prompts < 9 == folder.total
+    folder.part(1).unlink()
+    text.write_text(words[: n + 1])
+    folder.work(1, 2, engine, lambda part: None, lambda line: None)
+    with pytest.raises(UserError, match="the text changed while the tasks ran"):
+        folder.gather()
+
+
+def test_a_fit_in_steps_is_one_task_that_goes_on(engines, tmp_path):
+    """Killed in its middle, it goes on from its checkpoint, and is the fit of one machine."""
+    engine, ask = engines["gpt2"], TuneLens("", "elsewhere", steps=6, batch=2, length=12)
+    with pytest.raises(UserError, match="TuneLens is not scattered: each step of a fit depends on the one before; --tasks 1"):
+        in_parts(engine, ask, tmp_path / "a", 0)
+    assert not (tmp_path / "a").exists()
+    folder = Folder(tmp_path / "a")
+    folder.lay_out(engine.loaded, ask, 0, Job(1))
+
+    def kill(part: object) -> None:
+        if isinstance(part, Progress) and part.done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        folder.work(0, 1, engine, kill, lambda line: None)
+    assert (folder.path / "tuned_lens" / CHECKPOINT).exists() and folder.missing() == [0]
+    steps = []
+    folder.work(0, 1, engine, lambda part: steps.append(part.done) if part.text.startswith("tuned lens: KL 1") else None, lambda line: None)
+    whole = engine.run(replace(ask, out=str(tmp_path / "whole")))
+    same(folder.gather()[1], whole, ("seconds", "folder"))
+    one, many = (load_file(p / "params.safetensors") for p in (tmp_path / "whole", folder.path / "tuned_lens"))
+    assert all(t.allclose(one[name], many[name], atol=1e-6) for name in one) and not (folder.path / "tuned_lens" / CHECKPOINT).exists()
 
 
 def test_a_scattered_mean_and_noise_are_the_whole(zoo, tmp_path):
@@ -253,13 +326,15 @@ def test_the_job_is_a_script_that_bash_reads(tmp_path, capsys):
     ("words", "line"),
     [
         ("lens --set {} --out {}", "Lens can't run over a part of a prompt set"),
-        ("replay --out {1}", "replay can't be scattered"),
+        ("gather {1} --out {1}", "gather can't be scattered"),
+        ("replay {1} --out {1}", "no session"),
         ("sweep --kind z --out {1}", "give --set"),
         ("sweep --kind z --set {}", "give --out"),
         ("sweep --kind z --set {} --out {} --tasks 0", "--tasks is 1 or more"),
         ("sweep --kind z --set {} --plot a.svg --out {}", "gather FOLDER --plot"),
         ("certify --set {} --out {}", "Certify is not scattered: it decides by the whole set"),
         ("train-sae --out {1}", "TrainSae is not scattered: each step of a training"),
+        ("direction --kind set --set {} --out {}", "MakeDirection is not scattered: it is one forward pass a prompt"),
     ],
 )
 def test_refused_before_anything_runs(tmp_path, capsys, words, line):

@@ -15,20 +15,29 @@ import pytest
 from test_scatter import PROMPTS, STUDY, in_parts
 from ui import make_app, press, shown
 
+from techniques.attention.requests import AttentionSet
+from techniques.attribution.requests import AttributionSet
 from techniques.cluster import analysis, tasks
 from techniques.cluster.folder import Folder, Job, check_part
 from techniques.cluster.requests import CancelShards, GoOnShards, StartShards, TakeShards, WatchShards
-from techniques.circuits.requests import PathPatch
+from techniques.circuits import walk
+from techniques.circuits.edge_index import edge_index
+from techniques.circuits.requests import Discover, PathPatch
 from techniques.features.requests import Examples
+from techniques.lens.requests import FitJacobian, TuneLens
 from techniques.patching.requests import Sweep
+from techniques.qk.requests import QKSet
 from screen.client import Job as Job_
-from screen.session import State, read_session
+from techniques.output.requests import Run
+from techniques.record.requests import Replay
+from screen.session import Session, State, read_session
 from utils import ROOT
 from vocabulary import chosen
 from vocabulary.nodes import UserError
 from vocabulary.parts import pack, unpack, write_frames
 from vocabulary.prompts import Metric
 from vocabulary.requests import Load
+from vocabulary.results import numbers
 
 SWEEP = Sweep(STUDY, "z", "resample", "noise", over_set=True)
 STATE = State(prompt=PROMPTS[0], set_path="the_set.jsonl", prompt_set=PROMPTS)
@@ -139,6 +148,167 @@ async def test_nothing_of_another_model_or_set_is_drawn(zoo, tmp_path):
         assert "OF zoo in bfloat16" in shown(app)
         await press(app, pilot, "enter", "enter")
         assert "not of the model that is loaded" in shown(app)
+
+
+ELSEWHERE = {  # pane, its views, the slot that draws; what is asked there
+    "attribution": ("3", {"attribution.view": "set"}, "attribution", AttributionSet(replace(STUDY, prompt_set=PROMPTS))),
+    "qk": ("9", {"qk.over": "set", "qk.instead": "mean"}, "qk", QKSet(STUDY, 0, 0, "END", "S2", "mean")),
+}
+
+
+@pytest.mark.parametrize("name", ["attribution", pytest.param("qk", marks=pytest.mark.table)])
+async def test_what_is_asked_by_itself_is_left_to_its_tasks(zoo, tmp_path, name):
+    """Over the set, where a scattered job asks exactly that: its parts are drawn as they come, and the engine is not asked too; J offers it, and turns to it from elsewhere."""
+    key, views, slot, ask = ELSEWHERE[name]
+    app = make_app(zoo, tmp_path, STATE)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot, "2")
+        app.act("scattered", folder=str(tmp_path / "a"), how={})
+        folder = in_parts(zoo, ask, tmp_path / "a", 3)
+        gone, asked = hide(folder, 1), []
+        await looked(app, pilot)
+        run = app.client.ask
+        app.client.ask = lambda slot, request, *a, **k: (asked.append(request), run(slot, request, *a, **k))[1]
+        await press(app, pilot, "J", "enter", "enter")
+        if name == "qk":  # the prompt is read
+            await press(app, pilot, "J", "enter", "enter")
+        assert {k: app.state.views[k] for k in views} == views
+        text = shown(app)
+        assert f"{app.panes[app.pane].label}  2 of 3 shards, 4 of 7 prompts · " in text and not [r for r in asked if isinstance(r, type(ask))]
+        assert app.requests.reply(slot).partial
+        bring_back(folder, gone)
+        await looked(app, pilot)
+        drawn, whole = app.requests.reply(slot), zoo.run(app.panes[app.pane].scatters(app))
+        assert not drawn.partial and "shards" not in shown(app).split(app.panes[app.pane].label)[1] and not [r for r in asked if isinstance(r, type(ask))]
+        for a, b in zip(numbers(drawn.result).values(), numbers(whole).values(), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5)
+        await press(app, pilot, "J")
+        assert f"scatter this: {'qk L0H0' if name == 'qk' else name} over 7 prompts" in shown(app)
+
+
+@pytest.mark.table
+async def test_what_runs_apart_is_not_computed_here_too(zoo, tmp_path, monkeypatch):
+    """From the key on; where its tasks end before any part is there, the engine is asked again."""
+    monkeypatch.setattr(tasks, "start_here", lambda folder, n: None)
+    asked = []
+    app = make_app(zoo, tmp_path, replace(STATE, views=STATE.views | {"attribution.view": "set"}))
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot)
+        await press(app, pilot, "3", "J", "j", "enter")
+        assert "scatter attribution over 7 prompts" in shown(app)
+        app.screen.focused.value = "2"
+        await press(app, pilot, "tab", "tab", "tab")
+        app.screen.focused.value = str(tmp_path / "b")
+        await press(app, pilot, "enter")
+        await looked(app, pilot)
+        folder = Folder(tmp_path / "b")
+        (folder.path / "local.json").write_text('{"running": 2}')
+        await looked(app, pilot)
+        run = app.client.ask
+        app.client.ask = lambda slot, request, *a, **k: (asked.append(request), run(slot, request, *a, **k))[1]
+        app.requests.answers.clear()
+        app.requests.replies.pop("attribution")
+        app.refresh_wants()
+        await press(app, pilot)
+        assert "its tasks run, no part is there yet: J" in shown(app) and not [r for r in asked if isinstance(r, AttributionSet)]
+        (folder.path / "local.json").unlink()
+        await looked(app, pilot)
+        assert [r for r in asked if isinstance(r, AttributionSet)] and "direct effect, mean over the set" in shown(app)
+
+
+@pytest.mark.table
+async def test_attention_between_labels_is_listed_as_far_as_it_is(zoo, tmp_path):
+    folder = in_parts(zoo, AttentionSet(STUDY), tmp_path / "a", 3)
+    hide(folder, 1)
+    app = make_app(zoo, tmp_path, STATE)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot, "4")
+        app.act("scattered", folder=str(folder.path), how={})
+        await looked(app, pilot)
+        await press(app, pilot, "J", "enter", "enter")
+        assert app.pane == "attention" and "B lists the mean attention" in shown(app)
+        await press(app, pilot, "B")
+        assert "2 of 3 shards, 4 of 7 prompts · mean attention over 4 prompts" in shown(app)
+
+
+@pytest.mark.table
+async def test_a_replay_is_followed_and_printed_elsewhere(zoo, tmp_path):
+    """Of several models: its row names none, and no pane draws it."""
+    session = Session(STATE, tmp_path / "s.jsonl")
+    session.do("intervene", intervention="L3H3=zero")
+    for request in (Run(STUDY), Run(replace(STUDY, base="corrupt"))):
+        session.record.add(request, zoo.run(request), Load(), zoo.model.info, True)
+    session.record.flush()
+    session.close()
+    folder = in_parts(zoo, Replay((tmp_path / "s.jsonl").read_bytes(), "s.jsonl"), tmp_path / "a", 1)
+    gone = hide(folder, 1)
+    app = make_app(zoo, tmp_path, STATE)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot)
+        app.act("scattered", folder=str(folder.path), how={})
+        await looked(app, pilot)
+        await press(app, pilot, "J")
+        assert "/a · replay s.jsonl · 1 of 2 shards · no tasks · ⏎ goes on" in shown(app)
+        await press(app, pilot, "enter", "enter")
+        assert "no pane draws replay s.jsonl: engine.py gather" in shown(app)
+        bring_back(folder, gone)
+        await looked(app, pilot)
+        await press(app, pilot, "J")
+        assert "replay s.jsonl · 2 of 2 shards · whole" in shown(app)
+
+
+@pytest.mark.table
+async def test_a_fit_apart_is_read_when_it_is_done(zoo, tmp_path):
+    """The engine writes the lens when all parts are there, whoever ran them; J then reads it. F starts one."""
+    folder = in_parts(zoo, FitJacobian("", prompts=2, length=12, skip=2), tmp_path / "a", 1)
+    app = make_app(zoo, tmp_path, State(prompt=PROMPTS[0]))
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot, "4")
+        app.act("scattered", folder=str(folder.path), how={})
+        await looked(app, pilot)
+        assert (folder.path / "jacobian_lens.pt").exists()
+        await press(app, pilot, "J", "enter", "enter")
+        assert app.pane == "lens" and app.state.lens == "jacobian" and "Jacobian lens" in shown(app).replace("jacobian", "Jacobian")
+        await press(app, pilot, "F", "tab", "tab", "tab")
+        app.screen.focused.value = "apart"
+        await press(app, pilot, "enter")
+        assert "scatter tune-lens as one task" in shown(app) and app.screen.focused.value == "1"
+
+
+@pytest.mark.table
+async def test_a_discovery_is_drawn_while_its_tasks_run(zoo, tmp_path):
+    """Mean scores of the prompts that are there, beside no circuit of the session; once it is whole, J takes it."""
+    folder = in_parts(zoo, Discover(STUDY, "eap", 12), tmp_path / "a", 3)
+    gone = hide(folder, 1, 2)
+    app = make_app(zoo, tmp_path, STATE)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await press(app, pilot, "4")
+        app.act("scattered", folder=str(folder.path), how={})
+        await looked(app, pilot)
+        await press(app, pilot, "J", "enter", "enter")
+        title = lambda: shown(app).split("5 Circuit  ")[1].splitlines()[0]  # noqa: E731
+        assert app.pane == "circuit" and title().startswith("drawing · 1 of 3 shards, 3 of 7 prompts · eap's mean scores so far") and not app.state.circuits
+        seen_then = [*walk.drawn(app.panes["circuit"], app).nodes]
+        bring_back(folder, {1: gone[1]})
+        await looked(app, pilot)
+        one, two = (zoo.run(Discover(replace(STUDY, part=part), "eap", 12)).scores for part in ((0, 3), (3, 6)))
+        graph, index = walk.drawn(app.panes["circuit"], app), edge_index(zoo.model.info)
+        strongest = index.named((one + two) / 2, index.strongest((one + two) / 2, 12))
+        assert "2 of 3 shards, 6 of 7 prompts" in title() and {e for n in graph.nodes for e, _, _ in graph.of(n)} == {*strongest} and seen_then
+        scores = dict(zip(app.requests.scattered.tables[str(folder.path)].result.edges, (one + two) / 2))
+        for e, _, score in (row for n in graph.nodes for row in graph.of(n)):
+            assert score == pytest.approx(scores[e], abs=1e-6)
+        await press(app, pilot, "v", "escape", "c")
+        assert app.state.circuits and "shards" not in title(), "what is kept is drawn"
+        await press(app, pilot, "u")
+        bring_back(folder, {2: gone[2]})
+        with pytest.raises(UserError, match="second checks"):
+            folder.gather()
+        folder.second.work(0, 1, zoo, lambda part: None, lambda line: None)
+        await looked(app, pilot)
+        assert "shards" not in title()
+        await press(app, pilot, "J", "enter", "enter")
+        assert app.state.current.edges == zoo.run(Discover(STUDY, "eap", 12)).circuit.edges
 
 
 @pytest.mark.table
@@ -446,6 +616,18 @@ def test_nothing_is_written_through_a_link_that_came_later(tmp_path, monkeypatch
         with pytest.raises(UserError, match="holds a link, or what is no regular file|can't be read"):
             write()
     assert victim.read_text() == "precious" and sorted(p.name for p in folder.path.iterdir()) == before
+
+
+def test_a_fit_writes_through_no_link(zoo, tmp_path):
+    """Nor through one in the folder of the fit."""
+    folder, victim = Folder(tmp_path / "a"), tmp_path / "victim.txt"
+    folder.lay_out(Load("zoo"), TuneLens("", steps=2), 1, Job(1))
+    victim.write_text("precious")
+    (folder.path / "tuned_lens").mkdir()
+    (folder.path / "tuned_lens" / "params.safetensors").symlink_to(victim)
+    with pytest.raises(UserError, match="holds a link"):
+        Folder(folder.path).work(0, 1, zoo, lambda part: None, lambda line: None)
+    assert victim.read_text() == "precious"
 
 
 def test_a_pipe_as_a_request_or_part_does_not_block(zoo, tmp_path):

@@ -14,6 +14,7 @@ from vocabulary.nodes import UserError
 from vocabulary.typed import user_path
 
 OWN = ("sessions", "exports", "logs", "saes", "directions", "means")  # folders under `home()`
+CHECKPOINT = "checkpoint.safetensors"  # of a fit, in its folder
 PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
 
 

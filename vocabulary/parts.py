@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vocabulary.files import replacing
-from vocabulary.requests import ModelInfo
+from vocabulary.files import CHECKPOINT, replacing
+from vocabulary.requests import Load, ModelInfo
 from vocabulary.wire import Frame, encode, read_frame
 
 
@@ -16,22 +16,39 @@ from vocabulary.wire import Frame, encode, read_frame
 class Scattered:
     """
     How the results of a request's parts become the whole set's. `check`: UserError for what can't be joined. `join(request, parts, info)`. Where that is not the end,
-    `then(request, joined)` is a second request over the set, and `end(request, joined, second)` the result. `write(result, folder)` are files beside it. `size(request)`:
-    how much there is to cut into shards, `cut(request, from, to)` the request of one.
+    `then(request, joined)` is a second request over the set, and `end(request, joined, second)` the result. `write(request, result, parts, folder)` are files beside the whole one, and the
+    result that says so. `size(request)`: how much there is to cut into shards, of which `unit`; `cut(request, from, to)` the request of one. `load(engine, model, show)` comes before a task's
+    first part, `run(engine, request, show, part)` is one; where it writes a safetensors file of its own beside its file `part`, `beside` is its suffix. `whole`: why it can't be cut, so that
+    one task does all of it.
     """
 
     check: Callable[[object], None]
     join: Callable[[object, list, ModelInfo], object]
     then: Callable[[object, object], object | None] = lambda request, joined: None
     end: Callable[[object, object, object], object] = lambda request, joined, second: joined
-    write: Callable[[object, Path], None] = lambda result, folder: None
+    write: Callable[[object, object, Iterable, Path], object] = lambda request, result, parts, folder: result
     size: Callable[[object], int] = lambda request: len(request.study.prompt_set)
     cut: Callable[[object, int, int], object] = lambda request, start, stop: replace(request, study=replace(request.study, part=(start, stop)))
+    unit: str = "prompts"
+    load: Callable[[object, Load, Callable], ModelInfo] = lambda engine, model, show: engine.run(model, show)
+    run: Callable[[object, object, Callable, Path], object] = lambda engine, request, show, part: engine.run(request, show)
+    beside: str = ""
+    whole: str = ""
 
     @property
     def two(self) -> bool:
         """Whether a second pass follows the first."""
         return self.then is not Scattered.then
+
+
+def one_fit(name: str, why: str) -> Scattered:
+    """A fit that can't be cut: one task runs it, into the folder `name` beside its part. A task that runs again goes on from the checkpoint that is there."""
+
+    def run(engine, request: object, show: Callable, part: Path) -> object:
+        out = part.parent / name
+        return engine.run(replace(request, out=str(out), resume=(out / CHECKPOINT).is_file()), show)
+
+    return Scattered(lambda ask: None, lambda ask, parts, info: parts[0], size=lambda ask: 1, cut=lambda ask, start, stop: ask, unit="fit", run=run, whole=why)
 
 
 def pack(bodies: Iterable[tuple[int, object]]) -> bytes:

@@ -37,16 +37,24 @@ def rank_labels(pane: Pane, app: Host) -> None:
     if app.info is None or not app.state.members:
         app.say(f"mean attention between labels is over a prompt set with labels: {no_members(app)}", BAD)
         return
-    which = app.state.views["which"]
+    request = between_labels(app)
 
     def show(found) -> None:
         cells = [(x, h, d, s) for x, h, d, s in np.ndindex(*found.mean.shape) if np.isfinite(found.mean[x, h, d, s])]
         cells.sort(key=lambda c: -abs(float(found.mean[c])))
         names = found.labels
         items = [Item(f"L{x}H{h}", f"{names[d]} → {names[s]}  {found.mean[x, h, d, s]:+.3f} ± {found.std[x, h, d, s]:.3f}", "", (x, h)) for x, h, d, s in cells]
-        choose(app, f"mean attention over {len(found.prompts)} prompts, {run_names(app.state)[which]}", items)
+        part = app.requests.scattered.partial(found)
+        choose(app, f"{part}mean attention over {len(found.prompts)} prompts, {run_names(app.state)[request.which]}", items)
 
-    app.requests.ask("labels", AttentionSet(replace(app.state.study, prompt_set=app.state.members), which), show, opens="attention between labels over the set")
+    if (known := app.requests.at_hand(request)) is not None and known.result is not None:
+        show(known.result)
+    else:
+        app.requests.ask("labels", request, show, opens="attention between labels over the set")
+
+
+def between_labels(app: Host) -> AttentionSet:
+    return AttentionSet(replace(app.state.study, prompt_set=app.state.members), app.state.views["which"])
 
 
 def choose_detector(pane: Pane, app: Host) -> None:

@@ -4,9 +4,9 @@ import numpy as np
 from textual.containers import Horizontal
 from textual.widget import Widget
 
-from techniques.attention.requests import Attention, AttentionResult, HeadStats, HeadStatsResult
+from techniques.attention.requests import Attention, AttentionResult, AttentionSet, HeadStats, HeadStatsResult
 from vocabulary.nodes import Node
-from screen.actions import turns
+from screen.actions import turned, turns
 from screen.cursor import clip
 from screen.keys import FIND, VIEW, Action, Part
 from screen.maps import label_width, columns_of
@@ -67,6 +67,16 @@ class AttentionPane(Pane):
             "attention": Attention(study, c.layer, views["which"], views["attention.weighted"] == "on"),
             "heads": HeadStats(study, views["which"], source, pair),
         }
+
+    def scatters(self, app: Host) -> AttentionSet | None:
+        """What B lists."""
+        return actions.between_labels(app) if app.state.members else None
+
+    def turn_to(self, app: Host, request: object, result: object) -> bool:
+        if isinstance(request, AttentionSet):
+            turned(app, request.study.base, {"which": request.which})
+            app.say("B lists the mean attention between labels, as far as its parts are there")
+        return isinstance(request, AttentionSet)
 
     def step(self, app: Host, rows: int, cols: int) -> None:
         c, n = app.cursor, app.length()

@@ -16,7 +16,7 @@ from techniques.attribution.requests import (
     AttributionSourcesResult,
 )
 from vocabulary.nodes import Node, UserError
-from screen.actions import no_members
+from screen.actions import no_members, turned
 from screen.cursor import clip
 from screen.keys import FIND, Action, Part
 from screen.maps import columns_of
@@ -66,6 +66,14 @@ class AttributionPane(Pane):
         elif c.comp == "mlp" and view == "drill":
             wants["drill"] = AttributionNeurons(app.study, which, c.layer, c.pos)
         return wants
+
+    def scatters(self, app: Host) -> AttributionSet | None:
+        return next((r for r in self.wants(app).values() if isinstance(r, AttributionSet)), None)
+
+    def turn_to(self, app: Host, request: object, result: object) -> bool:
+        if isinstance(request, AttributionSet):
+            turned(app, request.study.base, {self.view: "set", "which": request.which})
+        return isinstance(request, AttributionSet)
 
     def step(self, app: Host, rows: int, cols: int) -> None:
         if self.reads(app) and self.walking:

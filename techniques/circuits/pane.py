@@ -68,6 +68,7 @@ class CircuitPane(Pane):
         self.top = 0  # the first line shown beside the map
         self.last: Reply | None = None  # the last scores; their request without groups
         self.found: dict[str, Reply] = {}  # of circuits that were discovered here, by name
+        self.coming: tuple[str, object] = ("", None)  # the folder of a discovery that is drawn while its tasks run, and the circuit that was current then
 
     def body(self) -> Widget:
         return Horizontal(self.map, self.side)
@@ -259,8 +260,8 @@ class CircuitPane(Pane):
 
     def paint(self, app: Host) -> None:
         state, views = app.state, app.state.views
-        view, circuit = views[self.view], state.current
-        name = files.heading(app)
+        view, circuit, coming = views[self.view], shards.drawn(self, app), shards.coming(self, app)
+        name = files.heading(app) if coming is None else f"{coming.method}'s mean scores so far"
         if app.info is None:
             self.show_title(app, ("path", "score"), name, "")
             self.map.show(None, (0, 0), views["mode"], [(f"  {app.busy}", DIM)])
@@ -271,7 +272,7 @@ class CircuitPane(Pane):
             self.map.set_class(False, "hidden")
             path_view.paint(self, app)
             return
-        result = self.scored(app)
+        result = self.scored(app) if coming is None else None
         parts = members(circuit) if circuit else {}
         effects = dict(zip(result.parts, result.effects.tolist())) if result is not None else {}
         grid = self.picture("circuit", (circuit, Same(result)), lambda: map_grid(app.info, parts, effects, result.floor if result is not None else math.nan))
@@ -286,10 +287,10 @@ class CircuitPane(Pane):
         else:
             self.laid = None
             self.paint_side(app, result, max(20, self.size.width - mapped - 3))
-        score = app.requests.scattered.partial(result) and f" · {app.requests.scattered.partial(result)[:-3]}"
+        score = (some := app.requests.scattered.partial(coming or result)) and f" · {some[:-3]}"
         score += f" · faithfulness {result.faithfulness.mean:.3f} {scored_over(state, self.study(app))}" if result is not None else ""
         busy = app.requests.left("score") if "score" in app.requests.wanted and app.requests.stale("score") else ""
-        self.show_title(app, ("score",), f"{view}{score}{busy} · {name}", self.note(app, result))
+        self.show_title(app, ("score",), f"{view}{score}{busy} · {name}", self.note(app, coming or result))
         about = about_node(str(self.node(app, None)).split("@")[0], circuit, effects)
         self.info_line.show([about[:1] + walk.about_edge(self, app, graph) + about[1:] if walks else about])
 

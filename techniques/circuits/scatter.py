@@ -73,8 +73,9 @@ def with_faithfulness(ask: Discover, joined: DiscoverResult, score: ScoreResult)
     return replace(joined, faithfulness=np.array([value.mean], np.float32), score=value.mean, seconds=joined.seconds + score.seconds, warning=warning)
 
 
-def write(result: DiscoverResult, folder: Path) -> None:
+def write(ask: Discover, result: DiscoverResult, parts: object, folder: Path) -> DiscoverResult:
     write_circuit(result.circuit, folder / "circuit.json")
+    return result
 
 
 SCATTERED = {

@@ -1,8 +1,8 @@
-"""What pane 5 asks over a set that can run in shards, and turning it to what a scattered job asked."""
+"""What pane 5 asks over a set that can run in shards, turning it to what a scattered job asked, and a discovery that is drawn while its tasks run."""
 
 from dataclasses import replace
 
-from techniques.circuits.requests import Discover, PathPatch, Score
+from techniques.circuits.requests import Discover, DiscoverResult, PathPatch, Score
 from vocabulary.circuit import Circuit
 from vocabulary.nodes import UserError
 from vocabulary.wire import to_json
@@ -35,14 +35,33 @@ def turn_to(pane: Pane, app: Host, request: object, result: object) -> bool:
             views |= {"circuit.rest": request.rest, "circuit.mlps": "count" if request.mlps else "stay", "circuit.by": by}
             turned(app, app.state.base, views | ({pane.view: "drawing"} if app.state.views[pane.view] == "path" else {}))
         case Discover():
-            if not result.circuit.nodes or not result.faithfulness.size:
-                raise UserError("the circuit is there when the second pass, its faithfulness, is done")
+            tables = app.requests.scattered.tables
+            if not next(t for t in tables.values() if t.result is result).whole:
+                turned(app, app.state.base, {pane.view: "drawing"})
+                pane.coming = (next(f for f, t in tables.items() if t.result is result), app.state.current)
+                return True
+            if not result.circuit.nodes:
+                raise UserError(result.warning or f"{request.method} found no circuit")
             take(app, result.circuit)
             turned(app, app.state.base, {pane.view: "drawing", "circuit.rest": request.rest})
             app.say(f"{app.state.circuit}: {len(result.circuit.nodes)} nodes, {len(result.circuit.edges)} edges, faithfulness {result.score:.3f}")
         case _:
             return False
     return True
+
+
+def coming(pane: Pane, app: Host) -> DiscoverResult | None:
+    """The discovery that is drawn as far as its parts are there: what J turned to, until it is whole: as long as view, circuit and model stay and it is in J's list."""
+    scattered, (folder, circuit) = app.requests.scattered, pane.coming
+    table = scattered.tables.get(folder)
+    here = table is not None and not table.whole and folder in app.session.folders and scattered.ours(table)
+    return table.result if here and app.state.views[pane.view] == "drawing" and app.state.current == circuit else None
+
+
+def drawn(pane: Pane, app: Host) -> Circuit | None:
+    """The circuit that is drawn: the current one, or that which a discovery has found so far."""
+    found = coming(pane, app)
+    return app.state.current if found is None else found.circuit
 
 
 def take(app: Host, circuit: Circuit) -> None:

@@ -2,7 +2,7 @@
 
 import math
 
-from techniques.circuits import drawings
+from techniques.circuits import drawings, shards
 from techniques.circuits.graph import EMBED, Graph, draw, edge_legend, edges_beside, fitted_to, graph_of
 from techniques.circuits.pictures import score_lines, summary, wrap
 from techniques.circuits.requests import ScoreResult
@@ -15,12 +15,12 @@ from widgets import BOLD, CURSOR, CURSOR_PLAIN, DIM, PLAIN, Same, Spans
 
 def drawn(pane: Pane, app: Host) -> Graph | None:
     """The circuit as a graph to walk in, where the view is the drawing and it has edges; None where this model does not have all its nodes."""
-    circuit = app.state.current
+    circuit = shards.drawn(pane, app)
     if app.state.views[pane.view] != "drawing" or circuit is None or not circuit.edges or app.info is None:
         return None
     if any(n.layer >= app.info.n_layers or (n.head or 0) >= app.info.n_heads for n in map(parse_node, circuit.nodes)):
         return None
-    result, found = pane.scored(app), pane.discovered(app)
+    result, found = (pane.scored(app), pane.discovered(app)) if (coming := shards.coming(pane, app)) is None else (None, coming)
     labels = app.tokens.tokens.labels if app.tokens else {}
     key = (circuit, Same(result), Same(found), tuple(labels.items()), app.length())
     scores, _ = edge_scores(pane, app, result)
@@ -29,6 +29,8 @@ def drawn(pane: Pane, app: Host) -> Graph | None:
 
 def edge_scores(pane: Pane, app: Host, result: ScoreResult | None) -> tuple[dict[str, float], str]:
     """Of every edge: what cutting it alone does to the metric, else its score in the discovery; and which of them that is."""
+    if (coming := shards.coming(pane, app)) is not None:
+        return dict(zip(coming.edges, coming.scores.tolist())), f"{coming.method}'s mean score so far"
     if result is not None and any("->" in p for p in result.parts):
         return dict(zip(result.parts, result.effects.tolist())), "effect of cutting it alone"
     found = pane.discovered(app)
@@ -129,7 +131,7 @@ def lines(pane: Pane, app: Host, graph: Graph, effects: dict[str, float], width:
         pane.laid = fits[0]
         return draw(fits[0], fits[1], width, height, here, edge, mode, mine)
     pane.laid = graph
-    words = drawings.draw(app.state.current, mine, width)
+    words = drawings.draw(shards.drawn(pane, app), mine, width)
     line = next((n for n, text in enumerate(words) if text.strip().split(" ")[0] == here), 0)
     start = clip(line - height // 4, max(1, len(words) - height + 1))
     marked = CURSOR_PLAIN if mode == "shade" else CURSOR
@@ -176,7 +178,7 @@ def node_of_cursor(app: Host) -> str:
 
 def without_edges(pane: Pane, app: Host, result: ScoreResult | None, width: int, height: int) -> list[Spans]:
     """Beside the map: the nodes by layer, those of the circuit that have no edges to walk along, then its scores."""
-    circuit = app.state.current
+    circuit = shards.drawn(pane, app)
     effects = dict(zip(result.parts, result.effects.tolist())) if result is not None else {}
     below = summary(circuit, result, width)
     graph = graph_of(circuit, {}, app.info.n_heads, app.tokens.tokens.labels if app.tokens else {}, app.length())

@@ -174,7 +174,8 @@ class Desk:
             + [f"{len(pending)} pending ({REASONS.get(r.reason, r.reason)})" for r in pending[:1]]
             + ["starting"] * starts
         )
-        left = stage.state().partition(", ")[2] if live else ""
+        said = tasks.last_line(stage.path / "log-0.txt").removeprefix("task 0: ") if scattered(request).whole else stage.state().partition(", ")[2]
+        left = said if live else ""
         whole = done == total and (second is not None or not scattered(request).two)
         asks = named(request) + ", second pass" * (second is not None)
         return Shards(
@@ -199,13 +200,17 @@ class Desk:
         folder, (_, parts, at, took) = self.folder(state.folder), self.joins.get(state.folder, (0, (), 0.0, 0.0))
         times = [p.stat().st_mtime_ns for stage in (folder, folder.second) for p in stage.path.glob("part-*.bin")]
         there = (len(times), max(times, default=0))
+        if scattered(folder.request).beside and state.live:
+            return  # nothing of it is drawn in part
         if not times or there == parts or not state.whole and time.monotonic() - at < 10 * took:
             return
         began = time.monotonic()
         request, (info, result, lost) = folder.request, folder.joined()
         if state.whole and (folder.second.path / "request.bin").exists():
             result = scattered(request).end(request, result, folder.second.joined()[1])
-        used = len(getattr(result, "prompts", ()))
+        if state.whole and not lost and scattered(request).beside:
+            result = folder.gathered()
+        used = len(getattr(result, "prompts", ())) if hasattr(request, "study") else 0
         prompts = f", {used} of {state.prompts} prompts" if used else ""
         said = f"{len(folder.shards) - len(lost)} of {len(folder.shards)} shards{prompts}"
         stamp = self.folders[state.folder][0]

@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -12,17 +14,17 @@ from rich.console import Console
 
 from techniques.cluster.folder import Folder, Job, check_code, choose_code, scattered
 from techniques.cluster.tasks import run_here
-from techniques.shell import GRAY, GREEN, YELLOW, ModelOptions, plain, print_result, read_command
+from techniques.shell import GRAY, GREEN, YELLOW, ModelOptions, interruptible, plain, print_result, read_command
 from vocabulary.files import typed_path
 from vocabulary.nodes import UserError
-from vocabulary.requests import Progress
+from vocabulary.requests import ModelInfo, Progress
 
 
 @dataclass
 class ScatterCommand:
     """
     Run a command over its prompt set in shards, as a job array of Slurm's or as processes here: scatter sweep --kind z --set FILE.jsonl --tasks 8 --out runs/a.
-    After the command's own options (sweep, path, score, discover) or between them come those below. The same words again run only what is missing.
+    After the command's own options (sweep, path, score, discover, examples, fit-jacobian, replay SESSION, …) or between them come those below. The same words again run only what is missing.
     """
 
     out: Path | None = None
@@ -70,20 +72,22 @@ class ScatterCommand:
         if self.tasks < 1 or self.shard < 0 or self.most < 0 or self.local < 0 or "\n" in self.sbatch:
             raise UserError("--tasks is 1 or more, --shard, --most and --local are not negative, and --sbatch is one line")
         command = read_command([*self.words])
-        if not isinstance(command, ModelOptions) or hasattr(command, "alone"):
-            raise UserError(f"{self.words[0]} can't be scattered: it asks no one question over a set or a text (replay: run it once a session)")
-        request = command.request()
+        if not isinstance(command, ModelOptions) or hasattr(command, "alone") and not hasattr(command, "scattered"):
+            raise UserError(f"{self.words[0]} can't be scattered: it asks no one question over a set or a text")
+        load, request = command.scattered() if hasattr(command, "scattered") else (command.load(), command.request())
         request = replace(request, over_set=True) if hasattr(request, "over_set") else request
         scattered(request)
-        if getattr(command, "out", None) or command.plot:
+        if getattr(command, "wandb", False):
+            raise UserError("--wandb records a fit that runs here: leave it out; the task's log has its losses")
+        if command.plot:
             raise UserError("the results go into --out of scatter; plot the gathered ones: gather FOLDER --plot FILE")
         folder, job = Folder(typed_path(self.out)), Job(self.local or self.tasks, self.most, self.sbatch, os.getcwd(), self.local)
-        folder.lay_out(command.load(), choose_code(request, job), self.shard, job)
+        folder.lay_out(load, choose_code(request, job), self.shard, job)
         job = folder.job
         errors.print(plain(f"{folder.total} {folder.unit} in {len(folder.shards)} shards, {job.tasks} tasks; {folder.state()}", GRAY), soft_wrap=True)
         if self.local:
             run_here(folder, self.local, show)
-            return print_result(*folder.gather(), command.json, None, errors)
+            return printed(*folder.gather(), command.json, None, errors)
         ways = f"sbatch {folder.path / 'job.sbatch'}" if shutil.which("sbatch") else "no sbatch here: run job.sbatch where Slurm is, or add --local 1"
         for line in (ways, f"then engine.py gather {self.out}"):
             errors.print(plain(line, GREEN), soft_wrap=True)
@@ -111,11 +115,18 @@ class WorkCommand:
             run_here(folder, self.local, lambda part: None)
             folder.gather()
             return 0
+        folder = Folder(self.folder)
 
         def named(part: object) -> None:  # as what a task says, not as what went wrong
             show(replace(part, text=f"task {self.task}: {part.text}") if isinstance(part, Progress) and part.text else part)
 
-        return Folder(self.folder).work(self.task, self.of, engine, named, lambda line: errors.print(plain(line), soft_wrap=True))
+        with interruptible(counted(named), signal.SIGTERM) if scattered(folder.request).whole else nullcontext(named) as told:
+            return folder.work(self.task, self.of, engine, told, lambda line: errors.print(plain(line), soft_wrap=True))
+
+
+def counted(show: Callable[[object], None]) -> Callable[[object], None]:
+    """Progress with its steps in its words, for the log of a task that is one fit."""
+    return lambda p: show(replace(p, text=f"{p.done} of {p.total} · {p.text}") if isinstance(p, Progress) and p.total > 1 and not p.notice else p)
 
 
 @dataclass
@@ -137,7 +148,12 @@ class GatherCommand:
         info, result = folder.gather(self.partial)
         if info.warning:
             errors.print(plain(info.warning, YELLOW), soft_wrap=True)
-        return print_result(info, result, self.json, self.plot, errors)
+        return printed(info, result, self.json, self.plot, errors)
+
+
+def printed(info: ModelInfo, result: object, as_json: bool, plot: Path | None, errors: Console) -> int:
+    """A gathered result, as its own command prints it; the exit code that it would have."""
+    return print_result(info, result, as_json, plot, errors) or getattr(result, "code", 0)
 
 
 COMMANDS = {"scatter": ScatterCommand, "work": WorkCommand, "gather": GatherCommand}

@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -50,7 +50,6 @@ def scattered(request: object) -> Scattered:
         raise UserError(f"{type(request).__name__} can't run over a part of a prompt set: {', '.join(sorted(k.__name__ for k in known))} can")
     how = known[type(request)]
     how.check(request)
-    assert not hasattr(request, "out"), "what is scattered writes into its own folder alone"
     return how
 
 
@@ -114,9 +113,8 @@ class Folder:
         self.path = path.resolve()
 
     def check(self) -> None:
-        """UserError where it holds a link, through which a file elsewhere would be written, or a pipe, which is read for ever: no scattered job makes these."""
-        with os.scandir(self.path) as entries:
-            odd = next((e.name for e in entries if not e.is_file(follow_symlinks=False) and not e.is_dir(follow_symlinks=False)), None)
+        """UserError where it, or a folder in it, holds a link, through which a file elsewhere would be written, or a pipe, which is read for ever: no scattered job makes these."""
+        odd = next((e.name for e in entries(self.path) if not e.is_file(follow_symlinks=False) and not e.is_dir(follow_symlinks=False)), None)
         if odd is not None:
             raise UserError(f"{self.path} holds a link, or what is no regular file ({odd}), which no scattered job makes: remove it")
 
@@ -161,7 +159,7 @@ class Folder:
 
     @property
     def unit(self) -> str:
-        return "prompts" if hasattr(self.request, "study") else "pieces of text"
+        return scattered(self.request).unit
 
     @cached_property
     def shards(self) -> list[tuple[int, int]]:
@@ -186,11 +184,15 @@ class Folder:
     def lay_out(self, load: Load, request: object, size: int, job: Job) -> None:
         """Write the request and the job. A folder that holds this request goes on; UserError where it holds another."""
         self.check_name()
+        how = scattered(request)
+        if how.whole and job.tasks > 1:
+            raise UserError(f"{type(request).__name__} is not scattered: {how.whole}; --tasks 1 runs it as one task, which goes on from its checkpoint")
         make_folder(self.path)
         self.check()
-        n = scattered(request).size(request)
+        request = replace(request, out="") if hasattr(request, "out") else request  # it writes into this folder alone
+        n = how.size(request)
         if n < 1:
-            raise UserError("a prompt set is cut into shards: give --set FILE.jsonl")
+            raise UserError(f"there are no {how.unit} to cut into shards" + ": give --set FILE.jsonl" * hasattr(request, "study"))
         if (self.path / "request.bin").exists():
             had = self.asked
             size = size or had[2]
@@ -225,10 +227,13 @@ class Folder:
         return self.path / f"part-{shard:05}.bin"
 
     def read(self, shard: int) -> tuple[ModelInfo, object] | None:
-        """A shard's model and result; None where it is missing or damaged."""
+        """A shard's model and result; None where it, or its file beside it, is missing or damaged."""
         try:
             info, result = read_frames(self.part(shard))
         except (OSError, WireError, ValueError):
+            return None
+        beside = scattered(self.request).beside
+        if beside and not isinstance(result.body, Failure) and not is_whole(self.part(shard).with_suffix(beside)):
             return None
         return info.body, result.body
 
@@ -264,14 +269,16 @@ class Folder:
             return 0
         gpu = f", CUDA_VISIBLE_DEVICES={given}" if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None else ""
         say(f"task {task}: shards {', '.join(map(str, mine))} on {os.uname().nodename}{gpu}")
-        info, refused = engine.run(load, show), 0
+        how, refused = scattered(request), 0
+        info = how.load(engine, load, show)
         if info.warning:
             say(f"task {task}: {info.warning}")
-        say(f"task {task}: {info.key}, {info.seconds:.1f} s")
+        if info.name:
+            say(f"task {task}: {info.key}, {info.seconds:.1f} s")
         for i in mine:
             (start, stop), began = self.shards[i], time.monotonic()
             try:
-                result = engine.run(scattered(request).cut(request, start, stop), show)
+                result = how.run(engine, how.cut(request, start, stop), show, self.part(i))
             except EmptyPart as error:
                 result = Failure(str(error), EMPTY)
             except UserError as error:
@@ -302,6 +309,10 @@ class Folder:
             result = replace(result, **{said: "; ".join(filter(None, (words, getattr(result, said))))})
         return info, result, lost
 
+    def results(self) -> Iterator:
+        """The results of the parts that are there, in their order."""
+        return (some[1] for i in range(len(self.shards)) if (some := self.read(i)) is not None and not isinstance(some[1], Failure))
+
     def gather(self, partial: bool = False) -> tuple[ModelInfo, object]:
         """The result over the whole set, also as whole.bin. UserError where parts are missing, unless those that are there are wanted."""
         if not partial and self.missing():
@@ -314,12 +325,19 @@ class Folder:
                 raise UserError(f"the first pass is whole, and a second checks what it found: {after.todo()}; then gather again")
             result = scattered(self.request).end(self.request, result, after.gather()[1])
         self.check()
+        result = scattered(self.request).write(self.request, result, self.results(), self.path)
         write_frames(self.path / "whole.bin", [(0, info), (0, result)])
-        scattered(self.request).write(result, self.path)
         for stale in self.path.glob(".part-*"):  # of tasks that were killed
             with suppress(OSError):
                 stale.unlink()
         return info, result
+
+    def gathered(self) -> object:
+        """The whole result with its artefact: as `gather` wrote it after the last part, else gathered now."""
+        whole = self.path / "whole.bin"
+        if whole.is_file() and whole.stat().st_mtime_ns >= max(p.stat().st_mtime_ns for p in self.path.glob("part-*.bin")):
+            return read_frames(whole)[1].body
+        return self.gather()[1]
 
     def lay_out_second(self, result: object) -> "Folder | None":
         """The second pass that a joined first one leads to, laid out; None where it is the end."""
@@ -327,6 +345,26 @@ class Folder:
             return None
         self.second.lay_out(self.asked[0], after, self.asked[2], self.job)
         return self.second
+
+
+def entries(path: Path | str) -> Iterator[os.DirEntry]:
+    """What a folder and those in it hold; no link is followed."""
+    with os.scandir(path) as some:
+        for entry in some:
+            yield entry
+            if entry.is_dir(follow_symlinks=False):
+                yield from entries(entry.path)
+
+
+def is_whole(file: Path) -> bool:
+    """Whether a safetensors file is as long as its head says."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "np"):
+            return file.is_file()
+    except (SafetensorError, OSError):
+        return False
 
 
 def said(body: object) -> bytes:

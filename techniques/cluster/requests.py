@@ -1,5 +1,7 @@
 """Scattered jobs as a screen asks about them: start one, see how far it is, cancel it, go on, take its joined result. Never imports torch."""
 
+import re
+
 import numpy as np
 
 from vocabulary.wire import message, request
@@ -93,8 +95,16 @@ class Joined:
     whole: bool = False
 
 
+def cut_along(request: object) -> str:
+    """How much a request is over, in words."""
+    if hasattr(request, "study"):
+        return f"over {len(request.study.prompt_set)} prompts"
+    return f"over {request.tokens} tokens of text" if hasattr(request, "part") else "as one task"
+
+
 def named(request: object) -> str:
     """A request as it is named on the command line, with what tells it from others of its kind."""
-    name = {"PathPatch": "path"}.get(type(request).__name__, type(request).__name__.removesuffix("Set").lower())
-    more = [str(getattr(request, f)) for f in ("kind", "op", "method", "source") if isinstance(getattr(request, f, None), str)]
+    name = {"PathPatch": "path"}.get(type(request).__name__, re.sub("(?<=[a-z])(?=[A-Z])", "-", type(request).__name__.removesuffix("Set")).lower())
+    some = [str(getattr(request, f)) for f in ("kind", "op", "method", "source") if isinstance(getattr(request, f, None), str)]
+    more = [f"L{request.layer}H{request.head}"] if hasattr(request, "head") else some or [n for n in (getattr(request, "name", ""),) if n]
     return " ".join([name, *more, *getattr(request, "receivers", ())])

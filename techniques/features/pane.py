@@ -20,7 +20,7 @@ from techniques.features.requests import (
     PreflightResult,
 )
 from vocabulary.nodes import Node, UserError
-from screen.actions import turns
+from screen.actions import turned, turns
 from screen.cursor import clip
 from screen.keys import FEATURES, Action, Part
 from screen.overlays import Item
@@ -88,6 +88,20 @@ class FeaturePane(Pane):
     def examples(self, app: Host) -> Examples:
         return Examples(app.state.sae, indices=(self.index,))
 
+    def scatters(self, app: Host) -> Examples | None:
+        return self.examples(app) if app.state.sae and app.state.views[self.view] == "examples" else None
+
+    def turn_to(self, app: Host, request: object, result: object) -> bool:
+        if not isinstance(request, Examples):
+            return False
+        if len(request.indices) != 1 or request.source not in app.state.saes:
+            return False
+        if app.state.sae != request.source:
+            app.act("show_sae", source=request.source)
+        turned(app, app.state.base, {self.view: "examples"})
+        self.index, self.source = request.indices[0], request.source
+        return True
+
     def graph(self, app: Host) -> FeatureGraph | None:
         """From the loaded SAE of the nearest layer below into the feature under the cursor."""
         here = layer_of(app.state.sae, app)
@@ -149,7 +163,7 @@ class FeaturePane(Pane):
             wants["feature"] = Feature(app.study, source, self.index, self.which(app), app.cursor.pos)
         if view == "graph" and (graph := self.graph(app)) is not None:
             wants["feature_graph"] = graph
-        if view == "examples" and self.examples(app) in app.requests.started:
+        if view == "examples" and (self.examples(app) in app.requests.started or app.requests.at_hand(self.examples(app)) is not None):
             wants["examples"] = self.examples(app)
         return wants
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from techniques.features.requests import Examples, ExamplesPart, ExamplesResult, TrainSae
-from vocabulary.parts import Scattered
+from vocabulary.parts import Scattered, one_fit
 from vocabulary.requests import ModelInfo
 
 TOGETHER = 10  # features that are named for firing with one
@@ -47,7 +47,11 @@ def join(ask: Examples, parts: Sequence[ExamplesPart], info: ModelInfo) -> Examp
 
 SCATTERED = {
     Examples: Scattered(
-        lambda ask: None, join, size=lambda ask: max(1, ask.tokens // max(ask.length, 1)), cut=lambda ask, start, stop: replace(ask, part=(start, stop))
-    )
+        lambda ask: None,
+        join,
+        size=lambda ask: max(1, ask.tokens // max(ask.length, 1)),
+        cut=lambda ask, start, stop: replace(ask, part=(start, stop)),
+        unit="pieces of text",
+    ),
+    TrainSae: one_fit("sae", "each step of a training depends on the one before"),
 }
-REFUSED = {TrainSae: "each step of a training depends on the one before; train on one machine"}

@@ -14,13 +14,13 @@ import torch as t
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model.artefacts import BROKEN, CHECKPOINT, corpus, save, unembed_hash, windows
+from model.artefacts import BROKEN, corpus, save, unembed_hash, windows
 from model.bridge import Edit, Model, write_mid
 from model.loading import TINY
 from model.memory import Chunks, first_line, in_chunks, is_out_of_memory
 from model.places import hook_name
 from techniques.features.requests import TrainSae, TrainSaeResult
-from vocabulary.files import PRIVATE_FILE, make_folder, reason, typed_path
+from vocabulary.files import CHECKPOINT, PRIVATE_FILE, make_folder, reason, typed_path
 from vocabulary.nodes import AddressError, Node, UserError, parse_node
 from vocabulary.requests import Progress
 

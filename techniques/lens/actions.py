@@ -16,6 +16,8 @@ from vocabulary.files import folder, short, typed_path
 from vocabulary.nodes import UserError
 from widgets import BAD, GOOD
 
+HERE, APART = WHERE = ("here", "apart")
+
 
 def choose_lens(pane: Pane, app: Host) -> None:
     folders = [f.parent for root in (ROOT / "zoo", folder("exports")) for f in root.glob("*/config.json")]
@@ -38,9 +40,14 @@ def fit(pane: Pane, app: Host) -> None:
     name = re.sub(r"\W+", "-", app.info.name).strip("-")
 
     def accept(values: list[str]) -> str:
-        text, out, steps = values
+        text, out, steps, where = values
         if (count := whole_number(steps) or 0) < 1:
             return "steps: a positive whole number"
+        if where.strip() not in WHERE:
+            return f"where: {' or '.join(WHERE)}"
+        if where.strip() == APART:
+            app.call_later(app.guard, lambda: app.requests.scattered.scatter(TuneLens(text, steps=count)))  # when this editor is closed
+            return ""
         try:
             resume = (typed_path(out) / "checkpoint.safetensors").exists()
         except UserError as error:
@@ -54,8 +61,9 @@ def fit(pane: Pane, app: Host) -> None:
         before, after = done.before[:-1].mean(), done.after[:-1].mean()
         app.say(f"tuned lens in {done.folder}: mean KL on held-out text {before:.3f} → {after:.3f} nats in {done.seconds:.0f} s", GOOD)
 
-    fields = [("text file", ""), ("folder", str(folder("exports") / f"tuned-lens-{name}")), ("steps", "250")]
-    app.open(Editor("fit a tuned lens", fields, accept, 0, 1, "text file empty: the zoo's corpus · ⏎ starts, J shows and cancels"))
+    fields = [("text file", ""), ("folder", str(folder("exports") / f"tuned-lens-{name}")), ("steps", "250"), ("where", HERE)]
+    hint = f"where: {HERE} or {APART} (a job) · no text file: the zoo's corpus · ⏎ starts, J shows and cancels"
+    app.open(Editor("fit a tuned lens", fields, accept, 0, 1, hint))
 
 
 def chart(pane: Pane, app: Host) -> None:

@@ -2,11 +2,14 @@
 
 from collections.abc import Generator
 
+from techniques.lens import jacobian_parts
 from techniques.lens import reading as lens
 from techniques.lens import translators as tuned
 from model.bridge import Model
 from model.interventions import prepare
 from techniques.lens.requests import FitJacobian, Lens, TuneLens
+
+merge = jacobian_parts.merge_jacobian  # of parts that lie in files: it needs no model
 
 
 def answer(model: Model, request: Lens | TuneLens | FitJacobian) -> Generator:

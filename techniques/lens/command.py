@@ -25,7 +25,7 @@ class TuneLensCommand(Recorded, options(TuneLens)):
 
 
 @dataclass
-class FitJacobianCommand(options(FitJacobian)):
+class FitJacobianCommand(options(FitJacobian, hide=("part",))):
     """Fit a Jacobian lens with TransformerLens's own tool."""
 
     interruptible = True
@@ -70,7 +70,10 @@ def show_tuned(out: Console, r: TuneLensResult) -> None:
 
 def show_jacobian(out: Console, r: FitJacobianResult) -> None:
     layers = f"layers {r.layers[0]} to {r.layers[-1]}"
-    out.print(plain(f"Jacobian lens in {r.file}: {layers}, {r.prompts} prompts, changed by {r.change:.4f} with the last, {r.seconds:.0f} s", CYAN))
+    where, change = (
+        (f"Jacobian lens in {r.file}", f", changed by {r.change:.4f} with the last") if r.file else ("parts of a Jacobian lens, which is not written yet", "")
+    )
+    out.print(plain(f"{where}: {layers}, {r.prompts} prompts{change}, {r.seconds:.0f} s", CYAN))
     out.print(plain(r.convention, GRAY))
 
 

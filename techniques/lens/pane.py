@@ -6,7 +6,7 @@ from pathlib import Path
 from textual.containers import Horizontal
 from textual.widget import Widget
 
-from techniques.lens.requests import Lens, LensResult
+from techniques.lens.requests import FitJacobianResult, Lens, LensResult, TuneLensResult
 from vocabulary.nodes import Node, parse_node
 from screen.actions import turns
 from screen.cursor import clip, place_of
@@ -72,6 +72,17 @@ class LensPane(Pane):
         if not self.reads(app):
             return {"lens": whole}
         return {"lens_row": replace(whole, points=(points[self.row(app, points)],)), "lens": whole}  # the row in view first
+
+    def turn_to(self, app: Host, request: object, result: object) -> bool:
+        """A lens that was fitted apart is read."""
+        match result:
+            case TuneLensResult():
+                app.act("lens", kind="tuned", artefact=result.folder)
+            case FitJacobianResult(file=file) if file:
+                app.act("lens", kind="jacobian", artefact=file)
+            case _:
+                return False
+        return True
 
     def in_view(self, app: Host) -> LensResult | None:
         """The whole lens, or its row at the cursor while that has not come so far."""

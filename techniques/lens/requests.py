@@ -56,7 +56,10 @@ class TuneLens:
 
 @request
 class FitJacobian:
-    """Fit a Jacobian lens on pieces of a text file ("": zoo/corpus.txt), `length` tokens each, and write it to the file `out`."""
+    """
+    Fit a Jacobian lens on pieces of a text file ("": zoo/corpus.txt), `length` tokens each, and write it to the file `out`. `part`: the pieces from one up to another alone,
+    whose mean goes to `out` (techniques/lens/scatter.py joins them).
+    """
 
     text: str = ""
     """a text file; unset, the zoo's corpus"""
@@ -66,6 +69,7 @@ class FitJacobian:
     skip: int = 16
     """positions at the start of every prompt that are left out"""
     seed: int = 0
+    part: tuple[int, int] | None = None
 
 
 # ------------------------------------------------------------------ results

@@ -17,16 +17,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model.artefacts import BROKEN, CHECKPOINT, corpus, save, unembed_hash, why_broken, windows
+from model.artefacts import BROKEN, corpus, save, unembed_hash, why_broken, windows
 from model.bridge import FINAL, Model
 from model.loading import is_hub_name, read_json
 from model.memory import Chunks, first_line, halved, is_out_of_memory, out_of_memory, ran_out
+from techniques.lens.jacobian_parts import changed_by, save_part
 from techniques.lens.requests import FitJacobian, FitJacobianResult, TuneLens, TuneLensResult
 from utils import ROOT, settings
-from vocabulary.files import check_place, replacing, typed_path
+from vocabulary.files import CHECKPOINT, check_place, replacing, typed_path
 from vocabulary.names import same_model
 from vocabulary.nodes import Node, UserError
 from vocabulary.requests import Progress
+from vocabulary.sets import EmptyPart
 
 SPACE = "AlignmentResearch/tuned-lens"
 SAVE_EVERY = 50
@@ -419,7 +421,10 @@ def fit_jacobian(model: Model, ask: FitJacobian) -> Generator[Progress, None, Fi
         raise UserError("a fit needs at least one prompt, and length must be larger than skip + 2")
     if model.info.n_layers < 2:
         raise UserError("a Jacobian lens needs a model of at least two layers")
-    rows = windows(model, file, ask.length, ask.seed)[: ask.prompts].tolist()
+    every = windows(model, file, ask.length, ask.seed)[: ask.prompts].tolist()
+    rows = every if ask.part is None else every[slice(*ask.part)]
+    if not rows:
+        raise EmptyPart(f"{file.name} has {len(every)} pieces of {ask.length} tokens")
     known = {"unembed_hash": unembed_hash(model), "seed": ask.seed}
     check_place(out)
     lens, change, rows_at_once = None, float("inf"), min(32, model.info.d_model)
@@ -430,9 +435,12 @@ def fit_jacobian(model: Model, ask: FitJacobian) -> Generator[Progress, None, Fi
         one, rows_at_once = yield from fit_one(model, text, rows_at_once, settings_)
         merged = one if lens is None else JacobianLens.merge([lens, one])
         if lens is not None:
-            change = float(np.mean([((merged.jacobians[n] - m).norm() / m.norm()).item() for n, m in lens.jacobians.items()]))
+            change = changed_by(merged.jacobians, lens.jacobians)
         lens = merged
-    with replacing(out, RuntimeError) as part:
-        lens.save(str(part), dtype=t.float32)
+    if ask.part is None:
+        with replacing(out, RuntimeError) as part:
+            lens.save(str(part), dtype=t.float32)
+    else:
+        save_part(out, lens, one.jacobians if ask.part[1] >= len(every) else {}, hashlib.sha256(file.read_bytes()).hexdigest())
     note = f"mean over {lens.n_prompts} prompts of {ask.length} tokens of {file.name}, first {ask.skip} positions and the last left out · raw weights · {model.info.dtype}"
     return FitJacobianResult(str(out), tuple(lens.source_layers), lens.n_prompts, change if np.isfinite(change) else 0.0, time.time() - start, note)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from textual.containers import Horizontal
 from textual.widget import Widget
 
-from screen.actions import no_members, own_circuit, turns
+from screen.actions import no_members, own_circuit, turned, turns
 from screen.cursor import clip
 from screen.keys import Part
 from screen.overlays import Item, Picker
@@ -88,6 +88,21 @@ class QKPane(Pane):
         if not app.counted() or self.over_set(app) and not app.state.members or self.by_features(app) and not app.state.saes:
             return {}
         return {"qk": self.asked(app)}
+
+    def scatters(self, app: Host) -> QKSet | None:
+        """By components alone: which features are listed is decided over the whole set."""
+        return next((r for r in self.wants(app).values() if isinstance(r, QKSet) and not r.features), None)
+
+    def turn_to(self, app: Host, request: object, result: object) -> bool:
+        if not isinstance(request, QKSet):
+            return False
+        instead = request.instead if request.instead in ("mean", "none") else "source"
+        turned(app, request.study.base, {self.view: "components", "qk.over": "set", "qk.instead": instead, "which": request.which})
+        if (read := app.requests.check()) is None:
+            raise UserError("its prompts are being read: ⏎, then show, once more puts the cursor on its places")
+        places = {name: at for name, place in (("pos", request.dest), ("src", request.source)) if isinstance(at := read.clean.labels.get(place, place), int)}
+        app.move(layer=request.layer, head=request.head, comp="head", **places)
+        return True
 
     # ---------------------------------------------------------------- the cursor
 

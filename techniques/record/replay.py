@@ -5,8 +5,8 @@ import io
 import json
 import math
 import platform
-from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -18,9 +18,10 @@ from vocabulary.files import folder, make_folder, reason, typed_path, write_text
 from vocabulary.log import read_lines
 from vocabulary.nodes import UserError
 from vocabulary.notebook import as_notebook, session_cells
-from vocabulary.requests import Load, ModelInfo
-from vocabulary.results import Difference, Kept, Result, differences, digest, headline, numbers, worth
+from vocabulary.parts import pack
+from vocabulary.results import Kept, Result, differences, digest, headline, numbers, worth
 from vocabulary.wire import to_json
+from techniques.record.requests import Step
 
 PACKAGES = ("torch", "transformers", "transformer_lens", "sae_lens", "numpy")
 ROWS = {"SweepResult": ("rows", "cols"), "LensResult": ("points", "positions")}  # what the first two axes of a table are called in its result
@@ -36,23 +37,27 @@ def find_session(text: str) -> Path:
         return path
     files = sorted(folder("sessions").glob("*.jsonl"), key=lambda p: -p.stat().st_mtime)
     for file in files:
-        if file.stem == text or name_of(file) == text:
+        if file.stem == text or name_of(file.read_bytes()) == text:
             return file
     raise UserError(f"no session {text!r}: give a .jsonl file, or the name of one of {len(files)} in {folder('sessions')}")
 
 
-def name_of(file: Path) -> str:
+def name_of(data: bytes) -> str:
     """What the user calls a session."""
-    entries = (line.entry or {} for line in read_lines(file.read_bytes())[0])
+    entries = (line.entry or {} for line in read_lines(data)[0])
     return next((str(e["args"].get("text", "")) for e in reversed([*entries]) if e.get("do") == "name" and isinstance(e.get("args"), dict)), "")
 
 
-def read_results(path: Path) -> tuple[list[Result], list[dict], list[str]]:
-    """The results that a session holds, each once with its newest numbers, in their order; its notes as lines; and what is wrong with its lines."""
+def session_bytes(path: Path) -> bytes:
     try:
-        lines, ended = read_lines(path.read_bytes())
+        return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} can't be read: {reason(error)}") from error
+
+
+def read_results(data: bytes, path: Path) -> tuple[list[Result], list[dict], list[str]]:
+    """The results that a session's bytes hold, each once with its newest numbers, in their order; its notes as lines; and what is wrong with its lines."""
+    lines, ended = read_lines(data)
     if not any(line.entry and "loupe" in line.entry for line in lines):
         raise UserError(f"{path.name} is not a session of Loupe: it has no header")
     kept, found, wrong = Kept(), {}, [f"line {line.place}: {line.wrong}" for line in lines if line.entry is None]
@@ -82,31 +87,6 @@ def read_results(path: Path) -> tuple[list[Result], list[dict], list[str]]:
 # ------------------------------------------------------------------ running it
 
 
-@dataclass
-class Outcome:
-    """One step: what the session says, what came now; `verdict` equal, differs, refused, not run, no request."""
-
-    number: int
-    result: Result
-    verdict: str
-    says: str = ""
-    worst: Difference | None = None
-    why: str = ""
-    whole: object = None
-    info: ModelInfo | None = None
-
-    @property
-    def failed(self) -> bool:
-        return self.verdict in ("differs", "refused", "no request")
-
-    def row(self) -> dict:
-        w = self.worst
-        return {
-            "step": self.number, "time": self.result.time, "kind": self.result.kind, "session": self.result.says, "replay": self.says, "verdict": self.verdict,
-            "worst": w.name if w else "", "difference": w.size if w else None, "allowed": w.allowed if w else None, "why": self.why,
-        }  # fmt: skip
-
-
 def versions() -> dict[str, str]:
     """Of the program and of what computes."""
     out = {"python": platform.python_version()}
@@ -131,65 +111,76 @@ def seeds(request: object) -> dict[str, int]:
     return found
 
 
-def notebook(path: Path, done: list[Outcome], notes: list[dict]) -> str:
+def notebook(name: str, results: list[Result], steps: Sequence[Step], notes: list[dict]) -> str:
     """The session as a notebook: prompts, notes, every result worth showing with its picture, the circuits."""
-    shown = {id(r) for r in worth(o.result for o in done)}
-    rows = [(o.result.time, "result", o.result, o.whole, o.info) for o in done if id(o.result) in shown]
+    shown = {id(r) for r in worth(results[s.number - 1] for s in steps)}
+    kept = [(results[s.number - 1], s) for s in steps]
+    rows = [(result.time, "result", result, *reversed(s.computed)) for result, s in kept if id(result) in shown]
     rows += [(str(e.get("t", "")), "note", e["args"]) for e in notes]
     about = ", ".join(f"{k} {v}" for k, v in versions().items())
-    return as_notebook(
-        session_cells(name_of(path) or path.stem, f"A session of Loupe, run again: {about}.", [row[1:] for row in sorted(rows, key=lambda row: row[0])])
-    )
+    return as_notebook(session_cells(name, f"A session of Loupe, run again: {about}.", [row[1:] for row in sorted(rows, key=lambda row: row[0])]))
 
 
 def replay(
-    engine, results: list[Result], out: Path, change: Callable[[Load], Load], train: bool, show: Callable[[object], None], told: Callable[[Outcome], None]
-) -> list[Outcome]:
-    """Run every result again, in order, on the model it was computed on (`change` may name another device); each goes into its files at once."""
+    engine, results: list[Result], out: Path, change: dict[str, str], train: bool, show: Callable[[object], None], told: Callable[[Step], None]
+) -> list[Step]:
+    """Run every result again, in order, on the model it was computed on (`change`: fields of Load in place of its own); each goes into its files at once."""
     make_folder(out)
     done = []
     try:
         for number, result in enumerate(results, 1):
             done.append(one(engine, number, result, out, change, train, show))
+            write_step(done[-1], result, out)
             told(done[-1])
     finally:  # also of the steps before one that broke
-        if rows := [o.row() for o in done]:
-            write_text(out / "summary.json", json.dumps({"versions": versions(), "steps": rows}, ensure_ascii=False, indent=1) + "\n")
-            write_text(out / "summary.csv", table([[*rows[0]], *([*row.values()] for row in rows)]))
+        write_summary(done, out)
     return done
 
 
-def one(engine, number: int, result: Result, out: Path, change: Callable[[Load], Load], train: bool, show: Callable[[object], None]) -> Outcome:
-    """One step: run, write, compare."""
-    request = result.request
+def one(engine, number: int, result: Result, out: Path, change: dict[str, str], train: bool, show: Callable[[object], None]) -> Step:
+    """One step: run, compare. What a fit or training writes goes into `out`."""
+    request, step = result.request, Step(number, result.time, result.kind, result.says)
     if isinstance(request, dict):
-        return Outcome(number, result, "no request", why=f"{result.kind} is not a request of this version, or its technique is not here")
+        return replace(step, verdict="no request", why=f"{result.kind} is not a request of this version, or its technique is not here")
     study = getattr(request, "study", None)
     if study is not None and not is_chosen(study.metric):
-        return Outcome(number, result, "refused", why=refusal(study.metric))
+        return replace(step, verdict="refused", why=refusal(study.metric))
     if getattr(request, "away", ""):
-        return Outcome(number, result, "not run", why="it puts a direction away")
+        return replace(step, verdict="not run", why="it puts a direction away")
     if hasattr(request, "out") and not train:
-        return Outcome(number, result, "not run", why=f"{result.kind} writes {request.out}: --train runs it too, into {out}")
-    if hasattr(request, "out"):
+        return replace(step, verdict="not run", why=f"{result.kind} writes {request.out}: --train runs it too, into {out}")
+    if getattr(request, "out", ""):
         request = replace(request, out=str(out / f"{number:03}-{Path(request.out).name}"))
     try:
-        info = engine.run(change(result.load), show)
+        info = engine.run(replace(result.load, **change), show)
         now = engine.run(request, show)
     except UserError as error:
-        return Outcome(number, result, "refused", why=str(error))
+        return replace(step, verdict="refused", why=str(error))
     rows = differences(result.numbers, numbers(now), info.dtype, getattr(now, "floor", math.nan))
     worst = rows[0] if rows else None
-    outcome = Outcome(number, result, "differs" if worst is not None and worst.over else "equal", headline(request, now), worst, "", now, info)
-    stem = out / f"{number:03}-{result.kind}"
+    verdict, frames = "differs" if worst is not None and worst.over else "equal", np.frombuffer(pack([(0, info), (0, now)]), np.uint8)
+    return replace(step, verdict=verdict, says=headline(request, now), worst=worst, frames=frames)
+
+
+def write_step(step: Step, result: Result, out: Path) -> None:
+    """What a step that ran computed, as JSON and CSV."""
+    info, now = step.computed
+    if info is None:
+        return
+    stem = out / f"{step.number:03}-{result.kind}"
     about = {
-        "versions": versions(), "model": info.name, "dtype": info.dtype, "device": info.device, "seeds": seeds(request), "session": {"time": result.time,
-        "on": result.on, "says": result.says, "numbers": result.numbers}, "replay": outcome.row(), "load": to_json(result.load), "kind": result.kind,
-        "request": to_json(request), "result": to_json(now),
+        "versions": versions(), "model": info.name, "dtype": info.dtype, "device": info.device, "seeds": seeds(result.request), "session": {"time": result.time,
+        "on": result.on, "says": result.says, "numbers": result.numbers}, "replay": step.row(), "load": to_json(result.load), "kind": result.kind,
+        "request": to_json(result.request), "result": to_json(now),
     }  # fmt: skip
     write_text(stem.with_suffix(".json"), json.dumps(about, ensure_ascii=False) + "\n")
     write_text(stem.with_suffix(".csv"), long_table(now))
-    return outcome
+
+
+def write_summary(steps: Sequence[Step], out: Path) -> None:
+    if rows := [step.row() for step in steps]:
+        write_text(out / "summary.json", json.dumps({"versions": versions(), "steps": rows}, ensure_ascii=False, indent=1) + "\n")
+        write_text(out / "summary.csv", table([[*rows[0]], *([*row.values()] for row in rows)]))
 
 
 # ------------------------------------------------------------------ tables

@@ -135,7 +135,7 @@ def test_a_jacobian_lens_fitted_in_parts(engines, tmp_path):
         with pytest.raises(UserError, match="2 of 3 shards done.*missing: 1"):
             folder.gather()
         assert folder.gather(True)[1].prompts == 2 and not (folder.path / "jacobian_lens.pt").exists()
-        assert Folder(folder.path).work(1, 2, engine, lambda part: None, said.append) == 0 and "shards 1" in said[-2]
+        assert Folder(folder.path).work(1, 2, engine, lambda part: None, said.append) == 0 and "shards 1 on" in said[-3]
     joined = folder.gather()[1]
     same(joined, whole, ("seconds", "file"))
     one, many = JacobianLens.load(whole.file), JacobianLens.load(joined.file)

@@ -318,7 +318,7 @@ class Reference:
                     hook(spot, lambda x, spot=spot: got.__setitem__(spot, x.clone()) or x)
             with Softmax(lambda: inside[-1] if inside else None, seen):
                 logits = self.hf(input_ids=ids, use_cache=False).logits
-        return logits, {spot: got[spot] for spot in read if spot in got}
+        return logits, got
 
     def has(self, site: str, layer: int) -> bool:
         """Whether a layer has a site: kinds of layers differ in some architectures."""

@@ -147,10 +147,10 @@ time.sleep(3)
 """
 
 
-def test_an_engine_that_stays_is_a_steps_own(cluster, tmp_path):
+def test_an_engine_that_stays_is_a_steps_own(cluster, near):
     """Two screens in a step find one engine; a step with another GPU, another job, and a shell outside have their own."""
-    (tmp_path / "look.py").write_text(LOOK.format(root=str(ROOT), tests=str(ROOT / "tests"), base=str(tmp_path)))
-    look = f"{sys.executable} {tmp_path}/look.py"
+    (near / "look.py").write_text(LOOK.format(root=str(ROOT), tests=str(ROOT / "tests"), base=str(near)))
+    look = f"{sys.executable} {near}/look.py"
     steps = f"srun --exact -n1 --gres=gpu:1 {look} & srun --exact -n1 --gres=gpu:1 {look} & wait; srun --overlap -n1 {look}"
     try:
         said = call("salloc", "-Q", "-p", "short", "--mem=0", "-n", "2", "--gres=gpu:2", "bash", "-c", steps)
@@ -160,6 +160,6 @@ def test_an_engine_that_stays_is_a_steps_own(cluster, tmp_path):
         engines = {pid: [visible for visible, p in found if p == pid] for _, pid in found}
         assert sorted(engines.values()) == [["0", "0"], ["0", "0"], ["0,1", "0,1"], ["1", "1"], ["none", "none"]]
     finally:
-        for pid in map(int, (tmp_path / "started").read_text().split()):
+        for pid in map(int, (near / "started").read_text().split()):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

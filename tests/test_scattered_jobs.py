@@ -78,6 +78,15 @@ async def looked(app, pilot):
     await press(app, pilot)
 
 
+async def begun_apart(app, pilot, n: str, folder: Path) -> None:
+    """Fill in how many tasks and which folder where J asks for them, and begin."""
+    app.screen.focused.value = n
+    await press(app, pilot, "tab", "tab", "tab")
+    app.screen.focused.value = str(folder)
+    await press(app, pilot, "enter")
+    await looked(app, pilot)
+
+
 def hide(folder: Folder, *shards: int) -> dict:
     gone = {i: folder.part(i).read_bytes() for i in shards}
     for i in shards:
@@ -196,11 +205,7 @@ async def test_what_runs_apart_is_not_computed_here_too(zoo, tmp_path, monkeypat
         await press(app, pilot)
         await press(app, pilot, "3", "J", "j", "enter")
         assert "scatter attribution over 7 prompts" in shown(app)
-        app.screen.focused.value = "2"
-        await press(app, pilot, "tab", "tab", "tab")
-        app.screen.focused.value = str(tmp_path / "b")
-        await press(app, pilot, "enter")
-        await looked(app, pilot)
+        await begun_apart(app, pilot, "2", tmp_path / "b")
         folder = Folder(tmp_path / "b")
         (folder.path / "local.json").write_text('{"running": 2}')
         await looked(app, pilot)
@@ -332,11 +337,7 @@ async def test_j_starts_cancels_and_goes_on(zoo, tmp_path, monkeypatch):
     async with app.run_test(size=(80, 24)) as pilot:
         await press(app, pilot, "4", "J", "j", "enter")
         assert "scatter sweep z patch over 7 prompts" in shown(app)
-        app.screen.focused.value = "3"
-        await press(app, pilot, "tab", "tab", "tab")
-        app.screen.focused.value = str(tmp_path / "b")
-        await press(app, pilot, "enter")
-        await looked(app, pilot)
+        await begun_apart(app, pilot, "3", tmp_path / "b")
         folder = Folder(tmp_path / "b")
         assert started == [(folder.path, 3)] and folder.request == app.panes["patching"].request(app) and len(folder.shards) == 7
         assert app.session.folders[str(folder.path)] == {"tasks": 3, "where": "here", "sbatch": ""}
